@@ -1,0 +1,44 @@
+"""edge_backbones: vision backbones as verified bundles of compiled engines, behind the transformers backbone API.
+
+On the device: :class:`EdgeBackbone`, :class:`BackboneOutput`, :class:`Bundle`. To build: :func:`build_bundle` and
+:func:`compile_bundle`. Every name is loaded when it is first used, so that ``import edge_backbones`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from edge_backbones.build.pipeline import BuildOptions as BuildOptions
+    from edge_backbones.build.pipeline import build_bundle as build_bundle
+    from edge_backbones.build.pipeline import compile_bundle as compile_bundle
+    from edge_backbones.build.pipeline import verify_bundle as verify_bundle
+    from edge_backbones.bundle import Bundle as Bundle
+    from edge_backbones.errors import EdgeBackbonesError as EdgeBackbonesError
+    from edge_backbones.runtime.backbone import BackboneOutput as BackboneOutput
+    from edge_backbones.runtime.backbone import EdgeBackbone as EdgeBackbone
+
+_HOMES = {
+    "BackboneOutput": "edge_backbones.runtime.backbone",
+    "EdgeBackbone": "edge_backbones.runtime.backbone",
+    "Bundle": "edge_backbones.bundle",
+    "EdgeBackbonesError": "edge_backbones.errors",
+    "BuildOptions": "edge_backbones.build.pipeline",
+    "build_bundle": "edge_backbones.build.pipeline",
+    "compile_bundle": "edge_backbones.build.pipeline",
+    "verify_bundle": "edge_backbones.build.pipeline",
+}
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edge_backbones' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

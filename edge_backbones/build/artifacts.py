@@ -1,0 +1,113 @@
+"""What one step hands to the next: frozen values that check themselves, so that no later code re-checks.
+
+::
+
+    load -> LoadedBackbone -> prepare -> PreparedBackbone -> export -> ExportedGraph (+ GoldenSamples)
+         -> quantize -> TypedGraph -> compile -> CompiledEngine
+
+This module is imported on the device too: it never imports torch (``module`` fields are typed by name only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_backbones.images import ImageConfig
+from edge_backbones.manifest import EngineKey, Source
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Progress = Callable[[str, int, "int | None"], None]
+"""``progress(step, done, total)``: called as work proceeds; ``total`` is None while it is not known."""
+
+
+def no_progress(step: str, done: int, total: int | None) -> None:
+    """The default: say nothing."""
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """A network as its source library makes it, in eval mode: the fp32 reference that parity is measured against.
+
+    ``module`` takes float NCHW and returns the maps of ``out_indices`` in stage order, NHWC where the family works so.
+    """
+
+    module: nn.Module
+    source: Source
+    image_config: ImageConfig
+    channels_in: int
+    stage_names: tuple[str, ...]
+    out_features: tuple[str, ...]
+    out_indices: tuple[int, ...]
+    num_features: tuple[int, ...]
+    reductions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.module.training:
+            raise ValueError("a loaded backbone must be in eval mode")
+        if not len(self.out_features) == len(self.out_indices) == len(self.reductions) > 0:
+            raise ValueError(f"stages do not agree: {self.out_features}, {self.out_indices}, {self.reductions}")
+
+
+@dataclass(frozen=True)
+class PreparedBackbone:
+    """The network to be exported: batch norm folded, branches merged, kept stages only, NCHW maps, in eval mode.
+
+    ``module`` takes ``input`` (preprocessing included for ``image``) and returns a tuple in ``spec.out_features`` order.
+    """
+
+    module: nn.Module
+    spec: BackboneSpec
+    input: InputSpec
+    folded_batch_norms: int
+    kept_batch_norms: int
+
+    def __post_init__(self) -> None:
+        if self.module.training:
+            raise ValueError("a prepared backbone must be in eval mode")
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """The fp32 ONNX file; its outputs are named as ``spec.out_features``."""
+
+    path: Path
+    spec: BackboneSpec
+    input: InputSpec
+
+    def __post_init__(self) -> None:
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} does not exist")
+
+
+@dataclass(frozen=True)
+class TypedGraph:
+    """An ONNX file whose tensors carry the precision: what engines are compiled from."""
+
+    path: Path
+    precision: Precision
+    spec: BackboneSpec
+    input: InputSpec
+
+    def __post_init__(self) -> None:
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} does not exist")
+
+
+@dataclass(frozen=True)
+class CompiledEngine:
+    """Raw engine bytes of one flavour, and the key that says where they may run. ``from_cache``: not compiled now."""
+
+    data: bytes
+    key: EngineKey
+    suffix: str
+    from_cache: bool
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("an engine cannot be empty")

@@ -1,0 +1,205 @@
+"""Calibration and golden images: a folder, an .npz or an iterable becomes network inputs in one file on disk.
+
+Images are decoded and preprocessed once, by the network's own data config, and spooled; every later pass (batch-norm
+warming, ranges, golden samples) reads slices of that file, so memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from edge_backbones.build.artifacts import Progress, no_progress
+from edge_backbones.errors import CalibrationError, InputError
+from edge_backbones.images import ImageConfig, fit, list_images, open_image, to_input
+from edge_backbones.spec import InputSpec
+
+ImageSource = str | os.PathLike[str] | Iterable[np.ndarray] | None
+"""A folder of images (searched recursively), an .npz file, an iterable of arrays, or None for synthetic images.
+
+Arrays are photographs (uint8, (height, width, channels) or a batch of them, of any size: preprocessed here), or finished
+network inputs (float32 (channels, height, width) or a batch of them). An .npz holds one array of either kind, the first
+axis counting images, or names it ``pixel_values`` or ``image``.
+"""
+
+_SYNTHETIC_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Network inputs on disk. ``inputs``: memory-mapped (images, *one input's shape); ``skipped``: did not decode."""
+
+    inputs: np.ndarray
+    names: tuple[str, ...]
+    skipped: tuple[str, ...]
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.names) or not len(self.names):
+            raise ValueError(f"{len(self.inputs)} inputs and {len(self.names)} names do not agree")
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        """A copy of these images as one batch."""
+        return np.stack([np.array(self.inputs[i]) for i in indices])
+
+    def batches(self, size: int, indices: Sequence[int], *, fill: bool = False) -> Iterator[np.ndarray]:
+        """Copies of the chosen images, ``size`` at a time. ``fill``: repeat images until the last batch is full too."""
+        for start in range(0, len(indices), size):
+            chosen = list(indices[start : start + size])
+            if fill:
+                chosen = [chosen[i % len(chosen)] for i in range(size)]
+            yield self.take(chosen)
+
+
+def gather_images(
+    source: ImageSource, *, input: InputSpec, config: ImageConfig, spool: Path, progress: Progress = no_progress
+) -> ImageSet:
+    """Read every image of ``source`` into the file ``spool``, at the input's opt size.
+
+    A file that does not decode is skipped and named in the result. Raises CalibrationError when nothing is left, or for
+    an array that is neither a photograph nor an input of this network.
+    """
+    skipped: list[str] = []
+    names: list[str] = []
+    digest = hashlib.sha256()
+    shape = input.shape(1, input.height.opt, input.width.opt)[1:]
+    with spool.open("wb") as file:
+        for name, array in _named_arrays(source, input, config, skipped, progress):
+            data = np.ascontiguousarray(array, input.dtype).reshape(shape)
+            digest.update(data)
+            data.tofile(file)
+            names.append(name)
+    if not names:
+        cause = f": none of its {len(skipped)} files decodes, {skipped[0]} first" if skipped else " has no images"
+        raise CalibrationError(f"{_describe(source)}{cause}")
+    inputs = np.memmap(spool, dtype=input.dtype, mode="r", shape=(len(names), *shape))
+    return ImageSet(inputs, tuple(names), tuple(skipped), digest.hexdigest())
+
+
+def split(count: int, golden: int) -> tuple[list[int], list[int]]:
+    """(calibration, golden) image indices: golden ones are evenly spaced, and held out when enough are left."""
+    golden = min(golden, count)
+    chosen = sorted({round(i * (count - 1) / max(1, golden - 1)) for i in range(golden)})
+    rest = [i for i in range(count) if i not in chosen]
+    return (rest if len(rest) >= golden else list(range(count))), chosen
+
+
+def _named_arrays(
+    source: ImageSource, input: InputSpec, config: ImageConfig, skipped: list[str], progress: Progress
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every image as an array of one input's shape, with a name for reports."""
+    step = "reading images"
+    if source is None:
+        for index, pixels in enumerate(_synthetic(input)):
+            yield f"synthetic {index}", _to_network_input(pixels, f"synthetic {index}", input, config)
+        return
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.is_dir():
+            files = list_images(path)
+            for done, file in enumerate(files):
+                progress(step, done, len(files))
+                try:
+                    image = open_image(file, input.channels)
+                except InputError:
+                    skipped.append(file.relative_to(path).as_posix())
+                    continue
+                pixels = fit(image, config, input.height.opt, input.width.opt)
+                yield file.relative_to(path).as_posix(), to_input(pixels[None], config, input)[0]
+            progress(step, len(files), len(files))
+            return
+        if not path.is_file():
+            raise CalibrationError(f"{path} is neither a folder of images nor an .npz file")
+        if path.suffix != ".npz":
+            raise CalibrationError(f"{path} is not an .npz file: pass a folder of images or an .npz with one array")
+        arrays: Iterable[np.ndarray] = _npz_rows(path)
+    elif isinstance(source, np.ndarray):
+        arrays = [source]
+    else:
+        arrays = source
+    index = 0
+    for array in arrays:
+        array = np.asarray(array)
+        for one in array if array.ndim == 4 else [array]:
+            progress(step, index, None)
+            yield f"array {index}", _to_network_input(one, f"array {index}", input, config)
+            index += 1
+
+
+def _to_network_input(array: np.ndarray, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
+    """One photograph or finished input, checked."""
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == input.channels:
+        return to_input(_fit_array(array, config, input)[None], config, input)[0]
+    expected = input.shape(1, input.height.opt, input.width.opt)[1:]
+    if input.name == "pixel_values" and array.dtype.kind == "f" and array.shape == expected:
+        if not np.isfinite(array).all():
+            raise CalibrationError(f"{name} has values that are not finite: leave it out")
+        return array
+    raise CalibrationError(
+        f"{name} is {array.dtype} of shape {array.shape}: pass photographs (uint8, height x width x {input.channels})"
+        + (f" or network inputs (float32, {expected})" if input.name == "pixel_values" else "")
+    )
+
+
+def _fit_array(pixels: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
+    """A photograph at the input's size; one that has it already is taken as it is."""
+    if pixels.shape[:2] == (input.height.opt, input.width.opt):
+        return pixels
+    if input.channels not in (1, 3):
+        raise CalibrationError(f"photographs of {input.channels} channels cannot be resized here: pass them at full size")
+    from PIL import Image
+
+    return fit(Image.fromarray(pixels.squeeze()), config, input.height.opt, input.width.opt)
+
+
+def _npz_rows(path: Path) -> Iterator[np.ndarray]:
+    """The images of an .npz one by one, without holding the array in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [name for name in archive.namelist() if name.endswith(".npy")]
+            named = [name for name in members if name in ("pixel_values.npy", "image.npy")]
+            if len(named or members) != 1:
+                raise CalibrationError(f"{path} holds {members}: it needs one array, or one named pixel_values or image")
+            with archive.open((named or members)[0]) as file:
+                shape, dtype = _npy_header(file)
+                if len(shape) != 4:
+                    raise CalibrationError(f"{path} holds an array of shape {shape}: its first axis must count images")
+                size = int(np.prod(shape[1:])) * dtype.itemsize
+                for _ in range(shape[0]):
+                    yield np.frombuffer(file.read(size), dtype).reshape(shape[1:])
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise CalibrationError(f"{path} cannot be read as .npz: {error}") from error
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the .npy that starts here; pickled and column-major arrays are refused."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if fortran_order or dtype.hasobject:
+        raise ValueError("arrays of objects or in column-major order are not read")
+    return shape, dtype
+
+
+def _synthetic(input: InputSpec) -> Iterator[np.ndarray]:
+    """Seeded images with the 1/f spectrum of photographs: for fp32 and fp16 builds that were given no image."""
+    height, width = input.height.opt, input.width.opt
+    random = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
+    frequency[0, 0] = np.inf
+    for _ in range(_SYNTHETIC_IMAGES):
+        spectrum = np.fft.rfft2(random.standard_normal((input.channels, height, width))) / frequency
+        image = np.fft.irfft2(spectrum, s=(height, width))
+        image = image / (3 * image.std(axis=(1, 2), keepdims=True)) + 0.5
+        yield np.clip(255 * image, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def _describe(source: ImageSource) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else "the calibration iterable"

@@ -1,0 +1,90 @@
+"""A typed graph becomes an engine for this machine. Runs on the device: numpy, msgspec and the engine library only.
+
+Engines are cached by content: the same graph, library and CPU give the same engine without compiling again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from edge_backbones.build.artifacts import CompiledEngine
+from edge_backbones.errors import MissingDependencyError
+from edge_backbones.manifest import EngineKey
+from edge_backbones.runtime import compat, openvino
+from edge_backbones.spec import Precision
+
+CACHE_LIMIT_BYTES = 4 << 30
+
+
+def default_cache() -> Path:
+    """Where compiled engines are kept between builds: the user's cache folder."""
+    home = Path.home()
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "edge_backbones"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "edge_backbones"
+
+
+def engine_key(graph: bytes, precision: Precision) -> EngineKey:
+    """The key of the OpenVINO engine that this machine would make of a graph."""
+    version = openvino.library_version()
+    if version is None:
+        raise MissingDependencyError("compiling the CPU engine", "cpu")
+    host = compat.this_host({"openvino": version})
+    return EngineKey(
+        flavour="openvino",
+        library_version=version,
+        architecture=host.architecture,
+        cpu_features=host.cpu_features,
+        device_name=host.device_name,
+        precision=precision,
+        graph_sha256=hashlib.sha256(graph).hexdigest(),
+    )
+
+
+def compile_engine(graph: bytes, precision: Precision, *, cache: Path | None) -> CompiledEngine:
+    """Compile ONNX bytes for this machine's CPU, or take the engine from ``cache``.
+
+    Raises CompileError with the library's words, MissingDependencyError where OpenVINO is not installed.
+    """
+    key = engine_key(graph, precision)
+    name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()
+    if cache is not None and (cached := _read_cached(cache, name)) is not None:
+        return CompiledEngine(cached, key, ".blob", from_cache=True)
+    data = openvino.compile_model(graph)
+    if cache is not None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            _write_cached(cache, name, data)
+    return CompiledEngine(data, key, ".blob", from_cache=False)
+
+
+def _read_cached(cache: Path, name: str) -> bytes | None:
+    """File names are key-content hashes, so that a damaged engine is noticed and made again."""
+    for path in cache.glob(f"{name}-*.blob"):
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]:
+                os.utime(path)
+                return data
+            path.unlink()
+    return None
+
+
+def _write_cached(cache: Path, name: str, data: bytes) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=cache, suffix=".tmp")
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(temporary, cache / f"{name}-{hashlib.sha256(data).hexdigest()}.blob")
+    by_age = sorted(cache.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for path in by_age:
+        total += path.stat().st_size
+        if total > CACHE_LIMIT_BYTES:
+            path.unlink(missing_ok=True)

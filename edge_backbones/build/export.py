@@ -1,0 +1,157 @@
+"""A prepared backbone as files: one fp32 ONNX graph, frozen TorchScript, and the golden samples to compare with."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from edge_backbones.build.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
+from edge_backbones.errors import ExportError
+from edge_backbones.images import network_input
+from edge_backbones.spec import InputSpec, ShapeRange
+
+OPSET = 20
+"""Gelu is one node from 20 on and fp16 Q/DQ scales are allowed from 19; 23 adds an Attention node that TensorRT-RTX
+does not build in fp32."""
+
+_MAX_RELATIVE_ERROR = 1e-3
+
+
+def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
+    """Write the fp32 graph: input named as ``prepared.input``, outputs as the kept stages, no machine paths inside.
+
+    Raises ExportError with the exporter's first words; a network whose code fixes the size says so there.
+    """
+    input, spec = prepared.input, prepared.spec
+    axes = _dynamic_axes(input)
+    # The exporter specialises a dynamic axis whose example size is 1.
+    batch = max(2, input.batch.opt) if not input.batch.is_fixed else input.batch.opt
+    example = _example(input, batch)
+    try:
+        with _quiet_exporter(), torch.no_grad():
+            program = torch.onnx.export(
+                prepared.module,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[input.name],
+                output_names=list(spec.out_features),
+                dynamic_shapes=(axes,) if axes else None,
+                verbose=False,
+            )
+        assert program is not None  # only dynamo=False returns None
+        model = program.model_proto
+    except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
+        cause = next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
+        advice = "build it for a fixed batch and size" if axes else "this architecture has no ONNX form here"
+        raise ExportError(f"the network cannot be exported with {input.describe()}: {cause.strip()}; {advice}") from error
+    _strip_debug_information(model)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, path)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ExportError(f"the exported graph is not valid ONNX, or over 2 GiB: {error}") from error
+    names = [output.name for output in model.graph.output]
+    if names != list(spec.out_features):
+        raise ExportError(f"the exported graph returns {names} instead of {list(spec.out_features)}")
+    return ExportedGraph(path, spec, input)
+
+
+def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
+    """Write the traced and frozen module; it returns a tuple in stage order."""
+    example = _example(prepared.input, prepared.input.batch.opt)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript and warns of every Python branch in a trace
+        traced = torch.jit.trace(prepared.module, example, check_trace=False)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.freeze(traced.eval()), path)  # type: ignore[no-untyped-call]
+
+
+def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``<case>/<input>`` and the fp32 maps ``<case>/<stage>`` of the network as it was loaded: unfolded, unexported.
+
+    ``cases`` are inputs in the engine's own form (normalised NCHW, or uint8 NHWC which is normalised here in numpy).
+    """
+    golden = {}
+    for case, array in cases.items():
+        with torch.no_grad():
+            maps = loaded.module(torch.from_numpy(network_input(array, loaded.image_config, input)))
+        golden[f"{case}/{input.name}"] = array
+        for stage, feature_map in zip(loaded.out_features, maps, strict=True):
+            golden[f"{case}/{stage}"] = feature_map.numpy().copy()
+    return golden
+
+
+def check_export(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
+    """Run the graph in ONNX Runtime on the golden samples; raises ExportError naming the stage that is off."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
+    for case in sorted({key.split("/", 1)[0] for key in golden}):
+        array = golden[f"{case}/{graph.input.name}"]
+        size = graph.input.batch.max if graph.input.batch.is_fixed else min(len(array), graph.input.batch.max)
+        for start in range(0, len(array), size):
+            piece = np.arange(start, start + size) % len(array)
+            for stage, actual in zip(
+                graph.spec.out_features, session.run(None, {graph.input.name: array[piece]}), strict=True
+            ):
+                expected = golden[f"{case}/{stage}"][piece].astype(np.float64)
+                error = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+                if not error <= _MAX_RELATIVE_ERROR:
+                    raise ExportError(
+                        f"the exported graph is wrong: {stage} differs from the network by {error:.1e} relative, "
+                        f"at most {_MAX_RELATIVE_ERROR:g} is allowed"
+                    )
+
+
+def _example(input: InputSpec, batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = input.shape(batch, input.height.opt, input.width.opt)
+    if input.name == "image":
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return torch.randn(shape, generator=generator)
+
+
+def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
+    """torch.export dimensions of the axes that are not fixed; sizes go in steps of ``size_multiple``."""
+
+    def dimension(name: str, sizes: ShapeRange, step: int) -> Any:
+        if step == 1:
+            return torch.export.Dim(name, min=sizes.min, max=sizes.max)
+        return step * torch.export.Dim(name, min=-(-sizes.min // step), max=sizes.max // step)
+
+    height, width = (2, 3) if input.layout == "NCHW" else (1, 2)
+    axes = {0: ("batch", input.batch, 1)}
+    axes[height] = ("height", input.height, input.size_multiple)
+    axes[width] = ("width", input.width, input.size_multiple)
+    return {axis: dimension(name, sizes, step) for axis, (name, sizes, step) in axes.items() if not sizes.is_fixed}
+
+
+def _strip_debug_information(model: onnx.ModelProto) -> None:
+    """Source lines and paths of the build machine: no engine reads them, and they would differ between machines."""
+    del model.metadata_props[:]
+    model.doc_string = ""
+    graph = model.graph
+    del graph.metadata_props[:]
+    for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+
+
+class _quiet_exporter(warnings.catch_warnings):
+    """The exporter warns and logs about its own internals; errors are raised all the same."""
+
+    def __enter__(self) -> None:  # type: ignore[override]
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *error: object) -> None:
+        logging.disable(logging.NOTSET)
+        super().__exit__(*error)

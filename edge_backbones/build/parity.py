@@ -1,0 +1,87 @@
+"""Parity: every feature map of an engine, through the real runtime, against the fp32 golden samples."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+
+from edge_backbones.bundle import Bundle
+from edge_backbones.errors import IntegrityError
+from edge_backbones.manifest import Gate, ParityReport, StageParity
+from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.spec import Precision
+
+DEFAULT_GATES = {
+    Precision.FP32: Gate(max_relative=1e-3),
+    Precision.FP16: Gate(min_cosine=0.9999),
+    Precision.INT8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
+}
+_MAX_SQNR_DB = 300.0  # equal maps: JSON has no infinity
+
+
+def load_golden(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Golden samples of a bundle as ``<case>/<input or stage>``; raises IntegrityError when they are not what it says."""
+    record = bundle.manifest.golden
+    with np.load(io.BytesIO(bundle.read(record.file)), allow_pickle=False) as archive:
+        golden = {key: archive[key] for key in archive.files}
+    names = (bundle.manifest.input.name, *bundle.manifest.backbone.out_features)
+    missing = [f"{case}/{name}" for case in record.cases for name in names if f"{case}/{name}" not in golden]
+    if missing:
+        raise IntegrityError(f"{bundle.path / record.file.path} lacks {', '.join(missing)}: build the bundle again")
+    return golden
+
+
+def measure_parity(
+    backbone: EdgeBackbone, golden: Mapping[str, np.ndarray], precision: Precision, gate: Gate
+) -> ParityReport:
+    """Run every golden case; the worst image of all cases counts for each stage."""
+    worst: dict[str, StageParity] = {}
+    for case in sorted({key.partition("/")[0] for key in golden}):
+        maps = backbone(golden[f"{case}/{backbone.input.name}"]).feature_maps
+        for stage, actual in zip(backbone.out_features, maps, strict=True):
+            for actual_image, expected_image in zip(actual, golden[f"{case}/{stage}"], strict=True):
+                measured = compare(stage, expected_image, actual_image, gate)
+                worst[stage] = _worse(worst.get(stage, measured), measured)
+    return ParityReport(precision=precision, gate=gate, stages=tuple(worst[stage] for stage in backbone.out_features))
+
+
+def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate) -> StageParity:
+    """One map against its reference, in float64."""
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return StageParity(stage=stage, cosine=0, sqnr_db=0, max_abs=0, relative=0, finite=False, passed=False)
+    reference, value = expected.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
+    difference = value - reference
+    signal, noise = float(reference @ reference), float(difference @ difference)
+    lengths = float(np.sqrt(signal * (value @ value)))
+    cosine = float(reference @ value) / lengths if lengths else float(noise == 0)
+    sqnr_db = min(10 * float(np.log10(signal / noise)), _MAX_SQNR_DB) if signal and noise else _MAX_SQNR_DB * (noise == 0)
+    relative = float(np.sqrt(noise / signal)) if signal else float(np.sqrt(noise))
+    passed = (
+        (gate.min_cosine is None or cosine >= gate.min_cosine)
+        and (gate.min_sqnr_db is None or sqnr_db >= gate.min_sqnr_db)
+        and (gate.max_relative is None or relative <= gate.max_relative)
+    )
+    return StageParity(
+        stage=stage,
+        cosine=cosine,
+        sqnr_db=float(sqnr_db),
+        max_abs=float(np.abs(difference).max()),
+        relative=relative,
+        finite=True,
+        passed=passed,
+    )
+
+
+def _worse(a: StageParity, b: StageParity) -> StageParity:
+    """Figure by figure, so that no image hides behind another."""
+    return StageParity(
+        stage=a.stage,
+        cosine=min(a.cosine, b.cosine),
+        sqnr_db=min(a.sqnr_db, b.sqnr_db),
+        max_abs=max(a.max_abs, b.max_abs),
+        relative=max(a.relative, b.relative),
+        finite=a.finite and b.finite,
+        passed=a.passed and b.passed,
+    )

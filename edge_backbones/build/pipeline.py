@@ -1,0 +1,405 @@
+"""Where the steps meet: build a bundle on a workstation, compile and verify it on a device.
+
+Only :func:`build_bundle` needs torch, and imports it when called; :func:`compile_bundle` and :func:`verify_bundle` run
+where numpy and the engine library are all there is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+import edge_backbones
+from edge_backbones.build.artifacts import LoadedBackbone, Progress, TypedGraph, no_progress
+from edge_backbones.build.compile import compile_engine, default_cache
+from edge_backbones.build.parity import DEFAULT_GATES, load_golden, measure_parity
+from edge_backbones.bundle import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.errors import (
+    BundleError,
+    CalibrationError,
+    InputError,
+    MissingDependencyError,
+    ParityError,
+    SourceError,
+)
+from edge_backbones.images import ImageConfig, network_input
+from edge_backbones.manifest import (
+    CalibrationRecord,
+    EngineRecord,
+    FileRecord,
+    Gate,
+    GoldenRecord,
+    GraphRecord,
+    Manifest,
+    ParityReport,
+    Provenance,
+)
+from edge_backbones.runtime import compat, session
+from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.runtime.openvino import OpenVinoSession
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
+
+if TYPE_CHECKING:
+    from edge_backbones.build.calibration import ImageSet, ImageSource
+
+_CALIBRATION_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What to build.
+
+    The network: ``weights``, ``num_channels``, ``output_stride``, ``out_indices`` and ``out_features`` as in
+    :class:`edge_backbones.build.sources.timm.TimmOptions`. The input: ``input`` is ``"pixel_values"`` (float NCHW) or
+    ``"image"`` (uint8 NHWC, preprocessing in the graph); ``batch``, ``height`` and ``width`` are sizes or ranges, None
+    for the network's own size. ``precisions``: one graph and one engine each. ``method`` / ``percentile``: the range
+    estimator of int8. ``gates`` replace the default gate of a precision. ``golden``: images that parity is measured on.
+    ``torchscript``: also write graphs/fp32.ts. ``cache``: folder of compiled engines, None for no cache.
+    """
+
+    weights: str = "pretrained"
+    num_channels: int = 3
+    output_stride: int | None = None
+    out_indices: tuple[int, ...] | None = None
+    out_features: tuple[str, ...] | None = None
+    input: str = "pixel_values"
+    batch: int | ShapeRange = 1
+    height: int | ShapeRange | None = None
+    width: int | ShapeRange | None = None
+    precisions: tuple[Precision, ...] = (Precision.INT8,)
+    method: str = "percentile"
+    percentile: float = 99.99
+    gates: Mapping[Precision, Gate] = field(default_factory=dict)
+    golden: int = 4
+    torchscript: bool = True
+    cache: Path | None = field(default_factory=default_cache)
+
+    def __post_init__(self) -> None:
+        if self.input not in ("pixel_values", "image"):
+            raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
+        if not self.precisions or len(set(self.precisions)) != len(self.precisions):
+            raise InputError(f"precisions must name at least one of fp32, fp16, int8, each once; got {self.precisions}")
+        if self.golden < 1:
+            raise InputError(f"golden must be at least 1 image, got {self.golden}")
+        if (self.height is None) != (self.width is None):
+            raise InputError(f"height and width go together, got {self.height} and {self.width}")
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished bundle, the parity of each engine, and the images that did not decode."""
+
+    bundle: Bundle
+    reports: tuple[ParityReport, ...]
+    skipped: tuple[str, ...]
+
+
+def build_bundle(
+    name: str,
+    target: str | Path,
+    *,
+    images: ImageSource = None,
+    options: BuildOptions | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> BuildResult:
+    """Turn a timm backbone into a verified bundle for this machine's CPU.
+
+    ``images``: photographs for calibration and parity (see :data:`edge_backbones.build.calibration.ImageSource`); int8
+    needs them, fp32 and fp16 fall back on synthetic images. Random weights get their batch-norm statistics from them.
+
+    Nothing appears at ``target`` unless every stage of every engine is inside its gate; with ``overwrite`` the old
+    bundle stays until then. Raises SourceError, ExportError, CalibrationError, QuantizationError, CompileError,
+    ParityError (with the report), BundleError, InputError, MissingDependencyError.
+    """
+    options = options or BuildOptions()
+    if images is None and Precision.INT8 in options.precisions:
+        raise CalibrationError("int8 needs calibration images: pass a folder of photographs (--images FOLDER)")
+    progress("loading libraries", 0, None)
+    try:
+        from edge_backbones.build import calibration, export, prepare, quantize, ranges
+        from edge_backbones.build.sources.timm import TimmOptions, load_timm
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
+
+    with new_bundle(target, overwrite=overwrite) as folder, tempfile.TemporaryDirectory(dir=folder) as work_name:
+        work = Path(work_name)
+        progress("loading the network", 0, None)
+        source = load_timm(
+            name,
+            TimmOptions(
+                weights=options.weights,
+                num_channels=options.num_channels,
+                img_size=_opt_size(options),
+                output_stride=options.output_stride,
+                out_indices=options.out_indices,
+                out_features=options.out_features,
+            ),
+        )
+        loaded = source.backbone
+        input = _input_spec(options, loaded, source.height, source.width)
+        image_set = calibration.gather_images(
+            images, input=input, config=loaded.image_config, spool=work / "images", progress=progress
+        )
+        calibrating, golden_indices = calibration.split(len(image_set.names), options.golden)
+
+        if loaded.source.weights == "random":
+            progress("warming batch norm", 0, None)
+            batches = image_set.batches(_CALIBRATION_BATCH, calibrating)
+            loaded = prepare.warm_batch_norm(loaded, (network_input(batch, loaded.image_config, input) for batch in batches))
+
+        progress("folding batch norm", 0, None)
+        prepared = prepare.prepare(loaded, input)
+
+        progress("exporting", 0, None)
+        graph = export.export_onnx(prepared, work / "fp32.onnx")
+        (folder / "graphs").mkdir()
+        if options.torchscript:
+            export.export_torchscript(prepared, folder / "graphs" / "fp32.ts")
+
+        progress("recording golden samples", 0, None)
+        golden = export.golden_samples(loaded, input, _golden_cases(image_set.take(golden_indices), input))
+        export.check_export(graph, golden)
+        np.savez(folder / "golden.npz", **golden)  # type: ignore[arg-type]
+
+        found: dict[str, float] | None = None
+        calibration_record = None
+        if Precision.INT8 in options.precisions:
+            batch = input.batch.max if input.batch.is_fixed else min(_CALIBRATION_BATCH, input.batch.max)
+            found = ranges.collect_ranges(
+                graph.path,
+                quantize.tensors_to_calibrate(graph),
+                image_set.batches(batch, calibrating, fill=input.batch.is_fixed),
+                method=options.method,
+                percentile=options.percentile,
+                progress=progress,
+            )
+            calibration_record = _write_calibration(
+                folder, options, image_set, calibrating, record_file(work, "fp32.onnx"), loaded.image_config, found
+            )
+
+        graphs, engines = [], []
+        for precision in options.precisions:
+            progress(f"typing the {precision} graph", 0, None)
+            path = f"graphs/{precision}.onnx"
+            typed = quantize.write_typed_graph(graph, precision=precision, path=folder / path, ranges=found)
+            graphs.append(
+                GraphRecord(format="onnx", precision=precision, file=record_file(folder, path), opset=export.OPSET)
+            )
+            gate = options.gates.get(precision, DEFAULT_GATES[precision])
+            engines.append(_compiled_engine(folder, typed, golden, gate, options.cache, progress))
+        if options.torchscript:
+            file = record_file(folder, "graphs/fp32.ts")
+            graphs.append(GraphRecord(format="torchscript", precision=Precision.FP32, file=file))
+
+        manifest = Manifest(
+            schema_version=1,
+            backbone=prepared.spec,
+            input=input,
+            image=loaded.image_config,
+            source=loaded.source,
+            graphs=tuple(graphs),
+            engines=tuple(engines),
+            golden=GoldenRecord(
+                file=record_file(folder, "golden.npz"),
+                cases=tuple(sorted({key.partition("/")[0] for key in golden})),
+                images=tuple(image_set.names[i] for i in golden_indices),
+            ),
+            calibration=calibration_record,
+            provenance=_provenance(),
+        )
+        write_manifest(folder, manifest)
+        progress("writing the bundle", 0, None)
+        del image_set
+    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), _skipped(calibration_record))
+
+
+def compile_bundle(
+    path: str | Path,
+    *,
+    precisions: tuple[Precision, ...] | None = None,
+    cache: Path | None = None,
+    progress: Progress = no_progress,
+) -> tuple[EngineRecord, ...]:
+    """Add engines for this machine to a bundle, from its graphs, each verified before it is added.
+
+    ``precisions``: None for every ONNX graph of the bundle. The bundle is unchanged for a precision that fails: its
+    gate is the one the bundle was built with. Raises BundleError, CompileError, ParityError, MissingDependencyError.
+    """
+    bundle = Bundle.open(path)
+    graphs = [g for g in bundle.manifest.graphs if g.format == "onnx" and (precisions is None or g.precision in precisions)]
+    if not graphs:
+        held = ", ".join(g.precision.value for g in bundle.manifest.graphs if g.format == "onnx")
+        asked = ", ".join(p.value for p in precisions or ())
+        raise BundleError(f"{bundle.path} has no {asked} graph; it holds: {held}")
+    golden = load_golden(bundle)
+    added = []
+    for graph in graphs:
+        progress(f"compiling {graph.precision}", 0, None)
+        engine = compile_engine(bytes(bundle.read(graph.file)), graph.precision, cache=cache)
+        file = record_bytes(f"engines/{engine.key.name}{engine.suffix}", engine.data)
+        gate = next(
+            (e.parity.gate for e in bundle.manifest.engines if e.key.precision == graph.precision),
+            DEFAULT_GATES[graph.precision],
+        )
+        report = _verified(bundle.manifest.backbone, bundle.manifest.input, engine.data, golden, graph.precision, gate, progress)
+        record = EngineRecord(key=engine.key, file=file, parity=report)
+        bundle = bundle.with_engine(record, engine.data)
+        added.append(record)
+    return tuple(added)
+
+
+def verify_bundle(
+    path: str | Path, *, engine: str | None = None, progress: Progress = no_progress
+) -> tuple[ParityReport, ...]:
+    """Check every file of a bundle, and measure again every engine that can run here (or just ``engine``).
+
+    Raises BundleError for a damaged file, EngineMismatchError when no engine can run here, ParityError when a feature
+    map is outside the gate that the bundle was built with.
+    """
+    bundle = Bundle.open(path)
+    progress("checking files", 0, None)
+    bundle.check_files()
+    host = compat.this_host(session.installed_versions())
+    session.choose_engine(bundle, host, engine)
+    golden = load_golden(bundle)
+    reports = []
+    for record in bundle.manifest.engines:
+        wanted = engine is None or engine in (record.key.precision.value, record.key.flavour, record.name)
+        if wanted and not compat.reasons_against(record.key, host):
+            data = bundle.read(record.file)
+            spec, input = bundle.manifest.backbone, bundle.manifest.input
+            reports.append(_verified(spec, input, data, golden, record.key.precision, record.parity.gate, progress))
+    return tuple(reports)
+
+
+def _compiled_engine(
+    folder: Path, graph: TypedGraph, golden: Mapping[str, np.ndarray], gate: Gate, cache: Path | None, progress: Progress
+) -> EngineRecord:
+    """Compile, verify, and only then write the engine into the folder."""
+    progress(f"compiling {graph.precision}", 0, None)
+    engine = compile_engine(graph.path.read_bytes(), graph.precision, cache=cache)
+    report = _verified(graph.spec, graph.input, engine.data, golden, graph.precision, gate, progress)
+    path = f"engines/{engine.key.name}{engine.suffix}"
+    (folder / "engines").mkdir(exist_ok=True)
+    (folder / path).write_bytes(engine.data)
+    return EngineRecord(key=engine.key, file=record_file(folder, path), parity=report)
+
+
+def _verified(
+    spec: BackboneSpec,
+    input: InputSpec,
+    data: bytes | bytearray,
+    golden: Mapping[str, np.ndarray],
+    precision: Precision,
+    gate: Gate,
+    progress: Progress,
+) -> ParityReport:
+    """Parity through the real runtime; raises ParityError naming the stages that failed."""
+    progress(f"verifying {precision}", 0, None)
+    engine = OpenVinoSession(bytearray(data), outputs=spec.out_features)
+    with EdgeBackbone(spec, input, engine) as backbone:
+        report = measure_parity(backbone, golden, precision, gate)
+    if not report.passed:
+        raise ParityError(
+            f"{precision} is outside its gate ({gate}): {report.failures()}. Use more or other calibration images, "
+            "another range estimator (--method max), or another precision (--precision fp16)",
+            report,
+        )
+    return report
+
+
+def _opt_size(options: BuildOptions) -> tuple[int, int] | None:
+    if options.height is None or options.width is None:
+        return None
+    return _as_range(options.height).opt, _as_range(options.width).opt
+
+
+def _as_range(size: int | ShapeRange) -> ShapeRange:
+    return size if isinstance(size, ShapeRange) else ShapeRange.fixed(size)
+
+
+def _input_spec(options: BuildOptions, loaded: LoadedBackbone, height: int, width: int) -> InputSpec:
+    """The graph's input; axes of variable size go in steps of the deepest kept stride."""
+    heights, widths = _as_range(options.height or height), _as_range(options.width or width)
+    step = 1 if heights.is_fixed and widths.is_fixed else max(loaded.reductions)
+    for axis, sizes in (("height", heights), ("width", widths)):
+        if not sizes.is_fixed and any(size % step for size in (sizes.min, sizes.opt, sizes.max)):
+            raise SourceError(f"{axis} {sizes.min}:{sizes.opt}:{sizes.max} must be multiples of {step}, the deepest stride")
+    return InputSpec(
+        name="image" if options.input == "image" else "pixel_values",
+        channels=loaded.channels_in,
+        batch=_as_range(options.batch),
+        height=heights,
+        width=widths,
+        size_multiple=step,
+    )
+
+
+def _golden_cases(images: np.ndarray, input: InputSpec) -> dict[str, np.ndarray]:
+    """The images at opt size, and for an input of variable size cropped or mirrored to the smallest and the largest."""
+    cases = {"opt": images}
+    if not (input.height.is_fixed and input.width.is_fixed):
+        cases["min"] = _resized(images, input, input.height.min, input.width.min)
+        cases["max"] = _resized(images, input, input.height.max, input.width.max)
+    return cases
+
+
+def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> np.ndarray:
+    axes = (2, 3) if input.layout == "NCHW" else (1, 2)
+    padding = [(0, 0)] * 4
+    for axis, size in zip(axes, (height, width), strict=True):
+        images = images.take(range(min(size, images.shape[axis])), axis=axis)
+        padding[axis] = (0, size - images.shape[axis])
+    return np.ascontiguousarray(np.pad(images, padding, mode="symmetric"))
+
+
+def _write_calibration(
+    folder: Path,
+    options: BuildOptions,
+    images: ImageSet,
+    indices: list[int],
+    graph: FileRecord,
+    config: ImageConfig,
+    found: Mapping[str, float],
+) -> CalibrationRecord:
+    """calibration.json: the ranges, and the hashes of what made them."""
+    content = {
+        "method": options.method,
+        "percentile": options.percentile,
+        "graph_sha256": graph.sha256,
+        "data_sha256": images.fingerprint,
+        "preprocessing": config,
+        "images": [images.names[i] for i in indices],
+        "skipped": list(images.skipped),
+        "ranges": dict(found),
+    }
+    (folder / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
+    return CalibrationRecord(
+        file=record_file(folder, "calibration.json"),
+        method="max" if options.method == "max" else "percentile",
+        percentile=options.percentile,
+        images=len(indices),
+        skipped=images.skipped,
+    )
+
+
+def _skipped(record: CalibrationRecord | None) -> tuple[str, ...]:
+    return () if record is None else record.skipped
+
+
+def _provenance() -> Provenance:
+    versions = {"python": platform.python_version(), "edge_backbones": edge_backbones.__version__}
+    for library in ("numpy", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino"):
+        versions[library] = importlib.metadata.version(library)
+    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Provenance(created=created, versions=versions)

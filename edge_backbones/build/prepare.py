@@ -1,0 +1,193 @@
+"""The network as it will be deployed: frozen and folded batch norm, merged branches, preprocessing baked in.
+
+Freezing means what ``freeze_batch_norm_2d`` of transformers' TimmBackboneConfig means: running statistics and affine
+parameters are constants. A FrozenBatchNorm2d left in the graph costs a Mul and an Add per layer in every engine, so the
+constants are multiplied into the convolution in front (Jacob et al. 2018, section 3.2) wherever a convolution feeds a
+batch norm and nothing else. Batch norms in front of a convolution (pre-activation nets) stay, with constant statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from timm.utils.model import reparameterize_model
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from edge_backbones.build.artifacts import LoadedBackbone, PreparedBackbone
+from edge_backbones.errors import ExportError, SourceError
+from edge_backbones.images import ImageConfig
+from edge_backbones.spec import BackboneSpec, InputSpec
+
+# Folding and merging only reorder float32 arithmetic; anything above this is a wrong fold.
+_MAX_RELATIVE_CHANGE = 1e-3
+
+
+def warm_batch_norm(loaded: LoadedBackbone, batches: Iterable[np.ndarray]) -> LoadedBackbone:
+    """Set batch-norm statistics (in place) to the average over ``batches`` of float32 NCHW.
+
+    For random weights only: untouched statistics (mean 0, variance 1) let activations grow from layer to layer, which
+    no trained network does.
+    """
+    norms = [m for m in loaded.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return loaded
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            loaded.module(torch.from_numpy(batch))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    loaded.module.eval()
+    return dataclasses.replace(loaded, source=msgspec.structs.replace(loaded.source, batch_norm_warmed=True))
+
+
+def prepare(loaded: LoadedBackbone, input: InputSpec) -> PreparedBackbone:
+    """Make the module that is exported; ``loaded`` stays as it is, the reference to compare with.
+
+    Raises SourceError when the network refuses this input size or returns something that is not a feature map,
+    ExportError when the folded network would not compute what the loaded one does.
+    """
+    sample = torch.rand(1, input.channels, input.height.opt, input.width.opt, generator=torch.Generator().manual_seed(0))
+    sample = (sample - torch.tensor(loaded.image_config.mean).view(1, -1, 1, 1)) / torch.tensor(
+        loaded.image_config.std
+    ).view(1, -1, 1, 1)
+    expected = _forward(loaded.module, sample)
+    net = reparameterize_model(copy.deepcopy(loaded.module)).eval()
+    folded, kept = fold_batch_norm(net, sample)
+    for stage, before, after in zip(loaded.out_features, expected, _forward(net, sample), strict=True):
+        change = float(torch.linalg.norm(after - before) / torch.linalg.norm(before))
+        if not change <= _MAX_RELATIVE_CHANGE:
+            raise ExportError(f"folding batch norm changes {stage} by {change:.1e} relative: this network cannot be folded")
+    module = net if input.name == "pixel_values" else _FromImage(net, loaded.image_config)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return PreparedBackbone(module.eval(), _measured_spec(loaded, sample, expected), input, folded, kept)
+
+
+def fold_batch_norm(net: nn.Module, sample: torch.Tensor) -> tuple[int, int]:
+    """Multiply batch norms into the convolutions that feed them, in place; returns (folded, left in the graph).
+
+    Pairs are found by watching one forward: names and positions in the module tree say nothing of the data flow.
+    """
+    flow = _DataFlow()
+    with flow:
+        _forward(net, sample)
+    convs = {id(m.weight): m for m in net.modules() if isinstance(m, nn.Conv2d)}
+    norms = {id(m.running_mean): m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
+    folded = 0
+    replacements: dict[nn.Module, nn.Module] = {}
+    for source, mean in flow.batch_norms:
+        conv, norm = convs.get(flow.conv_outputs.get(source, 0)), norms.get(mean)
+        if conv is None or norm is None or flow.uses[source] != 1:
+            continue
+        if flow.conv_calls[id(conv.weight)] != 1 or flow.norm_calls[mean] != 1:
+            continue  # shared by several places: folding would change the others
+        with torch.no_grad():
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+        replacements[norm] = getattr(norm, "act", nn.Identity())  # timm's BatchNormAct2d carries its activation
+        folded += 1
+    for path, module in list(net.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            net.set_submodule(path, replacements[module])
+    return folded, len(norms) - folded
+
+
+class _DataFlow(TorchFunctionMode):
+    """Which tensor feeds which, seen from the calls of one forward. Tensors are kept alive so that ids stay unique."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_outputs: dict[int, int] = {}  # id of a convolution's result -> id of its weight
+        self.batch_norms: list[tuple[int, int]] = []  # (id of the input, id of running_mean)
+        self.uses: Counter[int] = Counter()
+        self.conv_calls: Counter[int] = Counter()
+        self.norm_calls: Counter[int] = Counter()
+        self._alive: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):  # reading .shape is not a use
+            self._alive.append(result)
+            self.uses.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        if func is functional.conv2d:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self.conv_outputs[id(result)] = id(weight)
+            self.conv_calls[id(weight)] += 1
+        elif func is functional.batch_norm:
+            source = args[0] if args else kwargs["input"]
+            mean = args[1] if len(args) > 1 else kwargs["running_mean"]
+            self.batch_norms.append((id(source), id(mean)))
+            self.norm_calls[id(mean)] += 1
+        return result
+
+
+class _FromImage(nn.Module):
+    """uint8 NHWC camera frames in: cast first (TensorRT transposes no uint8), then layout, then mean and std."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, net: nn.Module, config: ImageConfig) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", 255 * torch.tensor(config.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(config.std).view(1, -1, 1, 1))
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pixel_values = (image.float().permute(0, 3, 1, 2) - self.mean) / self.std
+        return self.net(pixel_values)  # type: ignore[no-any-return]
+
+
+def _forward(module: nn.Module, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    try:
+        with torch.no_grad():
+            return tuple(module(sample))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = "x".join(str(n) for n in sample.shape[2:])
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"the network does not take images of {size} (height x width): {cause}") from error
+
+
+def _measured_spec(
+    loaded: LoadedBackbone, sample: torch.Tensor, maps: tuple[torch.Tensor, ...]
+) -> BackboneSpec:
+    """Channels and strides off the real maps; the metadata is only believed where the maps agree with it."""
+    if len(maps) != len(loaded.out_features) or any(m.ndim != 4 for m in maps):
+        shapes = [tuple(m.shape) for m in maps]
+        raise SourceError(f"stages {loaded.out_features} should give one NCHW map each, the forward gave {shapes}")
+    num_features = list(loaded.num_features)
+    strides = []
+    for index, feature_map, reduction in zip(loaded.out_indices, maps, loaded.reductions, strict=True):
+        num_features[index] = int(feature_map.shape[1])
+        strides.append(tuple(_stride(n, m, reduction) for n, m in zip(sample.shape[2:], feature_map.shape[2:], strict=True)))
+    return BackboneSpec(
+        stage_names=loaded.stage_names,
+        out_features=loaded.out_features,
+        out_indices=loaded.out_indices,
+        channels=tuple(int(m.shape[1]) for m in maps),
+        strides=tuple((v, h) for v, h in strides),
+        num_features=tuple(num_features),
+    )
+
+
+def _stride(pixels: int, cells: int, claimed: int) -> int:
+    """Input pixels per cell; where borders make the quotient uneven, the claimed stride if it explains the map."""
+    return claimed if abs(pixels - cells * claimed) < claimed else max(1, round(pixels / cells))

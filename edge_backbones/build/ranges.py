@@ -1,0 +1,213 @@
+"""How far each activation reaches: |x| thresholds from a stream of calibration batches.
+
+What a range must not depend on is how the data was delivered. So every tensor is reduced to counts that add up the same
+way in any order:
+
+- images are fed to the graph one static batch at a time (one image, where the batch is dynamic), whatever the size of
+  the batches that arrive, because a kernel may round differently at another batch size;
+- |x| is counted in bins whose width is a power of two. A value that does not fit doubles the width until it does, and
+  neighbouring bins are merged. Scaling by a power of two is exact in floating point and floor(floor(v) / 2) is
+  floor(v / 2), so the merged histogram is the one that the final width would have counted from the start.
+
+Memory is one batch of activations and 32 KiB per tensor, whatever the number of images.
+
+Exact zeros are left out of the counts: every scale represents them, so they have no say in where to clip. A percentile of
+a ReLU's output is then a percentile of what passed the ReLU, and a nearly silent tensor keeps its few large values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_backbones.errors import CalibrationError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Progress = Callable[[str, int, int | None], None]
+RangeMethod = Literal["max", "percentile"]
+
+#: The threshold of a tensor that was zero on every image. Any positive number does: zero quantises to zero.
+DEAD_TENSOR_THRESHOLD = 1.0
+
+# At most this many bins are in use; the largest value lies in the upper half of them, so a bin is 1/2048 of the range
+# or finer, 8 times finer than the 8-bit grid that the threshold will span.
+_BINS = 4096
+
+
+def collect_ranges(
+    model_path: Path,
+    tensors: Sequence[str],
+    batches: Iterable[npt.NDArray[np.generic]],
+    *,
+    method: RangeMethod = "percentile",
+    percentile: float = 99.99,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Run an ONNX graph over calibration batches and return the |x| threshold of each named tensor.
+
+    Args:
+        model_path: fp32 ONNX file with one input; its batch dimension is static or dynamic.
+        tensors: names of float tensors in the graph; the graph's input and outputs may be among them.
+        batches: arrays of the input's dtype, shaped (N, ...) as the input is. N may differ from batch to batch; it must
+            be a multiple of the graph's batch size where that is static. Read once, never held.
+        method: "max" takes the largest |x| seen; "percentile" clips the largest values that are not zero.
+        percentile: in (0, 100]; the share of non-zero values that the threshold keeps. 100 is "max".
+        progress: called as (step text, images done, None) after every batch.
+
+    Returns:
+        Finite, positive thresholds in the order of `tensors`. The same data gives the same bits in any order and in
+        batches of any size. A tensor that is zero everywhere gets DEAD_TENSOR_THRESHOLD.
+
+    Raises:
+        CalibrationError: a bad option, an unknown tensor, no batches, a batch that does not fit the input, or a NaN or
+            infinite activation (which names the tensor).
+    """
+    if method not in get_args(RangeMethod):
+        raise CalibrationError(f"range method is {method!r}; choose one of {', '.join(get_args(RangeMethod))}")
+    if not 0.0 < percentile <= 100.0:
+        raise CalibrationError(f"percentile is {percentile!r}; it must lie in (0, 100], 99.99 for example")
+    if not tensors:
+        return {}
+
+    session = _session_with_outputs(model_path, tensors)
+    magnitudes = {name: _Magnitudes() for name in tensors}
+    images = 0
+    for batch in batches:
+        for chunk in _chunks(batch, session):
+            for name, values in _activations(session, tensors, chunk):
+                _count(magnitudes[name], values, name, keep_histogram=method == "percentile")
+        images += len(batch)
+        if progress is not None:
+            progress("calibrating", images, None)
+    if images == 0:
+        raise CalibrationError(
+            "there were no calibration batches; give at least one image (a few dozen typical ones are better)"
+        )
+    share = percentile / 100.0 if method == "percentile" else 1.0
+    return {name: _threshold(magnitudes[name], share) for name in tensors}
+
+
+# ---- running the graph ----------------------------------------------------------------------------------------------
+
+
+def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
+    """A session over the graph with `tensors` as its only outputs (the input itself needs no output)."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(model_path, load_external_data=False)
+    inputs = {value.name for value in model.graph.input}
+    known = {name for node in model.graph.node for name in node.output}
+    unknown = [name for name in tensors if name not in known | inputs]
+    if unknown:
+        raise CalibrationError(
+            f"{model_path} has no tensor named {', '.join(map(repr, unknown))}; take the names from the same graph"
+        )
+    del model.graph.output[:]
+    computed = [name for name in tensors if name not in inputs] or [model.graph.node[-1].output[0]]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: these come back as exceptions
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model_path.parent))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _chunks(
+    batch: npt.NDArray[np.generic], session: onnxruntime.InferenceSession
+) -> Iterator[npt.NDArray[np.generic]]:
+    expected = session.get_inputs()[0]
+    fits = batch.ndim == len(expected.shape) and all(
+        want == got for want, got in zip(expected.shape[1:], batch.shape[1:], strict=True) if isinstance(want, int)
+    )
+    size = expected.shape[0] if isinstance(expected.shape[0], int) else 1
+    if not fits or len(batch) % size:
+        raise CalibrationError(
+            f"a calibration batch is shaped {batch.shape}, the graph's input {expected.name!r} {tuple(expected.shape)};"
+            f" give batches of that shape, with a multiple of {size} images"
+        )
+    for start in range(0, len(batch), size):
+        yield np.ascontiguousarray(batch[start : start + size])
+
+
+def _activations(
+    session: onnxruntime.InferenceSession, tensors: Sequence[str], chunk: npt.NDArray[np.generic]
+) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+    input_name = session.get_inputs()[0].name
+    names = [output.name for output in session.get_outputs()]
+    try:
+        values = dict(zip(names, session.run(names, {input_name: chunk}), strict=True))
+    except Exception as error:  # onnxruntime raises unrelated classes; each says what did not fit
+        raise CalibrationError(f"the graph did not run on a batch of {chunk.dtype} {chunk.shape}: {error}") from error
+    values[input_name] = chunk
+    for name in tensors:
+        yield name, values[name]
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Magnitudes:
+    """What is kept of one tensor. Bin i counts the values with i <= |x| / 2**exponent < i + 1, exact zeros left out."""
+
+    largest: float = 0.0
+    exponent: int | None = None  # None until a value other than zero arrives
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, dtype=np.int64))
+
+
+def _count(seen: _Magnitudes, values: npt.NDArray[np.generic], name: str, *, keep_histogram: bool) -> None:
+    magnitudes = np.abs(values, dtype=np.float32).ravel()
+    largest = float(magnitudes.max(initial=0.0))
+    if not np.isfinite(largest):  # max() hands a NaN on
+        raise CalibrationError(
+            f"activation {name!r} holds {'NaN' if np.isnan(largest) else 'an infinite value'}; quantisation needs finite"
+            " activations: check the calibration images, their normalisation and the weights"
+        )
+    seen.largest = max(seen.largest, largest)
+    if largest == 0.0 or not keep_histogram:
+        return
+
+    exponent = _exponent_for(largest)
+    if seen.exponent is None:
+        seen.exponent = exponent
+    elif exponent > seen.exponent:
+        seen.counts = _merged(seen.counts, exponent - seen.exponent)
+        seen.exponent = exponent
+    # ldexp in float64: a float32 scale would overflow or underflow for magnitudes near the ends of the float32 range.
+    scale = np.ldexp(1.0, -seen.exponent)
+    magnitudes *= np.float32(scale) if 1e-30 < scale < 1e30 else scale
+    seen.counts += np.bincount(magnitudes.astype(np.intp), minlength=_BINS)
+    seen.counts[0] -= magnitudes.size - np.count_nonzero(values)
+
+
+def _exponent_for(largest: float) -> int:
+    """The smallest e with largest < _BINS * 2**e."""
+    return int(np.frexp(largest)[1]) - (_BINS.bit_length() - 1)
+
+
+def _merged(counts: npt.NDArray[np.int64], doublings: int) -> npt.NDArray[np.int64]:
+    merged = np.zeros_like(counts)
+    # A shift past the last bin leaves index 0 whatever its size; numpy's shift by 64 or more is undefined.
+    np.add.at(merged, np.arange(_BINS) >> min(doublings, _BINS.bit_length()), counts)
+    return merged
+
+
+def _threshold(seen: _Magnitudes, share: float) -> float:
+    if seen.largest == 0.0:
+        return DEAD_TENSOR_THRESHOLD
+    if share == 1.0 or seen.exponent is None:
+        return seen.largest
+    cumulative = np.cumsum(seen.counts)
+    wanted = share * float(cumulative[-1])
+    index = int(np.searchsorted(cumulative, wanted))
+    below = float(cumulative[index - 1]) if index else 0.0
+    within = (wanted - below) / float(seen.counts[index])
+    return min(float(np.ldexp(index + within, seen.exponent)), seen.largest)

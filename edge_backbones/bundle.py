@@ -1,0 +1,259 @@
+"""The bundle: a folder that holds graphs, engines and the proof that they are right. This docstring is its format.
+
+::
+
+    resnet50.bundle/
+      manifest.json        what is inside: structs of manifest.py, schema in manifest.schema.json, at most 4 MiB
+      graphs/int8.onnx     one typed ONNX graph per precision; graphs/fp32.ts is the frozen TorchScript
+      golden.npz           inputs and fp32 reference feature maps: float32 arrays, no pickles
+      calibration.json     int8 ranges per tensor, and the hashes of what made them
+      engines/*.blob       raw engine bytes with nothing in front, named flavour-version-architecture-feature-precision
+
+1. manifest.json MUST name every file that a reader opens, with its SHA-256 and size. Files it does not name are ignored.
+2. A path MUST be relative, use forward slashes, have no ``..``, and stay inside the folder when links are followed.
+3. A reader MUST refuse unknown keys, another ``schema_version``, a wrong digest, and any file whose size or hash differs.
+4. Nothing is unpickled. TorchScript is code: it is opened only when asked for by name.
+5. A writer MUST make a new bundle beside the target and rename it into place, and MUST replace manifest.json by rename
+   after the files it names are on disk. A reader therefore sees the old state or the new one, never a mixture.
+
+``target`` being replaced is exchanged in one system call where the kernel can (Linux ``renameat2``), else by two renames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from edge_backbones import manifest as manifest_module
+from edge_backbones.errors import BundleError, IntegrityError, ManifestError
+from edge_backbones.manifest import EngineRecord, FileRecord, Manifest
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: the checked manifest and where its files lie. Files are checked when they are read."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read and check manifest.json; raises BundleError (a ManifestError or IntegrityError where that fits)."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is not a bundle: there is no such folder")
+        try:
+            data = (folder / MANIFEST).read_bytes()
+        except FileNotFoundError as error:
+            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}") from error
+        except OSError as error:
+            raise BundleError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from error
+        manifest = manifest_module.decode(data)
+        for record in manifest.files():
+            _refuse_escape(folder, record)
+        return cls(folder, manifest)
+
+    def read(self, record: FileRecord) -> bytearray:
+        """The bytes of a file, after comparing size and SHA-256. Raises IntegrityError naming the file.
+
+        What is returned is what was compared, so a file that changes later does no harm.
+        """
+        path = _refuse_escape(self.path, record)
+        try:
+            with path.open("rb") as file:
+                data = bytearray(os.fstat(file.fileno()).st_size)
+                del data[file.readinto(data) :]
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{path} is missing: {_REPAIR}") from error
+        except OSError as error:
+            raise IntegrityError(f"{path} cannot be read: {error.strerror}") from error
+        if len(data) != record.size:
+            raise IntegrityError(f"{path} has {len(data)} bytes, the manifest says {record.size}: {_REPAIR}")
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != record.sha256:
+            raise IntegrityError(
+                f"{path} was changed: SHA-256 {digest[:12]}..., the manifest says {record.sha256[:12]}...: {_REPAIR}"
+            )
+        return data
+
+    def check_files(self) -> None:
+        """Read and compare every file of the bundle."""
+        for record in self.manifest.files():
+            self.read(record)
+
+    def with_engine(self, engine: EngineRecord, data: bytes) -> Bundle:
+        """Add an engine (or replace the one of the same name) on disk, and return the bundle as it is then.
+
+        The engine's bytes are on disk before the manifest that names them appears; engines that no manifest names
+        any more are removed. Two writers take turns.
+        """
+        with _lock(self.path):
+            current = Bundle.open(self.path)
+            _write_file(self.path / engine.file.path, data)
+            kept = tuple(e for e in current.manifest.engines if e.name != engine.name)
+            manifest = msgspec.structs.replace(current.manifest, engines=(*kept, engine))
+            write_manifest(self.path, manifest)
+            named = {record.path for record in manifest.files()}
+            for stray in (self.path / "engines").iterdir():
+                if f"engines/{stray.name}" not in named:
+                    stray.unlink()
+        return Bundle.open(self.path)
+
+
+_REPAIR = "copy the bundle again or build it again"
+
+
+def record_file(folder: Path, path: str) -> FileRecord:
+    """Hash a file that has been written into a bundle folder."""
+    digest = hashlib.sha256()
+    with (folder / path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return FileRecord(path=path, sha256=digest.hexdigest(), size=(folder / path).stat().st_size)
+
+
+def record_bytes(path: str, data: bytes) -> FileRecord:
+    """The record of bytes that will be written to ``path``."""
+    return FileRecord(path=path, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace manifest.json in one rename."""
+    _write_file(folder / MANIFEST, manifest_module.encode(manifest))
+
+
+@contextlib.contextmanager
+def new_bundle(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside ``target`` to write a bundle into; on a clean exit it becomes ``target``, else it is removed.
+
+    Raises BundleError when ``target`` exists and ``overwrite`` is False, or is something that is not a bundle. The old
+    bundle stays where it is until the new one is complete and on disk.
+    """
+    target = Path(os.path.abspath(target))
+    _refuse_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(target):
+        for stale in target.parent.glob(f".{target.name}.building-*"):  # ours alone: the lock says nobody writes there
+            shutil.rmtree(stale, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+        try:
+            staging.chmod(0o755)
+            yield staging
+            Bundle.open(staging)
+            _sync_tree(staging)
+            _refuse_target(target, overwrite)
+            if target.exists():
+                _exchange(staging, target)
+            else:
+                staging.rename(target)
+            _sync_folder(target.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise BundleError(f"{target} exists already: choose another folder or pass --overwrite (overwrite=True)")
+    if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        raise BundleError(f"{target} is not a bundle and will not be overwritten: choose another folder")
+
+
+def _refuse_escape(folder: Path, record: FileRecord) -> Path:
+    """The file's place on disk; raises ManifestError for a path that leaves the folder."""
+    parts = record.path.split("/")
+    if record.path.startswith("/") or "\\" in record.path or ":" in record.path or {"", ".", ".."} & set(parts):
+        raise ManifestError(f"the manifest names {record.path!r}, which is not a plain path inside the bundle: refused")
+    path = folder / record.path
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ManifestError(f"the manifest names {record.path!r}, which leads outside {folder}: refused")
+    return path
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    """Write beside, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """One writer per bundle and machine; released by the kernel when the process dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: a second writer is refused by the file system's own rules
+        yield
+        return
+    target = Path(os.path.abspath(target))
+    path = target.parent / f".{target.name}.lock"
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BundleError(f"another process is writing {target}: wait for it, or choose another folder") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+                    try:
+                        yield
+                    finally:
+                        path.unlink(missing_ok=True)
+                    return
+        # The previous writer removed the file between our open and our lock: that lock protects nothing, try again.
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders: in one step where the kernel can, so that a reader always finds a bundle at ``old``."""
+    if sys.platform == "linux":
+        at_fdcwd, rename_exchange = -100, 2
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if renameat2 is not None and renameat2(at_fdcwd, bytes(new), at_fdcwd, bytes(old), rename_exchange) == 0:
+            return
+    aside = new.with_name(new.name + ".old")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        with path.open("rb") if path.is_file() else contextlib.nullcontext() as file:
+            if file is not None:
+                os.fsync(file.fileno())
+            else:
+                _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,406 @@
+"""The command line: parse, one library call, exit code.
+
+Exit codes: 0 done, 1 refused (one line on stderr says why), 2 usage, 3 a feature map is outside its parity gate,
+130 interrupted. ``--json`` writes one JSON document to stdout and nothing else; errors are then JSON too.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from edge_backbones import __version__
+from edge_backbones.bundle import Bundle
+from edge_backbones.errors import EdgeBackbonesError, InputError, MissingDependencyError, ParityError
+from edge_backbones.manifest import ParityReport
+from edge_backbones.spec import Precision, ShapeRange
+
+try:
+    import click
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as missing_cli:
+    sys.exit(f"edge-backbones: {MissingDependencyError('the command line', 'cli')} ({missing_cli.name} is missing)")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Vision backbones as verified bundles of compiled engines, behind the transformers backbone API.\n\n"
+    "`build` makes a bundle from a timm name, `run` gives the feature maps of a photograph.",
+)
+_out = Console(soft_wrap=True, highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", show_default=False)]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(help="Precision, flavour or name of one engine; the best that fits by default.", show_default=False),
+]
+
+
+class InputName(str, enum.Enum):
+    PIXEL_VALUES = "pixel_values"
+    IMAGE = "image"
+
+
+class Method(str, enum.Enum):
+    PERCENTILE = "percentile"
+    MAX = "max"
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="A timm name, tags too: resnet50, resnet50.a1_in1k.", show_default=False)],
+    bundle: Annotated[Path, typer.Argument(help="The bundle folder to write.", show_default=False)],
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Photographs to calibrate with and to verify on: a folder, or an .npz.", show_default=False),
+    ] = None,
+    out_indices: Annotated[
+        str | None,
+        typer.Option(help="Stages to keep, by index: 1,2,3,4 or -2,-1. The last one by default.", show_default=False),
+    ] = None,
+    out_features: Annotated[
+        str | None, typer.Option(help="Stages to keep, by name: layer1,layer4.", show_default=False)
+    ] = None,
+    precision: Annotated[
+        list[Precision] | None, typer.Option(help="fp32, fp16 or int8; repeat for several.  [default: int8]")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="pretrained, random:SEED, or a checkpoint (.safetensors first; .pth without code).")
+    ] = "pretrained",
+    input: Annotated[
+        InputName, typer.Option(help="pixel_values: float NCHW, normalised. image: uint8 NHWC camera frames.")
+    ] = InputName.PIXEL_VALUES,
+    batch: Annotated[str, typer.Option(help="Batch size, or MIN:OPT:MAX.")] = "1",
+    size: Annotated[
+        str | None,
+        typer.Option(help="HxW, or HxW:HxW:HxW as min:opt:max. The network's own by default.", show_default=False),
+    ] = None,
+    num_channels: Annotated[int, typer.Option(min=1, help="Channels of the input image.")] = 3,
+    output_stride: Annotated[
+        int | None, typer.Option(help="8 or 16: dilate the last stages (where timm can).", show_default=False)
+    ] = None,
+    method: Annotated[Method, typer.Option(help="Range estimator of int8.")] = Method.PERCENTILE,
+    percentile: Annotated[float, typer.Option(help="Share of |values| inside the range, in percent.")] = 99.99,
+    golden: Annotated[int, typer.Option(min=1, help="Images that parity is measured on.")] = 4,
+    torchscript: Annotated[bool, typer.Option(help="Also write the frozen TorchScript module.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is verified.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Build a bundle: load, fold, export, calibrate, compile, verify. Nothing is written unless every stage passes.
+
+    Example: **edge-backbones build resnet50 resnet50.bundle --images photos/ --out-indices 1,2,3,4**
+    """
+    from edge_backbones.build.pipeline import BuildOptions, build_bundle
+
+    height, width = (None, None) if size is None else _sizes(size)
+    options = BuildOptions(
+        weights=weights,
+        num_channels=num_channels,
+        output_stride=output_stride,
+        out_indices=None if out_indices is None else _integers(out_indices, "--out-indices"),
+        out_features=None if out_features is None else tuple(name.strip() for name in out_features.split(",")),
+        input=input.value,
+        batch=_range(batch, "--batch"),
+        height=height,
+        width=width,
+        precisions=tuple(dict.fromkeys(precision or [Precision.INT8])),
+        method=method.value,
+        percentile=percentile,
+        golden=golden,
+        torchscript=torchscript,
+    )
+    with _Steps(as_json) as progress:
+        result = build_bundle(model, bundle, images=images, options=options, overwrite=overwrite, progress=progress)
+    if as_json:
+        _print_json({"bundle": str(bundle), "parity": result.reports, "skipped": result.skipped})
+        return
+    if result.skipped:
+        _err.print(f"{len(result.skipped)} images did not decode and were skipped: {_some(result.skipped)}")
+    _print_parity(result.reports)
+    _out.print(f"wrote {bundle}")
+
+
+@app.command(name="compile")
+def compile_(
+    bundle: BundleArgument,
+    precision: Annotated[
+        list[Precision] | None, typer.Option(help="Only these graphs; all by default.", show_default=False)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Add engines for this machine to a bundle, verified first. Needs no torch."""
+    from edge_backbones.build.pipeline import compile_bundle
+    from edge_backbones.build.compile import default_cache
+
+    wanted = None if not precision else tuple(precision)
+    with _Steps(as_json) as progress:
+        added = compile_bundle(bundle, precisions=wanted, cache=default_cache(), progress=progress)
+    if as_json:
+        _print_json({"bundle": str(bundle), "engines": added})
+        return
+    _print_parity([engine.parity for engine in added])
+    for engine in added:
+        _out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB)")
+
+
+@app.command()
+def verify(bundle: BundleArgument, engine: EngineOption = None, as_json: JsonFlag = False) -> None:
+    """Check every file of a bundle and measure parity again, through the real runtime."""
+    from edge_backbones.build.pipeline import verify_bundle
+
+    with _Steps(as_json) as progress:
+        reports = verify_bundle(bundle, engine=engine, progress=progress)
+    if as_json:
+        _print_json({"bundle": str(bundle), "parity": reports})
+        return
+    _print_parity(reports)
+    _out.print(f"{bundle} is whole and right")
+
+
+@app.command()
+def run(
+    bundle: BundleArgument,
+    source: Annotated[Path, typer.Argument(help="An image, or a folder of images.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where <image>.npz and <image>.png go.")] = Path("features"),
+    engine: EngineOption = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.", show_default=False)] = None,
+    picture: Annotated[bool, typer.Option(help="Draw the feature maps.")] = True,
+    as_json: JsonFlag = False,
+) -> None:
+    """Feature maps of photographs: an .npz with one array per stage, and a picture of them."""
+    from edge_backbones.images import fit, list_images, open_image, to_input
+    from edge_backbones.pictures import draw_feature_maps
+    from edge_backbones.runtime.backbone import EdgeBackbone
+
+    if not source.exists():
+        raise InputError(f"{source} does not exist")
+    files = list_images(source) if source.is_dir() else [source]
+    if not files:
+        raise InputError(f"{source} has no images")
+    root = source if source.is_dir() else source.parent
+    config = Bundle.open(bundle).manifest.image
+    written = []
+    with EdgeBackbone.from_pretrained(bundle, engine=engine, threads=threads) as backbone, _Steps(as_json) as progress:
+        for done, file in enumerate(files):
+            progress("running", done, len(files))
+            spec = backbone.input
+            photograph = fit(open_image(file, spec.channels), config, spec.height.opt, spec.width.opt)
+            maps = backbone(to_input(photograph[None], config, spec)).feature_maps
+            by_stage = {stage: m[0] for stage, m in zip(backbone.out_features, maps, strict=True)}
+            target = out / file.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(target.with_suffix(".npz"), **by_stage)
+            if picture:
+                title = f"{Path(bundle).name}: {file.name}"
+                draw_feature_maps(target.with_suffix(".png"), photograph, by_stage, title=title)
+            shapes = {stage: list(m.shape) for stage, m in by_stage.items()}
+            written.append({"image": str(file), "features": str(target.with_suffix(".npz")), "shapes": shapes})
+        progress("running", len(files), len(files))
+    if as_json:
+        _print_json(written)
+        return
+    for entry in written:
+        stages = ", ".join(f"{stage} {'x'.join(map(str, shape))}" for stage, shape in entry["shapes"].items())  # type: ignore[attr-defined]
+        _out.print(f"{entry['features']}: {stages}")
+
+
+@app.command()
+def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
+    """What is in a bundle, and which of its engines run on this machine. Reads the manifest only."""
+    from edge_backbones.runtime import compat, session
+
+    manifest = Bundle.open(bundle).manifest
+    host = compat.this_host(session.installed_versions())
+    reasons = {engine.name: compat.reasons_against(engine.key, host) for engine in manifest.engines}
+    if as_json:
+        _print_json({"manifest": manifest, "reasons_against": reasons})
+        return
+    source, spec = manifest.source, manifest.backbone
+    weights = {"random": f"random weights, seed {source.seed}", "pretrained": "pretrained weights"}.get(
+        source.weights, f"weights with SHA-256 {(source.weights_sha256 or '')[:12]}..."
+    )
+    _out.print(f"[bold]{bundle}[/]: {source.name} of {source.library}, {weights}")
+    _out.print(f"input [bold]{manifest.input.name}[/]: {manifest.input.describe()}, engine batch {manifest.input.batch}")
+    stages = Table("index", "stage", "channels", "stride", title="feature maps", title_justify="left")
+    for i, name, channels, stride in zip(spec.out_indices, spec.out_features, spec.channels, spec.strides, strict=True):
+        stages.add_row(str(i), name, str(channels), str(stride[0]) if stride[0] == stride[1] else f"{stride[0]}x{stride[1]}")
+    _out.print(stages)
+    engines = Table("engine", "MB", "runs here", title="engines", title_justify="left")
+    for engine in manifest.engines:
+        why = reasons[engine.name]
+        engines.add_row(engine.name, f"{engine.file.size / 1e6:.1f}", "yes" if not why else "no: " + "; ".join(why))
+    _out.print(engines)
+    _print_parity([engine.parity for engine in manifest.engines])
+    if manifest.calibration is not None:
+        record = manifest.calibration
+        estimator = "max" if record.method == "max" else f"percentile {record.percentile:g}"
+        _out.print(f"calibrated by {estimator} on {record.images} images, {len(record.skipped)} skipped")
+    _out.print(f"built {manifest.provenance.created}")
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """What this machine can build and run, and what to install for the rest."""
+    from edge_backbones.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json(findings)
+        return
+    table = Table("", "to", "found", "fix")
+    for finding in findings:
+        table.add_row("[green]ok[/]" if finding.ok else "[yellow]--[/]", finding.topic, finding.found, finding.fix)
+    _out.print(table)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        _out.print(f"edge-backbones {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: run a command and turn every outcome into an exit code."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        return app(arguments, prog_name="edge-backbones", standalone_mode=False) or 0
+    except ParityError as error:
+        if "--json" not in arguments:
+            _print_parity([error.report], console=_err)
+        return _refuse(arguments, error, 3, parity=error.report)
+    except (EdgeBackbonesError, OSError, MemoryError) as error:
+        return _refuse(arguments, error, 1)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _err.print("interrupted: nothing was written")
+        return 130
+
+
+def _refuse(arguments: list[str], error: BaseException, code: int, **details: Any) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    if "--json" in arguments:
+        _print_json({"error": type(error).__name__, "message": message, **details})
+    else:
+        _err.print(f"edge-backbones: {message}", markup=False, soft_wrap=True)
+    return code
+
+
+class _Steps:
+    """Progress on a terminal: a line per step with its elapsed time. Quiet elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]*[/]"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=_err,
+            disable=quiet or not _err.is_terminal,
+        )
+        self._task: Any = None
+        self._step = ""
+
+    def __enter__(self) -> Callable[[str, int, int | None], None]:
+        self._bars.start()
+        return self._progress
+
+    def _progress(self, step: str, done: int, total: int | None) -> None:
+        if step != self._step:
+            self._finish()
+            self._step, self._task = step, self._bars.add_task(step, total=total)
+        self._bars.update(self._task, completed=done, total=total)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            task = self._bars.tasks[self._bars.task_ids.index(self._task)]
+            total = task.total or 1
+            self._bars.update(self._task, completed=total, total=total)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        self._bars.stop()
+
+
+def _print_parity(reports: Iterable[ParityReport], console: Console | None = None) -> None:
+    for report in reports:
+        title = f"parity of {report.precision} with fp32 torch, worst golden image; gate: {report.gate}"
+        table = Table("stage", title=title, title_justify="left")
+        for column in ("cosine", "SQNR dB", "relative error", "max |difference|", ""):
+            table.add_column(column, justify="right")
+        for s in report.stages:
+            verdict = "[green]pass[/]" if s.passed else "[red]FAIL[/]"
+            figures = (f"{s.cosine:.6f}", f"{s.sqnr_db:.1f}", f"{s.relative:.1e}", f"{s.max_abs:.3g}")
+            table.add_row(s.stage, *(figures if s.finite else ("not finite",) * 4), verdict)
+        (console or _out).print(table)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(msgspec.to_builtins(value), indent=2) + "\n")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _integers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of integers such as 1,2,3", param_hint=option) from None
+
+
+def _range(text: str, option: str) -> ShapeRange:
+    try:
+        parts = [int(part) for part in text.split(":")]
+        if len(parts) not in (1, 3):
+            raise ValueError("one number, or three as MIN:OPT:MAX")
+        return ShapeRange(min=parts[0], opt=parts[len(parts) // 2], max=parts[-1])
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a size or MIN:OPT:MAX: {error}", param_hint=option) from None
+
+
+def _sizes(text: str) -> tuple[ShapeRange, ShapeRange]:
+    pairs = [part.lower().split("x") for part in text.split(":")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise click.BadParameter(f"{text!r} is not HxW or HxW:HxW:HxW", param_hint="--size")
+    heights, widths = (":".join(pair[axis] for pair in pairs) for axis in (0, 1))
+    return _range(heights, "--size"), _range(widths, "--size")
+
+
+if __name__ == "__main__":
+    main()

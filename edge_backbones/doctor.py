@@ -1,0 +1,91 @@
+"""What this machine can build and run, and what to install for the rest. Looks only; installs and downloads nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+
+import msgspec
+
+from edge_backbones.runtime import compat
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing looked at. ``fix`` is empty when there is nothing to do."""
+
+    topic: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Everything that decides what can be built and run here."""
+    host = compat.this_host({})
+    return [
+        Finding(topic="machine", ok=True, found=f"{platform.system()} {host.architecture}, {host.device_name}, {_memory()}"),
+        _int8(host),
+        _python(),
+        _library("run on the CPU (OpenVINO)", "cpu", ("openvino",)),
+        _library("read image files", "images", ("Pillow",)),
+        _library("draw feature maps", "report", ("matplotlib",)),
+        _library(
+            "build bundles from timm", "build", ("torch", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino")
+        ),
+        _library(
+            "compile TensorRT-RTX engines ahead of time (tests only in this release)",
+            "rtx",
+            ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
+        ),
+        _gpu(),
+    ]
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return "memory unknown"
+    return f"{total / 2**30:.0f} GiB, {os.cpu_count()} logical cores"
+
+
+def _int8(host: compat.Host) -> Finding:
+    """Without dot-product instructions int8 still runs, at about the speed of fp32."""
+    fast = [f for f in host.cpu_features if f in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")]
+    found = f"instructions: {', '.join(host.cpu_features) or 'not known on this system'}"
+    fix = "" if fast else "this CPU has no int8 dot product: measure before you prefer int8 over fp32"
+    return Finding(topic="fast int8 on the CPU", ok=bool(fast), found=found, fix=fix)
+
+
+def _python() -> Finding:
+    return Finding(topic="python", ok=True, found=f"{platform.python_implementation()} {platform.python_version()}")
+
+
+def _library(purpose: str, extra: str, distributions: Sequence[str]) -> Finding:
+    """An extra, by the distributions that it brings."""
+    versions, missing = [], []
+    for name in distributions:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    found = ", ".join(versions) + ("; " if versions and missing else "") + (f"missing: {', '.join(missing)}" if missing else "")
+    fix = f"pip install 'edge-backbones[{extra}]'" if missing else ""
+    return Finding(topic=purpose, ok=not missing, found=found, fix=fix)
+
+
+def _gpu() -> Finding:
+    """Ask the driver itself: cuInit says whether there is a device."""
+    topic = "NVIDIA GPU"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return Finding(topic=topic, ok=False, found="no NVIDIA driver; CPU engines do not need one")
+    count = ctypes.c_int(0)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if status or not count.value:
+        return Finding(topic=topic, ok=False, found=f"driver present, {count.value} devices (cuInit status {status})")
+    return Finding(topic=topic, ok=True, found=f"{count.value} devices; this release compiles for the CPU only")

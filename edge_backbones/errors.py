@@ -1,0 +1,93 @@
+"""Every error that this package raises on purpose.
+
+::
+
+    EdgeBackbonesError
+    ├── MissingDependencyError   an extra is not installed; the message is the command that installs it (also ImportError)
+    ├── SourceError              unknown model, bad stage selection, weights that do not fit
+    │   └── HubUnreachableError  pretrained weights were asked for and the model hub did not answer
+    ├── ExportError              the network cannot become an ONNX or TorchScript graph in the asked form
+    ├── CalibrationError         calibration data that is missing, unreadable or would give a useless range
+    ├── QuantizationError        a typed graph cannot be made from this graph and these ranges
+    ├── CompileError             an engine library refused a graph; carries what it said
+    ├── ParityError              a feature map left its gate; carries the ParityReport
+    ├── BundleError              a bundle cannot be read or written
+    │   ├── ManifestError        manifest.json is not what bundle.py specifies
+    │   └── IntegrityError       a file is missing, truncated, changed or outside the folder
+    ├── EngineMismatchError      no engine of the bundle can run here; the message lists the reason of each
+    └── InputError               an input array or a stage selection that the engine cannot take (also ValueError)
+
+A message says what was wrong with both values and how to fix it, in one line. Anything else that escapes from this
+package (AttributeError, a bare RuntimeError of a library...) is a bug.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edge_backbones.manifest import ParityReport
+
+
+class EdgeBackbonesError(Exception):
+    """Base class: catch it to catch every refusal of this package."""
+
+
+class MissingDependencyError(EdgeBackbonesError, ImportError):
+    """A library of an optional extra is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs the '{extra}' extra: pip install 'edge-backbones[{extra}]'")
+        self.extra = extra
+
+
+class SourceError(EdgeBackbonesError):
+    """The model, its stages or its weights cannot be loaded as asked."""
+
+
+class HubUnreachableError(SourceError):
+    """Pretrained weights were asked for and the model hub did not answer."""
+
+
+class ExportError(EdgeBackbonesError):
+    """The network cannot be exported in the asked form."""
+
+
+class CalibrationError(EdgeBackbonesError):
+    """Calibration data that is missing, unreadable or would give a useless range."""
+
+
+class QuantizationError(EdgeBackbonesError):
+    """A typed graph cannot be made from this graph and these ranges."""
+
+
+class CompileError(EdgeBackbonesError):
+    """An engine library refused a graph."""
+
+
+class ParityError(EdgeBackbonesError):
+    """A feature map left its gate. ``report`` holds the figures of every stage."""
+
+    def __init__(self, message: str, report: ParityReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class BundleError(EdgeBackbonesError):
+    """A bundle cannot be read or written."""
+
+
+class ManifestError(BundleError):
+    """manifest.json is not what the format says."""
+
+
+class IntegrityError(BundleError):
+    """A file of a bundle is missing, truncated, changed or outside the folder."""
+
+
+class EngineMismatchError(EdgeBackbonesError):
+    """No engine of a bundle can run on this machine."""
+
+
+class InputError(EdgeBackbonesError, ValueError):
+    """An input array or a stage selection that the engine cannot take."""

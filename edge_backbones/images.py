@@ -1,0 +1,110 @@
+"""Photographs to network input, the same way at build time and on the device, with Pillow and numpy alone.
+
+:func:`fit` repeats the evaluation transform of timm (``timm.data.create_transform(is_training=False)``) bit for bit, so
+that a device without torch sees what the network was trained on; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import numpy as np
+
+from edge_backbones.errors import InputError, MissingDependencyError
+from edge_backbones.spec import InputSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+
+
+class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The network's own preprocessing, as timm's data config has it; ``mean`` and ``std`` are for values in 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: Literal["center", "squash", "border"] = "center"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} and std {self.std} need one value per channel, std above 0")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files under a folder, by name, sorted; whether they decode is not known yet."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def open_image(path: Path, channels: int = 3) -> Image.Image:
+    """Decode a file upright (EXIF) as RGB, or as grey for one channel. Raises InputError naming the file."""
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise MissingDependencyError("reading image files", "images") from error
+    if channels not in (1, 3):
+        raise InputError(f"image files have 1 or 3 channels, this backbone takes {channels}: pass arrays instead")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} does not decode as an image: {error}") from error
+
+
+def fit(image: Image.Image, config: ImageConfig, height: int, width: int) -> np.ndarray:
+    """Resize and crop to (height, width): uint8 array (height, width, channels)."""
+    from PIL import Image
+
+    resample = Image.Resampling[config.interpolation.upper()]
+    scaled_h, scaled_w = math.floor(height / config.crop_pct), math.floor(width / config.crop_pct)
+    source_w, source_h = image.size
+    if config.crop_mode == "squash":
+        size = (scaled_h, scaled_w)
+    elif config.crop_mode == "center" and scaled_h == scaled_w:
+        short, long = sorted((source_h, source_w))
+        other = int(scaled_h * long / short)
+        size = (scaled_h, other) if source_h <= source_w else (other, scaled_h)
+    else:
+        ratios = (source_h / scaled_h, source_w / scaled_w)
+        ratio = max(ratios) if config.crop_mode == "border" else min(ratios)
+        size = (round(source_h / ratio), round(source_w / ratio))
+    if size != (source_h, source_w):
+        image = image.resize((size[1], size[0]), resample)
+    return _centre_crop(np.atleast_3d(np.asarray(image)), config, height, width)
+
+
+def _centre_crop(pixels: np.ndarray, config: ImageConfig, height: int, width: int) -> np.ndarray:
+    """Crop around the centre; a side that is too short is padded first (with the mean colour in border mode)."""
+    short_h, short_w = max(height - pixels.shape[0], 0), max(width - pixels.shape[1], 0)
+    if short_h or short_w:
+        fill = [round(255 * mean) if config.crop_mode == "border" else 0 for mean in config.mean]
+        padded = np.empty((pixels.shape[0] + short_h, pixels.shape[1] + short_w, pixels.shape[2]), np.uint8)
+        padded[...] = np.array(fill[: pixels.shape[2]], np.uint8)
+        top, left = short_h // 2, short_w // 2
+        padded[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        pixels = padded
+    top, left = round((pixels.shape[0] - height) / 2.0), round((pixels.shape[1] - width) / 2.0)
+    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
+
+
+def to_input(images: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
+    """uint8 (batch, height, width, channels) to what the graph takes: itself, or normalised float32 NCHW."""
+    return np.ascontiguousarray(images) if input.name == "image" else _normalised(images, config)
+
+
+def network_input(array: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
+    """An input of the graph as the float32 NCHW that the bare network takes."""
+    return _normalised(array, config) if input.name == "image" else array
+
+
+def _normalised(images: np.ndarray, config: ImageConfig) -> np.ndarray:
+    mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
+    scaled = (images.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))

@@ -1,0 +1,231 @@
+"""The bundle's manifest.json as typed structs; the JSON schema in manifest.schema.json is generated from them.
+
+Decoding is strict: unknown keys, missing keys and wrong types are refused with the path of the field. ``digest`` is the
+SHA-256 of the manifest encoded with an empty ``digest``, so a changed byte anywhere in it is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from edge_backbones.errors import ManifestError
+from edge_backbones.images import ImageConfig
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision
+
+SCHEMA_VERSION = 1
+MAX_MANIFEST_BYTES = 4 << 20
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+RelativePath = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+Flavour = Literal["openvino"]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What every struct of the manifest shares."""
+
+
+class FileRecord(_Strict):
+    """One file of the bundle; ``path`` is relative to the folder, with forward slashes."""
+
+    path: RelativePath
+    sha256: Sha256
+    size: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Source(_Strict):
+    """Where the network came from. ``weights_sha256``: of the checkpoint file; ``seed``: of random weights."""
+
+    library: Literal["timm"]
+    name: str
+    weights: Literal["pretrained", "checkpoint", "random"]
+    weights_sha256: Sha256 | None = None
+    seed: int | None = None
+    batch_norm_warmed: bool = False
+    options: dict[str, int] = {}
+
+
+class GraphRecord(_Strict):
+    """One graph file. ``opset`` is None for TorchScript."""
+
+    format: Literal["onnx", "torchscript"]
+    precision: Precision
+    file: FileRecord
+    opset: int | None = None
+
+
+class GoldenRecord(_Strict):
+    """golden.npz: input ``<case>/<input name>`` and fp32 map ``<case>/<stage>`` for every case."""
+
+    file: FileRecord
+    cases: tuple[str, ...]
+    images: tuple[str, ...]
+
+
+class CalibrationRecord(_Strict):
+    """How the int8 ranges were found; the ranges themselves are in the file."""
+
+    file: FileRecord
+    method: Literal["max", "percentile"]
+    percentile: float
+    images: int
+    skipped: tuple[str, ...]
+
+
+class EngineKey(_Strict):
+    """Where engine bytes may run: everything that compat.py compares with the machine at hand."""
+
+    flavour: Flavour
+    library_version: str
+    architecture: str
+    cpu_features: tuple[str, ...]
+    device_name: str
+    precision: Precision
+    graph_sha256: Sha256
+
+    @property
+    def name(self) -> str:
+        """File name without suffix: ``openvino-2026.4.1-x86_64-avx512_vnni-int8``."""
+        version = self.library_version.split("-")[0]
+        features = f"-{self.cpu_features[-1]}" if self.cpu_features else ""
+        return f"{self.flavour}-{version}-{self.architecture}{features}-{self.precision}"
+
+
+class Gate(_Strict):
+    """Bounds that every feature map must keep; None means not asked."""
+
+    min_cosine: float | None = None
+    min_sqnr_db: float | None = None
+    max_relative: float | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            f"cosine >= {self.min_cosine:g}" if self.min_cosine is not None else "",
+            f"SQNR >= {self.min_sqnr_db:g} dB" if self.min_sqnr_db is not None else "",
+            f"relative error <= {self.max_relative:g}" if self.max_relative is not None else "",
+        ]
+        return " and ".join(part for part in parts if part) or "finite values"
+
+
+class StageParity(_Strict):
+    """A feature map against its fp32 reference over all golden samples; the worst case counts.
+
+    ``cosine`` of the flattened maps, ``sqnr_db`` = 10 log10(|r|^2 / |r - x|^2), ``max_abs`` = max |r - x|,
+    ``relative`` = |r - x| / |r| (Frobenius). A value that is not finite is stored as ``finite = False`` and zeros.
+    """
+
+    stage: str
+    cosine: float
+    sqnr_db: float
+    max_abs: float
+    relative: float
+    finite: bool
+    passed: bool
+
+
+class ParityReport(_Strict):
+    """Every kept stage of one engine, measured through the real runtime on the golden samples."""
+
+    precision: Precision
+    gate: Gate
+    stages: tuple[StageParity, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(stage.passed for stage in self.stages)
+
+    def failures(self) -> str:
+        """One phrase per failing stage, with its figures."""
+        return "; ".join(
+            f"{stage.stage} has cosine {stage.cosine:.4f}, SQNR {stage.sqnr_db:.1f} dB, relative error "
+            f"{stage.relative:.2e}, max |difference| {stage.max_abs:.3g}"
+            if stage.finite
+            else f"{stage.stage} has values that are not finite"
+            for stage in self.stages
+            if not stage.passed
+        )
+
+
+class EngineRecord(_Strict):
+    """One compiled engine, and the parity that let it into the bundle."""
+
+    key: EngineKey
+    file: FileRecord
+    parity: ParityReport
+
+    @property
+    def name(self) -> str:
+        return self.key.name
+
+
+class Provenance(_Strict):
+    """When and with what the graphs were built."""
+
+    created: str
+    versions: dict[str, str]
+
+
+class Manifest(_Strict):
+    """The whole of manifest.json."""
+
+    schema_version: Literal[1]
+    backbone: BackboneSpec
+    input: InputSpec
+    image: ImageConfig
+    source: Source
+    graphs: tuple[GraphRecord, ...]
+    engines: tuple[EngineRecord, ...]
+    golden: GoldenRecord
+    calibration: CalibrationRecord | None
+    provenance: Provenance
+    digest: str = ""
+
+    def files(self) -> tuple[FileRecord, ...]:
+        """Every file that the bundle must hold."""
+        calibration = () if self.calibration is None else (self.calibration.file,)
+        graphs, engines = (g.file for g in self.graphs), (e.file for e in self.engines)
+        return (*graphs, *engines, self.golden.file, *calibration)
+
+    def onnx_graph(self, precision: Precision) -> GraphRecord | None:
+        """The ONNX graph of a precision, if the bundle has it."""
+        return next((g for g in self.graphs if g.format == "onnx" and g.precision == precision), None)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Indented JSON with the digest filled in."""
+    digest = _digest(manifest)
+    return msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, digest=digest)), indent=2) + b"\n"
+
+
+def decode(data: bytes) -> Manifest:
+    """Parse and check; raises ManifestError with the field that is wrong."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"manifest.json has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} a manifest may have")
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+        if version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"manifest.json has schema_version {version}, this release reads {SCHEMA_VERSION}: "
+                + ("upgrade edge-backbones" if version > SCHEMA_VERSION else "build the bundle again")
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(f"manifest.json is not a valid manifest: {error}; restore it or build the bundle again") from error
+    if manifest.digest != _digest(manifest):
+        raise ManifestError("manifest.json was changed after it was written (its digest differs): build the bundle again")
+    return manifest
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of manifest.json, for readers in other languages."""
+    return msgspec.json.schema(Manifest)
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, digest=""))).hexdigest()

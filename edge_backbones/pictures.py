@@ -1,0 +1,47 @@
+"""Feature maps as a picture: what each stage answers to, beside the photograph that went in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from edge_backbones.errors import MissingDependencyError
+
+_CHANNELS_SHOWN = 4
+
+
+def draw_feature_maps(
+    path: Path,
+    photograph: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    *,
+    title: str,
+) -> None:
+    """Write a PNG: one row per stage, with the energy of all channels and the strongest ones.
+
+    ``photograph``: uint8 (height, width, channels), as the network saw it. ``maps``: (channels, height, width) by stage.
+    Energy is the root mean square over channels; a strong channel is one with a large variance over the map.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("drawing feature maps", "report") from error
+    rows, columns = len(maps), 2 + _CHANNELS_SHOWN
+    figure = Figure(figsize=(2.1 * columns, 2.35 * rows + 0.7), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row, (stage, feature_map) in zip(axes, maps.items(), strict=True):
+        for axis in row:
+            axis.set_axis_off()
+        row[0].imshow(photograph if photograph.shape[2] == 3 else photograph[..., 0], cmap="gray")
+        row[0].set_title(f"{stage}\n{' x '.join(str(n) for n in feature_map.shape)}", fontsize=9, loc="left")
+        row[1].imshow(np.sqrt((feature_map.astype(np.float64) ** 2).mean(axis=0)), cmap="magma")
+        row[1].set_title("energy of\nall channels", fontsize=9)
+        strongest = np.argsort(feature_map.reshape(len(feature_map), -1).var(axis=1))[::-1][:_CHANNELS_SHOWN]
+        for axis, channel in zip(row[2:], strongest, strict=False):
+            axis.imshow(feature_map[channel], cmap="viridis")
+            axis.set_title(f"channel\n{channel}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

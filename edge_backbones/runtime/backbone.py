@@ -1,0 +1,249 @@
+"""The transformers backbone API over a compiled engine: no torch, no transformers, numpy in and numpy out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from edge_backbones.bundle import Bundle
+from edge_backbones.errors import EngineMismatchError, InputError
+from edge_backbones.runtime import compat, session
+from edge_backbones.spec import BackboneSpec, InputSpec, align_stages
+
+
+class BackboneOutput(Mapping[str, Any]):
+    """``transformers.modeling_outputs.BackboneOutput`` without torch.
+
+    ``feature_maps`` is a tuple of float32 NCHW arrays in stage order. As in transformers, fields that are None are not
+    keys, ``output[0]`` and ``output["feature_maps"]`` are the same, and iterating gives the keys.
+    """
+
+    __slots__ = ("attentions", "feature_maps", "hidden_states")
+
+    def __init__(self, feature_maps: tuple[np.ndarray, ...]) -> None:
+        self.feature_maps = feature_maps
+        self.hidden_states: tuple[np.ndarray, ...] | None = None
+        self.attentions: tuple[np.ndarray, ...] | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None."""
+        return tuple(self[key] for key in self)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, (int, slice)):
+            return self.to_tuple()[key]
+        if key not in list(self):
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in ("feature_maps", "hidden_states", "attentions") if getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(feature_map.shape) for feature_map in self.feature_maps)
+        return f"BackboneOutput(feature_maps=[{shapes}])"
+
+
+class EdgeBackbone:
+    """A compiled backbone that is called like a transformers backbone.
+
+    >>> with EdgeBackbone.from_pretrained("resnet50.bundle") as backbone:   # doctest: +SKIP
+    ...     maps = backbone(pixel_values).feature_maps                      # (batch, 256, 56, 56), ...
+
+    Input: ``pixel_values`` float (16, 32 or 64 bit) of shape (batch, channels, height, width), normalised; or, for a
+    bundle built with ``input="image"``, uint8 of shape (batch, height, width, channels), raw camera frames. A numpy
+    array, or anything on the CPU that speaks DLPack (``torch.Tensor`` too).
+
+    Batch: any size from 1. A batch that the engine takes as it is runs in one piece. One that is smaller than the
+    engine's smallest is filled up with zeros, and the filling is cut from the result; one that is larger than its
+    largest runs in pieces, and the results are joined. Either way ``len(feature_map) == len(pixel_values)``.
+
+    Output: float32 arrays, C-contiguous, that the caller owns: no later call writes to them.
+
+    Threads: calls from several threads at the same time are fine and do not mix; each pays for memory of its own. The
+    stage setters and ``close`` are not to be called while another thread is in a call.
+    """
+
+    def __init__(self, spec: BackboneSpec, input: InputSpec, engine: session.EngineSession) -> None:
+        self._spec = spec
+        self._input = input
+        self._engine = engine
+        self._chosen = tuple(range(len(spec.out_features)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        engine: str | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> EdgeBackbone:
+        """Open a bundle with the best engine that fits this machine.
+
+        ``engine`` narrows the choice to a precision (``"int8"``), a flavour (``"openvino"``) or one engine's name;
+        ``threads`` limits the CPU threads (default: all cores). Files that are read are checked against the manifest.
+        Raises BundleError for a damaged bundle, EngineMismatchError when nothing in it can run here.
+        """
+        if device != "cpu":
+            raise EngineMismatchError(f"device {device!r} has no engine in this release, which runs on 'cpu'")
+        bundle = Bundle.open(path)
+        chosen = session.choose_engine(bundle, compat.this_host(session.installed_versions()), engine)
+        return cls(bundle.manifest.backbone, bundle.manifest.input, session.open_session(bundle, chosen, threads=threads))
+
+    @property
+    def input(self) -> InputSpec:
+        """Name, dtype, layout and sizes that the engine takes."""
+        return self._input
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Every stage of the network, compiled or not."""
+        return list(self._spec.stage_names)
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages that a call returns. Setting it narrows to a subset of the compiled stages."""
+        return [self._spec.out_features[i] for i in self._chosen]
+
+    @out_features.setter
+    def out_features(self, out_features: Sequence[str] | None) -> None:
+        self._choose(align_stages(self._spec.stage_names, out_features=out_features)[0])
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Indices into ``stage_names`` of the stages that a call returns. Setting it narrows, as ``out_features``."""
+        return [self._spec.out_indices[i] for i in self._chosen]
+
+    @out_indices.setter
+    def out_indices(self, out_indices: Sequence[int] | None) -> None:
+        self._choose(align_stages(self._spec.stage_names, out_indices=out_indices)[0])
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each returned map."""
+        return [self._spec.channels[i] for i in self._chosen]
+
+    @property
+    def strides(self) -> list[tuple[int, int]]:
+        """Input pixels per cell of each returned map, (vertical, horizontal)."""
+        return [self._spec.strides[i] for i in self._chosen]
+
+    @property
+    def num_features(self) -> list[int]:
+        """Channels of every stage of the network, one per stage name."""
+        return list(self._spec.num_features)
+
+    @property
+    def out_feature_channels(self) -> dict[str, int]:
+        """Channels by name, of every stage of the network."""
+        return dict(zip(self._spec.stage_names, self._spec.num_features, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Stages and channels as plain values, for a config file."""
+        return {
+            "stage_names": self.stage_names,
+            "out_features": self.out_features,
+            "out_indices": self.out_indices,
+            "channels": self.channels,
+            "num_features": self.num_features,
+        }
+
+    def __call__(
+        self,
+        pixel_values: Any,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple[tuple[np.ndarray, ...]]:
+        """Feature maps of the chosen stages; see the class for what goes in and what comes out.
+
+        Raises InputError (a ValueError) for an input that the engine cannot take; the message says what it takes.
+        ``return_dict=False`` gives ``(feature_maps,)``.
+        """
+        if output_attentions:
+            raise InputError("Cannot output attentions: a compiled backbone holds feature maps only")
+        if output_hidden_states:
+            raise InputError("Cannot output hidden states: a compiled backbone holds feature maps only")
+        array = _host_array(pixel_values, self._input)
+        maps = self._run(array)
+        feature_maps = tuple(maps[i] for i in self._chosen)
+        return BackboneOutput(feature_maps) if return_dict is not False else (feature_maps,)
+
+    forward = __call__
+
+    def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> BackboneOutput | tuple[tuple[np.ndarray, ...]]:
+        """A call that drops keyword arguments which it does not know, as transformers' backbones do."""
+        known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict")
+        return self(*args, **{key: value for key, value in kwargs.items() if key in known})
+
+    def close(self) -> None:
+        """Release the engine. Arrays that were returned stay valid; calling the backbone again raises InputError."""
+        self._engine.close()
+
+    def __enter__(self) -> EdgeBackbone:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"EdgeBackbone(out_features={self.out_features}, channels={self.channels}, input={self._input.describe()})"
+
+    def _choose(self, wanted: tuple[str, ...]) -> None:
+        missing = [name for name in wanted if name not in self._spec.out_features]
+        if missing:
+            raise InputError(
+                f"stages {missing} are not compiled into this bundle, which holds {list(self._spec.out_features)}: "
+                "build it again with these out_features"
+            )
+        self._chosen = tuple(self._spec.out_features.index(name) for name in wanted)
+
+    def _run(self, array: np.ndarray) -> list[np.ndarray]:
+        sizes = self._input.batch
+        count = self._input.batch_height_width(array.shape)[0]
+        if count in sizes:
+            return self._engine.run(array)
+        pieces = [self._run_piece(array[start : start + sizes.max]) for start in range(0, count, sizes.max)]
+        return pieces[0] if len(pieces) == 1 else [np.concatenate(maps) for maps in zip(*pieces, strict=True)]
+
+    def _run_piece(self, piece: np.ndarray) -> list[np.ndarray]:
+        count, smallest = len(piece), self._input.batch.min
+        if count >= smallest:
+            return self._engine.run(piece)
+        filled = np.zeros((smallest, *piece.shape[1:]), piece.dtype)
+        filled[:count] = piece
+        return [feature_map[:count] for feature_map in self._engine.run(filled)]
+
+
+def _host_array(values: Any, spec: InputSpec) -> np.ndarray:
+    """A C-contiguous array of the engine's dtype over the caller's memory, copied only where it has to be."""
+    if not isinstance(values, np.ndarray):
+        values = _from_dlpack(values, spec)
+    if spec.dtype == "float32" and values.dtype.kind == "f":
+        values = values.astype(np.float32, copy=False)
+    elif values.dtype != spec.dtype:
+        raise InputError(f"{spec.name} of dtype {values.dtype} does not fit: this engine takes {spec.describe()}")
+    # OpenVINO wraps writable memory only; it does not write to an input.
+    return np.require(values, requirements=("C", "W"))
+
+
+def _from_dlpack(values: Any, spec: InputSpec) -> np.ndarray:
+    if not hasattr(values, "__dlpack__"):
+        raise InputError(
+            f"{spec.name} of type {type(values).__name__} does not fit: pass a numpy array or a DLPack tensor, "
+            f"{spec.describe()}"
+        )
+    try:
+        return np.from_dlpack(values)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{spec.name} cannot be read through DLPack ({error}): pass a detached tensor on the CPU") from error

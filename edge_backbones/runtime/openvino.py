@@ -1,0 +1,116 @@
+"""OpenVINO on the CPU: the only runtime module that touches it.
+
+Precision is in the graph, so the library is told to compute in it (f32 where the graph has floats) instead of choosing
+bf16 by itself on CPUs that have it. An engine is what ``CompiledModel.export_model`` wrote, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_backbones.errors import CompileError, EngineMismatchError, InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import openvino
+
+
+def load_library() -> Any:
+    """The openvino module; raises MissingDependencyError with the command that installs it."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingDependencyError("the CPU engine (OpenVINO)", "cpu") from error
+    return openvino
+
+
+def library_version() -> str | None:
+    """OpenVINO's full version, or None where it is not installed."""
+    try:
+        return str(load_library().get_version())
+    except MissingDependencyError:
+        return None
+
+
+def settings(threads: int | None) -> dict[str, Any]:
+    """Plugin settings for compiling and for loading: one stream, low latency, no precision of the library's own."""
+    chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    return chosen if threads is None else {**chosen, "INFERENCE_NUM_THREADS": threads}
+
+
+def compile_model(graph: bytes, threads: int | None = None) -> bytes:
+    """Compile ONNX bytes for this CPU and return the blob. Raises CompileError with OpenVINO's words."""
+    openvino = load_library()
+    core = openvino.Core()
+    try:
+        compiled = core.compile_model(core.read_model(graph, b""), "CPU", settings(threads))
+        exported = compiled.export_model()
+    except RuntimeError as error:
+        raise CompileError(f"OpenVINO {openvino.get_version()} cannot compile this graph: {last_line(error)}") from error
+    return bytes(exported) if isinstance(exported, bytes) else bytes(exported.getvalue())
+
+
+class OpenVinoSession:
+    """A loaded CPU engine. Threads may share it: every call borrows an infer request of its own."""
+
+    def __init__(self, blob: bytearray, *, outputs: Sequence[str], threads: int | None = None) -> None:
+        openvino = load_library()
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, got {threads}")
+        try:
+            tensor = openvino.Tensor(np.frombuffer(blob, np.uint8), shared_memory=True)
+            model = openvino.Core().import_model(tensor, "CPU", settings(threads))
+        except RuntimeError as error:
+            raise EngineMismatchError(
+                f"OpenVINO {openvino.get_version()} does not load this engine ({last_line(error)}): "
+                "run edge-backbones compile on this machine"
+            ) from error
+        names = [next(iter(port.get_names())) for port in model.outputs]
+        if sorted(names) != sorted(outputs):
+            raise EngineMismatchError(f"the engine returns {names}, the manifest promises {list(outputs)}: build it again")
+        self._blob = blob  # weights in the model may point into it
+        self._tensor = openvino.Tensor
+        self._model: openvino.CompiledModel | None = model
+        self._ports = [names.index(name) for name in outputs]
+        shapes = [model.outputs[port].partial_shape for port in self._ports]
+        self._shapes = None if any(s.is_dynamic for s in shapes) else [tuple(s.to_shape()) for s in shapes]
+        self._idle: deque[openvino.InferRequest] = deque()
+
+    def run(self, array: np.ndarray) -> list[np.ndarray]:
+        model = self._model
+        if model is None:
+            raise InputError("this EdgeBackbone was closed: open the bundle again")
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = model.create_infer_request()
+        try:
+            return self._run(request, array)
+        finally:
+            self._idle.append(request)
+
+    def _run(self, request: openvino.InferRequest, array: np.ndarray) -> list[np.ndarray]:
+        # OpenVINO reads and writes the arrays in place. It keeps no reference to them, so they must outlive infer();
+        # every output is set anew on each call, hence none of an earlier call is ever written again.
+        request.set_input_tensor(self._tensor(array, shared_memory=True))
+        if self._shapes is None:
+            request.infer(share_outputs=True)
+            return [request.get_output_tensor(port).data.copy() for port in self._ports]
+        outputs = [np.empty(shape, np.float32) for shape in self._shapes]
+        for port, output in zip(self._ports, outputs, strict=True):
+            request.set_output_tensor(port, self._tensor(output, shared_memory=True))
+        request.infer(share_outputs=True)
+        return outputs
+
+    def close(self) -> None:
+        self._model = None
+        self._idle.clear()
+
+
+def last_line(error: BaseException) -> str:
+    """OpenVINO reports a trace of C++ frames; the cause is its last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
