@@ -11,27 +11,27 @@ way in any order:
 
 Memory is one batch of activations and 32 KiB per tensor, whatever the number of images.
 
-Exact zeros are left out of the counts: every scale represents them, so they have no say in where to clip. A percentile of
-a ReLU's output is then a percentile of what passed the ReLU, and a nearly silent tensor keeps its few large values.
+Exact zeros are left out of the counts: every scale represents them, so they have no say in where to clip. A percentile
+of a ReLU's output is then a percentile of what passed the ReLU, and a nearly silent tensor keeps its few large values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.errors import CalibrationError
 
 if TYPE_CHECKING:
     import onnxruntime
 
-Progress = Callable[[str, int, int | None], None]
-RangeMethod = Literal["max", "percentile"]
+METHODS = ("max", "percentile")
 
 #: The threshold of a tensor that was zero on every image. Any positive number does: zero quantises to zero.
 DEAD_TENSOR_THRESHOLD = 1.0
@@ -46,9 +46,9 @@ def collect_ranges(
     tensors: Sequence[str],
     batches: Iterable[npt.NDArray[np.generic]],
     *,
-    method: RangeMethod = "percentile",
+    method: str = "percentile",
     percentile: float = 99.99,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, float]:
     """Run an ONNX graph over calibration batches and return the |x| threshold of each named tensor.
 
@@ -69,8 +69,8 @@ def collect_ranges(
         CalibrationError: a bad option, an unknown tensor, no batches, a batch that does not fit the input, or a NaN or
             infinite activation (which names the tensor).
     """
-    if method not in get_args(RangeMethod):
-        raise CalibrationError(f"range method is {method!r}; choose one of {', '.join(get_args(RangeMethod))}")
+    if method not in METHODS:
+        raise CalibrationError(f"range method is {method!r}; choose one of {', '.join(METHODS)}")
     if not 0.0 < percentile <= 100.0:
         raise CalibrationError(f"percentile is {percentile!r}; it must lie in (0, 100], 99.99 for example")
     if not tensors:
@@ -84,8 +84,7 @@ def collect_ranges(
             for name, values in _activations(session, tensors, chunk):
                 _count(magnitudes[name], values, name, keep_histogram=method == "percentile")
         images += len(batch)
-        if progress is not None:
-            progress("calibrating", images, None)
+        progress("calibrating", images, None)
     if images == 0:
         raise CalibrationError(
             "there were no calibration batches; give at least one image (a few dozen typical ones are better)"
@@ -120,9 +119,7 @@ def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxrunti
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _chunks(
-    batch: npt.NDArray[np.generic], session: onnxruntime.InferenceSession
-) -> Iterator[npt.NDArray[np.generic]]:
+def _chunks(batch: npt.NDArray[np.generic], session: onnxruntime.InferenceSession) -> Iterator[npt.NDArray[np.generic]]:
     expected = session.get_inputs()[0]
     fits = batch.ndim == len(expected.shape) and all(
         want == got for want, got in zip(expected.shape[1:], batch.shape[1:], strict=True) if isinstance(want, int)
@@ -168,8 +165,8 @@ def _count(seen: _Magnitudes, values: npt.NDArray[np.generic], name: str, *, kee
     largest = float(magnitudes.max(initial=0.0))
     if not np.isfinite(largest):  # max() hands a NaN on
         raise CalibrationError(
-            f"activation {name!r} holds {'NaN' if np.isnan(largest) else 'an infinite value'}; quantisation needs finite"
-            " activations: check the calibration images, their normalisation and the weights"
+            f"activation {name!r} holds {'NaN' if np.isnan(largest) else 'an infinite value'}; quantisation needs"
+            " finite activations: check the calibration images, their normalisation and the weights"
         )
     seen.largest = max(seen.largest, largest)
     if largest == 0.0 or not keep_histogram:

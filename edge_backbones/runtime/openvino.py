@@ -41,13 +41,13 @@ def settings(threads: int | None) -> dict[str, Any]:
     return chosen if threads is None else {**chosen, "INFERENCE_NUM_THREADS": threads}
 
 
-def compile_model(graph: bytes, threads: int | None = None) -> bytes:
-    """Compile ONNX bytes for this CPU and return the blob. Raises CompileError with OpenVINO's words."""
+def compile_model(graph: bytes | openvino.Model) -> bytes:
+    """Compile ONNX bytes (or an OpenVINO model) for this CPU and return the blob; CompileError with OpenVINO's words."""
     openvino = load_library()
     core = openvino.Core()
     try:
-        compiled = core.compile_model(core.read_model(graph, b""), "CPU", settings(threads))
-        exported = compiled.export_model()
+        model = core.read_model(graph, b"") if isinstance(graph, bytes) else graph
+        exported = core.compile_model(model, "CPU", settings(None)).export_model()
     except RuntimeError as error:
         raise CompileError(f"OpenVINO {openvino.get_version()} cannot compile this graph: {last_line(error)}") from error
     return bytes(exported) if isinstance(exported, bytes) else bytes(exported.getvalue())

@@ -1,0 +1,411 @@
+"""fp32 graph -> the graph of one precision: casts for fp16, Q/DQ pairs and casts for int8.
+
+The number format of every tensor is written in the graph, so one file per precision serves every engine. The form is
+the one that TensorRT asks for (it refuses others); OpenVINO runs it at full int8 speed.
+
+What int8 quantises, with the reason. Costs are OpenVINO on two AVX512-VNNI cores; dB are SQNR of a feature map.
+
+=============================  ==========  =============================================================================
+tensor                         quantised   why
+=============================  ==========  =============================================================================
+input and weight of Conv,      yes         the int8 kernels; a Q after Conv+Relu fuses into the Conv's epilogue
+Gemm, MatMul(x, constant)
+depthwise and stem Conv        yes         an fp16 Conv between int8 ones costs TensorRT two reformats; no gain in
+                                           accuracy worth it on the stem (< 1 dB), 2 dB per depthwise stage
+squeeze-excite Conv on 1x1     yes         8 % faster on mobilenetv3, a third of its weights, < 0.1 dB
+skip branch of a residual Add  yes         TensorRT fuses Conv+Add when the other addend is int8; 4 % faster on resnet50
+Conv branch of that Add        no          a Q between Conv and Add breaks that fusion; both branches: no faster
+Add behind a MatMul            no          no such fusion exists; it would requantise the residual stream of a
+                                           transformer at every block: -9 dB, no faster
+attention MatMul(x, y)         no          8 % faster on vit_small, but -20 dB; TensorRT fuses attention as a whole in
+                                           fp16
+MaxPool, Transpose, Reshape    as they     rounding commutes with them, engines move Q and DQ through them on their own
+                               come
+feature outputs                no          they stay the tensor before the Q node: 8-bit steps never show in a result
+bias                           no          TensorRT refuses int32 DequantizeLinear; fp16, added to the accumulator
+=============================  ==========  =============================================================================
+
+What fp16 keeps in float32 (in int8 graphs too): normalisation, softmax, reductions, powers, roots, exponentials and
+divisions, what lies between two of them (the epsilon of a norm written out as nodes), everything before the first layer
+with weights (image preprocessing), and nodes with a constant that half cannot hold. Graph inputs and outputs stay
+float32 (or uint8) with a cast inside. OpenVINO computes fp16 nodes in fp32: the fp16 rest costs it nothing.
+
+The form: symmetric, signed, zero points 0; activations per tensor, one Q and one DQ however many readers; weights per
+output channel, stored as int8 and read through a DQ alone; scales rounded up to fp16 *before* the weights are divided
+by them, so that the graph multiplies by the very numbers that were divided by.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from edge_backbones.build.artifacts import ExportedGraph, TypedGraph
+from edge_backbones.errors import QuantizationError
+from edge_backbones.spec import Precision
+
+_MIN_OPSET = 19  # the first whose QuantizeLinear takes fp16 scales
+_INT8_MAX = 127  # symmetric: -128 is not used
+_HALF_MAX = float(np.finfo(np.float16).max)
+_HALF_SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
+_HALF_SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+
+_FLOAT_REDUCTIONS = frozenset({
+    "CumSum", "Exp", "GlobalAveragePool", "Log", "Pow", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSumExp",
+    "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Sqrt",
+})  # fmt: skip
+_FLOAT_NORMS = frozenset({
+    "BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "LogSoftmax",
+    "LpNormalization", "RMSNormalization", "Softmax",
+})  # fmt: skip
+_ELEMENTWISE = frozenset({"Abs", "Add", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Sub", "Where"})
+_WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
+
+
+def tensors_to_calibrate(graph: ExportedGraph) -> tuple[str, ...]:
+    """Names of the activations that an int8 graph quantises, in graph order: `write_typed_graph` needs their ranges."""
+    placement = _find_placement(_load(graph).graph)
+    return tuple(dict.fromkeys(_name(node.inputs[index]) for node, index in placement.activations))
+
+
+def write_typed_graph(
+    graph: ExportedGraph, *, precision: Precision, path: Path, ranges: Mapping[str, float] | None = None
+) -> TypedGraph:
+    """Write the graph of one precision to `path`. The same graph and ranges give the same bytes.
+
+    Args:
+        graph: the fp32 graph; it is not changed.
+        precision: fp32 copies the file; fp16 and int8 are described in the module's docstring.
+        path: the file to write.
+        ranges: for int8, the |x| threshold of every tensor that `tensors_to_calibrate` names: the value that becomes
+            127. Other precisions do not read it.
+
+    Raises:
+        QuantizationError: a range that is missing, not finite or not positive, or too large for an fp16 scale; a weight
+            that is not finite; a graph that has subgraphs or, for int8, an opset before 19.
+    """
+    if precision is Precision.FP32:
+        shutil.copyfile(graph.path, path)
+    else:
+        model = _load(graph)
+        if precision is Precision.INT8:
+            _insert_quantization(model, ranges or {})
+        _convert_to_half(model.graph)
+        passes.RemoveUnusedNodesPass()(model)  # takes the replaced fp32 weights too
+        ir.save(model, path)
+    return TypedGraph(path=path, precision=precision, spec=graph.spec, input=graph.input)
+
+
+# ---- where Q/DQ goes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Node inputs to be quantised: `activations` as (node, input index), `weights` as the nodes whose input 1 it is."""
+
+    activations: tuple[tuple[ir.Node, int], ...]
+    weights: tuple[ir.Node, ...]
+
+
+def _find_placement(graph: ir.Graph) -> _Placement:
+    depths = _depths(graph)
+    activations: list[tuple[ir.Node, int]] = []
+    weights: list[ir.Node] = []
+    for node in graph:
+        if _has_constant_weight(node):
+            activations.append((node, 0))
+            weights.append(node)
+        elif node.op_type == "Add":
+            skip = _skip_branch(node, depths)
+            if skip is not None:
+                activations.append((node, skip))
+    return _Placement(tuple(activations), tuple(weights))
+
+
+def _has_constant_weight(node: ir.Node) -> bool:
+    if node.op_type not in _WEIGHTED:
+        return False
+    activation, weight = node.inputs[0], node.inputs[1]
+    # A MatMul with a stack of matrices has no output channel that TensorRT could scale.
+    is_matrix = node.op_type == "Conv" or (weight is not None and weight.shape is not None and len(weight.shape) == 2)
+    return _is_constant(weight) and not _is_constant(activation) and is_matrix
+
+
+def _skip_branch(add: ir.Node, depths: Mapping[ir.Value, int]) -> int | None:
+    """The index of a residual Add's skip input, or None if the Add does not end a Conv branch."""
+    first, second = add.inputs
+    if first is None or second is None or first is second or first.shape is None or first.shape != second.shape:
+        return None
+    ends_in_conv = [_is_conv_branch(first), _is_conv_branch(second)]
+    if all(ends_in_conv):  # a projected skip: the branch with fewer layers behind it
+        return 0 if depths[first] < depths[second] else 1
+    return ends_in_conv.index(False) if any(ends_in_conv) else None
+
+
+def _is_conv_branch(value: ir.Value) -> bool:
+    producer = value.producer()
+    # With a second reader, or as a feature map, the Conv's result must exist by itself and the Add cannot fuse into it.
+    return (
+        producer is not None
+        and producer.op_type == "Conv"
+        and len(tuple(value.uses())) == 1
+        and not value.is_graph_output()
+    )
+
+
+def _depths(graph: ir.Graph) -> dict[ir.Value, int]:
+    """For every computed value, the largest number of layers with weights on a path to it."""
+    depths: dict[ir.Value, int] = {}
+    for node in graph:
+        depth = max((depths.get(value, 0) for value in node.inputs if value is not None), default=0)
+        for output in node.outputs:
+            depths[output] = depth + (node.op_type in _WEIGHTED)
+    return depths
+
+
+# ---- int8 -----------------------------------------------------------------------------------------------------------
+
+
+def _insert_quantization(model: ir.Model, ranges: Mapping[str, float]) -> None:
+    """Put Q/DQ pairs on the fp32 graph. Scales hold fp16 numbers; `_convert_to_half` then gives them that type."""
+    graph = model.graph
+    opset = model.opset_imports.get("", 0)
+    if opset < _MIN_OPSET:
+        raise QuantizationError(f"the graph is opset {opset}, fp16 scales need {_MIN_OPSET}; export it with opset 20")
+    placement = _find_placement(graph)
+    _check_ranges({_name(node.inputs[index]) for node, index in placement.activations}, ranges)
+
+    zero_point = _add_constant(graph, "zero_point", np.zeros((), dtype=np.int8))
+    dequantized: dict[ir.Value, ir.Value] = {}
+    for node, index in placement.activations:
+        value = node.inputs[index]
+        assert value is not None  # _find_placement looked at it
+        if value not in dequantized:
+            dequantized[value] = _quantize_activation(graph, value, ranges[_name(value)], zero_point)
+        node.replace_input_with(index, dequantized[value])
+
+    dequantized_weights: dict[tuple[ir.Value, int], ir.Value] = {}
+    for node in placement.weights:
+        weight, axis = node.inputs[1], _output_channel_axis(node)
+        assert weight is not None
+        if (weight, axis) not in dequantized_weights:
+            dequantized_weights[weight, axis] = _quantize_weight(graph, node, weight, axis)
+        node.replace_input_with(1, dequantized_weights[weight, axis])
+
+
+def _check_ranges(needed: Iterable[str], ranges: Mapping[str, float]) -> None:
+    missing = sorted(set(needed) - set(ranges))
+    if missing:
+        raise QuantizationError(
+            f"int8 needs a range for {len(missing)} more tensors, {missing[0]!r} first; collect them over"
+            " tensors_to_calibrate() of this graph"
+        )
+    for name in sorted(needed):
+        threshold = ranges[name]
+        if not 0.0 < threshold <= _HALF_MAX * _INT8_MAX:  # NaN fails this too
+            raise QuantizationError(
+                f"the range of {name!r} is {threshold!r}; it must be positive and at most {_HALF_MAX * _INT8_MAX:.0f}"
+                " (an fp16 scale): calibrate again, or use fp32 if activations are really that large"
+            )
+
+
+def _quantize_activation(graph: ir.Graph, value: ir.Value, threshold: float, zero_point: ir.Value) -> ir.Value:
+    name = _name(value)
+    scale = _add_constant(graph, f"{name}.scale", _scales(np.asarray(threshold)))
+    quantize = _new_node("QuantizeLinear", [value, scale, zero_point], f"{name}.int8", ir.DataType.INT8)
+    dequantize = _new_node(
+        "DequantizeLinear", [quantize.outputs[0], scale, zero_point], f"{name}.dequantized", ir.DataType.FLOAT
+    )
+    _insert_after(graph, value, [quantize, dequantize])
+    return dequantize.outputs[0]
+
+
+def _quantize_weight(graph: ir.Graph, node: ir.Node, weight: ir.Value, axis: int) -> ir.Value:
+    name, values = _name(weight), _constant(weight).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise QuantizationError(f"weight {name!r} holds NaN or infinity; the checkpoint is damaged, load another")
+    per_channel = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+    scales = _scales(np.abs(per_channel).max(axis=1))
+    shape = [1] * values.ndim
+    shape[axis] = -1
+    # Only the floor of _scales can leave |value / scale| below 127; nothing can leave it above.
+    integers = np.rint(values / scales.astype(np.float64).reshape(shape)).astype(np.int8)
+    name = f"{name}.axis{axis}"  # tied weights may be read along both
+    stored = _add_constant(graph, f"{name}.int8", integers)
+    scale = _add_constant(graph, f"{name}.scale", scales)
+    dequantize = _new_node(
+        "DequantizeLinear", [stored, scale], f"{name}.dequantized", ir.DataType.FLOAT, {"axis": axis}
+    )
+    graph.insert_before(node, dequantize)
+    return dequantize.outputs[0]
+
+
+def _scales(thresholds: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    """threshold / 127, rounded up to numbers that fp16 holds: nothing within the threshold is clipped. Never 0."""
+    exact = np.maximum(thresholds.astype(np.float64) / _INT8_MAX, _HALF_SMALLEST)
+    half = exact.astype(np.float16)
+    half = np.where(half < exact, np.nextafter(half, np.float16(np.inf)), half)
+    if not np.isfinite(half).all():
+        raise QuantizationError(
+            f"a weight of magnitude {float(thresholds.max()):.3g} needs an int8 scale that fp16 cannot hold; use fp32"
+        )
+    # A channel of zeros takes any scale; 1 keeps engines away from their smallest numbers.
+    return np.where(thresholds == 0.0, np.float32(1.0), half.astype(np.float32))
+
+
+def _output_channel_axis(node: ir.Node) -> int:
+    if node.op_type == "Conv":
+        return 0
+    transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+    return 0 if transposed else 1
+
+
+# ---- fp16 -----------------------------------------------------------------------------------------------------------
+
+
+def _convert_to_half(graph: ir.Graph) -> None:
+    """Make every float32 tensor half, except inputs, outputs and what the nodes kept in float32 read and write."""
+    nodes = tuple(graph)
+    if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+           for node in nodes for attribute in node.attributes.values()):  # fmt: skip
+        raise QuantizationError("the graph has If, Loop or Scan nodes; fp16 and int8 need a graph without control flow")
+    kept = _nodes_kept_in_float(graph)
+    for node in nodes:
+        for output in node.outputs:
+            if output.dtype == ir.DataType.FLOAT and node not in kept:
+                output.dtype = ir.DataType.FLOAT16
+
+    casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    for position, output in enumerate(tuple(graph.outputs)):
+        if output.dtype == ir.DataType.FLOAT16:
+            name = _name(output)
+            output.name = f"{name}.half"
+            graph.outputs[position] = _cast(graph, output, ir.DataType.FLOAT, name)
+            casts[output, ir.DataType.FLOAT] = graph.outputs[position]
+
+    for node in nodes:
+        wanted, suffix = (ir.DataType.FLOAT, "float") if node in kept else (ir.DataType.FLOAT16, "half")
+        for index, value in _convertible_inputs(node):
+            if value.dtype == wanted:
+                continue
+            if (value, wanted) not in casts:
+                name = f"{_name(value).removesuffix('.half')}.{suffix}"
+                if _is_constant(value):
+                    casts[value, wanted] = _add_constant(graph, name, _constant(value).astype(wanted.numpy()))
+                else:
+                    casts[value, wanted] = _cast(graph, value, wanted, name)
+            node.replace_input_with(index, casts[value, wanted])
+
+
+def _nodes_kept_in_float(graph: ir.Graph) -> set[ir.Node]:
+    depths = _depths(graph)
+    reductions = {node for node in graph if node.op_type in _FLOAT_REDUCTIONS or _divides_by_activation(node)}
+    after, before = set(reductions), set(reductions)
+    for node in graph:
+        if node.op_type in _ELEMENTWISE and any(value.producer() in after for value in _activations(node)):
+            after.add(node)
+    for node in reversed(graph):
+        if node.op_type in _ELEMENTWISE and any(use.node in before for output in node.outputs for use in output.uses()):
+            before.add(node)
+    kept = after & before
+    for node in graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue  # their scales are fp16 numbers already
+        if (
+            node.op_type in _FLOAT_NORMS
+            or all(depths[output] == 0 for output in node.outputs)
+            or not any(value.dtype == ir.DataType.FLOAT for value in _activations(node))
+            or node.op_type == "Cast"
+            or not all(_fits_half(node, value) for value in node.inputs if _is_constant(value))
+        ):
+            kept.add(node)
+    return kept
+
+
+def _divides_by_activation(node: ir.Node) -> bool:
+    return node.op_type == "Div" and not _is_constant(node.inputs[1])
+
+
+def _fits_half(node: ir.Node, constant: ir.Value | None) -> bool:
+    """False for a constant beyond the range of half, such as a mask of -1e9, or a factor or epsilon below it."""
+    if constant is None or constant.dtype != ir.DataType.FLOAT:
+        return True
+    magnitudes = np.abs(_constant(constant))
+    largest = float(magnitudes[np.isfinite(magnitudes)].max(initial=0.0))
+    too_small = node.op_type in _ELEMENTWISE and 0.0 < largest < _HALF_SMALLEST_NORMAL
+    return largest <= _HALF_MAX and not too_small
+
+
+def _convertible_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
+    """Float inputs that have the node's own type. ONNX fixes the scales of Resize to float32."""
+    inputs = node.inputs[:1] if node.op_type == "Resize" else node.inputs
+    return [
+        (index, value)
+        for index, value in enumerate(inputs)
+        if value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    ]
+
+
+# ---- graph edits ----------------------------------------------------------------------------------------------------
+
+
+def _load(graph: ExportedGraph) -> ir.Model:
+    model = ir.load(graph.path)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model
+
+
+def _activations(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None and not _is_constant(value)]
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer()
+
+
+def _constant(value: ir.Value) -> npt.NDArray[np.generic]:
+    if value.const_value is None:
+        raise QuantizationError(f"initializer {value.name!r} has no value; export the graph with its weights")
+    return value.const_value.numpy()
+
+
+def _name(value: ir.Value | None) -> str:
+    if value is None or not value.name:
+        raise QuantizationError("the graph has an unnamed tensor where a value is needed; export it again")
+    return value.name
+
+
+def _new_node(
+    op_type: str, inputs: list[ir.Value], output: str, dtype: ir.DataType, attributes: Mapping[str, int] | None = None
+) -> ir.Node:
+    """A node named after its one output, which has the shape of the first input."""
+    value = ir.Value(name=output, shape=inputs[0].shape, type=ir.TensorType(dtype))
+    return ir.node(op_type, inputs, attributes, outputs=[value], name=f"{op_type}:{output}")
+
+
+def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+    cast = _new_node("Cast", [value], name, dtype, {"to": int(dtype)})
+    _insert_after(graph, value, [cast])
+    return cast.outputs[0]
+
+
+def _insert_after(graph: ir.Graph, value: ir.Value, nodes: list[ir.Node]) -> None:
+    producer = value.producer()
+    if producer is None:  # a graph input
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(producer, nodes)
+
+
+def _add_constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,240 @@
+"""The bundle on disk: what a reader refuses, and what a writer leaves behind when it is stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_backbones.bundle import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.errors import BundleError, IntegrityError, ManifestError
+from edge_backbones.testing import make_bundle
+
+
+@pytest.fixture()
+def bundle(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "pool.bundle")
+
+
+def rewrite(bundle: Bundle, **changes: object) -> None:
+    write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, **changes))
+
+
+def files_of(bundle: Bundle) -> list[str]:
+    return [record.path for record in bundle.manifest.files()]
+
+
+def test_a_whole_bundle_passes(bundle):
+    bundle.check_files()
+    assert len(files_of(bundle)) == 2
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "extend"])
+def test_every_damaged_file_is_named(bundle, index, damage):
+    path = bundle.path / files_of(bundle)[index]
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    elif damage == "truncate":
+        del data[-1:]
+    elif damage == "extend":
+        data += b"x"
+    path.write_bytes(data)
+    if damage == "remove":
+        path.unlink()
+    expected = {"flip": "was changed", "truncate": "bytes, the manifest says", "remove": "is missing"}
+    with pytest.raises(IntegrityError, match=expected.get(damage, "bytes, the manifest says")) as caught:
+        Bundle.open(bundle.path).check_files()
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["../outside", "/etc/passwd", "engines/../../outside", "a//b", "./golden.npz", "C:\\x", "a\\..\\b", "c:x"]
+)
+def test_paths_that_escape_are_refused_before_anything_is_read(bundle, path):
+    (bundle.path.parent / "outside").write_bytes(b"secret")
+    golden = msgspec.structs.replace(bundle.manifest.golden, file=record_bytes(path, b"secret"))
+    rewrite(bundle, golden=golden)
+    with pytest.raises(ManifestError, match="refused"):
+        Bundle.open(bundle.path)
+
+
+def test_a_link_that_leads_outside_is_refused(bundle):
+    outside = bundle.path.parent / "outside"
+    outside.write_bytes(b"secret")
+    (bundle.path / "link").symlink_to(outside)
+    golden = msgspec.structs.replace(bundle.manifest.golden, file=record_bytes("link", b"secret"))
+    rewrite(bundle, golden=golden)
+    with pytest.raises(ManifestError, match="leads outside"):
+        Bundle.open(bundle.path)
+
+
+def test_what_is_not_a_bundle_says_so(tmp_path):
+    with pytest.raises(BundleError, match="there is no such folder"):
+        Bundle.open(tmp_path / "nothing")
+    with pytest.raises(BundleError, match=r"it has no manifest\.json"):
+        Bundle.open(tmp_path)
+
+
+def test_files_that_the_manifest_does_not_name_are_ignored(bundle):
+    (bundle.path / "notes.txt").write_text("mine")
+    Bundle.open(bundle.path).check_files()
+
+
+def test_an_existing_target_is_refused_and_a_foreign_folder_never_replaced(bundle, tmp_path):
+    with pytest.raises(BundleError, match="pass --overwrite"), new_bundle(bundle.path):
+        pass
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "holiday.jpg").write_bytes(b"dear")
+    with pytest.raises(BundleError, match="not a bundle and will not be overwritten"), new_bundle(foreign, overwrite=True):
+        pass
+    assert (foreign / "holiday.jpg").read_bytes() == b"dear"
+
+
+def test_a_failed_build_keeps_the_old_bundle_and_leaves_nothing(bundle):
+    before = sorted(p.name for p in bundle.path.parent.iterdir())
+    with pytest.raises(ZeroDivisionError), new_bundle(bundle.path, overwrite=True) as folder:
+        (folder / "half").write_bytes(b"half")
+        raise ZeroDivisionError
+    Bundle.open(bundle.path).check_files()
+    assert sorted(p.name for p in bundle.path.parent.iterdir()) == before
+
+
+def test_a_folder_without_a_valid_manifest_never_becomes_a_bundle(tmp_path):
+    with pytest.raises(BundleError), new_bundle(tmp_path / "x.bundle") as folder:
+        (folder / "manifest.json").write_text("{}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def copy_into(folder: Path, source: Bundle) -> None:
+    for path in (*files_of(source), "manifest.json"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes((source.path / path).read_bytes())
+
+
+def test_overwriting_replaces_the_whole_folder(bundle):
+    (bundle.path / "stray").write_bytes(b"old")
+    with new_bundle(bundle.path, overwrite=True) as folder:
+        copy_into(folder, bundle)
+        assert Bundle.open(bundle.path)  # the old one is there until the end
+    assert not (bundle.path / "stray").exists()
+    Bundle.open(bundle.path).check_files()
+
+
+def test_overwriting_without_an_exchange_call_works_too(bundle, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "other")
+    with new_bundle(bundle.path, overwrite=True) as folder:
+        copy_into(folder, bundle)
+    Bundle.open(bundle.path).check_files()
+    assert [p.name for p in bundle.path.parent.iterdir()] == [bundle.path.name]
+
+
+def test_two_writers_take_turns(bundle):
+    with new_bundle(bundle.path, overwrite=True) as folder:
+        with pytest.raises(BundleError, match="another process is writing"), new_bundle(bundle.path, overwrite=True):
+            pass
+        copy_into(folder, bundle)
+
+
+def test_readers_see_a_whole_bundle_while_it_is_replaced(bundle):
+    stop, failures = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                Bundle.open(bundle.path)
+            except BundleError as error:
+                failures.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for _ in range(30):
+        with new_bundle(bundle.path, overwrite=True) as folder:
+            copy_into(folder, bundle)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not failures
+
+
+def test_an_engine_is_added_and_replaced_and_strays_go(bundle):
+    (bundle.path / "engines" / "stray.blob").write_bytes(b"from a crash")
+    old = bundle.manifest.engines[0]
+    key = msgspec.structs.replace(old.key, precision="int8")
+    other = msgspec.structs.replace(old, key=key, file=record_bytes(f"engines/{key.name}.blob", b"int8 engine"))
+    grown = bundle.with_engine(other, b"int8 engine")
+    assert [e.name for e in grown.manifest.engines] == [old.name, other.name]
+    grown.check_files()
+    again = msgspec.structs.replace(other, file=record_bytes(other.file.path, b"better engine"))
+    replaced = grown.with_engine(again, b"better engine")
+    assert [e.file.sha256 for e in replaced.manifest.engines] == [old.file.sha256, again.file.sha256]
+    assert sorted(p.name for p in (bundle.path / "engines").iterdir()) == sorted(
+        Path(e.file.path).name for e in replaced.manifest.engines
+    )
+
+
+KILLED_WRITER = """
+import sys, time
+from pathlib import Path
+from edge_backbones.bundle import new_bundle
+with new_bundle(sys.argv[1], overwrite=True) as folder:
+    (folder / "half").write_bytes(b"x" * 1000)
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")
+def test_kill_9_in_the_middle_leaves_the_old_bundle_and_the_next_build_cleans_up(bundle):
+    process = subprocess.Popen([sys.executable, "-c", KILLED_WRITER, str(bundle.path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process:
+        assert process.stdout.readline().strip() == "writing"
+        process.send_signal(signal.SIGKILL)
+    Bundle.open(bundle.path).check_files()
+    assert any(p.name.startswith(".pool.bundle.building-") for p in bundle.path.parent.iterdir())
+    with new_bundle(bundle.path, overwrite=True) as folder:
+        copy_into(folder, bundle)
+    Bundle.open(bundle.path).check_files()
+    assert [p.name for p in bundle.path.parent.iterdir()] == [bundle.path.name]
+
+
+def rewrite_for_ever(path: str) -> None:
+    bundle = Bundle.open(path)
+    engine = bundle.manifest.engines[0]
+    data = bytes(bundle.read(engine.file))
+    while True:
+        bundle.with_engine(engine, data)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")
+def test_kill_9_while_an_engine_is_added_never_leaves_a_half_state(bundle):
+    context = multiprocessing.get_context("spawn")
+    for delay in (0.0, 0.01, 0.02, 0.05):
+        writer = context.Process(target=rewrite_for_ever, args=(str(bundle.path),))
+        writer.start()
+        deadline = time.monotonic() + 30
+        while not list(bundle.path.parent.glob(".pool.bundle.lock")) and time.monotonic() < deadline:
+            Bundle.open(bundle.path).check_files()
+        time.sleep(delay)
+        assert writer.is_alive()
+        writer.kill()
+        writer.join()
+        Bundle.open(bundle.path).check_files()
+
+
+def test_record_file_and_record_bytes_agree(tmp_path):
+    data = os.urandom(3_000_000)
+    (tmp_path / "f").write_bytes(data)
+    assert record_file(tmp_path, "f") == record_bytes("f", data)

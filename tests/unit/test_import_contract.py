@@ -1,0 +1,68 @@
+"""What a device imports: proven in fresh interpreters where the workstation's libraries cannot be imported at all."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import edge_backbones.runtime
+
+WORKSTATION = ("torch", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+ON_DEVICE = [
+    "edge_backbones",
+    *(f"edge_backbones.{name}" for name in ("errors", "spec", "images", "manifest", "bundle", "doctor", "testing")),
+    *(f"edge_backbones.build.{name}" for name in ("artifacts", "compile", "parity", "pipeline")),
+    "edge_backbones.runtime",
+    *(f"edge_backbones.runtime.{module.name}" for module in pkgutil.iter_modules(edge_backbones.runtime.__path__)),
+]
+
+
+def run_without(poisoned: tuple[str, ...], code: str) -> subprocess.CompletedProcess:
+    prelude = f"import sys; sys.modules.update(dict.fromkeys({poisoned!r}))\n"
+    return subprocess.run([sys.executable, "-W", "error", "-c", prelude + code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("module", ON_DEVICE)
+def test_device_modules_import_without_the_workstation_libraries(module):
+    done = run_without(WORKSTATION, f"import {module}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ON_DEVICE)
+def test_device_modules_import_without_any_extra(module):
+    extras = (*WORKSTATION, "openvino", "PIL", "matplotlib", "typer", "rich")
+    done = run_without(extras, f"import {module}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import edge_backbones; heavy = {'numpy', 'msgspec', 'openvino'} & set(sys.modules); assert not heavy, heavy"
+    done = run_without((), code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_engine_library_is_named_with_its_install_command(tmp_path):
+    code = (
+        "from edge_backbones.runtime.openvino import load_library\n"
+        "from edge_backbones import EdgeBackbonesError\n"
+        "try:\n    load_library()\nexcept EdgeBackbonesError as error:\n    print(error)"
+    )
+    done = run_without(("openvino",), code)
+    assert "pip install 'edge-backbones[cpu]'" in done.stdout, done.stderr
+
+
+def test_a_missing_command_line_library_is_named_with_its_install_command():
+    done = run_without(("typer",), "import edge_backbones.cli")
+    assert done.returncode == 1
+    assert "pip install 'edge-backbones[cli]'" in done.stderr
+
+
+def test_public_names_are_reachable_and_listed():
+    for name in edge_backbones.__all__:
+        assert getattr(edge_backbones, name) is not None
+    assert sorted(edge_backbones.__all__) == dir(edge_backbones)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        edge_backbones.nothing  # noqa: B018

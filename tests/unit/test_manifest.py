@@ -1,0 +1,116 @@
+"""manifest.json: strict, versioned, tamper-evident, and readable by other languages through its schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_backbones import manifest
+from edge_backbones.errors import ManifestError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "manifest.v1.json"
+SCHEMA = Path(manifest.__file__).with_name("manifest.schema.json")
+
+
+@pytest.fixture(scope="module")
+def document() -> dict:
+    return json.loads(GOLDEN.read_bytes())
+
+
+def with_digest(document: dict) -> bytes:
+    """The document as a writer that means it would store it."""
+    parsed = msgspec.convert({**document, "digest": ""}, manifest.Manifest)
+    return manifest.encode(parsed)
+
+
+def test_golden_manifest_of_version_1_is_read_and_written_to_the_same_bytes():
+    data = GOLDEN.read_bytes()
+    assert manifest.encode(manifest.decode(data)) == data
+
+
+def test_schema_file_is_up_to_date():
+    assert json.loads(SCHEMA.read_bytes()) == manifest.json_schema(), "run: make schema"
+
+
+def test_golden_manifest_satisfies_the_schema(document):
+    jsonschema.validate(document, json.loads(SCHEMA.read_bytes()))
+
+
+@pytest.mark.parametrize("level", ["", "backbone", "input", "golden"])
+def test_unknown_keys_are_refused_by_name(document, level):
+    changed = json.loads(json.dumps(document))
+    (changed[level] if level else changed)["surprise"] = 1
+    with pytest.raises(ManifestError, match="surprise"):
+        manifest.decode(json.dumps(changed).encode())
+    with pytest.raises(jsonschema.ValidationError, match="surprise"):
+        jsonschema.validate(changed, json.loads(SCHEMA.read_bytes()))
+
+
+def test_missing_keys_are_refused_by_name(document):
+    changed = {key: value for key, value in document.items() if key != "backbone"}
+    with pytest.raises(ManifestError, match="backbone"):
+        manifest.decode(json.dumps(changed).encode())
+
+
+@pytest.mark.parametrize(("version", "advice"), [(2, "upgrade edge-backbones"), (0, "build the bundle again")])
+def test_other_schema_versions_are_refused_with_the_way_out(document, version, advice):
+    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 1: {advice}"):
+        manifest.decode(json.dumps({**document, "schema_version": version}).encode())
+
+
+def test_an_edited_value_breaks_the_digest(document):
+    edited = json.loads(json.dumps(document))
+    edited["backbone"]["channels"][0] += 1
+    with pytest.raises(ManifestError, match="digest differs"):
+        manifest.decode(json.dumps(edited).encode())
+    manifest.decode(with_digest(edited))
+
+
+def test_an_oversized_manifest_is_refused_unread():
+    with pytest.raises(ManifestError, match="more than the"):
+        manifest.decode(b" " * (manifest.MAX_MANIFEST_BYTES + 1))
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_give_a_manifest_error(data):
+    with pytest.raises(ManifestError):
+        manifest.decode(data)
+
+
+@given(st.data())
+def test_every_flipped_byte_is_noticed(data):
+    original = GOLDEN.read_bytes()
+    position = data.draw(st.integers(0, len(original) - 1))
+    bit = data.draw(st.integers(0, 7))
+    flipped = bytearray(original)
+    flipped[position] ^= 1 << bit
+    try:
+        decoded = manifest.decode(bytes(flipped))
+    except ManifestError:
+        return
+    assert manifest.encode(decoded) == original  # only white space can differ without a difference in meaning
+
+
+def test_engine_name_says_flavour_version_architecture_feature_precision(document):
+    engine = manifest.decode(GOLDEN.read_bytes()).engines[0]
+    assert engine.name == "openvino-2026.4.1-x86_64-avx512_vnni-int8"
+
+
+def test_failures_name_stage_and_figures():
+    stage = manifest.StageParity(
+        stage="layer4", cosine=0.5, sqnr_db=3.21, max_abs=2.0, relative=0.7, finite=True, passed=False
+    )
+    broken = msgspec.structs.replace(stage, stage="layer1", finite=False)
+    fine = msgspec.structs.replace(stage, stage="layer2", passed=True)
+    report = manifest.ParityReport(precision="int8", gate=manifest.Gate(min_cosine=0.98), stages=(fine, broken, stage))
+    assert not report.passed
+    assert report.failures() == (
+        "layer1 has values that are not finite; layer4 has cosine 0.5000, SQNR 3.2 dB, relative error 7.00e-01, "
+        "max |difference| 2"
+    )

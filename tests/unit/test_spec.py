@@ -1,0 +1,143 @@
+"""Stage selection by transformers' rules, and shapes against an input spec."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_backbones.errors import InputError
+from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange, align_stages
+
+NAMES = ["stem", "stage1", "stage2", "stage3", "stage4"]
+
+
+@pytest.mark.parametrize(
+    ("out_features", "out_indices", "expected"),
+    [
+        (None, None, (("stage4",), (4,))),
+        (None, (1, 2), (("stage1", "stage2"), (1, 2))),
+        (None, [-1], (("stage4",), (4,))),
+        (None, [-2, -1], (("stage3", "stage4"), (3, 4))),
+        (None, [0, -1], (("stem", "stage4"), (0, 4))),
+        (None, [-5], (("stem",), (0,))),
+        (None, [], ((), ())),
+        (["stage1", "stage3"], None, (("stage1", "stage3"), (1, 3))),
+        (["stage4"], [-1], (("stage4",), (4,))),
+    ],
+)
+def test_accepted_selections(out_features, out_indices, expected):
+    assert align_stages(NAMES, out_features, out_indices) == expected
+
+
+@pytest.mark.parametrize(
+    ("out_features", "out_indices", "message"),
+    [
+        (None, [2, 1], "out_indices must be in the same order as stage_names, expected [1, 2] got [2, 1]"),
+        (None, [-1, -2], "out_indices must be in the same order as stage_names, expected [-2, -1] got [-1, -2]"),
+        (None, [1, 1], "out_indices must not contain any duplicates, got [1, 1]"),
+        (None, [4, -1], "out_indices must not contain any duplicates, got [4, -1] (equivalent to [4, 4])"),
+        (None, [5], f"out_indices must be valid indices for stage_names {NAMES}, got [5]"),
+        (None, [-6], f"out_indices must be valid indices for stage_names {NAMES}, got [-6]"),
+        (None, ["a"], f"out_indices must be valid indices for stage_names {NAMES}, got ['a']"),
+        (None, [True], f"out_indices must be valid indices for stage_names {NAMES}, got [True]"),
+        (None, 3, "out_indices must be a list, got <class 'int'>"),
+        ("stage1", None, "out_features must be a list got <class 'str'>"),
+        (["x"], None, f"out_features must be a subset of stage_names: {NAMES} got ['x']"),
+        (["stage1", "stage1"], None, "out_features must not contain any duplicates, got ['stage1', 'stage1']"),
+        (
+            ["stage2", "stage1"],
+            None,
+            "out_features must be in the same order as stage_names, expected ['stage1', 'stage2'] got ['stage2', 'stage1']",
+        ),
+        (["stage1"], [1, 2], "out_features and out_indices should have the same length if both are set"),
+        (["stage1"], [2], "out_features and out_indices should correspond to the same stages if both are set"),
+    ],
+)
+def test_refused_selections(out_features, out_indices, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        align_stages(NAMES, out_features, out_indices)
+    assert isinstance(caught.value, InputError)
+
+
+@given(st.sets(st.integers(0, 7), min_size=1), st.data())
+def test_any_ordered_subset_is_its_own_selection(chosen, data):
+    names = [f"s{i}" for i in range(8)]
+    indices = sorted(chosen)
+    signed = [i - 8 if data.draw(st.booleans()) else i for i in indices]
+    assert align_stages(names, None, signed) == align_stages(names, [names[i] for i in indices], None)
+    assert align_stages(names, None, signed)[1] == tuple(indices)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 2), (2, 1, 3), (1, 3, 2)])
+def test_shape_range_needs_order(sizes):
+    with pytest.raises(ValueError, match="1 <= min <= opt <= max"):
+        ShapeRange(min=sizes[0], opt=sizes[1], max=sizes[2])
+
+
+FIXED = ShapeRange.fixed
+PIXELS = InputSpec(name="pixel_values", channels=3, batch=FIXED(2), height=FIXED(64), width=FIXED(96))
+FRAMES = InputSpec(
+    name="image",
+    channels=3,
+    batch=ShapeRange(min=1, opt=2, max=4),
+    height=ShapeRange(min=32, opt=64, max=128),
+    width=FIXED(96),
+    size_multiple=32,
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "expected"),
+    [(PIXELS, (7, 3, 64, 96), (7, 64, 96)), (FRAMES, (1, 128, 96, 3), (1, 128, 96))],
+)
+def test_fitting_shapes_are_split(spec, shape, expected):
+    assert spec.batch_height_width(shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (PIXELS, (3, 64, 96)),
+        (PIXELS, (1, 4, 64, 96)),
+        (PIXELS, (1, 3, 96, 64)),
+        (PIXELS, (0, 3, 64, 96)),
+        (PIXELS, (1, 64, 96, 3)),
+        (FRAMES, (1, 48, 96, 3)),
+        (FRAMES, (1, 160, 96, 3)),
+        (FRAMES, (1, 3, 64, 96)),
+    ],
+)
+def test_other_shapes_are_refused_with_what_fits(spec, shape):
+    with pytest.raises(InputError, match=re.escape(f"of shape {shape} does not fit: this engine takes {spec.describe()}")):
+        spec.batch_height_width(shape)
+
+
+def test_describe_names_dtype_layout_and_sizes():
+    assert PIXELS.describe() == "float32 NCHW (batch, 3, 64, 96) with any batch >= 1"
+    assert FRAMES.describe() == (
+        "uint8 NHWC (batch, 32..128, 96, 3) with any batch >= 1, height and width multiples of 32"
+    )
+
+
+def test_backbone_spec_refuses_stages_that_do_not_agree():
+    good = {
+        "stage_names": ("a", "b"),
+        "out_features": ("b",),
+        "out_indices": (1,),
+        "channels": (8,),
+        "strides": ((2, 2),),
+        "num_features": (4, 8),
+    }
+    BackboneSpec(**good)
+    for field, value in {
+        "out_indices": (0,),
+        "channels": (8, 8),
+        "strides": (),
+        "num_features": (8,),
+        "out_features": (),
+    }.items():
+        with pytest.raises(ValueError):
+            BackboneSpec(**{**good, field: value})
