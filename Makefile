@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test lint bench schema clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python build_scripts/demo.py
+	$(BIN)/python -m build_scripts.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -21,10 +21,10 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 schema: $(VENV)/.dev
-	$(BIN)/python build_scripts/write_schema.py
+	$(BIN)/python -m build_scripts.write_schema
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

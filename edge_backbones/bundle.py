@@ -216,7 +216,9 @@ def _lock(target: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BundleError(f"another process is writing {target}: wait for it, or choose another folder") from None
+                raise BundleError(
+                    f"another process is writing {target}: wait for it, or choose another folder"
+                ) from None
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                     try:

@@ -24,7 +24,6 @@ from edge_backbones.manifest import ParityReport
 from edge_backbones.spec import Precision, ShapeRange
 
 try:
-    import click
     import typer
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -40,6 +39,8 @@ app = typer.Typer(
     help="Vision backbones as verified bundles of compiled engines, behind the transformers backbone API.\n\n"
     "`build` makes a bundle from a timm name, `run` gives the feature maps of a photograph.",
 )
+# click's UsageError, which newer releases of typer carry inside and older ones import
+_UsageError: Any = typer.BadParameter.__base__
 _out = Console(soft_wrap=True, highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -63,7 +64,9 @@ class Method(str, enum.Enum):
 
 @app.command()
 def build(
-    model: Annotated[str, typer.Argument(help="A timm name, tags too: resnet50, resnet50.a1_in1k.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="A timm name, tags too: resnet50, resnet50.a1_in1k.", show_default=False)
+    ],
     bundle: Annotated[Path, typer.Argument(help="The bundle folder to write.", show_default=False)],
     images: Annotated[
         Path | None,
@@ -146,8 +149,8 @@ def compile_(
     as_json: JsonFlag = False,
 ) -> None:
     """Add engines for this machine to a bundle, verified first. Needs no torch."""
-    from edge_backbones.build.pipeline import compile_bundle
     from edge_backbones.build.compile import default_cache
+    from edge_backbones.build.pipeline import compile_bundle
 
     wanted = None if not precision else tuple(precision)
     with _Steps(as_json) as progress:
@@ -237,10 +240,14 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
         source.weights, f"weights with SHA-256 {(source.weights_sha256 or '')[:12]}..."
     )
     _out.print(f"[bold]{bundle}[/]: {source.name} of {source.library}, {weights}")
-    _out.print(f"input [bold]{manifest.input.name}[/]: {manifest.input.describe()}, engine batch {manifest.input.batch}")
+    _out.print(
+        f"input [bold]{manifest.input.name}[/]: {manifest.input.describe()}, engine batch {manifest.input.batch}"
+    )
     stages = Table("index", "stage", "channels", "stride", title="feature maps", title_justify="left")
     for i, name, channels, stride in zip(spec.out_indices, spec.out_features, spec.channels, spec.strides, strict=True):
-        stages.add_row(str(i), name, str(channels), str(stride[0]) if stride[0] == stride[1] else f"{stride[0]}x{stride[1]}")
+        stages.add_row(
+            str(i), name, str(channels), str(stride[0]) if stride[0] == stride[1] else f"{stride[0]}x{stride[1]}"
+        )
     _out.print(stages)
     engines = Table("engine", "MB", "runs here", title="engines", title_justify="left")
     for engine in manifest.engines:
@@ -299,10 +306,10 @@ def _run(arguments: list[str]) -> int:
         return _refuse(arguments, error, 3, parity=error.report)
     except (EdgeBackbonesError, OSError, MemoryError) as error:
         return _refuse(arguments, error, 1)
-    except click.ClickException as error:
+    except _UsageError as error:
         error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+        return int(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
         _err.print("interrupted: nothing was written")
         return 130
 
@@ -381,7 +388,7 @@ def _integers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of integers such as 1,2,3", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} is not a list of integers such as 1,2,3", param_hint=option) from None
 
 
 def _range(text: str, option: str) -> ShapeRange:
@@ -391,13 +398,13 @@ def _range(text: str, option: str) -> ShapeRange:
             raise ValueError("one number, or three as MIN:OPT:MAX")
         return ShapeRange(min=parts[0], opt=parts[len(parts) // 2], max=parts[-1])
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a size or MIN:OPT:MAX: {error}", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} is not a size or MIN:OPT:MAX: {error}", param_hint=option) from None
 
 
 def _sizes(text: str) -> tuple[ShapeRange, ShapeRange]:
     pairs = [part.lower().split("x") for part in text.split(":")]
     if any(len(pair) != 2 for pair in pairs):
-        raise click.BadParameter(f"{text!r} is not HxW or HxW:HxW:HxW", param_hint="--size")
+        raise typer.BadParameter(f"{text!r} is not HxW or HxW:HxW:HxW", param_hint="--size")
     heights, widths = (":".join(pair[axis] for pair in pairs) for axis in (0, 1))
     return _range(heights, "--size"), _range(widths, "--size")
 

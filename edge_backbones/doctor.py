@@ -26,14 +26,18 @@ def examine() -> list[Finding]:
     """Everything that decides what can be built and run here."""
     host = compat.this_host({})
     return [
-        Finding(topic="machine", ok=True, found=f"{platform.system()} {host.architecture}, {host.device_name}, {_memory()}"),
+        Finding(
+            topic="machine", ok=True, found=f"{platform.system()} {host.architecture}, {host.device_name}, {_memory()}"
+        ),
         _int8(host),
         _python(),
         _library("run on the CPU (OpenVINO)", "cpu", ("openvino",)),
         _library("read image files", "images", ("Pillow",)),
         _library("draw feature maps", "report", ("matplotlib",)),
         _library(
-            "build bundles from timm", "build", ("torch", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino")
+            "build bundles from timm",
+            "build",
+            ("torch", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino"),
         ),
         _library(
             "compile TensorRT-RTX engines ahead of time (tests only in this release)",
@@ -72,7 +76,11 @@ def _library(purpose: str, extra: str, distributions: Sequence[str]) -> Finding:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
-    found = ", ".join(versions) + ("; " if versions and missing else "") + (f"missing: {', '.join(missing)}" if missing else "")
+    found = (
+        ", ".join(versions)
+        + ("; " if versions and missing else "")
+        + (f"missing: {', '.join(missing)}" if missing else "")
+    )
     fix = f"pip install 'edge-backbones[{extra}]'" if missing else ""
     return Finding(topic=purpose, ok=not missing, found=found, fix=fix)
 

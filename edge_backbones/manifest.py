@@ -27,7 +27,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """What every struct of the manifest shares."""
 
 
-class FileRecord(_Strict):
+class FileRecord(_Strict, frozen=True):
     """One file of the bundle; ``path`` is relative to the folder, with forward slashes."""
 
     path: RelativePath
@@ -35,7 +35,7 @@ class FileRecord(_Strict):
     size: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Source(_Strict):
+class Source(_Strict, frozen=True):
     """Where the network came from. ``weights_sha256``: of the checkpoint file; ``seed``: of random weights."""
 
     library: Literal["timm"]
@@ -47,7 +47,7 @@ class Source(_Strict):
     options: dict[str, int] = {}
 
 
-class GraphRecord(_Strict):
+class GraphRecord(_Strict, frozen=True):
     """One graph file. ``opset`` is None for TorchScript."""
 
     format: Literal["onnx", "torchscript"]
@@ -56,7 +56,7 @@ class GraphRecord(_Strict):
     opset: int | None = None
 
 
-class GoldenRecord(_Strict):
+class GoldenRecord(_Strict, frozen=True):
     """golden.npz: input ``<case>/<input name>`` and fp32 map ``<case>/<stage>`` for every case."""
 
     file: FileRecord
@@ -64,7 +64,7 @@ class GoldenRecord(_Strict):
     images: tuple[str, ...]
 
 
-class CalibrationRecord(_Strict):
+class CalibrationRecord(_Strict, frozen=True):
     """How the int8 ranges were found; the ranges themselves are in the file."""
 
     file: FileRecord
@@ -74,7 +74,7 @@ class CalibrationRecord(_Strict):
     skipped: tuple[str, ...]
 
 
-class EngineKey(_Strict):
+class EngineKey(_Strict, frozen=True):
     """Where engine bytes may run: everything that compat.py compares with the machine at hand."""
 
     flavour: Flavour
@@ -93,7 +93,7 @@ class EngineKey(_Strict):
         return f"{self.flavour}-{version}-{self.architecture}{features}-{self.precision}"
 
 
-class Gate(_Strict):
+class Gate(_Strict, frozen=True):
     """Bounds that every feature map must keep; None means not asked."""
 
     min_cosine: float | None = None
@@ -109,7 +109,7 @@ class Gate(_Strict):
         return " and ".join(part for part in parts if part) or "finite values"
 
 
-class StageParity(_Strict):
+class StageParity(_Strict, frozen=True):
     """A feature map against its fp32 reference over all golden samples; the worst case counts.
 
     ``cosine`` of the flattened maps, ``sqnr_db`` = 10 log10(|r|^2 / |r - x|^2), ``max_abs`` = max |r - x|,
@@ -125,7 +125,7 @@ class StageParity(_Strict):
     passed: bool
 
 
-class ParityReport(_Strict):
+class ParityReport(_Strict, frozen=True):
     """Every kept stage of one engine, measured through the real runtime on the golden samples."""
 
     precision: Precision
@@ -148,7 +148,7 @@ class ParityReport(_Strict):
         )
 
 
-class EngineRecord(_Strict):
+class EngineRecord(_Strict, frozen=True):
     """One compiled engine, and the parity that let it into the bundle."""
 
     key: EngineKey
@@ -160,14 +160,14 @@ class EngineRecord(_Strict):
         return self.key.name
 
 
-class Provenance(_Strict):
+class Provenance(_Strict, frozen=True):
     """When and with what the graphs were built."""
 
     created: str
     versions: dict[str, str]
 
 
-class Manifest(_Strict):
+class Manifest(_Strict, frozen=True):
     """The whole of manifest.json."""
 
     schema_version: Literal[1]
@@ -202,7 +202,9 @@ def encode(manifest: Manifest) -> bytes:
 def decode(data: bytes) -> Manifest:
     """Parse and check; raises ManifestError with the field that is wrong."""
     if len(data) > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"manifest.json has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} a manifest may have")
+        raise ManifestError(
+            f"manifest.json has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} a manifest may have"
+        )
     try:
         version = msgspec.json.decode(data, type=_Version).schema_version
         if version != SCHEMA_VERSION:
@@ -212,9 +214,13 @@ def decode(data: bytes) -> Manifest:
             )
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ManifestError(f"manifest.json is not a valid manifest: {error}; restore it or build the bundle again") from error
+        raise ManifestError(
+            f"manifest.json is not a valid manifest: {error}; restore it or build the bundle again"
+        ) from error
     if manifest.digest != _digest(manifest):
-        raise ManifestError("manifest.json was changed after it was written (its digest differs): build the bundle again")
+        raise ManifestError(
+            "manifest.json was changed after it was written (its digest differs): build the bundle again"
+        )
     return manifest
 
 

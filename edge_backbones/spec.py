@@ -139,7 +139,9 @@ class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         if not features or features != self.out_features or indices != self.out_indices:
             raise ValueError(f"out_features {self.out_features} and out_indices {self.out_indices} do not agree")
         if not len(self.channels) == len(self.strides) == len(features):
-            raise ValueError(f"{len(features)} stages need as many channels and strides, got {self.channels}, {self.strides}")
+            raise ValueError(
+                f"{len(features)} stages need as many channels and strides, got {self.channels}, {self.strides}"
+            )
         if len(self.num_features) != len(self.stage_names):
             raise ValueError(f"{len(self.stage_names)} stage names need as many num_features, got {self.num_features}")
 

@@ -73,7 +73,7 @@ def gather_images(
     with spool.open("wb") as file:
         for name, array in _named_arrays(source, input, config, skipped, progress):
             data = np.ascontiguousarray(array, input.dtype).reshape(shape)
-            digest.update(data)
+            digest.update(data.data)
             data.tofile(file)
             names.append(name)
     if not names:
@@ -125,8 +125,8 @@ def _named_arrays(
     else:
         arrays = source
     index = 0
-    for array in arrays:
-        array = np.asarray(array)
+    for given in arrays:
+        array = np.asarray(given)
         for one in array if array.ndim == 4 else [array]:
             progress(step, index, None)
             yield f"array {index}", _to_network_input(one, f"array {index}", input, config)
@@ -136,7 +136,8 @@ def _named_arrays(
 def _to_network_input(array: np.ndarray, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
     """One photograph or finished input, checked."""
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == input.channels:
-        return to_input(_fit_array(array, config, input)[None], config, input)[0]
+        photograph: np.ndarray = to_input(_fit_array(array, config, input)[None], config, input)[0]
+        return photograph
     expected = input.shape(1, input.height.opt, input.width.opt)[1:]
     if input.name == "pixel_values" and array.dtype.kind == "f" and array.shape == expected:
         if not np.isfinite(array).all():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +145,14 @@ def _strip_debug_information(model: onnx.ModelProto) -> None:
         del item.metadata_props[:]
 
 
-class _quiet_exporter(warnings.catch_warnings):
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
     """The exporter warns and logs about its own internals; errors are raised all the same."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *error: object) -> None:
-        logging.disable(logging.NOTSET)
-        super().__exit__(*error)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -155,7 +155,9 @@ def build_bundle(
         if loaded.source.weights == "random":
             progress("warming batch norm", 0, None)
             batches = image_set.batches(_CALIBRATION_BATCH, calibrating)
-            loaded = prepare.warm_batch_norm(loaded, (network_input(batch, loaded.image_config, input) for batch in batches))
+            loaded = prepare.warm_batch_norm(
+                loaded, (network_input(batch, loaded.image_config, input) for batch in batches)
+            )
 
         progress("folding batch norm", 0, None)
         prepared = prepare.prepare(loaded, input)
@@ -236,11 +238,13 @@ def compile_bundle(
     gate is the one the bundle was built with. Raises BundleError, CompileError, ParityError, MissingDependencyError.
     """
     bundle = Bundle.open(path)
-    graphs = [g for g in bundle.manifest.graphs if g.format == "onnx" and (precisions is None or g.precision in precisions)]
+    graphs = [
+        g for g in bundle.manifest.graphs if g.format == "onnx" and (precisions is None or g.precision in precisions)
+    ]
     if not graphs:
-        held = ", ".join(g.precision.value for g in bundle.manifest.graphs if g.format == "onnx")
-        asked = ", ".join(p.value for p in precisions or ())
-        raise BundleError(f"{bundle.path} has no {asked} graph; it holds: {held}")
+        held = ", ".join(g.precision.value for g in bundle.manifest.graphs if g.format == "onnx") or "none"
+        asked = ", ".join(p.value for p in precisions or ()) or "graph to compile"
+        raise BundleError(f"{bundle.path} has no {asked}; its ONNX graphs: {held}")
     golden = load_golden(bundle)
     added = []
     for graph in graphs:
@@ -251,7 +255,9 @@ def compile_bundle(
             (e.parity.gate for e in bundle.manifest.engines if e.key.precision == graph.precision),
             DEFAULT_GATES[graph.precision],
         )
-        report = _verified(bundle.manifest.backbone, bundle.manifest.input, engine.data, golden, graph.precision, gate, progress)
+        report = _verified(
+            bundle.manifest.backbone, bundle.manifest.input, engine.data, golden, graph.precision, gate, progress
+        )
         record = EngineRecord(key=engine.key, file=file, parity=report)
         bundle = bundle.with_engine(record, engine.data)
         added.append(record)
@@ -283,7 +289,12 @@ def verify_bundle(
 
 
 def _compiled_engine(
-    folder: Path, graph: TypedGraph, golden: Mapping[str, np.ndarray], gate: Gate, cache: Path | None, progress: Progress
+    folder: Path,
+    graph: TypedGraph,
+    golden: Mapping[str, np.ndarray],
+    gate: Gate,
+    cache: Path | None,
+    progress: Progress,
 ) -> EngineRecord:
     """Compile, verify, and only then write the engine into the folder."""
     progress(f"compiling {graph.precision}", 0, None)
@@ -334,7 +345,9 @@ def _input_spec(options: BuildOptions, loaded: LoadedBackbone, height: int, widt
     step = 1 if heights.is_fixed and widths.is_fixed else max(loaded.reductions)
     for axis, sizes in (("height", heights), ("width", widths)):
         if not sizes.is_fixed and any(size % step for size in (sizes.min, sizes.opt, sizes.max)):
-            raise SourceError(f"{axis} {sizes.min}:{sizes.opt}:{sizes.max} must be multiples of {step}, the deepest stride")
+            raise SourceError(
+                f"{axis} {sizes.min}:{sizes.opt}:{sizes.max} must be multiples of {step}, the deepest stride"
+            )
     return InputSpec(
         name="image" if options.input == "image" else "pixel_values",
         channels=loaded.channels_in,

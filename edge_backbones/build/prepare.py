@@ -86,18 +86,20 @@ def fold_batch_norm(net: nn.Module, sample: torch.Tensor) -> tuple[int, int]:
     """
     flow = _DataFlow()
     with flow:
-        _forward(net, sample)
+        maps = _forward(net, sample)
+    flow.uses.update(id(feature_map) for feature_map in maps)
     convs = {id(m.weight): m for m in net.modules() if isinstance(m, nn.Conv2d)}
     norms = {id(m.running_mean): m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
     folded = 0
     replacements: dict[nn.Module, nn.Module] = {}
     for source, mean in flow.batch_norms:
         conv, norm = convs.get(flow.conv_outputs.get(source, 0)), norms.get(mean)
-        if conv is None or norm is None or flow.uses[source] != 1:
+        if conv is None or norm is None:
             continue
-        if flow.conv_calls[id(conv.weight)] != 1 or flow.norm_calls[mean] != 1:
+        if not flow.uses[source] == flow.uses[id(conv.weight)] == flow.uses[mean] == 1:
             continue  # shared by several places: folding would change the others
         with torch.no_grad():
+            assert norm.running_mean is not None and norm.running_var is not None  # noqa: PT018  (found by its id above)
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
@@ -116,9 +118,7 @@ class _DataFlow(TorchFunctionMode):
         super().__init__()
         self.conv_outputs: dict[int, int] = {}  # id of a convolution's result -> id of its weight
         self.batch_norms: list[tuple[int, int]] = []  # (id of the input, id of running_mean)
-        self.uses: Counter[int] = Counter()
-        self.conv_calls: Counter[int] = Counter()
-        self.norm_calls: Counter[int] = Counter()
+        self.uses: Counter[int] = Counter()  # id of a tensor -> operations that take it
         self._alive: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,12 +130,10 @@ class _DataFlow(TorchFunctionMode):
         if func is functional.conv2d:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.conv_outputs[id(result)] = id(weight)
-            self.conv_calls[id(weight)] += 1
         elif func is functional.batch_norm:
             source = args[0] if args else kwargs["input"]
             mean = args[1] if len(args) > 1 else kwargs["running_mean"]
             self.batch_norms.append((id(source), id(mean)))
-            self.norm_calls[id(mean)] += 1
         return result
 
 

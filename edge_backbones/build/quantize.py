@@ -3,27 +3,30 @@
 The number format of every tensor is written in the graph, so one file per precision serves every engine. The form is
 the one that TensorRT asks for (it refuses others); OpenVINO runs it at full int8 speed.
 
-What int8 quantises, with the reason. Costs are OpenVINO on two AVX512-VNNI cores; dB are SQNR of a feature map.
+What int8 quantises, and why. Times are OpenVINO's on two AVX512-VNNI cores, dB the SQNR of feature maps; "trained" is
+mobilenetv3_large_100 taught to read digits, the hardest of what was measured (resnet50, convnext_tiny, vit_small too).
 
-=============================  ==========  =============================================================================
-tensor                         quantised   why
-=============================  ==========  =============================================================================
-input and weight of Conv,      yes         the int8 kernels; a Q after Conv+Relu fuses into the Conv's epilogue
+============================  =========  ==============================================================================
+tensor                        quantised  why
+============================  =========  ==============================================================================
+input and weight of Conv,     yes        the int8 kernels; the Q of the next layer fuses into the epilogue of this one
 Gemm, MatMul(x, constant)
-depthwise and stem Conv        yes         an fp16 Conv between int8 ones costs TensorRT two reformats; no gain in
-                                           accuracy worth it on the stem (< 1 dB), 2 dB per depthwise stage
-squeeze-excite Conv on 1x1     yes         8 % faster on mobilenetv3, a third of its weights, < 0.1 dB
-skip branch of a residual Add  yes         TensorRT fuses Conv+Add when the other addend is int8; 4 % faster on resnet50
-Conv branch of that Add        no          a Q between Conv and Add breaks that fusion; both branches: no faster
-Add behind a MatMul            no          no such fusion exists; it would requantise the residual stream of a
-                                           transformer at every block: -9 dB, no faster
-attention MatMul(x, y)         no          8 % faster on vit_small, but -20 dB; TensorRT fuses attention as a whole in
-                                           fp16
-MaxPool, Transpose, Reshape    as they     rounding commutes with them, engines move Q and DQ through them on their own
-                               come
-feature outputs                no          they stay the tensor before the Q node: 8-bit steps never show in a result
-bias                           no          TensorRT refuses int32 DequantizeLinear; fp16, added to the accumulator
-=============================  ==========  =============================================================================
+the same, depthwise or with   no         nothing fills an int8 matrix instruction, which sums 32 products, and their
+fewer than 32 products in a              error reaches every later stage. Trained, worst stage: 9.9 dB with them
+sum (stem, first 1x1s)                   quantised (cosine 0.948), 16.7 dB without (0.989); mobilenetv3 is TODO slower,
+                                         others equal
+squeeze-excite Conv           yes        8 % faster and a third of the weights of mobilenetv3, < 0.1 dB
+skip branch of a residual     yes        TensorRT fuses Conv+Add when the other addend is int8 (its placement rule);
+Add                                      OpenVINO: up to 5 % faster on resnet50, within noise elsewhere; -0.7 dB
+Conv branch of that Add       no         a Q between Conv and Add undoes that fusion; no faster on OpenVINO
+Add behind a MatMul           no         would round the residual stream of a transformer at every block: -10 dB on
+                                         vit_small, no faster
+attention MatMul(x, y)        no         8 % faster on vit_small, but -23 dB; TensorRT fuses attention whole, in fp16
+MaxPool, Transpose, Reshape   no         rounding commutes with them and engines move Q and DQ through them; a Q moved
+                                         above a Transpose by hand made convnext and vit 9 % slower
+feature outputs               no         they stay the tensor before the Q: 8-bit steps never show in a result
+bias                          no         TensorRT refuses int32 DequantizeLinear; fp16, added to the accumulator
+============================  =========  ==============================================================================
 
 What fp16 keeps in float32 (in int8 graphs too): normalisation, softmax, reductions, powers, roots, exponentials and
 divisions, what lies between two of them (the epsilon of a norm written out as nodes), everything before the first layer
@@ -53,6 +56,7 @@ from edge_backbones.spec import Precision
 
 _MIN_OPSET = 19  # the first whose QuantizeLinear takes fp16 scales
 _INT8_MAX = 127  # symmetric: -128 is not used
+_MIN_PRODUCTS = 32  # what one int8 matrix instruction sums (mma.m16n8k32 on NVIDIA GPUs)
 _HALF_MAX = float(np.finfo(np.float16).max)
 _HALF_SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 _HALF_SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
@@ -119,7 +123,7 @@ def _find_placement(graph: ir.Graph) -> _Placement:
     activations: list[tuple[ir.Node, int]] = []
     weights: list[ir.Node] = []
     for node in graph:
-        if _has_constant_weight(node):
+        if _gains_from_int8(node):
             activations.append((node, 0))
             weights.append(node)
         elif node.op_type == "Add":
@@ -129,13 +133,15 @@ def _find_placement(graph: ir.Graph) -> _Placement:
     return _Placement(tuple(activations), tuple(weights))
 
 
-def _has_constant_weight(node: ir.Node) -> bool:
-    if node.op_type not in _WEIGHTED:
+def _gains_from_int8(node: ir.Node) -> bool:
+    if node.op_type not in _WEIGHTED or _is_constant(node.inputs[0]) or not _is_constant(node.inputs[1]):
         return False
-    activation, weight = node.inputs[0], node.inputs[1]
-    # A MatMul with a stack of matrices has no output channel that TensorRT could scale.
-    is_matrix = node.op_type == "Conv" or (weight is not None and weight.shape is not None and len(weight.shape) == 2)
-    return _is_constant(weight) and not _is_constant(activation) and is_matrix
+    sizes = _constant(node.inputs[1]).shape
+    if node.op_type != "Conv":
+        # A stack of matrices has no output channel to scale.
+        return len(sizes) == 2 and sizes[1 - _output_channel_axis(node)] >= _MIN_PRODUCTS
+    is_depthwise = sizes[1] == 1
+    return not is_depthwise and int(np.prod(sizes[1:])) >= _MIN_PRODUCTS
 
 
 def _skip_branch(add: ir.Node, depths: Mapping[ir.Value, int]) -> int | None:
@@ -194,7 +200,7 @@ def _insert_quantization(model: ir.Model, ranges: Mapping[str, float]) -> None:
     dequantized_weights: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in placement.weights:
         weight, axis = node.inputs[1], _output_channel_axis(node)
-        assert weight is not None
+        assert weight is not None  # as above
         if (weight, axis) not in dequantized_weights:
             dequantized_weights[weight, axis] = _quantize_weight(graph, node, weight, axis)
         node.replace_input_with(1, dequantized_weights[weight, axis])
@@ -370,9 +376,9 @@ def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer()
 
 
-def _constant(value: ir.Value) -> npt.NDArray[np.generic]:
-    if value.const_value is None:
-        raise QuantizationError(f"initializer {value.name!r} has no value; export the graph with its weights")
+def _constant(value: ir.Value | None) -> npt.NDArray[np.generic]:
+    if value is None or value.const_value is None:
+        raise QuantizationError(f"initializer {_name(value)!r} has no value; export the graph with its weights")
     return value.const_value.numpy()
 
 

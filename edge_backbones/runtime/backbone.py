@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -96,7 +96,9 @@ class EdgeBackbone:
             raise EngineMismatchError(f"device {device!r} has no engine in this release, which runs on 'cpu'")
         bundle = Bundle.open(path)
         chosen = session.choose_engine(bundle, compat.this_host(session.installed_versions()), engine)
-        return cls(bundle.manifest.backbone, bundle.manifest.input, session.open_session(bundle, chosen, threads=threads))
+        return cls(
+            bundle.manifest.backbone, bundle.manifest.input, session.open_session(bundle, chosen, threads=threads)
+        )
 
     @property
     def input(self) -> InputSpec:
@@ -156,6 +158,25 @@ class EdgeBackbone:
             "num_features": self.num_features,
         }
 
+    @overload
+    def __call__(
+        self,
+        pixel_values: Any,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: Literal[True] | None = None,
+    ) -> BackboneOutput: ...
+
+    @overload
+    def __call__(
+        self,
+        pixel_values: Any,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        *,
+        return_dict: Literal[False],
+    ) -> tuple[tuple[np.ndarray, ...]]: ...
+
     def __call__(
         self,
         pixel_values: Any,
@@ -179,7 +200,7 @@ class EdgeBackbone:
 
     forward = __call__
 
-    def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> BackboneOutput | tuple[tuple[np.ndarray, ...]]:
+    def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
         """A call that drops keyword arguments which it does not know, as transformers' backbones do."""
         known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict")
         return self(*args, **{key: value for key, value in kwargs.items() if key in known})
@@ -197,7 +218,9 @@ class EdgeBackbone:
         self.close()
 
     def __repr__(self) -> str:
-        return f"EdgeBackbone(out_features={self.out_features}, channels={self.channels}, input={self._input.describe()})"
+        return (
+            f"EdgeBackbone(out_features={self.out_features}, channels={self.channels}, input={self._input.describe()})"
+        )
 
     def _choose(self, wanted: tuple[str, ...]) -> None:
         missing = [name for name in wanted if name not in self._spec.out_features]
@@ -246,4 +269,6 @@ def _from_dlpack(values: Any, spec: InputSpec) -> np.ndarray:
     try:
         return np.from_dlpack(values)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{spec.name} cannot be read through DLPack ({error}): pass a detached tensor on the CPU") from error
+        raise InputError(
+            f"{spec.name} cannot be read through DLPack ({error}): pass a detached tensor on the CPU"
+        ) from error

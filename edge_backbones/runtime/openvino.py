@@ -49,7 +49,9 @@ def compile_model(graph: bytes | openvino.Model) -> bytes:
         model = core.read_model(graph, b"") if isinstance(graph, bytes) else graph
         exported = core.compile_model(model, "CPU", settings(None)).export_model()
     except RuntimeError as error:
-        raise CompileError(f"OpenVINO {openvino.get_version()} cannot compile this graph: {last_line(error)}") from error
+        raise CompileError(
+            f"OpenVINO {openvino.get_version()} cannot compile this graph: {last_line(error)}"
+        ) from error
     return bytes(exported) if isinstance(exported, bytes) else bytes(exported.getvalue())
 
 
@@ -70,14 +72,16 @@ class OpenVinoSession:
             ) from error
         names = [next(iter(port.get_names())) for port in model.outputs]
         if sorted(names) != sorted(outputs):
-            raise EngineMismatchError(f"the engine returns {names}, the manifest promises {list(outputs)}: build it again")
+            raise EngineMismatchError(
+                f"the engine returns {names}, the manifest promises {list(outputs)}: build it again"
+            )
         self._blob = blob  # weights in the model may point into it
         self._tensor = openvino.Tensor
-        self._model: openvino.CompiledModel | None = model
+        self._model: Any = model
         self._ports = [names.index(name) for name in outputs]
         shapes = [model.outputs[port].partial_shape for port in self._ports]
         self._shapes = None if any(s.is_dynamic for s in shapes) else [tuple(s.to_shape()) for s in shapes]
-        self._idle: deque[openvino.InferRequest] = deque()
+        self._idle: deque[Any] = deque()
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
         model = self._model
@@ -92,7 +96,7 @@ class OpenVinoSession:
         finally:
             self._idle.append(request)
 
-    def _run(self, request: openvino.InferRequest, array: np.ndarray) -> list[np.ndarray]:
+    def _run(self, request: Any, array: np.ndarray) -> list[np.ndarray]:
         # OpenVINO reads and writes the arrays in place. It keeps no reference to them, so they must outlive infer();
         # every output is set anew on each call, hence none of an earlier call is ever written again.
         request.set_input_tensor(self._tensor(array, shared_memory=True))

@@ -19,7 +19,7 @@ from edge_backbones.errors import BundleError, IntegrityError, ManifestError
 from edge_backbones.testing import make_bundle
 
 
-@pytest.fixture()
+@pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     return make_bundle(tmp_path / "pool.bundle")
 
@@ -96,7 +96,10 @@ def test_an_existing_target_is_refused_and_a_foreign_folder_never_replaced(bundl
     foreign = tmp_path / "photos"
     foreign.mkdir()
     (foreign / "holiday.jpg").write_bytes(b"dear")
-    with pytest.raises(BundleError, match="not a bundle and will not be overwritten"), new_bundle(foreign, overwrite=True):
+    with (
+        pytest.raises(BundleError, match="not a bundle and will not be overwritten"),
+        new_bundle(foreign, overwrite=True),
+    ):
         pass
     assert (foreign / "holiday.jpg").read_bytes() == b"dear"
 
@@ -197,7 +200,9 @@ with new_bundle(sys.argv[1], overwrite=True) as folder:
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")
 def test_kill_9_in_the_middle_leaves_the_old_bundle_and_the_next_build_cleans_up(bundle):
-    process = subprocess.Popen([sys.executable, "-c", KILLED_WRITER, str(bundle.path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_WRITER, str(bundle.path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     with process:
         assert process.stdout.readline().strip() == "writing"

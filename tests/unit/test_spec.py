@@ -111,7 +111,9 @@ def test_fitting_shapes_are_split(spec, shape, expected):
     ],
 )
 def test_other_shapes_are_refused_with_what_fits(spec, shape):
-    with pytest.raises(InputError, match=re.escape(f"of shape {shape} does not fit: this engine takes {spec.describe()}")):
+    with pytest.raises(
+        InputError, match=re.escape(f"of shape {shape} does not fit: this engine takes {spec.describe()}")
+    ):
         spec.batch_height_width(shape)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
-from timm.layers import set_layer_config
+from timm.data.config import resolve_model_data_config
+from timm.layers.config import set_layer_config
+from timm.models._helpers import load_state_dict
 from torch import nn
 
 from edge_backbones.build.artifacts import LoadedBackbone
@@ -72,7 +73,7 @@ def load_timm(name: str, options: TimmOptions) -> TimmBackbone:
     arguments["out_indices"] = indices
 
     source, net = _with_weights(name, options.weights, arguments)
-    config = resolve_model_data_config(net)
+    config = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
     height, width = options.img_size or config["input_size"][1:]
     backbone = LoadedBackbone(
         module=_NchwStages(net).eval(),
@@ -86,6 +87,14 @@ def load_timm(name: str, options: TimmOptions) -> TimmBackbone:
         reductions=tuple(int(info[i]["reduction"]) for i in indices),
     )
     return TimmBackbone(backbone, int(height), int(width))
+
+
+def pretrained_at_hand(name: str) -> bool:
+    """Can pretrained weights be loaded now: does the hub answer, or does its cache hold them?"""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        return False
+    return _hub_answers() or bool(config.hf_hub_id and _cached_weights(str(config.hf_hub_id)))
 
 
 class _NchwStages(nn.Module):
@@ -194,27 +203,38 @@ def _cached_weights(repository: str) -> dict[str, str] | None:
 def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.Module:
     """Load a file through timm's own key mapping, and make sure that it reached every layer.
 
-    timm ignores keys that are missing from the file, so two networks of different seeds are loaded: a tensor that
-    still differs afterwards got nothing from the file.
+    timm ignores keys that are missing from the file, so the network is made twice from one seed, the second time with
+    every number of the file changed: a weight or a statistic that is the same in both got nothing from the file.
     """
-    loading = {**arguments, "pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
-    nets = []
-    for seed in (1, 2):
-        try:
-            with _seeded(seed):
-                nets.append(_create(name, loading))
-        except SourceError as error:
-            raise SourceError(f"{path} does not fit {name}: {_first_line(error.__cause__ or error)}") from error
-        except Exception as error:  # unpickling and safetensors errors have no common base
-            raise SourceError(
-                f"{path} cannot be read as a checkpoint ({_first_line(error)}): save it as .safetensors, "
-                "or as a plain state dict with torch.save"
-            ) from error
-    second = nets[1].state_dict()
-    untouched = [key for key, value in nets[0].state_dict().items() if not torch.equal(value, second[key])]
+    try:
+        # Read here and not by timm: older releases run the code in a pickle unless told not to.
+        content = load_state_dict(str(path), weights_only=True)
+        changed = {key: 1.5 * value + 1.25 if value.is_floating_point() else value for key, value in content.items()}
+    except Exception as error:  # unpickling and safetensors errors have no common base
+        cause = _first_line(error).partition(". ")[0]
+        raise SourceError(
+            f"{path} cannot be read as a checkpoint ({cause}): save it as .safetensors, "
+            "or as a plain state dict with torch.save"
+        ) from error
+    try:
+        net, other = (_from_state_dict(name, state, arguments) for state in (content, changed))
+    except SourceError as error:
+        raise SourceError(f"{path} does not fit {name}: {_first_line(error.__cause__ or error)}") from error
+    second = other.state_dict()
+    learned = [key for key, _ in net.named_parameters()] + [key for key in second if "running_" in key]
+    untouched = [key for key in learned if torch.equal(net.state_dict()[key], second[key])]
     if untouched:
         raise SourceError(f"{path} has no weights for {len(untouched)} tensors of {name}, {untouched[0]} first: wrong file?")
-    return nets[0]  # type: ignore[no-any-return]
+    return net
+
+
+def _from_state_dict(name: str, state: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> nn.Module:
+    overlay = {"state_dict": dict(state)}
+    with _seeded(0):
+        net: nn.Module = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})
+    for module in net.modules():  # timm keeps the overlay, and with it a second copy of all weights
+        getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
+    return net
 
 
 @contextlib.contextmanager
@@ -225,7 +245,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line that says something: torch puts a heading above the tensors that do not fit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def _image_config(config: Mapping[str, Any], channels: int) -> ImageConfig:

@@ -1,0 +1,75 @@
+"""One contender, alone in its process: ``python -m benchmarks.contenders KIND BUNDLE THREADS`` prints its timings as JSON.
+
+Kinds: ``edge`` (EdgeBackbone on the int8 engine), ``torch`` (timm in eager fp32), ``onnxruntime`` (the fp32 graph of the
+bundle). All take the same seeded batch of 1 at the bundle's size and return every stage as numpy arrays or tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_backbones.bundle import Bundle
+
+WARM_UP = 10
+CALLS = 40
+
+
+def edge(bundle: Bundle, threads: int) -> Callable[[np.ndarray], Any]:
+    from edge_backbones import EdgeBackbone
+
+    return EdgeBackbone.from_pretrained(bundle.path, engine="int8", threads=threads)
+
+
+def torch(bundle: Bundle, threads: int) -> Callable[[np.ndarray], Any]:
+    import timm
+    import torch as library
+
+    library.set_num_threads(threads)
+    indices, name = bundle.manifest.backbone.out_indices, bundle.manifest.source.name
+    net = timm.create_model(name, features_only=True, out_indices=indices).eval()
+
+    def call(images: np.ndarray) -> Any:
+        with library.inference_mode():
+            return net(library.from_numpy(images))
+
+    return call
+
+
+def onnxruntime(bundle: Bundle, threads: int) -> Callable[[np.ndarray], Any]:
+    import onnxruntime as library
+
+    options = library.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = library.InferenceSession(
+        bundle.path / "graphs" / "fp32.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    return lambda images: session.run(None, {bundle.manifest.input.name: images})
+
+
+KINDS = {"edge": edge, "torch": torch, "onnxruntime": onnxruntime}
+
+
+def main() -> None:
+    kind, path, threads = sys.argv[1:]
+    bundle = Bundle.open(Path(path))
+    call = KINDS[kind](bundle, int(threads))
+    images = np.random.default_rng(0).standard_normal(bundle.manifest.input.opt_shape).astype(np.float32)
+    for _ in range(WARM_UP):
+        call(images)
+    milliseconds = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call(images)
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    print(json.dumps(milliseconds))
+
+
+if __name__ == "__main__":
+    main()

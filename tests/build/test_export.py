@@ -1,0 +1,185 @@
+"""Exported files compute what the network computes, in every form of input, and hold nothing of this machine."""
+
+from __future__ import annotations
+
+import getpass
+from pathlib import Path
+
+import networks
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from edge_backbones.build.export import OPSET, check_export, export_onnx, export_torchscript, golden_samples
+from edge_backbones.build.prepare import prepare
+from edge_backbones.errors import ExportError
+
+ROUNDING = 1e-5
+
+
+def run(path: Path, array: np.ndarray) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: array})
+
+
+def assert_same_maps(actual, expected) -> None:
+    for one, reference in zip(actual, expected, strict=True):
+        assert networks.relative(one, reference) < ROUNDING
+
+
+class Case:
+    """A network, prepared and exported once."""
+
+    def __init__(self, folder: Path, name: str, spec, **options) -> None:
+        self.loaded = networks.trained_like(name, **options)
+        self.prepared = prepare(self.loaded, spec)
+        self.graph = export_onnx(self.prepared, folder / f"{name}.onnx")
+        self.model = onnx.load(self.graph.path)
+
+    def expected(self, pixel_values: np.ndarray) -> list[np.ndarray]:
+        return networks.maps_of(self.loaded.module, pixel_values)
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory) -> Case:
+    folder = tmp_path_factory.mktemp("fixed")
+    return Case(folder, "test_efficientnet", networks.input_spec(64, 96, batch=2), out_indices=(1, 3))
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory) -> Case:
+    spec = networks.input_spec((64, 96, 160), (32, 64, 128), batch=(1, 1, 8), size_multiple=32)
+    return Case(tmp_path_factory.mktemp("dynamic"), "test_resnet", spec, out_indices=(1, 4))
+
+
+@pytest.fixture(scope="module")
+def camera(tmp_path_factory) -> Case:
+    spec = networks.input_spec(64, 96, batch=(1, 2, 4), name="image")
+    return Case(tmp_path_factory.mktemp("camera"), "test_vit", spec, img_size=(64, 96), out_indices=(0, 5))
+
+
+# ---- the graph ------------------------------------------------------------------------------------------------------
+
+
+def test_a_static_graph_computes_the_loaded_network(fixed, photographs):
+    images = networks.normalised(networks.crops(photographs, 2, 64, 96))
+    assert_same_maps(run(fixed.graph.path, images), fixed.expected(images))
+
+
+def test_input_and_outputs_are_named(fixed, camera):
+    for case, name, stages in ((fixed, "pixel_values", ["blocks.1", "blocks.3"]), (camera, "image", ["blocks.0", "blocks.5"])):
+        assert [value.name for value in case.model.graph.input] == [name]
+        assert [value.name for value in case.model.graph.output] == stages
+        assert [value.version for value in case.model.opset_import if value.domain == ""] == [OPSET]
+
+
+def test_no_batch_norm_is_left_where_folding_is_possible(fixed, dynamic):
+    for case in (fixed, dynamic):
+        assert case.prepared.folded_batch_norms > 5
+        kinds = {node.op_type for node in case.model.graph.node}
+        assert "Conv" in kinds
+        assert "BatchNormalization" not in kinds
+
+
+def test_weights_behind_the_last_kept_stage_are_not_in_the_file(fixed):
+    stored = sum(int(np.prod(tensor.dims)) for tensor in fixed.model.graph.initializer)
+    kept = sum(p.numel() for p in fixed.prepared.module.parameters())
+    whole = sum(p.numel() for p in networks.trained_like("test_efficientnet").module.parameters())
+    assert stored < 1.05 * kept < 0.6 * whole
+
+
+def test_nothing_of_this_machine_is_in_the_file(fixed):
+    text = fixed.graph.path.read_bytes()
+    here = [str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path.home()), "site-packages", ".py"]
+    assert not [name for name in here if name.encode() in text]
+    assert getpass.getuser() == "root" or getpass.getuser().encode() not in text
+    graph = fixed.model.graph
+    for item in (fixed.model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        assert not item.doc_string
+        assert not item.metadata_props
+
+
+def test_the_same_network_gives_the_same_bytes(fixed, tmp_path):
+    again = Case(tmp_path, "test_efficientnet", networks.input_spec(64, 96, batch=2), out_indices=(1, 3))
+    assert again.graph.path.read_bytes() == fixed.graph.path.read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 32), (3, 96, 64), (2, 160, 128), (8, 64, 96)])
+def test_a_dynamic_graph_takes_every_batch_and_size(dynamic, photographs, shape):
+    images = networks.normalised(networks.crops(photographs, *shape))
+    assert_same_maps(run(dynamic.graph.path, images), dynamic.expected(images))
+
+
+def test_dynamic_axes_are_named_and_no_others(fixed, dynamic, camera):
+    def axes(case: Case) -> list[bool]:
+        return [bool(axis.dim_param) for axis in case.model.graph.input[0].type.tensor_type.shape.dim]
+
+    assert axes(fixed) == [False, False, False, False]
+    assert axes(dynamic) == [True, False, True, True]
+    assert axes(camera) == [True, False, False, False]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_camera_frames_are_normalised_in_the_graph(camera, photographs, batch):
+    frames = networks.crops(photographs, batch, 64, 96)
+    expected = camera.expected(networks.normalised(frames, camera.loaded.image_config))
+    assert_same_maps(run(camera.graph.path, frames), expected)
+
+
+def test_frames_are_cast_before_they_are_transposed(camera):
+    order = [node.op_type for node in camera.model.graph.node if node.op_type in ("Cast", "Transpose")]
+    assert order.index("Cast") < order.index("Transpose")
+    assert camera.model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+
+
+def test_a_transformer_of_fixed_size_says_that_its_size_cannot_vary(tmp_path):
+    prepared = prepare(
+        networks.trained_like("test_vit3", img_size=(64, 96)),
+        networks.input_spec((32, 64, 96), (64, 96, 128), size_multiple=16),
+    )
+    with pytest.raises(ExportError, match=r"cannot be exported with float32 NCHW .*build it for a fixed batch and size"):
+        export_onnx(prepared, tmp_path / "x.onnx")
+    assert not (tmp_path / "x.onnx").exists()
+
+
+# ---- TorchScript ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch deprecates it; the file is for libtorch
+@pytest.mark.parametrize("case", ["fixed", "camera"])
+def test_torchscript_computes_the_loaded_network(case, request, photographs, tmp_path):
+    case = request.getfixturevalue(case)
+    export_torchscript(case.prepared, tmp_path / "fp32.ts")
+    frames = networks.crops(photographs, 2, 64, 96)
+    images = networks.normalised(frames, case.loaded.image_config)
+    script = torch.jit.load(tmp_path / "fp32.ts")
+    assert_same_maps(networks.maps_of(script, frames if case.graph.input.name == "image" else images), case.expected(images))
+
+
+# ---- golden samples -------------------------------------------------------------------------------------------------
+
+
+def test_golden_maps_are_those_of_the_loaded_network(camera, photographs):
+    frames = networks.crops(photographs, 3, 64, 96)
+    golden = golden_samples(camera.loaded, camera.graph.input, {"opt": frames})
+    assert list(golden) == ["opt/image", "opt/blocks.0", "opt/blocks.5"]
+    np.testing.assert_array_equal(golden["opt/image"], frames)
+    expected = camera.expected(networks.normalised(frames, camera.loaded.image_config))
+    assert_same_maps([golden["opt/blocks.0"], golden["opt/blocks.5"]], expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_right_graph_passes_whatever_the_number_of_images(fixed, photographs, count):
+    images = networks.normalised(networks.crops(photographs, count, 64, 96))
+    check_export(fixed.graph, golden_samples(fixed.loaded, fixed.graph.input, {"opt": images}))
+
+
+@pytest.mark.parametrize("image", [0, 2])
+def test_a_wrong_graph_is_refused_naming_the_stage(fixed, photographs, image):
+    images = networks.normalised(networks.crops(photographs, 3, 64, 96))
+    golden = golden_samples(fixed.loaded, fixed.graph.input, {"opt": images})
+    golden["opt/blocks.3"][image] *= 1.01
+    with pytest.raises(ExportError, match=r"graph is wrong: blocks\.3 differs from the network by [5-9]\.\de-03 relative"):
+        check_export(fixed.graph, golden)

@@ -1,0 +1,176 @@
+"""Preprocessing on the device is timm's evaluation transform, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from timm.data import create_transform
+
+from edge_backbones.errors import InputError
+from edge_backbones.images import ImageConfig, fit, list_images, network_input, open_image, to_input
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def timm_transform(config: ImageConfig, height: int, width: int):
+    return create_transform(
+        (len(config.mean), height, width),
+        is_training=False,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
+    )
+
+
+def timm_pixels(image: Image.Image, config: ImageConfig, height: int, width: int) -> np.ndarray:
+    """timm's transform up to and without ToTensor and Normalize."""
+    for step in timm_transform(config, height, width).transforms[:-2]:
+        image = step(image)
+    return np.atleast_3d(np.asarray(image))
+
+
+@pytest.fixture(scope="module")
+def sources(photographs) -> dict[str, Image.Image]:
+    coffee = Image.fromarray(photographs[0])
+    return {
+        "landscape": coffee,
+        "portrait": coffee.transpose(Image.Transpose.ROTATE_90).crop((0, 3, 333, 600)),
+        "square": Image.fromarray(photographs[1]),
+        "smaller than the target": Image.fromarray(photographs[2][:41, :67]),
+        "grey": coffee.convert("L"),
+    }
+
+
+@pytest.mark.parametrize("source", ["landscape", "portrait", "square", "smaller than the target", "grey"])
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (65, 127), (224, 224)])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_fit_is_timms_evaluation_transform(sources, source, size, crop_mode):
+    image = sources[source]
+    channels = 1 if source == "grey" else 3
+    for crop_pct in (0.875, 0.9, 0.95, 1.0):
+        for interpolation in ("bicubic", "bilinear"):
+            config = ImageConfig(
+                mean=MEAN[:channels],
+                std=STD[:channels],
+                crop_pct=crop_pct,
+                crop_mode=crop_mode,
+                interpolation=interpolation,
+            )
+            if source == "grey" and crop_mode == "border":
+                continue  # timm's border fill is a colour: its transform takes no grey image
+            pixels = fit(image, config, *size)
+            assert pixels.shape == (*size, channels)
+            assert pixels.dtype == np.uint8
+            np.testing.assert_array_equal(pixels, timm_pixels(image, config, *size), err_msg=str(config))
+
+
+side = st.integers(8, 200)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    source=st.tuples(side, side),
+    size=st.tuples(st.integers(8, 96), st.integers(8, 96)),
+    crop_pct=st.floats(0.5, 1.0),
+    crop_mode=st.sampled_from(["center", "squash", "border"]),
+)
+def test_fit_is_timms_evaluation_transform_at_any_size(source, size, crop_pct, crop_mode):
+    noise = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
+    config = ImageConfig(mean=MEAN, std=STD, crop_pct=crop_pct, crop_mode=crop_mode)
+    image = Image.fromarray(noise)
+    np.testing.assert_array_equal(fit(image, config, *size), timm_pixels(image, config, *size))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (60, 92)])
+def test_to_input_is_timms_normalisation(sources, size):
+    config = ImageConfig(mean=MEAN, std=STD)
+    expected = timm_transform(config, *size)(sources["portrait"]).numpy()
+    pixels = fit(sources["portrait"], config, *size)[None]
+    values = to_input(pixels, config, networks.input_spec(*size))
+    assert values.dtype == np.float32
+    assert values.flags["C_CONTIGUOUS"]
+    np.testing.assert_allclose(values[0], expected, rtol=0, atol=1e-6)
+
+
+def test_a_camera_frame_stays_as_it_is_and_is_normalised_for_the_bare_network(photographs):
+    frames = networks.crops(photographs, 2, 20, 30)
+    spec = networks.input_spec(20, 30, name="image")
+    np.testing.assert_array_equal(to_input(frames, networks.PLAIN, spec), frames)
+    np.testing.assert_allclose(
+        network_input(frames, networks.PLAIN, spec), networks.normalised(frames), rtol=0, atol=1e-6
+    )
+
+
+# What a viewer does to the stored pixels, per EXIF 2.3: written with numpy, not with Pillow's own table.
+ORIENTATIONS = {
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda p: np.rot90(p, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_photograph_is_opened_upright(tmp_path: Path, photographs, orientation):
+    pixels = photographs[2][:40, :70]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "turned.png")), ORIENTATIONS[orientation](pixels))
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels", "expected"), [("L", 3, "RGB"), ("RGBA", 3, "RGB"), ("P", 3, "RGB"), ("RGB", 1, "L")]
+)
+def test_colour_modes_are_converted(tmp_path: Path, photographs, mode, channels, expected):
+    Image.fromarray(photographs[0][:30, :40]).convert(mode).save(tmp_path / "x.png")
+    assert open_image(tmp_path / "x.png", channels).mode == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 cut off"])
+def test_a_file_that_does_not_decode_is_named(tmp_path: Path, content):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"broken\.jpg does not decode"):
+        open_image(path)
+
+
+def test_a_truncated_photograph_is_named(tmp_path: Path, photographs):
+    path = tmp_path / "half.jpg"
+    Image.fromarray(photographs[0]).save(path)
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(InputError, match=r"half\.jpg does not decode"):
+        open_image(path)
+
+
+def test_image_files_of_other_than_one_or_three_channels_are_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="takes 4: pass arrays"):
+        open_image(tmp_path / "x.png", channels=4)
+
+
+def test_images_are_listed_sorted_whatever_the_depth_and_case(tmp_path: Path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("b/1.PNG", "a.jpeg", "notes.txt", "c.webp"):
+        (tmp_path / name).touch()
+    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == ["a.jpeg", "b/1.PNG", "c.webp"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"crop_pct": 0.0}, {"crop_pct": 1.01}, {"std": (0.2, 0.2)}, {"std": (0.2, 0.0, 0.2)}, {"mean": (), "std": ()}]
+)
+def test_an_impossible_image_config_is_refused(wrong):
+    with pytest.raises(ValueError):
+        ImageConfig(**{"mean": MEAN, "std": STD, **wrong})

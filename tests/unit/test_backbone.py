@@ -1,0 +1,295 @@
+"""EdgeBackbone: the transformers API, batches of every size, inputs of every kind, threads."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge_backbones.bundle import record_bytes
+from edge_backbones.errors import EngineMismatchError, InputError
+from edge_backbones.runtime import compat, session
+from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
+from edge_backbones.spec import InputSpec, ShapeRange
+from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooled, pooling_input
+
+RANDOM = np.random.default_rng(0)
+
+
+def pixels(batch: int, height: int = 32, width: int = 48) -> np.ndarray:
+    return RANDOM.standard_normal((batch, 3, height, width)).astype(np.float32)
+
+
+def over_numpy(batch: ShapeRange | int) -> tuple[EdgeBackbone, NumpySession]:
+    engine = NumpySession(pooling_input(batch))
+    return EdgeBackbone(SPEC, engine.input, engine), engine
+
+
+@pytest.fixture(scope="module", params=[2, ShapeRange(min=1, opt=2, max=4)], ids=["static", "dynamic"])
+def backbone(request, tmp_path_factory):
+    """A real engine."""
+    path = tmp_path_factory.mktemp("runtime") / "pool.bundle"
+    make_bundle(path, pooling_input(request.param))
+    with EdgeBackbone.from_pretrained(path) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 9])
+def test_every_batch_gives_each_image_its_own_maps(backbone, batch):
+    images = pixels(batch)
+    maps = backbone(images).feature_maps
+    for actual, expected in zip(maps, pooled(images), strict=True):
+        assert actual.dtype == np.float32
+        assert actual.flags.c_contiguous
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine_batch", "batch", "pieces"),
+    [
+        (4, 4, [4]),
+        (4, 1, [4]),
+        (4, 9, [4, 4, 4]),
+        (ShapeRange(min=1, opt=4, max=8), 5, [5]),
+        (ShapeRange(min=1, opt=4, max=8), 17, [8, 8, 1]),
+        (ShapeRange(min=3, opt=4, max=8), 2, [3]),
+    ],
+)
+def test_batches_are_filled_and_cut_as_documented(engine_batch, batch, pieces):
+    backbone, engine = over_numpy(engine_batch)
+    images = pixels(batch)
+    maps = backbone(images).feature_maps
+    assert engine.batches == pieces
+    for actual, expected in zip(maps, pooled(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_results_belong_to_the_caller(backbone):
+    first_images, second_images = pixels(2), pixels(2)
+    first = backbone(first_images).feature_maps
+    kept = [m.copy() for m in first]
+    second = backbone(second_images).feature_maps
+    for a, b, copy in zip(first, second, kept, strict=True):
+        np.testing.assert_array_equal(a, copy)
+        assert not np.shares_memory(a, b)
+        assert a.flags.writeable
+
+
+def test_the_input_is_not_written_to_and_may_be_read_only(backbone):
+    images = pixels(2)
+    images.flags.writeable = False
+    np.testing.assert_allclose(backbone(images).feature_maps[0], pooled(images)[0], atol=1e-5)
+
+
+def test_threads_do_not_mix_results(backbone):
+    inputs = [pixels(1 + i % 5) for i in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda images: backbone(images).feature_maps, inputs))
+    for images, maps in zip(inputs, results, strict=True):
+        for actual, expected in zip(maps, pooled(images), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+class OnlyDlpack:
+    """A tensor of another library: DLPack and nothing else."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
+class OnTheGpu(OnlyDlpack):
+    def __dlpack__(self, **options: object) -> object:
+        raise BufferError("device tensor")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("wrap", [np.asarray, OnlyDlpack, lambda a: a[::-1][::-1], np.asfortranarray])
+def test_any_float_array_of_any_library_and_layout(backbone, dtype, wrap):
+    images = pixels(2).astype(dtype)
+    maps = backbone(wrap(images)).feature_maps
+    np.testing.assert_allclose(maps[0], pooled(images.astype(np.float32))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros((1, 3, 32, 32), np.float32), "of shape (1, 3, 32, 32) does not fit: this engine takes float32 NCHW"),
+        (np.zeros((1, 1, 32, 48), np.float32), "(batch, 3, 32, 48)"),
+        (np.zeros((3, 32, 48), np.float32), "of shape (3, 32, 48) does not fit"),
+        (np.zeros((0, 3, 32, 48), np.float32), "with any batch >= 1"),
+        (np.zeros((1, 3, 32, 48), np.uint8), "of dtype uint8 does not fit: this engine takes float32 NCHW"),
+        (np.zeros((1, 3, 32, 48), np.complex64), "of dtype complex64 does not fit"),
+        ([[1.0]], "of type list does not fit: pass a numpy array or a DLPack tensor"),
+        (OnTheGpu(np.zeros((1, 3, 32, 48), np.float32)), "pass a detached tensor on the CPU"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(backbone, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        backbone(value)
+    assert isinstance(caught.value, InputError)
+
+
+def test_image_input_takes_uint8_frames_only():
+    fixed = ShapeRange.fixed
+    spec = InputSpec(name="image", channels=3, batch=fixed(1), height=fixed(32), width=fixed(48))
+    backbone = EdgeBackbone(SPEC, spec, NumpySession(spec))
+    with pytest.raises(
+        InputError, match=r"of dtype float32 does not fit: this engine takes uint8 NHWC \(batch, 32, 48, 3\)"
+    ):
+        backbone(np.zeros((1, 32, 48, 3), np.float32))
+
+
+def test_attributes_have_the_names_and_types_of_transformers():
+    backbone, _ = over_numpy(2)
+    assert backbone.stage_names == ["pool2", "pool4", "pool8"]
+    assert backbone.out_features == ["pool4", "pool8"]
+    assert backbone.out_indices == [1, 2]
+    assert backbone.channels == [3, 3]
+    assert backbone.strides == [(4, 4), (8, 8)]
+    assert backbone.num_features == [3, 3, 3]
+    assert backbone.out_feature_channels == {"pool2": 3, "pool4": 3, "pool8": 3}
+    assert backbone.to_dict()["out_indices"] == [1, 2]
+
+
+def test_setters_narrow_and_widen_within_the_compiled_stages():
+    backbone, _ = over_numpy(2)
+    images = pixels(2)
+    backbone.out_features = ["pool8"]
+    assert (backbone.out_indices, backbone.channels, backbone.strides) == ([2], [3], [(8, 8)])
+    (only,) = backbone(images).feature_maps
+    np.testing.assert_array_equal(only, pooled(images)[1])
+    backbone.out_indices = [1, -1]
+    assert backbone.out_features == ["pool4", "pool8"]
+    backbone.out_features = None
+    assert backbone.out_features == ["pool8"]
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        (
+            "out_features",
+            ["pool2"],
+            "stages ['pool2'] are not compiled into this bundle, which holds ['pool4', 'pool8']",
+        ),
+        ("out_indices", [0, 1], "stages ['pool2'] are not compiled"),
+        ("out_features", ["nope"], "out_features must be a subset of stage_names"),
+        ("out_indices", [2, 1], "out_indices must be in the same order as stage_names"),
+        ("out_indices", 1, "out_indices must be a list"),
+    ],
+)
+def test_a_failed_setter_changes_nothing(attribute, value, message):
+    backbone, _ = over_numpy(2)
+    with pytest.raises(InputError, match=re.escape(message)):
+        setattr(backbone, attribute, value)
+    assert backbone.out_features == ["pool4", "pool8"]
+    assert len(backbone(pixels(2)).feature_maps) == 2
+
+
+def test_output_behaves_like_the_one_of_transformers():
+    backbone, _ = over_numpy(1)
+    images = pixels(1)
+    output = backbone(images)
+    assert isinstance(output, BackboneOutput)
+    assert list(output) == ["feature_maps"]
+    assert output[0] is output["feature_maps"] is output.feature_maps
+    assert output.to_tuple() == (output.feature_maps,)
+    assert output[:1] == (output.feature_maps,)
+    assert output.hidden_states is None
+    assert "hidden_states" not in output
+    with pytest.raises(KeyError):
+        output["hidden_states"]
+    assert len(output) == 1
+    (maps,) = backbone(images, return_dict=False)
+    assert [m.shape for m in maps] == [m.shape for m in output.feature_maps]
+    assert "(1, 3, 8, 12)" in repr(output)
+
+
+def test_hidden_states_and_attentions_are_refused():
+    backbone, _ = over_numpy(1)
+    with pytest.raises(ValueError, match="Cannot output attentions"):
+        backbone(pixels(1), output_attentions=True)
+    with pytest.raises(ValueError, match="Cannot output hidden states"):
+        backbone(pixels(1), output_hidden_states=True)
+
+
+def test_filtered_kwargs_drop_what_is_not_known():
+    backbone, _ = over_numpy(1)
+    assert len(backbone.forward_with_filtered_kwargs(pixels(1), bogus=1, return_dict=True).feature_maps) == 2
+    assert len(backbone.forward(pixel_values=pixels(1)).feature_maps) == 2
+    with pytest.raises(TypeError):
+        backbone(pixels(1), bogus=1)
+
+
+def test_close_releases_the_engine_and_keeps_results(tmp_path):
+    make_bundle(tmp_path / "b.bundle")
+    backbone = EdgeBackbone.from_pretrained(tmp_path / "b.bundle")
+    images = pixels(2)
+    maps = backbone(images).feature_maps
+    backbone.close()
+    backbone.close()
+    np.testing.assert_allclose(maps[0], pooled(images)[0], atol=1e-5)
+    with pytest.raises(InputError, match="was closed"):
+        backbone(images)
+
+
+def test_threads_are_limited_and_checked(tmp_path):
+    make_bundle(tmp_path / "b.bundle")
+    with EdgeBackbone.from_pretrained(tmp_path / "b.bundle", threads=1) as backbone:
+        assert len(backbone(pixels(1)).feature_maps) == 2
+    with pytest.raises(InputError, match="threads must be at least 1, got 0"):
+        EdgeBackbone.from_pretrained(tmp_path / "b.bundle", threads=0)
+
+
+def test_engines_are_chosen_by_precision_flavour_or_name(tmp_path):
+    bundle = make_bundle(tmp_path / "b.bundle")
+    name = bundle.manifest.engines[0].name
+    for engine in (None, "fp32", "openvino", name):
+        EdgeBackbone.from_pretrained(bundle.path, engine=engine).close()
+    with pytest.raises(EngineMismatchError, match=f"has no engine 'int8'; it holds: {re.escape(name)}"):
+        EdgeBackbone.from_pretrained(bundle.path, engine="int8")
+    with pytest.raises(EngineMismatchError, match="device 'cuda'"):
+        EdgeBackbone.from_pretrained(bundle.path, device="cuda")
+
+
+def test_fewer_bits_are_preferred_among_engines_that_fit(tmp_path):
+    bundle = make_bundle(tmp_path / "b.bundle")
+    only = bundle.manifest.engines[0]
+    data = bytes(bundle.read(only.file))
+    for precision in ("fp16", "int8"):
+        key = msgspec.structs.replace(only.key, precision=precision)
+        file = record_bytes(f"engines/{key.name}.blob", data)
+        bundle = bundle.with_engine(msgspec.structs.replace(only, key=key, file=file), data)
+    host = compat.this_host(session.installed_versions())
+    assert session.choose_engine(bundle, host).key.precision == "int8"
+    assert session.choose_engine(bundle, host, "fp16").key.precision == "fp16"
+
+
+def test_an_engine_of_another_machine_is_passed_over_with_the_reason(tmp_path):
+    bundle = make_bundle(tmp_path / "b.bundle")
+    host = compat.Host("aarch64", ("asimd",), "Cortex", {"openvino": "2025.1"})
+    with pytest.raises(EngineMismatchError) as caught:
+        session.choose_engine(bundle, host)
+    message = str(caught.value)
+    assert f"Run: edge-backbones compile {bundle.path}" in message
+    assert "here 2025.1" in message
+    assert "this machine is aarch64" in message
+
+
+def test_an_engine_file_that_is_not_one_is_refused(tmp_path):
+    bundle = make_bundle(tmp_path / "b.bundle")
+    only = bundle.manifest.engines[0]
+    for garbage in (b"not an engine at all", bytes(bundle.read(only.file))[:500]):
+        file = record_bytes(only.file.path, garbage)
+        bundle = bundle.with_engine(msgspec.structs.replace(only, file=file), garbage)
+        with pytest.raises(EngineMismatchError, match="does not load this engine"):
+            EdgeBackbone.from_pretrained(bundle.path)

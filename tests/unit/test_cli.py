@@ -1,0 +1,165 @@
+"""The command line: exit codes, one line per refusal, JSON, files written. Builds are tested in tests/build."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edge_backbones.bundle import Bundle
+from edge_backbones.testing import make_bundle, pooled, pooling_input
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "edge_backbones.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def refused(done: subprocess.CompletedProcess, code: int = 1) -> str:
+    """The one line on stderr of a refusal."""
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("cli") / "pool.bundle", pooling_input(1))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("photos") / "noise.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("command", [[], ["--help"], *([name, "--help"] for name in ("build", "run", "doctor"))])
+def test_help_is_worth_reading(command):
+    done = run(*command)
+    assert "edge-backbones" in done.stdout + done.stderr
+    assert done.returncode in (0, 2)
+
+
+def test_version():
+    assert run("--version").stdout.startswith("edge-backbones 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["build", "resnet18"],
+        ["build", "resnet18", "x.bundle", "--out-indices", "a"],
+        ["build", "resnet18", "x.bundle", "--batch", "4:2:1"],
+        ["build", "resnet18", "x.bundle", "--size", "224"],
+        ["build", "resnet18", "x.bundle", "--precision", "int3"],
+        ["run"],
+    ],
+)
+def test_usage_errors_exit_with_2(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip()
+
+
+def test_int8_without_images_is_refused_before_anything_is_loaded(tmp_path):
+    assert "--images FOLDER" in refused(run("build", "resnet18", tmp_path / "x.bundle"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_shows_stages_and_engines(bundle):
+    done = run("inspect", bundle.path)
+    assert done.returncode == 0
+    assert "pool4" in done.stdout
+    assert "yes" in done.stdout
+    document = json.loads(run("inspect", bundle.path, "--json").stdout)
+    assert document["manifest"]["backbone"]["out_features"] == ["pool4", "pool8"]
+    assert document["reasons_against"] == {bundle.manifest.engines[0].name: []}
+
+
+def test_verify_measures_again(bundle):
+    done = run("verify", bundle.path)
+    assert done.returncode == 0
+    assert "is whole and right" in done.stdout
+    (report,) = json.loads(run("verify", bundle.path, "--json").stdout)["parity"]
+    assert [stage["passed"] for stage in report["stages"]] == [True, True]
+
+
+def test_run_writes_arrays_and_a_picture(bundle, photo, tmp_path):
+    done = run("run", bundle.path, photo, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "pool4 3x8x12" in done.stdout
+    with np.load(tmp_path / "out" / "noise.npz") as features:
+        assert {name: features[name].shape for name in features.files} == {"pool4": (3, 8, 12), "pool8": (3, 4, 6)}
+        assert np.isfinite(features["pool4"]).all()
+        np.testing.assert_allclose(
+            pooled(np.repeat(np.repeat(features["pool4"][None], 4, 2), 4, 3))[1][0], features["pool8"], atol=1e-4
+        )
+    with Image.open(tmp_path / "out" / "noise.png") as picture:
+        assert picture.size[0] > 400
+
+
+def test_run_takes_a_folder_and_speaks_json(bundle, photo, tmp_path):
+    done = run("run", bundle.path, photo.parent, "--out", tmp_path, "--no-picture", "--json")
+    (entry,) = json.loads(done.stdout)
+    assert entry["shapes"] == {"pool4": [3, 8, 12], "pool8": [3, 4, 6]}
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_run_refuses_what_is_not_an_image(bundle, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not a picture")
+    assert f"{broken} does not decode as an image" in refused(run("run", bundle.path, broken, "--out", tmp_path / "o"))
+    assert "has no images" in refused(run("run", bundle.path, (tmp_path / "empty").mkdir() or tmp_path / "empty"))
+    assert "does not exist" in refused(run("run", bundle.path, tmp_path / "nothing.jpg"))
+
+
+def test_damaged_bundles_are_refused_in_one_line(tmp_path):
+    bundle = make_bundle(tmp_path / "b.bundle")
+    engine = bundle.path / bundle.manifest.engines[0].file.path
+    data = bytearray(engine.read_bytes())
+    data[100] ^= 1
+    engine.write_bytes(data)
+    assert f"{engine} was changed" in refused(run("verify", bundle.path))
+    document = json.loads(run("verify", bundle.path, "--json").stdout)
+    assert document["error"] == "IntegrityError"
+    assert run("verify", bundle.path, "--json").returncode == 1
+    assert "is not a bundle" in refused(run("inspect", tmp_path / "nothing"))
+
+
+def test_compile_says_when_there_is_no_graph(bundle):
+    assert "has no graph to compile" in refused(run("compile", bundle.path))
+
+
+def test_doctor_names_every_extra_that_is_missing():
+    done = run("doctor")
+    assert done.returncode == 0
+    assert "OpenVINO" in done.stdout
+    findings = json.loads(run("doctor", "--json").stdout)
+    topics = {finding["topic"]: finding for finding in findings}
+    assert topics["run on the CPU (OpenVINO)"]["ok"]
+    assert all(finding["ok"] or finding["found"] for finding in findings)
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "def missing(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = missing\n"
+        "from edge_backbones.doctor import examine\n"
+        "print([f.fix for f in examine() if not f.ok])"
+    )
+    fixes = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for extra in ("cpu", "images", "report", "build", "rtx"):
+        assert f"pip install 'edge-backbones[{extra}]'" in fixes
+
+
+def test_a_terminal_sees_steps_and_a_pipe_does_not(bundle):
+    assert run("verify", bundle.path).stderr == ""
