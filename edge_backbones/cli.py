@@ -26,7 +26,7 @@ from edge_backbones.spec import Precision, ShapeRange
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as missing_cli:
     sys.exit(f"edge-backbones: {MissingDependencyError('the command line', 'cli')} ({missing_cli.name} is missing)")
@@ -331,7 +331,7 @@ class _Steps:
             SpinnerColumn(finished_text="[green]*[/]"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             console=_err,
             disable=quiet or not _err.is_terminal,
@@ -346,8 +346,8 @@ class _Steps:
     def _progress(self, step: str, done: int, total: int | None) -> None:
         if step != self._step:
             self._finish()
-            self._step, self._task = step, self._bars.add_task(step, total=total)
-        self._bars.update(self._task, completed=done, total=total)
+            self._step, self._task = step, self._bars.add_task(step, total=total, count="")
+        self._bars.update(self._task, completed=done, total=total, count=f"{done}/{total}" if total else "")
 
     def _finish(self) -> None:
         if self._task is not None:

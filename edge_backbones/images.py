@@ -74,7 +74,7 @@ def fit(image: Image.Image, config: ImageConfig, height: int, width: int) -> np.
     else:
         ratios = (source_h / scaled_h, source_w / scaled_w)
         ratio = max(ratios) if config.crop_mode == "border" else min(ratios)
-        size = (round(source_h / ratio), round(source_w / ratio))
+        size = (max(1, round(source_h / ratio)), max(1, round(source_w / ratio)))  # timm fails on a strip
     if size != (source_h, source_w):
         image = image.resize((size[1], size[0]), resample)
     return _centre_crop(np.atleast_3d(np.asarray(image)), config, height, width)

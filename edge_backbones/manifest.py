@@ -195,6 +195,8 @@ class Manifest(_Strict, frozen=True):
 
 def encode(manifest: Manifest) -> bytes:
     """Indented JSON with the digest filled in."""
+    # As a reader will have it: a whole number given for a float is written without a point and read with one.
+    manifest = msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
     digest = _digest(manifest)
     return msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, digest=digest)), indent=2) + b"\n"
 

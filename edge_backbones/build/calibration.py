@@ -154,7 +154,9 @@ def _fit_array(pixels: np.ndarray, config: ImageConfig, input: InputSpec) -> np.
     if pixels.shape[:2] == (input.height.opt, input.width.opt):
         return pixels
     if input.channels not in (1, 3):
-        raise CalibrationError(f"photographs of {input.channels} channels cannot be resized here: pass them at full size")
+        raise CalibrationError(
+            f"photographs of {input.channels} channels cannot be resized here: pass them at full size"
+        )
     from PIL import Image
 
     return fit(Image.fromarray(pixels.squeeze()), config, input.height.opt, input.width.opt)
@@ -167,7 +169,9 @@ def _npz_rows(path: Path) -> Iterator[np.ndarray]:
             members = [name for name in archive.namelist() if name.endswith(".npy")]
             named = [name for name in members if name in ("pixel_values.npy", "image.npy")]
             if len(named or members) != 1:
-                raise CalibrationError(f"{path} holds {members}: it needs one array, or one named pixel_values or image")
+                raise CalibrationError(
+                    f"{path} holds {members}: it needs one array, or one named pixel_values or image"
+                )
             with archive.open((named or members)[0]) as file:
                 shape, dtype = _npy_header(file)
                 if len(shape) != 4:
@@ -175,7 +179,9 @@ def _npz_rows(path: Path) -> Iterator[np.ndarray]:
                 size = int(np.prod(shape[1:])) * dtype.itemsize
                 for _ in range(shape[0]):
                     yield np.frombuffer(file.read(size), dtype).reshape(shape[1:])
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+    except CalibrationError:
+        raise
+    except Exception as error:  # what zipfile, zlib and numpy's header parser raise on garbage has no common base
         raise CalibrationError(f"{path} cannot be read as .npz: {error}") from error
 
 

@@ -37,22 +37,28 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
     example = _example(input, batch)
     try:
         with _quiet_exporter(), torch.no_grad():
+            # Left to itself torch.onnx falls back on a draft that leaves out what the code says of sizes: a transformer
+            # of fixed size would become a graph with dynamic axes that runs at one size only.
+            dynamic_shapes = (axes,) if axes else None
+            captured = torch.export.export(prepared.module, (example,), dynamic_shapes=dynamic_shapes, strict=False)
             program = torch.onnx.export(
-                prepared.module,
-                (example,),
+                captured,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[input.name],
                 output_names=list(spec.out_features),
-                dynamic_shapes=(axes,) if axes else None,
                 verbose=False,
             )
         assert program is not None  # only dynamo=False returns None
         model = program.model_proto
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
-        cause = next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
+        cause = next(
+            (line for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__
+        )
         advice = "build it for a fixed batch and size" if axes else "this architecture has no ONNX form here"
-        raise ExportError(f"the network cannot be exported with {input.describe()}: {cause.strip()}; {advice}") from error
+        raise ExportError(
+            f"the network cannot be exported with {input.describe()}: {cause.strip()}; {advice}"
+        ) from error
     _strip_debug_information(model)
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -49,14 +49,16 @@ def measure_parity(
 
 def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate) -> StageParity:
     """One map against its reference, in float64."""
-    if actual.shape != expected.shape or not np.isfinite(actual).all():
+    if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
         return StageParity(stage=stage, cosine=0, sqnr_db=0, max_abs=0, relative=0, finite=False, passed=False)
     reference, value = expected.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
     difference = value - reference
     signal, noise = float(reference @ reference), float(difference @ difference)
     lengths = float(np.sqrt(signal * (value @ value)))
     cosine = float(reference @ value) / lengths if lengths else float(noise == 0)
-    sqnr_db = min(10 * float(np.log10(signal / noise)), _MAX_SQNR_DB) if signal and noise else _MAX_SQNR_DB * (noise == 0)
+    sqnr_db = (
+        min(10 * float(np.log10(signal / noise)), _MAX_SQNR_DB) if signal and noise else _MAX_SQNR_DB * (noise == 0)
+    )
     relative = float(np.sqrt(noise / signal)) if signal else float(np.sqrt(noise))
     passed = (
         (gate.min_cosine is None or cosine >= gate.min_cosine)

@@ -183,7 +183,7 @@ def build_bundle(
                 image_set.batches(batch, calibrating, fill=input.batch.is_fixed),
                 method=options.method,
                 percentile=options.percentile,
-                progress=progress,
+                progress=lambda step, done, _: progress(step, done, len(calibrating)),
             )
             calibration_record = _write_calibration(
                 folder, options, image_set, calibrating, record_file(work, "fp32.onnx"), loaded.image_config, found
@@ -221,8 +221,9 @@ def build_bundle(
         )
         write_manifest(folder, manifest)
         progress("writing the bundle", 0, None)
+        skipped = image_set.skipped
         del image_set
-    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), _skipped(calibration_record))
+    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped)
 
 
 def compile_bundle(
@@ -404,10 +405,6 @@ def _write_calibration(
         images=len(indices),
         skipped=images.skipped,
     )
-
-
-def _skipped(record: CalibrationRecord | None) -> tuple[str, ...]:
-    return () if record is None else record.skipped
 
 
 def _provenance() -> Provenance:

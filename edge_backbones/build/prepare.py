@@ -62,17 +62,21 @@ def prepare(loaded: LoadedBackbone, input: InputSpec) -> PreparedBackbone:
     Raises SourceError when the network refuses this input size or returns something that is not a feature map,
     ExportError when the folded network would not compute what the loaded one does.
     """
-    sample = torch.rand(1, input.channels, input.height.opt, input.width.opt, generator=torch.Generator().manual_seed(0))
+    sample = torch.rand(
+        1, input.channels, input.height.opt, input.width.opt, generator=torch.Generator().manual_seed(0)
+    )
     sample = (sample - torch.tensor(loaded.image_config.mean).view(1, -1, 1, 1)) / torch.tensor(
         loaded.image_config.std
     ).view(1, -1, 1, 1)
     expected = _forward(loaded.module, sample)
-    net = reparameterize_model(copy.deepcopy(loaded.module)).eval()
+    net = reparameterize_model(copy.deepcopy(loaded.module), inplace=True).eval()
     folded, kept = fold_batch_norm(net, sample)
     for stage, before, after in zip(loaded.out_features, expected, _forward(net, sample), strict=True):
         change = float(torch.linalg.norm(after - before) / torch.linalg.norm(before))
         if not change <= _MAX_RELATIVE_CHANGE:
-            raise ExportError(f"folding batch norm changes {stage} by {change:.1e} relative: this network cannot be folded")
+            raise ExportError(
+                f"folding batch norm changes {stage} by {change:.1e} relative: this network cannot be folded"
+            )
     module = net if input.name == "pixel_values" else _FromImage(net, loaded.image_config)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -164,9 +168,7 @@ def _forward(module: nn.Module, sample: torch.Tensor) -> tuple[torch.Tensor, ...
         raise SourceError(f"the network does not take images of {size} (height x width): {cause}") from error
 
 
-def _measured_spec(
-    loaded: LoadedBackbone, sample: torch.Tensor, maps: tuple[torch.Tensor, ...]
-) -> BackboneSpec:
+def _measured_spec(loaded: LoadedBackbone, sample: torch.Tensor, maps: tuple[torch.Tensor, ...]) -> BackboneSpec:
     """Channels and strides off the real maps; the metadata is only believed where the maps agree with it."""
     if len(maps) != len(loaded.out_features) or any(m.ndim != 4 for m in maps):
         shapes = [tuple(m.shape) for m in maps]
@@ -175,7 +177,9 @@ def _measured_spec(
     strides = []
     for index, feature_map, reduction in zip(loaded.out_indices, maps, loaded.reductions, strict=True):
         num_features[index] = int(feature_map.shape[1])
-        strides.append(tuple(_stride(n, m, reduction) for n, m in zip(sample.shape[2:], feature_map.shape[2:], strict=True)))
+        strides.append(
+            tuple(_stride(n, m, reduction) for n, m in zip(sample.shape[2:], feature_map.shape[2:], strict=True))
+        )
     return BackboneSpec(
         stage_names=loaded.stage_names,
         out_features=loaded.out_features,
@@ -187,5 +191,8 @@ def _measured_spec(
 
 
 def _stride(pixels: int, cells: int, claimed: int) -> int:
-    """Input pixels per cell; where borders make the quotient uneven, the claimed stride if it explains the map."""
-    return claimed if abs(pixels - cells * claimed) < claimed else max(1, round(pixels / cells))
+    """Input pixels per cell; where borders make the quotient uneven, the claimed stride if it explains the map.
+
+    Padding makes up to one cell more, convolutions without padding lose up to two (inception).
+    """
+    return claimed if -claimed < pixels - cells * claimed < 2 * claimed else max(1, round(pixels / cells))

@@ -27,12 +27,13 @@ def photographs() -> list[np.ndarray]:
 
 @pytest.fixture(scope="session")
 def photograph_folder(photographs: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten crops of photographs as files of several formats, in a folder and a folder below it."""
+    """Ten crops of photographs as files of two formats, in a folder and a folder below it, and one that is no image."""
     folder = tmp_path_factory.mktemp("photographs")
     (folder / "more").mkdir()
     for index, crop in enumerate(networks.crops(photographs, 10, 130, 170)):
         name = f"more/{index}.png" if index % 3 == 0 else f"{index}.jpg"
         Image.fromarray(crop).save(folder / name)
+    (folder / "broken.jpg").write_text("no image")
     return folder
 
 
@@ -67,7 +68,12 @@ def dynamic(photograph_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         tmp_path_factory.mktemp("dynamic") / "dynamic.bundle",
         images=photograph_folder,
         options=BuildOptions(
-            **FP32, batch=ShapeRange(min=2, opt=2, max=4), height=size, width=size, out_indices=(2, 4), torchscript=False
+            **FP32,
+            batch=ShapeRange(min=2, opt=2, max=4),
+            height=size,
+            width=size,
+            out_indices=(2, 4),
+            torchscript=False,
         ),
     )
 

@@ -23,7 +23,7 @@ def randomise_batch_norm(module: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for norm in module.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
                 norm.running_mean.normal_(0, 0.3, generator=generator)
                 norm.running_var.uniform_(0.5, 2, generator=generator)
                 norm.weight.uniform_(-0.3, 1.4, generator=generator)

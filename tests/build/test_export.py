@@ -69,9 +69,11 @@ def test_a_static_graph_computes_the_loaded_network(fixed, photographs):
 
 
 def test_input_and_outputs_are_named(fixed, camera):
-    for case, name, stages in ((fixed, "pixel_values", ["blocks.1", "blocks.3"]), (camera, "image", ["blocks.0", "blocks.5"])):
-        assert [value.name for value in case.model.graph.input] == [name]
-        assert [value.name for value in case.model.graph.output] == stages
+    assert [value.name for value in fixed.model.graph.input] == ["pixel_values"]
+    assert [value.name for value in fixed.model.graph.output] == ["blocks.1", "blocks.3"]
+    assert [value.name for value in camera.model.graph.input] == ["image"]
+    assert [value.name for value in camera.model.graph.output] == ["blocks.0", "blocks.5"]
+    for case in (fixed, camera):
         assert [value.version for value in case.model.opset_import if value.domain == ""] == [OPSET]
 
 
@@ -85,9 +87,10 @@ def test_no_batch_norm_is_left_where_folding_is_possible(fixed, dynamic):
 
 def test_weights_behind_the_last_kept_stage_are_not_in_the_file(fixed):
     stored = sum(int(np.prod(tensor.dims)) for tensor in fixed.model.graph.initializer)
-    kept = sum(p.numel() for p in fixed.prepared.module.parameters())
-    whole = sum(p.numel() for p in networks.trained_like("test_efficientnet").module.parameters())
-    assert stored < 1.05 * kept < 0.6 * whole
+    net = fixed.loaded.module.net
+    whole, behind = (sum(p.numel() for p in module.parameters()) for module in (net, net.blocks[4]))
+    assert behind > 0.3 * whole
+    assert stored <= whole - behind
 
 
 def test_nothing_of_this_machine_is_in_the_file(fixed):
@@ -139,7 +142,7 @@ def test_a_transformer_of_fixed_size_says_that_its_size_cannot_vary(tmp_path):
         networks.trained_like("test_vit3", img_size=(64, 96)),
         networks.input_spec((32, 64, 96), (64, 96, 128), size_multiple=16),
     )
-    with pytest.raises(ExportError, match=r"cannot be exported with float32 NCHW .*build it for a fixed batch and size"):
+    with pytest.raises(ExportError, match=r"cannot be exported with float32 .*build it for a fixed batch and size"):
         export_onnx(prepared, tmp_path / "x.onnx")
     assert not (tmp_path / "x.onnx").exists()
 
@@ -147,7 +150,7 @@ def test_a_transformer_of_fixed_size_says_that_its_size_cannot_vary(tmp_path):
 # ---- TorchScript ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch deprecates it; the file is for libtorch
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load:FutureWarning")  # deprecated in Python; libtorch reads the file
 @pytest.mark.parametrize("case", ["fixed", "camera"])
 def test_torchscript_computes_the_loaded_network(case, request, photographs, tmp_path):
     case = request.getfixturevalue(case)
@@ -155,7 +158,9 @@ def test_torchscript_computes_the_loaded_network(case, request, photographs, tmp
     frames = networks.crops(photographs, 2, 64, 96)
     images = networks.normalised(frames, case.loaded.image_config)
     script = torch.jit.load(tmp_path / "fp32.ts")
-    assert_same_maps(networks.maps_of(script, frames if case.graph.input.name == "image" else images), case.expected(images))
+    assert_same_maps(
+        networks.maps_of(script, frames if case.graph.input.name == "image" else images), case.expected(images)
+    )
 
 
 # ---- golden samples -------------------------------------------------------------------------------------------------
@@ -181,5 +186,5 @@ def test_a_wrong_graph_is_refused_naming_the_stage(fixed, photographs, image):
     images = networks.normalised(networks.crops(photographs, 3, 64, 96))
     golden = golden_samples(fixed.loaded, fixed.graph.input, {"opt": images})
     golden["opt/blocks.3"][image] *= 1.01
-    with pytest.raises(ExportError, match=r"graph is wrong: blocks\.3 differs from the network by [5-9]\.\de-03 relative"):
+    with pytest.raises(ExportError, match=r"is wrong: blocks\.3 differs from the network by [5-9]\.\de-03 relative"):
         check_export(fixed.graph, golden)

@@ -131,8 +131,12 @@ def measured(golden: dict[str, np.ndarray], answers: list[list[np.ndarray]], gat
 def test_the_worst_image_of_all_cases_counts_figure_by_figure():
     one, two = maps(0, (3, 4, 5, 6)), maps(1, (2, 4, 7, 7))
     golden = {
-        **{"max/pixel_values": np.zeros((2, 1, 9, 9), np.float32), "max/a": two, "max/b": two},
-        **{"opt/pixel_values": np.zeros((3, 1, 8, 8), np.float32), "opt/a": one, "opt/b": one},
+        "max/pixel_values": np.zeros((2, 1, 9, 9), np.float32),
+        "max/a": two,
+        "max/b": two,
+        "opt/pixel_values": np.zeros((3, 1, 8, 8), np.float32),
+        "opt/a": one,
+        "opt/b": one,
     }
     off_one, off_two = one.copy(), two.copy()
     off_one[2] *= 3  # largest relative error, cosine stays 1

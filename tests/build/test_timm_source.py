@@ -215,7 +215,8 @@ def test_weights_are_found_inside_a_training_checkpoint(tmp_path, images):
     torch.save(content, tmp_path / "last.pt")
     plain = load("test_resnet", weights=str(saved(net, tmp_path / "plain.safetensors"))).backbone
     trained = load("test_resnet", weights=str(tmp_path / "last.pt")).backbone
-    np.testing.assert_array_equal(networks.maps_of(trained.module, images)[0], networks.maps_of(plain.module, images)[0])
+    (actual,), (expected,) = networks.maps_of(trained.module, images), networks.maps_of(plain.module, images)
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path, missing):
     state = classifier("test_resnet").state_dict()
     del state[missing]
     save_file(state, tmp_path / "part.safetensors")
-    with pytest.raises(SourceError, match=rf"part\.safetensors has no weights for 1 tensors of test_resnet, \S*{missing}"):
+    with pytest.raises(SourceError, match=rf"part\.safetensors has no weights for 1 tensors of .*, {missing} first"):
         load("test_resnet", weights=str(tmp_path / "part.safetensors"))
 
 
@@ -326,5 +327,5 @@ def test_cached_weights_serve_when_the_hub_is_away(no_hub, tmp_path, images, fil
 
 
 def test_a_network_that_was_never_trained_says_so(no_hub):
-    with pytest.raises(SourceError, match="timm has no pretrained weights for seresnet18: .*random:0"):
+    with pytest.raises(SourceError, match=r"timm has no pretrained weights for seresnet18: .*random:0"):
         load("seresnet18", weights="pretrained")

@@ -25,6 +25,7 @@ from edge_backbones.manifest import Source
 from edge_backbones.spec import align_stages
 
 _HUB_TIMEOUT_S = 5.0
+_ASLEEP, _AWAKE = 1e-3, 0.05  # scale of a residual branch: untrained, and woken
 _OFFLINE_ADVICE = "pass a local file (--weights model.safetensors) or seeded random weights (--weights random:0)"
 
 
@@ -66,7 +67,9 @@ def load_timm(name: str, options: TimmOptions) -> TimmBackbone:
     info = outline.feature_info.info
     stage_names = tuple(str(stage["module"]) for stage in info)
     if len(set(stage_names)) != len(stage_names):
-        raise SourceError(f"{name} names several stages alike ({', '.join(stage_names)}): its stages cannot be selected")
+        raise SourceError(
+            f"{name} names several stages alike ({', '.join(stage_names)}): its stages cannot be selected"
+        )
     features, indices = align_stages(stage_names, options.out_features, options.out_indices)
     if not indices:
         raise InputError(f"no stage is kept: choose at least one of {list(stage_names)}")
@@ -116,9 +119,15 @@ def _arguments(name: str, options: TimmOptions) -> dict[str, Any]:
     if options.output_stride is not None:
         arguments["output_stride"] = options.output_stride
     if options.img_size is not None:
-        with contextlib.suppress(SourceError), torch.device("meta"):
-            _create(name, {**arguments, "img_size": options.img_size, "pretrained": False})
-            arguments["img_size"] = options.img_size
+        sized = {**arguments, "img_size": options.img_size}
+        try:
+            with torch.device("meta"):
+                _create(name, {**sized, "pretrained": False})
+        except SourceError as error:
+            if "unexpected keyword argument 'img_size'" not in str(error):
+                raise
+        else:
+            return sized
     return arguments
 
 
@@ -128,7 +137,9 @@ def _create(name: str, arguments: Mapping[str, Any]) -> Any:
         with set_layer_config(exportable=True):
             return timm.create_model(name, **arguments)
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
-        options = {k: v for k, v in arguments.items() if k not in ("features_only", "pretrained", "pretrained_cfg_overlay")}
+        options = {
+            k: v for k, v in arguments.items() if k not in ("features_only", "pretrained", "pretrained_cfg_overlay")
+        }
         text = str(error) or type(error).__name__
         if "Unknown model" in text or "Invalid pretrained tag" in text or "has no source prefix" in text:
             raise SourceError(f"timm has no model {name!r}.{_near_names(name)}") from error
@@ -151,6 +162,7 @@ def _with_weights(name: str, weights: str, arguments: dict[str, Any]) -> tuple[S
             raise SourceError(f"random weights need a seed, as in random:0; got {weights!r}")
         with _seeded(int(seed_text)):
             net = _create(name, arguments)
+        _wake_residual_branches(net)
         return Source(library="timm", name=name, weights="random", seed=int(seed_text), options=options), net
     if kind == "pretrained":
         return Source(library="timm", name=name, weights="pretrained", options=options), _pretrained(name, arguments)
@@ -162,6 +174,21 @@ def _with_weights(name: str, weights: str, arguments: dict[str, Any]) -> tuple[S
     return Source(library="timm", name=name, weights="checkpoint", weights_sha256=sha256, options=options), net
 
 
+def _wake_residual_branches(net: nn.Module) -> None:
+    """Give the branches that training starts at zero a small weight, in place.
+
+    timm initialises the last norm of a residual branch to 0 and layer scales to 1e-6. Left so, the branch's convolutions
+    would be folded into zeros, and parity would be measured on a network that is not there. Large weights would measure
+    chaos instead: random branches pass on rounding errors that trained ones damp.
+    """
+    with torch.no_grad():
+        for path, module in net.named_modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                scales_a_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and name.endswith("weight")
+                if (scales_a_norm or name.endswith("gamma")) and float(parameter.abs().max()) < _ASLEEP:
+                    parameter.fill_(_AWAKE)
+
+
 def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Weights from the hub, or from its local cache when the hub does not answer."""
     config = timm.get_pretrained_cfg(name)
@@ -171,11 +198,15 @@ def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if config.hf_hub_id and not _hub_answers():
         overlay = _cached_weights(str(config.hf_hub_id))
         if overlay is None:
-            raise HubUnreachableError(f"the model hub does not answer and {name} is not in its cache: {_OFFLINE_ADVICE}")
+            raise HubUnreachableError(
+                f"the model hub does not answer and {name} is not in its cache: {_OFFLINE_ADVICE}"
+            )
     try:
         return _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})  # type: ignore[no-any-return]
     except OSError as error:
-        raise HubUnreachableError(f"pretrained weights of {name} cannot be fetched ({error}): {_OFFLINE_ADVICE}") from error
+        raise HubUnreachableError(
+            f"pretrained weights of {name} cannot be fetched ({error}): {_OFFLINE_ADVICE}"
+        ) from error
 
 
 def _hub_answers() -> bool:
@@ -224,7 +255,9 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
     learned = [key for key, _ in net.named_parameters()] + [key for key in second if "running_" in key]
     untouched = [key for key in learned if torch.equal(net.state_dict()[key], second[key])]
     if untouched:
-        raise SourceError(f"{path} has no weights for {len(untouched)} tensors of {name}, {untouched[0]} first: wrong file?")
+        raise SourceError(
+            f"{path} has no weights for {len(untouched)} tensors of {name}, {untouched[0]} first: wrong file?"
+        )
     return net
 
 

@@ -1,0 +1,354 @@
+"""Images from everywhere they may come from; what is no image of this network is refused, and memory stays small."""
+
+from __future__ import annotations
+
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from edge_backbones.build.calibration import ImageSet, gather_images, split
+from edge_backbones.errors import CalibrationError
+from edge_backbones.images import fit, open_image, to_input
+
+FLOATS = networks.input_spec(48, 64)
+FRAMES = networks.input_spec(48, 64, name="image")
+
+
+@pytest.fixture
+def gather(tmp_path: Path):
+    def gathered(source, input=FLOATS, config=networks.PLAIN, **options) -> ImageSet:
+        return gather_images(source, input=input, config=config, spool=tmp_path / "spool", **options)
+
+    return gathered
+
+
+@pytest.fixture
+def finished() -> np.ndarray:
+    """Five network inputs."""
+    return np.random.default_rng(0).standard_normal((5, 3, 48, 64)).astype(np.float32)
+
+
+def preprocessed(photograph: np.ndarray, input=FLOATS) -> np.ndarray:
+    pixels = fit(Image.fromarray(photograph), networks.PLAIN, 48, 64)[None]
+    return pixels[0] if input.name == "image" else networks.normalised(pixels)[0]
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("input", [FLOATS, FRAMES])
+def test_a_folder_is_read_in_order_with_the_folders_below(gather, photograph_folder, input):
+    images = gather(photograph_folder, input)
+    assert images.names == (*(f"{i}.jpg" for i in (1, 2, 4, 5, 7, 8)), *(f"more/{i}.png" for i in (0, 3, 6, 9)))
+    assert images.skipped == ("broken.jpg",)
+    assert images.inputs.dtype == input.dtype
+    for name, array in zip(images.names, images.inputs, strict=True):
+        pixels = fit(open_image(photograph_folder / name), networks.PLAIN, 48, 64)
+        np.testing.assert_array_equal(array, to_input(pixels[None], networks.PLAIN, input)[0])
+
+
+def test_a_file_that_does_not_decode_is_skipped_and_named(gather, tmp_path, photographs):
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    Image.fromarray(photographs[0]).save(folder / "good.jpg")
+    (folder / "half.jpg").write_bytes((folder / "good.jpg").read_bytes()[:5000])
+    (folder / "sub" / "text.jpg").write_text("this is a text file")
+    (folder / "notes.txt").write_text("not even named as an image")
+    images = gather(folder)
+    assert images.names == ("good.jpg",)
+    assert images.skipped == ("half.jpg", "sub/text.jpg")
+
+
+def test_a_folder_without_a_single_good_image_is_refused(gather, tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(CalibrationError, match="images has no images"):
+        gather(tmp_path / "images")
+    (tmp_path / "images" / "broken.png").touch()
+    with pytest.raises(CalibrationError, match=r"none of its 1 files decodes, broken\.png first"):
+        gather(str(tmp_path / "images"))
+
+
+def test_a_path_that_is_nothing_known_is_refused(gather, tmp_path):
+    with pytest.raises(CalibrationError, match=r"missing is neither a folder of images nor an \.npz"):
+        gather(tmp_path / "missing")
+    (tmp_path / "x.jpg").touch()
+    with pytest.raises(CalibrationError, match=r"x\.jpg is not an \.npz file"):
+        gather(tmp_path / "x.jpg")
+
+
+def test_progress_counts_files(gather, photograph_folder):
+    calls = []
+    gather(photograph_folder, progress=lambda *call: calls.append(call))
+    assert calls[0] == ("reading images", 0, 11)
+    assert calls[-1] == ("reading images", 11, 11)
+
+
+# ---- arrays ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("input", [FLOATS, FRAMES])
+def test_photographs_of_any_size_are_preprocessed(gather, photographs, input):
+    images = gather(iter(photographs), input)
+    assert images.names == ("array 0", "array 1", "array 2", "array 3")
+    for actual, photograph in zip(images.inputs, photographs, strict=True):
+        np.testing.assert_allclose(actual, preprocessed(photograph, input), rtol=0, atol=1e-6)
+
+
+def test_a_photograph_of_the_right_size_is_not_resampled(gather, photographs):
+    crop = networks.crops(photographs, 1, 48, 64)
+    np.testing.assert_allclose(gather(crop).inputs, networks.normalised(crop), rtol=0, atol=1e-6)
+
+
+def test_grey_photographs(gather, photographs):
+    grey = [np.asarray(Image.fromarray(p).convert("L"))[..., None] for p in photographs[:2]]
+    config = networks.ImageConfig(mean=(0.5,), std=(0.25,))
+    images = gather(grey, networks.input_spec(48, 64, channels=1), config)
+    expected = fit(Image.fromarray(grey[0][..., 0]), config, 48, 64)[..., 0] / 255 / 0.25 - 2
+    np.testing.assert_allclose(images.inputs[0, 0], expected, rtol=0, atol=1e-6)
+
+
+def test_finished_inputs_are_taken_as_they_are(gather, finished):
+    batches = (batch for batch in (finished[:2], finished[2:]))
+    for source in (finished, list(finished), batches, finished.astype(np.float64)):
+        np.testing.assert_array_equal(gather(source).inputs, finished)
+
+
+def bad_arrays():
+    photograph = np.zeros((40, 50, 3), np.uint8)
+    yield pytest.param(photograph[..., :1], id="grey for a colour network")
+    yield pytest.param(photograph[..., 0], id="without a channel axis")
+    yield pytest.param(photograph.astype(np.int64), id="integers that are not bytes")
+    yield pytest.param(photograph.astype(np.float32), id="pictures in floats")
+    yield pytest.param(np.zeros((3, 48, 65), np.float32), id="another size")
+    yield pytest.param(np.zeros((1, 1, 3, 48, 64), np.float32), id="five axes")
+    yield pytest.param(np.zeros((3, 48, 64), np.complex64), id="complex numbers")
+    yield pytest.param(np.array(["a"]), id="text")
+    yield pytest.param(np.float32(1), id="a number")
+
+
+@pytest.mark.parametrize("array", list(bad_arrays()))
+def test_an_array_that_is_no_image_is_refused(gather, finished, array):
+    advice = r"pass photographs \(uint8, height x width x 3\) or network inputs"
+    with pytest.raises(CalibrationError, match=f"array 1 is .*: {advice}"):
+        gather([finished[0], array])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_inputs_that_are_not_finite_are_refused(gather, finished, bad):
+    finished[3, 1, 2, 3] = bad
+    with pytest.raises(CalibrationError, match="array 3 has values that are not finite"):
+        gather(finished)
+
+
+def test_finished_inputs_are_no_camera_frames(gather, finished):
+    with pytest.raises(CalibrationError, match=r"float32 of shape \(3, 48, 64\): pass photographs .*x 3\)$"):
+        gather(finished, FRAMES)
+
+
+def test_nothing_at_all_is_refused(gather):
+    with pytest.raises(CalibrationError, match="the calibration iterable has no images"):
+        gather([])
+
+
+def test_four_channels_come_at_full_size_or_as_finished_inputs(gather):
+    input, config = networks.input_spec(48, 64, channels=4), networks.ImageConfig(mean=(0.5,) * 4, std=(0.5,) * 4)
+    assert gather(np.zeros((2, 48, 64, 4), np.uint8), input, config).inputs.shape == (2, 4, 48, 64)
+    with pytest.raises(CalibrationError, match="4 channels cannot be resized"):
+        gather([np.zeros((50, 64, 4), np.uint8)], input, config)
+
+
+# ---- .npz -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_with_finished_inputs(gather, tmp_path, finished, save):
+    save(tmp_path / "x.npz", anything=finished)
+    np.testing.assert_array_equal(gather(tmp_path / "x.npz").inputs, finished)
+
+
+@pytest.mark.parametrize("input", [FLOATS, FRAMES])
+def test_npz_with_photographs(gather, tmp_path, photographs, input):
+    crops = networks.crops(photographs, 3, 90, 110)
+    np.savez(tmp_path / "x.npz", crops)
+    for actual, crop in zip(gather(tmp_path / "x.npz", input).inputs, crops, strict=True):
+        np.testing.assert_allclose(actual, preprocessed(crop, input), rtol=0, atol=1e-6)
+
+
+def test_npz_with_a_named_array_among_others(gather, tmp_path, finished):
+    np.savez(tmp_path / "x.npz", labels=np.arange(5), pixel_values=finished)
+    np.testing.assert_array_equal(gather(tmp_path / "x.npz").inputs, finished)
+
+
+def objects(path: Path, finished: np.ndarray) -> None:
+    np.savez(path, np.array([{"code": print}] * 2, dtype=object))
+
+
+def column_major(path: Path, finished: np.ndarray) -> None:
+    np.savez(path, np.asfortranarray(finished))
+
+
+def two_arrays(path: Path, finished: np.ndarray) -> None:
+    np.savez(path, a=finished, b=finished)
+
+
+def one_image(path: Path, finished: np.ndarray) -> None:
+    np.savez(path, finished[0])
+
+
+def not_a_zip(path: Path, finished: np.ndarray) -> None:
+    path.write_bytes(b"PK but not really")
+
+
+def no_array(path: Path, finished: np.ndarray) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("pixel_values.npy", b"not an array")
+
+
+def cut_off(path: Path, finished: np.ndarray) -> None:
+    np.savez(path, finished)
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+def short_array(path: Path, finished: np.ndarray) -> None:
+    np.savez(path.with_suffix(".whole.npz"), finished)
+    with zipfile.ZipFile(path.with_suffix(".whole.npz")) as whole, zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", whole.read("arr_0.npy")[:-100])
+
+
+def flipped_bits(path: Path, finished: np.ndarray) -> None:
+    np.savez(path, np.zeros((5, 48, 64, 3), np.uint8))
+    data = bytearray(path.read_bytes())
+    data[2000] ^= 1
+    path.write_bytes(data)
+
+
+def broken_compression(path: Path, finished: np.ndarray) -> None:
+    np.savez_compressed(path, np.arange(5 * 48 * 64 * 3).astype(np.uint8).reshape(5, 48, 64, 3))
+    data = bytearray(path.read_bytes())
+    data[150:250] = b"\xff" * 100
+    path.write_bytes(data)
+
+
+def encrypted(path: Path, finished: np.ndarray) -> None:
+    np.savez(path, finished)
+    data = bytearray(path.read_bytes())
+    data[6] |= 1  # the flag of the local header, and that of the directory below
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+
+
+def no_images(path: Path, finished: np.ndarray) -> None:
+    np.savez(path, finished[:0])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (objects, "cannot be read as .npz: arrays of objects"),
+        (column_major, "cannot be read as .npz: .*column-major"),
+        (two_arrays, r"holds \['a.npy', 'b.npy'\]: it needs one array"),
+        (one_image, r"holds an array of shape \(3, 48, 64\): its first axis must count images"),
+        (not_a_zip, "cannot be read as .npz: File is not a zip"),
+        (no_array, "cannot be read as .npz: the magic string"),
+        (cut_off, "cannot be read as .npz"),
+        (short_array, "cannot be read as .npz"),
+        (flipped_bits, "cannot be read as .npz: Bad CRC"),
+        (broken_compression, "cannot be read as .npz"),
+        (encrypted, "cannot be read as .npz: .*encrypted"),
+        (no_images, "has no images"),
+    ],
+)
+def test_an_npz_of_something_else_is_refused(gather, tmp_path, finished, write, message):
+    write(tmp_path / "x.npz", finished)
+    with pytest.raises(CalibrationError, match=rf"x\.npz {message}"):
+        gather(tmp_path / "x.npz")
+
+
+# ---- synthetic images -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("input", [FLOATS, FRAMES, networks.input_spec(47, 33)])
+def test_synthetic_images_are_reproducible_and_look_like_photographs(gather, input):
+    images = gather(None, input)
+    first = np.array(images.inputs)
+    np.testing.assert_array_equal(first, gather(None, input).inputs)
+    assert len(np.unique(first.reshape(len(first), -1), axis=0)) == len(first) == 8
+    pixels = first if input.name == "image" else first.transpose(0, 2, 3, 1) * networks.PLAIN.std + networks.PLAIN.mean
+    pixels = pixels / (255 if input.name == "image" else 1)
+    assert 0.4 < pixels.mean() < 0.6
+    assert 0.1 < pixels.std() < 0.4
+    neighbours = np.corrcoef(pixels[:, :, 1:].ravel(), pixels[:, :, :-1].ravel())[0, 1]
+    assert neighbours > 0.6  # white noise has 0
+
+
+# ---- what comes out -------------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_every_image_once_unless_they_are_filled(gather, finished):
+    images = gather(finished)
+    batches = list(images.batches(2, [4, 0, 3]))
+    assert [len(batch) for batch in batches] == [2, 1]
+    np.testing.assert_array_equal(np.concatenate(batches), finished[[4, 0, 3]])
+    filled = list(images.batches(4, [1, 2, 0, 3, 4], fill=True))
+    np.testing.assert_array_equal(np.concatenate(filled), finished[[1, 2, 0, 3, 4, 4, 4, 4]])
+
+
+def test_a_taken_batch_is_a_copy(gather, finished):
+    images = gather(finished)
+    images.take([0])[:] = 0
+    np.testing.assert_array_equal(images.inputs, finished)
+
+
+def test_the_fingerprint_is_that_of_the_content(gather, finished):
+    prints = {gather(source).fingerprint for source in (finished, list(finished), finished.astype(np.float64))}
+    assert len(prints) == 1
+    finished[0, 0, 0, 0] += 1
+    assert gather(finished).fingerprint not in prints
+
+
+@pytest.mark.parametrize("kind", ["photographs", "finished"])
+def test_memory_does_not_grow_with_the_number_of_images(gather, kind):
+    random = np.random.default_rng(0)
+
+    def stream():
+        for _ in range(400):
+            if kind == "photographs":
+                yield random.integers(0, 256, (150, 200, 3), dtype=np.uint8)
+            else:
+                yield random.standard_normal((3, 48, 64), dtype=np.float32)
+
+    tracemalloc.start()
+    try:
+        images = gather(stream())
+        total = sum(float(batch.mean()) for batch in images.batches(8, range(400)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.isfinite(total)
+    assert len(images.names) == 400
+    assert images.inputs.nbytes > 14e6
+    assert peak < 3e6
+
+
+@given(count=st.integers(1, 500), golden=st.integers(1, 60))
+def test_golden_images_are_spread_and_held_out_where_enough_are_left(count, golden):
+    calibrating, chosen = split(count, golden)
+    assert len(chosen) == min(golden, count)
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) | set(calibrating) <= set(range(count))
+    assert chosen[0] == 0
+    if len(chosen) > 1:
+        assert chosen[-1] == count - 1
+        steps = np.diff(chosen)
+        assert steps.max() - steps.min() <= 2
+    if count - len(chosen) >= len(chosen):
+        assert sorted(chosen + calibrating) == list(range(count))
+    else:
+        assert calibrating == list(range(count))

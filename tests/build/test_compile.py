@@ -1,0 +1,87 @@
+"""The CPU compiler and its cache: keyed by content, healed when damaged, refused graphs named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from edge_backbones.build import compile as compiler
+from edge_backbones.errors import CompileError, MissingDependencyError
+from edge_backbones.runtime.openvino import OpenVinoSession
+from edge_backbones.spec import Precision
+
+
+def scaling_graph(factor: float) -> bytes:
+    """y = factor * x on (2, 3)."""
+    constant = helper.make_tensor("factor", TensorProto.FLOAT, [1], [factor])
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "factor"], ["y"])],
+        "scaling",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])],
+        [constant],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    return model.SerializeToString()
+
+
+def result_of(data: bytes) -> np.ndarray:
+    session = OpenVinoSession(bytearray(data), outputs=["y"])
+    return session.run(np.ones((2, 3), np.float32))[0]
+
+
+def test_an_engine_comes_from_the_cache_the_second_time(tmp_path, monkeypatch):
+    first = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    monkeypatch.setattr(compiler.openvino, "compile_model", lambda graph: pytest.fail("compiled again"))
+    again = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    assert (first.from_cache, again.from_cache) == (False, True)
+    assert again.data == first.data
+    assert again.key == first.key
+    np.testing.assert_array_equal(result_of(again.data), np.full((2, 3), 3.0))
+
+
+def test_another_graph_or_precision_is_another_engine(tmp_path):
+    compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    other = compiler.compile_engine(scaling_graph(5.0), Precision.FP32, cache=tmp_path)
+    assert not other.from_cache
+    np.testing.assert_array_equal(result_of(other.data), np.full((2, 3), 5.0))
+    assert not compiler.compile_engine(scaling_graph(3.0), Precision.FP16, cache=tmp_path).from_cache
+
+
+def test_a_damaged_cache_entry_is_made_again(tmp_path):
+    first = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    (entry,) = tmp_path.glob("*.blob")
+    entry.write_bytes(first.data[:-1])
+    healed = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    assert not healed.from_cache
+    assert compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path).from_cache
+    np.testing.assert_array_equal(result_of(healed.data), np.full((2, 3), 3.0))
+
+
+def test_the_cache_forgets_the_oldest_engines(tmp_path, monkeypatch):
+    compiler.compile_engine(scaling_graph(1.0), Precision.FP32, cache=tmp_path)
+    (oldest,) = tmp_path.glob("*.blob")
+    monkeypatch.setattr(compiler, "CACHE_LIMIT_BYTES", oldest.stat().st_size + 10)
+    compiler.compile_engine(scaling_graph(2.0), Precision.FP32, cache=tmp_path)
+    assert oldest not in set(tmp_path.glob("*.blob"))
+    assert len(list(tmp_path.glob("*.blob"))) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    engine = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=blocked / "cache")
+    np.testing.assert_array_equal(result_of(engine.data), np.full((2, 3), 3.0))
+
+
+@pytest.mark.parametrize("garbage", [b"", b"not onnx", scaling_graph(1.0)[:40]])
+def test_a_graph_that_openvino_refuses_is_a_compile_error(garbage):
+    with pytest.raises(CompileError, match=r"OpenVINO .* cannot compile this graph"):
+        compiler.compile_engine(garbage, Precision.FP32, cache=None)
+
+
+def test_without_openvino_the_message_is_the_install_command(monkeypatch):
+    monkeypatch.setattr(compiler.openvino, "library_version", lambda: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'edge-backbones\[cpu\]'"):
+        compiler.compile_engine(scaling_graph(1.0), Precision.FP32, cache=None)

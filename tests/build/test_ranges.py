@@ -1,0 +1,170 @@
+"""Ranges against float64 numpy over all activations at once, and what they must not depend on."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from edge_backbones.build.ranges import DEAD_TENSOR_THRESHOLD, collect_ranges
+from edge_backbones.errors import CalibrationError
+
+BIN = 1 / 2048  # the widest a bin can be, relative to the largest value
+
+
+def one_node_graph(
+    path: Path, op_type: str = "Relu", batch: int | str = "batch", dtype: int = TensorProto.FLOAT
+) -> Path:
+    """x (batch, 3, 5, 7) -> op -> y, which is read by a last node that makes the graph's output."""
+    first = (
+        helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+        if dtype != TensorProto.FLOAT
+        else helper.make_node(op_type, ["x"], ["y"])
+    )
+    graph = helper.make_graph(
+        [first, helper.make_node("Neg", ["y"], ["out"])],
+        "one_node",
+        [helper.make_tensor_value_info("x", dtype, [batch, 3, 5, 7])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [batch, 3, 5, 7])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def relu(tmp_path: Path) -> Path:
+    return one_node_graph(tmp_path / "relu.onnx")
+
+
+def heavy_tailed(count: int, seed: int = 0) -> np.ndarray:
+    """Images whose scale differs from one to the next over four decades, so that histograms have to grow."""
+    random = np.random.default_rng(seed)
+    images = random.standard_t(3, size=(count, 3, 5, 7)) * 10.0 ** random.uniform(-2, 2, size=(count, 1, 1, 1))
+    return images.astype(np.float32)
+
+
+def split(images: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+    return np.split(images, np.cumsum(sizes)[:-1])
+
+
+@pytest.mark.parametrize("percentile", [50.0, 90.0, 99.0, 99.9, 100.0])
+def test_percentile_is_that_of_the_values_that_are_not_zero(relu: Path, percentile: float) -> None:
+    images = heavy_tailed(40)
+    found = collect_ranges(relu, ["x", "y"], [images], percentile=percentile)
+    for name, values in (("x", images), ("y", np.maximum(images, 0))):
+        magnitudes = np.sort(np.abs(values[values != 0]).astype(np.float64))
+        enough = magnitudes[int(np.ceil(percentile / 100 * len(magnitudes))) - 1]  # the least that keeps that share
+        assert found[name] == pytest.approx(enough, abs=BIN * magnitudes[-1])
+
+
+def test_the_threshold_is_interpolated_within_a_bin(relu: Path) -> None:
+    # Evenly spread values: every quantile is known exactly, also between the edges of the bins.
+    images = (np.arange(1, 105 * 64 + 1, dtype=np.float32) / (105 * 64)).reshape(64, 3, 5, 7)
+    for percentile in (10.0, 33.3, 99.97):
+        found = collect_ranges(relu, ["x"], [images], percentile=percentile)["x"]
+        assert found == pytest.approx(percentile / 100, abs=2 / images.size)
+
+
+def test_max_is_the_largest_magnitude(relu: Path) -> None:
+    images = heavy_tailed(9)
+    found = collect_ranges(relu, ["x", "y", "out"], [images], method="max")
+    assert found == {"x": np.abs(images).max(), "y": images.max(), "out": images.max()}
+    assert list(found) == ["x", "y", "out"]
+
+
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_neither_order_nor_batch_size_matters(relu: Path, method: str) -> None:
+    images = heavy_tailed(24)
+    expected = collect_ranges(relu, ["x", "y"], [images], method=method, percentile=99.0)
+    ascending = images[np.argsort(np.abs(images).max(axis=(1, 2, 3)))]
+    for batches in (split(images, [1] * 24), split(images, [5, 11, 8]), [images[::-1]], [ascending], [ascending[::-1]]):
+        assert collect_ranges(relu, ["x", "y"], batches, method=method, percentile=99.0) == expected  # to the last bit
+
+
+def test_a_static_batch_is_fed_as_it_is(tmp_path: Path) -> None:
+    model = one_node_graph(tmp_path / "static.onnx", batch=4)
+    images = heavy_tailed(12)
+    assert collect_ranges(model, ["y"], [images]) == collect_ranges(model, ["y"], split(images, [4, 8]))
+    with pytest.raises(CalibrationError, match=r"\(6, 3, 5, 7\).*multiple of 4 images"):
+        collect_ranges(model, ["y"], [images[:6]])
+
+
+def test_camera_frames_are_counted_as_integers(tmp_path: Path) -> None:
+    model = one_node_graph(tmp_path / "frames.onnx", dtype=TensorProto.UINT8)
+    frames = np.full((2, 3, 5, 7), 200, dtype=np.uint8)
+    assert collect_ranges(model, ["y"], [frames], method="max") == {"y": 200.0}
+
+
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1.0, 3e38])
+def test_every_float32_magnitude_can_be_counted(relu: Path, magnitude: float) -> None:
+    images = np.full((2, 3, 5, 7), magnitude, dtype=np.float32)
+    images[0, 0, 0, 0] = 0.0
+    value = float(np.float32(magnitude))
+    assert collect_ranges(relu, ["x"], [images], percentile=99.0)["x"] == pytest.approx(value, rel=2 * BIN)
+    # A first image that is very much smaller than the others leaves no trace.
+    faint = np.full((1, 3, 5, 7), 1e-42, dtype=np.float32)
+    assert collect_ranges(relu, ["x"], [faint, images, images], percentile=99.0)["x"] == pytest.approx(
+        value, rel=2 * BIN
+    )
+
+
+def test_a_tensor_that_is_always_zero_gets_a_harmless_range(relu: Path) -> None:
+    images = -np.abs(heavy_tailed(3)) - 1e-3
+    for method in ("max", "percentile"):
+        assert collect_ranges(relu, ["y"], [images], method=method) == {"y": DEAD_TENSOR_THRESHOLD}
+
+
+def test_a_nearly_silent_tensor_keeps_its_few_values(relu: Path) -> None:
+    images = np.zeros((100, 3, 5, 7), dtype=np.float32)
+    images[17, 1, 2, 3] = 6.0
+    assert collect_ranges(relu, ["y"], [images], percentile=99.9)["y"] == pytest.approx(6.0, rel=2 * BIN)
+
+
+@pytest.mark.parametrize(("bad", "word"), [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")])
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_activations_that_are_not_finite_are_refused_by_name(relu: Path, bad: float, word: str, method: str) -> None:
+    images = heavy_tailed(4)
+    images[2, 0, 4, 6] = bad
+    with pytest.raises(CalibrationError, match=f"'x' holds .*{word}.*check the calibration images"):
+        collect_ranges(relu, ["x"], [images], method=method)
+
+
+def test_refusals_say_what_to_do(relu: Path) -> None:
+    images = heavy_tailed(2)
+    with pytest.raises(CalibrationError, match="no calibration batches; give at least one image"):
+        collect_ranges(relu, ["y"], [])
+    with pytest.raises(CalibrationError, match="no tensor named 'z'"):
+        collect_ranges(relu, ["y", "z"], [images])
+    with pytest.raises(CalibrationError, match="'entropy'; choose one of max, percentile"):
+        collect_ranges(relu, ["y"], [images], method="entropy")
+    for percentile in (0.0, 100.5, float("nan")):
+        with pytest.raises(CalibrationError, match=r"must lie in \(0, 100\]"):
+            collect_ranges(relu, ["y"], [images], percentile=percentile)
+    with pytest.raises(CalibrationError, match=r"\(2, 3, 7, 5\).*'x' \('batch', 3, 5, 7\)"):
+        collect_ranges(relu, ["y"], [images.transpose(0, 1, 3, 2)])
+    with pytest.raises(CalibrationError, match="did not run on a batch of float64"):
+        collect_ranges(relu, ["y"], [images.astype(np.float64)])
+
+
+def test_progress_counts_images(relu: Path) -> None:
+    calls: list[tuple[str, int, int | None]] = []
+    collect_ranges(relu, ["y"], split(heavy_tailed(7), [2, 5]), progress=lambda *call: calls.append(call))
+    assert calls == [("calibrating", 2, None), ("calibrating", 7, None)]
+
+
+def test_memory_does_not_grow_with_the_number_of_images(relu: Path) -> None:
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        collect_ranges(relu, ["x", "y"], (heavy_tailed(1, seed) for seed in range(count)))
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    peak(2)  # imports
+    assert peak(400) < peak(20) + 100_000
