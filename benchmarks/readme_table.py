@@ -19,8 +19,8 @@ def render(path: str) -> str:
     openvino = machine["versions"]["openvino"]
     lines = [
         f"<!-- figures of {path} -->",
-        f"On {machine['threads']} threads of an {machine['cpu']} ({machine['cpu_features'][-1]}), OpenVINO {openvino}, batch 1",
-        "at 224 x 224; peers side by side, each alone in its process, alternating, medians:",
+        f"On {machine['threads']} threads of an {machine['cpu']} ({machine['cpu_features'][-1]}), OpenVINO",
+        f"{openvino}, batch 1 at 224 x 224; peers side by side, each alone in its process, alternating, medians:",
         "",
         "| figure | measured | target |",
         "|---|---|---|",

@@ -6,8 +6,10 @@ bf16 by itself on CPUs that have it. An engine is what ``CompiledModel.export_mo
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,7 +83,7 @@ class OpenVinoSession:
         self._ports = [names.index(name) for name in outputs]
         shapes = [model.outputs[port].partial_shape for port in self._ports]
         self._shapes = None if any(s.is_dynamic for s in shapes) else [tuple(s.to_shape()) for s in shapes]
-        self._idle: deque[Any] = deque()
+        self._idle: deque[_Request] = deque()
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
         model = self._model
@@ -90,28 +92,46 @@ class OpenVinoSession:
         try:
             request = self._idle.pop()
         except IndexError:
-            request = model.create_infer_request()
+            request = _Request(model.create_infer_request())
         try:
             return self._run(request, array)
         finally:
             self._idle.append(request)
 
-    def _run(self, request: Any, array: np.ndarray) -> list[np.ndarray]:
-        # OpenVINO reads and writes the arrays in place. It keeps no reference to them, so they must outlive infer();
-        # every output is set anew on each call, hence none of an earlier call is ever written again.
-        request.set_input_tensor(self._tensor(array, shared_memory=True))
+    def _run(self, request: _Request, array: np.ndarray) -> list[np.ndarray]:
+        # OpenVINO reads and writes the arrays in place and keeps no reference to them: they must outlive the inference.
+        request.handle.set_input_tensor(self._tensor(array, shared_memory=True))
+        if self._shapes is not None and (not request.outputs or _references(request.outputs) != request.unshared):
+            request.outputs = [np.empty(shape, np.float32) for shape in self._shapes]
+            request.unshared = _references(request.outputs)
+            for port, output in zip(self._ports, request.outputs, strict=True):
+                request.handle.set_output_tensor(port, self._tensor(output, shared_memory=True))
+        # infer() would also wrap every output in a dictionary
+        request.handle.start_async(share_inputs=True)
+        request.handle.wait()
         if self._shapes is None:
-            request.infer(share_outputs=True)
-            return [request.get_output_tensor(port).data.copy() for port in self._ports]
-        outputs = [np.empty(shape, np.float32) for shape in self._shapes]
-        for port, output in zip(self._ports, outputs, strict=True):
-            request.set_output_tensor(port, self._tensor(output, shared_memory=True))
-        request.infer(share_outputs=True)
-        return outputs
+            return [request.handle.get_output_tensor(port).data.copy() for port in self._ports]
+        return list(request.outputs)
 
     def close(self) -> None:
         self._model = None
         self._idle.clear()
+
+
+@dataclass
+class _Request:
+    """An infer request and the arrays that it writes to, which are replaced once a caller holds one of them.
+
+    ``unshared``: their reference counts while nobody else does. A view or a DLPack export counts as holding.
+    """
+
+    handle: Any
+    outputs: list[np.ndarray] = field(default_factory=list)
+    unshared: list[int] = field(default_factory=list)
+
+
+def _references(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
 
 
 def last_line(error: BaseException) -> str:

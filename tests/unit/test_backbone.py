@@ -78,6 +78,25 @@ def test_results_belong_to_the_caller(backbone):
         assert a.flags.writeable
 
 
+@pytest.mark.parametrize("hold", [lambda m: m, lambda m: m[0, 0], lambda m: memoryview(m), lambda m: np.from_dlpack(m)])
+def test_whatever_holds_a_result_keeps_its_values(backbone, hold):
+    images = pixels(2)
+    held = [hold(feature_map) for feature_map in backbone(images).feature_maps]
+    expected = [hold(feature_map) for feature_map in pooled(images)]
+    for _ in range(3):
+        backbone(pixels(2))
+    for actual, wanted in zip(held, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(actual), np.asarray(wanted), atol=1e-5)
+
+
+def test_memory_that_was_let_go_is_used_again(tmp_path):
+    make_bundle(tmp_path / "b.bundle", pooling_input(2))
+    with EdgeBackbone.from_pretrained(tmp_path / "b.bundle") as opened:
+        images = pixels(2)
+        addresses = {tuple(m.ctypes.data for m in opened(images).feature_maps) for _ in range(20)}
+    assert len(addresses) == 1
+
+
 def test_the_input_is_not_written_to_and_may_be_read_only(backbone):
     images = pixels(2)
     images.flags.writeable = False
