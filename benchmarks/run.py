@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, float, float]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="times that every contender is started")
+    parser.add_argument("--rounds", type=int, default=7, help="times that every contender is started")
     parser.add_argument("--rebuild", action="store_true", help="build the bundles again")
     arguments = parser.parse_args()
     photographs = CACHE / "photographs"
@@ -44,9 +44,10 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for model, bundle in bundles.items():
-        milliseconds = peers.measure(bundle, rounds=arguments.rounds)
+        comparison = peers.measure(bundle, rounds=arguments.rounds)
+        milliseconds = {kind: comparison.milliseconds(kind) for kind in comparison.rounds}
         for peer, target in zip(("torch", "onnxruntime"), MODELS[model][1:], strict=True):
-            ratio = milliseconds[peer] / milliseconds["edge"]
+            ratio = comparison.ratio(peer, "edge")
             add(
                 rows, f"{model}: int8 engine faster than {peer} fp32", ratio, target, "x", at_least=True, **milliseconds
             )

@@ -38,11 +38,10 @@ def main() -> None:
     photographs()["coffee"].save(photograph)
     edge_backbones("run", bundle, photograph, "--out", OUTPUT)
     print(f"\nlook at {OUTPUT / 'coffee.png'}\n")
-    milliseconds = peers.measure(bundle, kinds=("torch", "edge"), rounds=2)
-    ratio = milliseconds["torch"] / milliseconds["edge"]
+    measured = peers.measure(bundle, kinds=("torch", "edge"), rounds=3)
     print(
-        f"{MODEL} int8 takes {milliseconds['edge']:.1f} ms, torch eager fp32 {milliseconds['torch']:.1f} ms: "
-        f"{ratio:.1f} times faster (2 threads, batch 1, each alone in its process, medians)"
+        f"{MODEL} int8 takes {measured.milliseconds('edge'):.1f} ms, torch eager fp32 {measured.milliseconds('torch'):.1f} "
+        f"ms: {measured.ratio('torch', 'edge'):.1f} times faster (2 threads, batch 1, each alone in its process, medians)"
     )
 
 

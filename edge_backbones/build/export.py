@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,26 +95,54 @@ def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str,
     return golden
 
 
-def check_export(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
-    """Run the graph in ONNX Runtime on the golden samples; raises ExportError naming the stage that is off."""
+def check_onnx(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
+    """Run the graph in ONNX Runtime on every golden sample; raises ExportError naming the stage that is off."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
-    for case in sorted({key.split("/", 1)[0] for key in golden}):
-        array = golden[f"{case}/{graph.input.name}"]
-        size = graph.input.batch.max if graph.input.batch.is_fixed else min(len(array), graph.input.batch.max)
-        for start in range(0, len(array), size):
-            piece = np.arange(start, start + size) % len(array)
-            for stage, actual in zip(
-                graph.spec.out_features, session.run(None, {graph.input.name: array[piece]}), strict=True
-            ):
-                expected = golden[f"{case}/{stage}"][piece].astype(np.float64)
-                error = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
-                if not error <= _MAX_RELATIVE_ERROR:
-                    raise ExportError(
-                        f"the exported graph is wrong: {stage} differs from the network by {error:.1e} relative, "
-                        f"at most {_MAX_RELATIVE_ERROR:g} is allowed"
-                    )
+    for case in sorted({key.partition("/")[0] for key in golden}):
+        _check_maps(
+            f"ONNX graph ({case} size)",
+            lambda array: session.run(None, {graph.input.name: array}),
+            graph.spec.out_features,
+            graph.input.batch.max if graph.input.batch.is_fixed else 1,
+            {key.partition("/")[2]: array for key, array in golden.items() if key.startswith(f"{case}/")},
+        )
+
+
+def check_torchscript(path: Path, prepared: PreparedBackbone, golden: Mapping[str, np.ndarray]) -> None:
+    """Load the file and run it on the golden samples of the size it was traced at; raises ExportError as above."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        module = torch.jit.load(path)  # type: ignore[no-untyped-call]
+        _check_maps(
+            "TorchScript module",
+            lambda array: [feature_map.numpy() for feature_map in module(torch.from_numpy(array))],
+            prepared.spec.out_features,
+            prepared.input.batch.opt,
+            {key.removeprefix("opt/"): array for key, array in golden.items() if key.startswith("opt/")},
+        )
+
+
+def _check_maps(
+    what: str,
+    run: Callable[[np.ndarray], Sequence[np.ndarray]],
+    stages: Sequence[str],
+    batch: int,
+    golden: Mapping[str, np.ndarray],
+) -> None:
+    """Compare the fp32 maps of one case, ``batch`` images at a time; the last batch is filled from the beginning."""
+    (images,) = (array for name, array in golden.items() if name not in stages)
+    for start in range(0, len(images), batch):
+        chosen = np.arange(start, start + batch) % len(images)
+        for stage, actual in zip(stages, run(images[chosen]), strict=True):
+            expected = golden[stage][chosen].astype(np.float64)
+            error = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+            if not error <= _MAX_RELATIVE_ERROR:
+                raise ExportError(
+                    f"the exported {what} is wrong: {stage} differs from the network by {error:.1e} relative, "
+                    f"at most {_MAX_RELATIVE_ERROR:g} is allowed"
+                )
 
 
 def _example(input: InputSpec, batch: int) -> torch.Tensor:

@@ -170,7 +170,9 @@ def build_bundle(
 
         progress("recording golden samples", 0, None)
         golden = export.golden_samples(loaded, input, _golden_cases(image_set.take(golden_indices), input))
-        export.check_export(graph, golden)
+        export.check_onnx(graph, golden)
+        if options.torchscript:
+            export.check_torchscript(folder / "graphs" / "fp32.ts", prepared, golden)
         np.savez(folder / "golden.npz", **golden)  # type: ignore[arg-type]
 
         found: dict[str, float] | None = None

@@ -12,7 +12,14 @@ import onnxruntime
 import pytest
 import torch
 
-from edge_backbones.build.export import OPSET, check_export, export_onnx, export_torchscript, golden_samples
+from edge_backbones.build.export import (
+    OPSET,
+    check_onnx,
+    check_torchscript,
+    export_onnx,
+    export_torchscript,
+    golden_samples,
+)
 from edge_backbones.build.prepare import prepare
 from edge_backbones.errors import ExportError
 
@@ -163,6 +170,16 @@ def test_torchscript_computes_the_loaded_network(case, request, photographs, tmp
     )
 
 
+def test_a_wrong_torchscript_module_is_refused_naming_the_stage(fixed, photographs, tmp_path):
+    export_torchscript(fixed.prepared, tmp_path / "fp32.ts")
+    images = networks.normalised(networks.crops(photographs, 3, 64, 96))
+    golden = golden_samples(fixed.loaded, fixed.graph.input, {"opt": images})
+    check_torchscript(tmp_path / "fp32.ts", fixed.prepared, golden)
+    golden["opt/blocks.1"][2] *= 1.01
+    with pytest.raises(ExportError, match=r"the exported TorchScript module is wrong: blocks\.1 differs"):
+        check_torchscript(tmp_path / "fp32.ts", fixed.prepared, golden)
+
+
 # ---- golden samples -------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +195,7 @@ def test_golden_maps_are_those_of_the_loaded_network(camera, photographs):
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_a_right_graph_passes_whatever_the_number_of_images(fixed, photographs, count):
     images = networks.normalised(networks.crops(photographs, count, 64, 96))
-    check_export(fixed.graph, golden_samples(fixed.loaded, fixed.graph.input, {"opt": images}))
+    check_onnx(fixed.graph, golden_samples(fixed.loaded, fixed.graph.input, {"opt": images}))
 
 
 @pytest.mark.parametrize("image", [0, 2])
@@ -187,4 +204,4 @@ def test_a_wrong_graph_is_refused_naming_the_stage(fixed, photographs, image):
     golden = golden_samples(fixed.loaded, fixed.graph.input, {"opt": images})
     golden["opt/blocks.3"][image] *= 1.01
     with pytest.raises(ExportError, match=r"is wrong: blocks\.3 differs from the network by [5-9]\.\de-03 relative"):
-        check_export(fixed.graph, golden)
+        check_onnx(fixed.graph, golden)
