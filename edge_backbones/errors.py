@@ -15,6 +15,7 @@
     │   ├── ManifestError        manifest.json is not what bundle.py specifies
     │   └── IntegrityError       a file is missing, truncated, changed or outside the folder
     ├── EngineMismatchError      no engine of the bundle can run here; the message lists the reason of each
+    ├── InferenceError           a loaded engine failed while it ran (out of memory, ...)
     └── InputError               an input array or a stage selection that the engine cannot take (also ValueError)
 
 A message says what was wrong with both values and how to fix it, in one line. Anything else that escapes from this
@@ -87,6 +88,10 @@ class IntegrityError(BundleError):
 
 class EngineMismatchError(EdgeBackbonesError):
     """No engine of a bundle can run on this machine."""
+
+
+class InferenceError(EdgeBackbonesError):
+    """A loaded engine failed while it ran."""
 
 
 class InputError(EdgeBackbonesError, ValueError):

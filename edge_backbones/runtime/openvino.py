@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_backbones.errors import CompileError, EngineMismatchError, InputError, MissingDependencyError
+from edge_backbones.errors import CompileError, EngineMismatchError, InferenceError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
     import openvino
@@ -90,13 +90,15 @@ class OpenVinoSession:
         if model is None:
             raise InputError("this EdgeBackbone was closed: open the bundle again")
         try:
-            request = self._idle.pop()
-        except IndexError:
-            request = _Request(model.create_infer_request())
-        try:
-            return self._run(request, array)
-        finally:
-            self._idle.append(request)
+            try:
+                request = self._idle.pop()
+            except IndexError:
+                request = _Request(model.create_infer_request())
+            outputs = self._run(request, array)
+        except RuntimeError as error:
+            raise InferenceError(f"OpenVINO failed on {array.dtype} {array.shape}: {last_line(error)}") from error
+        self._idle.append(request)  # not after an error: a request that failed is not trusted again
+        return outputs
 
     def _run(self, request: _Request, array: np.ndarray) -> list[np.ndarray]:
         # OpenVINO reads and writes the arrays in place and keeps no reference to them: they must outlive the inference.
@@ -106,9 +108,10 @@ class OpenVinoSession:
             request.unshared = _references(request.outputs)
             for port, output in zip(self._ports, request.outputs, strict=True):
                 request.handle.set_output_tensor(port, self._tensor(output, shared_memory=True))
-        # infer() would also wrap every output in a dictionary
-        request.handle.start_async(share_inputs=True)
-        request.handle.wait()
+        try:
+            request.handle.start_async(share_inputs=True)  # infer() would also wrap every output in a dictionary
+        finally:
+            request.handle.wait()  # interrupted or not: until it is done OpenVINO writes to the arrays
         if self._shapes is None:
             return [request.handle.get_output_tensor(port).data.copy() for port in self._ports]
         return list(request.outputs)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_backbones.bundle import record_bytes
-from edge_backbones.errors import EngineMismatchError, InputError
+from edge_backbones.errors import EngineMismatchError, InferenceError, InputError
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
 from edge_backbones.spec import InputSpec, ShapeRange
@@ -259,6 +259,15 @@ def test_close_releases_the_engine_and_keeps_results(tmp_path):
     np.testing.assert_allclose(maps[0], pooled(images)[0], atol=1e-5)
     with pytest.raises(InputError, match="was closed"):
         backbone(images)
+
+
+def test_a_failing_engine_is_a_typed_error_and_the_next_call_works(tmp_path, monkeypatch):
+    make_bundle(tmp_path / "b.bundle")
+    with EdgeBackbone.from_pretrained(tmp_path / "b.bundle") as opened:
+        with pytest.raises(InferenceError, match=r"OpenVINO failed on float32 \(2, 3, 40, 48\)"):
+            opened._engine.run(pixels(2, height=40))  # a shape that the class itself would have refused
+        images = pixels(2)
+        np.testing.assert_allclose(opened(images).feature_maps[0], pooled(images)[0], atol=1e-5)
 
 
 def test_threads_are_limited_and_checked(tmp_path):
