@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+.DELETE_ON_ERROR:
 .PHONY: demo test lint bench schema clean
 
 demo: $(VENV)/.demo

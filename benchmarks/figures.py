@@ -67,10 +67,10 @@ def import_cost(repeats: int = 15) -> dict[str, float]:
 
 
 def call_overhead(bundle: Path, calls: int = 1000) -> dict[str, float]:
-    """EdgeBackbone's call against a bare OpenVINO request of the same compiled model, call by call in turn.
+    """EdgeBackbone's call against ``InferRequest.infer()`` on the same compiled model, call by call in turn.
 
-    The bare request has its input tensor set once and only infers, into its own output tensors: what any caller of
-    OpenVINO pays. The overhead is the median of the differences within each turn.
+    That request has its input tensor set once, writes into its own output tensors and shares them (no copies).
+    The overhead is the median of the differences within each turn.
     """
     import openvino
 
@@ -100,5 +100,5 @@ def _in_turn(contenders: Sequence[Callable[[], Any]], *, reverse: bool) -> list[
 
 
 def _python(code: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout

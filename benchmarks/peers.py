@@ -37,6 +37,6 @@ def measure(bundle: Path, *, kinds: Sequence[str] = tuple(KINDS), rounds: int = 
     for _ in range(rounds):
         for kind in kinds:
             command = [sys.executable, "-m", "benchmarks.contenders", kind, str(bundle), str(threads)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[kind].append(statistics.median(json.loads(done.stdout.splitlines()[-1])))
     return Comparison(found)

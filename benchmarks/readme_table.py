@@ -19,7 +19,7 @@ def render(path: str) -> str:
     openvino = machine["versions"]["openvino"]
     lines = [
         f"<!-- figures of {path} -->",
-        f"On {machine['threads']} threads of an {machine['cpu']} ({machine['cpu_features'][-1]}), OpenVINO",
+        f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), OpenVINO",
         f"{openvino}, batch 1 at 224 x 224; peers side by side, each alone in its process, alternating, medians:",
         "",
         "| figure | measured | target |",

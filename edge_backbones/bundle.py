@@ -16,7 +16,9 @@
 5. A writer MUST make a new bundle beside the target and rename it into place, and MUST replace manifest.json by rename
    after the files it names are on disk. A reader therefore sees the old state or the new one, never a mixture.
 
-``target`` being replaced is exchanged in one system call where the kernel can (Linux ``renameat2``), else by two renames.
+A bundle that is replaced is exchanged for the new one in one system call where the kernel can (Linux ``renameat2``).
+Elsewhere it is renamed aside first: a reader may find nothing for a moment, and a crash in that moment is repaired by the
+next writer. One who opened a manifest before it was replaced reopens it when a file is not there any more.
 """
 
 from __future__ import annotations
@@ -93,22 +95,22 @@ class Bundle:
         for record in self.manifest.files():
             self.read(record)
 
-    def with_engine(self, engine: EngineRecord, data: bytes) -> Bundle:
+    def add_engine(self, engine: EngineRecord, data: bytes) -> Bundle:
         """Add an engine (or replace the one of the same name) on disk, and return the bundle as it is then.
 
-        The engine's bytes are on disk before the manifest that names them appears; engines that no manifest names
-        any more are removed. Two writers take turns.
+        The engine's bytes are on disk before the manifest that names them appears; the file of the engine that it
+        replaces goes after that. Two writers take turns.
         """
         with _lock(self.path):
             current = Bundle.open(self.path)
-            _write_file(self.path / engine.file.path, data)
+            _write_file(_refuse_escape(self.path, engine.file), data)
             kept = tuple(e for e in current.manifest.engines if e.name != engine.name)
             manifest = msgspec.structs.replace(current.manifest, engines=(*kept, engine))
             write_manifest(self.path, manifest)
             named = {record.path for record in manifest.files()}
-            for stray in (self.path / "engines").iterdir():
-                if f"engines/{stray.name}" not in named:
-                    stray.unlink()
+            for replaced in current.manifest.engines:
+                if replaced.file.path not in named:
+                    _refuse_escape(self.path, replaced.file).unlink(missing_ok=True)
         return Bundle.open(self.path)
 
 
@@ -145,6 +147,8 @@ def new_bundle(target: str | os.PathLike[str], *, overwrite: bool = False) -> It
     _refuse_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target):
+        if _aside(target).exists() and not target.exists():  # a writer died between its two renames
+            _aside(target).rename(target)
         for stale in target.parent.glob(f".{target.name}.building-*"):  # ours alone: the lock says nobody writes there
             shutil.rmtree(stale, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
@@ -168,8 +172,17 @@ def _refuse_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise BundleError(f"{target} exists already: choose another folder or pass --overwrite (overwrite=True)")
-    if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+    if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not _has_our_manifest(target)):
         raise BundleError(f"{target} is not a bundle and will not be overwritten: choose another folder")
+
+
+def _has_our_manifest(folder: Path) -> bool:
+    """Other programs name files manifest.json too: only a folder with one of ours may be replaced."""
+    try:
+        keys = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, msgspec.Raw]).keys()
+    except (OSError, msgspec.MsgspecError):
+        return False
+    return {"schema_version", "backbone", "engines", "digest"} <= set(keys)
 
 
 def _refuse_escape(folder: Path, record: FileRecord) -> Path:
@@ -178,7 +191,11 @@ def _refuse_escape(folder: Path, record: FileRecord) -> Path:
     if record.path.startswith("/") or "\\" in record.path or ":" in record.path or {"", ".", ".."} & set(parts):
         raise ManifestError(f"the manifest names {record.path!r}, which is not a plain path inside the bundle: refused")
     path = folder / record.path
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (ValueError, RuntimeError, OSError):  # a null byte, a loop of links
+        inside = False
+    if not inside:
         raise ManifestError(f"the manifest names {record.path!r}, which leads outside {folder}: refused")
     return path
 
@@ -206,10 +223,10 @@ def _lock(target: Path) -> Iterator[None]:
     """One writer per bundle and machine; released by the kernel when the process dies."""
     try:
         import fcntl
-    except ImportError:  # Windows: a second writer is refused by the file system's own rules
+    except ImportError:  # Windows has no flock: there, writers of one bundle must not run at the same time
         yield
         return
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     path = target.parent / f".{target.name}.lock"
     while True:
         with path.open("w") as file:
@@ -219,13 +236,15 @@ def _lock(target: Path) -> Iterator[None]:
                 raise BundleError(
                     f"another process is writing {target}: wait for it, or choose another folder"
                 ) from None
+            ours = False
             with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-                    try:
-                        yield
-                    finally:
-                        path.unlink(missing_ok=True)
-                    return
+                ours = os.stat(path).st_ino == os.fstat(file.fileno()).st_ino
+            if ours:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
         # The previous writer removed the file between our open and our lock: that lock protects nothing, try again.
 
 
@@ -236,15 +255,25 @@ def _exchange(new: Path, old: Path) -> None:
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if renameat2 is not None and renameat2(at_fdcwd, bytes(new), at_fdcwd, bytes(old), rename_exchange) == 0:
             return
-    aside = new.with_name(new.name + ".old")
+    aside = _aside(old)
+    shutil.rmtree(aside, ignore_errors=True)
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
     aside.rename(new)
+
+
+def _aside(target: Path) -> Path:
+    """Where the old bundle waits while the new one takes its place, on systems that cannot exchange folders."""
+    return target.with_name(f".{target.name}.replaced")
 
 
 def _sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        with path.open("rb") if path.is_file() else contextlib.nullcontext() as file:
+        with path.open("r+b") if path.is_file() else contextlib.nullcontext() as file:
             if file is not None:
                 os.fsync(file.fileno())
             else:

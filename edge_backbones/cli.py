@@ -1,7 +1,7 @@
 """The command line: parse, one library call, exit code.
 
 Exit codes: 0 done, 1 refused (one line on stderr says why), 2 usage, 3 a feature map is outside its parity gate,
-130 interrupted. ``--json`` writes one JSON document to stdout and nothing else; errors are then JSON too.
+130 interrupted. ``--json`` writes one JSON document to stdout and nothing else, for refusals (1 and 3) too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
+    from rich.text import Text
 except ImportError as missing_cli:
     sys.exit(f"edge-backbones: {MissingDependencyError('the command line', 'cli')} ({missing_cli.name} is missing)")
 
@@ -41,8 +43,9 @@ app = typer.Typer(
 )
 # click's UsageError, which newer releases of typer carry inside and older ones import
 _UsageError: Any = typer.BadParameter.__base__
-_out = Console(soft_wrap=True, highlight=False)
-_err = Console(stderr=True, highlight=False)
+# No markup: paths and messages may hold brackets.
+_out = Console(soft_wrap=True, highlight=False, markup=False)
+_err = Console(stderr=True, highlight=False, markup=False)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", show_default=False)]
@@ -197,30 +200,29 @@ def run(
     files = list_images(source) if source.is_dir() else [source]
     if not files:
         raise InputError(f"{source} has no images")
-    root = source if source.is_dir() else source.parent
+    targets = _feature_files(files, source if source.is_dir() else source.parent, out)
     config = Bundle.open(bundle).manifest.image
-    written = []
+    written: list[dict[str, Any]] = []
     with EdgeBackbone.from_pretrained(bundle, engine=engine, threads=threads) as backbone, _Steps(as_json) as progress:
-        for done, file in enumerate(files):
+        for done, (file, (features, drawing)) in enumerate(zip(files, targets, strict=True)):
             progress("running", done, len(files))
             spec = backbone.input
             photograph = fit(open_image(file, spec.channels), config, spec.height.opt, spec.width.opt)
             maps = backbone(to_input(photograph[None], config, spec)).feature_maps
             by_stage = {stage: m[0] for stage, m in zip(backbone.out_features, maps, strict=True)}
-            target = out / file.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(target.with_suffix(".npz"), **by_stage)
+            features.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(features, **by_stage)  # type: ignore[arg-type]
             if picture:
                 title = f"{Path(bundle).name}: {file.name}"
-                draw_feature_maps(target.with_suffix(".png"), photograph, by_stage, title=title)
+                draw_feature_maps(drawing, photograph, by_stage, title=title)
             shapes = {stage: list(m.shape) for stage, m in by_stage.items()}
-            written.append({"image": str(file), "features": str(target.with_suffix(".npz")), "shapes": shapes})
+            written.append({"image": str(file), "features": str(features), "shapes": shapes})
         progress("running", len(files), len(files))
     if as_json:
         _print_json(written)
         return
     for entry in written:
-        stages = ", ".join(f"{stage} {'x'.join(map(str, shape))}" for stage, shape in entry["shapes"].items())  # type: ignore[attr-defined]
+        stages = ", ".join(f"{stage} {'x'.join(map(str, shape))}" for stage, shape in entry["shapes"].items())
         _out.print(f"{entry['features']}: {stages}")
 
 
@@ -239,10 +241,8 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     weights = {"random": f"random weights, seed {source.seed}", "pretrained": "pretrained weights"}.get(
         source.weights, f"weights with SHA-256 {(source.weights_sha256 or '')[:12]}..."
     )
-    _out.print(f"[bold]{bundle}[/]: {source.name} of {source.library}, {weights}")
-    _out.print(
-        f"input [bold]{manifest.input.name}[/]: {manifest.input.describe()}, engine batch {manifest.input.batch}"
-    )
+    _out.print(f"{bundle}: {source.name} of {source.library}, {weights}")
+    _out.print(f"input {manifest.input.name}: {manifest.input.describe()}, engine batch {manifest.input.batch}")
     stages = Table("index", "stage", "channels", "stride", title="feature maps", title_justify="left")
     for i, name, channels, stride in zip(spec.out_indices, spec.out_features, spec.channels, spec.strides, strict=True):
         stages.add_row(
@@ -273,8 +273,24 @@ def doctor(as_json: JsonFlag = False) -> None:
         return
     table = Table("", "to", "found", "fix")
     for finding in findings:
-        table.add_row("[green]ok[/]" if finding.ok else "[yellow]--[/]", finding.topic, finding.found, finding.fix)
+        mark = Text("ok", style="green") if finding.ok else Text("--", style="yellow")
+        table.add_row(mark, finding.topic, finding.found, finding.fix)
     _out.print(table)
+
+
+def _feature_files(files: list[Path], root: Path, out: Path) -> list[tuple[Path, Path]]:
+    """Where the features and the picture of each image go: a.npz and a.png, or a.jpg.npz beside a.png.npz of one name."""
+    stems = Counter(file.with_suffix("") for file in files)
+    targets = []
+    for file in files:
+        base = out / file.relative_to(root)
+        base = base.with_suffix("") if stems[file.with_suffix("")] == 1 else base
+        targets.append((base.with_name(base.name + ".npz"), base.with_name(base.name + ".png")))
+    images = {file.resolve() for file in files}
+    lost = [path for pair in targets for path in pair if path.resolve() in images]
+    if lost:
+        raise InputError(f"{lost[0]} is one of the images and would be overwritten: choose another folder with --out")
+    return targets
 
 
 def _show_version(asked: bool) -> None:
@@ -310,7 +326,7 @@ def _run(arguments: list[str]) -> int:
         error.show()
         return int(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _err.print("interrupted: nothing was written")
+        _err.print("interrupted: no bundle was changed")
         return 130
 
 
@@ -319,7 +335,7 @@ def _refuse(arguments: list[str], error: BaseException, code: int, **details: An
     if "--json" in arguments:
         _print_json({"error": type(error).__name__, "message": message, **details})
     else:
-        _err.print(f"edge-backbones: {message}", markup=False, soft_wrap=True)
+        _err.print(f"edge-backbones: {message}", soft_wrap=True)
     return code
 
 
@@ -370,7 +386,7 @@ def _print_parity(reports: Iterable[ParityReport], console: Console | None = Non
         for column in ("cosine", "SQNR dB", "relative error", "max |difference|", ""):
             table.add_column(column, justify="right")
         for s in report.stages:
-            verdict = "[green]pass[/]" if s.passed else "[red]FAIL[/]"
+            verdict = Text("pass", style="green") if s.passed else Text("FAIL", style="red")
             figures = (f"{s.cosine:.6f}", f"{s.sqnr_db:.1f}", f"{s.relative:.1e}", f"{s.max_abs:.3g}")
             table.add_row(s.stage, *(figures if s.finite else ("not finite",) * 4), verdict)
         (console or _out).print(table)

@@ -46,15 +46,21 @@ def list_images(folder: Path) -> list[Path]:
 def open_image(path: Path, channels: int = 3) -> Image.Image:
     """Decode a file upright (EXIF) as RGB, or as grey for one channel. Raises InputError naming the file."""
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise MissingDependencyError("reading image files", "images") from error
     if channels not in (1, 3):
         raise InputError(f"image files have 1 or 3 channels, this backbone takes {channels}: pass arrays instead")
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise InputError(
+                    f"{path} has {image.mode} pixels of more than 8 bits: scale it to 8 bits per channel first"
+                )
             return ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
         raise InputError(f"{path} does not decode as an image: {error}") from error
 
 

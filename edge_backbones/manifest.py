@@ -87,10 +87,15 @@ class EngineKey(_Strict, frozen=True):
 
     @property
     def name(self) -> str:
-        """File name without suffix: ``openvino-2026.4.1-x86_64-avx512_vnni-int8``."""
+        """``openvino-2026.4.1-x86_64-avx512_vnni-int8-1b2c3d4e``: to be read, and by its hash different for every key."""
         version = self.library_version.split("-")[0]
         features = f"-{self.cpu_features[-1]}" if self.cpu_features else ""
-        return f"{self.flavour}-{version}-{self.architecture}{features}-{self.precision}"
+        digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:8]
+        return f"{self.flavour}-{version}-{self.architecture}{features}-{self.precision}-{digest}"
+
+    def path(self, data: bytes | bytearray, suffix: str) -> str:
+        """Where these engine bytes lie in a bundle; other bytes lie elsewhere, so that no file is ever overwritten."""
+        return f"engines/{self.name}.{hashlib.sha256(data).hexdigest()[:8]}{suffix}"
 
 
 class Gate(_Strict, frozen=True):

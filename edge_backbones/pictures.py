@@ -30,13 +30,15 @@ def draw_feature_maps(
         raise MissingDependencyError("drawing feature maps", "report") from error
     rows, columns = len(maps), 2 + _CHANNELS_SHOWN
     figure = Figure(figsize=(2.1 * columns, 2.35 * rows + 0.7), layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, (stage, feature_map) in zip(axes, maps.items(), strict=True):
         for axis in row:
             axis.set_axis_off()
         row[0].imshow(photograph if photograph.shape[2] == 3 else photograph[..., 0], cmap="gray")
-        row[0].set_title(f"{stage}\n{' x '.join(str(n) for n in feature_map.shape)}", fontsize=9, loc="left")
+        row[0].set_title(
+            f"{stage}\n{' x '.join(str(n) for n in feature_map.shape)}", fontsize=9, loc="left", parse_math=False
+        )
         row[1].imshow(np.sqrt((feature_map.astype(np.float64) ** 2).mean(axis=0)), cmap="magma")
         row[1].set_title("energy of\nall channels", fontsize=9)
         strongest = np.argsort(feature_map.reshape(len(feature_map), -1).var(axis=1))[::-1][:_CHANNELS_SHOWN]

@@ -62,7 +62,7 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     ``pixel_values`` is float32, NCHW, already normalised, as transformers has it. ``image`` is uint8, NHWC, as a
     camera delivers it (RGB for three channels): cast, layout and ``mean`` / ``std`` are inside the graph.
-    ``size_multiple``: height and width of a size-dynamic graph must be multiples of it.
+    ``size_multiple``: a height or width that is not fixed must be a multiple of it.
     """
 
     name: Literal["pixel_values", "image"]
@@ -104,11 +104,13 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             batch, height, width, channels = (
                 (shape[0], shape[2], shape[3], shape[1]) if self.layout == "NCHW" else tuple(shape)
             )
-            multiple_ok = height % self.size_multiple == 0 and width % self.size_multiple == 0
-            sizes_ok = height in self.height and width in self.width and (multiple_ok or self.height.is_fixed)
-            if batch >= 1 and channels == self.channels and sizes_ok:
+            sizes_fit = self._fits(self.height, height) and self._fits(self.width, width)
+            if batch >= 1 and channels == self.channels and sizes_fit:
                 return batch, height, width
         raise InputError(f"{self.name} of shape {tuple(shape)} does not fit: this engine takes {self.describe()}")
+
+    def _fits(self, axis: ShapeRange, size: int) -> bool:
+        return size in axis and (axis.is_fixed or size % self.size_multiple == 0)
 
     def describe(self) -> str:
         """One phrase for messages: dtype, layout and the size of every axis."""
@@ -116,7 +118,8 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         sizes = f"(batch, {self.channels}, {height}, {width})"
         if self.layout == "NHWC":
             sizes = f"(batch, {height}, {width}, {self.channels})"
-        multiples = f", height and width multiples of {self.size_multiple}" if self.size_multiple > 1 else ""
+        variable = [name for name, axis in (("height", self.height), ("width", self.width)) if not axis.is_fixed]
+        multiples = f", {' and '.join(variable)} in multiples of {self.size_multiple}" if variable else ""
         return f"{self.dtype} {self.layout} {sizes} with any batch >= 1{multiples}"
 
 

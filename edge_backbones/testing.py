@@ -76,7 +76,7 @@ def make_bundle(target: Path, input: InputSpec | None = None) -> Bundle:
         (folder / "engines").mkdir()
         engine = EngineRecord(
             key=key,
-            file=record_bytes(f"engines/{key.name}.blob", blob),
+            file=record_bytes(key.path(blob, ".blob"), blob),
             parity=ParityReport(precision=Precision.FP32, gate=gate, stages=stages),
         )
         (folder / engine.file.path).write_bytes(blob)

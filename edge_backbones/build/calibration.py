@@ -103,6 +103,10 @@ def _named_arrays(
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.is_dir():
+            if input.channels not in (1, 3):
+                raise CalibrationError(
+                    f"image files have 1 or 3 channels, the network takes {input.channels}: pass an .npz"
+                )
             files = list_images(path)
             for done, file in enumerate(files):
                 progress(step, done, len(files))

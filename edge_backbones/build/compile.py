@@ -54,7 +54,7 @@ def compile_engine(graph: bytes, precision: Precision, *, cache: Path | None) ->
     Raises CompileError with the library's words, MissingDependencyError where OpenVINO is not installed.
     """
     key = engine_key(graph, precision)
-    name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()
+    name = hashlib.sha256(msgspec.json.encode([key, openvino.settings(None)])).hexdigest()
     if cache is not None and (cached := _read_cached(cache, name)) is not None:
         return CompiledEngine(cached, key, ".blob", from_cache=True)
     data = openvino.compile_model(graph)
@@ -79,9 +79,13 @@ def _read_cached(cache: Path, name: str) -> bytes | None:
 def _write_cached(cache: Path, name: str, data: bytes) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=cache, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(temporary, cache / f"{name}-{hashlib.sha256(data).hexdigest()}.blob")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, cache / f"{name}-{hashlib.sha256(data).hexdigest()}.blob")
+    except OSError:
+        os.unlink(temporary)
+        raise
     by_age = sorted(cache.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True)
     total = 0
     for path in by_age:

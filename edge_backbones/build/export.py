@@ -63,7 +63,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
     try:
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, path)
-    except (onnx.checker.ValidationError, ValueError) as error:
+    except Exception as error:  # the checker, shape inference and protobuf (over 2 GiB) have no common base
         raise ExportError(f"the exported graph is not valid ONNX, or over 2 GiB: {error}") from error
     names = [output.name for output in model.graph.output]
     if names != list(spec.out_features):
@@ -74,10 +74,15 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
 def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
     """Write the traced and frozen module; it returns a tuple in stage order."""
     example = _example(prepared.input, prepared.input.batch.opt)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch deprecates TorchScript and warns of every Python branch in a trace
-        traced = torch.jit.trace(prepared.module, example, check_trace=False)  # type: ignore[no-untyped-call]
-        torch.jit.save(torch.jit.freeze(traced.eval()), path)  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch deprecates TorchScript and warns of every Python branch in a trace
+            traced = torch.jit.trace(prepared.module, example, check_trace=False)  # type: ignore[no-untyped-call]
+            torch.jit.save(torch.jit.freeze(traced.eval()), path)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ExportError(
+            f"the network cannot be traced as TorchScript ({error}): build with --no-torchscript"
+        ) from error
 
 
 def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,12 +25,20 @@ _MAX_SQNR_DB = 300.0  # equal maps: JSON has no infinity
 def load_golden(bundle: Bundle) -> dict[str, np.ndarray]:
     """Golden samples of a bundle as ``<case>/<input or stage>``; raises IntegrityError when they are not what it says."""
     record = bundle.manifest.golden
-    with np.load(io.BytesIO(bundle.read(record.file)), allow_pickle=False) as archive:
-        golden = {key: archive[key] for key in archive.files}
+    path = bundle.path / record.file.path
+    try:
+        with np.load(io.BytesIO(bundle.read(record.file)), allow_pickle=False) as archive:
+            golden = {key: archive[key] for key in archive.files}
+    except (ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"{path} is not an .npz of plain arrays: build the bundle again") from error
     names = (bundle.manifest.input.name, *bundle.manifest.backbone.out_features)
     missing = [f"{case}/{name}" for case in record.cases for name in names if f"{case}/{name}" not in golden]
     if missing:
-        raise IntegrityError(f"{bundle.path / record.file.path} lacks {', '.join(missing)}: build the bundle again")
+        raise IntegrityError(f"{path} lacks {', '.join(missing)}: build the bundle again")
+    for case in record.cases:
+        images = {len(golden[f"{case}/{name}"]) for name in names if golden[f"{case}/{name}"].ndim == 4}
+        if len(images) != 1 or 0 in images or any(golden[f"{case}/{name}"].ndim != 4 for name in names):
+            raise IntegrityError(f"{path} does not hold one map per image in case {case!r}: build the bundle again")
     return golden
 
 

@@ -88,6 +88,13 @@ class BuildOptions:
             raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
         if not self.precisions or len(set(self.precisions)) != len(self.precisions):
             raise InputError(f"precisions must name at least one of fp32, fp16, int8, each once; got {self.precisions}")
+        if self.method not in ("max", "percentile") or not 0 < self.percentile <= 100:
+            raise InputError(
+                f"method must be max or percentile, and percentile in (0, 100]; got {self.method!r} and {self.percentile}"
+            )
+        for size in (self.batch, self.height, self.width):
+            if isinstance(size, int) and size < 1:
+                raise InputError(f"batch, height and width must be at least 1, got {size}")
         if self.golden < 1:
             raise InputError(f"golden must be at least 1 image, got {self.golden}")
         if (self.height is None) != (self.width is None):
@@ -115,7 +122,8 @@ def build_bundle(
     """Turn a timm backbone into a verified bundle for this machine's CPU.
 
     ``images``: photographs for calibration and parity (see :data:`edge_backbones.build.calibration.ImageSource`); int8
-    needs them, fp32 and fp16 fall back on synthetic images. Random weights get their batch-norm statistics from them.
+    needs them, fp32 and fp16 fall back on synthetic images (noise with the spectrum of photographs). Random weights get
+    their batch-norm statistics from them.
 
     Nothing appears at ``target`` unless every stage of every engine is inside its gate; with ``overwrite`` the old
     bundle stays until then. Raises SourceError, ExportError, CalibrationError, QuantizationError, CompileError,
@@ -131,7 +139,7 @@ def build_bundle(
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
 
-    with new_bundle(target, overwrite=overwrite) as folder, tempfile.TemporaryDirectory(dir=folder) as work_name:
+    with new_bundle(target, overwrite=overwrite) as folder, _work_folder(folder) as work_name:
         work = Path(work_name)
         progress("loading the network", 0, None)
         source = load_timm(
@@ -154,7 +162,10 @@ def build_bundle(
 
         if loaded.source.weights == "random":
             progress("warming batch norm", 0, None)
-            batches = image_set.batches(_CALIBRATION_BATCH, calibrating)
+            alone = (
+                len(calibrating) % _CALIBRATION_BATCH == 1 and len(calibrating) > 1
+            )  # statistics of one image mislead
+            batches = image_set.batches(_CALIBRATION_BATCH, calibrating[:-1] if alone else calibrating)
             loaded = prepare.warm_batch_norm(
                 loaded, (network_input(batch, loaded.image_config, input) for batch in batches)
             )
@@ -253,7 +264,7 @@ def compile_bundle(
     for graph in graphs:
         progress(f"compiling {graph.precision}", 0, None)
         engine = compile_engine(bytes(bundle.read(graph.file)), graph.precision, cache=cache)
-        file = record_bytes(f"engines/{engine.key.name}{engine.suffix}", engine.data)
+        file = record_bytes(engine.key.path(engine.data, engine.suffix), engine.data)
         gate = next(
             (e.parity.gate for e in bundle.manifest.engines if e.key.precision == graph.precision),
             DEFAULT_GATES[graph.precision],
@@ -262,7 +273,7 @@ def compile_bundle(
             bundle.manifest.backbone, bundle.manifest.input, engine.data, golden, graph.precision, gate, progress
         )
         record = EngineRecord(key=engine.key, file=file, parity=report)
-        bundle = bundle.with_engine(record, engine.data)
+        bundle = bundle.add_engine(record, engine.data)
         added.append(record)
     return tuple(added)
 
@@ -303,7 +314,7 @@ def _compiled_engine(
     progress(f"compiling {graph.precision}", 0, None)
     engine = compile_engine(graph.path.read_bytes(), graph.precision, cache=cache)
     report = _verified(graph.spec, graph.input, engine.data, golden, graph.precision, gate, progress)
-    path = f"engines/{engine.key.name}{engine.suffix}"
+    path = engine.key.path(engine.data, engine.suffix)
     (folder / "engines").mkdir(exist_ok=True)
     (folder / path).write_bytes(engine.data)
     return EngineRecord(key=engine.key, file=record_file(folder, path), parity=report)
@@ -330,6 +341,11 @@ def _verified(
             report,
         )
     return report
+
+
+def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    # Images stay mapped after an error, and some file systems keep such a file: that must not hide the error.
+    return tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
 
 
 def _opt_size(options: BuildOptions) -> tuple[int, int] | None:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from edge_backbones.build.artifacts import LoadedBackbone, PreparedBackbone
-from edge_backbones.errors import ExportError, SourceError
+from edge_backbones.errors import CalibrationError, ExportError, SourceError
 from edge_backbones.images import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec
 
@@ -47,9 +47,12 @@ def warm_batch_norm(loaded: LoadedBackbone, batches: Iterable[np.ndarray]) -> Lo
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            loaded.module(torch.from_numpy(batch))
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                loaded.module(torch.from_numpy(batch))
+    except ValueError as error:
+        raise CalibrationError(f"batch-norm statistics need more images or larger ones: {error}") from error
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     loaded.module.eval()

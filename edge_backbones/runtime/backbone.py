@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from edge_backbones.bundle import Bundle
-from edge_backbones.errors import EngineMismatchError, InputError
+from edge_backbones.errors import EngineMismatchError, InputError, IntegrityError
 from edge_backbones.runtime import compat, session
 from edge_backbones.spec import BackboneSpec, InputSpec, align_stages
 
@@ -96,11 +96,17 @@ class EdgeBackbone:
         """
         if device != "cpu":
             raise EngineMismatchError(f"device {device!r} has no engine in this release, which runs on 'cpu'")
+        host = compat.this_host(session.installed_versions())
         bundle = Bundle.open(path)
-        chosen = session.choose_engine(bundle, compat.this_host(session.installed_versions()), engine)
-        return cls(
-            bundle.manifest.backbone, bundle.manifest.input, session.open_session(bundle, chosen, threads=threads)
-        )
+        try:
+            opened = session.open_session(bundle, session.choose_engine(bundle, host, engine), threads=threads)
+        except IntegrityError:
+            replacement = Bundle.open(path)
+            if replacement.manifest.digest == bundle.manifest.digest:
+                raise
+            bundle = replacement  # it was replaced between reading the manifest and reading the engine
+            opened = session.open_session(bundle, session.choose_engine(bundle, host, engine), threads=threads)
+        return cls(bundle.manifest.backbone, bundle.manifest.input, opened)
 
     @property
     def input(self) -> InputSpec:

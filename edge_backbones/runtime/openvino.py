@@ -72,7 +72,8 @@ class OpenVinoSession:
                 f"OpenVINO {openvino.get_version()} does not load this engine ({last_line(error)}): "
                 "run edge-backbones compile on this machine"
             ) from error
-        names = [next(iter(port.get_names())) for port in model.outputs]
+        # A port may have several names: an engine merges tensors that are the same.
+        names = [next(iter(port.get_names() & set(outputs)), port.get_any_name()) for port in model.outputs]
         if sorted(names) != sorted(outputs):
             raise EngineMismatchError(
                 f"the engine returns {names}, the manifest promises {list(outputs)}: build it again"
@@ -97,7 +98,8 @@ class OpenVinoSession:
             outputs = self._run(request, array)
         except RuntimeError as error:
             raise InferenceError(f"OpenVINO failed on {array.dtype} {array.shape}: {last_line(error)}") from error
-        self._idle.append(request)  # not after an error: a request that failed is not trusted again
+        if self._model is not None:  # and not after an error: a request that failed is not trusted again
+            self._idle.append(request)
         return outputs
 
     def _run(self, request: _Request, array: np.ndarray) -> list[np.ndarray]:
@@ -119,6 +121,7 @@ class OpenVinoSession:
     def close(self) -> None:
         self._model = None
         self._idle.clear()
+        self._blob = bytearray()
 
 
 @dataclass

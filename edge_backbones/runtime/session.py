@@ -28,7 +28,7 @@ class EngineSession(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the engine; running calls finish first. Closing twice is fine."""
+        """Release the engine. Not while a call runs in another thread; closing twice is fine."""
         ...
 
 
@@ -49,7 +49,8 @@ def choose_engine(bundle: Bundle, host: compat.Host, engine: str | None = None) 
     if not fitting:
         listed = "; ".join(f"{name}: {' and '.join(why)}" for name, why in reasons.items())
         raise EngineMismatchError(f"no engine of {bundle.path} can run here. {listed}. {_advice(bundle)}")
-    return min(fitting, key=lambda e: _PREFERENCE.index(e.key.precision))
+    # Of two engines of one precision, the one that was compiled for more of this CPU's instructions.
+    return min(fitting, key=lambda e: (_PREFERENCE.index(e.key.precision), -len(e.key.cpu_features)))
 
 
 def open_session(bundle: Bundle, engine: EngineRecord, *, threads: int | None = None) -> EngineSession:

@@ -185,3 +185,11 @@ def test_images_are_listed_sorted_whatever_the_depth_and_case(tmp_path: Path):
 def test_an_impossible_image_config_is_refused(wrong):
     with pytest.raises(ValueError):
         ImageConfig(**{"mean": MEAN, "std": STD, **wrong})
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused_instead_of_saturated(mode, tmp_path):
+    path = tmp_path / "thermal.tif"
+    Image.new(mode, (20, 10)).save(path)
+    with pytest.raises(InputError, match=r"thermal\.tif has .* pixels of more than 8 bits"):
+        open_image(path)

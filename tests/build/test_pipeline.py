@@ -136,7 +136,7 @@ def test_batch_and_size_vary_within_their_ranges(dynamic, warmed, photographs, s
 def test_a_size_outside_the_range_is_refused(dynamic, size):
     with (
         EdgeBackbone.from_pretrained(dynamic.bundle.path) as backbone,
-        pytest.raises(InputError, match=r"does not fit: this engine takes .*64\.\.128.*multiples of 32"),
+        pytest.raises(InputError, match=r"does not fit: this engine takes .*64\.\.128.*in multiples of 32"),
     ):
         backbone(np.zeros((2, 3, *size), np.float32))
 

@@ -295,8 +295,8 @@ def test_fewer_bits_are_preferred_among_engines_that_fit(tmp_path):
     data = bytes(bundle.read(only.file))
     for precision in ("fp16", "int8"):
         key = msgspec.structs.replace(only.key, precision=precision)
-        file = record_bytes(f"engines/{key.name}.blob", data)
-        bundle = bundle.with_engine(msgspec.structs.replace(only, key=key, file=file), data)
+        file = record_bytes(key.path(data, ".blob"), data)
+        bundle = bundle.add_engine(msgspec.structs.replace(only, key=key, file=file), data)
     host = compat.this_host(session.installed_versions())
     assert session.choose_engine(bundle, host).key.precision == "int8"
     assert session.choose_engine(bundle, host, "fp16").key.precision == "fp16"
@@ -318,6 +318,6 @@ def test_an_engine_file_that_is_not_one_is_refused(tmp_path):
     only = bundle.manifest.engines[0]
     for garbage in (b"not an engine at all", bytes(bundle.read(only.file))[:500]):
         file = record_bytes(only.file.path, garbage)
-        bundle = bundle.with_engine(msgspec.structs.replace(only, file=file), garbage)
+        bundle = bundle.add_engine(msgspec.structs.replace(only, file=file), garbage)
         with pytest.raises(EngineMismatchError, match="does not load this engine"):
             EdgeBackbone.from_pretrained(bundle.path)

@@ -171,20 +171,63 @@ def test_readers_see_a_whole_bundle_while_it_is_replaced(bundle):
     assert not failures
 
 
-def test_an_engine_is_added_and_replaced_and_strays_go(bundle):
-    (bundle.path / "engines" / "stray.blob").write_bytes(b"from a crash")
+def test_an_engine_is_added_and_replaced_and_nothing_else_is_touched(bundle):
+    (bundle.path / "engines" / "mine.txt").write_bytes(b"not ours")
     old = bundle.manifest.engines[0]
     key = msgspec.structs.replace(old.key, precision="int8")
-    other = msgspec.structs.replace(old, key=key, file=record_bytes(f"engines/{key.name}.blob", b"int8 engine"))
-    grown = bundle.with_engine(other, b"int8 engine")
+    other = msgspec.structs.replace(old, key=key, file=record_bytes(key.path(b"int8 engine", ".blob"), b"int8 engine"))
+    grown = bundle.add_engine(other, b"int8 engine")
     assert [e.name for e in grown.manifest.engines] == [old.name, other.name]
     grown.check_files()
-    again = msgspec.structs.replace(other, file=record_bytes(other.file.path, b"better engine"))
-    replaced = grown.with_engine(again, b"better engine")
+    again = msgspec.structs.replace(other, file=record_bytes(key.path(b"better engine", ".blob"), b"better engine"))
+    replaced = grown.add_engine(again, b"better engine")
     assert [e.file.sha256 for e in replaced.manifest.engines] == [old.file.sha256, again.file.sha256]
     assert sorted(p.name for p in (bundle.path / "engines").iterdir()) == sorted(
-        Path(e.file.path).name for e in replaced.manifest.engines
+        [*(Path(e.file.path).name for e in replaced.manifest.engines), "mine.txt"]
     )
+
+
+def test_an_engines_folder_that_leads_outside_is_never_written_to(bundle, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("years")
+    engine = bundle.manifest.engines[0]
+    data = bytes(bundle.read(engine.file))
+    rewrite(bundle, engines=())
+    (bundle.path / engine.file.path).unlink()
+    (bundle.path / "engines").rmdir()
+    (bundle.path / "engines").symlink_to(victim)
+    with pytest.raises(ManifestError, match="leads outside"):
+        bundle.add_engine(engine, data)
+    assert [path.name for path in victim.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_with_somebody_elses_manifest_is_never_replaced(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "manifest.json").write_text('{"name": "a web app", "icons": []}')
+    with pytest.raises(BundleError, match="not a bundle and will not be overwritten"), new_bundle(site, overwrite=True):
+        pass
+    assert (site / "manifest.json").is_file()
+
+
+def test_an_error_inside_a_build_comes_out_as_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mine"), new_bundle(tmp_path / "x.bundle"):
+        raise FileNotFoundError("mine")
+
+
+def test_a_crash_between_two_renames_is_repaired_by_the_next_writer(bundle):
+    bundle.path.rename(bundle.path.with_name(".pool.bundle.replaced"))
+    with pytest.raises(ZeroDivisionError), new_bundle(bundle.path, overwrite=True):
+        raise ZeroDivisionError
+    Bundle.open(bundle.path).check_files()
+
+
+def test_a_null_byte_in_a_path_is_a_manifest_error(bundle):
+    golden = msgspec.structs.replace(bundle.manifest.golden, file=record_bytes("a\0b", b""))
+    rewrite(bundle, golden=golden)
+    with pytest.raises(ManifestError, match="refused"):
+        Bundle.open(bundle.path)
 
 
 KILLED_WRITER = """
@@ -220,7 +263,7 @@ def rewrite_for_ever(path: str) -> None:
     engine = bundle.manifest.engines[0]
     data = bytes(bundle.read(engine.file))
     while True:
-        bundle.with_engine(engine, data)
+        bundle.add_engine(engine, data)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")

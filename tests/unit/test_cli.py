@@ -116,6 +116,33 @@ def test_run_takes_a_folder_and_speaks_json(bundle, photo, tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_run_never_overwrites_an_image(bundle, photo, tmp_path):
+    own = tmp_path / "own.png"
+    own.write_bytes(photo.read_bytes())
+    assert f"{own} is one of the images and would be overwritten" in refused(
+        run("run", bundle.path, own, "--out", tmp_path)
+    )
+    assert own.read_bytes() == photo.read_bytes()
+
+
+def test_images_of_one_name_get_files_of_their_own(bundle, photo, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "a.jpg", "b.png"):
+        with Image.open(photo) as image:
+            image.save(folder / name)
+    assert run("run", bundle.path, folder, "--out", tmp_path / "out", "--no-picture").returncode == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.jpg.npz", "a.png.npz", "b.npz"]
+
+
+def test_brackets_in_names_and_fixes_are_shown_as_they_are(photo, tmp_path):
+    folder = tmp_path / "v[/bold]1.bundle"
+    make_bundle(folder, pooling_input(1))
+    done = run("verify", folder)
+    assert done.returncode == 0, done.stderr
+    assert str(folder) in done.stdout
+
+
 def test_run_refuses_what_is_not_an_image(bundle, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"not a picture")
@@ -163,3 +190,16 @@ def test_doctor_names_every_extra_that_is_missing():
 
 def test_a_terminal_sees_steps_and_a_pipe_does_not(bundle):
     assert run("verify", bundle.path).stderr == ""
+
+
+def test_doctor_shows_the_whole_install_command():
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "def missing(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = missing\n"
+        "import edge_backbones.cli as cli\n"
+        "cli._out.width = 200\n"
+        "sys.exit(cli._run(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'edge-backbones[cpu]'" in done.stdout

@@ -99,7 +99,10 @@ def test_every_flipped_byte_is_noticed(data):
 
 def test_engine_name_says_flavour_version_architecture_feature_precision(document):
     engine = manifest.decode(GOLDEN.read_bytes()).engines[0]
-    assert engine.name == "openvino-2026.4.1-x86_64-avx512_vnni-int8"
+    assert engine.name.startswith("openvino-2026.4.1-x86_64-avx512_vnni-int8-")
+    other = msgspec.structs.replace(engine.key, cpu_features=("avx2", "avx512_vnni"))
+    assert other.name != engine.name
+    assert engine.key.path(b"a", ".blob") != engine.key.path(b"b", ".blob")
 
 
 def test_failures_name_stage_and_figures():

@@ -158,7 +158,7 @@ def _with_weights(name: str, weights: str, arguments: dict[str, Any]) -> tuple[S
     options = {"num_channels" if key == "in_chans" else key: value for key, value in numbers.items()}
     kind, _, seed_text = weights.partition(":")
     if kind == "random":
-        if not seed_text.isdigit():
+        if not (seed_text.isdecimal() and int(seed_text) < 2**63):
             raise SourceError(f"random weights need a seed, as in random:0; got {weights!r}")
         with _seeded(int(seed_text)):
             net = _create(name, arguments)
@@ -169,8 +169,8 @@ def _with_weights(name: str, weights: str, arguments: dict[str, Any]) -> tuple[S
     path = Path(weights)
     if not path.is_file():
         raise SourceError(f"weights {weights!r} are neither 'pretrained', 'random:SEED' nor a file that exists")
-    net = _from_checkpoint(name, path, arguments)
     sha256 = record_file(path.parent, path.name).sha256
+    net = _from_checkpoint(name, path, arguments)
     return Source(library="timm", name=name, weights="checkpoint", weights_sha256=sha256, options=options), net
 
 
@@ -214,7 +214,8 @@ def _hub_answers() -> bool:
     from huggingface_hub import constants, get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
+        if get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S).status_code >= 400:
+            return False  # a proxy that answers in the hub's place
     except Exception as error:  # the HTTP library behind the session changes between releases
         logging.getLogger(__name__).debug("the model hub does not answer: %s", error)
         return False
