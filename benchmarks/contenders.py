@@ -56,6 +56,15 @@ def onnxruntime(bundle: Bundle, threads: int) -> Callable[[np.ndarray], Any]:
 KINDS = {"edge": edge, "torch": torch, "onnxruntime": onnxruntime}
 
 
+def stolen_time() -> tuple[int, int]:
+    """Clock ticks that other guests of the host took from this machine, and all ticks (Linux; elsewhere nothing)."""
+    try:
+        ticks = [int(value) for value in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return ticks[7], sum(ticks)
+
+
 def main() -> None:
     kind, path, threads = sys.argv[1:]
     bundle = Bundle.open(Path(path))
@@ -64,11 +73,14 @@ def main() -> None:
     for _ in range(WARM_UP):
         call(images)
     milliseconds = []
+    stolen, total = stolen_time()
     for _ in range(CALLS):
         start = time.perf_counter()
         call(images)
         milliseconds.append(1e3 * (time.perf_counter() - start))
-    print(json.dumps(milliseconds))
+    stolen_after, total_after = stolen_time()
+    stolen_share = (stolen_after - stolen) / max(1, total_after - total)
+    print(json.dumps({"milliseconds": milliseconds, "stolen_share": stolen_share}))
 
 
 if __name__ == "__main__":

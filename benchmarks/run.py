@@ -46,6 +46,7 @@ def main() -> None:
     for model, bundle in bundles.items():
         comparison = peers.measure(bundle, rounds=arguments.rounds)
         milliseconds = {kind: comparison.milliseconds(kind) for kind in comparison.rounds}
+        milliseconds["stolen_share"] = comparison.stolen_share
         for peer, target in zip(("torch", "onnxruntime"), MODELS[model][1:], strict=True):
             ratio = comparison.ratio(peer, "edge")
             add(
