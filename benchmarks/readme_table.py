@@ -20,7 +20,8 @@ def render(path: str) -> str:
     lines = [
         f"<!-- figures of {path} -->",
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), OpenVINO",
-        f"{openvino}, batch 1 at 224 x 224; peers side by side, each alone in its process, alternating, medians:",
+        f"{openvino}, batch 1 at 224 x 224; peers side by side, each alone in its process, alternating, medians of the",
+        "calmer rounds:",
         "",
         "| figure | measured | target |",
         "|---|---|---|",
