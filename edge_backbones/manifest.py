@@ -15,7 +15,7 @@ from edge_backbones.errors import ManifestError
 from edge_backbones.images import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_MANIFEST_BYTES = 4 << 20
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -36,15 +36,21 @@ class FileRecord(_Strict, frozen=True):
 
 
 class Source(_Strict, frozen=True):
-    """Where the network came from. ``weights_sha256``: of the checkpoint file; ``seed``: of random weights."""
+    """Where the network came from.
 
-    library: Literal["timm"]
+    ``name``: a timm name, a hub id, a folder's name or a class name. ``weights``: ``module`` means those of a live
+    module. ``weights_sha256``: of the checkpoint file, or of the module's tensors; ``seed``: of random weights.
+    ``options``: numbers that the network was made with. ``config``: the library's own configuration, as JSON.
+    """
+
+    library: Literal["timm", "transformers", "torch"]
     name: str
-    weights: Literal["pretrained", "checkpoint", "random"]
+    weights: Literal["pretrained", "checkpoint", "random", "module"]
     weights_sha256: Sha256 | None = None
     seed: int | None = None
     batch_norm_warmed: bool = False
     options: dict[str, int] = {}
+    config: dict[str, Any] = {}
 
 
 class GraphRecord(_Strict, frozen=True):
@@ -115,7 +121,7 @@ class Gate(_Strict, frozen=True):
 
 
 class StageParity(_Strict, frozen=True):
-    """A feature map against its fp32 reference over all golden samples; the worst case counts.
+    """A feature map (or other output) against its fp32 reference over all golden samples; the worst case counts.
 
     ``cosine`` of the flattened maps, ``sqnr_db`` = 10 log10(|r|^2 / |r - x|^2), ``max_abs`` = max |r - x|,
     ``relative`` = |r - x| / |r| (Frobenius). A value that is not finite is stored as ``finite = False`` and zeros.
@@ -131,7 +137,7 @@ class StageParity(_Strict, frozen=True):
 
 
 class ParityReport(_Strict, frozen=True):
-    """Every kept stage of one engine, measured through the real runtime on the golden samples."""
+    """Every output of one engine, measured through the real runtime on the golden samples."""
 
     precision: Precision
     gate: Gate
@@ -175,7 +181,7 @@ class Provenance(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """The whole of manifest.json."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     backbone: BackboneSpec
     input: InputSpec
     image: ImageConfig

@@ -8,12 +8,17 @@ Stages are named and numbered as in transformers: ``stage_names`` lists every st
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
 from edge_backbones.errors import InputError
+
+Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
+"""Axes of an engine output: maps (batch, channels, height, width) or channels last; tokens (batch, tokens, channels),
+prefix tokens such as the class token included; or one vector per image."""
 
 
 class Precision(str, enum.Enum):
@@ -123,11 +128,25 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return f"{self.dtype} {self.layout} {sizes} with any batch >= 1{multiples}"
 
 
+class ExtraOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An engine output that is not the feature map of a kept stage. ``channels`` is the size of its C axis."""
+
+    name: str
+    layout: Layout
+    channels: int
+
+
 class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Stages of a backbone and what was measured of the kept ones.
 
-    ``num_features`` has one entry per stage name, as transformers has it; ``channels`` and ``strides`` have one per
-    kept stage and were read off a real forward. A stride is input pixels per feature-map cell, (vertical, horizontal).
+    ``out_indices`` are as they were given: -1 stays -1, as in transformers. ``num_features`` has one entry per stage
+    name, as transformers has it; ``channels``, ``strides`` and ``layouts`` have one per kept stage and were read off a
+    real forward. A stride is input pixels per feature-map cell, (vertical, horizontal).
+
+    ``cls_tokens`` names the engine output with the class token of each kept stage, ``hidden_states`` the output that is
+    each hidden state (a feature map serves as one where the network returns the same tensor twice). Both are empty for
+    networks without them, and when they were not asked for. ``extras`` describes every output that is not a feature
+    map. ``has_attentions`` is transformers' word for a network that could return attention weights.
     """
 
     stage_names: tuple[str, ...]
@@ -136,17 +155,35 @@ class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     channels: tuple[int, ...]
     strides: tuple[tuple[int, int], ...]
     num_features: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    cls_tokens: tuple[str, ...] = ()
+    hidden_states: tuple[str, ...] = ()
+    extras: tuple[ExtraOutput, ...] = ()
+    has_attentions: bool = True
 
     def __post_init__(self) -> None:
         features, indices = align_stages(self.stage_names, list(self.out_features), list(self.out_indices))
         if not features or features != self.out_features or indices != self.out_indices:
             raise ValueError(f"out_features {self.out_features} and out_indices {self.out_indices} do not agree")
-        if not len(self.channels) == len(self.strides) == len(features):
+        if not len(self.channels) == len(self.strides) == len(self.layouts) == len(features):
             raise ValueError(
-                f"{len(features)} stages need as many channels and strides, got {self.channels}, {self.strides}"
+                f"{len(features)} stages need as many channels, strides and layouts, "
+                f"got {self.channels}, {self.strides}, {self.layouts}"
             )
         if len(self.num_features) != len(self.stage_names):
             raise ValueError(f"{len(self.stage_names)} stage names need as many num_features, got {self.num_features}")
+        if len(set(self.outputs)) != len(self.outputs):
+            raise ValueError(f"engine outputs must have different names, got {self.outputs}")
+        if self.cls_tokens and len(self.cls_tokens) != len(features):
+            raise ValueError(f"{len(features)} stages need as many class tokens, got {self.cls_tokens}")
+        unknown = [name for name in (*self.cls_tokens, *self.hidden_states) if name not in self.outputs]
+        if unknown:
+            raise ValueError(f"class tokens or hidden states {unknown} are no outputs, which are {self.outputs}")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of all engine outputs, in the order in which an engine returns them: feature maps first."""
+        return (*self.out_features, *(extra.name for extra in self.extras))
 
 
 def align_stages(
@@ -154,47 +191,48 @@ def align_stages(
     out_features: Sequence[str] | None = None,
     out_indices: Sequence[int] | None = None,
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and non-negative indices of the chosen stages, in stage order; neither given means the last stage.
+    """Names and indices of the chosen stages, in stage order; neither given means the last stage.
 
-    The rules and messages are those of transformers, and where transformers trips over its own input (an
-    out-of-range negative index, an int, a str) the ValueError that it should raise. Raises InputError, a ValueError.
+    Indices come back as they were given, negative ones too. The rules and messages are those of transformers, and where
+    transformers trips over its own input (an out-of-range negative index, an int, a str) the ValueError that it should
+    raise. Raises InputError, a ValueError.
     """
     names = list(stage_names)
     if out_features is not None:
-        if not isinstance(out_features, (list, tuple)):
+        if not isinstance(out_features, list):
             raise InputError(f"out_features must be a list got {type(out_features)}")
         if any(name not in names for name in out_features):
-            raise InputError(f"out_features must be a subset of stage_names: {names} got {list(out_features)}")
+            raise InputError(f"out_features must be a subset of stage_names: {names} got {out_features}")
         if len(set(out_features)) != len(out_features):
-            raise InputError(f"out_features must not contain any duplicates, got {list(out_features)}")
+            raise InputError(f"out_features must not contain any duplicates, got {out_features}")
         ordered = [name for name in names if name in out_features]
-        if list(out_features) != ordered:
+        if out_features != ordered:
             raise InputError(
-                f"out_features must be in the same order as stage_names, expected {ordered} got {list(out_features)}"
+                f"out_features must be in the same order as stage_names, expected {ordered} got {out_features}"
             )
     if out_indices is not None:
         if not isinstance(out_indices, (list, tuple)):
             raise InputError(f"out_indices must be a list, got {type(out_indices)}")
-        if any(not isinstance(i, int) or isinstance(i, bool) or not -len(names) <= i < len(names) for i in out_indices):
-            raise InputError(f"out_indices must be valid indices for stage_names {names}, got {list(out_indices)}")
-        positive = [i % len(names) for i in out_indices]
-        if len(set(positive)) != len(positive):
-            resolved = "" if positive == list(out_indices) else f" (equivalent to {positive})"
-            raise InputError(f"out_indices must not contain any duplicates, got {list(out_indices)}{resolved}")
-        if positive != sorted(positive):
-            expected = [i for _, i in sorted(zip(positive, out_indices, strict=True))]
+        try:
+            indices = [operator.index(i) for i in out_indices]  # numpy integers too
+            positive = [range(len(names))[i] for i in indices]
+        except (TypeError, IndexError):
             raise InputError(
-                f"out_indices must be in the same order as stage_names, expected {expected} got {list(out_indices)}"
+                f"out_indices must be valid indices for stage_names {names}, got {list(out_indices)}"
+            ) from None
+        if len(set(positive)) != len(positive):
+            raise InputError(
+                f"out_indices must not contain any duplicates, got {indices}(equivalent to {tuple(positive)}))"
             )
-    if out_features is not None and out_indices is not None:
-        if len(out_features) != len(out_indices):
+        if positive != sorted(positive):
+            expected = [i for _, i in sorted(zip(positive, indices, strict=True))]
+            raise InputError(f"out_indices must be in the same order as stage_names, expected {expected} got {indices}")
+        chosen = tuple(names[i] for i in positive)
+        if out_features is not None and len(out_features) != len(indices):
             raise InputError("out_features and out_indices should have the same length if both are set")
-        if list(out_features) != [names[i] for i in out_indices]:
+        if out_features is not None and tuple(out_features) != chosen:
             raise InputError("out_features and out_indices should correspond to the same stages if both are set")
-    if out_indices is not None:
-        chosen = [i % len(names) for i in out_indices]
-    elif out_features is not None:
-        chosen = [names.index(name) for name in out_features]
-    else:
-        chosen = [len(names) - 1]
-    return tuple(names[i] for i in chosen), tuple(chosen)
+        return chosen, tuple(indices)
+    if out_features is None:
+        return (names[-1],), (len(names) - 1,)
+    return tuple(out_features), tuple(names.index(name) for name in out_features)

@@ -25,6 +25,7 @@ SPEC = BackboneSpec(
     channels=(3, 3),
     strides=((4, 4), (8, 8)),
     num_features=(3, 3, 3),
+    layouts=("NCHW", "NCHW"),
 )
 
 
@@ -86,7 +87,7 @@ def make_bundle(target: Path, input: InputSpec | None = None) -> Bundle:
         write_manifest(
             folder,
             Manifest(
-                schema_version=1,
+                schema_version=2,
                 backbone=SPEC,
                 input=input,
                 image=ImageConfig(mean=(0.5,) * 3, std=(0.25,) * 3),

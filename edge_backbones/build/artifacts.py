@@ -34,31 +34,28 @@ def no_progress(step: str, done: int, total: int | None) -> None:
 class LoadedBackbone:
     """A network as its source library makes it, in eval mode: the fp32 reference that parity is measured against.
 
-    ``module`` takes float NCHW and returns the maps of ``out_indices`` in stage order, NHWC where the family works so.
+    ``module`` takes float NCHW and returns a tuple of tensors in the order of ``spec.outputs``. ``spec`` is what the
+    library claims of channels and strides; `prepare` measures them. ``height`` and ``width``: the size it is made for.
     """
 
     module: nn.Module
     source: Source
     image_config: ImageConfig
     channels_in: int
-    stage_names: tuple[str, ...]
-    out_features: tuple[str, ...]
-    out_indices: tuple[int, ...]
-    num_features: tuple[int, ...]
-    reductions: tuple[int, ...]
+    height: int
+    width: int
+    spec: BackboneSpec
 
     def __post_init__(self) -> None:
         if self.module.training:
             raise ValueError("a loaded backbone must be in eval mode")
-        if not len(self.out_features) == len(self.out_indices) == len(self.reductions) > 0:
-            raise ValueError(f"stages do not agree: {self.out_features}, {self.out_indices}, {self.reductions}")
 
 
 @dataclass(frozen=True)
 class PreparedBackbone:
-    """The network to be exported: batch norm folded, branches merged, kept stages only, NCHW maps, in eval mode.
+    """The network to be exported: batch norm folded, branches merged, kept stages only, in eval mode.
 
-    ``module`` takes ``input`` (preprocessing included for ``image``) and returns a tuple in ``spec.out_features`` order.
+    ``module`` takes ``input`` (preprocessing included for ``image``) and returns a tuple in ``spec.outputs`` order.
     """
 
     module: nn.Module
@@ -74,7 +71,7 @@ class PreparedBackbone:
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """The fp32 ONNX file; its outputs are named as ``spec.out_features``."""
+    """The fp32 ONNX file; its outputs are named as ``spec.outputs``."""
 
     path: Path
     spec: BackboneSpec

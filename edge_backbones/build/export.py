@@ -46,7 +46,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[input.name],
-                output_names=list(spec.out_features),
+                output_names=list(spec.outputs),
                 verbose=False,
             )
         assert program is not None  # only dynamo=False returns None
@@ -66,8 +66,8 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
     except Exception as error:  # the checker, shape inference and protobuf (over 2 GiB) have no common base
         raise ExportError(f"the exported graph is not valid ONNX, or over 2 GiB: {error}") from error
     names = [output.name for output in model.graph.output]
-    if names != list(spec.out_features):
-        raise ExportError(f"the exported graph returns {names} instead of {list(spec.out_features)}")
+    if names != list(spec.outputs):
+        raise ExportError(f"the exported graph returns {names} instead of {list(spec.outputs)}")
     return ExportedGraph(path, spec, input)
 
 
@@ -86,7 +86,7 @@ def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
 
 
 def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """``<case>/<input>`` and the fp32 maps ``<case>/<stage>`` of the network as it was loaded: unfolded, unexported.
+    """``<case>/<input>`` and the fp32 outputs ``<case>/<output>`` of the network as it was loaded: unfolded, unexported.
 
     ``cases`` are inputs in the engine's own form (normalised NCHW, or uint8 NHWC which is normalised here in numpy).
     """
@@ -95,7 +95,7 @@ def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str,
         with torch.no_grad():
             maps = loaded.module(torch.from_numpy(network_input(array, loaded.image_config, input)))
         golden[f"{case}/{input.name}"] = array
-        for stage, feature_map in zip(loaded.out_features, maps, strict=True):
+        for stage, feature_map in zip(loaded.spec.outputs, maps, strict=True):
             golden[f"{case}/{stage}"] = feature_map.numpy().copy()
     return golden
 
@@ -109,7 +109,7 @@ def check_onnx(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
         _check_maps(
             f"ONNX graph ({case} size)",
             lambda array: session.run(None, {graph.input.name: array}),
-            graph.spec.out_features,
+            graph.spec.outputs,
             graph.input.batch.max if graph.input.batch.is_fixed else 1,
             {key.partition("/")[2]: array for key, array in golden.items() if key.startswith(f"{case}/")},
         )
@@ -123,7 +123,7 @@ def check_torchscript(path: Path, prepared: PreparedBackbone, golden: Mapping[st
         _check_maps(
             "TorchScript module",
             lambda array: [feature_map.numpy() for feature_map in module(torch.from_numpy(array))],
-            prepared.spec.out_features,
+            prepared.spec.outputs,
             prepared.input.batch.opt,
             {key.removeprefix("opt/"): array for key, array in golden.items() if key.startswith("opt/")},
         )

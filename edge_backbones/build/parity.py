@@ -31,13 +31,14 @@ def load_golden(bundle: Bundle) -> dict[str, np.ndarray]:
             golden = {key: archive[key] for key in archive.files}
     except (ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{path} is not an .npz of plain arrays: build the bundle again") from error
-    names = (bundle.manifest.input.name, *bundle.manifest.backbone.out_features)
+    names = (bundle.manifest.input.name, *bundle.manifest.backbone.outputs)
     missing = [f"{case}/{name}" for case in record.cases for name in names if f"{case}/{name}" not in golden]
     if missing:
         raise IntegrityError(f"{path} lacks {', '.join(missing)}: build the bundle again")
     for case in record.cases:
-        images = {len(golden[f"{case}/{name}"]) for name in names if golden[f"{case}/{name}"].ndim == 4}
-        if len(images) != 1 or 0 in images or any(golden[f"{case}/{name}"].ndim != 4 for name in names):
+        arrays = [golden[f"{case}/{name}"] for name in names]
+        images = {len(array) if array.ndim else 0 for array in arrays}
+        if len(images) != 1 or 0 in images or arrays[0].ndim != 4 or any(array.ndim < 2 for array in arrays):
             raise IntegrityError(f"{path} does not hold one map per image in case {case!r}: build the bundle again")
     return golden
 
@@ -45,15 +46,14 @@ def load_golden(bundle: Bundle) -> dict[str, np.ndarray]:
 def measure_parity(
     backbone: EdgeBackbone, golden: Mapping[str, np.ndarray], precision: Precision, gate: Gate
 ) -> ParityReport:
-    """Run every golden case; the worst image of all cases counts for each stage."""
+    """Run every golden case; the worst image of all cases counts for each output of the engine."""
     worst: dict[str, StageParity] = {}
     for case in sorted({key.partition("/")[0] for key in golden}):
-        maps = backbone(golden[f"{case}/{backbone.input.name}"]).feature_maps
-        for stage, actual in zip(backbone.out_features, maps, strict=True):
-            for actual_image, expected_image in zip(actual, golden[f"{case}/{stage}"], strict=True):
-                measured = compare(stage, expected_image, actual_image, gate)
-                worst[stage] = _worse(worst.get(stage, measured), measured)
-    return ParityReport(precision=precision, gate=gate, stages=tuple(worst[stage] for stage in backbone.out_features))
+        for output, actual in backbone.run(golden[f"{case}/{backbone.input.name}"]).items():
+            for actual_image, expected_image in zip(actual, golden[f"{case}/{output}"], strict=True):
+                measured = compare(output, expected_image, actual_image, gate)
+                worst[output] = _worse(worst.get(output, measured), measured)
+    return ParityReport(precision=precision, gate=gate, stages=tuple(worst.values()))
 
 
 def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate) -> StageParity:

@@ -6,6 +6,7 @@ where numpy and the engine library are all there is.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -49,7 +50,11 @@ from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
     from edge_backbones.build.calibration import ImageSet, ImageSource
+    from edge_backbones.build.sources.load import ModuleSource
 
 _CALIBRATION_BATCH = 8
 
@@ -58,8 +63,9 @@ _CALIBRATION_BATCH = 8
 class BuildOptions:
     """What to build.
 
-    The network: ``weights``, ``num_channels``, ``output_stride``, ``out_indices`` and ``out_features`` as in
-    :class:`edge_backbones.build.sources.timm.TimmOptions`. The input: ``input`` is ``"pixel_values"`` (float NCHW) or
+    The network: ``weights``, ``num_channels``, ``output_stride``, ``out_indices``, ``out_features``, ``hidden_states``
+    and ``dataset_index`` as in :class:`edge_backbones.build.sources.common.SourceOptions`; ``from_model``: the source is
+    a whole model, of which the backbone is taken. The input: ``input`` is ``"pixel_values"`` (float NCHW) or
     ``"image"`` (uint8 NHWC, preprocessing in the graph); ``batch``, ``height`` and ``width`` are sizes or ranges, None
     for the network's own size. ``precisions``: one graph and one engine each. ``method`` / ``percentile``: the range
     estimator of int8. ``gates`` replace the default gate of a precision. ``golden``: images that parity is measured on.
@@ -67,10 +73,13 @@ class BuildOptions:
     """
 
     weights: str = "pretrained"
-    num_channels: int = 3
+    from_model: bool = False
+    num_channels: int | None = None
     output_stride: int | None = None
     out_indices: tuple[int, ...] | None = None
     out_features: tuple[str, ...] | None = None
+    hidden_states: bool = False
+    dataset_index: int = 0
     input: str = "pixel_values"
     batch: int | ShapeRange = 1
     height: int | ShapeRange | None = None
@@ -111,7 +120,7 @@ class BuildResult:
 
 
 def build_bundle(
-    name: str,
+    source: str | Path | PreTrainedConfig | nn.Module | ModuleSource,
     target: str | Path,
     *,
     images: ImageSource = None,
@@ -119,8 +128,10 @@ def build_bundle(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> BuildResult:
-    """Turn a timm backbone into a verified bundle for this machine's CPU.
+    """Turn a backbone into a verified bundle for this machine's CPU.
 
+    ``source``: a timm name, a hub id, a ``save_pretrained`` folder, a configuration of transformers, a live backbone, or
+    a plain module with a description: see :func:`edge_backbones.build.sources.load.load_source`. It is not changed.
     ``images``: photographs for calibration and parity (see :data:`edge_backbones.build.calibration.ImageSource`); int8
     needs them, fp32 and fp16 fall back on synthetic images (noise with the spectrum of photographs). Random weights get
     their batch-norm statistics from them.
@@ -135,26 +146,29 @@ def build_bundle(
     progress("loading libraries", 0, None)
     try:
         from edge_backbones.build import calibration, export, prepare, quantize, ranges
-        from edge_backbones.build.sources.timm import TimmOptions, load_timm
+        from edge_backbones.build.sources.common import SourceOptions
+        from edge_backbones.build.sources.load import load_source
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
 
     with new_bundle(target, overwrite=overwrite) as folder, _work_folder(folder) as work_name:
         work = Path(work_name)
         progress("loading the network", 0, None)
-        source = load_timm(
-            name,
-            TimmOptions(
+        loaded = load_source(
+            source,
+            SourceOptions(
                 weights=options.weights,
                 num_channels=options.num_channels,
                 img_size=_opt_size(options),
                 output_stride=options.output_stride,
                 out_indices=options.out_indices,
                 out_features=options.out_features,
+                hidden_states=options.hidden_states,
+                dataset_index=options.dataset_index,
             ),
+            from_model=options.from_model,
         )
-        loaded = source.backbone
-        input = _input_spec(options, loaded, source.height, source.width)
+        input = _input_spec(options, loaded)
         image_set = calibration.gather_images(
             images, input=input, config=loaded.image_config, spool=work / "images", progress=progress
         )
@@ -217,7 +231,7 @@ def build_bundle(
             graphs.append(GraphRecord(format="torchscript", precision=Precision.FP32, file=file))
 
         manifest = Manifest(
-            schema_version=1,
+            schema_version=2,
             backbone=prepared.spec,
             input=input,
             image=loaded.image_config,
@@ -331,7 +345,7 @@ def _verified(
 ) -> ParityReport:
     """Parity through the real runtime; raises ParityError naming the stages that failed."""
     progress(f"verifying {precision}", 0, None)
-    engine = OpenVinoSession(bytearray(data), outputs=spec.out_features)
+    engine = OpenVinoSession(bytearray(data), outputs=spec.outputs)
     with EdgeBackbone(spec, input, engine) as backbone:
         report = measure_parity(backbone, golden, precision, gate)
     if not report.passed:
@@ -358,10 +372,10 @@ def _as_range(size: int | ShapeRange) -> ShapeRange:
     return size if isinstance(size, ShapeRange) else ShapeRange.fixed(size)
 
 
-def _input_spec(options: BuildOptions, loaded: LoadedBackbone, height: int, width: int) -> InputSpec:
+def _input_spec(options: BuildOptions, loaded: LoadedBackbone) -> InputSpec:
     """The graph's input; axes of variable size go in steps of the deepest kept stride."""
-    heights, widths = _as_range(options.height or height), _as_range(options.width or width)
-    step = 1 if heights.is_fixed and widths.is_fixed else max(loaded.reductions)
+    heights, widths = _as_range(options.height or loaded.height), _as_range(options.width or loaded.width)
+    step = 1 if heights.is_fixed and widths.is_fixed else max(n for stride in loaded.spec.strides for n in stride)
     for axis, sizes in (("height", heights), ("width", widths)):
         if not sizes.is_fixed and any(size % step for size in (sizes.min, sizes.opt, sizes.max)):
             raise SourceError(
@@ -427,7 +441,8 @@ def _write_calibration(
 
 def _provenance() -> Provenance:
     versions = {"python": platform.python_version(), "edge_backbones": edge_backbones.__version__}
-    for library in ("numpy", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino"):
-        versions[library] = importlib.metadata.version(library)
+    for library in ("numpy", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return Provenance(created=created, versions=versions)

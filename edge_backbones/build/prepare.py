@@ -8,6 +8,7 @@ batch norm and nothing else. Batch norms in front of a convolution (pre-activati
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections import Counter
@@ -31,6 +32,7 @@ from edge_backbones.spec import BackboneSpec, InputSpec
 
 # Folding and merging only reorder float32 arithmetic; anything above this is a wrong fold.
 _MAX_RELATIVE_CHANGE = 1e-3
+_FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
 
 
 def warm_batch_norm(loaded: LoadedBackbone, batches: Iterable[np.ndarray]) -> LoadedBackbone:
@@ -72,9 +74,12 @@ def prepare(loaded: LoadedBackbone, input: InputSpec) -> PreparedBackbone:
         loaded.image_config.std
     ).view(1, -1, 1, 1)
     expected = _forward(loaded.module, sample)
+    spec = _measured_spec(loaded.spec, sample, expected)
     net = reparameterize_model(copy.deepcopy(loaded.module), inplace=True).eval()
+    thaw_batch_norm(net)
+    write_out_attention(net)
     folded, kept = fold_batch_norm(net, sample)
-    for stage, before, after in zip(loaded.out_features, expected, _forward(net, sample), strict=True):
+    for stage, before, after in zip(spec.outputs, expected, _forward(net, sample), strict=True):
         change = float(torch.linalg.norm(after - before) / torch.linalg.norm(before))
         if not change <= _MAX_RELATIVE_CHANGE:
             raise ExportError(
@@ -83,7 +88,37 @@ def prepare(loaded: LoadedBackbone, input: InputSpec) -> PreparedBackbone:
     module = net if input.name == "pixel_values" else _FromImage(net, loaded.image_config)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    return PreparedBackbone(module.eval(), _measured_spec(loaded, sample, expected), input, folded, kept)
+    return PreparedBackbone(module.eval(), spec, input, folded, kept)
+
+
+def thaw_batch_norm(net: nn.Module) -> None:
+    """Turn every frozen batch norm into the ``nn.BatchNorm2d`` that it stands for, in place, so that it can be folded.
+
+    torchvision, timm and each detection model of transformers have a class of their own, all with the same four buffers;
+    transformers' have no ``eps`` and use 1e-5.
+    """
+    for path, frozen in list(net.named_modules()):
+        if "FrozenBatchNorm" not in type(frozen).__name__:
+            continue
+        norm: nn.Module = nn.BatchNorm2d(len(frozen.weight), eps=getattr(frozen, "eps", 1e-5)).eval()
+        norm.load_state_dict({name: getattr(frozen, name) for name in _FROZEN_BUFFERS}, strict=False)
+        norm.to(frozen.weight.device)
+        activation = getattr(frozen, "act", None)  # timm's FrozenBatchNormAct2d carries its activation
+        net.set_submodule(path, norm if activation is None else nn.Sequential(norm, activation))
+
+
+def write_out_attention(net: nn.Module) -> None:
+    """Choose the attention made of matrix products and softmax wherever a library offers a fused one, in place.
+
+    Some fused calls have no ONNX form (timm's hiera); others export with a guard against rows that are masked
+    completely (IsNaN and Where behind every softmax), which no engine fuses.
+    """
+    for module in net.modules():
+        if getattr(module, "fused_attn", False):  # timm
+            module.fused_attn = False  # type: ignore[assignment]
+        if callable(choose := getattr(module, "set_attn_implementation", None)):  # transformers 5
+            with contextlib.suppress(ValueError):  # not every architecture has the choice
+                choose("eager")
 
 
 def fold_batch_norm(net: nn.Module, sample: torch.Tensor) -> tuple[int, int]:
@@ -171,31 +206,38 @@ def _forward(module: nn.Module, sample: torch.Tensor) -> tuple[torch.Tensor, ...
         raise SourceError(f"the network does not take images of {size} (height x width): {cause}") from error
 
 
-def _measured_spec(loaded: LoadedBackbone, sample: torch.Tensor, maps: tuple[torch.Tensor, ...]) -> BackboneSpec:
+def _measured_spec(claimed: BackboneSpec, sample: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> BackboneSpec:
     """Channels and strides off the real maps; the metadata is only believed where the maps agree with it."""
-    if len(maps) != len(loaded.out_features) or any(m.ndim != 4 for m in maps):
-        shapes = [tuple(m.shape) for m in maps]
-        raise SourceError(f"stages {loaded.out_features} should give one NCHW map each, the forward gave {shapes}")
-    num_features = list(loaded.num_features)
+    layouts = [*claimed.layouts, *(extra.layout for extra in claimed.extras)]
+    if len(outputs) != len(layouts) or any(o.ndim != len(axes) for o, axes in zip(outputs, layouts, strict=True)):
+        shapes = [tuple(output.shape) for output in outputs]
+        raise SourceError(f"outputs {claimed.outputs} should be {', '.join(layouts)}, the forward gave {shapes}")
+    channels = [int(o.shape[axes.index("C")]) for o, axes in zip(outputs, layouts, strict=True)]
+    kept = len(claimed.out_features)
+    num_features = list(claimed.num_features)
+    for index, measured in zip(claimed.out_indices, channels, strict=False):
+        num_features[index] = measured
     strides = []
-    for index, feature_map, reduction in zip(loaded.out_indices, maps, loaded.reductions, strict=True):
-        num_features[index] = int(feature_map.shape[1])
-        strides.append(
-            tuple(_stride(n, m, reduction) for n, m in zip(sample.shape[2:], feature_map.shape[2:], strict=True))
-        )
-    return BackboneSpec(
-        stage_names=loaded.stage_names,
-        out_features=loaded.out_features,
-        out_indices=loaded.out_indices,
-        channels=tuple(int(m.shape[1]) for m in maps),
+    for feature_map, axes, stride in zip(outputs, claimed.layouts, claimed.strides, strict=False):
+        cells = [int(feature_map.shape[axes.index(axis)]) if axis in axes else 0 for axis in "HW"]
+        strides.append(tuple(_stride(*sizes) for sizes in zip(sample.shape[2:], cells, stride, strict=True)))
+    return msgspec.structs.replace(
+        claimed,
+        channels=tuple(channels[:kept]),
         strides=tuple((v, h) for v, h in strides),
         num_features=tuple(num_features),
+        extras=tuple(
+            msgspec.structs.replace(extra, channels=n) for extra, n in zip(claimed.extras, channels[kept:], strict=True)
+        ),
     )
 
 
 def _stride(pixels: int, cells: int, claimed: int) -> int:
     """Input pixels per cell; where borders make the quotient uneven, the claimed stride if it explains the map.
 
-    Padding makes up to one cell more, convolutions without padding lose up to two (inception).
+    Padding makes up to one cell more, convolutions without padding lose up to two (inception). Without cells (tokens)
+    the claim is all there is.
     """
-    return claimed if -claimed < pixels - cells * claimed < 2 * claimed else max(1, round(pixels / cells))
+    if not cells or -claimed < pixels - cells * claimed < 2 * claimed:
+        return claimed
+    return max(1, round(pixels / cells))

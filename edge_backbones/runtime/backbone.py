@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -11,44 +13,70 @@ import numpy as np
 
 from edge_backbones.bundle import Bundle
 from edge_backbones.errors import EngineMismatchError, InputError, IntegrityError
+from edge_backbones.manifest import Source
 from edge_backbones.runtime import compat, session
 from edge_backbones.spec import BackboneSpec, InputSpec, align_stages
 
 
-class BackboneOutput(Mapping[str, Any]):
+class BackboneOutput(dict[str, tuple[np.ndarray, ...]]):
     """``transformers.modeling_outputs.BackboneOutput`` without torch.
 
-    ``feature_maps`` is a tuple of float32 NCHW arrays in stage order. As in transformers, fields that are None are not
-    keys, ``output[0]`` and ``output["feature_maps"]`` are the same, and iterating gives the keys.
+    ``feature_maps`` is a tuple of float32 arrays in stage order. As in transformers, fields that are None are not keys,
+    ``output[0]``, ``output["feature_maps"]`` and ``output.feature_maps`` are the same, and iterating gives the keys.
     """
 
-    __slots__ = ("attentions", "feature_maps", "hidden_states")
+    def __init__(
+        self,
+        feature_maps: tuple[np.ndarray, ...],
+        hidden_states: tuple[np.ndarray, ...] | None = None,
+        attentions: None = None,
+        cls_tokens: tuple[np.ndarray, ...] | None = None,
+    ) -> None:
+        fields = {
+            "feature_maps": feature_maps,
+            "hidden_states": hidden_states,
+            "attentions": attentions,
+            "cls_tokens": cls_tokens,
+        }
+        super().__init__({name: value for name, value in fields.items() if value is not None})
 
-    def __init__(self, feature_maps: tuple[np.ndarray, ...]) -> None:
-        self.feature_maps = feature_maps
-        self.hidden_states: tuple[np.ndarray, ...] | None = None
-        self.attentions: tuple[np.ndarray, ...] | None = None
+    @property
+    def feature_maps(self) -> tuple[np.ndarray, ...]:
+        """One array per chosen stage: NCHW, or what ``EdgeBackbone.layouts`` says."""
+        return super().__getitem__("feature_maps")
+
+    @property
+    def hidden_states(self) -> tuple[np.ndarray, ...] | None:
+        """One array per layer or stage, as the network has it; only when asked for."""
+        return self.get("hidden_states")
+
+    @property
+    def attentions(self) -> None:
+        """Always None: attention weights do not exist in a compiled engine."""
+
+    @property
+    def cls_tokens(self) -> tuple[np.ndarray, ...] | None:
+        """(batch, channels) per chosen stage, for networks that return class tokens beside their maps."""
+        return self.get("cls_tokens")
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None."""
-        return tuple(self[key] for key in self)
+        return tuple(self.values())
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, (int, slice)):
-            return self.to_tuple()[key]
-        if key not in list(self):
-            raise KeyError(key)
-        return getattr(self, key)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in ("feature_maps", "hidden_states", "attentions") if getattr(self, name) is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __repr__(self) -> str:
-        shapes = ", ".join(str(feature_map.shape) for feature_map in self.feature_maps)
-        return f"BackboneOutput(feature_maps=[{shapes}])"
+        fields = (f"{name}=[{', '.join(str(a.shape) for a in arrays)}]" for name, arrays in self.items())
+        return f"BackboneOutput({', '.join(fields)})"
+
+
+class BackboneConfig(types.SimpleNamespace):
+    """The configuration that the network came with, read only by habit: what client code reads as ``backbone.config``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A copy as plain values."""
+        return copy.deepcopy(vars(self))
 
 
 class EdgeBackbone:
@@ -72,11 +100,21 @@ class EdgeBackbone:
     stage setters and ``close`` are not to be called while another thread is in a call.
     """
 
-    def __init__(self, spec: BackboneSpec, input: InputSpec, engine: session.EngineSession) -> None:
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        input: InputSpec,
+        engine: session.EngineSession,
+        source: Source | None = None,
+    ) -> None:
         self._spec = spec
         self._input = input
         self._engine = engine
+        self._source = source
+        self._out_indices = list(spec.out_indices)
         self._chosen = tuple(range(len(spec.out_features)))
+        self._cls_tokens = tuple(spec.outputs.index(name) for name in spec.cls_tokens)
+        self._hidden_states = tuple(spec.outputs.index(name) for name in spec.hidden_states)
         self._usual = (np.dtype(input.dtype), input.opt_shape)
 
     @classmethod
@@ -106,12 +144,17 @@ class EdgeBackbone:
                 raise
             bundle = replacement  # it was replaced between reading the manifest and reading the engine
             opened = session.open_session(bundle, session.choose_engine(bundle, host, engine), threads=threads)
-        return cls(bundle.manifest.backbone, bundle.manifest.input, opened)
+        return cls(bundle.manifest.backbone, bundle.manifest.input, opened, bundle.manifest.source)
 
     @property
     def input(self) -> InputSpec:
         """Name, dtype, layout and sizes that the engine takes."""
         return self._input
+
+    @property
+    def device(self) -> str:
+        """Where the engine runs, and where its outputs are."""
+        return "cpu"
 
     @property
     def stage_names(self) -> list[str]:
@@ -125,16 +168,16 @@ class EdgeBackbone:
 
     @out_features.setter
     def out_features(self, out_features: Sequence[str] | None) -> None:
-        self._choose(align_stages(self._spec.stage_names, out_features=out_features)[0])
+        self._choose(*align_stages(self._spec.stage_names, out_features=out_features))
 
     @property
     def out_indices(self) -> list[int]:
-        """Indices into ``stage_names`` of the stages that a call returns. Setting it narrows, as ``out_features``."""
-        return [self._spec.out_indices[i] for i in self._chosen]
+        """Indices into ``stage_names`` of the stages that a call returns, as given: -1 stays -1. Setting it narrows."""
+        return list(self._out_indices)
 
     @out_indices.setter
     def out_indices(self, out_indices: Sequence[int] | None) -> None:
-        self._choose(align_stages(self._spec.stage_names, out_indices=out_indices)[0])
+        self._choose(*align_stages(self._spec.stage_names, out_indices=out_indices))
 
     @property
     def channels(self) -> list[int]:
@@ -147,6 +190,11 @@ class EdgeBackbone:
         return [self._spec.strides[i] for i in self._chosen]
 
     @property
+    def layouts(self) -> list[str]:
+        """Axes of each returned map: ``NCHW`` for most networks, ``NHWC`` or ``NLC`` (tokens) where the source has it."""
+        return [self._spec.layouts[i] for i in self._chosen]
+
+    @property
     def num_features(self) -> list[int]:
         """Channels of every stage of the network, one per stage name."""
         return list(self._spec.num_features)
@@ -156,9 +204,18 @@ class EdgeBackbone:
         """Channels by name, of every stage of the network."""
         return dict(zip(self._spec.stage_names, self._spec.num_features, strict=True))
 
+    @property
+    def config(self) -> BackboneConfig:
+        """The source's configuration (``hidden_size``, ``patch_size``, ...) with the stages that are chosen now."""
+        return BackboneConfig(**self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
-        """Stages and channels as plain values, for a config file."""
+        """The source's configuration with the stages that are chosen now, as plain values.
+
+        For a bundle from transformers, ``Config.from_dict`` of that library takes it.
+        """
         return {
+            **copy.deepcopy({} if self._source is None else self._source.config),
             "stage_names": self.stage_names,
             "out_features": self.out_features,
             "out_indices": self.out_indices,
@@ -173,6 +230,8 @@ class EdgeBackbone:
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: Literal[True] | None = None,
+        *,
+        dataset_index: Any = None,
     ) -> BackboneOutput: ...
 
     @overload
@@ -183,7 +242,8 @@ class EdgeBackbone:
         output_attentions: bool | None = None,
         *,
         return_dict: Literal[False],
-    ) -> tuple[tuple[np.ndarray, ...]]: ...
+        dataset_index: Any = None,
+    ) -> tuple[tuple[np.ndarray, ...], ...]: ...
 
     def __call__(
         self,
@@ -191,26 +251,43 @@ class EdgeBackbone:
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BackboneOutput | tuple[tuple[np.ndarray, ...]]:
+        *,
+        dataset_index: Any = None,
+    ) -> BackboneOutput | tuple[tuple[np.ndarray, ...], ...]:
         """Feature maps of the chosen stages; see the class for what goes in and what comes out.
 
-        Raises InputError (a ValueError) for an input that the engine cannot take; the message says what it takes.
-        ``return_dict=False`` gives ``(feature_maps,)``.
+        ``output_hidden_states`` needs a bundle that was built with them. ``dataset_index`` (VitPose's experts) is part
+        of the engine: only the index that it was built for is accepted. ``return_dict=False`` gives
+        ``(feature_maps,)``, with hidden states ``(feature_maps, hidden_states)``.
+
+        Raises InputError (a ValueError) for what the engine cannot take or give; the message says what it can.
         """
-        if output_attentions:
+        if output_attentions and self._spec.has_attentions:
             raise InputError("Cannot output attentions: a compiled backbone holds feature maps only")
-        if output_hidden_states:
-            raise InputError("Cannot output hidden states: a compiled backbone holds feature maps only")
-        maps = self._run(pixel_values)
-        feature_maps = tuple(maps[i] for i in self._chosen)
-        return BackboneOutput(feature_maps) if return_dict is not False else (feature_maps,)
+        if output_hidden_states and not self._hidden_states:
+            raise InputError(
+                "Cannot output hidden states: build the bundle again with hidden_states=True (--hidden-states)"
+            )
+        if dataset_index is not None:
+            self._check_dataset_index(dataset_index)
+        outputs = self._run(pixel_values)
+        feature_maps = tuple(outputs[i] for i in self._chosen)
+        hidden_states = tuple(outputs[i] for i in self._hidden_states) if output_hidden_states else None
+        if return_dict is False:
+            return (feature_maps,) if hidden_states is None else (feature_maps, hidden_states)
+        cls_tokens = tuple(outputs[self._cls_tokens[i]] for i in self._chosen) if self._cls_tokens else None
+        return BackboneOutput(feature_maps, hidden_states, cls_tokens=cls_tokens)
 
     forward = __call__
 
     def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
         """A call that drops keyword arguments which it does not know, as transformers' backbones do."""
-        known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict")
+        known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict", "dataset_index")
         return self(*args, **{key: value for key, value in kwargs.items() if key in known})
+
+    def run(self, pixel_values: Any) -> dict[str, np.ndarray]:
+        """Every output of the engine by name, whatever is chosen: feature maps, class tokens, hidden states."""
+        return dict(zip(self._spec.outputs, self._run(pixel_values), strict=True))
 
     def close(self) -> None:
         """Release the engine. Arrays that were returned stay valid; calling the backbone again raises InputError."""
@@ -229,7 +306,7 @@ class EdgeBackbone:
             f"EdgeBackbone(out_features={self.out_features}, channels={self.channels}, input={self._input.describe()})"
         )
 
-    def _choose(self, wanted: tuple[str, ...]) -> None:
+    def _choose(self, wanted: tuple[str, ...], indices: tuple[int, ...]) -> None:
         missing = [name for name in wanted if name not in self._spec.out_features]
         if missing:
             raise InputError(
@@ -237,6 +314,16 @@ class EdgeBackbone:
                 "build it again with these out_features"
             )
         self._chosen = tuple(self._spec.out_features.index(name) for name in wanted)
+        self._out_indices = list(indices)
+
+    def _check_dataset_index(self, dataset_index: Any) -> None:
+        built_for = None if self._source is None else self._source.options.get("dataset_index")
+        asked = {int(index) for index in np.ravel(np.asarray(dataset_index))}
+        if built_for is not None and asked != {built_for}:
+            raise InputError(
+                f"dataset_index {sorted(asked)} does not fit: this bundle was built for {built_for}; "
+                "build another with --dataset-index"
+            )
 
     def _run(self, pixel_values: Any) -> list[np.ndarray]:
         # What a robot passes on every frame goes straight through: after an inference the caches are cold, and a few

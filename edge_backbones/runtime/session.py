@@ -56,7 +56,7 @@ def choose_engine(bundle: Bundle, host: compat.Host, engine: str | None = None) 
 def open_session(bundle: Bundle, engine: EngineRecord, *, threads: int | None = None) -> EngineSession:
     """Read, check and load one engine."""
     open_engine: Callable[..., EngineSession] = {"openvino": openvino.OpenVinoSession}[engine.key.flavour]
-    return open_engine(bundle.read(engine.file), outputs=bundle.manifest.backbone.out_features, threads=threads)
+    return open_engine(bundle.read(engine.file), outputs=bundle.manifest.backbone.outputs, threads=threads)
 
 
 def installed_versions() -> dict[str, str]:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from edge_backbones.build.artifacts import LoadedBackbone
-from edge_backbones.build.sources.timm import TimmOptions, load_timm
+from edge_backbones.build.sources.common import SourceOptions
+from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import Source
-from edge_backbones.spec import InputSpec, ShapeRange
+from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
 
 PLAIN = ImageConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -32,7 +33,7 @@ def randomise_batch_norm(module: nn.Module, seed: int = 0) -> None:
 
 def trained_like(name: str, **options: Any) -> LoadedBackbone:
     """A timm backbone with seeded weights and randomised batch norm."""
-    loaded = load_timm(name, TimmOptions(**{"weights": "random:0", **options})).backbone
+    loaded = load_timm(name, SourceOptions(**{"weights": "random:0", **options}))
     randomise_batch_norm(loaded.module)
     return loaded
 
@@ -46,11 +47,17 @@ def hand_made(module: nn.Module, *, stages: int = 1) -> LoadedBackbone:
         source=Source(library="timm", name="hand made", weights="random", seed=0),
         image_config=PLAIN,
         channels_in=3,
-        stage_names=names,
-        out_features=names,
-        out_indices=tuple(range(stages)),
-        num_features=(1,) * stages,
-        reductions=(1,) * stages,
+        height=64,
+        width=96,
+        spec=BackboneSpec(
+            stage_names=names,
+            out_features=names,
+            out_indices=tuple(range(stages)),
+            channels=(1,) * stages,
+            strides=((1, 1),) * stages,
+            num_features=(1,) * stages,
+            layouts=("NCHW",) * stages,
+        ),
     )
 
 

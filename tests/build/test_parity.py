@@ -124,6 +124,7 @@ def measured(golden: dict[str, np.ndarray], answers: list[list[np.ndarray]], gat
         channels=(4, 4),
         strides=((1, 1), (1, 1)),
         num_features=(4, 4),
+        layouts=("NCHW", "NCHW"),
     )
     return measure_parity(EdgeBackbone(spec, input, Scripted(answers)), golden, Precision.INT8, gate)
 

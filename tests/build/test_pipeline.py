@@ -19,7 +19,8 @@ from msgspec import structs
 from PIL import Image
 
 from edge_backbones.build.pipeline import BuildOptions, build_bundle, compile_bundle, verify_bundle
-from edge_backbones.build.sources.timm import TimmOptions, load_timm
+from edge_backbones.build.sources.common import SourceOptions
+from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.bundle import Bundle, write_manifest
 from edge_backbones.errors import (
     BundleError,
@@ -59,7 +60,7 @@ def assert_same_maps(actual, expected, limit: float = ROUNDING) -> None:
 def test_the_manifest_says_what_was_built(cnn):
     manifest = cnn.bundle.manifest
     assert manifest.backbone.out_features == ("blocks.1", "blocks.3")
-    assert manifest.backbone.out_indices == (1, 3)
+    assert manifest.backbone.out_indices == (1, -2)
     assert manifest.backbone.strides == ((4, 4), (16, 16))
     assert manifest.input.opt_shape == (2, 3, 64, 96)
     assert (manifest.source.weights, manifest.source.seed, manifest.source.batch_norm_warmed) == ("random", 0, True)
@@ -93,8 +94,8 @@ def warmed(photograph_folder):
     def network(result) -> torch.nn.Module:
         manifest = result.bundle.manifest
         size = manifest.input.height.opt, manifest.input.width.opt
-        options = TimmOptions(weights="random:0", img_size=size, out_indices=manifest.backbone.out_indices)
-        net = load_timm(manifest.source.name, options).backbone.module
+        options = SourceOptions(weights="random:0", img_size=size, out_indices=manifest.backbone.out_indices)
+        net = load_timm(manifest.source.name, options).module
         left_out = (*manifest.golden.images, *result.skipped)
         files = [path for path in list_images(photograph_folder) if not str(path).endswith(left_out)]
         pixels = np.stack([fit(Image.open(path), manifest.image, *size) for path in files])

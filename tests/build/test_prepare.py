@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import msgspec
 import networks
 import numpy as np
 import pytest
@@ -134,7 +135,8 @@ def test_channels_and_strides_are_read_off_the_maps(name, size, indices, channel
 
 def test_wrong_metadata_is_not_believed():
     loaded = networks.trained_like("resnet10t", out_indices=(4,))
-    lying = dataclasses.replace(loaded, reductions=(8,), num_features=(1, 2, 3, 4, 5))
+    lies = msgspec.structs.replace(loaded.spec, strides=((8, 8),), channels=(7,), num_features=(1, 2, 3, 4, 5))
+    lying = dataclasses.replace(loaded, spec=lies)
     spec = prepare(lying, networks.input_spec(64, 96)).spec
     assert (spec.channels, spec.strides, spec.num_features) == ((512,), ((32, 32),), (1, 2, 3, 4, 512))
 
@@ -145,7 +147,7 @@ class Flat(nn.Module):
 
 
 def test_what_is_not_a_feature_map_is_refused():
-    with pytest.raises(SourceError, match=r"one NCHW map each, the forward gave \[\(1, 3\)\]"):
+    with pytest.raises(SourceError, match=r"should be NCHW, the forward gave \[\(1, 3\)\]"):
         prepare(networks.hand_made(Flat()), networks.input_spec(8, 8))
 
 

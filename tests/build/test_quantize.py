@@ -20,7 +20,8 @@ from edge_backbones.build.export import export_onnx
 from edge_backbones.build.prepare import prepare, warm_batch_norm
 from edge_backbones.build.quantize import tensors_to_calibrate, write_typed_graph
 from edge_backbones.build.ranges import collect_ranges
-from edge_backbones.build.sources.timm import TimmOptions, load_timm
+from edge_backbones.build.sources.common import SourceOptions
+from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.errors import QuantizationError
 from edge_backbones.spec import BackboneSpec, Precision
 
@@ -57,7 +58,7 @@ def case(
 ) -> Case:
     folder, input = tmp_path_factory.mktemp(request.param), NETWORKS[request.param]
     images = networks.crops(photographs, 40, HEIGHT, WIDTH)
-    loaded = load_timm(request.param, TimmOptions(weights="random:0", img_size=(HEIGHT, WIDTH))).backbone
+    loaded = load_timm(request.param, SourceOptions(weights="random:0", img_size=(HEIGHT, WIDTH)))
     for module in loaded.module.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
             nn.init.constant_(module.weight, 0.3)  # timm starts residual branches at 0: nothing would flow through them
@@ -288,6 +289,7 @@ def hand_made(tmp_path: Path) -> HandMade:
             channels=(32,) * count,
             strides=((1, 1),) * count,
             num_features=(32,) * count,
+            layouts=("NCHW",) * count,
         )
         return ExportedGraph(path, spec, networks.input_spec(6, 10, channels=32))
 

@@ -13,14 +13,15 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from edge_backbones.build.sources.timm import TimmOptions, load_timm
+from edge_backbones.build.sources.common import SourceOptions
+from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.errors import HubUnreachableError, InputError, SourceError
 
 RESNET_STAGES = ("act1", "layer1", "layer2", "layer3", "layer4")
 
 
 def load(name: str, **options):
-    return load_timm(name, TimmOptions(**{"weights": "random:0", **options}))
+    return load_timm(name, SourceOptions(**{"weights": "random:0", **options}))
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +63,12 @@ def test_an_unknown_name_suggests_near_ones(name, near):
     ],
 )
 def test_stages_are_kept_by_index_or_name(selection, indices, images):
-    backbone = load("test_resnet", **selection).backbone
-    assert backbone.stage_names == RESNET_STAGES
-    assert backbone.out_indices == indices
-    assert backbone.out_features == tuple(RESNET_STAGES[i] for i in indices)
-    assert backbone.reductions == tuple(2 ** (i + 1) for i in indices)
-    all_maps = networks.maps_of(load("test_resnet", out_indices=(0, 1, 2, 3, 4)).backbone.module, images)
+    backbone = load("test_resnet", **selection)
+    assert backbone.spec.stage_names == RESNET_STAGES
+    assert backbone.spec.out_indices == selection.get("out_indices", indices)
+    assert backbone.spec.out_features == tuple(RESNET_STAGES[i] for i in indices)
+    assert backbone.spec.strides == tuple((2 ** (i + 1),) * 2 for i in indices)
+    all_maps = networks.maps_of(load("test_resnet", out_indices=(0, 1, 2, 3, 4)).module, images)
     for actual, index in zip(networks.maps_of(backbone.module, images), indices, strict=True):
         np.testing.assert_array_equal(actual, all_maps[index])
 
@@ -76,7 +77,7 @@ def test_stages_are_kept_by_index_or_name(selection, indices, images):
     ("selection", "message"),
     [
         ({"out_indices": (1, 1)}, "duplicates"),
-        ({"out_indices": (4, -1)}, r"duplicates, got \[4, -1\] \(equivalent to \[4, 4\]\)"),
+        ({"out_indices": (4, -1)}, r"duplicates, got \[4, -1\]\(equivalent to \(4, 4\)\)"),
         ({"out_indices": (3, 1)}, r"same order as stage_names, expected \[1, 3\]"),
         ({"out_indices": (5,)}, "valid indices"),
         ({"out_indices": (-6,)}, "valid indices"),
@@ -93,9 +94,9 @@ def test_a_bad_stage_selection_is_refused(selection, message):
 
 
 def test_every_block_of_a_transformer_is_a_stage():
-    backbone = load("test_vit", out_indices=(0, 5)).backbone
-    assert backbone.stage_names == tuple(f"blocks.{i}" for i in range(6))
-    assert backbone.out_features == ("blocks.0", "blocks.5")
+    backbone = load("test_vit", out_indices=(0, 5))
+    assert backbone.spec.stage_names == tuple(f"blocks.{i}" for i in range(6))
+    assert backbone.spec.out_features == ("blocks.0", "blocks.5")
 
 
 # ---- options of the architecture ------------------------------------------------------------------------------------
@@ -104,10 +105,10 @@ def test_every_block_of_a_transformer_is_a_stage():
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_numbers_of_channels(name, channels):
-    backbone = load(name, num_channels=channels, img_size=(64, 96)).backbone
+    backbone = load(name, num_channels=channels, img_size=(64, 96))
     assert backbone.channels_in == channels
     assert len(backbone.image_config.mean) == len(backbone.image_config.std) == channels
-    three = load(name).backbone.image_config
+    three = load(name).image_config
     assert backbone.image_config.mean[0] == pytest.approx(sum(three.mean) / 3)
     (feature_map,) = networks.maps_of(backbone.module, np.zeros((2, channels, 64, 96), np.float32))
     assert feature_map.shape[0] == 2
@@ -117,14 +118,14 @@ def test_other_numbers_of_channels(name, channels):
 def test_a_transformer_is_made_for_the_asked_size(images):
     made = load("test_vit", img_size=(64, 96))
     assert (made.height, made.width) == (64, 96)
-    (feature_map,) = networks.maps_of(made.backbone.module, images)
+    (feature_map,) = networks.maps_of(made.module, images)
     assert feature_map.shape == (2, 64, 64 // 16, 96 // 16)
 
 
 def test_a_convolutional_network_takes_any_size(images):
     made = load("test_resnet", img_size=(64, 96))
     assert (made.height, made.width) == (64, 96)
-    assert networks.maps_of(made.backbone.module, images)[0].shape[2:] == (2, 3)
+    assert networks.maps_of(made.module, images)[0].shape[2:] == (2, 3)
 
 
 def test_the_networks_own_size_is_the_default():
@@ -132,8 +133,8 @@ def test_the_networks_own_size_is_the_default():
 
 
 def test_output_stride_trades_stride_for_dilation(images):
-    backbone = load("resnet10t", output_stride=16, out_indices=(3, 4)).backbone
-    assert backbone.reductions == (16, 16)
+    backbone = load("resnet10t", output_stride=16, out_indices=(3, 4))
+    assert backbone.spec.strides == ((16, 16), (16, 16))
     assert [m.shape[2:] for m in networks.maps_of(backbone.module, images)] == [(4, 6), (4, 6)]
     assert backbone.source.options["output_stride"] == 16
 
@@ -150,11 +151,11 @@ def test_an_output_stride_that_the_architecture_does_not_have_is_refused(name, s
 def test_random_weights_depend_on_the_seed_and_on_nothing_else(images):
     torch.manual_seed(1234)
     state = torch.random.get_rng_state()
-    first = networks.maps_of(load("test_vit", img_size=(64, 96)).backbone.module, images)
+    first = networks.maps_of(load("test_vit", img_size=(64, 96)).module, images)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(17)
-    again = load("test_vit", img_size=(64, 96)).backbone
-    other = load("test_vit", img_size=(64, 96), weights="random:1").backbone
+    again = load("test_vit", img_size=(64, 96))
+    other = load("test_vit", img_size=(64, 96), weights="random:1")
     np.testing.assert_array_equal(first[0], networks.maps_of(again.module, images)[0])
     assert networks.relative(networks.maps_of(other.module, images)[0], first[0]) > 0.1
     assert (again.source.seed, other.source.seed) == (0, 1)
@@ -202,7 +203,7 @@ def test_a_checkpoint_gives_the_maps_of_the_network_it_was_saved_from(tmp_path, 
     batch = np.repeat(images[:, :1], channels, axis=1) if channels != 3 else images
     with torch.no_grad():
         expected = net.forward_intermediates(torch.from_numpy(batch), indices=(-2, -1), intermediates_only=True)
-    backbone = load(name, weights=str(path), num_channels=channels, img_size=(64, 96), out_indices=(-2, -1)).backbone
+    backbone = load(name, weights=str(path), num_channels=channels, img_size=(64, 96), out_indices=(-2, -1))
     for actual, reference in zip(networks.maps_of(backbone.module, batch), expected, strict=True):
         assert networks.relative(actual, reference.numpy()) < 1e-6  # attention is written as matrix products
     assert backbone.source.weights == "checkpoint"
@@ -213,8 +214,8 @@ def test_weights_are_found_inside_a_training_checkpoint(tmp_path, images):
     net = classifier("test_resnet")
     content = {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in net.state_dict().items()}}
     torch.save(content, tmp_path / "last.pt")
-    plain = load("test_resnet", weights=str(saved(net, tmp_path / "plain.safetensors"))).backbone
-    trained = load("test_resnet", weights=str(tmp_path / "last.pt")).backbone
+    plain = load("test_resnet", weights=str(saved(net, tmp_path / "plain.safetensors")))
+    trained = load("test_resnet", weights=str(tmp_path / "last.pt"))
     (actual,), (expected,) = networks.maps_of(trained.module, images), networks.maps_of(plain.module, images)
     np.testing.assert_array_equal(actual, expected)
 
@@ -319,7 +320,7 @@ def test_an_unreachable_hub_is_said_quickly_with_the_ways_out(no_hub):
 def test_cached_weights_serve_when_the_hub_is_away(no_hub, tmp_path, images, filename):
     net = classifier("test_resnet")
     no_hub[filename] = saved(net, tmp_path / filename)
-    backbone = load("test_resnet", weights="pretrained", out_indices=(-1,)).backbone
+    backbone = load("test_resnet", weights="pretrained", out_indices=(-1,))
     with torch.no_grad():
         (expected,) = net.forward_intermediates(torch.from_numpy(images), indices=(-1,), intermediates_only=True)
     np.testing.assert_array_equal(networks.maps_of(backbone.module, images)[0], expected.numpy())

@@ -16,7 +16,8 @@ from edge_backbones.build.export import export_onnx
 from edge_backbones.build.prepare import prepare
 from edge_backbones.build.quantize import tensors_to_calibrate, write_typed_graph
 from edge_backbones.build.ranges import collect_ranges
-from edge_backbones.build.sources.timm import TimmOptions, load_timm
+from edge_backbones.build.sources.common import SourceOptions
+from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
 trt = pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
@@ -51,7 +52,7 @@ class Case:
 @pytest.fixture(scope="module", params=list(NETWORKS))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     input = NETWORKS[request.param]
-    loaded = load_timm(request.param, TimmOptions(weights="random:0", img_size=(HEIGHT, WIDTH))).backbone
+    loaded = load_timm(request.param, SourceOptions(weights="random:0", img_size=(HEIGHT, WIDTH)))
     graph = export_onnx(prepare(loaded, input), tmp_path_factory.mktemp(request.param) / "fp32.onnx")
     random, shape = np.random.default_rng(0), input.shape(2, HEIGHT, WIDTH)
     images = random.integers(0, 256, shape) if input.dtype == "uint8" else random.standard_normal(shape)

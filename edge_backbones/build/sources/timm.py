@@ -1,62 +1,46 @@
-"""Backbones of timm: any name that ``timm.create_model(..., features_only=True)`` knows, tags included."""
+"""Backbones of timm: any name that ``timm.create_model(..., features_only=True)`` knows, tags included, and modules."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import difflib
-import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import timm
 import torch
-from timm.data.config import resolve_model_data_config
+from timm.data.config import resolve_data_config, resolve_model_data_config
 from timm.layers.config import set_layer_config
-from timm.models._helpers import load_state_dict
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from edge_backbones.build.artifacts import LoadedBackbone
+from edge_backbones.build.sources.common import (
+    OFFLINE_ADVICE,
+    SourceOptions,
+    first_line,
+    hub_answers,
+    kept_stages,
+    random_seed,
+    read_checkpoint,
+    seeded,
+    wake_residual_branches,
+)
 from edge_backbones.bundle import record_file
-from edge_backbones.errors import HubUnreachableError, InputError, SourceError
+from edge_backbones.errors import HubUnreachableError, SourceError
 from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import Source
-from edge_backbones.spec import align_stages
-
-_HUB_TIMEOUT_S = 5.0
-_ASLEEP, _AWAKE = 1e-3, 0.05  # scale of a residual branch: untrained, and woken
-_OFFLINE_ADVICE = "pass a local file (--weights model.safetensors) or seeded random weights (--weights random:0)"
+from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
 
 
-@dataclass(frozen=True, kw_only=True)
-class TimmOptions:
-    """How to make the network.
+def load_timm(name: str, options: SourceOptions, *, native_layout: bool = False) -> LoadedBackbone:
+    """Create the network, with its weights, in eval mode.
 
-    ``weights``: ``"pretrained"``, ``"random:SEED"``, or the path of a checkpoint (.safetensors, or .pth / .pt / .bin
-    that ``torch.load(weights_only=True)`` accepts). ``img_size``: (height, width), None for the network's own.
-    ``out_indices`` / ``out_features``: the kept stages by transformers' rules, the last stage when neither is given.
-    """
-
-    weights: str = "pretrained"
-    num_channels: int = 3
-    img_size: tuple[int, int] | None = None
-    output_stride: int | None = None
-    out_indices: tuple[int, ...] | None = None
-    out_features: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class TimmBackbone:
-    """A loaded backbone and the image size that it was made for."""
-
-    backbone: LoadedBackbone
-    height: int
-    width: int
-
-
-def load_timm(name: str, options: TimmOptions) -> TimmBackbone:
-    """Create the network, with its weights, in eval mode; maps come out NCHW.
+    Maps come out NCHW, with ``native_layout`` as timm's feature extractor gives them (NHWC for the swin family). Hidden
+    states are every stage up to the last kept one.
 
     Raises SourceError for an unknown name (near ones are suggested), options that the architecture does not take, or
     weights that do not fit; HubUnreachableError when pretrained weights cannot be had; InputError for the stages.
@@ -64,32 +48,103 @@ def load_timm(name: str, options: TimmOptions) -> TimmBackbone:
     arguments = _arguments(name, options)
     with torch.device("meta"):
         outline = _create(name, {**arguments, "pretrained": False})
-    info = outline.feature_info.info
-    stage_names = tuple(str(stage["module"]) for stage in info)
-    if len(set(stage_names)) != len(stage_names):
-        raise SourceError(
-            f"{name} names several stages alike ({', '.join(stage_names)}): its stages cannot be selected"
-        )
-    features, indices = align_stages(stage_names, options.out_features, options.out_indices)
-    if not indices:
-        raise InputError(f"no stage is kept: choose at least one of {list(stage_names)}")
-    arguments["out_indices"] = indices
-
+    stage_names = _stage_names(name, outline.feature_info.info)
+    features, indices = kept_stages(stage_names, options, (len(stage_names) - 1,))
+    kept = [stage_names.index(feature) for feature in features]
+    arguments["out_indices"] = tuple(range(kept[-1] + 1)) if options.hidden_states else tuple(kept)
     source, net = _with_weights(name, options.weights, arguments)
+    return _loaded(net, source, options, features, indices, native_layout=native_layout)
+
+
+def load_timm_module(
+    net: Any, source: Source, options: SourceOptions, *, native_layout: bool = False
+) -> LoadedBackbone:
+    """A live module of timm: a feature extractor (``features_only=True``) as it is, or a whole network, wrapped as one.
+
+    ``net`` is used as it is: hand over a copy in eval mode. Stages that a feature extractor does not return cannot be
+    kept; raises SourceError for those, InputError for a bad selection.
+    """
+    if isinstance(net.feature_info, list):  # a whole network
+        net = _feature_extractor(net, options)
+    stage_names = _stage_names(source.name, net.feature_info.info)
+    returned = sorted(i % len(stage_names) for i in net.feature_info.out_indices)
+    features, indices = kept_stages(stage_names, options, tuple(returned))
+    missing = [feature for feature in features if stage_names.index(feature) not in returned]
+    if missing:
+        held = [stage_names[i] for i in returned]
+        raise SourceError(f"this module returns the stages {held} and not {missing}: create it with these out_indices")
+    if options.hidden_states and returned != list(range(returned[-1] + 1)):
+        raise SourceError(
+            "hidden states need a module that returns every stage: create it with "
+            f"out_indices={tuple(range(returned[-1] + 1))}"
+        )
+    return _loaded(net, source, options, features, indices, native_layout=native_layout)
+
+
+def load_timm_folder(folder: Path, options: SourceOptions) -> LoadedBackbone:
+    """A model that timm saved for the hub: ``config.json`` names its architecture and preprocessing."""
+    if options.weights != "pretrained":
+        raise SourceError(f"{folder} has weights of its own: leave --weights out, or pass the architecture's name")
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name, preprocessing = str(content["architecture"]), dict(content.get("pretrained_cfg") or {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{folder / 'config.json'} is not a timm model's configuration: {error!r}") from error
+    files = [path for suffix in (".safetensors", ".bin", ".pth") for path in sorted(folder.glob(f"*{suffix}"))]
+    if not files:
+        raise SourceError(f"{folder} has no weights: a .safetensors, .bin or .pth file belongs beside its config.json")
+    loaded = load_timm(name, dataclasses.replace(options, weights=str(files[0])))
+    config = resolve_data_config({}, pretrained_cfg=preprocessing)  # type: ignore[no-untyped-call]
+    height, width = options.img_size or config["input_size"][1:]
+    return dataclasses.replace(
+        loaded,
+        source=msgspec.structs.replace(loaded.source, weights="pretrained"),
+        image_config=_image_config(config, loaded.channels_in),
+        height=int(height),
+        width=int(width),
+    )
+
+
+def _loaded(
+    net: Any,
+    source: Source,
+    options: SourceOptions,
+    features: tuple[str, ...],
+    indices: tuple[int, ...],
+    *,
+    native_layout: bool,
+) -> LoadedBackbone:
+    info = net.feature_info.info
+    stage_names = tuple(str(stage["module"]) for stage in info)
+    returned = sorted(i % len(info) for i in net.feature_info.out_indices)
+    kept = [stage_names.index(feature) for feature in features]
+    others = [i for i in returned if i not in kept and i < kept[-1]] if options.hidden_states else []
+    names = {i: stage_names[i] if i in kept else f"hidden_states.{i}" for i in sorted((*kept, *others))}
+    channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+    layout: Layout = "NHWC" if native_layout and channels_last else "NCHW"
     config = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
     height, width = options.img_size or config["input_size"][1:]
-    backbone = LoadedBackbone(
-        module=_NchwStages(net).eval(),
-        source=source,
-        image_config=_image_config(config, options.num_channels),
-        channels_in=options.num_channels,
+    channels_in = options.num_channels or int(config["input_size"][0])
+    spec = BackboneSpec(
         stage_names=stage_names,
         out_features=features,
         out_indices=indices,
+        channels=tuple(int(info[i]["num_chs"]) for i in kept),
+        strides=tuple((int(info[i]["reduction"]),) * 2 for i in kept),
         num_features=tuple(int(stage["num_chs"]) for stage in info),
-        reductions=tuple(int(info[i]["reduction"]) for i in indices),
+        layouts=(layout,) * len(kept),
+        hidden_states=tuple(names.values()) if options.hidden_states else (),
+        extras=tuple(ExtraOutput(name=names[i], layout=layout, channels=int(info[i]["num_chs"])) for i in others),
     )
-    return TimmBackbone(backbone, int(height), int(width))
+    return LoadedBackbone(
+        module=_Stages(net, [returned.index(i) for i in (*kept, *others)], channels_last and not native_layout).eval(),
+        source=source,
+        image_config=_image_config(config, channels_in),
+        channels_in=channels_in,
+        height=int(height),
+        width=int(width),
+        spec=spec,
+    )
 
 
 def pretrained_at_hand(name: str) -> bool:
@@ -97,25 +152,49 @@ def pretrained_at_hand(name: str) -> bool:
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         return False
-    return _hub_answers() or bool(config.hf_hub_id and _cached_weights(str(config.hf_hub_id)))
+    return hub_answers() or bool(config.hf_hub_id and _cached_weights(str(config.hf_hub_id)))
 
 
-class _NchwStages(nn.Module):
-    """timm's feature list as a tuple of NCHW maps; Swin-like families work in NHWC and say so in ``output_fmt``."""
+class _Stages(nn.Module):
+    """The chosen outputs of a feature extractor, which are in stage order whatever the order of its ``out_indices``."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, chosen: list[int], channels_last: bool) -> None:
         super().__init__()
         self.net = net
-        self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+        self.chosen = chosen
+        self.channels_last = channels_last
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         maps = self.net(pixel_values)
-        return tuple(m.permute(0, 3, 1, 2) for m in maps) if self.channels_last else tuple(maps)
+        maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
+        chosen = [maps[i] for i in self.chosen]
+        return tuple(m.permute(0, 3, 1, 2) for m in chosen) if self.channels_last else tuple(chosen)
 
 
-def _arguments(name: str, options: TimmOptions) -> dict[str, Any]:
+def _stage_names(name: str, info: list[dict[str, Any]]) -> tuple[str, ...]:
+    names = tuple(str(stage["module"]) for stage in info)
+    if len(set(names)) != len(names):
+        raise SourceError(f"{name} names several stages alike ({', '.join(names)}): its stages cannot be selected")
+    return names
+
+
+def _feature_extractor(net: Any, options: SourceOptions) -> Any:
+    """timm's own wrapper for a whole network; it drops the blocks behind the last kept stage."""
+    names = _stage_names(type(net).__name__, net.feature_info)
+    features, _ = kept_stages(names, options, (len(names) - 1,))
+    last = names.index(features[-1])
+    kept = range(last + 1) if options.hidden_states else [names.index(feature) for feature in features]
+    try:
+        return FeatureGetterNet(net, out_indices=tuple(kept))
+    except (AssertionError, AttributeError, NotImplementedError) as error:
+        raise SourceError(
+            f"timm cannot take features from this {type(net).__name__}: create it with features_only=True"
+        ) from error
+
+
+def _arguments(name: str, options: SourceOptions) -> dict[str, Any]:
     """Keyword arguments for timm. Networks of fixed size take img_size; convolutional ones do not know the word."""
-    arguments: dict[str, Any] = {"features_only": True, "in_chans": options.num_channels}
+    arguments: dict[str, Any] = {"features_only": True, "in_chans": options.num_channels or 3}
     if options.output_stride is not None:
         arguments["output_stride"] = options.output_stride
     if options.img_size is not None:
@@ -156,70 +235,36 @@ def _near_names(name: str) -> str:
 def _with_weights(name: str, weights: str, arguments: dict[str, Any]) -> tuple[Source, nn.Module]:
     numbers = {key: value for key, value in arguments.items() if isinstance(value, int) and not isinstance(value, bool)}
     options = {"num_channels" if key == "in_chans" else key: value for key, value in numbers.items()}
-    kind, _, seed_text = weights.partition(":")
-    if kind == "random":
-        if not (seed_text.isdecimal() and int(seed_text) < 2**63):
-            raise SourceError(f"random weights need a seed, as in random:0; got {weights!r}")
-        with _seeded(int(seed_text)):
+    seed = random_seed(weights)
+    if seed is not None:
+        with seeded(seed):
             net = _create(name, arguments)
-        _wake_residual_branches(net)
-        return Source(library="timm", name=name, weights="random", seed=int(seed_text), options=options), net
-    if kind == "pretrained":
+        wake_residual_branches(net)
+        return Source(library="timm", name=name, weights="random", seed=seed, options=options), net
+    if weights == "pretrained":
         return Source(library="timm", name=name, weights="pretrained", options=options), _pretrained(name, arguments)
     path = Path(weights)
-    if not path.is_file():
-        raise SourceError(f"weights {weights!r} are neither 'pretrained', 'random:SEED' nor a file that exists")
-    sha256 = record_file(path.parent, path.name).sha256
     net = _from_checkpoint(name, path, arguments)
+    sha256 = record_file(path.parent, path.name).sha256
     return Source(library="timm", name=name, weights="checkpoint", weights_sha256=sha256, options=options), net
-
-
-def _wake_residual_branches(net: nn.Module) -> None:
-    """Give the branches that training starts at zero a small weight, in place.
-
-    timm initialises the last norm of a residual branch to 0 and layer scales to 1e-6. Left so, the branch's convolutions
-    would be folded into zeros, and parity would be measured on a network that is not there. Large weights would measure
-    chaos instead: random branches pass on rounding errors that trained ones damp.
-    """
-    with torch.no_grad():
-        for path, module in net.named_modules():
-            for name, parameter in module.named_parameters(path, recurse=False):
-                scales_a_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and name.endswith("weight")
-                if (scales_a_norm or name.endswith("gamma")) and float(parameter.abs().max()) < _ASLEEP:
-                    parameter.fill_(_AWAKE)
 
 
 def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Weights from the hub, or from its local cache when the hub does not answer."""
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
-        raise SourceError(f"timm has no pretrained weights for {name}: {_OFFLINE_ADVICE}")
+        raise SourceError(f"timm has no pretrained weights for {name}: {OFFLINE_ADVICE}")
     overlay = None
-    if config.hf_hub_id and not _hub_answers():
+    if config.hf_hub_id and not hub_answers():
         overlay = _cached_weights(str(config.hf_hub_id))
         if overlay is None:
-            raise HubUnreachableError(
-                f"the model hub does not answer and {name} is not in its cache: {_OFFLINE_ADVICE}"
-            )
+            raise HubUnreachableError(f"the model hub does not answer and {name} is not in its cache: {OFFLINE_ADVICE}")
     try:
         return _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})  # type: ignore[no-any-return]
     except OSError as error:
         raise HubUnreachableError(
-            f"pretrained weights of {name} cannot be fetched ({error}): {_OFFLINE_ADVICE}"
+            f"pretrained weights of {name} cannot be fetched ({error}): {OFFLINE_ADVICE}"
         ) from error
-
-
-def _hub_answers() -> bool:
-    """One short request, because the hub library itself retries for a minute before it gives up."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        if get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S).status_code >= 400:
-            return False  # a proxy that answers in the hub's place
-    except Exception as error:  # the HTTP library behind the session changes between releases
-        logging.getLogger(__name__).debug("the model hub does not answer: %s", error)
-        return False
-    return True
 
 
 def _cached_weights(repository: str) -> dict[str, str] | None:
@@ -238,20 +283,12 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
     timm ignores keys that are missing from the file, so the network is made twice from one seed, the second time with
     every number of the file changed: a weight or a statistic that is the same in both got nothing from the file.
     """
-    try:
-        # Read here and not by timm: older releases run the code in a pickle unless told not to.
-        content = load_state_dict(str(path), weights_only=True)
-        changed = {key: 1.5 * value + 1.25 if value.is_floating_point() else value for key, value in content.items()}
-    except Exception as error:  # unpickling and safetensors errors have no common base
-        cause = _first_line(error).partition(". ")[0]
-        raise SourceError(
-            f"{path} cannot be read as a checkpoint ({cause}): save it as .safetensors, "
-            "or as a plain state dict with torch.save"
-        ) from error
+    content = read_checkpoint(path)
+    changed = {key: 1.5 * value + 1.25 if value.is_floating_point() else value for key, value in content.items()}
     try:
         net, other = (_from_state_dict(name, state, arguments) for state in (content, changed))
     except SourceError as error:
-        raise SourceError(f"{path} does not fit {name}: {_first_line(error.__cause__ or error)}") from error
+        raise SourceError(f"{path} does not fit {name}: {first_line(error.__cause__ or error)}") from error
     second = other.state_dict()
     learned = [key for key, _ in net.named_parameters()] + [key for key in second if "running_" in key]
     untouched = [key for key in learned if torch.equal(net.state_dict()[key], second[key])]
@@ -264,24 +301,11 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
 
 def _from_state_dict(name: str, state: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> nn.Module:
     overlay = {"state_dict": dict(state)}
-    with _seeded(0):
+    with seeded(0):
         net: nn.Module = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})
     for module in net.modules():  # timm keeps the overlay, and with it a second copy of all weights
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return net
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line that says something: torch puts a heading above the tensors that do not fit."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def _image_config(config: Mapping[str, Any], channels: int) -> ImageConfig:

@@ -1,0 +1,176 @@
+"""What every source shares: the options, the model hub, checkpoints, seeds, and random weights that are worth measuring."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.models._helpers import load_state_dict
+from torch import nn
+
+from edge_backbones.errors import HubUnreachableError, InputError, SourceError
+from edge_backbones.images import ImageConfig
+from edge_backbones.spec import align_stages
+
+_HUB_TIMEOUT_S = 5.0
+_ASLEEP, _AWAKE = 1e-3, 0.05  # scale of a residual branch: untrained, and woken
+OFFLINE_ADVICE = "pass a local file (--weights model.safetensors) or seeded random weights (--weights random:0)"
+IMAGENET = ImageConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+_SMALL_FILES = ["config.json", "preprocessor_config.json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How to make the network.
+
+    ``weights``: ``"pretrained"`` (of a live module: its own), ``"random:SEED"``, or the path of a checkpoint
+    (.safetensors, or .pth / .pt / .bin that ``torch.load(weights_only=True)`` accepts). ``num_channels``: None for the
+    network's own. ``img_size``: (height, width), None for the network's own. ``out_indices`` / ``out_features``: the
+    kept stages by transformers' rules; when neither is given, what the source has chosen, or the last stage.
+    ``hidden_states``: also return every hidden state. ``dataset_index``: the expert of a VitPose with several.
+    """
+
+    weights: str = "pretrained"
+    num_channels: int | None = None
+    img_size: tuple[int, int] | None = None
+    output_stride: int | None = None
+    out_indices: tuple[int, ...] | None = None
+    out_features: tuple[str, ...] | None = None
+    hidden_states: bool = False
+    dataset_index: int = 0
+
+
+def kept_stages(
+    stage_names: tuple[str, ...], options: SourceOptions, default: tuple[int, ...]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and indices (as given) of the stages to keep; ``default`` when the options name none."""
+    indices, features = options.out_indices, options.out_features
+    if indices is None and features is None:
+        indices = default
+    kept = align_stages(stage_names, None if features is None else list(features), indices)
+    if not kept[0]:
+        raise InputError(f"no stage is kept: choose at least one of {list(stage_names)}")
+    return kept
+
+
+def random_seed(weights: str) -> int | None:
+    """The seed in ``random:SEED``, None for weights that are not random. Raises SourceError for a bad seed."""
+    kind, _, seed = weights.partition(":")
+    if kind != "random":
+        return None
+    if not (seed.isdecimal() and int(seed) < 2**63):
+        raise SourceError(f"random weights need a seed, as in random:0; got {weights!r}")
+    return int(seed)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with torch's random numbers at ``seed``, and put them back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def wake_residual_branches(net: nn.Module) -> None:
+    """Give the branches that training starts at zero a small weight, in place.
+
+    timm initialises the last norm of a residual branch to 0, and layer scales start at 1e-6 everywhere. Left so, the
+    branch's convolutions would be folded into zeros, and parity would be measured on a network that is not there. Large
+    weights would measure chaos instead: random branches pass on rounding errors that trained ones damp.
+    """
+    with torch.no_grad():
+        for path, module in net.named_modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                largest = float(parameter.abs().max()) if parameter.numel() else 1.0
+                scales_a_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and name.endswith("weight")
+                scales_a_branch = name.endswith(("gamma", "skipinit_gain"))
+                is_tiny_constant = parameter.ndim <= 1 and 0 < largest == float(parameter.abs().min())
+                if (scales_a_norm or scales_a_branch or is_tiny_constant) and largest < _ASLEEP:
+                    parameter.fill_(_AWAKE)
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, without running code in it. Raises SourceError naming the file."""
+    if not path.is_file():
+        raise SourceError(f"weights {str(path)!r} are neither 'pretrained', 'random:SEED' nor a file that exists")
+    try:
+        # Read here and not by timm: older releases run the code in a pickle unless told not to.
+        content = load_state_dict(str(path), weights_only=True)
+        if not all(isinstance(value, torch.Tensor) for value in content.values()):
+            raise TypeError("it holds more than tensors")
+    except Exception as error:  # unpickling and safetensors errors have no common base
+        cause = first_line(error).partition(". ")[0]
+        raise SourceError(
+            f"{path} cannot be read as a checkpoint ({cause}): save it as .safetensors, "
+            "or as a plain state dict with torch.save"
+        ) from error
+    return dict(content)
+
+
+def tensors_sha256(net: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all weights and buffers of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hub_answers() -> bool:
+    """One short request, because the hub library itself retries for a minute before it gives up."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        from huggingface_hub import get_session
+
+        if get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S).status_code >= 400:
+            return False  # a proxy that answers in the hub's place
+    except Exception as error:  # the HTTP library behind the session changes between releases
+        logging.getLogger(__name__).debug("the model hub does not answer: %s", error)
+        return False
+    return True
+
+
+def hub_folder(repository: str) -> Path:
+    """Configuration and weights of a hub repository as a local folder: from the hub, or from its cache.
+
+    Raises HubUnreachableError when the hub does not answer and the cache does not hold them, SourceError when the hub
+    knows no such repository.
+    """
+    from huggingface_hub import snapshot_download
+
+    offline = not hub_answers()
+    try:
+        for weights in ("*.safetensors*", "*.bin*"):
+            patterns = [*_SMALL_FILES, weights]
+            folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=offline))
+            if (folder / "config.json").is_file() and any(folder.glob(weights)):
+                return folder
+    except Exception as error:  # HTTP, validation and cache errors have no common base
+        if not offline and "Repository" in type(error).__name__:
+            raise SourceError(f"the model hub has no {repository!r}, or it is private: {first_line(error)}") from error
+        if not offline and "Validation" in type(error).__name__:
+            raise SourceError(f"{repository!r} is not a hub id: {first_line(error)}") from error
+        raise HubUnreachableError(
+            f"the model hub does not answer and {repository} is not in its cache: "
+            "connect once, or pass the folder of a local copy"
+        ) from error
+    if offline:
+        raise HubUnreachableError(
+            f"the model hub does not answer and its cache lacks the weights of {repository}: "
+            "connect once, or pass the folder of a local copy"
+        )
+    raise SourceError(f"{repository} on the model hub has no config.json with weights (.safetensors or .bin)")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that says something: torch puts a heading above the tensors that do not fit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]

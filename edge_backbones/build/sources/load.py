@@ -1,0 +1,211 @@
+"""One entry for every kind of source: what it is decides which loader takes it.
+
+Whatever the source, it is not changed: live modules are copied, and put into eval mode, float32 and host memory there.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import nn
+
+from edge_backbones.build.artifacts import LoadedBackbone
+from edge_backbones.build.sources.common import (
+    IMAGENET,
+    SourceOptions,
+    first_line,
+    hub_folder,
+    kept_stages,
+    tensors_sha256,
+)
+from edge_backbones.build.sources.timm import load_timm, load_timm_folder, load_timm_module
+from edge_backbones.errors import MissingDependencyError, SourceError
+from edge_backbones.images import ImageConfig
+from edge_backbones.integrations.clients import find_backbone, is_backbone, is_timm_module
+from edge_backbones.manifest import Source
+from edge_backbones.spec import BackboneSpec, Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleSource:
+    """A plain ``nn.Module`` and what cannot be read off it.
+
+    ``module`` takes float32 NCHW of ``num_channels`` channels and returns a tuple or list of tensors (or a dict, whose
+    values count), one per name in ``stage_names``, in that order. ``size``: (height, width) that it is made for.
+    ``layouts``: the axes of each output, NCHW by default. ``image``: the preprocessing that it was trained with.
+    """
+
+    module: nn.Module
+    stage_names: Sequence[str]
+    size: tuple[int, int] = (224, 224)
+    num_channels: int = 3
+    layouts: Sequence[Layout] | None = None
+    image: ImageConfig = IMAGENET
+
+
+def load_source(source: Any, options: SourceOptions, *, from_model: bool = False) -> LoadedBackbone:
+    """Load a backbone, in eval mode.
+
+    ``source``: a timm name; a hub id; a ``save_pretrained`` folder of transformers or a timm model's; a configuration of
+    transformers; a live backbone of either library, or a whole timm network; a :class:`ModuleSource`. With
+    ``from_model`` a client model (a folder, a hub id, or live), of which the backbone is taken. Raises SourceError,
+    HubUnreachableError, InputError, MissingDependencyError.
+    """
+    if isinstance(source, ModuleSource):
+        return _load_plain(source, options)
+    if isinstance(source, nn.Module):
+        return _load_live(find_backbone(source).module if from_model else source, options)
+    if not isinstance(source, (str, os.PathLike)):
+        if hasattr(source, "model_type"):
+            return cast(LoadedBackbone, _transformers().load_config(source, options))
+        raise SourceError(
+            f"a {type(source).__name__} is no source: pass a name, a folder, a configuration, or a module"
+        )
+    name = str(source)
+    if timm.is_model(name.partition(".")[0]) and not from_model and not (Path(name) / "config.json").is_file():
+        return load_timm(name, options)
+    folder = _folder(name)
+    if folder is None:
+        return load_timm(name.removeprefix("timm/"), options)  # refuses unknown names with near ones
+    if from_model:
+        client = _transformers().load_client_folder(folder)
+        found = find_backbone(client).module
+        label = f"{Path(name).name}:{find_backbone(client).path}"
+        return _load_live(found, options, Source(library="transformers", name=label, weights="pretrained"))
+    if _is_timm_folder(folder):
+        return load_timm_folder(folder, options)
+    return cast(LoadedBackbone, _transformers().load_folder(folder, options, name=Path(name).name))
+
+
+def _folder(name: str) -> Path | None:
+    """The local folder of a source given as text, from the hub if need be; None for what can only be a timm name."""
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir():
+        raise SourceError(f"{path} has no config.json: pass a folder that save_pretrained wrote")
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise SourceError(f"{path} does not exist")
+    repository = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if repository.startswith("timm/") and timm.is_model(repository.removeprefix("timm/").partition(".")[0]):
+        return None
+    return hub_folder(repository) if "/" in repository else None
+
+
+def _is_timm_folder(folder: Path) -> bool:
+    return '"architecture"' in (folder / "config.json").read_text(encoding="utf-8")
+
+
+def _load_live(module: nn.Module, options: SourceOptions, source: Source | None = None) -> LoadedBackbone:
+    if options.weights != "pretrained":
+        raise SourceError(f"a live {type(module).__name__} has weights of its own: leave --weights out")
+    if not (is_backbone(module) or is_timm_module(module)):
+        raise SourceError(
+            f"a {type(module).__name__} does not say its stages: wrap it as ModuleSource(module=..., stage_names=[...])"
+        )
+    net = _copied(module)
+    if source is None:
+        name = getattr(getattr(net, "config", None), "model_type", None) or type(net).__name__
+        library = "timm" if is_timm_module(module) else "transformers"
+        source = Source(library=library, name=name, weights="module")  # type: ignore[arg-type]
+    if source.weights == "module":
+        source = Source(library=source.library, name=source.name, weights="module", weights_sha256=tensors_sha256(net))
+    if is_timm_module(net):
+        return load_timm_module(net, source, options)
+    return cast(LoadedBackbone, _transformers().load_module(net, source, options, image_config=None))
+
+
+def _copied(module: nn.Module) -> Any:
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise SourceError(f"this {type(module).__name__} is on the meta device and has no weights: load them first")
+    try:
+        return copy.deepcopy(module).cpu().float().eval()
+    except (RuntimeError, TypeError) as error:
+        raise SourceError(f"this {type(module).__name__} cannot be copied: {first_line(error)}") from error
+
+
+def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
+    if options.weights != "pretrained" or options.output_stride is not None or options.hidden_states:
+        raise SourceError("weights, output_stride and hidden_states are not for a plain module: set them in the module")
+    stage_names = tuple(source.stage_names)
+    if not stage_names or len(set(stage_names)) != len(stage_names):
+        raise SourceError(f"stage_names must name every output once, got {list(stage_names)}")
+    features, indices = kept_stages(stage_names, options, tuple(range(len(stage_names))))
+    net = _copied(source.module)
+    height, width = options.img_size or source.size
+    try:
+        with torch.no_grad():
+            outputs = _tensors(net(torch.zeros(1, source.num_channels, height, width)))
+    except Exception as error:  # a user's module fails with whatever it trips over
+        raise SourceError(
+            f"this {type(net).__name__} does not run on images of {height}x{width} (height x width): "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    nchw: Layout = "NCHW"
+    layouts = tuple(source.layouts or [nchw] * len(stage_names))
+    if len(outputs) != len(stage_names) or [len(axes) for axes in layouts] != [output.ndim for output in outputs]:
+        shapes = [tuple(output.shape) for output in outputs]
+        raise SourceError(f"this {type(net).__name__} returns {shapes}, not {', '.join(layouts)} for {stage_names}")
+    channels = tuple(int(o.shape[axes.index("C")]) for o, axes in zip(outputs, layouts, strict=True))
+    kept = [stage_names.index(feature) for feature in features]
+    return LoadedBackbone(
+        module=_Chosen(net, kept).eval(),
+        source=Source(library="torch", name=type(net).__name__, weights="module", weights_sha256=tensors_sha256(net)),
+        image_config=source.image,
+        channels_in=source.num_channels,
+        height=height,
+        width=width,
+        spec=BackboneSpec(
+            stage_names=stage_names,
+            out_features=features,
+            out_indices=indices,
+            channels=tuple(channels[i] for i in kept),
+            strides=tuple(_strides(outputs[i], layouts[i], height, width) for i in kept),
+            num_features=channels,
+            layouts=tuple(layouts[i] for i in kept),
+        ),
+    )
+
+
+class _Chosen(nn.Module):
+    """Some outputs of a module."""
+
+    def __init__(self, net: nn.Module, chosen: list[int]) -> None:
+        super().__init__()
+        self.net = net
+        self.chosen = chosen
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = _tensors(self.net(pixel_values))
+        return tuple(outputs[i] for i in self.chosen)
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return list(outputs.values()) if isinstance(outputs, dict) else list(outputs)
+
+
+def _strides(output: torch.Tensor, layout: Layout, height: int, width: int) -> tuple[int, int]:
+    if "H" not in layout:
+        return 1, 1
+    cells = (int(output.shape[layout.index(axis)]) for axis in "HW")
+    vertical, horizontal = (max(1, round(n / m)) for n, m in zip((height, width), cells, strict=True))
+    return vertical, horizontal
+
+
+def _transformers() -> Any:
+    """Our module for that library, which takes seconds to import and is not needed for timm's networks."""
+    try:
+        from edge_backbones.build.sources import transformers
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"a backbone of transformers ({error.name} is not installed)", "build") from error
+    return transformers
