@@ -239,7 +239,8 @@ def decode(data: bytes) -> Manifest:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of manifest.json, for readers in other languages."""
-    return msgspec.json.schema(Manifest)
+    schema: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Manifest)))  # tuples as lists
+    return schema
 
 
 class _Version(msgspec.Struct):

@@ -194,6 +194,11 @@ def _measured(
     ]
     cls_tokens, hidden_states = tuple(extra.name for extra in extras), []
     for i, state in enumerate(output.hidden_states or () if module.hidden_states else ()):
+        if not isinstance(state, torch.Tensor):
+            raise SourceError(
+                f"{type(net).__name__} returns a {type(state).__name__} for each hidden state, not a tensor: "
+                "build it without hidden states"
+            )
         same = next((k for k, feature_map in enumerate(maps) if feature_map is state), None)
         if same is not None:
             module.maps_among_hidden[i] = same
@@ -213,7 +218,9 @@ def _measured(
         out_features=features,
         out_indices=indices,
         channels=tuple(channels_of),
-        strides=tuple(_strides(sample, m) if axes == "NCHW" else patch for m, axes in zip(maps, layouts, strict=True)),
+        strides=tuple(
+            _strides(sample, m, patch) if axes == "NCHW" else patch for m, axes in zip(maps, layouts, strict=True)
+        ),
         num_features=tuple(num_features),
         layouts=tuple(layouts),
         cls_tokens=cls_tokens,
@@ -223,18 +230,19 @@ def _measured(
     )
 
 
-def _strides(sample: torch.Tensor, feature_map: torch.Tensor) -> tuple[int, int]:
+def _strides(sample: torch.Tensor, feature_map: torch.Tensor, patch: tuple[int, int]) -> tuple[int, int]:
     vertical, horizontal = (
-        _stride(int(pixels), int(cells)) for pixels, cells in zip(sample.shape[2:], feature_map.shape[2:], strict=True)
+        _stride(int(pixels), int(cells), size)
+        for pixels, cells, size in zip(sample.shape[2:], feature_map.shape[2:], patch, strict=True)
     )
     return vertical, horizontal
 
 
-def _stride(pixels: int, cells: int) -> int:
-    """The stride that explains a map, with or without padding: a power of two where several do."""
+def _stride(pixels: int, cells: int, patch: int) -> int:
+    """The stride that explains a map, with or without padding: the patch size, or a power of two, where several do."""
     fitting = [s for s in range(1, pixels + 1) if cells in (pixels // s, -(-pixels // s))]
-    powers = [s for s in fitting if s & (s - 1) == 0]
-    return (powers or fitting or [max(1, round(pixels / cells))])[0]
+    likely = [s for s in fitting if s == patch > 1] or [s for s in fitting if s & (s - 1) == 0]
+    return (likely or fitting or [max(1, round(pixels / cells))])[0]
 
 
 # ---- configurations -------------------------------------------------------------------------------------------------
