@@ -26,15 +26,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import io
 import os
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from edge_backbones import manifest as manifest_module
 from edge_backbones.errors import BundleError, IntegrityError, ManifestError
@@ -124,6 +127,27 @@ def record_file(folder: Path, path: str) -> FileRecord:
         while block := file.read(1 << 20):
             digest.update(block)
     return FileRecord(path=path, sha256=digest.hexdigest(), size=(folder / path).stat().st_size)
+
+
+def load_golden(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Golden samples of a bundle as ``<case>/<input or stage>``; raises IntegrityError when they are not what it says."""
+    record = bundle.manifest.golden
+    path = bundle.path / record.file.path
+    try:
+        with np.load(io.BytesIO(bundle.read(record.file)), allow_pickle=False) as archive:
+            golden = {key: archive[key] for key in archive.files}
+    except (ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"{path} is not an .npz of plain arrays: build the bundle again") from error
+    names = (bundle.manifest.input.name, *bundle.manifest.backbone.outputs)
+    missing = [f"{case}/{name}" for case in record.cases for name in names if f"{case}/{name}" not in golden]
+    if missing:
+        raise IntegrityError(f"{path} lacks {', '.join(missing)}: build the bundle again")
+    for case in record.cases:
+        arrays = [golden[f"{case}/{name}"] for name in names]
+        images = {len(array) if array.ndim else 0 for array in arrays}
+        if len(images) != 1 or 0 in images or arrays[0].ndim != 4 or any(array.ndim < 2 for array in arrays):
+            raise IntegrityError(f"{path} does not hold one map per image in case {case!r}: build the bundle again")
+    return golden
 
 
 def record_bytes(path: str, data: bytes) -> FileRecord:

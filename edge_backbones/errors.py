@@ -15,6 +15,7 @@
     │   ├── ManifestError        manifest.json is not what bundle.py specifies
     │   └── IntegrityError       a file is missing, truncated, changed or outside the folder
     ├── EngineMismatchError      no engine of the bundle can run here; the message lists the reason of each
+    ├── ClientMismatchError      a bundle cannot take the place of a model's backbone; the model is as it was
     ├── InferenceError           a loaded engine failed while it ran (out of memory, ...)
     └── InputError               an input array or a stage selection that the engine cannot take (also ValueError)
 
@@ -88,6 +89,10 @@ class IntegrityError(BundleError):
 
 class EngineMismatchError(EdgeBackbonesError):
     """No engine of a bundle can run on this machine."""
+
+
+class ClientMismatchError(EdgeBackbonesError):
+    """A bundle cannot take the place of a model's backbone, which was left as it was."""
 
 
 class InferenceError(EdgeBackbonesError):

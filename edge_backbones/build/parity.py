@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 
-from edge_backbones.bundle import Bundle
-from edge_backbones.errors import IntegrityError
 from edge_backbones.manifest import Gate, ParityReport, StageParity
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
@@ -20,27 +16,6 @@ DEFAULT_GATES = {
     Precision.INT8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
 }
 _MAX_SQNR_DB = 300.0  # equal maps: JSON has no infinity
-
-
-def load_golden(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Golden samples of a bundle as ``<case>/<input or stage>``; raises IntegrityError when they are not what it says."""
-    record = bundle.manifest.golden
-    path = bundle.path / record.file.path
-    try:
-        with np.load(io.BytesIO(bundle.read(record.file)), allow_pickle=False) as archive:
-            golden = {key: archive[key] for key in archive.files}
-    except (ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise IntegrityError(f"{path} is not an .npz of plain arrays: build the bundle again") from error
-    names = (bundle.manifest.input.name, *bundle.manifest.backbone.outputs)
-    missing = [f"{case}/{name}" for case in record.cases for name in names if f"{case}/{name}" not in golden]
-    if missing:
-        raise IntegrityError(f"{path} lacks {', '.join(missing)}: build the bundle again")
-    for case in record.cases:
-        arrays = [golden[f"{case}/{name}"] for name in names]
-        images = {len(array) if array.ndim else 0 for array in arrays}
-        if len(images) != 1 or 0 in images or arrays[0].ndim != 4 or any(array.ndim < 2 for array in arrays):
-            raise IntegrityError(f"{path} does not hold one map per image in case {case!r}: build the bundle again")
-    return golden
 
 
 def measure_parity(

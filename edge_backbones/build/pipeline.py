@@ -22,8 +22,8 @@ import numpy as np
 import edge_backbones
 from edge_backbones.build.artifacts import LoadedBackbone, Progress, TypedGraph, no_progress
 from edge_backbones.build.compile import compile_engine, default_cache
-from edge_backbones.build.parity import DEFAULT_GATES, load_golden, measure_parity
-from edge_backbones.bundle import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.build.parity import DEFAULT_GATES, measure_parity
+from edge_backbones.bundle import Bundle, load_golden, new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.errors import (
     BundleError,
     CalibrationError,

@@ -205,6 +205,11 @@ class EdgeBackbone:
         return dict(zip(self._spec.stage_names, self._spec.num_features, strict=True))
 
     @property
+    def has_cls_tokens(self) -> bool:
+        """Does a call return the class token of each stage?"""
+        return bool(self._cls_tokens)
+
+    @property
     def config(self) -> BackboneConfig:
         """The source's configuration (``hidden_size``, ``patch_size``, ...) with the stages that are chosen now."""
         return BackboneConfig(**self.to_dict())

@@ -1,0 +1,150 @@
+"""An engine as an ``nn.Module`` without parameters, and the question whether it may stand where another module stood."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.dlpack import from_dlpack
+
+from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.errors import ClientMismatchError, InputError
+from edge_backbones.runtime.backbone import EdgeBackbone
+
+_SAME_WEIGHTS = 0.1  # relative difference: half precision and TF32 stay far below, other weights far above
+
+
+class EngineModule(nn.Module):
+    """Tensors in, tensors out; what the feature maps are wrapped in is up to the subclass.
+
+    It has no parameters, no buffers and no state: ``state_dict()`` is empty, and what the caller trains beside it trains
+    as before. Maps have the floating dtype and the device of the input. For an engine on the CPU tensors of another
+    device are copied there and back; an engine on the GPU takes and gives CUDA tensors as they are. An engine has no
+    gradient: an input that requires one raises InputError. Copies (``copy.deepcopy``) share the engine.
+    """
+
+    def __init__(self, backbone: EdgeBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def infer(self, pixel_values: torch.Tensor, **arguments: Any) -> dict[str, tuple[torch.Tensor, ...]]:
+        """:meth:`EdgeBackbone.__call__` on tensors: the fields of its output, as tensors."""
+        if pixel_values.requires_grad and torch.is_grad_enabled():
+            raise InputError("an engine has no gradient: pass pixel_values.detach(), or run under torch.no_grad()")
+        values, dtype = pixel_values.detach(), torch.float32
+        if values.is_floating_point():
+            values, dtype = values.float(), values.dtype  # numpy has no bfloat16
+        if self.backbone.device == "cpu":
+            values = values.cpu()
+        output = self.backbone(values, **arguments)
+        return {
+            name: tuple(from_dlpack(array).to(device=pixel_values.device, dtype=dtype) for array in arrays)
+            for name, arrays in output.items()
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
+        twin = type(self).__new__(type(self))
+        nn.Module.__init__(twin)
+        memo[id(self)] = twin
+        own = {key: value for key, value in vars(self).items() if key not in vars(twin)}
+        twin.training = self.training
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in own.items() if key != "backbone"})
+        for name, module in self.named_children():
+            setattr(twin, name, copy.deepcopy(module, memo))
+        twin.backbone = copy.copy(self.backbone)
+        return twin
+
+    def extra_repr(self) -> str:
+        return repr(self.backbone)
+
+
+def open_for_client(
+    path: str | os.PathLike[str],
+    original: nn.Module,
+    run: Callable[[torch.Tensor, Any], Sequence[torch.Tensor]],
+    stages: Sequence[str] | None,
+    *,
+    engine: str | None,
+    threads: int | None,
+    same_weights: bool,
+) -> EdgeBackbone:
+    """Open a bundle narrowed to what a client reads, after ``original`` and the bundle gave the same maps.
+
+    ``run(pixel_values, source)`` gives the maps that the client reads now. ``stages``: their names, None when they have
+    none and the bundle's maps count as they are. ``same_weights``: values must agree too, not just sizes. ``original`` is
+    left in the mode that it was in. Raises ClientMismatchError with the reason.
+    """
+    bundle = Bundle.open(path)
+    spec, input = bundle.manifest.backbone, bundle.manifest.input
+    wanted = list(spec.out_features) if stages is None else list(stages)
+    if input.name != "pixel_values":
+        raise ClientMismatchError(
+            f"{bundle.path} takes camera frames ({input.describe()}) and a client passes pixel_values: "
+            "build it with input='pixel_values'"
+        )
+    missing = [stage for stage in wanted if stage not in spec.out_features]
+    if missing:
+        raise ClientMismatchError(
+            f"the client reads the stages {wanted} and {bundle.path} holds {list(spec.out_features)}: "
+            f"build it again with out_features={wanted}"
+        )
+    golden = load_golden(bundle)
+    images = torch.from_numpy(golden[f"opt/{input.name}"][:1])
+    try:
+        with _in_eval_mode(original), torch.no_grad():
+            maps = [m.float().cpu().numpy() for m in run(_as_of(original, images), bundle.manifest.source)]
+    except Exception as error:  # a client's backbone refuses a size with whatever it trips over
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ClientMismatchError(
+            f"the client's own backbone does not take the images of {bundle.path} ({input.describe()}): {cause}"
+        ) from error
+    _check_maps(bundle.path, maps, [golden[f"opt/{stage}"][:1] for stage in wanted], wanted, same_weights)
+    backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads)
+    backbone.out_features = wanted
+    return backbone
+
+
+def _check_maps(
+    path: Path, maps: list[np.ndarray], expected: list[np.ndarray], stages: list[str], same_weights: bool
+) -> None:
+    shapes = [m.shape[1:] for m in maps]
+    if len(maps) != len(expected) or shapes != [e.shape[1:] for e in expected]:
+        raise ClientMismatchError(
+            f"channels or strides differ: for the same image the client's backbone gives maps of {_sizes(shapes)}, "
+            f"{path} of {_sizes([e.shape[1:] for e in expected])}: build the bundle from the client's own backbone"
+        )
+    for stage, actual, reference in zip(stages, maps, expected, strict=True) if same_weights else ():
+        difference = float(np.linalg.norm(actual - reference) / max(float(np.linalg.norm(reference)), 1e-30))
+        if not difference <= _SAME_WEIGHTS:
+            raise ClientMismatchError(
+                f"the weights differ: {stage} of {path} is {difference:.2g} (relative) away from the client's own "
+                "backbone: build the bundle from this client, or pass same_weights=False to exchange it on purpose"
+            )
+
+
+def _sizes(shapes: Sequence[Sequence[int]]) -> str:
+    return ", ".join("x".join(str(n) for n in shape) for shape in shapes) or "none"
+
+
+def _as_of(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The images in the dtype and on the device of a module's weights."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), images)
+    return images.to(device=weight.device, dtype=weight.dtype)
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training

@@ -1,0 +1,52 @@
+"""A bundle as the encoder of a segmentation_models_pytorch model (Unet, FPN, DeepLabV3, ...).
+
+::
+
+    model = segmentation_models_pytorch.Unet("tu-resnet18", encoder_weights=None, classes=2)
+    model.encoder = EdgeEncoder(EdgeBackbone.from_pretrained("resnet18.bundle"))
+
+The decoder was made for the channels of the first encoder: the bundle must have the same ``out_channels``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from edge_backbones.errors import ClientMismatchError
+from edge_backbones.integrations.modules import EngineModule
+from edge_backbones.runtime.backbone import EdgeBackbone
+
+
+class EdgeEncoder(EngineModule):
+    """The encoder interface: a list that begins with the image and halves its size at every step.
+
+    A level that the network does not have (2 in transformers, whose first stage has stride 4) is a map of 0 channels, as
+    in the library's own timm encoders. Raises ClientMismatchError for maps that are not NCHW or whose strides are not
+    powers of two, each once.
+    """
+
+    def __init__(self, backbone: EdgeBackbone) -> None:
+        super().__init__(backbone)
+        strides = backbone.strides
+        levels = [n.bit_length() - 1 for n, _ in strides]
+        if (
+            any(v != h or v != 2**level for (v, h), level in zip(strides, levels, strict=True))
+            or sorted(set(levels)) != levels
+            or any(layout != "NCHW" for layout in backbone.layouts)
+        ):
+            raise ClientMismatchError(
+                f"an encoder needs one NCHW map per power of two, this bundle has strides {strides} and layouts "
+                f"{backbone.layouts}: choose its stages with out_indices"
+            )
+        self.levels = levels
+        self.output_stride = strides[-1][0]
+        channels = dict(zip(levels, backbone.channels, strict=True))
+        self.out_channels = [backbone.input.channels, *(channels.get(i, 0) for i in range(1, levels[-1] + 1))]
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        maps = dict(zip(self.levels, self.infer(x)["feature_maps"], strict=True))
+        height, width = x.shape[2:]
+        for level in range(1, self.levels[-1] + 1):
+            if level not in maps:
+                maps[level] = x.new_empty(len(x), 0, height >> level, width >> level)
+        return [x, *(maps[level] for level in range(1, self.levels[-1] + 1))]
