@@ -1,7 +1,8 @@
 """edge_backbones: vision backbones as verified bundles of compiled engines, behind the transformers backbone API.
 
-On the device: :class:`EdgeBackbone`, :class:`BackboneOutput`, :class:`Bundle`. To build: :func:`build_bundle` and
-:func:`compile_bundle`. Every name is loaded when it is first used, so that ``import edge_backbones`` costs nothing.
+On the device: :class:`EdgeBackbone`, :class:`BackboneOutput`, :class:`Bundle`. To build: :func:`build_bundle`,
+:func:`compile_bundle` and :class:`AutoEdgeBackbone`. In models of other libraries: :mod:`edge_backbones.integrations`.
+Every name is loaded when it is first used, so that ``import edge_backbones`` costs nothing.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from edge_backbones.auto import AutoEdgeBackbone as AutoEdgeBackbone
     from edge_backbones.build.pipeline import BuildOptions as BuildOptions
     from edge_backbones.build.pipeline import build_bundle as build_bundle
     from edge_backbones.build.pipeline import compile_bundle as compile_bundle
     from edge_backbones.build.pipeline import verify_bundle as verify_bundle
+    from edge_backbones.build.sources.load import ModuleSource as ModuleSource
     from edge_backbones.bundle import Bundle as Bundle
     from edge_backbones.errors import EdgeBackbonesError as EdgeBackbonesError
     from edge_backbones.runtime.backbone import BackboneOutput as BackboneOutput
     from edge_backbones.runtime.backbone import EdgeBackbone as EdgeBackbone
 
 _HOMES = {
+    "AutoEdgeBackbone": "edge_backbones.auto",
     "BackboneOutput": "edge_backbones.runtime.backbone",
     "EdgeBackbone": "edge_backbones.runtime.backbone",
     "Bundle": "edge_backbones.bundle",
     "EdgeBackbonesError": "edge_backbones.errors",
+    "ModuleSource": "edge_backbones.build.sources.load",
     "BuildOptions": "edge_backbones.build.pipeline",
     "build_bundle": "edge_backbones.build.pipeline",
     "compile_bundle": "edge_backbones.build.pipeline",

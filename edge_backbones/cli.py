@@ -39,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Vision backbones as verified bundles of compiled engines, behind the transformers backbone API.\n\n"
-    "`build` makes a bundle from a timm name, `run` gives the feature maps of a photograph.",
+    "`build` makes a bundle from a model of timm or transformers, `run` gives the feature maps of a photograph.",
 )
 # click's UsageError, which newer releases of typer carry inside and older ones import
 _UsageError: Any = typer.BadParameter.__base__
@@ -68,7 +68,12 @@ class Method(str, enum.Enum):
 @app.command()
 def build(
     model: Annotated[
-        str, typer.Argument(help="A timm name, tags too: resnet50, resnet50.a1_in1k.", show_default=False)
+        str,
+        typer.Argument(
+            help="A timm name (resnet50, resnet50.a1_in1k), a hub id (microsoft/resnet-50), a folder that "
+            "save_pretrained wrote, or a config.json of transformers.",
+            show_default=False,
+        ),
     ],
     bundle: Annotated[Path, typer.Argument(help="The bundle folder to write.", show_default=False)],
     images: Annotated[
@@ -96,7 +101,17 @@ def build(
         str | None,
         typer.Option(help="HxW, or HxW:HxW:HxW as min:opt:max. The network's own by default.", show_default=False),
     ] = None,
-    num_channels: Annotated[int, typer.Option(min=1, help="Channels of the input image.")] = 3,
+    from_model: Annotated[
+        bool, typer.Option("--from-model", help="MODEL is a whole model, such as DETR: take the backbone inside it.")
+    ] = False,
+    hidden_states: Annotated[
+        bool, typer.Option("--hidden-states", help="Also return every hidden state, for output_hidden_states=True.")
+    ] = False,
+    dataset_index: Annotated[int, typer.Option(min=0, help="The expert of a VitPose that has several.")] = 0,
+    num_channels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Channels of the input image. The network's own by default.", show_default=False),
+    ] = None,
     output_stride: Annotated[
         int | None, typer.Option(help="8 or 16: dilate the last stages (where timm can).", show_default=False)
     ] = None,
@@ -118,6 +133,9 @@ def build(
     height, width = (None, None) if size is None else _sizes(size)
     options = BuildOptions(
         weights=weights,
+        from_model=from_model,
+        hidden_states=hidden_states,
+        dataset_index=dataset_index,
         num_channels=num_channels,
         output_stride=output_stride,
         out_indices=None if out_indices is None else _integers(out_indices, "--out-indices"),
@@ -212,9 +230,9 @@ def run(
             by_stage = {stage: m[0] for stage, m in zip(backbone.out_features, maps, strict=True)}
             features.parent.mkdir(parents=True, exist_ok=True)
             np.savez(features, **by_stage)  # type: ignore[arg-type]
-            if picture:
-                title = f"{Path(bundle).name}: {file.name}"
-                draw_feature_maps(drawing, photograph, by_stage, title=title)
+            drawable = _drawable(by_stage, backbone) if picture else {}
+            if drawable:
+                draw_feature_maps(drawing, photograph, drawable, title=f"{Path(bundle).name}: {file.name}")
             shapes = {stage: list(m.shape) for stage, m in by_stage.items()}
             written.append({"image": str(file), "features": str(features), "shapes": shapes})
         progress("running", len(files), len(files))
@@ -243,12 +261,17 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     )
     _out.print(f"{bundle}: {source.name} of {source.library}, {weights}")
     _out.print(f"input {manifest.input.name}: {manifest.input.describe()}, engine batch {manifest.input.batch}")
-    stages = Table("index", "stage", "channels", "stride", title="feature maps", title_justify="left")
-    for i, name, channels, stride in zip(spec.out_indices, spec.out_features, spec.channels, spec.strides, strict=True):
-        stages.add_row(
-            str(i), name, str(channels), str(stride[0]) if stride[0] == stride[1] else f"{stride[0]}x{stride[1]}"
-        )
+    stages = Table("index", "stage", "channels", "stride", "layout", title="feature maps", title_justify="left")
+    for row in zip(spec.out_indices, spec.out_features, spec.channels, spec.strides, spec.layouts, strict=True):
+        index, name, channels, (vertical, horizontal), layout = row
+        stride = str(vertical) if vertical == horizontal else f"{vertical}x{horizontal}"
+        stages.add_row(str(index), name, str(channels), stride, layout)
     _out.print(stages)
+    if spec.extras:
+        extras = Table("output", "channels", "layout", title="other outputs", title_justify="left")
+        for extra in spec.extras:
+            extras.add_row(extra.name, str(extra.channels), extra.layout)
+        _out.print(extras)
     engines = Table("engine", "MB", "runs here", title="engines", title_justify="left")
     for engine in manifest.engines:
         why = reasons[engine.name]
@@ -291,6 +314,23 @@ def _feature_files(files: list[Path], root: Path, out: Path) -> list[tuple[Path,
     if lost:
         raise InputError(f"{lost[0]} is one of the images and would be overwritten: choose another folder with --out")
     return targets
+
+
+def _drawable(by_stage: dict[str, np.ndarray], backbone: Any) -> dict[str, np.ndarray]:
+    """Maps as (channels, height, width). Tokens go back to their grid, without the prefix tokens in front of it."""
+    drawable = {}
+    for (stage, m), layout, (vertical, horizontal) in zip(
+        by_stage.items(), backbone.layouts, backbone.strides, strict=True
+    ):
+        if layout == "NHWC":
+            drawable[stage] = m.transpose(2, 0, 1)
+        elif layout == "NCHW":
+            drawable[stage] = m
+        else:
+            rows, columns = backbone.input.height.opt // vertical, backbone.input.width.opt // horizontal
+            if 1 < rows * columns <= len(m):
+                drawable[stage] = m[-rows * columns :].reshape(rows, columns, -1).transpose(2, 0, 1)
+    return drawable
 
 
 def _show_version(asked: bool) -> None:

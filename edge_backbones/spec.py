@@ -187,7 +187,7 @@ class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 def align_stages(
-    stage_names: Sequence[str],
+    stage_names: Sequence[str] | None,
     out_features: Sequence[str] | None = None,
     out_indices: Sequence[int] | None = None,
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -197,6 +197,8 @@ def align_stages(
     transformers trips over its own input (an out-of-range negative index, an int, a str) the ValueError that it should
     raise. Raises InputError, a ValueError.
     """
+    if stage_names is None:
+        raise InputError("Stage_names must be set for transformers backbones")
     names = list(stage_names)
     if out_features is not None:
         if not isinstance(out_features, list):

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from edge_backbones.build.calibration import ImageSet, ImageSource
+    from edge_backbones.build.sources.common import SourceOptions
     from edge_backbones.build.sources.load import ModuleSource
 
 _CALIBRATION_BATCH = 8
@@ -109,6 +110,21 @@ class BuildOptions:
         if (self.height is None) != (self.width is None):
             raise InputError(f"height and width go together, got {self.height} and {self.width}")
 
+    def source_options(self) -> SourceOptions:
+        """The part that says how to make the network."""
+        from edge_backbones.build.sources.common import SourceOptions
+
+        return SourceOptions(
+            weights=self.weights,
+            num_channels=self.num_channels,
+            img_size=_opt_size(self),
+            output_stride=self.output_stride,
+            out_indices=self.out_indices,
+            out_features=self.out_features,
+            hidden_states=self.hidden_states,
+            dataset_index=self.dataset_index,
+        )
+
 
 @dataclass(frozen=True)
 class BuildResult:
@@ -120,7 +136,7 @@ class BuildResult:
 
 
 def build_bundle(
-    source: str | Path | PreTrainedConfig | nn.Module | ModuleSource,
+    source: str | Path | PreTrainedConfig | nn.Module | ModuleSource | LoadedBackbone,
     target: str | Path,
     *,
     images: ImageSource = None,
@@ -146,7 +162,6 @@ def build_bundle(
     progress("loading libraries", 0, None)
     try:
         from edge_backbones.build import calibration, export, prepare, quantize, ranges
-        from edge_backbones.build.sources.common import SourceOptions
         from edge_backbones.build.sources.load import load_source
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
@@ -156,16 +171,7 @@ def build_bundle(
         progress("loading the network", 0, None)
         loaded = load_source(
             source,
-            SourceOptions(
-                weights=options.weights,
-                num_channels=options.num_channels,
-                img_size=_opt_size(options),
-                output_stride=options.output_stride,
-                out_indices=options.out_indices,
-                out_features=options.out_features,
-                hidden_states=options.hidden_states,
-                dataset_index=options.dataset_index,
-            ),
+            options.source_options(),
             from_model=options.from_model,
         )
         input = _input_spec(options, loaded)

@@ -54,10 +54,12 @@ def load_source(source: Any, options: SourceOptions, *, from_model: bool = False
     """Load a backbone, in eval mode.
 
     ``source``: a timm name; a hub id; a ``save_pretrained`` folder of transformers or a timm model's; a configuration of
-    transformers; a live backbone of either library, or a whole timm network; a :class:`ModuleSource`. With
+    transformers, or its .json file; a live backbone of either library, or a whole timm network; a :class:`ModuleSource`. With
     ``from_model`` a client model (a folder, a hub id, or live), of which the backbone is taken. Raises SourceError,
     HubUnreachableError, InputError, MissingDependencyError.
     """
+    if isinstance(source, LoadedBackbone):
+        return source
     if isinstance(source, ModuleSource):
         return _load_plain(source, options)
     if isinstance(source, nn.Module):
@@ -71,14 +73,15 @@ def load_source(source: Any, options: SourceOptions, *, from_model: bool = False
     name = str(source)
     if timm.is_model(name.partition(".")[0]) and not from_model and not (Path(name) / "config.json").is_file():
         return load_timm(name, options)
+    if name.endswith(".json") and Path(name).is_file():
+        return cast(LoadedBackbone, _transformers().load_config(_transformers().read_config(Path(name)), options))
     folder = _folder(name)
     if folder is None:
         return load_timm(name.removeprefix("timm/"), options)  # refuses unknown names with near ones
     if from_model:
-        client = _transformers().load_client_folder(folder)
-        found = find_backbone(client).module
-        label = f"{Path(name).name}:{find_backbone(client).path}"
-        return _load_live(found, options, Source(library="transformers", name=label, weights="pretrained"))
+        place = find_backbone(_transformers().load_client_folder(folder))
+        label = f"{Path(name).name}:{place.path}"
+        return _load_live(place.module, options, Source(library="transformers", name=label, weights="pretrained"))
     if _is_timm_folder(folder):
         return load_timm_folder(folder, options)
     return cast(LoadedBackbone, _transformers().load_folder(folder, options, name=Path(name).name))

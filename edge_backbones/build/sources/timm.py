@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import timm
 import torch
 from timm.data.config import resolve_data_config, resolve_model_data_config
@@ -83,22 +82,21 @@ def load_timm_module(
 
 def load_timm_folder(folder: Path, options: SourceOptions) -> LoadedBackbone:
     """A model that timm saved for the hub: ``config.json`` names its architecture and preprocessing."""
-    if options.weights != "pretrained":
-        raise SourceError(f"{folder} has weights of its own: leave --weights out, or pass the architecture's name")
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name, preprocessing = str(content["architecture"]), dict(content.get("pretrained_cfg") or {})
     except (ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{folder / 'config.json'} is not a timm model's configuration: {error!r}") from error
-    files = [path for suffix in (".safetensors", ".bin", ".pth") for path in sorted(folder.glob(f"*{suffix}"))]
-    if not files:
-        raise SourceError(f"{folder} has no weights: a .safetensors, .bin or .pth file belongs beside its config.json")
-    loaded = load_timm(name, dataclasses.replace(options, weights=str(files[0])))
+    if options.weights == "pretrained":
+        files = [path for suffix in (".safetensors", ".bin", ".pth") for path in sorted(folder.glob(f"*{suffix}"))]
+        if not files:
+            raise SourceError(f"{folder} has no weights: a .safetensors, .bin or .pth file belongs beside config.json")
+        options = dataclasses.replace(options, weights=str(files[0]))
+    loaded = load_timm(name, options)
     config = resolve_data_config({}, pretrained_cfg=preprocessing)  # type: ignore[no-untyped-call]
     height, width = options.img_size or config["input_size"][1:]
     return dataclasses.replace(
         loaded,
-        source=msgspec.structs.replace(loaded.source, weights="pretrained"),
         image_config=_image_config(config, loaded.channels_in),
         height=int(height),
         width=int(width),

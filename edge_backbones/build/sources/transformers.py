@@ -79,14 +79,12 @@ def load_config(config: Any, options: SourceOptions) -> LoadedBackbone:
 def load_folder(folder: Path, options: SourceOptions, *, name: str) -> LoadedBackbone:
     """What ``save_pretrained`` wrote: a backbone, or a model of the same architecture with a head, which is dropped.
 
-    Raises SourceError for files that are no such model or lack weights that the backbone needs.
+    With weights that are random or of another file only the configuration is taken. Raises SourceError for files that
+    are no such model or lack weights that the backbone needs.
     """
-    config = read_config(folder)
-    config = _backbone_config(config)
+    config = _backbone_config(read_config(folder))
     if options.weights != "pretrained":
-        raise SourceError(
-            f"{folder} has weights of its own: leave --weights out, or pass its configuration as the source"
-        )
+        return load_config(config, options)
     if config.model_type == "timm_backbone":
         backbone_class = transformers.TimmBackbone
     else:
@@ -248,13 +246,13 @@ def _stride(pixels: int, cells: int, patch: int) -> int:
 # ---- configurations -------------------------------------------------------------------------------------------------
 
 
-def read_config(folder: Path) -> Any:
-    """The configuration in a folder. Raises SourceError for one that this transformers does not know."""
+def read_config(path: Path) -> Any:
+    """A configuration file, or the one in a folder. Raises SourceError for one that this transformers does not know."""
     try:
-        return transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # JSON, validation and unknown-type errors have no common base
         raise SourceError(
-            f"transformers {transformers.__version__} does not read {folder / 'config.json'}: {first_line(error)}"
+            f"transformers {transformers.__version__} does not read {path}: {first_line(error)}"
         ) from error
 
 
