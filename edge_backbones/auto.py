@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edge_backbones.build.calibration import ImageSource
 
 CACHE_LIMIT_BYTES = 16 << 30
+_CHOOSE_THE_NETWORK = ("weights", "from_model", "num_channels", "output_stride", "out_indices", "out_features", "cache")
 
 
 class AutoEdgeBackbone:
@@ -156,15 +157,14 @@ def _open(
 def _content_key(loaded: LoadedBackbone, options: BuildOptions, images: ImageSource) -> str:
     from edge_backbones.build.sources.common import tensors_sha256
 
-    plain = {
-        field.name: repr(getattr(options, field.name)) for field in dataclasses.fields(options) if field.name != "cache"
-    }
+    # What chose the network is in the loaded network; what is left says what is made of it.
+    rest = {name: repr(value) for name, value in vars(options).items() if name not in _CHOOSE_THE_NETWORK}
     content: list[Any] = [
         edge_backbones.__version__,
         tensors_sha256(loaded.module),
-        msgspec.to_builtins([loaded.source, loaded.spec, loaded.image_config]),
+        msgspec.to_builtins([msgspec.structs.replace(loaded.source, name=""), loaded.spec, loaded.image_config]),
         [loaded.channels_in, loaded.height, loaded.width],
-        plain,
+        rest,
         _images_sha256(images),
     ]
     return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()

@@ -5,7 +5,7 @@
     resnet50.bundle/
       manifest.json        what is inside: structs of manifest.py, schema in manifest.schema.json, at most 4 MiB
       graphs/int8.onnx     one typed ONNX graph per precision; graphs/fp32.ts is the frozen TorchScript
-      golden.npz           inputs and fp32 reference feature maps: float32 arrays, no pickles
+      golden.npz           inputs and the fp32 reference of every engine output: plain arrays, no pickles
       calibration.json     int8 ranges per tensor, and the hashes of what made them
       engines/*.blob       raw engine bytes with nothing in front, named flavour-version-architecture-feature-precision
 

@@ -35,9 +35,9 @@ def examine() -> list[Finding]:
         _library("read image files", "images", ("Pillow",)),
         _library("draw feature maps", "report", ("matplotlib",)),
         _library(
-            "build bundles from timm",
+            "build bundles",
             "build",
-            ("torch", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino"),
+            ("torch", "timm", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino"),
         ),
         _library(
             "compile TensorRT-RTX engines ahead of time (tests only in this release)",

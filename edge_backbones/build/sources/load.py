@@ -111,7 +111,8 @@ def _load_live(module: nn.Module, options: SourceOptions, source: Source | None 
         raise SourceError(f"a live {type(module).__name__} has weights of its own: leave --weights out")
     if not (is_backbone(module) or is_timm_module(module)):
         raise SourceError(
-            f"a {type(module).__name__} does not say its stages: wrap it as ModuleSource(module=..., stage_names=[...])"
+            f"a {type(module).__name__} is no backbone: of a model that has one inside take it with from_model=True, "
+            "any other module wrap as ModuleSource(module=..., stage_names=[...])"
         )
     net = _copied(module)
     if source is None:

@@ -1,0 +1,159 @@
+"""AutoEdgeBackbone: AutoBackbone's constructors over a cache of bundles that is keyed by content."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import ResNetBackbone, ResNetConfig, TimmBackboneConfig
+
+from edge_backbones import AutoEdgeBackbone, BuildOptions, auto
+from edge_backbones.errors import CalibrationError, InputError, SourceError
+
+SMALL = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 80], "depths": [1, 1, 1, 1]}
+OPTIONS = BuildOptions(height=64, width=96, torchscript=False, golden=2, cache=None)
+
+
+def config(**changes: Any) -> ResNetConfig:
+    return ResNetConfig(**{**SMALL, "out_indices": [1, -1], **changes})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[ResNetBackbone, Path]:
+    """A backbone as ``save_pretrained`` writes it, with statistics like those of a trained one."""
+    torch.manual_seed(0)
+    backbone = ResNetBackbone(config(out_indices=[4])).eval()
+    for norm in backbone.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.3)
+            norm.running_var.uniform_(0.5, 2)
+    folder = tmp_path_factory.mktemp("saved") / "resnet"
+    backbone.save_pretrained(folder)
+    return backbone, folder
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The bundles that are really built during a test."""
+    built: list[Path] = []
+    original = auto.build_bundle
+
+    def counting(source: Any, target: Path, **arguments: Any) -> Any:
+        built.append(target)
+        return original(source, target, **arguments)
+
+    monkeypatch.setattr(auto, "build_bundle", counting)
+    return built
+
+
+def bundles(cache: Path) -> set[Path]:
+    return set((cache / "bundles").glob("*.bundle"))
+
+
+def test_a_folder_runs_as_the_backbone_in_it_and_is_built_once(saved, cache, builds):
+    reference, folder = saved
+    reference.out_indices = [2, 4]
+    pixels = torch.randn(3, 3, 64, 96)
+    with torch.no_grad():
+        expected = reference(pixels).feature_maps
+    for _ in range(2):
+        with AutoEdgeBackbone.from_pretrained(folder, out_indices=[2, 4], options=OPTIONS, cache=cache) as backbone:
+            assert backbone.out_features == ["stage2", "stage4"]
+            assert backbone.channels == [48, 80]
+            for actual, wanted in zip(backbone(pixels).feature_maps, expected, strict=True):
+                assert np.linalg.norm(actual - wanted.numpy()) <= 1e-3 * np.linalg.norm(wanted.numpy())
+    assert len(builds) == 1
+    copied = shutil.copytree(folder, cache / "elsewhere" / "renamed")
+    AutoEdgeBackbone.from_pretrained(folder, out_indices=[1], options=OPTIONS, cache=cache).close()
+    assert len(builds) == 2, "other stages are another bundle"
+    AutoEdgeBackbone.from_pretrained(copied, out_features=["stage1"], options=OPTIONS, cache=cache).close()
+    assert len(builds) == 2, "the same content under another name, its stage chosen by name"
+
+
+def test_a_configuration_is_seeded_and_left_alone(cache, builds):
+    chosen = config()
+    before = chosen.to_dict()
+    with AutoEdgeBackbone.from_config(chosen, options=OPTIONS, cache=cache) as first:
+        maps = first(np.ones((1, 3, 64, 96), np.float32)).feature_maps
+        assert first.out_indices == [1, -1]
+    with AutoEdgeBackbone.from_config(config(), options=OPTIONS, cache=cache) as second:
+        for a, b in zip(maps, second(np.ones((1, 3, 64, 96), np.float32)).feature_maps, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(builds) == 1
+    assert chosen.to_dict() == before
+
+
+def test_int8_is_built_from_the_images_that_are_given(cache, builds, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 80, 100, 3), dtype=np.uint8)
+    options = BuildOptions(**{**vars(OPTIONS), "weights": "random:3"})
+    timm_config = TimmBackboneConfig(backbone="test_resnet", out_indices=[2])
+    with AutoEdgeBackbone.from_config(timm_config, engine="int8", images=images, options=options, cache=cache) as b:
+        assert b.out_features == ["layer2"]
+    AutoEdgeBackbone.from_config(timm_config, engine="int8", images=list(images), options=options, cache=cache).close()
+    assert len(builds) == 1, "the same images in another container"
+    images[0] += 1
+    AutoEdgeBackbone.from_config(timm_config, engine="int8", images=images, options=options, cache=cache).close()
+    assert len(builds) == 2, "other images"
+    with pytest.raises(CalibrationError, match="int8 needs calibration images"):
+        AutoEdgeBackbone.from_config(timm_config, engine="int8", cache=cache)
+    with pytest.raises(CalibrationError, match="can be read only once: pass a list"):
+        AutoEdgeBackbone.from_config(timm_config, engine="int8", images=iter(images), options=options, cache=cache)
+    with pytest.raises(CalibrationError, match="neither a folder nor a file"):
+        AutoEdgeBackbone.from_config(timm_config, engine="int8", images=tmp_path / "none", options=options, cache=cache)
+
+
+def test_an_engine_of_another_release_is_compiled_again_from_the_bundle(cache, builds, monkeypatch):
+    AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=cache).close()
+    assert len(builds) == 1
+    from edge_backbones.runtime import compat
+
+    monkeypatch.setattr(compat, "reasons_against", _first_time_refused(compat.reasons_against))
+    with AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=cache) as backbone:
+        assert backbone.channels == [64]
+    assert len(builds) == 1
+
+
+def _first_time_refused(original: Any) -> Any:
+    calls: list[int] = []
+
+    def reasons(*arguments: Any) -> Any:
+        calls.append(1)
+        return ["built with another release"] if len(calls) == 1 else original(*arguments)
+
+    return reasons
+
+
+def test_the_least_recently_used_bundles_make_room(cache, monkeypatch):
+    monkeypatch.setattr(auto, "CACHE_LIMIT_BYTES", 1)
+    AutoEdgeBackbone.from_config(config(out_indices=[0]), options=OPTIONS, cache=cache).close()
+    (kept,) = bundles(cache)
+    with AutoEdgeBackbone.from_config(config(out_indices=[0]), options=OPTIONS, cache=cache) as backbone:
+        assert backbone.out_features == ["stem"]
+    assert bundles(cache) == {kept}
+
+
+def test_refusals_leave_no_bundle(tmp_path):
+    with pytest.raises(InputError, match=r"AutoEdgeBackbone\.from_pretrained"):
+        AutoEdgeBackbone()
+    with pytest.raises(InputError, match="engine must be one of fp32, fp16, int8; got 'int4'"):
+        AutoEdgeBackbone.from_config(config(), engine="int4", cache=tmp_path)
+    with pytest.raises(SourceError, match="no model 'resnet81'"):
+        AutoEdgeBackbone.from_pretrained("resnet81", cache=tmp_path)
+    with pytest.raises(InputError, match="out_indices must be valid indices"):
+        AutoEdgeBackbone.from_config(config(), out_indices=[9], options=OPTIONS, cache=tmp_path)
+    assert not bundles(tmp_path)
+
+
+def test_the_words_of_transformers_are_understood(cache):
+    arguments = {"use_pretrained_backbone": False, "use_timm_backbone": True, "options": OPTIONS, "cache": cache}
+    with AutoEdgeBackbone.from_pretrained("test_resnet", out_indices=(1,), **arguments) as backbone:
+        assert backbone.out_features == ["layer1"]
