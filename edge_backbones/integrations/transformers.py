@@ -93,11 +93,14 @@ class EdgeBackboneModule(EngineModule):
     ) -> Any:
         """transformers' BackboneOutput, with ``return_dict=False`` a tuple, with ``as_list`` a list of maps.
 
+        Hidden states that the bundle does not hold are None: some models of transformers 5 ask for them always, and
+        drop them.
+
         Raises InputError for a size, a stage or an index that the engine was not built for.
         """
         output = self.infer(
             pixel_values,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=bool(output_hidden_states) and self.backbone.has_hidden_states,
             output_attentions=output_attentions,
             dataset_index=None if dataset_index is None else dataset_index.cpu(),
         )

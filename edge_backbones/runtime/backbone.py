@@ -210,6 +210,11 @@ class EdgeBackbone:
         return bool(self._cls_tokens)
 
     @property
+    def has_hidden_states(self) -> bool:
+        """Can a call return hidden states?"""
+        return bool(self._hidden_states)
+
+    @property
     def config(self) -> BackboneConfig:
         """The source's configuration (``hidden_size``, ``patch_size``, ...) with the stages that are chosen now."""
         return BackboneConfig(**self.to_dict())

@@ -5,13 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+from transformers import DetrConfig, DetrForObjectDetection, TimmBackboneConfig
+
 from build_scripts.photographs import write_crops
 
 README = Path(__file__).parents[2] / "README.md"
 
 
+def python_examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_the_python_example_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code = python_examples()[0]
     assert len(code.strip().splitlines()) <= 11
     write_crops(tmp_path / "photographs", 12)
     monkeypatch.chdir(tmp_path)
@@ -22,3 +29,23 @@ def test_the_python_example_runs_and_prints_what_it_says(tmp_path, monkeypatch, 
         "layer3 (2, 256, 14, 14)",
         "layer4 (2, 512, 7, 7)",
     ]
+
+
+def test_the_example_with_a_whole_model_runs_on_a_small_one(tmp_path, monkeypatch):
+    code = python_examples()[1].replace("height=800, width=1088", "height=96, width=128")
+    assert "height=96" in code
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    backbone = TimmBackboneConfig(backbone="test_resnet", out_indices=[1, 2, 3, 4])
+    model = DetrForObjectDetection(DetrConfig(backbone_config=backbone, num_queries=5, **sizes, **layers, **heads))
+    monkeypatch.setattr(DetrForObjectDetection, "from_pretrained", lambda name: model)
+    write_crops(tmp_path / "photographs", 12)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert not any("backbone" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        logits = model(torch.randn(1, 3, 96, 128)).logits
+    assert logits.shape == (1, 5, 92)
+    assert torch.isfinite(logits).all()

@@ -11,9 +11,10 @@ import pytest
 
 from edge_backbones.bundle import record_bytes
 from edge_backbones.errors import EngineMismatchError, InferenceError, InputError
+from edge_backbones.manifest import Source
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
-from edge_backbones.spec import InputSpec, ShapeRange
+from edge_backbones.spec import ExtraOutput, InputSpec, ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooled, pooling_input
 
 RANDOM = np.random.default_rng(0)
@@ -239,6 +240,87 @@ def test_hidden_states_and_attentions_are_refused():
         backbone(pixels(1), output_attentions=True)
     with pytest.raises(ValueError, match="Cannot output hidden states"):
         backbone(pixels(1), output_hidden_states=True)
+
+
+class ManyOutputs:
+    """An engine with every kind of output: two maps, their class tokens, and hidden states of which one is a map."""
+
+    spec = msgspec.structs.replace(
+        SPEC,
+        out_indices=(1, -1),
+        layouts=("NCHW", "NLC"),
+        extras=(
+            ExtraOutput(name="cls_tokens.pool4", layout="NC", channels=3),
+            ExtraOutput(name="cls_tokens.pool8", layout="NC", channels=3),
+            ExtraOutput(name="hidden_states.0", layout="NLC", channels=3),
+        ),
+        cls_tokens=("cls_tokens.pool4", "cls_tokens.pool8"),
+        hidden_states=("hidden_states.0", "pool4"),
+    )
+
+    def run(self, array):
+        return [np.full((len(array), 3, *rest), i, np.float32) for i, rest in enumerate([(4, 4), (5,), (), (), (7,)])]
+
+    def close(self):
+        pass
+
+
+def over_many_outputs(**options: int) -> EdgeBackbone:
+    config = {"hidden_size": 3, "out_indices": [9], "nested": {"a": [1]}}
+    source = Source(library="transformers", name="pool", weights="random", seed=0, options=options, config=config)
+    return EdgeBackbone(ManyOutputs.spec, pooling_input(2), ManyOutputs(), source)
+
+
+def numbers(arrays) -> list[int]:
+    return [int(array.flat[0]) for array in arrays]
+
+
+def test_class_tokens_and_hidden_states_come_with_the_maps():
+    backbone = over_many_outputs()
+    plain, full = backbone(pixels(2)), backbone(pixels(2), output_hidden_states=True)
+    assert list(plain) == ["feature_maps", "cls_tokens"]
+    assert list(full) == ["feature_maps", "hidden_states", "cls_tokens"]
+    assert numbers(full.feature_maps) == [0, 1]
+    assert numbers(full.cls_tokens) == [2, 3]
+    assert numbers(full.hidden_states) == [4, 0]
+    assert backbone.has_cls_tokens
+    assert (backbone.out_indices, backbone.layouts) == ([1, -1], ["NCHW", "NLC"])
+    assert list(backbone.run(pixels(2))) == list(ManyOutputs.spec.outputs)
+    maps, hidden = backbone(pixels(2), output_hidden_states=True, return_dict=False)
+    assert (numbers(maps), numbers(hidden)) == ([0, 1], [4, 0])
+    (maps,) = backbone(pixels(2), return_dict=False)
+    assert len(maps) == 2
+
+
+def test_class_tokens_follow_the_chosen_stages_and_batches_are_cut_for_every_output():
+    backbone = over_many_outputs()
+    backbone.out_indices = [-1]
+    output = backbone(pixels(5), output_hidden_states=True)
+    assert numbers(output.feature_maps) == [1]
+    assert numbers(output.cls_tokens) == [3]
+    assert numbers(output.hidden_states) == [4, 0]
+    assert {len(array) for arrays in output.values() for array in arrays} == {5}
+
+
+def test_the_configuration_says_what_is_chosen_now_and_cannot_be_changed_from_outside():
+    backbone = over_many_outputs()
+    backbone.out_features = ["pool8"]
+    config = backbone.config
+    assert (config.hidden_size, config.out_indices, config.out_features) == (3, [2], ["pool8"])
+    assert config.to_dict() == backbone.to_dict()
+    config.nested["a"].append(2)
+    config.out_features.append("pool4")
+    assert backbone.config.nested == {"a": [1]}
+    assert backbone.out_features == ["pool8"]
+
+
+@pytest.mark.parametrize("index", [1, [1, 1], np.array([1, 1])])
+def test_the_expert_that_was_built_in_is_accepted_and_others_are_not(index):
+    backbone = over_many_outputs(dataset_index=1)
+    assert len(backbone(pixels(2), dataset_index=index).feature_maps) == 2
+    with pytest.raises(InputError, match=r"dataset_index \[0\] does not fit: this bundle was built for 1"):
+        backbone.forward_with_filtered_kwargs(pixels(2), dataset_index=np.zeros(2, int))
+    assert len(over_many_outputs().forward_with_filtered_kwargs(pixels(2), dataset_index=index).feature_maps) == 2
 
 
 def test_filtered_kwargs_drop_what_is_not_known():
