@@ -48,6 +48,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
                 input_names=[input.name],
                 output_names=list(spec.outputs),
                 verbose=False,
+                custom_translation_table={torch.ops.aten.col2im.default: _fold},
             )
         assert program is not None  # only dynamo=False returns None
         model = program.model_proto
@@ -148,6 +149,33 @@ def _check_maps(
                     f"the exported {what} is wrong: {stage} differs from the network by {error:.1e} relative, "
                     f"at most {_MAX_RELATIVE_ERROR:g} is allowed"
                 )
+
+
+def _fold(
+    patches: Any, output_size: Sequence[int], kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
+    stride: Sequence[int],
+) -> Any:  # fmt: skip
+    """torch's fold as a ConvTranspose that only adds up: TensorRT has no Col2Im."""
+    from onnxscript import opset20 as op
+
+    pixels = int(np.prod(kernel))
+    channels = int(patches.shape[1]) // pixels
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    cells = [(n + 2 * p - span) // s + 1 for n, p, span, s in zip(output_size, padding, spans, stride, strict=True)]
+    rest = [n + 2 * p - span - (c - 1) * s
+            for n, p, span, c, s in zip(output_size, padding, spans, cells, stride, strict=True)]  # fmt: skip
+    weight = np.tile(np.eye(pixels, dtype=np.float32).reshape(pixels, 1, *kernel), (channels, 1, 1, 1))
+    shape = np.array([0, channels * pixels, *cells])
+    return op.ConvTranspose(
+        op.Reshape(patches, op.Constant(value=onnx.numpy_helper.from_array(shape))),  # type: ignore[arg-type]
+        op.Constant(value=onnx.numpy_helper.from_array(weight)),
+        group=channels,
+        kernel_shape=list(kernel),
+        strides=list(stride),
+        dilations=list(dilation),
+        pads=[*padding, *padding],
+        output_padding=rest,
+    )
 
 
 def _example(input: InputSpec, batch: int) -> torch.Tensor:

@@ -55,6 +55,9 @@ def warm_batch_norm(loaded: LoadedBackbone, batches: Iterable[np.ndarray]) -> Lo
                 loaded.module(torch.from_numpy(batch))
     except ValueError as error:
         raise CalibrationError(f"batch-norm statistics need more images or larger ones: {error}") from error
+    except (AssertionError, RuntimeError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"the network does not take images of this size: {cause}") from error
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     loaded.module.eval()

@@ -47,7 +47,7 @@ def load_timm(name: str, options: SourceOptions, *, native_layout: bool = False)
     arguments = _arguments(name, options)
     with torch.device("meta"):
         outline = _create(name, {**arguments, "pretrained": False})
-    stage_names = _stage_names(name, outline.feature_info.info)
+    stage_names = _stage_names(outline.feature_info.info)
     features, indices = kept_stages(stage_names, options, (len(stage_names) - 1,))
     kept = [stage_names.index(feature) for feature in features]
     arguments["out_indices"] = tuple(range(kept[-1] + 1)) if options.hidden_states else tuple(kept)
@@ -65,7 +65,7 @@ def load_timm_module(
     """
     if isinstance(net.feature_info, list):  # a whole network
         net = _feature_extractor(net, options)
-    stage_names = _stage_names(source.name, net.feature_info.info)
+    stage_names = _stage_names(net.feature_info.info)
     returned = sorted(i % len(stage_names) for i in net.feature_info.out_indices)
     features, indices = kept_stages(stage_names, options, tuple(returned))
     missing = [feature for feature in features if stage_names.index(feature) not in returned]
@@ -113,7 +113,7 @@ def _loaded(
     native_layout: bool,
 ) -> LoadedBackbone:
     info = net.feature_info.info
-    stage_names = tuple(str(stage["module"]) for stage in info)
+    stage_names = _stage_names(info)
     returned = sorted(i % len(info) for i in net.feature_info.out_indices)
     kept = [stage_names.index(feature) for feature in features]
     others = [i for i in returned if i not in kept and i < kept[-1]] if options.hidden_states else []
@@ -169,16 +169,17 @@ class _Stages(nn.Module):
         return tuple(m.permute(0, 3, 1, 2) for m in chosen) if self.channels_last else tuple(chosen)
 
 
-def _stage_names(name: str, info: list[dict[str, Any]]) -> tuple[str, ...]:
-    names = tuple(str(stage["module"]) for stage in info)
-    if len(set(names)) != len(names):
-        raise SourceError(f"{name} names several stages alike ({', '.join(names)}): its stages cannot be selected")
-    return names
+def _stage_names(info: list[dict[str, Any]]) -> tuple[str, ...]:
+    """timm's names of the stages; those that it names alike (crossvit, coat) are numbered."""
+    given = [str(stage["module"]) for stage in info]
+    return tuple(
+        name if given.count(name) == 1 else f"{name}#{given[:index].count(name)}" for index, name in enumerate(given)
+    )
 
 
 def _feature_extractor(net: Any, options: SourceOptions) -> Any:
     """timm's own wrapper for a whole network; it drops the blocks behind the last kept stage."""
-    names = _stage_names(type(net).__name__, net.feature_info)
+    names = _stage_names(net.feature_info)
     features, _ = kept_stages(names, options, (len(names) - 1,))
     last = names.index(features[-1])
     kept = range(last + 1) if options.hidden_states else [names.index(feature) for feature in features]
@@ -201,7 +202,7 @@ def _arguments(name: str, options: SourceOptions) -> dict[str, Any]:
             with torch.device("meta"):
                 _create(name, {**sized, "pretrained": False})
         except SourceError as error:
-            if "unexpected keyword argument 'img_size'" not in str(error):
+            if "unexpected keyword argument" not in str(error) or "'img_size'" not in str(error):
                 raise
         else:
             return sized
