@@ -35,9 +35,10 @@ divisions, what lies between two of them (the epsilon of a norm written out as n
 with weights (image preprocessing), and nodes with a constant that half cannot hold. Graph inputs and outputs stay
 float32 (or uint8) with a cast inside. OpenVINO computes fp16 nodes in fp32: the fp16 rest costs it nothing.
 
-The form: symmetric, signed, zero points 0; activations per tensor, one Q and one DQ however many readers; weights per
-output channel, stored as int8 and read through a DQ alone; scales rounded up to fp16 *before* the weights are divided
-by them, so that the graph multiplies by the very numbers that were divided by.
+The form: symmetric, signed, zero points 0; activations per tensor, one Q (of a Concat one per part) and one DQ however
+many readers; weights per output channel, stored as int8 and read through a DQ alone; scales rounded up to fp16 *before*
+the weights are divided by them, so that the graph multiplies by the very numbers that were divided by. A quantised Conv
+always has a bias: see `_add_bias`.
 """
 
 from __future__ import annotations

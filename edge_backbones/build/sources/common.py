@@ -58,6 +58,14 @@ def kept_stages(
     return kept
 
 
+def refuse_dataset_index(options: SourceOptions) -> None:
+    """For every network without experts."""
+    if options.dataset_index != 0:
+        raise InputError(
+            f"dataset_index chooses an expert and this network has none: leave {options.dataset_index} out"
+        )
+
+
 def random_seed(weights: str) -> int | None:
     """The seed in ``random:SEED``, None for weights that are not random. Raises SourceError for a bad seed."""
     kind, _, seed = weights.partition(":")

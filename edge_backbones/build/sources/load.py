@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import timm
 import torch
@@ -23,6 +23,7 @@ from edge_backbones.build.sources.common import (
     first_line,
     hub_folder,
     kept_stages,
+    refuse_dataset_index,
     tensors_sha256,
 )
 from edge_backbones.build.sources.timm import load_timm, load_timm_folder, load_timm_module
@@ -61,6 +62,8 @@ def load_source(source: Any, options: SourceOptions, *, from_model: bool = False
     if isinstance(source, LoadedBackbone):
         return source
     if isinstance(source, ModuleSource):
+        if from_model:
+            raise SourceError("from_model is for a whole model of transformers: a ModuleSource is a backbone already")
         return _load_plain(source, options)
     if isinstance(source, nn.Module):
         return _load_live(find_backbone(source).module if from_model else source, options)
@@ -71,6 +74,8 @@ def load_source(source: Any, options: SourceOptions, *, from_model: bool = False
             f"a {type(source).__name__} is no source: pass a name, a folder, a configuration, or a module"
         )
     name = str(source)
+    if from_model and timm.is_model(name.partition(".")[0]) and not Path(name).exists():
+        raise SourceError(f"from_model is for a whole model of transformers: {name} is a backbone of timm already")
     if timm.is_model(name.partition(".")[0]) and not from_model and not (Path(name) / "config.json").is_file():
         return load_timm(name, options)
     if name.endswith(".json") and Path(name).is_file():
@@ -94,6 +99,10 @@ def _folder(name: str) -> Path | None:
         return path
     if path.is_dir():
         raise SourceError(f"{path} has no config.json: pass a folder that save_pretrained wrote")
+    if path.is_file():
+        raise SourceError(
+            f"{path} is a file: pass the folder that holds it, or a name or configuration with weights={path}"
+        )
     if path.is_absolute() or name.startswith((".", "~")):
         raise SourceError(f"{path} does not exist")
     repository = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
@@ -137,8 +146,13 @@ def _copied(module: nn.Module) -> Any:
 
 
 def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
+    refuse_dataset_index(options)
     if options.weights != "pretrained" or options.output_stride is not None or options.hidden_states:
         raise SourceError("weights, output_stride and hidden_states are not for a plain module: set them in the module")
+    if options.num_channels not in (None, source.num_channels):
+        raise SourceError(
+            f"this ModuleSource takes {source.num_channels} channels, not {options.num_channels}: say it in one place"
+        )
     stage_names = tuple(source.stage_names)
     if not stage_names or len(set(stage_names)) != len(stage_names):
         raise SourceError(f"stage_names must name every output once, got {list(stage_names)}")
@@ -154,6 +168,9 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     nchw: Layout = "NCHW"
+    unknown = [axes for axes in source.layouts or () if axes not in get_args(Layout)]
+    if unknown:
+        raise SourceError(f"layouts {unknown} are unknown: {', '.join(get_args(Layout))} are known")
     layouts = tuple(source.layouts or [nchw] * len(stage_names))
     if len(outputs) != len(stage_names) or [len(axes) for axes in layouts] != [output.ndim for output in outputs]:
         shapes = [tuple(output.shape) for output in outputs]

@@ -25,6 +25,7 @@ from edge_backbones.build.sources.common import (
     kept_stages,
     random_seed,
     read_checkpoint,
+    refuse_dataset_index,
     seeded,
     wake_residual_branches,
 )
@@ -33,6 +34,8 @@ from edge_backbones.errors import HubUnreachableError, SourceError
 from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import Source
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
+
+_MOST_CHANNELS = 16  # of an image; a stem with more has folded pixels into channels
 
 
 def load_timm(name: str, options: SourceOptions, *, native_layout: bool = False) -> LoadedBackbone:
@@ -44,6 +47,7 @@ def load_timm(name: str, options: SourceOptions, *, native_layout: bool = False)
     Raises SourceError for an unknown name (near ones are suggested), options that the architecture does not take, or
     weights that do not fit; HubUnreachableError when pretrained weights cannot be had; InputError for the stages.
     """
+    refuse_dataset_index(options)
     arguments = _arguments(name, options)
     with torch.device("meta"):
         outline = _create(name, {**arguments, "pretrained": False})
@@ -63,6 +67,12 @@ def load_timm_module(
     ``net`` is used as it is: hand over a copy in eval mode. Stages that a feature extractor does not return cannot be
     kept; raises SourceError for those, InputError for a bad selection.
     """
+    refuse_dataset_index(options)
+    if options.output_stride is not None:
+        raise SourceError("output_stride is for timm names: a live module has the strides that it was created with")
+    options = dataclasses.replace(
+        options, num_channels=_input_channels(net, options), img_size=options.img_size or _own_size(net)
+    )
     if isinstance(net.feature_info, list):  # a whole network
         net = _feature_extractor(net, options)
     stage_names = _stage_names(net.feature_info.info)
@@ -151,6 +161,26 @@ def pretrained_at_hand(name: str) -> bool:
     if config is None or not config.has_weights:
         return False
     return hub_answers() or bool(config.hf_hub_id and _cached_weights(str(config.hf_hub_id)))
+
+
+def _input_channels(net: nn.Module, options: SourceOptions) -> int | None:
+    """Channels that the first convolution takes, unless it is one that takes pixels folded into channels."""
+    first = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or first > _MOST_CHANNELS:
+        return options.num_channels
+    if options.num_channels not in (None, first):
+        raise SourceError(f"this module takes {first} channels, not {options.num_channels}: leave num_channels out")
+    return first
+
+
+def _own_size(net: nn.Module) -> tuple[int, int] | None:
+    """The size that a network with position embeddings was created for, which timm's data config does not follow."""
+    for module in net.modules():
+        size = getattr(module, "img_size", None)
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+            return int(height), int(width)
+    return None
 
 
 class _Stages(nn.Module):

@@ -30,6 +30,7 @@ from edge_backbones.build.sources.common import (
     kept_stages,
     random_seed,
     read_checkpoint,
+    refuse_dataset_index,
     seeded,
     wake_residual_branches,
 )
@@ -82,9 +83,15 @@ def load_folder(folder: Path, options: SourceOptions, *, name: str) -> LoadedBac
     With weights that are random or of another file only the configuration is taken. Raises SourceError for files that
     are no such model or lack weights that the backbone needs.
     """
-    config = _backbone_config(read_config(folder))
+    whole = read_config(folder)
+    config = _backbone_config(whole)
     if options.weights != "pretrained":
         return load_config(config, options)
+    if getattr(whole, "backbone_config", None) is not None:
+        raise SourceError(
+            f"{folder} is a whole model ({type(whole).__name__}): take the backbone in it with from_model=True "
+            "(--from-model)"
+        )
     if config.model_type == "timm_backbone":
         backbone_class = transformers.TimmBackbone
     else:
@@ -110,8 +117,10 @@ def load_module(
     net: Any, source: Source, options: SourceOptions, *, image_config: ImageConfig | None
 ) -> LoadedBackbone:
     """A live backbone of transformers, used as it is: hand over a copy in eval mode."""
+    net = net.float()  # transformers 5 keeps the half precision of a checkpoint
     if isinstance(net, transformers.TimmBackbone):
         return _load_timm_backbone(net, source, options, image_config)
+    _refuse_timm_options(options)
     if options.num_channels not in (None, channels_in := _channels_in(net.config)):
         raise SourceError(
             f"{source.name} takes {channels_in} channels, not {options.num_channels}: set num_channels in its configuration"
@@ -147,6 +156,8 @@ class _Stages(nn.Module):
         self.maps_among_hidden: dict[int, int] = {}
         experts = int(getattr(net.config, "num_experts", 1) or 1)
         self.dataset_index = options.dataset_index if experts > 1 else None
+        if experts <= 1:
+            refuse_dataset_index(options)
         if not 0 <= options.dataset_index < max(experts, 1):
             raise InputError(f"dataset_index must be below {experts}, got {options.dataset_index}")
 
@@ -249,7 +260,7 @@ def _stride(pixels: int, cells: int, patch: int) -> int:
 def read_config(path: Path) -> Any:
     """A configuration file, or the one in a folder. Raises SourceError for one that this transformers does not know."""
     try:
-        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
+        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # JSON, validation and unknown-type errors have no common base
         raise SourceError(
             f"transformers {transformers.__version__} does not read {path}: {first_line(error)}"
@@ -364,7 +375,7 @@ def _quiet() -> Iterator[None]:
 
 def _refuse_timm_options(options: SourceOptions) -> None:
     if options.output_stride is not None:
-        raise SourceError("output_stride is an option of timm: transformers sets strides in the configuration")
+        raise SourceError("output_stride is an option of timm names: transformers sets strides in the configuration")
 
 
 def _channels_in(config: Any) -> int:
