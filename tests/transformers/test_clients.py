@@ -116,10 +116,11 @@ def test_saved_client_holds_no_backbone(
 
     written = load_file(tmp_path / "model.safetensors")
     expected = {k: v for k, v in client.model.state_dict().items() if not k.startswith(f"{path}.")}
-    tied = expected.keys() - written.keys()
-    assert written.keys() <= expected.keys()
-    assert all(any(torch.equal(expected[key], value) for value in written.values()) for key in tied)
-    assert all(torch.equal(value, expected[key]) for key, value in written.items())
+    # By value: transformers 5 writes some tensors under the names of older checkpoints, and tied ones once.
+    assert len(written) <= len(expected)
+    for values, among in ((written, expected), (expected, written)):
+        for value in values.values():
+            assert any(value.shape == other.shape and torch.equal(value, other) for other in among.values())
     assert type(client.model).config_class.from_pretrained(tmp_path).model_type == client.model.config.model_type
 
 
@@ -454,7 +455,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "reads the stages .*'stage4'",
     ),
     "frames": ({}, {"input": "image"}, "takes camera frames .* input='pixel_values'"),
-    "colours": ({"num_channels": 4}, {}, "does not take the images of .*: .*channels"),
+    "colours": ({"num_channels": 4}, {}, "does not take the images of .*: .*channel"),
 }
 
 
@@ -493,7 +494,7 @@ def test_bundle_of_another_network_with_experts(
     client_of: Callable[[str], Client], bundle_of: Callable[..., Path]
 ) -> None:
     client = client_of("vit_pose_plus")
-    with refused(client, ClientMismatchError, "the weights differ"):
+    with refused(client, ClientMismatchError, "does not take the images of .*dataset_index must be provided"):
         replace_backbone(client.model, bundle_of("vit_pose"))
 
 
