@@ -81,6 +81,7 @@ def prepare(loaded: LoadedBackbone, input: InputSpec) -> PreparedBackbone:
     net = reparameterize_model(copy.deepcopy(loaded.module), inplace=True).eval()
     thaw_batch_norm(net)
     write_out_attention(net)
+    join_channel_norms(net)
     folded, kept = fold_batch_norm(net, sample)
     for stage, before, after in zip(spec.outputs, expected, _forward(net, sample), strict=True):
         change = float(torch.linalg.norm(after - before) / torch.linalg.norm(before))
@@ -122,6 +123,31 @@ def write_out_attention(net: nn.Module) -> None:
         if callable(choose := getattr(module, "set_attn_implementation", None)):  # transformers 5
             with contextlib.suppress(ValueError):  # not every architecture has the choice
                 choose("eager")
+
+
+def join_channel_norms(net: nn.Module) -> None:
+    """Make one LayerNorm node of norms over channels that transformers computes by hand (vitdet, convnext in 4.44).
+
+    Means, powers and roots as nodes of their own are fused by no engine. What looks like one and is not is found by
+    `prepare`, which compares the outputs.
+    """
+    for path, norm in list(net.named_modules()):
+        by_hand = "LayerNorm" in type(norm).__name__ and not isinstance(norm, nn.LayerNorm)
+        known = all(hasattr(norm, name) for name in ("weight", "bias", "normalized_shape", "eps"))
+        if by_hand and known and getattr(norm, "data_format", "channels_first") == "channels_first":
+            net.set_submodule(path, _ChannelsFirstLayerNorm(norm))
+
+
+class _ChannelsFirstLayerNorm(nn.Module):
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, float(norm.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        last = x.permute(0, 2, 3, 1)
+        return functional.layer_norm(last, tuple(self.weight.shape), self.weight, self.bias, self.eps).permute(
+            0, 3, 1, 2
+        )
 
 
 def fold_batch_norm(net: nn.Module, sample: torch.Tensor) -> tuple[int, int]:

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import segmentation_models_pytorch as segmentation_models
 import torch
+import torchvision
 import transformers
 from clients import CLIENTS, Client, relative, tensors, trained_like
 from safetensors.torch import load_file
 from torch import nn
 
 from edge_backbones import Bundle, EdgeBackbone
+from edge_backbones.build.sources.load import ModuleSource
 from edge_backbones.errors import (
     BundleError,
     ClientMismatchError,
@@ -26,8 +29,10 @@ from edge_backbones.errors import (
     SourceError,
 )
 from edge_backbones.integrations.clients import find_backbone
+from edge_backbones.integrations.segmentation_models import EdgeEncoder
+from edge_backbones.integrations.torchvision import EdgeBackboneWithFPN, EdgeFeatures
 from edge_backbones.integrations.transformers import EdgeBackboneModule, replace_backbone
-from edge_backbones.spec import ShapeRange
+from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
 
 # What the oldest supported release of transformers does that newer releases of torch warn of.
 pytestmark = [
@@ -121,7 +126,11 @@ def test_saved_client_holds_no_backbone(
     for values, among in ((written, expected), (expected, written)):
         for value in values.values():
             assert any(value.shape == other.shape and torch.equal(value, other) for other in among.values())
-    assert type(client.model).config_class.from_pretrained(tmp_path).model_type == client.model.config.model_type
+    loaded, report = type(client.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"]
+    assert all(key.startswith(f"{path}.") for key in report["missing_keys"])
+    assert not report["unexpected_keys"]
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in expected.items())
 
 
 def test_client_takes_batches_that_the_engine_was_not_built_for(
@@ -144,6 +153,17 @@ def test_client_takes_every_size_of_a_range(client_of: Callable[[str], Client], 
         assert relative(client(images, model).logits, client(images).logits) < TOLERANCE
     with pytest.raises(InputError, match=re.escape("64..128")):
         client(torch.zeros(1, 3, 160, 64), model)
+
+
+def test_hidden_states_that_the_bundle_lacks(
+    client_of: Callable[[str], Client], bundle_of: Callable[..., Path]
+) -> None:
+    """Some models ask for them always, and drop them."""
+    client = client_of("detr")
+    model = swapped(client, bundle_of("detr"))
+    images = client.images(1)
+    assert engine_of(model)(images, output_hidden_states=True).hidden_states is None
+    assert torch.equal(client(images, model, output_hidden_states=True).logits, client(images, model).logits)
 
 
 def test_pixel_mask_still_counts(client_of: Callable[[str], Client], bundle_of: Callable[..., Path]) -> None:
@@ -224,6 +244,34 @@ def test_heads_train_beside_an_engine(client_of: Callable[[str], Client], bundle
     labels = torch.zeros(2, 64, 96, dtype=torch.long)
     model(pixel_values=client.images(1), labels=labels).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+def test_client_with_and_without_autograd(
+    context: Any, client_of: Callable[[str], Client], bundle_of: Callable[..., Path]
+) -> None:
+    client = client_of("detr")
+    model = swapped(client, bundle_of("detr"))
+    images = client.images(1)
+    with context():
+        logits = model(pixel_values=images).logits
+    assert torch.equal(logits, client(images, model).logits)
+
+
+def test_backbone_under_two_names(client_of: Callable[[str], Client], bundle_of: Callable[..., Path]) -> None:
+    client = client_of("detr")
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.detector = copy.deepcopy(client.model)
+            self.features = find_backbone(self.detector).module
+
+    model = Twice()
+    replace_backbone(model, bundle_of("detr"))
+    assert model.features is engine_of(model)
+    assert find_backbone(model.detector).module is model.features
+    assert not any(key.startswith("features") for key in model.state_dict())
 
 
 def test_original_goes_back(client_of: Callable[[str], Client], bundle_of: Callable[..., Path]) -> None:
@@ -377,6 +425,18 @@ def test_return_dict(module: EdgeBackboneModule, swin: Any, images: torch.Tensor
     assert len(expected) == 2
     for ours, theirs in zip((maps, hidden), expected, strict=True):
         assert all(relative(a, e) < TOLERANCE for a, e in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.skipif("chm_v2" not in CLIENTS, reason="this release of transformers has no CHMv2")
+def test_return_dict_with_class_tokens(client_of: Callable[[str], Client], bundle_of: Callable[..., Path]) -> None:
+    client = client_of("chm_v2")
+    module = EdgeBackboneModule(EdgeBackbone.from_pretrained(bundle_of("chm_v2")))
+    images = client.images(1)
+    with torch.no_grad():
+        expected = tensors(client.model.backbone(images, return_dict=False))
+    for actual in (tensors(module(images, return_dict=False)), tensors(module(images).to_tuple())):
+        assert actual.keys() == expected.keys()
+        assert all(relative(actual[path], expected[path]) < TOLERANCE for path in expected)
 
 
 def test_other_arguments(module: EdgeBackboneModule, images: torch.Tensor) -> None:
@@ -539,3 +599,173 @@ def test_size_at_call_time(client_of: Callable[[str], Client], bundle_of: Callab
 
 
 # ---- other libraries ------------------------------------------------------------------------------------------------
+
+STAGES = ["layer1", "layer2", "layer3", "layer4"]
+
+
+def torchvision_resnet() -> Any:
+    """A ResNet of one block per stage, its batch norm frozen as torchvision's detection models have it."""
+    block = torchvision.models.resnet.BasicBlock
+    return trained_like(torchvision.models.ResNet(block, [1, 1, 1, 1], norm_layer=torchvision.ops.FrozenBatchNorm2d))
+
+
+def pyramid(stages: list[str], extra_blocks: Any = None) -> Any:
+    layers = {stage: str(i) for i, stage in enumerate(stages)}
+    channels = [64 << STAGES.index(stage) for stage in stages]
+    return torchvision.models.detection.backbone_utils.BackboneWithFPN(
+        torchvision_resnet(), layers, channels, 32, extra_blocks
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def torchvision_bundle(build: Callable[..., Path]) -> Path:
+    return build(ModuleSource(module=pyramid(STAGES).body, stage_names=STAGES), weights="pretrained")
+
+
+@pytest.mark.parametrize(("name", "threshold"), [("FasterRCNN", "box_score_thresh"), ("RetinaNet", "score_thresh")])
+def test_torchvision_detector(name: str, threshold: str, torchvision_bundle: Path) -> None:
+    make = getattr(torchvision.models.detection, name)
+    options = {"num_classes": 4, "fixed_size": (96, 64), threshold: 0.0}
+    stages, blocks = STAGES, None
+    if name == "RetinaNet":  # five levels, the first of stride 8
+        stages, blocks = STAGES[1:], torchvision.ops.feature_pyramid_network.LastLevelP6P7(32, 32)
+    original = trained_like(make(pyramid(stages, blocks), **options), seed=1)
+    original.backbone.body.load_state_dict(pyramid(stages).body.state_dict())
+
+    backbone = EdgeBackbone.from_pretrained(torchvision_bundle)
+    backbone.out_features = stages
+    features = EdgeBackboneWithFPN(backbone, 32, copy.deepcopy(blocks))
+    detector = make(features, **options).eval()
+    missing, unexpected = detector.load_state_dict(original.state_dict(), strict=False)
+    assert not missing
+    assert all(key.startswith("backbone.body.") for key in unexpected)
+
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, height, width, generator=generator) for height, width in ((64, 96), (80, 70), (50, 120))]
+    with torch.no_grad():
+        expected_maps = original.backbone(images[0][None])
+        maps = detector.backbone(images[0][None])
+        expected, actual, others = original(images), detector(images), original([1 - image for image in images])
+    assert list(maps) == list(expected_maps)
+    assert all(relative(maps[key], expected_maps[key]) < TOLERANCE for key in maps)
+    for a, e, other in zip(actual, expected, others, strict=True):
+        assert len(e["boxes"]) > 0
+        assert torch.equal(a["labels"], e["labels"])
+        assert relative(a["boxes"], e["boxes"]) < TOLERANCE
+        assert relative(a["scores"], e["scores"]) < TOLERANCE
+        assert not torch.equal(other["scores"], e["scores"])
+
+
+def test_torchvision_pyramid_trains(torchvision_bundle: Path) -> None:
+    features = EdgeBackboneWithFPN(EdgeBackbone.from_pretrained(torchvision_bundle), 32)
+    detector = torchvision.models.detection.FasterRCNN(features, num_classes=4, fixed_size=(96, 64)).train()
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}] * 2
+    sum(detector(list(torch.rand(2, 3, 64, 96)), targets).values()).backward()
+    assert all(parameter.grad is not None for parameter in features.parameters())
+    assert all(key.startswith("fpn.") for key in features.state_dict())
+
+
+def test_torchvision_sizes_that_vary(torchvision_bundle: Path) -> None:
+    features = EdgeBackboneWithFPN(EdgeBackbone.from_pretrained(torchvision_bundle), 32)
+    detector = torchvision.models.detection.FasterRCNN(features, num_classes=4, min_size=64, max_size=128).eval()
+    with torch.no_grad(), pytest.raises(InputError, match="64"):
+        detector([torch.rand(3, 64, 64)])
+
+
+def test_torchvision_features_by_name(torchvision_bundle: Path) -> None:
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pyramid(STAGES).body(images)
+    actual = EdgeFeatures(EdgeBackbone.from_pretrained(torchvision_bundle))(images)
+    assert list(actual) == list(expected) == ["0", "1", "2", "3"]
+    assert all(relative(actual[key], expected[key]) < TOLERANCE for key in expected)
+
+
+@pytest.mark.parametrize("name", ["tu-resnet18", "tu-test_convnext"])
+def test_segmentation_model(name: str, build: Callable[..., Path]) -> None:
+    """A network with a map at half the image's size, and one whose first map is at a quarter."""
+    model = trained_like(
+        segmentation_models.Unet(name, encoder_weights=None, classes=2, decoder_channels=(32, 16, 16, 8, 8))
+    )
+    encoder = EdgeEncoder(EdgeBackbone.from_pretrained(build(model.encoder.model)))
+    assert (encoder.out_channels, encoder.output_stride) == (model.encoder.out_channels, model.encoder.output_stride)
+
+    images = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, expected_maps, other = model(images), model.encoder(images), model(images.flip(-1))
+        maps = encoder(images)
+        model.encoder = encoder
+        actual = model(images)
+    assert [m.shape for m in maps] == [m.shape for m in expected_maps]
+    assert relative(actual, expected) < TOLERANCE
+    assert relative(other, expected) > 10 * TOLERANCE
+    assert not any(key.startswith("encoder.") for key in model.state_dict())
+
+
+class Zeros:
+    """An engine that returns zeros, of the sizes that a specification says."""
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        self.spec = spec
+
+    def run(self, array: Any) -> list[Any]:
+        batch, _, height, width = array.shape
+        shapes = zip(self.spec.channels, self.spec.strides, strict=True)
+        return [torch.zeros(batch, channels, height // v, width // h).numpy() for channels, (v, h) in shapes]
+
+    def close(self) -> None:
+        pass
+
+
+def backbone_of(channels: list[int], strides: list[int], layout: Any = "NCHW") -> EdgeBackbone:
+    names = tuple(f"stage{i}" for i in range(len(channels)))
+    spec = BackboneSpec(
+        stage_names=names,
+        out_features=names,
+        out_indices=tuple(range(len(names))),
+        channels=tuple(channels),
+        strides=tuple((stride, stride) for stride in strides),
+        num_features=tuple(channels),
+        layouts=(layout,) * len(names),
+    )
+    sizes = {"batch": ShapeRange.fixed(1), "height": ShapeRange.fixed(64), "width": ShapeRange.fixed(96)}
+    return EdgeBackbone(spec, InputSpec(name="pixel_values", channels=3, **sizes), Zeros(spec))
+
+
+@pytest.mark.parametrize(
+    ("strides", "levels"),
+    [([2, 4, 8], [3, 8, 16, 24]), ([4, 8, 16], [3, 0, 8, 16, 24]), ([2, 8, 16], [3, 8, 0, 16, 24])],
+)
+def test_encoder_levels(strides: list[int], levels: list[int]) -> None:
+    """As in segmentation_models_pytorch's own encoders: the image first, no channels where a level is missing."""
+    encoder = EdgeEncoder(backbone_of([8, 16, 24], strides))
+    images = torch.rand(1, 3, 64, 96)
+    maps = encoder(images)
+    assert encoder.out_channels == levels
+    assert encoder.output_stride == strides[-1]
+    assert maps[0] is images
+    assert [tuple(m.shape) for m in maps] == [(1, c, 64 >> i, 96 >> i) for i, c in enumerate(levels)]
+
+
+def test_encoder_of_a_network_with_full_size_maps() -> None:
+    """VGG: its first map stands where others have the image."""
+    encoder = EdgeEncoder(backbone_of([8, 16, 24], [1, 2, 4]))
+    assert encoder.out_channels == [8, 16, 24]
+    assert [m.shape[1] for m in encoder(torch.rand(1, 3, 64, 96))] == [8, 16, 24]
+
+
+@pytest.mark.parametrize(
+    ("strides", "layout"),
+    [([14, 14], "NCHW"), ([16, 16], "NCHW"), ([8, 4], "NCHW"), ([4, 8], "NHWC"), ([8, 16], "NLC")],
+)
+def test_encoder_refuses_what_is_no_pyramid(strides: list[int], layout: str) -> None:
+    with pytest.raises(ClientMismatchError, match="one NCHW map per power of two") as refusal:
+        EdgeEncoder(backbone_of([8, 16], strides, layout))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NLC"])
+def test_pyramid_refuses_other_layouts(layout: str) -> None:
+    with pytest.raises(ClientMismatchError, match=layout) as refusal:
+        EdgeBackboneWithFPN(backbone_of([8, 16], [8, 16], layout))
+    assert "\n" not in str(refusal.value)

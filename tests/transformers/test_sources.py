@@ -269,38 +269,41 @@ def test_hidden_states_that_are_no_tensors_are_refused():
         load(made(transformers_config("maskformer-swin")), size=(128, 160), hidden_states=True)
 
 
-@pytest.mark.parametrize("name", [name for name in ("dinov3_vit", "sapiens2") if name in OFFERED])
-def test_class_tokens_come_with_the_maps(name):
-    config = transformers_config(name)
-    config.return_class_token = True
-    size = TRANSFORMERS[name].height, TRANSFORMERS[name].width
-    net, images = made(config), pixels(*size)
-    with torch.no_grad():
-        expected = net(images)
-    loaded = load(net, size=size)
-    results = outputs(loaded, images)
-    assert_gives(loaded, expected.feature_maps, images)
-    assert loaded.spec.cls_tokens == tuple(f"cls_tokens.{feature}" for feature in loaded.spec.out_features)
-    assert_same([results[output] for output in loaded.spec.cls_tokens], expected.cls_tokens)
-    config.return_class_token = False
-    assert not load(made(config), size=size).spec.cls_tokens
+if {"dinov3_vit", "sapiens2"}.issubset(OFFERED):
+
+    @pytest.mark.parametrize("name", ["dinov3_vit", "sapiens2"])
+    def test_class_tokens_come_with_the_maps(name):
+        config = transformers_config(name)
+        config.return_class_token = True
+        size = TRANSFORMERS[name].height, TRANSFORMERS[name].width
+        net, images = made(config), pixels(*size)
+        with torch.no_grad():
+            expected = net(images)
+        loaded = load(net, size=size)
+        results = outputs(loaded, images)
+        assert_gives(loaded, expected.feature_maps, images)
+        assert loaded.spec.cls_tokens == tuple(f"cls_tokens.{feature}" for feature in loaded.spec.out_features)
+        assert_same([results[output] for output in loaded.spec.cls_tokens], expected.cls_tokens)
+        config.return_class_token = False
+        assert not load(made(config), size=size).spec.cls_tokens
 
 
 EXPERTS = {**TRANSFORMERS["vitpose_backbone"].arguments, "num_experts": 3, "part_features": 16}
 
 
-@pytest.mark.parametrize("name", [name for name in ("vitpose_backbone",) if name in OFFERED])
-def test_an_expert_is_chosen_by_dataset_index(name):
-    net, images = made(CONFIG_MAPPING[name](**EXPERTS)), pixels(96, 64)
-    expected = [maps(net, images, dataset_index=torch.tensor([index, index])) for index in range(3)]
-    assert float((expected[0][-1] - expected[2][-1]).abs().max()) > 0.01
-    for index in (0, 2):
-        loaded = load(net, size=(96, 64), dataset_index=index)
-        assert_gives(loaded, expected[index], images)
-        assert loaded.source.options["dataset_index"] == index
-    for index in (3, -1):
-        with refused(InputError, f"dataset_index must be below 3, got {index}"):
-            load(net, size=(96, 64), dataset_index=index)
+if "vitpose_backbone" in OFFERED:
+
+    def test_an_expert_is_chosen_by_dataset_index():
+        net, images = made(CONFIG_MAPPING["vitpose_backbone"](**EXPERTS)), pixels(96, 64)
+        expected = [maps(net, images, dataset_index=torch.tensor([index, index])) for index in range(3)]
+        assert float((expected[0][-1] - expected[2][-1]).abs().max()) > 0.01
+        for index in (0, 2):
+            loaded = load(net, size=(96, 64), dataset_index=index)
+            assert_gives(loaded, expected[index], images)
+            assert loaded.source.options["dataset_index"] == index
+        for index in (3, -1):
+            with refused(InputError, f"dataset_index must be below 3, got {index}"):
+                load(net, size=(96, 64), dataset_index=index)
 
 
 # ---- configurations -------------------------------------------------------------------------------------------------
@@ -487,14 +490,13 @@ def test_a_timm_backbone_configuration(name, arguments, images):
     assert loaded.channels_in == images.shape[1]
 
 
-@pytest.mark.parametrize(
-    "key", [key for key in ("output_stride",) if key in TimmBackboneConfig(backbone="x").to_dict()]
-)
-def test_the_output_stride_of_a_timm_backbone_configuration(key):
-    config = timm_config("resnet10t", out_indices=[-1], **{key: 16})
-    loaded = load(config, weights="random:0")
-    assert_gives(loaded, maps(own_network(config, loaded, "_backbone."), pixels()), pixels())
-    assert loaded.spec.strides == ((16, 16),)
+if "output_stride" in timm_config("test_resnet").to_dict():
+
+    def test_the_output_stride_of_a_timm_backbone_configuration():
+        config = timm_config("resnet10t", out_indices=[-1], output_stride=16)
+        loaded = load(config, weights="random:0")
+        assert_gives(loaded, maps(own_network(config, loaded, "_backbone."), pixels()), pixels())
+        assert loaded.spec.strides == ((16, 16),)
 
 
 @pytest.mark.parametrize(
@@ -547,15 +549,14 @@ def test_a_timm_backbone_that_cannot_be_made_is_refused():
 
 
 @pytest.mark.parametrize("out_indices", [(3, 1), (-1, 0)])
-@pytest.mark.parametrize("feature_class", ["list", "dict", "hook", "getter"])
+@pytest.mark.parametrize("feature_class", ["list", "dict"])
 def test_stages_of_a_feature_extractor_are_named_right_whatever_order_they_were_asked_in(feature_class, out_indices):
     """Most return them in the network's order, and claim the channels of the other."""
     net = timm.create_model("test_resnet", features_only=True, out_indices=out_indices, feature_cls=feature_class)
     net, images = trained(net), pixels()
     whole = timm.create_model("test_resnet")
-    whole.load_state_dict(
-        {**whole.state_dict(), **{key.removeprefix("body."): t for key, t in net.state_dict().items()}}
-    )
+    state = {key.removeprefix("body.").removeprefix("model."): tensor for key, tensor in net.state_dict().items()}
+    whole.load_state_dict({**whole.state_dict(), **state})
     with torch.no_grad():
         every = whole.eval().forward_intermediates(images, intermediates_only=True)
     net.train()
@@ -600,7 +601,8 @@ def test_a_timm_family_that_works_in_nhwc():
     net = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, out_indices=(0, 1), img_size=(64, 96))
     expected = maps(trained(net), pixels())
     assert [m.shape[-1] for m in expected] == [96, 192]
-    loaded = load(net)
+    loaded = load(net, size=None)
+    assert (loaded.height, loaded.width) == (64, 96)
     assert_gives(loaded, tuple(m.permute(0, 3, 1, 2) for m in expected), pixels())
     assert loaded.spec.layouts == ("NCHW", "NCHW")
 
@@ -648,6 +650,7 @@ def test_a_plain_module_with_a_description(form):
     assert_gives(loaded, expected, images)
     assert loaded.spec.layouts == ("NCHW", "NCHW", "NLC")
     assert (loaded.channels_in, loaded.height, loaded.width) == (5, HEIGHT, WIDTH)
+    assert len(loaded.image_config.mean) == len(loaded.image_config.std) == 5
     one = load(plain(net), size=None, out_indices=(-2,))
     assert_gives(one, expected[1:2], images)
     assert (one.spec.out_features, one.spec.out_indices) == (("coarse",), (-2,))
@@ -709,7 +712,7 @@ def hidden_states(model: Any, images: torch.Tensor, indices: tuple[int, ...]) ->
 
 def write(state: dict[str, torch.Tensor], path: Path) -> Path:
     if path.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
     else:
         torch.save(state, path)
     return path

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from timm.models._helpers import load_state_dict
 from torch import nn
@@ -56,6 +57,14 @@ def kept_stages(
     if not kept[0]:
         raise InputError(f"no stage is kept: choose at least one of {list(stage_names)}")
     return kept
+
+
+def for_channels(config: ImageConfig, channels: int) -> ImageConfig:
+    """For other than its own channels the mean over channels serves each of them."""
+    if len(config.mean) == channels:
+        return config
+    mean, std = ((sum(values) / len(values),) * channels for values in (config.mean, config.std))
+    return msgspec.structs.replace(config, mean=mean, std=std)
 
 
 def refuse_dataset_index(options: SourceOptions) -> None:
@@ -162,8 +171,10 @@ def hub_folder(repository: str) -> Path:
             if (folder / "config.json").is_file() and any(folder.glob(weights)):
                 return folder
     except Exception as error:  # HTTP, validation and cache errors have no common base
-        if not offline and "Repository" in type(error).__name__:
-            raise SourceError(f"the model hub has no {repository!r}, or it is private: {first_line(error)}") from error
+        if not offline and any("Repository" in kind.__name__ for kind in type(error).__mro__):
+            raise SourceError(
+                f"the model hub has no {repository!r}, or it is private or gated: {first_line(error)}"
+            ) from error
         if not offline and "Validation" in type(error).__name__:
             raise SourceError(f"{repository!r} is not a hub id: {first_line(error)}") from error
         raise HubUnreachableError(

@@ -21,6 +21,7 @@ from edge_backbones.build.sources.common import (
     IMAGENET,
     SourceOptions,
     first_line,
+    for_channels,
     hub_folder,
     kept_stages,
     refuse_dataset_index,
@@ -180,7 +181,7 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
     return LoadedBackbone(
         module=_Chosen(net, kept).eval(),
         source=Source(library="torch", name=type(net).__name__, weights="module", weights_sha256=tensors_sha256(net)),
-        image_config=source.image,
+        image_config=for_channels(source.image, source.num_channels),
         channels_in=source.num_channels,
         height=height,
         width=width,

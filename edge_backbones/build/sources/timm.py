@@ -13,7 +13,7 @@ import timm
 import torch
 from timm.data.config import resolve_data_config, resolve_model_data_config
 from timm.layers.config import set_layer_config
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureGetterNet, FeatureHookNet
 from torch import nn
 
 from edge_backbones.build.artifacts import LoadedBackbone
@@ -76,7 +76,11 @@ def load_timm_module(
     if isinstance(net.feature_info, list):  # a whole network
         net = _feature_extractor(net, options)
     stage_names = _stage_names(net.feature_info.info)
-    returned = sorted(i % len(stage_names) for i in net.feature_info.out_indices)
+    given = [i % len(stage_names) for i in net.feature_info.out_indices]
+    returned = sorted(given)
+    if given != returned and isinstance(net, (FeatureHookNet, FeatureGetterNet)):
+        # Other classes return stages in the network's order; these do not, and do not say so.
+        raise SourceError(f"a {type(net).__name__} with out_indices out of order: create it with {tuple(returned)}")
     features, indices = kept_stages(stage_names, options, tuple(returned))
     missing = [feature for feature in features if stage_names.index(feature) not in returned]
     if missing:

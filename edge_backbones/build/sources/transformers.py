@@ -27,6 +27,7 @@ from edge_backbones.build.sources.common import (
     IMAGENET,
     SourceOptions,
     first_line,
+    for_channels,
     kept_stages,
     random_seed,
     read_checkpoint,
@@ -138,7 +139,7 @@ def load_module(
     return LoadedBackbone(
         module=module.eval(),
         source=msgspec.structs.replace(source, config=config),
-        image_config=_for_channels(image_config or IMAGENET, channels_in),
+        image_config=for_channels(image_config or IMAGENET, channels_in),
         channels_in=channels_in,
         height=height,
         width=width,
@@ -196,6 +197,11 @@ def _measured(
     maps = output.feature_maps or ()
     if len(maps) != len(features):
         raise SourceError(f"{type(net).__name__} returns {len(maps)} maps for the stages {list(features)}")
+    if len(net.num_features) != len(stage_names):
+        raise SourceError(
+            f"this {type(net.config).__name__} gives channels of {len(net.num_features)} stages and names "
+            f"{len(stage_names)}: lists in it disagree (resnet: depths and hidden_sizes)"
+        )
     layouts: list[Layout] = ["NCHW" if feature_map.ndim == 4 else "NLC" for feature_map in maps]
     extras = [
         ExtraOutput(name=f"cls_tokens.{feature}", layout="NC", channels=int(token.shape[-1]))
@@ -403,14 +409,6 @@ def _json_of(config: Any) -> dict[str, Any]:
     return content
 
 
-def _for_channels(config: ImageConfig, channels: int) -> ImageConfig:
-    """For other than its own channels the mean over channels serves each of them."""
-    if len(config.mean) == channels:
-        return config
-    mean, std = ((sum(values) / len(values),) * channels for values in (config.mean, config.std))
-    return msgspec.structs.replace(config, mean=mean, std=std)
-
-
 # ---- timm inside of transformers ------------------------------------------------------------------------------------
 
 
@@ -441,7 +439,7 @@ def _load_timm_backbone(
     loaded = _with_config(loaded, net.config)
     if image_config is None:
         return loaded
-    return dataclasses.replace(loaded, image_config=_for_channels(image_config, loaded.channels_in))
+    return dataclasses.replace(loaded, image_config=for_channels(image_config, loaded.channels_in))
 
 
 def _with_config(loaded: LoadedBackbone, config: Any) -> LoadedBackbone:
