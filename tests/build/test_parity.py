@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from edge_backbones.build.parity import DEFAULT_GATES, compare, load_golden, measure_parity
-from edge_backbones.bundle import Bundle
+from edge_backbones.build.parity import DEFAULT_GATES, compare, measure_parity
+from edge_backbones.bundle import Bundle, load_golden
 from edge_backbones.errors import IntegrityError
 from edge_backbones.manifest import Gate
 from edge_backbones.runtime.backbone import EdgeBackbone
