@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnxscript.optimizer import optimize
 
 from edge_backbones.build.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
 from edge_backbones.errors import ExportError
@@ -23,6 +24,7 @@ OPSET = 20
 does not build in fp32."""
 
 _MAX_RELATIVE_ERROR = 1e-3
+_ANY_SIZE = 2**31  # bytes; a graph is limited to that
 
 
 def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
@@ -51,6 +53,9 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
                 custom_translation_table={torch.ops.aten.col2im.default: _fold},
             )
         assert program is not None  # only dynamo=False returns None
+        # Whatever depends on no image is computed here, at any size: standardised weights (int8 quantises constants
+        # only), tables of relative positions. The exporter itself leaves tensors above 8192 numbers to the engine.
+        optimize(program.model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
         model = program.model_proto
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
         cause = next(

@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """A submodule of a client: ``parent.name`` is ``module``, ``path`` leads to it from the client."""
+    """A submodule of a client, and the path that leads to it."""
 
     path: str
-    parent: nn.Module
-    name: str
     module: nn.Module
 
 
@@ -44,8 +42,7 @@ def find_backbone(client: nn.Module) -> Place:
             continue
         is_extractor = is_timm_module(module) and not isinstance(module.feature_info, list)
         if is_backbone(module) or is_extractor:
-            parent, _, name = path.rpartition(".")
-            found.append(Place(path, client.get_submodule(parent), name, module))
+            found.append(Place(path, module))
     if not found:
         raise SourceError(
             f"no backbone was found inside this {type(client).__name__}: it must hold a backbone of transformers "

@@ -20,9 +20,9 @@ from edge_backbones.runtime.backbone import EdgeBackbone
 class EdgeEncoder(EngineModule):
     """The encoder interface: a list that begins with the image and halves its size at every step.
 
-    A level that the network does not have (2 in transformers, whose first stage has stride 4) is a map of 0 channels, as
-    in the library's own timm encoders. Raises ClientMismatchError for maps that are not NCHW or whose strides are not
-    powers of two, each once.
+    A level that the network does not have (2 in transformers, whose first stage has stride 4) is a map of 0 channels, and
+    a map as large as the image (VGG) stands in the image's place, as in the library's own encoders. Raises
+    ClientMismatchError for maps that are not NCHW or whose strides are not powers of two, each once.
     """
 
     def __init__(self, backbone: EdgeBackbone) -> None:
@@ -40,13 +40,13 @@ class EdgeEncoder(EngineModule):
             )
         self.levels = levels
         self.output_stride = strides[-1][0]
-        channels = dict(zip(levels, backbone.channels, strict=True))
-        self.out_channels = [backbone.input.channels, *(channels.get(i, 0) for i in range(1, levels[-1] + 1))]
+        channels = {0: backbone.input.channels, **dict(zip(levels, backbone.channels, strict=True))}
+        self.out_channels = [channels.get(level, 0) for level in range(levels[-1] + 1)]
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        maps = dict(zip(self.levels, self.infer(x)["feature_maps"], strict=True))
+        maps = {0: x, **dict(zip(self.levels, self.infer(x)["feature_maps"], strict=True))}
         height, width = x.shape[2:]
-        for level in range(1, self.levels[-1] + 1):
+        for level in range(1, self.levels[-1]):
             if level not in maps:
                 maps[level] = x.new_empty(len(x), 0, height >> level, width >> level)
-        return [x, *(maps[level] for level in range(1, self.levels[-1] + 1))]
+        return [maps[level] for level in range(self.levels[-1] + 1)]

@@ -107,7 +107,7 @@ class EdgeBackboneModule(EngineModule):
         if self.as_list:
             return list(output["feature_maps"])
         if return_dict is False:
-            return tuple(output[name] for name in ("feature_maps", "hidden_states") if name in output)
+            return tuple(output.values())
         output_class = BackboneOutputWithTokens if "cls_tokens" in output else BackboneOutput
         return output_class(**output)  # type: ignore[arg-type]
 
@@ -135,8 +135,7 @@ def replace_backbone(
     Raises SourceError when the model has no backbone, or several; ClientMismatchError when the bundle does not fit, with
     the reason; BundleError and EngineMismatchError as ``from_pretrained``.
     """
-    place = find_backbone(model)
-    original: Any = place.module
+    original: Any = find_backbone(model).module
     as_list = not is_backbone(original) or getattr(original, "as_list", False)
     needs_tokens = False
 
@@ -156,8 +155,11 @@ def replace_backbone(
         raise ClientMismatchError(
             f"the client reads class tokens, which {bundle} does not hold: build it from this client's own backbone"
         )
-    setattr(place.parent, place.name, EdgeBackboneModule(backbone, as_list=as_list).train(original.training))
-    return place.module
+    engine_module = EdgeBackboneModule(backbone, as_list=as_list).train(original.training)
+    for parent in list(model.modules()):
+        for name in [name for name, child in parent._modules.items() if child is original]:
+            setattr(parent, name, engine_module)  # wherever it stands: a module may have several names
+    return original  # type: ignore[no-any-return]
 
 
 def _stages(original: Any) -> list[str]:
