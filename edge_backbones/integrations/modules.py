@@ -34,8 +34,8 @@ class EngineModule(nn.Module):
         super().__init__()
         self.backbone = backbone
 
-    def infer(self, pixel_values: torch.Tensor, **arguments: Any) -> dict[str, tuple[torch.Tensor, ...]]:
-        """:meth:`EdgeBackbone.__call__` on tensors: the fields of its output, as tensors."""
+    def infer(self, pixel_values: torch.Tensor, **arguments: Any) -> dict[str, tuple[Any, ...]]:
+        """:meth:`EdgeBackbone.__call__` on tensors: the fields of its output, as tensors (None stays None)."""
         if pixel_values.requires_grad and torch.is_grad_enabled():
             raise InputError("an engine has no gradient: pass pixel_values.detach(), or run under torch.no_grad()")
         values, dtype = pixel_values.detach(), torch.float32
@@ -44,10 +44,11 @@ class EngineModule(nn.Module):
         if self.backbone.device == "cpu":
             values = values.cpu()
         output = self.backbone(values, **arguments)
-        return {
-            name: tuple(from_dlpack(array).to(device=pixel_values.device, dtype=dtype) for array in arrays)
-            for name, arrays in output.items()
-        }
+
+        def tensor(array: Any) -> Any:
+            return None if array is None else from_dlpack(array).to(device=pixel_values.device, dtype=dtype)
+
+        return {name: tuple(tensor(array) for array in arrays) for name, arrays in output.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
         twin = type(self).__new__(type(self))

@@ -85,7 +85,7 @@ class EdgeBackboneModule(EngineModule):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         dataset_index: torch.Tensor | None = None,
@@ -100,7 +100,7 @@ class EdgeBackboneModule(EngineModule):
         """
         output = self.infer(
             pixel_values,
-            output_hidden_states=bool(output_hidden_states) and self.backbone.has_hidden_states,
+            output_hidden_states=output_hidden_states if self.backbone.has_hidden_states else None,
             output_attentions=output_attentions,
             dataset_index=None if dataset_index is None else dataset_index.cpu(),
         )

@@ -18,7 +18,7 @@ from edge_backbones.runtime import compat, session
 from edge_backbones.spec import BackboneSpec, InputSpec, align_stages
 
 
-class BackboneOutput(dict[str, tuple[np.ndarray, ...]]):
+class BackboneOutput(dict[str, tuple[Any, ...]]):
     """``transformers.modeling_outputs.BackboneOutput`` without torch.
 
     ``feature_maps`` is a tuple of float32 arrays in stage order. As in transformers, fields that are None are not keys,
@@ -28,7 +28,7 @@ class BackboneOutput(dict[str, tuple[np.ndarray, ...]]):
     def __init__(
         self,
         feature_maps: tuple[np.ndarray, ...],
-        hidden_states: tuple[np.ndarray, ...] | None = None,
+        hidden_states: tuple[np.ndarray | None, ...] | None = None,
         attentions: None = None,
         cls_tokens: tuple[np.ndarray, ...] | None = None,
     ) -> None:
@@ -46,8 +46,8 @@ class BackboneOutput(dict[str, tuple[np.ndarray, ...]]):
         return super().__getitem__("feature_maps")
 
     @property
-    def hidden_states(self) -> tuple[np.ndarray, ...] | None:
-        """One array per layer or stage, as the network has it; only when asked for."""
+    def hidden_states(self) -> tuple[np.ndarray | None, ...] | None:
+        """One array per layer or stage, as the network has it, None where it was not asked for."""
         return self.get("hidden_states")
 
     @property
@@ -237,7 +237,7 @@ class EdgeBackbone:
     def __call__(
         self,
         pixel_values: Any,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: Literal[True] | None = None,
         *,
@@ -248,27 +248,28 @@ class EdgeBackbone:
     def __call__(
         self,
         pixel_values: Any,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         *,
         return_dict: Literal[False],
         dataset_index: Any = None,
-    ) -> tuple[tuple[np.ndarray, ...], ...]: ...
+    ) -> tuple[tuple[Any, ...], ...]: ...
 
     def __call__(
         self,
         pixel_values: Any,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         *,
         dataset_index: Any = None,
-    ) -> BackboneOutput | tuple[tuple[np.ndarray, ...], ...]:
+    ) -> BackboneOutput | tuple[tuple[Any, ...], ...]:
         """Feature maps of the chosen stages; see the class for what goes in and what comes out.
 
-        ``output_hidden_states`` needs a bundle that was built with them. ``dataset_index`` (VitPose's experts) is part
-        of the engine: only the index that it was built for is accepted. ``return_dict=False`` gives
-        ``(feature_maps,)``, with hidden states ``(feature_maps, hidden_states)``.
+        ``output_hidden_states`` needs a bundle that was built with them: True for all, an index or several for those
+        (the others are None, an index out of range selects nothing). ``dataset_index`` (VitPose's experts) is part of
+        the engine: only the index that it was built for is accepted. ``return_dict=False`` gives the fields that are
+        there as a tuple: ``(feature_maps,)``, ``(feature_maps, hidden_states)``, with class tokens behind them.
 
         Raises InputError (a ValueError) for what the engine cannot take or give; the message says what it can.
         """
@@ -282,11 +283,14 @@ class EdgeBackbone:
             self._check_dataset_index(dataset_index)
         outputs = self._run(pixel_values)
         feature_maps = tuple(outputs[i] for i in self._chosen)
-        hidden_states = tuple(outputs[i] for i in self._hidden_states) if output_hidden_states else None
-        if return_dict is False:
-            return (feature_maps,) if hidden_states is None else (feature_maps, hidden_states)
+        hidden_states = None
+        if output_hidden_states:
+            states = [outputs[i] for i in self._hidden_states]
+            chosen = _selected(output_hidden_states, len(states))
+            hidden_states = tuple(state if i in chosen else None for i, state in enumerate(states))
         cls_tokens = tuple(outputs[self._cls_tokens[i]] for i in self._chosen) if self._cls_tokens else None
-        return BackboneOutput(feature_maps, hidden_states, cls_tokens=cls_tokens)
+        output = BackboneOutput(feature_maps, hidden_states, cls_tokens=cls_tokens)
+        return output.to_tuple() if return_dict is False else output
 
     forward = __call__
 
@@ -356,6 +360,14 @@ class EdgeBackbone:
         filled = np.zeros((smallest, *piece.shape[1:]), piece.dtype)
         filled[:count] = piece
         return [feature_map[:count] for feature_map in self._engine.run(filled)]
+
+
+def _selected(hidden_states: bool | int | Sequence[int], count: int) -> set[int]:
+    """Which of ``count`` hidden states are asked for, by the rules of transformers' ``output_hidden_states``."""
+    if isinstance(hidden_states, bool):
+        return set(range(count))
+    indices = [hidden_states] if isinstance(hidden_states, int) else hidden_states
+    return {i % count for i in indices if -count <= i < count}
 
 
 def _host_array(values: Any, spec: InputSpec) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:torch.meshgrid. in an upcoming release:UserWarning"),
 ]
 
 TOLERANCE = 1e-3
@@ -425,6 +427,20 @@ def test_return_dict(module: EdgeBackboneModule, swin: Any, images: torch.Tensor
     assert len(expected) == 2
     for ours, theirs in zip((maps, hidden), expected, strict=True):
         assert all(relative(a, e) < TOLERANCE for a, e in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers.backbone_utils") is None,
+    reason="this release of transformers does not select hidden states",
+)
+@pytest.mark.parametrize("asked", [True, 1, -1, [0, -2], [9]])
+def test_selected_hidden_states(module: EdgeBackboneModule, swin: Any, images: torch.Tensor, asked: Any) -> None:
+    with torch.no_grad():
+        expected = swin(images, output_hidden_states=asked).hidden_states
+    actual = module(images, output_hidden_states=asked).hidden_states
+    assert len(actual) == len(expected)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours is theirs is None or relative(ours, theirs) < TOLERANCE
 
 
 @pytest.mark.skipif("chm_v2" not in CLIENTS, reason="this release of transformers has no CHMv2")

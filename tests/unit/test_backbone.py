@@ -286,10 +286,24 @@ def test_class_tokens_and_hidden_states_come_with_the_maps():
     assert backbone.has_cls_tokens
     assert (backbone.out_indices, backbone.layouts) == ([1, -1], ["NCHW", "NLC"])
     assert list(backbone.run(pixels(2))) == list(ManyOutputs.spec.outputs)
-    maps, hidden = backbone(pixels(2), output_hidden_states=True, return_dict=False)
-    assert (numbers(maps), numbers(hidden)) == ([0, 1], [4, 0])
-    (maps,) = backbone(pixels(2), return_dict=False)
-    assert len(maps) == 2
+    maps, hidden, tokens = backbone(pixels(2), output_hidden_states=True, return_dict=False)
+    assert (numbers(maps), numbers(hidden), numbers(tokens)) == ([0, 1], [4, 0], [2, 3])
+    maps, tokens = backbone(pixels(2), return_dict=False)
+    assert (numbers(maps), numbers(tokens)) == ([0, 1], [2, 3])
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [(True, [4, 0]), (1, [None, 0]), (-1, [None, 0]), ([0], [4, None]), ([-1, 0], [4, 0]), ([2, -3], [None, None])],
+)
+def test_hidden_states_are_selected_by_index(asked, given):
+    states = over_many_outputs()(pixels(2), output_hidden_states=asked).hidden_states
+    assert [None if state is None else int(state.flat[0]) for state in states] == given
+
+
+@pytest.mark.parametrize("asked", [False, None, []])
+def test_no_hidden_states_are_asked_for(asked):
+    assert "hidden_states" not in over_many_outputs()(pixels(2), output_hidden_states=asked)
 
 
 def test_class_tokens_follow_the_chosen_stages_and_batches_are_cut_for_every_output():

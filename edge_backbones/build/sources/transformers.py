@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers.utils import logging as library_logging
 
 from edge_backbones.build.artifacts import LoadedBackbone
 from edge_backbones.build.sources.common import (
@@ -370,13 +371,16 @@ def _complete(what: str, folder: Path | None, model_class: Any, **arguments: Any
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers logs a report about every head that is not loaded; what matters here is checked."""
-    before = logging.root.manager.disable
+    """transformers reports every head that is not loaded and draws bars of its own; what matters here is checked."""
+    before, bars = logging.root.manager.disable, library_logging.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
+    library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.disable(before)
+        if bars:
+            library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _refuse_timm_options(options: SourceOptions) -> None:
