@@ -24,6 +24,11 @@ from edge_backbones.build.prepare import prepare
 from edge_backbones.errors import ExportError
 
 ROUNDING = 1e-5
+SMALLER = {
+    "nf_regnet_b0": {"out_indices": (1,)},
+    "resnetv2_50x1_bit": {"out_indices": (1,)},
+    "swinv2_tiny_window8_256": {"out_indices": (0,), "img_size": (64, 64)},
+}
 
 
 def run(path: Path, array: np.ndarray) -> list[np.ndarray]:
@@ -90,6 +95,21 @@ def test_no_batch_norm_is_left_where_folding_is_possible(fixed, dynamic):
         kinds = {node.op_type for node in case.model.graph.node}
         assert "Conv" in kinds
         assert "BatchNormalization" not in kinds
+
+
+@pytest.mark.parametrize("name", ["nf_regnet_b0", "resnetv2_50x1_bit", "swinv2_tiny_window8_256"])
+def test_what_depends_on_no_image_is_a_constant(name, tmp_path):
+    """Standardised weights: int8 quantises constants only. Tables of relative positions: small networks of their own."""
+    case = Case(tmp_path, name, networks.input_spec(64, 64, batch=(1, 2, 4)), **SMALLER[name])
+    images = np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
+    assert_same_maps(run(case.graph.path, images), case.expected(images))
+    stored = {tensor.name for tensor in case.model.graph.initializer}
+    assert [n.name for n in case.model.graph.node if n.op_type in ("Conv", "Gemm") and n.input[1] not in stored] == []
+    known = set(stored)
+    for node in case.model.graph.node:
+        if all(name in known for name in node.input if name):
+            known.update(node.output)
+    assert [n.op_type for n in case.model.graph.node if n.op_type != "Constant" and known.issuperset(n.output)] == []
 
 
 def test_weights_behind_the_last_kept_stage_are_not_in_the_file(fixed):

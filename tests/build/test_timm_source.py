@@ -161,6 +161,32 @@ def test_random_weights_depend_on_the_seed_and_on_nothing_else(images):
     assert (again.source.seed, other.source.seed) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "asleep"),
+    [
+        ("resnet18", "layer1.0.bn2.weight"),  # scale of a branch's last norm
+        ("swinv2_cr_tiny_224", "stages_0.blocks.0.norm1.weight"),
+        ("nf_regnet_b0", "stages_1.0.conv3.gain"),
+        ("convnext_atto", "stages_0.blocks.0.gamma"),  # starts at 1e-6
+        ("beit_base_patch16_224", "blocks.0.attn.relative_position_bias_table"),
+    ],
+)
+def test_no_branch_and_no_table_of_random_weights_is_left_at_zero(name, asleep):
+    """As training starts them they would take the branch, or the table, out of every comparison."""
+    stated = {
+        key: p for key, p in timm.create_model(name, features_only=True).named_parameters() if key.endswith(asleep)
+    }
+    assert len(stated) == 1
+    assert all(p.abs().max() <= 1e-5 for p in stated.values())
+    first, again = load(name, out_indices=(2,)), load(name, out_indices=(2,))
+    woken = {key: p for key, p in first.module.named_parameters() if key.endswith(asleep)}
+    assert len(woken) == 1
+    assert all(0.01 < p.abs().max() < 0.2 for p in woken.values())
+    for (key, one), (_, other) in zip(first.module.named_parameters(), again.module.named_parameters(), strict=True):
+        assert torch.equal(one, other), key
+        assert key.endswith("bias") or one.abs().max() > 0, key
+
+
 @pytest.mark.parametrize("weights", ["random", "random:", "random:x", "random:-1", "random:1.5"])
 def test_random_weights_need_a_seed(weights):
     with pytest.raises(SourceError, match=r"need a seed, as in random:0"):

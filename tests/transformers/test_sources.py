@@ -35,6 +35,7 @@ from transformers import (
     TimmBackbone,
     TimmBackboneConfig,
 )
+from transformers.utils import logging
 
 from build_scripts.architectures import TRANSFORMERS, transformers_config
 from edge_backbones import BuildOptions, build_bundle
@@ -568,6 +569,16 @@ def test_stages_of_a_feature_extractor_are_named_right_whatever_order_they_were_
     assert loaded.spec.strides == tuple((2 ** (index + 1),) * 2 for index in loaded.spec.out_indices)
 
 
+@pytest.mark.parametrize(("feature_class", "name"), [("hook", "FeatureHookNet"), ("getter", "FeatureGetterNet")])
+def test_extractors_that_mix_up_their_order_are_refused(feature_class, name):
+    """They return maps as asked or as they come, and their metadata does not say which."""
+    net = timm.create_model("test_vit", features_only=True, out_indices=(3, 1), feature_cls=feature_class)
+    with refused(SourceError, rf"a {name} with out_indices out of order: create it with \(1, 3\)"):
+        load(net)
+    ordered = timm.create_model("test_vit", features_only=True, out_indices=(1, 3), feature_cls=feature_class)
+    assert load(ordered).spec.out_indices == (1, 3)
+
+
 def test_a_whole_timm_network():
     net, images = trained(timm.create_model("test_efficientnet")), pixels()
     with torch.no_grad():
@@ -772,6 +783,17 @@ def test_a_folder_of_a_backbone(name, tmp_path):
     assert loaded.spec.out_indices == tuple(net.out_indices)
     assert (loaded.source.library, loaded.source.name, loaded.source.weights) == ("transformers", "saved", "pretrained")
     assert str(tmp_path) not in json.dumps(loaded.source.config)
+
+
+def test_a_folder_is_loaded_without_a_word(tmp_path, capfd):
+    """transformers has bars and a report of its own, and users may have switched them off."""
+    classifier().save_pretrained(tmp_path)
+    capfd.readouterr()
+    for switch, shown in ((logging.disable_progress_bar, False), (logging.enable_progress_bar, True)):
+        switch()
+        load(tmp_path)
+        assert logging.is_progress_bar_enabled() is shown
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_folder_by_a_relative_path_that_is_also_a_name_of_timm(tmp_path, monkeypatch):

@@ -20,6 +20,8 @@ from edge_backbones.spec import align_stages
 
 _HUB_TIMEOUT_S = 5.0
 _ASLEEP, _AWAKE = 1e-3, 0.05  # scale of a residual branch: untrained, and woken
+_TABLE_STD = 0.02  # what most networks start their position embeddings with
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 OFFLINE_ADVICE = "pass a local file (--weights model.safetensors) or seeded random weights (--weights random:0)"
 IMAGENET = ImageConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _SMALL_FILES = ["config.json", "preprocessor_config.json"]
@@ -94,21 +96,25 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def wake_residual_branches(net: nn.Module) -> None:
-    """Give the branches that training starts at zero a small weight, in place.
+    """Give what training starts at zero a small value, in place: scales of residual branches, tables of positions.
 
     timm initialises the last norm of a residual branch to 0, and layer scales start at 1e-6 everywhere. Left so, the
     branch's convolutions would be folded into zeros, and parity would be measured on a network that is not there. Large
-    weights would measure chaos instead: random branches pass on rounding errors that trained ones damp.
+    weights would measure chaos instead: random branches pass on rounding errors that trained ones damp. The same network
+    wakes in the same way.
     """
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for path, module in net.named_modules():
             for name, parameter in module.named_parameters(path, recurse=False):
                 largest = float(parameter.abs().max()) if parameter.numel() else 1.0
-                scales_a_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and name.endswith("weight")
-                scales_a_branch = name.endswith(("gamma", "skipinit_gain"))
+                scales_a_norm = isinstance(module, _NORMS) and name.endswith("weight")
+                scales_a_branch = name.endswith(("gamma", "gain"))
                 is_tiny_constant = parameter.ndim <= 1 and 0 < largest == float(parameter.abs().min())
                 if (scales_a_norm or scales_a_branch or is_tiny_constant) and largest < _ASLEEP:
                     parameter.fill_(_AWAKE)
+                elif parameter.ndim > 1 and largest == 0:  # positions, class tokens
+                    parameter.normal_(std=_TABLE_STD, generator=generator)
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
