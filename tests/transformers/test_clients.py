@@ -33,6 +33,7 @@ from edge_backbones.integrations.clients import find_backbone
 from edge_backbones.integrations.segmentation_models import EdgeEncoder
 from edge_backbones.integrations.torchvision import EdgeBackboneWithFPN, EdgeFeatures
 from edge_backbones.integrations.transformers import EdgeBackboneModule, replace_backbone
+from edge_backbones.runtime.backbone import BackboneOutput
 from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
 
 # What the oldest supported release of transformers does that newer releases of torch warn of.
@@ -360,6 +361,31 @@ def test_module_answers_like_the_backbone(module: EdgeBackboneModule, swin: Any,
         assert relative(a, e) < TOLERANCE
         assert not a.requires_grad
         assert a.is_contiguous()
+
+
+class OnTheGpu(EdgeBackbone):
+    """Stands in for a backbone whose engine is on the GPU: takes tensors there and returns tensors there."""
+
+    device = "cuda"
+
+    def __call__(self, pixel_values: torch.Tensor, **arguments: Any) -> Any:  # type: ignore[override]
+        self.taken = pixel_values
+        self.given = (pixel_values[:, :, ::2, ::2].contiguous(),)
+        return BackboneOutput(self.given)
+
+
+def test_an_engine_on_the_gpu_takes_and_gives_tensors_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = backbone_of([3], [2])
+    backbone = OnTheGpu(like._spec, like.input, like._engine)
+    images = torch.rand(1, 3, 64, 96)
+    module = EdgeBackboneModule(backbone)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("copied to the host"))
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: pytest.fail("copied to the host"))
+    (feature_map,) = module(images).feature_maps
+    assert backbone.taken.data_ptr() == images.data_ptr()
+    assert feature_map.data_ptr() == backbone.given[0].data_ptr()
+    (feature_map,) = module(images.half()).feature_maps
+    assert (backbone.taken.dtype, feature_map.dtype) == (torch.float32, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
