@@ -52,13 +52,9 @@ class EngineModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
         twin = type(self).__new__(type(self))
-        nn.Module.__init__(twin)
         memo[id(self)] = twin
-        own = {key: value for key, value in vars(self).items() if key not in vars(twin)}
-        twin.training = self.training
-        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in own.items() if key != "backbone"})
-        for name, module in self.named_children():
-            setattr(twin, name, copy.deepcopy(module, memo))
+        own = {key: value for key, value in vars(self).items() if key != "backbone"}
+        twin.__dict__.update(copy.deepcopy(own, memo))
         twin.backbone = copy.copy(self.backbone)
         return twin
 

@@ -212,9 +212,12 @@ def test_copy_of_a_swapped_client_shares_the_engine(
 ) -> None:
     client = client_of("detr")
     model = swapped(client, bundle_of("detr"))
+    seen: list[nn.Module] = []
+    engine_of(model).register_forward_hook(lambda module, *_: seen.append(module))
     twin = copy.deepcopy(model)
     images = client.images(1)
     assert torch.equal(client(images, twin).logits, client(images, model).logits)
+    assert seen == [engine_of(twin), engine_of(model)]
     assert engine_of(twin) is not engine_of(model)
     assert engine_of(twin).backbone._engine is engine_of(model).backbone._engine
 
