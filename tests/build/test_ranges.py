@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edge_backbones.build.ranges import DEAD_TENSOR_THRESHOLD, collect_ranges
+from edge_backbones.build.ranges import DEAD_TENSOR_THRESHOLD, METHODS, collect_magnitudes, find_ranges
 from edge_backbones.errors import CalibrationError
 
 BIN = 1 / 2048  # the widest a bin can be, relative to the largest value
@@ -35,6 +35,12 @@ def one_node_graph(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, path)
     return path
+
+
+def collect_ranges(
+    model: Path, tensors: Sequence[str], batches: Iterable[np.ndarray], **options: str | float
+) -> dict[str, float]:
+    return find_ranges(collect_magnitudes(model, tensors, batches), **options)
 
 
 @pytest.fixture
@@ -78,7 +84,7 @@ def test_max_is_the_largest_magnitude(relu: Path) -> None:
     assert list(found) == ["x", "y", "out"]
 
 
-@pytest.mark.parametrize("method", ["max", "percentile"])
+@pytest.mark.parametrize("method", METHODS)
 def test_neither_order_nor_batch_size_matters(relu: Path, method: str) -> None:
     images = heavy_tailed(24)
     expected = collect_ranges(relu, ["x", "y"], [images], method=method, percentile=99.0)
@@ -116,7 +122,7 @@ def test_every_float32_magnitude_can_be_counted(relu: Path, magnitude: float) ->
 
 def test_a_tensor_that_is_always_zero_gets_a_harmless_range(relu: Path) -> None:
     images = -np.abs(heavy_tailed(3)) - 1e-3
-    for method in ("max", "percentile"):
+    for method in METHODS:
         assert collect_ranges(relu, ["y"], [images], method=method) == {"y": DEAD_TENSOR_THRESHOLD}
 
 
@@ -127,7 +133,7 @@ def test_a_nearly_silent_tensor_keeps_its_few_values(relu: Path) -> None:
 
 
 @pytest.mark.parametrize(("bad", "word"), [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")])
-@pytest.mark.parametrize("method", ["max", "percentile"])
+@pytest.mark.parametrize("method", METHODS)
 def test_activations_that_are_not_finite_are_refused_by_name(relu: Path, bad: float, word: str, method: str) -> None:
     images = heavy_tailed(4)
     images[2, 0, 4, 6] = bad
@@ -141,8 +147,8 @@ def test_refusals_say_what_to_do(relu: Path) -> None:
         collect_ranges(relu, ["y"], [])
     with pytest.raises(CalibrationError, match="no tensor named 'z'"):
         collect_ranges(relu, ["y", "z"], [images])
-    with pytest.raises(CalibrationError, match="'entropy'; choose one of max, percentile"):
-        collect_ranges(relu, ["y"], [images], method="entropy")
+    with pytest.raises(CalibrationError, match="'median'; choose one of max, percentile, entropy, mse"):
+        collect_ranges(relu, ["y"], [images], method="median")
     for percentile in (0.0, 100.5, float("nan")):
         with pytest.raises(CalibrationError, match=r"must lie in \(0, 100\]"):
             collect_ranges(relu, ["y"], [images], percentile=percentile)
@@ -154,7 +160,7 @@ def test_refusals_say_what_to_do(relu: Path) -> None:
 
 def test_progress_counts_images(relu: Path) -> None:
     calls: list[tuple[str, int, int | None]] = []
-    collect_ranges(relu, ["y"], split(heavy_tailed(7), [2, 5]), progress=lambda *call: calls.append(call))
+    collect_magnitudes(relu, ["y"], split(heavy_tailed(7), [2, 5]), progress=lambda *call: calls.append(call))
     assert calls == [("calibrating", 2, None), ("calibrating", 7, None)]
 
 
@@ -168,3 +174,90 @@ def test_memory_does_not_grow_with_the_number_of_images(relu: Path) -> None:
 
     peak(2)  # imports
     assert peak(400) < peak(20) + 100_000
+
+
+# ---- where to clip --------------------------------------------------------------------------------------------------
+
+
+def with_outliers(kind: str) -> np.ndarray:
+    random = np.random.default_rng(3)
+    values = {
+        "uniform": lambda size: random.uniform(-1, 1, size),
+        "normal": random.standard_normal,
+        "laplace": lambda size: random.laplace(size=size),
+        "student": lambda size: random.standard_t(4, size),
+    }[kind]((400, 3, 5, 7))
+    return values.astype(np.float32)
+
+
+def rounding_error(values: np.ndarray, threshold: float) -> float:
+    """Of symmetric int8 with this threshold, summed over the values themselves."""
+    step = threshold / 127
+    values = values.astype(np.float64)
+    return float(((values - np.clip(np.rint(values / step), -127, 127) * step) ** 2).sum())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal", "laplace", "student"])
+def test_mse_is_the_threshold_of_the_least_rounding_error(relu: Path, kind: str) -> None:
+    images = with_outliers(kind)
+    found = collect_ranges(relu, ["x"], [images], method="mse")["x"]
+    largest = float(np.abs(images).max())
+    least = min(rounding_error(images, largest * share) for share in np.linspace(0.05, 1, 400))
+    assert rounding_error(images, found) <= 1.01 * least
+    if kind in ("laplace", "student"):
+        assert rounding_error(images, largest) > 1.1 * least  # else there was nothing to find
+
+
+def divergence(values: np.ndarray, bins: int, width: float) -> float:
+    """The algorithm of the talk, written out: slowly, with loops, from the values themselves."""
+    counts = [0.0] * bins
+    clipped = 0
+    for value in np.abs(values[values != 0]).astype(np.float64) / width:
+        if value < bins:
+            counts[int(value)] += 1
+        else:
+            clipped += 1
+    spread = [0.0] * bins
+    for level in range(128):
+        members = range(level * bins // 128, (level + 1) * bins // 128)
+        filled = [i for i in members if counts[i]]
+        for i in filled:
+            spread[i] = sum(counts[k] for k in members) / len(filled)
+    counts[-1] += clipped
+    total, spread_total = sum(counts), sum(spread)
+    result = 0.0
+    for count, other in zip(counts, spread, strict=True):
+        if count and not other:
+            return float("inf")
+        if count:
+            result += count / total * float(np.log((count / total) / (other / spread_total)))
+    return result
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal", "laplace", "student"])
+def test_entropy_is_the_threshold_of_the_least_divergence(relu: Path, kind: str) -> None:
+    images = with_outliers(kind)[:40]
+    seen = collect_magnitudes(relu, ["x"], [images])
+    found = find_ranges(seen, method="entropy")["x"]
+    largest = float(np.abs(images).max())
+    width = 2.0 ** (int(np.floor(np.log2(largest))) + 1) / 4096
+    used = int(largest / width) + 1
+    tried = {bins: divergence(images, bins, width) for bins in range(used, 127, -16)}
+    assert min(found, largest) == pytest.approx(min(min(tried, key=lambda bins: tried[bins]) * width, largest))
+
+
+def test_estimators_differ_where_there_is_something_to_clip(relu: Path) -> None:
+    """ONNX Runtime's entropy, with as many bins as levels, is max under another name."""
+    seen = collect_magnitudes(relu, ["x"], [with_outliers("student")])
+    found = {method: find_ranges(seen, method=method)["x"] for method in METHODS}
+    assert len(set(found.values())) == len(METHODS)
+    assert all(value < found["max"] for method, value in found.items() if method != "max")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("values", [[5.0], [1e-3, 5.0], [-2.0, 2.0], [1.0, 2.0, 3.0, 200.0]])
+def test_a_handful_of_values_has_a_range(relu: Path, method: str, values: list[float]) -> None:
+    images = np.zeros((1, 3, 5, 7), dtype=np.float32)
+    images.flat[: len(values)] = values
+    found = collect_ranges(relu, ["x"], [images], method=method)["x"]
+    assert 0 < found <= max(np.abs(values)) * (1 + 1e-6)
