@@ -210,14 +210,13 @@ def build_bundle(
         calibration_record = None
         if Precision.INT8 in options.precisions:
             batch = input.batch.max if input.batch.is_fixed else min(_CALIBRATION_BATCH, input.batch.max)
-            found = ranges.collect_ranges(
+            magnitudes = ranges.collect_magnitudes(
                 graph.path,
                 quantize.tensors_to_calibrate(graph),
                 image_set.batches(batch, calibrating, fill=input.batch.is_fixed),
-                method=options.method,
-                percentile=options.percentile,
                 progress=lambda step, done, _: progress(step, done, len(calibrating)),
             )
+            found = ranges.find_ranges(magnitudes, method=options.method, percentile=options.percentile)
             calibration_record = _write_calibration(
                 folder, options, image_set, calibrating, record_file(work, "fp32.onnx"), loaded.image_config, found
             )

@@ -16,7 +16,7 @@ from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.export import export_onnx
 from edge_backbones.build.prepare import prepare
 from edge_backbones.build.quantize import tensors_to_calibrate, write_typed_graph
-from edge_backbones.build.ranges import collect_ranges
+from edge_backbones.build.ranges import collect_magnitudes, find_ranges
 from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.spec import Precision
 
@@ -62,7 +62,7 @@ def test_the_engine_computes_what_the_int8_graph_says(net, batch, photographs, t
     input = networks.input_spec(32, 48, batch=batch)
     graph = export_onnx(prepare(loaded, input), tmp_path / "fp32.onnx")
     images = networks.normalised(networks.crops(photographs, 2, 32, 48))
-    ranges = collect_ranges(graph.path, tensors_to_calibrate(graph), [images])
+    ranges = find_ranges(collect_magnitudes(graph.path, tensors_to_calibrate(graph), [images]))
     typed = write_typed_graph(graph, precision=Precision.INT8, path=tmp_path / "int8.onnx", ranges=ranges)
     assert isinstance(typed, TypedGraph)
     expected = onnxruntime.InferenceSession(typed.path, providers=["CPUExecutionProvider"]).run(

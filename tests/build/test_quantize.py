@@ -19,7 +19,7 @@ from edge_backbones.build.artifacts import ExportedGraph, TypedGraph
 from edge_backbones.build.export import export_onnx
 from edge_backbones.build.prepare import prepare, warm_batch_norm
 from edge_backbones.build.quantize import tensors_to_calibrate, write_typed_graph
-from edge_backbones.build.ranges import collect_ranges
+from edge_backbones.build.ranges import collect_magnitudes, find_ranges
 from edge_backbones.build.sources.common import SourceOptions
 from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.errors import QuantizationError
@@ -66,7 +66,7 @@ def case(
     if input.name == "pixel_values":
         images = networks.normalised(images, loaded.image_config)
     graph = export_onnx(prepare(loaded, input), folder / "fp32.onnx")
-    ranges = collect_ranges(graph.path, tensors_to_calibrate(graph), [images[:32]])
+    ranges = find_ranges(collect_magnitudes(graph.path, tensors_to_calibrate(graph), [images[:32]]))
     typed = {
         precision: write_typed_graph(graph, precision=precision, path=folder / f"typed.{precision}", ranges=ranges)
         for precision in Precision

@@ -110,7 +110,7 @@ def test_other_precisions_are_built_when_one_fails(tmp_path: Path, monkeypatch: 
     def broken(*arguments: object, **options: object) -> None:
         raise IndexError("no\n  ranges")
 
-    monkeypatch.setattr(ranges, "collect_ranges", broken)
+    monkeypatch.setattr(ranges, "collect_magnitudes", broken)
     result = sweep.measure("timm/lcnet_035", tmp_path)
     assert set(result["causes"]) == {"int8"}
     assert result["causes"]["int8"].startswith("IndexError: no ranges (test_sweep.py:")

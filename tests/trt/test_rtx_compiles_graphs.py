@@ -15,7 +15,7 @@ from edge_backbones.build.artifacts import ExportedGraph
 from edge_backbones.build.export import export_onnx
 from edge_backbones.build.prepare import prepare
 from edge_backbones.build.quantize import tensors_to_calibrate, write_typed_graph
-from edge_backbones.build.ranges import collect_ranges
+from edge_backbones.build.ranges import collect_magnitudes, find_ranges
 from edge_backbones.build.sources.common import SourceOptions
 from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
@@ -56,7 +56,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     graph = export_onnx(prepare(loaded, input), tmp_path_factory.mktemp(request.param) / "fp32.onnx")
     random, shape = np.random.default_rng(0), input.shape(2, HEIGHT, WIDTH)
     images = random.integers(0, 256, shape) if input.dtype == "uint8" else random.standard_normal(shape)
-    return Case(graph, collect_ranges(graph.path, tensors_to_calibrate(graph), [images.astype(input.dtype)]))
+    return Case(
+        graph, find_ranges(collect_magnitudes(graph.path, tensors_to_calibrate(graph), [images.astype(input.dtype)]))
+    )
 
 
 class Log(trt.ILogger):  # type: ignore[misc,name-defined]
