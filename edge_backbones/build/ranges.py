@@ -17,7 +17,6 @@ of a ReLU's output is then a percentile of what passed the ReLU, and a nearly si
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,15 +216,16 @@ def _threshold(seen: Magnitudes, method: str, share: float) -> float:
         return DEAD_TENSOR_THRESHOLD
     if method == "max" or (method == "percentile" and share == 1.0):
         return seen.largest
-    choose = {
-        "percentile": functools.partial(_quantile, share=share),
-        "entropy": _least_divergence,
-        "mse": _least_error,
-    }
-    return min(float(np.ldexp(choose[method](seen.counts), seen.exponent)), seen.largest)
+    if method == "percentile":
+        bins = _quantile(seen.counts, share)
+    elif method == "entropy":
+        bins = _least_divergence(seen.counts)
+    else:
+        bins = _least_error(seen.counts)
+    return min(float(np.ldexp(bins, seen.exponent)), seen.largest)
 
 
-def _quantile(counts: npt.NDArray[np.int64], *, share: float) -> float:
+def _quantile(counts: npt.NDArray[np.int64], share: float) -> float:
     """The number of bins below which this share of the values lies, interpolated."""
     cumulative = np.cumsum(counts)
     wanted = share * float(cumulative[-1])
