@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ OPSET = 20
 does not build in fp32."""
 
 _MAX_RELATIVE_ERROR = 1e-3
+_WRAPPERS = ("net", "model")  # modules that this package and timm put around a network
 _ANY_SIZE = 2**31  # bytes; a graph is limited to that
 
 
@@ -56,6 +59,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
         # Whatever depends on no image is computed here, at any size: standardised weights (int8 quantises constants
         # only), tables of relative positions. The exporter itself leaves tensors above 8192 numbers to the engine.
         optimize(program.model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
+        _name_nodes(program.model.graph)
         model = program.model_proto
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
         cause = next(
@@ -204,6 +208,22 @@ def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
     axes[height] = ("height", input.height, input.size_multiple)
     axes[width] = ("width", input.width, input.size_multiple)
     return {axis: dimension(name, sizes, step) for axis, (name, sizes, step) in axes.items() if not sizes.is_fixed}
+
+
+def _name_nodes(graph: Any) -> None:
+    """``layer1.0.conv1/Conv``: the module that a node comes from, and its type; numbered from the second on.
+
+    Layers are called so wherever they are shown or chosen. The name is unique, and the same in every precision.
+    """
+    count: Counter[str] = Counter()
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        parts = scopes[-2].split(".") if len(scopes) > 1 and "_empty" not in scopes[-2] else []
+        while parts and parts[0] in _WRAPPERS:
+            parts.pop(0)
+        name = f"{'.'.join(parts)}/{node.op_type}".removeprefix("/")
+        count[name] += 1
+        node.name = name if count[name] == 1 else f"{name}#{count[name]}"
 
 
 def _strip_debug_information(model: onnx.ModelProto) -> None:

@@ -89,6 +89,20 @@ def test_input_and_outputs_are_named(fixed, camera):
         assert [value.version for value in case.model.opset_import if value.domain == ""] == [OPSET]
 
 
+def test_nodes_are_named_after_the_modules_they_come_from(fixed, camera):
+    for case in (fixed, camera):
+        names = [node.name for node in case.model.graph.node]
+        assert len(set(names)) == len(names)
+        modules = dict(case.loaded.module.net.named_modules())
+        layers = [
+            n.name for n in case.model.graph.node if n.op_type == "Conv" or n.input[-1].endswith(("weight", "bias"))
+        ]
+        assert len(layers) > 5
+        assert all(name.partition("/")[0] in {key.removeprefix("model.") for key in modules} for name in layers)
+    assert {"conv_stem/Conv", "blocks.1.0.conv_exp/Conv"} <= {node.name for node in fixed.model.graph.node}
+    assert {"blocks.5.attn.qkv/MatMul", "blocks.0.mlp.fc1/MatMul"} <= {node.name for node in camera.model.graph.node}
+
+
 def test_no_batch_norm_is_left_where_folding_is_possible(fixed, dynamic):
     for case in (fixed, dynamic):
         assert case.prepared.folded_batch_norms > 5
