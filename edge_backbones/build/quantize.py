@@ -44,7 +44,7 @@ always has a bias: see `_add_bias`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,14 +77,49 @@ _ELEMENTWISE = frozenset({"Abs", "Add", "Clip", "Div", "Expand", "Max", "Min", "
 _WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A node that int8 quantises.
+
+    ``name``: ``layer1.0.conv1/Conv``. ``block``: the modules that stand or fall together, ``layer1.0``. ``tensor``: the
+    activation that it quantises. ``output``: the first output of the graph that depends on it.
+    """
+
+    name: str
+    op_type: str
+    block: str
+    tensor: str
+    output: str
+
+
+def quantized_layers(graph: ExportedGraph) -> tuple[Layer, ...]:
+    """What an int8 graph quantises when nothing is excluded, in graph order."""
+    model = _load(graph)
+    first = _first_outputs(model.graph)
+    return tuple(
+        Layer(str(node.name), node.op_type, _block(str(node.name)), _name(node.inputs[index]), first[node])
+        for node, index in _find_placement(model.graph, frozenset()).activations
+    )
+
+
 def tensors_to_calibrate(graph: ExportedGraph) -> tuple[str, ...]:
-    """Names of the activations that an int8 graph quantises, in graph order: `write_typed_graph` needs their ranges."""
-    placement = _find_placement(_load(graph).graph)
-    return tuple(dict.fromkeys(_name(node.inputs[index]) for node, index in placement.activations))
+    """Names of the activations that an int8 graph may quantise, in graph order: `write_typed_graph` needs their ranges."""
+    return tuple(dict.fromkeys(layer.tensor for layer in quantized_layers(graph)))
+
+
+def activation_scale(tensor: str, threshold: float) -> tuple[str, npt.NDArray[np.float32]]:
+    """Name and value of the scale that an int8 graph has for a range."""
+    return f"{tensor}.scale", _scales(np.asarray(threshold))
 
 
 def write_typed_graph(
-    graph: ExportedGraph, *, precision: Precision, path: Path, ranges: Mapping[str, float] | None = None
+    graph: ExportedGraph,
+    *,
+    precision: Precision,
+    path: Path,
+    ranges: Mapping[str, float] | None = None,
+    excluded: Collection[str] = (),
+    half: bool = True,
 ) -> TypedGraph:
     """Write the graph of one precision to `path`. The same graph and ranges give the same bytes.
 
@@ -94,6 +129,8 @@ def write_typed_graph(
         path: the file to write.
         ranges: for int8, the |x| threshold of every tensor that `tensors_to_calibrate` names: the value that becomes
             127. Other precisions do not read it.
+        excluded: for int8, names of `quantized_layers` that are left as fp16 has them.
+        half: False leaves what int8 does not quantise in fp32: for measuring, ONNX Runtime computes half slowly.
 
     Raises:
         QuantizationError: a range that is missing, not finite or not positive, or too large for an fp16 scale; a weight
@@ -104,8 +141,9 @@ def write_typed_graph(
     else:
         model = _load(graph)
         if precision is Precision.INT8:
-            _insert_quantization(model, ranges or {})
-        _convert_to_half(model.graph)
+            _insert_quantization(model, ranges or {}, frozenset(excluded))
+        if half:
+            _convert_to_half(model.graph)
         passes.RemoveUnusedNodesPass()(model)  # takes the replaced fp32 weights too
         ir.save(model, path)
     return TypedGraph(path=path, precision=precision, spec=graph.spec, input=graph.input)
@@ -122,11 +160,13 @@ class _Placement:
     weights: tuple[ir.Node, ...]
 
 
-def _find_placement(graph: ir.Graph) -> _Placement:
+def _find_placement(graph: ir.Graph, excluded: frozenset[str]) -> _Placement:
     depths = _depths(graph)
     activations: list[tuple[ir.Node, int]] = []
     weights: list[ir.Node] = []
     for node in graph:
+        if node.name in excluded:
+            continue
         if _gains_from_int8(node):
             activations.append((node, 0))
             weights.append(node)
@@ -135,6 +175,28 @@ def _find_placement(graph: ir.Graph) -> _Placement:
             if skip is not None:
                 activations.append((node, skip))
     return _Placement(tuple(activations), tuple(weights))
+
+
+def _block(name: str) -> str:
+    """``layer1.0`` of ``layer1.0.conv1/Conv`` and of ``layer1.0/Add``: the module around a layer, up to its last number."""
+    path, _, op_type = name.partition("/")
+    parts = path.split(".")
+    around = parts if op_type.startswith("Add") else parts[:-1]
+    numbers = [i for i, part in enumerate(around) if part.rpartition("_")[2].isdecimal()]
+    return ".".join(around[: numbers[-1] + 1] if numbers else around or parts)
+
+
+def _first_outputs(graph: ir.Graph) -> dict[ir.Node, str]:
+    """For every node, the first of the graph's outputs that depends on it."""
+    order = {output: index for index, output in enumerate(graph.outputs)}
+    names = [_name(output) for output in graph.outputs]
+    first: dict[ir.Node, int] = {}
+    for node in reversed(graph):
+        reached = [order[output] for output in node.outputs if output in order]
+        reached += [first[use.node] for output in node.outputs for use in output.uses() if use.node in first]
+        if reached:
+            first[node] = min(reached)
+    return {node: names[index] for node, index in first.items()}
 
 
 def _gains_from_int8(node: ir.Node) -> bool:
@@ -183,13 +245,13 @@ def _depths(graph: ir.Graph) -> dict[ir.Value, int]:
 # ---- int8 -----------------------------------------------------------------------------------------------------------
 
 
-def _insert_quantization(model: ir.Model, ranges: Mapping[str, float]) -> None:
+def _insert_quantization(model: ir.Model, ranges: Mapping[str, float], excluded: frozenset[str]) -> None:
     """Put Q/DQ pairs on the fp32 graph. Scales hold fp16 numbers; `_convert_to_half` then gives them that type."""
     graph = model.graph
     opset = model.opset_imports.get("", 0)
     if opset < _MIN_OPSET:
         raise QuantizationError(f"the graph is opset {opset}, fp16 scales need {_MIN_OPSET}; export it with opset 20")
-    placement = _find_placement(graph)
+    placement = _find_placement(graph, excluded)
     _check_ranges({_name(node.inputs[index]) for node, index in placement.activations}, ranges)
 
     zero_point = _add_constant(graph, "zero_point", np.zeros((), dtype=np.int8))
@@ -230,7 +292,7 @@ def _check_ranges(needed: Iterable[str], ranges: Mapping[str, float]) -> None:
 
 def _quantize_activation(graph: ir.Graph, value: ir.Value, threshold: float, zero_point: ir.Value) -> ir.Value:
     name = _name(value)
-    scale = _add_constant(graph, f"{name}.scale", _scales(np.asarray(threshold)))
+    scale = _add_constant(graph, *activation_scale(name, threshold))
     parts, axis, rectified = _concatenated(value)
     nodes: list[ir.Node] = []
     quantized: list[ir.Value] = []
