@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from edge_backbones import __version__
 from edge_backbones.bundle import Bundle
 from edge_backbones.errors import EdgeBackbonesError, InputError, MissingDependencyError, ParityError
-from edge_backbones.manifest import ParityReport
+from edge_backbones.manifest import Decision, ParityReport
 from edge_backbones.spec import Precision, ShapeRange
 
 try:
@@ -61,8 +61,18 @@ class InputName(str, enum.Enum):
 
 
 class Method(str, enum.Enum):
-    PERCENTILE = "percentile"
+    AUTO = "auto"
     MAX = "max"
+    PERCENTILE = "percentile"
+    ENTROPY = "entropy"
+    MSE = "mse"
+
+
+class Wanted(str, enum.Enum):
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
 
 
 @app.command()
@@ -88,7 +98,11 @@ def build(
         str | None, typer.Option(help="Stages to keep, by name: layer1,layer4.", show_default=False)
     ] = None,
     precision: Annotated[
-        list[Precision] | None, typer.Option(help="fp32, fp16 or int8; repeat for several.  [default: int8]")
+        list[Wanted] | None,
+        typer.Option(
+            help="fp32, fp16 or int8; repeat for several. auto: the fastest on this machine whose feature maps pass.  "
+            "[default: int8]"
+        ),
     ] = None,
     weights: Annotated[
         str, typer.Option(help="pretrained, random:SEED, or a checkpoint (.safetensors first; .pth without code).")
@@ -115,8 +129,26 @@ def build(
     output_stride: Annotated[
         int | None, typer.Option(help="8 or 16: dilate the last stages (where timm can).", show_default=False)
     ] = None,
-    method: Annotated[Method, typer.Option(help="Range estimator of int8.")] = Method.PERCENTILE,
-    percentile: Annotated[float, typer.Option(help="Share of |values| inside the range, in percent.")] = 99.99,
+    method: Annotated[
+        Method | None,
+        typer.Option(help="Range estimator of int8. auto: per stage, the one with the least noise.  [default: auto]"),
+    ] = None,
+    percentile: Annotated[float, typer.Option(help="What percentile keeps inside the range.")] = 99.99,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Ranges from this calibration.json or bundle, for the same network.", show_default=False),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers that int8 leaves in fp16: a module (blocks.0), a pattern (*.mlp.fc2), op:Add, stage:layer4; "
+            "repeat for several.",
+            show_default=False,
+        ),
+    ] = None,
+    fallback: Annotated[
+        bool, typer.Option(help="Where int8 fails its gate, leave the noisiest blocks in fp16 until it holds.")
+    ] = True,
     golden: Annotated[int, typer.Option(min=1, help="Images that parity is measured on.")] = 4,
     torchscript: Annotated[bool, typer.Option(help="Also write the frozen TorchScript module.")] = True,
     overwrite: Annotated[
@@ -144,20 +176,34 @@ def build(
         batch=_range(batch, "--batch"),
         height=height,
         width=width,
-        precisions=tuple(dict.fromkeys(precision or [Precision.INT8])),
-        method=method.value,
+        precisions=_precisions(precision or [Wanted.INT8]),
+        method=None if method is None else method.value,
         percentile=percentile,
+        calibration=calibration,
+        exclude=tuple(exclude or ()),
+        fallback=fallback,
         golden=golden,
         torchscript=torchscript,
     )
     with _Steps(as_json) as progress:
         result = build_bundle(model, bundle, images=images, options=options, overwrite=overwrite, progress=progress)
     if as_json:
-        _print_json({"bundle": str(bundle), "parity": result.reports, "skipped": result.skipped})
+        _print_json(
+            {
+                "bundle": str(bundle),
+                "parity": result.reports,
+                "skipped": result.skipped,
+                "notes": result.notes,
+                "decision": result.bundle.manifest.decision,
+            }
+        )
         return
     if result.skipped:
         _err.print(f"{len(result.skipped)} images did not decode and were skipped: {_some(result.skipped)}")
     _print_parity(result.reports)
+    _print_trials(result.bundle.manifest.decision)
+    for note in result.notes:
+        _err.print(note, soft_wrap=True)
     _out.print(f"wrote {bundle}")
 
 
@@ -280,8 +326,15 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     _print_parity([engine.parity for engine in manifest.engines])
     if manifest.calibration is not None:
         record = manifest.calibration
-        estimator = "max" if record.method == "max" else f"percentile {record.percentile:g}"
-        _out.print(f"calibrated by {estimator} on {record.images} images, {len(record.skipped)} skipped")
+        estimator = f"percentile {record.percentile:g}" if record.method == "percentile" else record.method
+        chosen = ", ".join(f"{stage} by {method}" for stage, method in record.chosen.items())
+        _out.print(
+            f"calibrated by {estimator} on {record.images} images, {len(record.skipped)} skipped"
+            + (f": {chosen}" if chosen else "")
+        )
+    _print_trials(manifest.decision)
+    if manifest.decision is not None:
+        _out.print(manifest.decision.sentence)
     _out.print(f"built {manifest.provenance.created}")
 
 
@@ -430,6 +483,31 @@ def _print_parity(reports: Iterable[ParityReport], console: Console | None = Non
             figures = (f"{s.cosine:.6f}", f"{s.sqnr_db:.1f}", f"{s.relative:.1e}", f"{s.max_abs:.3g}")
             table.add_row(s.stage, *(figures if s.finite else ("not finite",) * 4), verdict)
         (console or _out).print(table)
+
+
+def _print_trials(decision: Decision | None) -> None:
+    """What the build tried, parity against latency."""
+    if decision is None:
+        return
+    table = Table("engine", title=f"tried on {decision.device_name}", title_justify="left")
+    for column in ("cosine", "SQNR dB", "ms", ""):
+        table.add_column(column, justify="right")
+    for trial in decision.trials:
+        without = f" without {len(trial.blocks)} blocks" if trial.blocks else ""
+        verdict = Text("pass", style="green") if trial.passed else Text("FAIL", style="red")
+        milliseconds = "" if trial.milliseconds is None else f"{trial.milliseconds:.2f}"
+        table.add_row(
+            f"{trial.precision}{without}", f"{trial.cosine:.4f}", f"{trial.sqnr_db:.1f}", milliseconds, verdict
+        )
+    _out.print(table)
+
+
+def _precisions(wanted: list[Wanted]) -> tuple[Precision, ...] | Literal["auto"]:
+    if Wanted.AUTO not in wanted:
+        return tuple(dict.fromkeys(Precision(one.value) for one in wanted))
+    if len(wanted) > 1:
+        raise typer.BadParameter("auto chooses among all: give it alone", param_hint="--precision")
+    return "auto"
 
 
 def _print_json(value: Any) -> None:

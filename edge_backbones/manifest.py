@@ -15,7 +15,7 @@ from edge_backbones.errors import ManifestError
 from edge_backbones.images import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_MANIFEST_BYTES = 4 << 20
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -54,12 +54,13 @@ class Source(_Strict, frozen=True):
 
 
 class GraphRecord(_Strict, frozen=True):
-    """One graph file. ``opset`` is None for TorchScript."""
+    """One graph file. ``opset`` is None for TorchScript. ``excluded``: layers that int8 leaves as fp16 has them."""
 
     format: Literal["onnx", "torchscript"]
     precision: Precision
     file: FileRecord
     opset: int | None = None
+    excluded: tuple[str, ...] = ()
 
 
 class GoldenRecord(_Strict, frozen=True):
@@ -71,13 +72,40 @@ class GoldenRecord(_Strict, frozen=True):
 
 
 class CalibrationRecord(_Strict, frozen=True):
-    """How the int8 ranges were found; the ranges themselves are in the file."""
+    """How the int8 ranges were found; the ranges themselves are in the file.
+
+    ``chosen``: of ``auto``, the estimator of the tensors behind each output. ``images`` were counted, ``held_out`` more
+    decided. ``reused``: the ranges came from another build's calibration.json.
+    """
 
     file: FileRecord
-    method: Literal["max", "percentile"]
+    method: Literal["auto", "max", "percentile", "entropy", "mse"]
     percentile: float
+    chosen: dict[str, str]
     images: int
+    held_out: int
     skipped: tuple[str, ...]
+    reused: bool = False
+
+
+class CalibrationFile(_Strict, frozen=True):
+    """calibration.json: |x| thresholds by tensor, and what they hold for.
+
+    Ranges are those of every tensor that int8 may quantise, so that another choice of layers needs no images.
+    ``network_sha256``: of the fp32 graph, weights included. ``data_sha256``: of the network inputs.
+    """
+
+    network_sha256: Sha256
+    data_sha256: Sha256
+    preprocessing: ImageConfig
+    method: Literal["auto", "max", "percentile", "entropy", "mse"]
+    percentile: float
+    chosen: dict[str, str]
+    images: tuple[str, ...]
+    held_out: tuple[str, ...]
+    skipped: tuple[str, ...]
+    silent: tuple[str, ...]
+    ranges: dict[str, float]
 
 
 class EngineKey(_Strict, frozen=True):
@@ -171,6 +199,28 @@ class EngineRecord(_Strict, frozen=True):
         return self.key.name
 
 
+class Trial(_Strict, frozen=True):
+    """One engine that was tried: the worst of its outputs, and its latency (median, batch opt) where it was timed.
+
+    ``blocks``: those that int8 leaves as fp16 has them.
+    """
+
+    precision: Precision
+    blocks: tuple[str, ...]
+    cosine: float
+    sqnr_db: float
+    passed: bool
+    milliseconds: float | None = None
+
+
+class Decision(_Strict, frozen=True):
+    """Why this engine and no other, in one sentence, and what was tried on which device."""
+
+    sentence: str
+    device_name: str
+    trials: tuple[Trial, ...]
+
+
 class Provenance(_Strict, frozen=True):
     """When and with what the graphs were built."""
 
@@ -181,7 +231,7 @@ class Provenance(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """The whole of manifest.json."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     backbone: BackboneSpec
     input: InputSpec
     image: ImageConfig
@@ -190,6 +240,7 @@ class Manifest(_Strict, frozen=True):
     engines: tuple[EngineRecord, ...]
     golden: GoldenRecord
     calibration: CalibrationRecord | None
+    decision: Decision | None
     provenance: Provenance
     digest: str = ""
 

@@ -87,7 +87,7 @@ def make_bundle(target: Path, input: InputSpec | None = None) -> Bundle:
         write_manifest(
             folder,
             Manifest(
-                schema_version=2,
+                schema_version=3,
                 backbone=SPEC,
                 input=input,
                 image=ImageConfig(mean=(0.5,) * 3, std=(0.25,) * 3),
@@ -96,6 +96,7 @@ def make_bundle(target: Path, input: InputSpec | None = None) -> Bundle:
                 engines=(engine,),
                 golden=golden,
                 calibration=None,
+                decision=None,
                 provenance=Provenance(created="2026-01-01T00:00:00+00:00", versions={}),
             ),
         )

@@ -30,15 +30,20 @@ axis counting images, or names it ``pixel_values`` or ``image``.
 """
 
 _SYNTHETIC_IMAGES = 8
+_HELD_OUT, _FEWEST_TO_HOLD_OUT = 8, 8
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Network inputs on disk. ``inputs``: memory-mapped (images, *one input's shape); ``skipped``: did not decode."""
+    """Network inputs on disk.
+
+    ``inputs``: memory-mapped (images, *one input's shape); ``skipped``: did not decode; ``blank``: of one colour.
+    """
 
     inputs: np.ndarray
     names: tuple[str, ...]
     skipped: tuple[str, ...]
+    blank: tuple[str, ...]
     fingerprint: str
 
     def __post_init__(self) -> None:
@@ -68,6 +73,7 @@ def gather_images(
     """
     skipped: list[str] = []
     names: list[str] = []
+    blank: list[str] = []
     digest = hashlib.sha256()
     shape = input.shape(1, input.height.opt, input.width.opt)[1:]
     with spool.open("wb") as file:
@@ -76,11 +82,13 @@ def gather_images(
             digest.update(data.data)
             data.tofile(file)
             names.append(name)
+            if _is_blank(data, input):
+                blank.append(name)
     if not names:
         cause = f": none of its {len(skipped)} files decodes, {skipped[0]} first" if skipped else " has no images"
         raise CalibrationError(f"{_describe(source)}{cause}")
     inputs = np.memmap(spool, dtype=input.dtype, mode="r", shape=(len(names), *shape))
-    return ImageSet(inputs, tuple(names), tuple(skipped), digest.hexdigest())
+    return ImageSet(inputs, tuple(names), tuple(skipped), tuple(blank), digest.hexdigest())
 
 
 def split(count: int, golden: int) -> tuple[list[int], list[int]]:
@@ -89,6 +97,20 @@ def split(count: int, golden: int) -> tuple[list[int], list[int]]:
     chosen = sorted({round(i * (count - 1) / max(1, golden - 1)) for i in range(golden)})
     rest = [i for i in range(count) if i not in chosen]
     return (rest if len(rest) >= golden else list(range(count))), chosen
+
+
+def _is_blank(image: np.ndarray, input: InputSpec) -> bool:
+    axes = (1, 2) if input.layout == "NCHW" else (0, 1)
+    return bool((image.max(axis=axes) == image.min(axis=axes)).all())
+
+
+def hold_out(indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(counted, held out): up to eight evenly spaced images to decide on; too few images serve for both."""
+    if len(indices) < _FEWEST_TO_HOLD_OUT:
+        return list(indices), list(indices)
+    step = max(_FEWEST_TO_HOLD_OUT // 2, len(indices) // _HELD_OUT)
+    held = list(indices)[::step][:_HELD_OUT]
+    return [index for index in indices if index not in held], held
 
 
 def _named_arrays(

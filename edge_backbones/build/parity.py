@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from edge_backbones.errors import ParityError
 from edge_backbones.manifest import Gate, ParityReport, StageParity
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.spec import Precision
+from edge_backbones.runtime.openvino import OpenVinoSession
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 DEFAULT_GATES = {
     Precision.FP32: Gate(max_relative=1e-3),
@@ -29,6 +31,31 @@ def measure_parity(
                 measured = compare(output, expected_image, actual_image, gate)
                 worst[output] = _worse(worst.get(output, measured), measured)
     return ParityReport(precision=precision, gate=gate, stages=tuple(worst.values()))
+
+
+def measure_engine(
+    data: bytes | bytearray,
+    spec: BackboneSpec,
+    input: InputSpec,
+    golden: Mapping[str, np.ndarray],
+    precision: Precision,
+    gate: Gate,
+) -> ParityReport:
+    """The same for raw engine bytes, through the real runtime."""
+    engine = OpenVinoSession(bytearray(data), outputs=spec.outputs)
+    with EdgeBackbone(spec, input, engine) as backbone:
+        return measure_parity(backbone, golden, precision, gate)
+
+
+def require(report: ParityReport) -> ParityReport:
+    """The report; raises ParityError, which has it and names the stages, when it did not pass."""
+    if not report.passed:
+        raise ParityError(
+            f"{report.precision} is outside its gate ({report.gate}): {report.failures()}. Use more or other calibration "
+            "images, another range estimator (--method max), or another precision (--precision fp16)",
+            report,
+        )
+    return report
 
 
 def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate) -> StageParity:

@@ -10,33 +10,34 @@ import contextlib
 import datetime
 import importlib.metadata
 import platform
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
 
 import edge_backbones
-from edge_backbones.build.artifacts import LoadedBackbone, Progress, TypedGraph, no_progress
+from edge_backbones.build.artifacts import ExportedGraph, LoadedBackbone, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, default_cache
-from edge_backbones.build.parity import DEFAULT_GATES, measure_parity
+from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
 from edge_backbones.bundle import Bundle, load_golden, new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.errors import (
     BundleError,
     CalibrationError,
     InputError,
     MissingDependencyError,
-    ParityError,
     SourceError,
 )
 from edge_backbones.images import ImageConfig, network_input
 from edge_backbones.manifest import (
+    CalibrationFile,
     CalibrationRecord,
+    Decision,
     EngineRecord,
-    FileRecord,
     Gate,
     GoldenRecord,
     GraphRecord,
@@ -45,9 +46,7 @@ from edge_backbones.manifest import (
     Provenance,
 )
 from edge_backbones.runtime import compat, session
-from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.openvino import OpenVinoSession
-from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
+from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from edge_backbones.build.sources.common import SourceOptions
     from edge_backbones.build.sources.load import ModuleSource
 
+METHODS = ("auto", "max", "percentile", "entropy", "mse")
 _CALIBRATION_BATCH = 8
 
 
@@ -68,9 +68,17 @@ class BuildOptions:
     and ``dataset_index`` as in :class:`edge_backbones.build.sources.common.SourceOptions`; ``from_model``: the source is
     a whole model, of which the backbone is taken. The input: ``input`` is ``"pixel_values"`` (float NCHW) or
     ``"image"`` (uint8 NHWC, preprocessing in the graph); ``batch``, ``height`` and ``width`` are sizes or ranges, None
-    for the network's own size. ``precisions``: one graph and one engine each. ``method`` / ``percentile``: the range
-    estimator of int8. ``gates`` replace the default gate of a precision. ``golden``: images that parity is measured on.
-    ``torchscript``: also write graphs/fp32.ts. ``cache``: folder of compiled engines, None for no cache.
+    for the network's own size.
+
+    The engines: ``precisions``, one graph and one engine each, or ``"auto"``: the fastest of fp32, fp16 and int8 on this
+    machine that is inside its gate. ``gates`` replace the default gate of a precision. ``golden``: images that parity is
+    measured on. ``torchscript``: also write graphs/fp32.ts. ``cache``: folder of compiled engines, None for no cache.
+
+    int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
+    held-out images; ``percentile`` is what that estimator keeps. ``calibration``: a calibration.json, or the bundle with
+    it, whose ranges are used instead. ``exclude``: layers to leave in half, as in
+    :func:`edge_backbones.build.quantize.select_layers`. ``fallback``: where the gate fails, leave the noisiest blocks in
+    half instead of giving up.
     """
 
     weights: str = "pretrained"
@@ -85,9 +93,12 @@ class BuildOptions:
     batch: int | ShapeRange = 1
     height: int | ShapeRange | None = None
     width: int | ShapeRange | None = None
-    precisions: tuple[Precision, ...] = (Precision.INT8,)
-    method: str = "percentile"
+    precisions: tuple[Precision, ...] | Literal["auto"] = (Precision.INT8,)
+    method: str | None = None
     percentile: float = 99.99
+    calibration: Path | None = None
+    exclude: tuple[str, ...] = ()
+    fallback: bool = True
     gates: Mapping[Precision, Gate] = field(default_factory=dict)
     golden: int = 4
     torchscript: bool = True
@@ -96,11 +107,13 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.input not in ("pixel_values", "image"):
             raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
-        if not self.precisions or len(set(self.precisions)) != len(self.precisions):
-            raise InputError(f"precisions must name at least one of fp32, fp16, int8, each once; got {self.precisions}")
-        if self.method not in ("max", "percentile") or not 0 < self.percentile <= 100:
+        if self.precisions != "auto" and (not self.precisions or len(set(self.precisions)) != len(self.precisions)):
             raise InputError(
-                f"method must be max or percentile, and percentile in (0, 100]; got {self.method!r} and {self.percentile}"
+                f"precisions must be 'auto' or at least one of fp32, fp16, int8, each once; got {self.precisions}"
+            )
+        if self.method not in (None, *METHODS) or not 0 < self.percentile <= 100:
+            raise InputError(
+                f"method must be {', '.join(METHODS)} and percentile in (0, 100]; got {self.method!r} and {self.percentile}"
             )
         for size in (self.batch, self.height, self.width):
             if isinstance(size, int) and size < 1:
@@ -109,6 +122,11 @@ class BuildOptions:
             raise InputError(f"golden must be at least 1 image, got {self.golden}")
         if (self.height is None) != (self.width is None):
             raise InputError(f"height and width go together, got {self.height} and {self.width}")
+
+    @property
+    def wanted(self) -> tuple[Precision, ...]:
+        """The precisions that are tried."""
+        return tuple(Precision) if self.precisions == "auto" else self.precisions
 
     def source_options(self) -> SourceOptions:
         """The part that says how to make the network."""
@@ -128,11 +146,12 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished bundle, the parity of each engine, and the images that did not decode."""
+    """A finished bundle, the parity of each engine, the images that did not decode, and what else the user should know."""
 
     bundle: Bundle
     reports: tuple[ParityReport, ...]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def build_bundle(
@@ -157,11 +176,12 @@ def build_bundle(
     ParityError (with the report), BundleError, InputError, MissingDependencyError.
     """
     options = options or BuildOptions()
-    if images is None and Precision.INT8 in options.precisions:
+    if images is None and Precision.INT8 in options.wanted and options.calibration is None:
         raise CalibrationError("int8 needs calibration images: pass a folder of photographs (--images FOLDER)")
+    reused = None if options.calibration is None else _read_calibration(options.calibration)
     progress("loading libraries", 0, None)
     try:
-        from edge_backbones.build import calibration, export, prepare, quantize, ranges
+        from edge_backbones.build import attempts, calibration, export, prepare, quantize
         from edge_backbones.build.sources.load import load_source
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
@@ -206,37 +226,71 @@ def build_bundle(
             export.check_torchscript(folder / "graphs" / "fp32.ts", prepared, golden)
         np.savez(folder / "golden.npz", **golden)  # type: ignore[arg-type]
 
-        found: dict[str, float] | None = None
-        calibration_record = None
-        if Precision.INT8 in options.precisions:
-            batch = input.batch.max if input.batch.is_fixed else min(_CALIBRATION_BATCH, input.batch.max)
-            magnitudes = ranges.collect_magnitudes(
-                graph.path,
-                quantize.tensors_to_calibrate(graph),
-                image_set.batches(batch, calibrating, fill=input.batch.is_fixed),
-                progress=lambda step, done, _: progress(step, done, len(calibrating)),
-            )
-            found = ranges.find_ranges(magnitudes, method=options.method, percentile=options.percentile)
-            calibration_record = _write_calibration(
-                folder, options, image_set, calibrating, record_file(work, "fp32.onnx"), loaded.image_config, found
-            )
+        batch = input.batch.max if input.batch.is_fixed else min(_CALIBRATION_BATCH, input.batch.max)
+        counted, held_out = calibration.hold_out(calibrating)
+        feed = _Feed(image_set, batch, counted, held_out, fill=input.batch.is_fixed)
+        shop = attempts.Workshop(graph, golden, work, options.cache, progress)
+        found = None
+        if Precision.INT8 in options.wanted:
+            layers = quantize.quantized_layers(graph)
+            excluded = quantize.select_layers(layers, options.exclude)
+            if reused is None:
+                found = _calibrate(graph, feed, options, loaded.image_config, work, progress)
+            else:
+                found = _reuse(reused, options, graph, loaded.image_config, None if images is None else image_set)
+            (folder / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+
+        tried: list[attempts.Attempt] = []
+        chosen: list[attempts.Attempt] = []
+        for precision in options.wanted:
+            gate = options.gates.get(precision, DEFAULT_GATES[precision])
+            if precision is Precision.INT8:
+                assert found is not None  # made above
+                of_precision = attempts.try_int8(
+                    shop,
+                    gate,
+                    ranges=found.ranges,
+                    excluded=excluded,
+                    held_out=feed.deciding,
+                    fallback=options.fallback,
+                )
+            else:
+                of_precision = [shop.attempt(precision, gate)]
+            if options.precisions != "auto" or precision is Precision.FP32:
+                require(of_precision[-1].report)
+            tried += of_precision
+            chosen.append(of_precision[-1])
+        verdict = None
+        if options.precisions == "auto":
+            tried = attempts.timed(tried, progress)
+            best, sentence = attempts.fastest(tried)
+            chosen, verdict = [best], attempts.decision(sentence, tried)
+        elif len(tried) > len(chosen):
+            tried = attempts.timed(tried, progress)
+            of_int8 = [attempt for attempt in tried if attempt.precision is Precision.INT8]
+            verdict = attempts.decision(attempts.loosened(of_int8), tried)
 
         graphs, engines = [], []
-        for precision in options.precisions:
-            progress(f"typing the {precision} graph", 0, None)
-            path = f"graphs/{precision}.onnx"
-            typed = quantize.write_typed_graph(graph, precision=precision, path=folder / path, ranges=found)
+        (folder / "engines").mkdir()
+        for attempt in chosen:
+            path = f"graphs/{attempt.precision}.onnx"
+            shutil.move(attempt.typed.path, folder / path)
+            file = record_file(folder, path)
             graphs.append(
-                GraphRecord(format="onnx", precision=precision, file=record_file(folder, path), opset=export.OPSET)
+                GraphRecord(
+                    format="onnx", precision=attempt.precision, file=file, opset=export.OPSET, excluded=attempt.excluded
+                )
             )
-            gate = options.gates.get(precision, DEFAULT_GATES[precision])
-            engines.append(_compiled_engine(folder, typed, golden, gate, options.cache, progress))
+            path = attempt.engine.key.path(attempt.engine.data, attempt.engine.suffix)
+            (folder / path).write_bytes(attempt.engine.data)
+            record = EngineRecord(key=attempt.engine.key, file=record_file(folder, path), parity=attempt.report)
+            engines.append(record)
         if options.torchscript:
             file = record_file(folder, "graphs/fp32.ts")
             graphs.append(GraphRecord(format="torchscript", precision=Precision.FP32, file=file))
 
         manifest = Manifest(
-            schema_version=2,
+            schema_version=3,
             backbone=prepared.spec,
             input=input,
             image=loaded.image_config,
@@ -248,14 +302,15 @@ def build_bundle(
                 cases=tuple(sorted({key.partition("/")[0] for key in golden})),
                 images=tuple(image_set.names[i] for i in golden_indices),
             ),
-            calibration=calibration_record,
+            calibration=None if found is None else _calibration_record(folder, found, reused=reused is not None),
+            decision=verdict,
             provenance=_provenance(),
         )
         write_manifest(folder, manifest)
         progress("writing the bundle", 0, None)
-        skipped = image_set.skipped
-        del image_set
-    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped)
+        skipped, notes = image_set.skipped, _notes(image_set, found, verdict)
+        del image_set, feed
+    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, notes)
 
 
 def compile_bundle(
@@ -288,9 +343,9 @@ def compile_bundle(
             (e.parity.gate for e in bundle.manifest.engines if e.key.precision == graph.precision),
             DEFAULT_GATES[graph.precision],
         )
-        report = _verified(
-            bundle.manifest.backbone, bundle.manifest.input, engine.data, golden, graph.precision, gate, progress
-        )
+        progress(f"verifying {graph.precision}", 0, None)
+        spec, input = bundle.manifest.backbone, bundle.manifest.input
+        report = require(measure_engine(engine.data, spec, input, golden, graph.precision, gate))
         record = EngineRecord(key=engine.key, file=file, parity=report)
         bundle = bundle.add_engine(record, engine.data)
         added.append(record)
@@ -317,49 +372,9 @@ def verify_bundle(
         if wanted and not compat.reasons_against(record.key, host):
             data = bundle.read(record.file)
             spec, input = bundle.manifest.backbone, bundle.manifest.input
-            reports.append(_verified(spec, input, data, golden, record.key.precision, record.parity.gate, progress))
+            progress(f"verifying {record.key.precision}", 0, None)
+            reports.append(require(measure_engine(data, spec, input, golden, record.key.precision, record.parity.gate)))
     return tuple(reports)
-
-
-def _compiled_engine(
-    folder: Path,
-    graph: TypedGraph,
-    golden: Mapping[str, np.ndarray],
-    gate: Gate,
-    cache: Path | None,
-    progress: Progress,
-) -> EngineRecord:
-    """Compile, verify, and only then write the engine into the folder."""
-    progress(f"compiling {graph.precision}", 0, None)
-    engine = compile_engine(graph.path.read_bytes(), graph.precision, cache=cache)
-    report = _verified(graph.spec, graph.input, engine.data, golden, graph.precision, gate, progress)
-    path = engine.key.path(engine.data, engine.suffix)
-    (folder / "engines").mkdir(exist_ok=True)
-    (folder / path).write_bytes(engine.data)
-    return EngineRecord(key=engine.key, file=record_file(folder, path), parity=report)
-
-
-def _verified(
-    spec: BackboneSpec,
-    input: InputSpec,
-    data: bytes | bytearray,
-    golden: Mapping[str, np.ndarray],
-    precision: Precision,
-    gate: Gate,
-    progress: Progress,
-) -> ParityReport:
-    """Parity through the real runtime; raises ParityError naming the stages that failed."""
-    progress(f"verifying {precision}", 0, None)
-    engine = OpenVinoSession(bytearray(data), outputs=spec.outputs)
-    with EdgeBackbone(spec, input, engine) as backbone:
-        report = measure_parity(backbone, golden, precision, gate)
-    if not report.passed:
-        raise ParityError(
-            f"{precision} is outside its gate ({gate}): {report.failures()}. Use more or other calibration images, "
-            "another range estimator (--method max), or another precision (--precision fp16)",
-            report,
-        )
-    return report
 
 
 def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:
@@ -414,33 +429,131 @@ def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> n
     return np.ascontiguousarray(np.pad(images, padding, mode="symmetric"))
 
 
-def _write_calibration(
-    folder: Path,
-    options: BuildOptions,
-    images: ImageSet,
-    indices: list[int],
-    graph: FileRecord,
-    config: ImageConfig,
-    found: Mapping[str, float],
-) -> CalibrationRecord:
-    """calibration.json: the ranges, and the hashes of what made them."""
-    content = {
-        "method": options.method,
-        "percentile": options.percentile,
-        "graph_sha256": graph.sha256,
-        "data_sha256": images.fingerprint,
+@dataclass(frozen=True)
+class _Feed:
+    """The calibration images as batches of the graph's size: those that are counted, and those that decide."""
+
+    images: ImageSet
+    batch: int
+    counted: list[int]
+    held_out: list[int]
+    fill: bool
+
+    def batches(self, indices: list[int]) -> Iterator[np.ndarray]:
+        return self.images.batches(self.batch, indices, fill=self.fill)
+
+    def deciding(self) -> list[np.ndarray]:
+        return list(self.batches(self.held_out))
+
+    def names(self, indices: list[int]) -> tuple[str, ...]:
+        return tuple(self.images.names[i] for i in indices)
+
+
+def _calibrate(
+    graph: ExportedGraph, feed: _Feed, options: BuildOptions, config: ImageConfig, work: Path, progress: Progress
+) -> CalibrationFile:
+    """Count activations over the images, and find where to clip them."""
+    from edge_backbones.build import choose, quantize, ranges
+
+    method: Any = options.method or "auto"
+    counted = feed.counted if method == "auto" else sorted({*feed.counted, *feed.held_out})
+    magnitudes = ranges.collect_magnitudes(
+        graph.path,
+        quantize.tensors_to_calibrate(graph),
+        feed.batches(counted),
+        progress=lambda step, done, _: progress(step, done, len(counted)),
+    )
+    chosen: dict[str, str] = {}
+    if method == "auto":
+        found, chosen = choose.choose_ranges(
+            graph,
+            magnitudes,
+            feed.deciding(),
+            percentile=options.percentile,
+            work=work,
+            progress=progress,
+        )
+    else:
+        found = ranges.find_ranges(magnitudes, method=method, percentile=options.percentile)
+    return CalibrationFile(
+        network_sha256=record_file(graph.path.parent, graph.path.name).sha256,
+        data_sha256=feed.images.fingerprint,
+        preprocessing=config,
+        method=method,
+        percentile=options.percentile,
+        chosen=chosen,
+        images=feed.names(counted),
+        held_out=feed.names(feed.held_out) if method == "auto" else (),
+        skipped=feed.images.skipped,
+        silent=tuple(name for name, seen in magnitudes.items() if seen.largest == 0.0),
+        ranges=found,
+    )
+
+
+def _read_calibration(path: Path) -> CalibrationFile:
+    """A calibration.json, or the one in a bundle, whose digest is checked."""
+    if Path(path).is_dir():
+        bundle = Bundle.open(path)
+        if bundle.manifest.calibration is None:
+            raise CalibrationError(f"{path} was built without int8 and has no ranges: pass calibration images instead")
+        data = bytes(bundle.read(bundle.manifest.calibration.file))
+    else:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise CalibrationError(f"{path} cannot be read ({error.strerror}): pass a calibration.json") from error
+    try:
+        return msgspec.json.decode(data, type=CalibrationFile)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} is not a calibration.json: {error}; calibrate again") from error
+
+
+def _reuse(
+    found: CalibrationFile, options: BuildOptions, graph: ExportedGraph, config: ImageConfig, images: ImageSet | None
+) -> CalibrationFile:
+    """The same ranges, once everything that they depend on is found to be what it was."""
+    here = {
+        "network_sha256": record_file(graph.path.parent, graph.path.name).sha256,
+        "data_sha256": found.data_sha256 if images is None else images.fingerprint,
         "preprocessing": config,
-        "images": [images.names[i] for i in indices],
-        "skipped": list(images.skipped),
-        "ranges": dict(found),
+        "method": options.method or found.method,
+        "percentile": options.percentile if options.method == "percentile" else found.percentile,
     }
-    (folder / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
+    for field_name, value in here.items():
+        there = getattr(found, field_name)
+        if value != there:
+            raise CalibrationError(
+                f"{options.calibration} does not fit: {field_name} is {there} there and {value} here; calibrate again "
+                "with --images"
+            )
+    return found
+
+
+def _notes(images: ImageSet, found: CalibrationFile | None, verdict: Decision | None) -> tuple[str, ...]:
+    """What was decided, and what is unusual about the calibration, in a sentence each."""
+    notes = [] if verdict is None else [verdict.sentence]
+    if found is not None and images.blank:
+        notes.append(f"{len(images.blank)} images are of one colour ({images.blank[0]} first): leave them out")
+    if found is not None and found.held_out and set(found.held_out) <= set(found.images):
+        notes.append(f"only {len(found.images)} images: the ranges were chosen on those that they were counted on")
+    if found is not None and found.silent:
+        notes.append(
+            f"{len(found.silent)} tensors were zero on every image ({found.silent[0]} first): dead layers, or images that "
+            "are not typical"
+        )
+    return tuple(notes)
+
+
+def _calibration_record(folder: Path, found: CalibrationFile, *, reused: bool) -> CalibrationRecord:
     return CalibrationRecord(
         file=record_file(folder, "calibration.json"),
-        method="max" if options.method == "max" else "percentile",
-        percentile=options.percentile,
-        images=len(indices),
-        skipped=images.skipped,
+        method=found.method,
+        percentile=found.percentile,
+        chosen=found.chosen,
+        images=len(found.images),
+        held_out=len(found.held_out),
+        skipped=found.skipped,
+        reused=reused,
     )
 
 

@@ -43,8 +43,10 @@ always has a bias: see `_add_bias`.
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +107,38 @@ def quantized_layers(graph: ExportedGraph) -> tuple[Layer, ...]:
 def tensors_to_calibrate(graph: ExportedGraph) -> tuple[str, ...]:
     """Names of the activations that an int8 graph may quantise, in graph order: `write_typed_graph` needs their ranges."""
     return tuple(dict.fromkeys(layer.tensor for layer in quantized_layers(graph)))
+
+
+def select_layers(layers: Sequence[Layer], patterns: Iterable[str]) -> frozenset[str]:
+    """Names of the layers that one of the patterns means.
+
+    ``op:Add``: by type. ``stage:layer4``: those between this output and the one before. Anything else: a layer's name, a
+    module, or a pattern with ``*``: ``blocks.0.attn``, ``*.mlp.fc2``, ``layer1.0/Add``. Raises QuantizationError for a
+    pattern that means no layer.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        kind, _, value = pattern.partition(":")
+        if kind == "op":
+            meant = {layer.name for layer in layers if layer.op_type == value}
+            known = {layer.op_type for layer in layers}
+        elif kind == "stage":
+            meant = {layer.name for layer in layers if layer.output == value}
+            known = {layer.output for layer in layers}
+        else:
+            meant = {layer.name for layer in layers if _is_meant(layer.name, pattern)}
+            known = {layer.block for layer in layers}
+        if not meant:
+            near = ", ".join(difflib.get_close_matches(value or kind, known, cutoff=0) or sorted(known)[:3])
+            raise QuantizationError(f"exclude {pattern!r} means no layer that int8 quantises; there are {near}, ...")
+        found |= meant
+    return frozenset(found)
+
+
+def _is_meant(name: str, pattern: str) -> bool:
+    path = name.partition("/")[0].split(".")
+    modules = (".".join(path[:length]) for length in range(1, len(path) + 1))
+    return fnmatch.fnmatchcase(name, pattern) or any(fnmatch.fnmatchcase(module, pattern) for module in modules)
 
 
 def activation_scale(tensor: str, threshold: float) -> tuple[str, npt.NDArray[np.float32]]:

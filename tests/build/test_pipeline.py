@@ -187,7 +187,9 @@ def test_every_precision_has_a_graph_and_an_engine(int8):
     assert [engine.key.precision for engine in manifest.engines] == ["int8", "fp16"]
     assert [engine.parity.passed for engine in manifest.engines] == [True, True]
     assert manifest.calibration is not None
-    assert (manifest.calibration.images, manifest.calibration.method) == (6, "percentile")
+    assert (manifest.calibration.images, manifest.calibration.method) == (6, "auto")
+    assert set(manifest.calibration.chosen) == {"layer2", "layer4"}
+    assert manifest.decision is None  # nothing had to be decided
 
 
 def test_images_that_did_not_decode_are_named_in_result_and_manifest(cnn, int8):
@@ -251,6 +253,8 @@ def test_a_build_that_is_refused_leaves_nothing(tmp_path, name, options, error):
         {"precisions": ()},
         {"precisions": (Precision.FP32, Precision.FP32)},
         {"golden": 0},
+        {"method": "median"},
+        {"percentile": 0},
         {"height": 64},
     ],
 )

@@ -1,0 +1,443 @@
+"""Ranges that are chosen, blocks that int8 is kept away from, and the engine that is shipped in the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import networks
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_backbones.build import attempts, timing
+from edge_backbones.build.choose import blocks_to_exclude, choose_ranges, noise_of_blocks
+from edge_backbones.build.export import export_onnx
+from edge_backbones.build.parity import compare
+from edge_backbones.build.pipeline import BuildOptions, build_bundle
+from edge_backbones.build.prepare import prepare
+from edge_backbones.build.quantize import quantized_layers, select_layers, tensors_to_calibrate, write_typed_graph
+from edge_backbones.build.ranges import METHODS, collect_magnitudes, find_ranges
+from edge_backbones.errors import CalibrationError, ParityError, QuantizationError
+from edge_backbones.manifest import Gate
+from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.spec import Precision
+
+SMALL = {
+    "weights": "random:0",
+    "cache": None,
+    "batch": 2,
+    "height": 64,
+    "width": 96,
+    "out_indices": (1, 2, 4),
+    "torchscript": False,
+    "golden": 2,
+}
+
+
+def db(noise: float) -> float:
+    return float(-10 * np.log10(noise))
+
+
+class Case:
+    """test_resnet with the statistics of a trained net: its graph, what its activations were, and images beside those."""
+
+    def __init__(self, folder: Path, photographs: list[np.ndarray]) -> None:
+        self.folder = folder
+        loaded = networks.trained_like("test_resnet", out_indices=(1, 2, 4))
+        self.graph = export_onnx(prepare(loaded, networks.input_spec(64, 96, batch=(1, 2, 4))), folder / "fp32.onnx")
+        images = networks.normalised(networks.crops(photographs, 20, 64, 96))
+        self.held_out = [images[12:16], images[16:20]]
+        self.magnitudes = collect_magnitudes(self.graph.path, tensors_to_calibrate(self.graph), [images[:12]])
+
+    def noise(self, ranges: dict[str, float], excluded: frozenset[str] = frozenset()) -> dict[str, float]:
+        """The reference: the typed graph node by node in ONNX Runtime, in float64 over all images at once."""
+        path = self.folder / "reference.onnx"
+        write_typed_graph(self.graph, precision=Precision.INT8, path=path, ranges=ranges, excluded=excluded, half=False)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        found = []
+        for file in (self.graph.path, path):
+            session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            found.append(session.run(None, {"pixel_values": np.concatenate(self.held_out)}))
+        return {
+            output: networks.relative(actual, expected) ** 2
+            for output, expected, actual in zip(self.graph.spec.outputs, *found, strict=True)
+        }
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, photographs) -> Case:
+    return Case(tmp_path_factory.mktemp("case"), photographs)
+
+
+# ---- ranges ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_estimator_of_each_stage_is_the_one_with_the_least_noise(case):
+    ranges, chosen = choose_ranges(case.graph, case.magnitudes, case.held_out, percentile=99.9, work=case.folder)
+    assert list(chosen) == ["layer1", "layer2", "layer4"]
+    options = {method: find_ranges(case.magnitudes, method=method, percentile=99.9) for method in METHODS}
+    # The first stage depends on nothing that is decided elsewhere.
+    alone = {method: case.noise(options[method])["layer1"] for method in METHODS}
+    assert chosen["layer1"] == min(alone, key=lambda method: alone[method])
+    assert max(alone.values()) > 1.02 * min(alone.values())  # else there was nothing to choose
+    together = case.noise(ranges)
+    assert together["layer1"] == pytest.approx(min(alone.values()), rel=0.02)
+    worst = {output: max(case.noise(options[method])[output] for method in METHODS) for output in chosen}
+    assert all(together[output] < worst[output] for output in chosen)
+    for layer in quantized_layers(case.graph):
+        assert ranges[layer.tensor] in {option[layer.tensor] for option in options.values()}
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def test_noises_of_blocks_add_up_to_that_of_the_graph(case):
+    ranges = find_ranges(case.magnitudes)
+    noise = noise_of_blocks(case.graph, ranges, case.held_out, excluded=(), work=case.folder)
+    layers = quantized_layers(case.graph)
+    assert list(noise) == list(dict.fromkeys(layer.block for layer in layers))
+    for output, whole in case.noise(ranges).items():
+        assert db(sum(of_block[output] for of_block in noise.values())) == pytest.approx(db(whole), abs=1.0)
+    alone = frozenset(layer.name for layer in layers if layer.block != "layer2.0")
+    for output, expected in case.noise(ranges, alone).items():
+        assert noise["layer2.0"][output] == pytest.approx(expected, rel=0.02, abs=1e-12)
+
+
+def test_without_the_chosen_blocks_the_noise_is_what_was_asked(case):
+    ranges = find_ranges(case.magnitudes)
+    noise = noise_of_blocks(case.graph, ranges, case.held_out, excluded=(), work=case.folder)
+    before = case.noise(ranges)
+    out = blocks_to_exclude(noise, {"layer1": 1.0, "layer2": 1.0, "layer4": 3.0})
+    assert 0 < len(out) < len(noise)
+    excluded = frozenset(layer.name for layer in quantized_layers(case.graph) if layer.block in out)
+    assert case.noise(ranges, excluded)["layer4"] < before["layer4"] / 3 * 1.2
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8),
+    st.tuples(st.floats(1, 1e4), st.floats(1, 1e4)),
+)
+def test_blocks_are_excluded_until_every_output_is_quiet_and_no_further(noises, excess):
+    noise = {f"block{i}": {"a": a, "b": b} for i, (a, b) in enumerate(noises)}
+    asked = dict(zip("ab", excess, strict=True))
+
+    def quiet(out: list[str]) -> bool:
+        return all(
+            sum(of[o] for name, of in noise.items() if name not in out)
+            <= sum(of[o] for of in noise.values()) / asked[o]
+            for o in "ab"
+        )
+
+    out = blocks_to_exclude(noise, asked)
+    assert len(set(out)) == len(out)
+    assert quiet(out) or len(out) == len(noise)
+    assert not out or not quiet(out[:-1])
+
+
+@given(st.floats(-0.9, 3), st.floats(1e-3, 2), st.integers(0, 2))
+def test_excess_is_above_one_exactly_where_the_gate_fails(across, along, which):
+    reference = np.zeros(3)
+    reference[0] = 1.0
+    actual = np.array([1.0 + across, along, 0.0])
+    gate = (Gate(min_sqnr_db=6.0), Gate(max_relative=0.5), Gate(min_cosine=0.8))[which]
+    stage = compare("stage", reference, actual, gate)
+    excess = attempts._excess(stage, gate)
+    assert excess == 1.0 if stage.passed else excess > 1.0
+
+
+def test_excess_of_what_is_not_finite_or_never_allowed_has_no_end():
+    stage = compare("stage", np.ones(3), np.array([1.0, np.nan, 1.0]), Gate())
+    assert attempts._excess(stage, Gate()) == np.inf
+    stage = compare("stage", np.ones(3), np.array([1.0, 1.0, 2.0]), Gate())
+    assert attempts._excess(stage, Gate(min_cosine=1.0)) == attempts._excess(stage, Gate(max_relative=0.0)) == np.inf
+
+
+# ---- layers by name -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("layer1.0.conv1/Conv", 1),
+        ("layer1.0", 3),
+        ("layer1", 3),
+        ("*.conv2", 4),
+        ("op:Add", 4),
+        ("stage:layer2", 4),
+        ("layer*", 16),
+        ("op:Conv", 14),
+    ],
+)
+def test_layers_are_named_by_module_type_and_stage(case, pattern, count):
+    layers = quantized_layers(case.graph)
+    assert len(layers) == 18
+    found = select_layers(layers, [pattern])
+    assert len(found) == count, sorted(found)
+    ranges = find_ranges(case.magnitudes)
+    path = case.folder / "excluded.onnx"
+    write_typed_graph(case.graph, precision=Precision.INT8, path=path, ranges=ranges, excluded=found)
+    graph = onnx.load(path).graph
+    dequantized = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
+    quantized = {node.name for node in graph.node if dequantized.intersection(node.input)}
+    assert quantized == {layer.name for layer in layers} - found
+
+
+@pytest.mark.parametrize("pattern", ["layer9", "op:Gemm", "stage:stem", "", "layer1.0.conv1/Relu"])
+def test_a_pattern_that_means_nothing_is_refused(case, pattern):
+    with pytest.raises(QuantizationError, match="means no layer that int8 quantises; there are ") as refusal:
+        select_layers(quantized_layers(case.graph), ["layer1", pattern])
+    assert "\n" not in str(refusal.value)
+
+
+# ---- builds ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_folder, tmp_path):
+    gate = Gate(min_sqnr_db=28.0)
+    options = BuildOptions(**SMALL, gates={Precision.INT8: gate})
+    result = build_bundle("test_resnet", tmp_path / "mixed.bundle", images=photograph_folder, options=options)
+    manifest = result.bundle.manifest
+    first, *_, last = manifest.decision.trials
+    assert (first.passed, first.blocks, last.passed) == (False, (), True)
+    assert last.sqnr_db == min(stage.sqnr_db for stage in result.reports[0].stages) >= 28.0 > first.sqnr_db
+    assert all(trial.milliseconds > 0 for trial in manifest.decision.trials)
+    record = manifest.onnx_graph(Precision.INT8)
+    layers = {name.partition("/")[0] for name in record.excluded}
+    assert record.excluded
+    assert all(any(layer.startswith(block) for block in last.blocks) for layer in layers)
+    graph = onnx.load(result.bundle.path / record.file.path).graph
+    assert any(node.op_type == "QuantizeLinear" for node in graph.node)  # not simply fp16
+    assert result.notes == (manifest.decision.sentence,)
+    assert f"shipping it with {len(last.blocks)} blocks in half" in result.notes[0]
+    with (
+        EdgeBackbone.from_pretrained(result.bundle.path) as backbone,
+        np.load(result.bundle.path / "golden.npz") as golden,
+    ):
+        for stage, feature_map in backbone.run(golden["opt/pixel_values"]).items():
+            for one, expected in zip(feature_map, golden[f"opt/{stage}"], strict=True):
+                assert networks.relative(one, expected) < 10 ** (-28 / 20)
+
+    with pytest.raises(ParityError, match=r"int8 is outside its gate \(SQNR >= 28 dB\)"):
+        build_bundle(
+            "test_resnet",
+            tmp_path / "strict.bundle",
+            images=photograph_folder,
+            options=BuildOptions(**SMALL, gates={Precision.INT8: gate}, fallback=False),
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed.bundle"]
+
+
+def test_a_gate_that_no_engine_can_hold_is_given_up(photograph_folder, tmp_path):
+    options = BuildOptions(**SMALL, gates={Precision.INT8: Gate(min_sqnr_db=250.0)})
+    with pytest.raises(ParityError, match=r"outside its gate \(SQNR >= 250 dB\)"):
+        build_bundle("test_resnet", tmp_path / "x.bundle", images=photograph_folder, options=options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
+    """Latencies by precision, in the order that engines are tried: fp32, fp16, then int8 however often."""
+
+    def measure(engines, outputs, input, *, progress):
+        figures = [milliseconds["fp32"], milliseconds["fp16"]]
+        return figures + [milliseconds["int8"]] * (len(engines) - 2)
+
+    monkeypatch.setattr(attempts, "time_engines", measure)
+
+
+@pytest.mark.parametrize(
+    ("times", "shipped", "words"),
+    [
+        (
+            {"fp32": 5.0, "fp16": 4.0, "int8": 4.5},
+            "fp16",
+            "int8 is 0.89x fp16 here; fp16 4.00 ms, int8 4.50 ms, fp32 5.00",
+        ),
+        ({"fp32": 3.0, "fp16": 4.0, "int8": 30.0}, "fp32", "int8 is 0.10x fp32 here"),
+        ({"fp32": 5.0, "fp16": 4.0, "int8": 1.0}, "int8", "int8 1.00 ms, fp16 4.00 ms, fp32 5.00 ms: shipping int8"),
+    ],
+)
+def test_auto_ships_the_fastest_that_passes(photograph_folder, tmp_path, monkeypatch, times, shipped, words):
+    planted(monkeypatch, **times)
+    options = BuildOptions(**SMALL, precisions="auto")
+    result = build_bundle("test_resnet", tmp_path / "auto.bundle", images=photograph_folder, options=options)
+    manifest = result.bundle.manifest
+    assert [engine.key.precision for engine in manifest.engines] == [shipped]
+    assert [graph.precision for graph in manifest.graphs] == [shipped]
+    assert words in manifest.decision.sentence
+    assert manifest.decision.sentence.endswith(f": shipping {shipped}")
+    assert [trial.precision for trial in manifest.decision.trials] == ["fp32", "fp16", "int8"]
+    result.bundle.check_files()
+
+
+def test_auto_does_without_int8_that_cannot_pass(photograph_folder, tmp_path, monkeypatch):
+    planted(monkeypatch, fp32=5.0, fp16=4.0, int8=1.0)
+    options = BuildOptions(**SMALL, precisions="auto", fallback=False, gates={Precision.INT8: Gate(min_sqnr_db=90)})
+    result = build_bundle("test_resnet", tmp_path / "auto.bundle", images=photograph_folder, options=options)
+    assert [engine.key.precision for engine in result.bundle.manifest.engines] == ["fp16"]
+    assert "int8 is outside its gate (layer1 has cosine" in result.notes[0]
+    assert result.notes[0].endswith("shipping fp16")
+
+
+def test_engines_take_turns_and_none_is_left_open(monkeypatch):
+    events: list[tuple[str, str]] = []
+    clock = iter(range(10**6))
+
+    class Session:
+        def __init__(self, data, outputs):
+            self.name = bytes(data).decode()
+            events.append(("open", self.name))
+
+        def run(self, images):
+            assert images.shape == (2, 3, 64, 96)
+            next(clock)  # one more tick for each call ...
+            if self.name == "slow":
+                next(clock)  # ... and of this one two
+            return []
+
+        def close(self):
+            events.append(("close", self.name))
+
+    monkeypatch.setattr(timing, "OpenVinoSession", Session)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 1e-3)
+    figures = timing.time_engines([b"fast", b"slow"], ["layer4"], networks.input_spec(64, 96, batch=2))
+    assert figures == pytest.approx([2.0, 3.0])
+    turn = [("open", "fast"), ("close", "fast"), ("open", "slow"), ("close", "slow")]
+    assert events == turn * (len(events) // 4)
+    assert len(events) > 12
+
+
+# ---- ranges of another build ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(photograph_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrated")
+    return build_bundle(
+        "test_resnet", folder / "net.bundle", images=photograph_folder, options=BuildOptions(**SMALL, method="mse")
+    )
+
+
+def rebuilt(calibrated, target: Path, images, **options):
+    options = {**SMALL, "calibration": calibrated.bundle.path, **options}
+    return build_bundle("test_resnet", target, images=images, options=BuildOptions(**options))
+
+
+def test_ranges_serve_another_choice_of_layers(calibrated, photograph_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_backbones.build.ranges.collect_magnitudes", lambda *_, **__: pytest.fail("counted again"))
+    result = rebuilt(calibrated, tmp_path / "net.bundle", photograph_folder, exclude=("layer1", "op:Add"))
+    old, new = (json.loads((b.path / "calibration.json").read_bytes()) for b in (calibrated.bundle, result.bundle))
+    assert new == old
+    record = result.bundle.manifest.calibration
+    assert (record.reused, record.method) == (True, "mse")
+    assert not calibrated.bundle.manifest.calibration.reused
+    assert {name.partition("/")[2] for name in result.bundle.manifest.onnx_graph(Precision.INT8).excluded} >= {"Add"}
+    graph = onnx.load(result.bundle.path / "graphs" / "int8.onnx").graph
+    adds = [node for node in graph.node if node.op_type == "Add"]
+    assert not any("dequantized" in name for node in adds for name in node.input)
+
+
+def test_a_checkpoint_needs_no_images_where_there_are_ranges(photograph_folder, tmp_path):
+    from safetensors.torch import save_file
+
+    loaded = networks.trained_like("test_resnet", out_indices=(4,))
+    state = {key.removeprefix("net."): value for key, value in loaded.module.state_dict().items()}
+    save_file({**state, "fc.weight": state["conv1.0.weight"].new_zeros(1000, 96)}, tmp_path / "net.safetensors")
+    options = {**SMALL, "weights": str(tmp_path / "net.safetensors")}
+    first = build_bundle(
+        "test_resnet", tmp_path / "first.bundle", images=photograph_folder, options=BuildOptions(**options)
+    )
+    again = build_bundle(
+        "test_resnet",
+        tmp_path / "again.bundle",
+        options=BuildOptions(
+            **options, calibration=first.bundle.path / "calibration.json", gates={Precision.INT8: Gate()}
+        ),
+    )
+    graphs = [(bundle.path / "graphs" / "int8.onnx").read_bytes() for bundle in (first.bundle, again.bundle)]
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"weights": "random:1"}, "network_sha256"),
+        ({"width": 64}, "network_sha256"),
+        ({"out_indices": (1, 2, 3)}, "network_sha256"),
+        ({"method": "max"}, "method is mse there and max here"),
+    ],
+)
+def test_ranges_of_something_else_are_refused_with_the_field(calibrated, photograph_folder, tmp_path, options, field):
+    with pytest.raises(CalibrationError, match=rf"does not fit: .*{field}.*calibrate again") as refusal:
+        rebuilt(calibrated, tmp_path / "x.bundle", photograph_folder, **options)
+    assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("data_sha256", "0" * 64), ("preprocessing", {"mean": [0.4] * 3}), ("percentile", 99.0)],
+)
+def test_every_field_is_compared(calibrated, photograph_folder, tmp_path, field, value):
+    path = tmp_path / "calibration.json"
+    content = json.loads((calibrated.bundle.path / "calibration.json").read_bytes())
+    content[field] = {**content[field], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(content))
+    options = {"method": "percentile"} if field == "percentile" else {}
+    if field == "percentile":
+        content["method"] = "percentile"
+        path.write_text(json.dumps(content))
+    with pytest.raises(CalibrationError, match=f"does not fit: {field} is "):
+        rebuilt(calibrated, tmp_path / "x.bundle", photograph_folder, calibration=path, **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["calibration.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "\xff", '{"ranges": {"a": "b"}}'])
+def test_what_is_no_calibration_file_is_refused(photograph_folder, tmp_path, content):
+    path = tmp_path / "calibration.json"
+    path.write_text(content, encoding="latin-1")
+    options = BuildOptions(**SMALL, calibration=path)
+    with pytest.raises(CalibrationError, match=r"calibration\.json is not a calibration\.json"):
+        build_bundle("test_resnet", tmp_path / "x.bundle", images=photograph_folder, options=options)
+    with pytest.raises(CalibrationError, match=r"missing\.json cannot be read"):
+        build_bundle("test_resnet", tmp_path / "x.bundle", options=BuildOptions(calibration=tmp_path / "missing.json"))
+
+
+def test_a_bundle_without_ranges_and_a_damaged_one_are_refused(cnn, calibrated, tmp_path):
+    with pytest.raises(CalibrationError, match="was built without int8 and has no ranges"):
+        build_bundle("test_resnet", tmp_path / "x.bundle", options=BuildOptions(calibration=cnn.bundle.path))
+    damaged = Path(shutil.copytree(calibrated.bundle.path, tmp_path / "damaged.bundle"))
+    content = json.loads((damaged / "calibration.json").read_bytes())
+    content["ranges"] = {name: 2 * value for name, value in content["ranges"].items()}
+    (damaged / "calibration.json").write_text(json.dumps(content))
+    with pytest.raises(Exception, match=r"calibration\.json"):
+        build_bundle("test_resnet", tmp_path / "x.bundle", options=BuildOptions(calibration=damaged))
+
+
+# ---- what the user is told ------------------------------------------------------------------------------------------
+
+
+def test_blank_images_and_silent_tensors_are_named(tmp_path):
+    images = np.zeros((3, 64, 96, 3), np.uint8)
+    options = BuildOptions(**{**SMALL, "golden": 1}, gates={Precision.INT8: Gate()})
+    result = build_bundle("test_resnet", tmp_path / "x.bundle", images=images, options=options)
+    notes = " | ".join(result.notes)
+    assert "3 images are of one colour (array 0 first)" in notes
+    assert "only 2 images: the ranges were chosen on those that they were counted on" in notes
+    graph = onnx.load(result.bundle.path / "graphs" / "int8.onnx").graph
+    used = {node.input[1] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    scales = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in used]
+    assert scales
+    assert all(np.isfinite(scale).all() and (scale > 0).all() for scale in scales)
+
+
+def test_one_image_is_enough_and_said(photographs, tmp_path):
+    images = networks.crops(photographs, 1, 64, 96)
+    options = BuildOptions(**{**SMALL, "golden": 1}, gates={Precision.INT8: Gate()})
+    result = build_bundle("test_resnet", tmp_path / "x.bundle", images=images, options=options)
+    assert any(note.startswith("only 1 images") for note in result.notes)
