@@ -72,7 +72,9 @@ class Wanted(str, enum.Enum):
     AUTO = "auto"
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
     INT8 = "int8"
+    FP8 = "fp8"
 
 
 @app.command()
@@ -100,7 +102,8 @@ def build(
     precision: Annotated[
         list[Wanted] | None,
         typer.Option(
-            help="fp32, fp16 or int8; repeat for several. auto: the fastest on this machine whose feature maps pass.  "
+            help="fp32, fp16, bf16, int8 or fp8; repeat for several. auto: the fastest of fp32, fp16 and int8 on this "
+            "machine whose feature maps pass.  "
             "[default: int8]"
         ),
     ] = None,

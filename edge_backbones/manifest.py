@@ -92,7 +92,8 @@ class CalibrationFile(_Strict, frozen=True):
     """calibration.json: |x| thresholds by tensor, and what they hold for.
 
     Ranges are those of every tensor that int8 may quantise, so that another choice of layers needs no images.
-    ``network_sha256``: of the fp32 graph, weights included. ``data_sha256``: of the network inputs.
+    ``network_sha256``: of the fp32 graph, weights included. ``data_sha256``: of the network inputs. ``largest``: |x| by
+    tensor, where fp8 clips: it has the range that int8 lacks.
     """
 
     network_sha256: Sha256
@@ -106,6 +107,7 @@ class CalibrationFile(_Strict, frozen=True):
     skipped: tuple[str, ...]
     silent: tuple[str, ...]
     ranges: dict[str, float]
+    largest: dict[str, float]
 
 
 class EngineKey(_Strict, frozen=True):

@@ -24,13 +24,15 @@ prefix tokens such as the class token included; or one vector per image."""
 class Precision(str, enum.Enum):
     """Number formats of a typed graph.
 
-    ``fp16`` keeps normalisation and softmax in fp32; ``int8`` is Q/DQ on convolutions and matrix products, fp16 for
-    the rest. Inputs and feature maps are float32 (or uint8 in) whatever the precision.
+    ``fp16`` and ``bf16`` keep normalisation and softmax in fp32; ``int8`` and ``fp8`` (E4M3) are Q/DQ on convolutions and
+    matrix products, fp16 for the rest. Inputs and feature maps are float32 (or uint8 in) whatever the precision.
     """
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
     INT8 = "int8"
+    FP8 = "fp8"
 
     def __str__(self) -> str:
         return self.value

@@ -44,10 +44,11 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Workshop:
-    """What every attempt is made with."""
+    """What every attempt is made with. ``large``: tensors that fp16 may not hold."""
 
     graph: ExportedGraph
     golden: Mapping[str, np.ndarray]
+    large: Sequence[str]
     work: Path
     cache: Path | None
     progress: Progress

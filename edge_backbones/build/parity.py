@@ -15,7 +15,9 @@ from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 DEFAULT_GATES = {
     Precision.FP32: Gate(max_relative=1e-3),
     Precision.FP16: Gate(min_cosine=0.9999),
+    Precision.BF16: Gate(min_sqnr_db=27.0),
     Precision.INT8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
+    Precision.FP8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
 }
 _MAX_SQNR_DB = 300.0  # equal maps: JSON has no infinity
 

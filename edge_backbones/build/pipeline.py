@@ -12,7 +12,7 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from edge_backbones.build.sources.load import ModuleSource
 
 METHODS = ("auto", "max", "percentile", "entropy", "mse")
+_AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
+_CALIBRATED = (Precision.INT8, Precision.FP8)
 _CALIBRATION_BATCH = 8
 
 
@@ -109,7 +111,7 @@ class BuildOptions:
             raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
         if self.precisions != "auto" and (not self.precisions or len(set(self.precisions)) != len(self.precisions)):
             raise InputError(
-                f"precisions must be 'auto' or at least one of fp32, fp16, int8, each once; got {self.precisions}"
+                f"precisions must be 'auto' or at least one of {', '.join(Precision)}, each once; got {self.precisions}"
             )
         if self.method not in (None, *METHODS) or not 0 < self.percentile <= 100:
             raise InputError(
@@ -126,7 +128,11 @@ class BuildOptions:
     @property
     def wanted(self) -> tuple[Precision, ...]:
         """The precisions that are tried."""
-        return tuple(Precision) if self.precisions == "auto" else self.precisions
+        return _AUTO if self.precisions == "auto" else self.precisions
+
+    @property
+    def needs_ranges(self) -> bool:
+        return any(precision in _CALIBRATED for precision in self.wanted)
 
     def source_options(self) -> SourceOptions:
         """The part that says how to make the network."""
@@ -176,12 +182,12 @@ def build_bundle(
     ParityError (with the report), BundleError, InputError, MissingDependencyError.
     """
     options = options or BuildOptions()
-    if images is None and Precision.INT8 in options.wanted and options.calibration is None:
+    if images is None and options.needs_ranges and options.calibration is None:
         raise CalibrationError("int8 needs calibration images: pass a folder of photographs (--images FOLDER)")
     reused = None if options.calibration is None else _read_calibration(options.calibration)
     progress("loading libraries", 0, None)
     try:
-        from edge_backbones.build import attempts, calibration, export, prepare, quantize
+        from edge_backbones.build import attempts, calibration, export, prepare, quantize, ranges
         from edge_backbones.build.sources.load import load_source
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
@@ -229,9 +235,13 @@ def build_bundle(
         batch = input.batch.max if input.batch.is_fixed else min(_CALIBRATION_BATCH, input.batch.max)
         counted, held_out = calibration.hold_out(calibrating)
         feed = _Feed(image_set, batch, counted, held_out, fill=input.batch.is_fixed)
-        shop = attempts.Workshop(graph, golden, work, options.cache, progress)
+        large: tuple[str, ...] = ()
+        if set(options.wanted) - {Precision.FP32, Precision.BF16}:
+            progress("looking for values beyond fp16", 0, None)
+            large = ranges.tensors_beyond_half(graph.path, feed.deciding())
+        shop = attempts.Workshop(graph, golden, large, work, options.cache, progress)
         found = None
-        if Precision.INT8 in options.wanted:
+        if options.needs_ranges:
             layers = quantize.quantized_layers(graph)
             excluded = quantize.select_layers(layers, options.exclude)
             if reused is None:
@@ -254,6 +264,9 @@ def build_bundle(
                     held_out=feed.deciding,
                     fallback=options.fallback,
                 )
+            elif precision is Precision.FP8:
+                assert found is not None  # made above
+                of_precision = [shop.attempt(precision, gate, ranges=found.largest, excluded=excluded)]
             else:
                 of_precision = [shop.attempt(precision, gate)]
             if options.precisions != "auto" or precision is Precision.FP32:
@@ -275,10 +288,13 @@ def build_bundle(
         for attempt in chosen:
             path = f"graphs/{attempt.precision}.onnx"
             shutil.move(attempt.typed.path, folder / path)
-            file = record_file(folder, path)
             graphs.append(
                 GraphRecord(
-                    format="onnx", precision=attempt.precision, file=file, opset=export.OPSET, excluded=attempt.excluded
+                    format="onnx",
+                    precision=attempt.precision,
+                    file=record_file(folder, path),
+                    opset=quantize.BF16_OPSET if attempt.precision is Precision.BF16 else export.OPSET,
+                    excluded=attempt.excluded,
                 )
             )
             path = attempt.engine.key.path(attempt.engine.data, attempt.engine.suffix)
@@ -308,7 +324,7 @@ def build_bundle(
         )
         write_manifest(folder, manifest)
         progress("writing the bundle", 0, None)
-        skipped, notes = image_set.skipped, _notes(image_set, found, verdict)
+        skipped, notes = image_set.skipped, _notes(image_set, found, verdict, large)
         del image_set, feed
     return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, notes)
 
@@ -487,6 +503,7 @@ def _calibrate(
         skipped=feed.images.skipped,
         silent=tuple(name for name, seen in magnitudes.items() if seen.largest == 0.0),
         ranges=found,
+        largest=ranges.find_ranges(magnitudes, method="max"),
     )
 
 
@@ -529,7 +546,9 @@ def _reuse(
     return found
 
 
-def _notes(images: ImageSet, found: CalibrationFile | None, verdict: Decision | None) -> tuple[str, ...]:
+def _notes(
+    images: ImageSet, found: CalibrationFile | None, verdict: Decision | None, large: Sequence[str]
+) -> tuple[str, ...]:
     """What was decided, and what is unusual about the calibration, in a sentence each."""
     notes = [] if verdict is None else [verdict.sentence]
     if found is not None and images.blank:
@@ -541,6 +560,8 @@ def _notes(images: ImageSet, found: CalibrationFile | None, verdict: Decision | 
             f"{len(found.silent)} tensors were zero on every image ({found.silent[0]} first): dead layers, or images that "
             "are not typical"
         )
+    if large:
+        notes.append(f"{len(large)} tensors come near what fp16 can hold ({large[0]} first): they stay in fp32")
     return tuple(notes)
 
 

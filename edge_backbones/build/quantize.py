@@ -30,15 +30,19 @@ feature outputs               no         they stay the tensor before the Q: 8-bi
 bias                          no         TensorRT refuses int32 DequantizeLinear; fp16, added to the accumulator
 ============================  =========  ==============================================================================
 
-What fp16 keeps in float32 (in int8 graphs too): normalisation, softmax, reductions, powers, roots, exponentials and
-divisions, what lies between two of them (the epsilon of a norm written out as nodes), everything before the first layer
-with weights (image preprocessing), and nodes with a constant that half cannot hold. Graph inputs and outputs stay
-float32 (or uint8) with a cast inside. OpenVINO computes fp16 nodes in fp32: the fp16 rest costs it nothing.
+What fp16 keeps in float32 (bf16, int8 and fp8 graphs too): normalisation, softmax, reductions, powers, roots,
+exponentials and divisions, what lies between two of them (the epsilon of a norm written out as nodes), everything before
+the first layer with weights (image preprocessing), nodes with a constant that half cannot hold, and nodes beside a tensor
+whose values came near 65504 on the calibration images (the last two not in bf16, which has the range of fp32). Graph
+inputs and outputs stay float32 (or uint8) with a cast inside. OpenVINO computes half nodes in fp32: the fp16 rest costs
+it nothing.
 
 The form: symmetric, signed, zero points 0; activations per tensor, one Q (of a Concat one per part) and one DQ however
 many readers; weights per output channel, stored as int8 and read through a DQ alone; scales rounded up to fp16 *before*
 the weights are divided by them, so that the graph multiplies by the very numbers that were divided by. A quantised Conv
 always has a bias: see `_add_bias`.
+
+fp8 (E4M3) is the same with 448 in the place of 127. bf16 graphs are opset 22, the first whose convolutions take it.
 """
 
 from __future__ import annotations
@@ -60,12 +64,11 @@ from edge_backbones.errors import QuantizationError
 from edge_backbones.spec import Precision
 
 _MIN_OPSET = 19  # the first whose QuantizeLinear takes fp16 scales
-_INT8_MAX = 127  # symmetric: -128 is not used
+BF16_OPSET = 22  # the first whose Conv takes bf16; from 20 on only lists of types have grown
 _MIN_PRODUCTS = 32  # what one int8 matrix instruction sums (mma.m16n8k32 on NVIDIA GPUs)
 _HALF_MAX = float(np.finfo(np.float16).max)
 _HALF_SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 _HALF_SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
-_LARGEST_THRESHOLD = _HALF_MAX * _INT8_MAX
 
 _FLOAT_REDUCTIONS = frozenset({
     "CumSum", "Exp", "GlobalAveragePool", "Log", "Pow", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSumExp",
@@ -143,7 +146,7 @@ def _is_meant(name: str, pattern: str) -> bool:
 
 def activation_scale(tensor: str, threshold: float) -> tuple[str, npt.NDArray[np.float32]]:
     """Name and value of the scale that an int8 graph has for a range."""
-    return f"{tensor}.scale", _scales(np.asarray(threshold))
+    return f"{tensor}.scale", _scales(np.asarray(threshold), _FORMATS[Precision.INT8])
 
 
 def write_typed_graph(
@@ -153,18 +156,20 @@ def write_typed_graph(
     path: Path,
     ranges: Mapping[str, float] | None = None,
     excluded: Collection[str] = (),
+    large: Collection[str] = (),
     half: bool = True,
 ) -> TypedGraph:
     """Write the graph of one precision to `path`. The same graph and ranges give the same bytes.
 
     Args:
         graph: the fp32 graph; it is not changed.
-        precision: fp32 copies the file; fp16 and int8 are described in the module's docstring.
+        precision: fp32 copies the file; the others are described in the module's docstring.
         path: the file to write.
-        ranges: for int8, the |x| threshold of every tensor that `tensors_to_calibrate` names: the value that becomes
-            127. Other precisions do not read it.
-        excluded: for int8, names of `quantized_layers` that are left as fp16 has them.
-        half: False leaves what int8 does not quantise in fp32: for measuring, ONNX Runtime computes half slowly.
+        ranges: for int8 and fp8, the |x| threshold of every tensor that `tensors_to_calibrate` names: the value that
+            becomes 127 or 448. Other precisions do not read it.
+        excluded: for int8 and fp8, names of `quantized_layers` that are left as fp16 has them.
+        large: tensors whose values fp16 may not hold: the nodes that write or read them stay in fp32.
+        half: False leaves what is not quantised in fp32: for measuring, ONNX Runtime computes half slowly.
 
     Raises:
         QuantizationError: a range that is missing, not finite or not positive, or too large for an fp16 scale; a weight
@@ -174,13 +179,35 @@ def write_typed_graph(
         shutil.copyfile(graph.path, path)
     else:
         model = _load(graph)
-        if precision is Precision.INT8:
-            _insert_quantization(model, ranges or {}, frozenset(excluded))
-        if half:
-            _convert_to_half(model.graph)
+        if precision in _FORMATS:
+            _insert_quantization(model, _FORMATS[precision], ranges or {}, frozenset(excluded))
+        if precision is Precision.BF16:
+            _raise_opset(model)
+            _convert_to_half(model.graph, ir.DataType.BFLOAT16, frozenset())
+        elif half:
+            _convert_to_half(model.graph, ir.DataType.FLOAT16, frozenset(large))
         passes.RemoveUnusedNodesPass()(model)  # takes the replaced fp32 weights too
         ir.save(model, path)
     return TypedGraph(path=path, precision=precision, spec=graph.spec, input=graph.input)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What quantised tensors are stored as, and the largest magnitude of it that is used."""
+
+    name: str
+    dtype: ir.DataType
+    largest: float
+
+    @property
+    def largest_threshold(self) -> float:
+        return _HALF_MAX * self.largest
+
+
+_FORMATS = {
+    Precision.INT8: _Format("int8", ir.DataType.INT8, 127),  # symmetric: -128 is not used
+    Precision.FP8: _Format("fp8", ir.DataType.FLOAT8E4M3FN, 448),
+}
 
 
 # ---- where Q/DQ goes ------------------------------------------------------------------------------------------------
@@ -279,65 +306,68 @@ def _depths(graph: ir.Graph) -> dict[ir.Value, int]:
 # ---- int8 -----------------------------------------------------------------------------------------------------------
 
 
-def _insert_quantization(model: ir.Model, ranges: Mapping[str, float], excluded: frozenset[str]) -> None:
+def _insert_quantization(model: ir.Model, to: _Format, ranges: Mapping[str, float], excluded: frozenset[str]) -> None:
     """Put Q/DQ pairs on the fp32 graph. Scales hold fp16 numbers; `_convert_to_half` then gives them that type."""
     graph = model.graph
     opset = model.opset_imports.get("", 0)
     if opset < _MIN_OPSET:
         raise QuantizationError(f"the graph is opset {opset}, fp16 scales need {_MIN_OPSET}; export it with opset 20")
     placement = _find_placement(graph, excluded)
-    _check_ranges({_name(node.inputs[index]) for node, index in placement.activations}, ranges)
+    _check_ranges({_name(node.inputs[index]) for node, index in placement.activations}, to, ranges)
 
-    zero_point = _add_constant(graph, "zero_point", np.zeros((), dtype=np.int8))
+    zero_point = _add_constant(graph, "zero_point", np.zeros((), dtype=to.dtype.numpy()))
     dequantized: dict[ir.Value, ir.Value] = {}
     for node, index in placement.activations:
         value = node.inputs[index]
         assert value is not None  # _find_placement looked at it
         if value not in dequantized:
-            dequantized[value] = _quantize_activation(graph, value, ranges[_name(value)], zero_point)
+            dequantized[value] = _quantize_activation(graph, value, to, ranges[_name(value)], zero_point)
         node.replace_input_with(index, dequantized[value])
 
     dequantized_weights: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in placement.weights:
-        if node.op_type == "Conv" and (len(node.inputs) < 3 or node.inputs[2] is None):
+        if to.dtype == ir.DataType.INT8 and node.op_type == "Conv" and (len(node.inputs) < 3 or node.inputs[2] is None):
             _add_bias(graph, node)
         weight, axis = node.inputs[1], _output_channel_axis(node)
         assert weight is not None  # as above
         if (weight, axis) not in dequantized_weights:
-            dequantized_weights[weight, axis] = _quantize_weight(graph, node, weight, axis)
+            dequantized_weights[weight, axis] = _quantize_weight(graph, node, to, weight, axis)
         node.replace_input_with(1, dequantized_weights[weight, axis])
 
 
-def _check_ranges(needed: Iterable[str], ranges: Mapping[str, float]) -> None:
+def _check_ranges(needed: Iterable[str], to: _Format, ranges: Mapping[str, float]) -> None:
     missing = sorted(set(needed) - set(ranges))
     if missing:
         raise QuantizationError(
-            f"int8 needs a range for {len(missing)} more tensors, {missing[0]!r} first; collect them over"
+            f"{to.name} needs a range for {len(missing)} more tensors, {missing[0]!r} first; collect them over"
             " tensors_to_calibrate() of this graph"
         )
     for name in sorted(needed):
         threshold = ranges[name]
-        if not 0.0 < threshold <= _LARGEST_THRESHOLD:  # NaN fails this too
+        if not 0.0 < threshold <= to.largest_threshold:  # NaN fails this too
             raise QuantizationError(
-                f"the range of {name!r} is {threshold!r}; it must be positive and at most {_LARGEST_THRESHOLD:.3g}"
+                f"the range of {name!r} is {threshold!r}; it must be positive and at most {to.largest_threshold:.3g}"
                 " (an fp16 scale): calibrate again, or use fp32 if activations are really that large"
             )
 
 
-def _quantize_activation(graph: ir.Graph, value: ir.Value, threshold: float, zero_point: ir.Value) -> ir.Value:
+def _quantize_activation(
+    graph: ir.Graph, value: ir.Value, to: _Format, threshold: float, zero_point: ir.Value
+) -> ir.Value:
     name = _name(value)
-    scale = _add_constant(graph, *activation_scale(name, threshold))
-    parts, axis, rectified = _concatenated(value)
+    scale = _add_constant(graph, f"{name}.scale", _scales(np.asarray(threshold), to))
+    # ONNX joins no fp8 tensors, and no engine for the CPU takes them.
+    parts, axis, rectified = _concatenated(value) if to.dtype == ir.DataType.INT8 else ([value], 0, False)
     nodes: list[ir.Node] = []
     quantized: list[ir.Value] = []
     for index, part in enumerate(parts):
         if rectified:
             nodes.append(_new_node("Relu", [part], f"{name}.{index}", ir.DataType.FLOAT))
             part = nodes[-1].outputs[0]  # noqa: PLW2901
-        nodes.append(_new_node("QuantizeLinear", [part, scale, zero_point], f"{name}.int8.{index}", ir.DataType.INT8))
+        nodes.append(_new_node("QuantizeLinear", [part, scale, zero_point], f"{name}.{to.name}.{index}", to.dtype))
         quantized.append(nodes[-1].outputs[0])
     if len(parts) > 1:
-        nodes.append(_new_node("Concat", quantized, f"{name}.int8", ir.DataType.INT8, {"axis": axis}))
+        nodes.append(_new_node("Concat", quantized, f"{name}.{to.name}", to.dtype, {"axis": axis}))
         nodes[-1].outputs[0].shape = value.shape
     dequantize = _new_node(
         "DequantizeLinear", [nodes[-1].outputs[0], scale, zero_point], f"{name}.dequantized", ir.DataType.FLOAT
@@ -378,22 +408,24 @@ def _add_bias(graph: ir.Graph, conv: ir.Node) -> None:
     conv.replace_input_with(2, _add_constant(graph, f"{_name(conv.outputs[0])}.bias", bias))
 
 
-def _quantize_weight(graph: ir.Graph, node: ir.Node, weight: ir.Value, axis: int) -> ir.Value:
+def _quantize_weight(graph: ir.Graph, node: ir.Node, to: _Format, weight: ir.Value, axis: int) -> ir.Value:
     name, values = _name(weight), _constant(weight).astype(np.float64)
     largest = float(np.abs(values).max(initial=0.0))
-    if not largest <= _LARGEST_THRESHOLD:  # NaN fails this too
+    if not largest <= to.largest_threshold:  # NaN fails this too
         raise QuantizationError(
-            f"weight {name!r} holds {largest:.3g}, an int8 weight with an fp16 scale reaches {_LARGEST_THRESHOLD:.3g}:"
+            f"weight {name!r} holds {largest:.3g}, an {to.name} weight with an fp16 scale reaches"
+            f" {to.largest_threshold:.3g}:"
             " the checkpoint is damaged, or needs fp32"
         )
     per_channel = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-    scales = _scales(np.abs(per_channel).max(axis=1))
+    scales = _scales(np.abs(per_channel).max(axis=1), to)
     shape = [1] * values.ndim
     shape[axis] = -1
-    # Only the floor of _scales can leave |value / scale| below 127; nothing can leave it above.
-    integers = np.rint(values / scales.astype(np.float64).reshape(shape)).astype(np.int8)
+    # Only the floor of _scales can leave |value / scale| below the largest; nothing can leave it above.
+    scaled = values / scales.astype(np.float64).reshape(shape)
+    rounded = np.rint(scaled).astype(np.int8) if to.dtype == ir.DataType.INT8 else scaled.astype(to.dtype.numpy())
     name = f"{name}.axis{axis}"  # tied weights may be read along both
-    stored = _add_constant(graph, f"{name}.int8", integers)
+    stored = _add_constant(graph, f"{name}.{to.name}", rounded)
     scale = _add_constant(graph, f"{name}.scale", scales)
     dequantize = _new_node(
         "DequantizeLinear", [stored, scale], f"{name}.dequantized", ir.DataType.FLOAT, {"axis": axis}
@@ -402,9 +434,9 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node, weight: ir.Value, axis: int
     return dequantize.outputs[0]
 
 
-def _scales(thresholds: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    """threshold / 127, rounded up to numbers that fp16 holds: nothing within the threshold is clipped. Never 0."""
-    exact = np.maximum(thresholds.astype(np.float64) / _INT8_MAX, _HALF_SMALLEST)
+def _scales(thresholds: npt.NDArray[np.floating], to: _Format) -> npt.NDArray[np.float32]:
+    """threshold / largest, rounded up to numbers that fp16 holds: nothing within the threshold is clipped. Never 0."""
+    exact = np.maximum(thresholds.astype(np.float64) / to.largest, _HALF_SMALLEST)
     half = exact.astype(np.float16)
     with np.errstate(over="ignore"):  # what follows the largest half is computed, never chosen
         half = np.where(half < exact, np.nextafter(half, np.float16(np.inf)), half)
@@ -422,28 +454,34 @@ def _output_channel_axis(node: ir.Node) -> int:
 # ---- fp16 -----------------------------------------------------------------------------------------------------------
 
 
-def _convert_to_half(graph: ir.Graph) -> None:
+def _raise_opset(model: ir.Model) -> None:
+    if any(node.op_type == "GroupNormalization" for node in model.graph):
+        raise QuantizationError("the graph has GroupNormalization, which means something else in opset 21: use fp16")
+    model.opset_imports[""] = max(model.opset_imports[""], BF16_OPSET)
+
+
+def _convert_to_half(graph: ir.Graph, half: ir.DataType, large: frozenset[str]) -> None:
     """Make every float32 tensor half, except inputs, outputs and what the nodes kept in float32 read and write."""
     nodes = tuple(graph)
     if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
            for node in nodes for attribute in node.attributes.values()):  # fmt: skip
         raise QuantizationError("the graph has If, Loop or Scan nodes; fp16 and int8 need a graph without control flow")
-    kept = _nodes_kept_in_float(graph)
+    kept = _nodes_kept_in_float(graph, half, large)
     for node in nodes:
         for output in node.outputs:
             if output.dtype == ir.DataType.FLOAT and node not in kept:
-                output.dtype = ir.DataType.FLOAT16
+                output.dtype = half
 
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     for position, output in enumerate(tuple(graph.outputs)):
-        if output.dtype == ir.DataType.FLOAT16:
+        if output.dtype == half:
             name = _name(output)
             output.name = f"{name}.half"
             graph.outputs[position] = _cast(graph, output, ir.DataType.FLOAT, name)
             casts[output, ir.DataType.FLOAT] = graph.outputs[position]
 
     for node in nodes:
-        wanted, suffix = (ir.DataType.FLOAT, "float") if node in kept else (ir.DataType.FLOAT16, "half")
+        wanted, suffix = (ir.DataType.FLOAT, "float") if node in kept else (half, "half")
         for index, value in _convertible_inputs(node):
             if value.dtype == wanted:
                 continue
@@ -456,7 +494,7 @@ def _convert_to_half(graph: ir.Graph) -> None:
             node.replace_input_with(index, casts[value, wanted])
 
 
-def _nodes_kept_in_float(graph: ir.Graph) -> set[ir.Node]:
+def _nodes_kept_in_float(graph: ir.Graph, half: ir.DataType, large: frozenset[str]) -> set[ir.Node]:
     depths = _depths(graph)
     reductions = {node for node in graph if node.op_type in _FLOAT_REDUCTIONS or _divides_by_activation(node)}
     after, before = set(reductions), set(reductions)
@@ -475,7 +513,8 @@ def _nodes_kept_in_float(graph: ir.Graph) -> set[ir.Node]:
             or all(depths[output] == 0 for output in node.outputs)
             or not any(value.dtype == ir.DataType.FLOAT for value in _activations(node))
             or node.op_type == "Cast"
-            or not all(_fits_half(node, value) for value in node.inputs if _is_constant(value))
+            or not large.isdisjoint(value.name for value in (*_activations(node), *node.outputs))
+            or not all(_fits_half(node, value, half) for value in node.inputs if _is_constant(value))
         ):
             kept.add(node)
     return kept
@@ -485,10 +524,10 @@ def _divides_by_activation(node: ir.Node) -> bool:
     return node.op_type == "Div" and not _is_constant(node.inputs[1])
 
 
-def _fits_half(node: ir.Node, constant: ir.Value | None) -> bool:
+def _fits_half(node: ir.Node, constant: ir.Value | None, half: ir.DataType) -> bool:
     """False for a constant beyond the range of half, such as a mask of -1e9, or a factor or epsilon below it."""
-    if constant is None or constant.dtype != ir.DataType.FLOAT:
-        return True
+    if constant is None or constant.dtype != ir.DataType.FLOAT or half == ir.DataType.BFLOAT16:
+        return True  # bf16 has the range of fp32
     magnitudes = np.abs(_constant(constant))
     largest = float(magnitudes[np.isfinite(magnitudes)].max(initial=0.0))
     too_small = node.op_type in _ELEMENTWISE and 0.0 < largest < _HALF_SMALLEST_NORMAL
@@ -501,7 +540,7 @@ def _convertible_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
     return [
         (index, value)
         for index, value in enumerate(inputs)
-        if value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+        if value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     ]
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,7 @@ DEAD_TENSOR_THRESHOLD = 1.0
 # At most this many bins are in use; the largest value lies in the upper half of them, so a bin is 1/2048 of the range
 # or finer, 8 times finer than the 8-bit grid that the threshold will span.
 _BINS = 4096
+_NEAR_HALF_MAX = float(np.finfo(np.float16).max) / 4
 _LEVELS = 128  # magnitudes of a symmetric int8: 0 to 127
 _CANDIDATE_STEP = 16  # bins between two thresholds that entropy and mse try: 1/128 of the range or finer
 
@@ -82,6 +83,30 @@ def collect_magnitudes(
             "there were no calibration batches; give at least one image (a few dozen typical ones are better)"
         )
     return magnitudes
+
+
+def tensors_beyond_half(model_path: Path, batches: Iterable[npt.NDArray[np.generic]]) -> tuple[str, ...]:
+    """Names of the float tensors in a graph whose values come near what fp16 can hold, in graph order.
+
+    Near is a quarter of 65504: other images will have larger values than these. Raises CalibrationError as
+    `collect_magnitudes` does, for a batch that does not fit or a value that is not finite.
+    """
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(model_path, load_external_data=False))
+    described = (*model.graph.value_info, *model.graph.output)
+    floats = {v.name for v in described if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    tensors = [name for node in model.graph.node for name in node.output if name in floats]
+    session = _session_with_outputs(model_path, tensors)
+    largest = dict.fromkeys(tensors, 0.0)
+    for batch in batches:
+        for chunk in _chunks(batch, session):
+            for name, values in _activations(session, tensors, chunk):
+                reached = float(np.abs(values).max(initial=0.0))
+                if not np.isfinite(reached):
+                    _refuse(name, reached)
+                largest[name] = max(largest[name], reached)
+    return tuple(name for name, value in largest.items() if value > _NEAR_HALF_MAX)
 
 
 def find_ranges(
@@ -175,10 +200,7 @@ def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str) -> None
     magnitudes = np.abs(values, dtype=np.float32).ravel()
     largest = float(magnitudes.max(initial=0.0))
     if not np.isfinite(largest):  # max() hands a NaN on
-        raise CalibrationError(
-            f"activation {name!r} holds {'NaN' if np.isnan(largest) else 'an infinite value'}; quantisation needs"
-            " finite activations: check the calibration images, their normalisation and the weights"
-        )
+        _refuse(name, largest)
     seen.largest = max(seen.largest, largest)
     if largest == 0.0:
         return
@@ -194,6 +216,13 @@ def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str) -> None
     magnitudes *= np.float32(scale) if 1e-30 < scale < 1e30 else scale
     seen.counts += np.bincount(magnitudes.astype(np.intp), minlength=_BINS)
     seen.counts[0] -= magnitudes.size - np.count_nonzero(values)
+
+
+def _refuse(name: str, largest: float) -> NoReturn:
+    raise CalibrationError(
+        f"activation {name!r} holds {'NaN' if np.isnan(largest) else 'an infinite value'}; quantisation needs"
+        " finite activations: check the calibration images, their normalisation and the weights"
+    )
 
 
 def _exponent_for(largest: float) -> int:

@@ -13,8 +13,9 @@ from edge_backbones.manifest import EngineRecord
 from edge_backbones.runtime import compat, openvino
 from edge_backbones.spec import Precision
 
-# Engines are offered in this order when several can run here: fewer bits first, they were let in by parity.
-_PREFERENCE = (Precision.INT8, Precision.FP16, Precision.FP32)
+# Engines are offered in this order when several can run here: fewer bits first, they were let in by parity. No CPU
+# computes in fp8: there it is fp32 with rounding in between.
+_PREFERENCE = (Precision.INT8, Precision.FP16, Precision.BF16, Precision.FP32, Precision.FP8)
 
 
 class EngineSession(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ NETWORKS = {
     "test_efficientnet": input_spec(ShapeRange.fixed(2)),
     "test_vit": input_spec(ShapeRange.fixed(1), camera_frames=True),
 }
+
+
+# A100, RTX 30, L4 and RTX 40, RTX 50. The first two have no fp8.
+TARGETS = tuple(getattr(trt.ComputeCapability, name) for name in ("SM80", "SM86", "SM89", "SM120"))
+FLOATS = {Precision.FP32: trt.DataType.FLOAT, Precision.BF16: trt.DataType.BF16}
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,13 @@ def parsed(path: Path, log: Log) -> tuple[Any, Any, Any]:
     return builder, network, parser
 
 
-def compiled(builder: Any, network: Any, input: InputSpec, log: Log) -> bytes:
+def compiled(
+    builder: Any, network: Any, input: InputSpec, log: Log, targets: Sequence[trt.ComputeCapability] = ()
+) -> bytes:
     config = builder.create_builder_config()
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        assert all(config.set_compute_capability(target, index) for index, target in enumerate(targets))
     profile = builder.create_optimization_profile()
     assert profile.set_shape(input.name, input.min_shape, input.opt_shape, input.max_shape) is not False
     assert config.add_optimization_profile(profile) >= 0
@@ -120,12 +131,23 @@ def test_every_precision_compiles(case: Case, precision: Precision, log: Log, tm
     nodes = Counter(node.op_type for node in onnx.load(typed.path).graph.node)
     assert seen["QUANTIZE"] == nodes["QuantizeLinear"]
     assert seen["DEQUANTIZE"] == nodes["DequantizeLinear"]
-    assert bool(seen["QUANTIZE"]) == (precision is Precision.INT8)
+    assert bool(seen["QUANTIZE"]) == (precision in (Precision.INT8, Precision.FP8))
     convolutions = {layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.CONVOLUTION}
-    assert convolutions == {trt.DataType.FLOAT if precision is Precision.FP32 else trt.DataType.HALF}
+    assert convolutions == {FLOATS.get(precision, trt.DataType.HALF)}
 
-    assert len(compiled(builder, network, typed.input, log)) > 10_000
+    targets = TARGETS[2:] if precision is Precision.FP8 else TARGETS
+    assert len(compiled(builder, network, typed.input, log, targets)) > 10_000
+    for target in targets:
+        assert len(compiled(builder, network, typed.input, log, [target])) > 10_000
     del parser  # kept until here: the network's weights are views of it
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+def test_a_gpu_without_fp8_is_told(case: Case, log: Log, tmp_path: Path) -> None:
+    typed = write_typed_graph(case.graph, precision=Precision.FP8, path=tmp_path / "fp8.onnx", ranges=case.ranges)
+    builder, network, _parser = parsed(typed.path, log)
+    with pytest.raises(pytest.fail.Exception, match=r"sm80.*fp8_e4m3"):
+        compiled(builder, network, typed.input, log, TARGETS[:1])
 
 
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
