@@ -47,6 +47,8 @@ _UsageError: Any = typer.BadParameter.__base__
 _out = Console(soft_wrap=True, highlight=False, markup=False)
 _err = Console(stderr=True, highlight=False, markup=False)
 
+_EXIT_PARITY = 3
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", show_default=False)]
 EngineOption = Annotated[
@@ -234,17 +236,59 @@ def compile_(
 
 
 @app.command()
-def verify(bundle: BundleArgument, engine: EngineOption = None, as_json: JsonFlag = False) -> None:
+def verify(
+    bundle: BundleArgument,
+    engine: EngineOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Where a gate fails, find the layer in which the error is born.")
+    ] = False,
+    picture: Annotated[Path, typer.Option(help="Where the picture of the explanation goes.")] = Path("explanation.png"),
+    as_json: JsonFlag = False,
+) -> None:
     """Check every file of a bundle and measure parity again, through the real runtime."""
     from edge_backbones.build.pipeline import verify_bundle
 
-    with _Steps(as_json) as progress:
-        reports = verify_bundle(bundle, engine=engine, progress=progress)
+    try:
+        with _Steps(as_json) as progress:
+            reports = verify_bundle(bundle, engine=engine, progress=progress)
+    except ParityError as error:
+        if not explain:
+            raise
+        _explain(bundle, engine, picture, error, as_json)
+        raise typer.Exit(_EXIT_PARITY) from None
     if as_json:
         _print_json({"bundle": str(bundle), "parity": reports})
         return
     _print_parity(reports)
     _out.print(f"{bundle} is whole and right")
+
+
+def _explain(bundle: Path, engine: str | None, picture: Path, error: ParityError, as_json: bool) -> None:
+    from edge_backbones.build.pipeline import explain_bundle
+    from edge_backbones.pictures import draw_layers
+
+    with _Steps(as_json) as progress:
+        found = explain_bundle(bundle, engine=engine, progress=progress)
+    drawn = [one for one in found if one.layers]
+    files = [picture if len(drawn) == 1 else picture.with_stem(f"{picture.stem}.{one.precision}") for one in drawn]
+    for one, file in zip(drawn, files, strict=True):
+        layers = [(layer.name, layer.sqnr_db) for layer in one.layers]
+        title = f"{bundle.name}, {one.precision}: {one.stage} is outside its gate; {one.cause}, {one.born}"
+        draw_layers(file, layers, born=one.born, limit_db=one.limit_db, title=title)
+    if as_json:
+        document = {"parity": error.report, "explanations": found, "pictures": [str(file) for file in files]}
+        _print_json({"error": type(error).__name__, "message": str(error), **document})
+        return
+    _print_parity([error.report])
+    for one in found:
+        table = Table("layer" if one.cause == "engine" else "block alone", title=one.stage, title_justify="left")
+        table.add_column("SQNR dB", justify="right")
+        for layer in one.layers:
+            style = "red" if layer.name == one.born else ""
+            table.add_row(Text(layer.name, style=style), Text(f"{layer.sqnr_db:.1f}", style=style))
+        _out.print(table)
+        _out.print(one.sentence)
+    _out.print("".join(f"drew {file}\n" for file in files), end="")
 
 
 @app.command()
@@ -415,7 +459,7 @@ def _run(arguments: list[str]) -> int:
     except ParityError as error:
         if "--json" not in arguments:
             _print_parity([error.report], console=_err)
-        return _refuse(arguments, error, 3, parity=error.report)
+        return _refuse(arguments, error, _EXIT_PARITY, parity=error.report)
     except (EdgeBackbonesError, OSError, MemoryError) as error:
         return _refuse(arguments, error, 1)
     except _UsageError as error:

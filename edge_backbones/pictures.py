@@ -1,9 +1,10 @@
-"""Feature maps as a picture: what each stage answers to, beside the photograph that went in."""
+"""Pictures: feature maps beside the photograph that went in, and the layers in which an error is born."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +25,9 @@ def draw_feature_maps(
     ``photograph``: uint8 (height, width, channels), as the network saw it. ``maps``: (channels, height, width) by stage.
     Energy is the root mean square over channels; a strong channel is one with a large variance over the map.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("drawing feature maps", "report") from error
+    figure_class = _figure_class()
     rows, columns = len(maps), 2 + _CHANNELS_SHOWN
-    figure = Figure(figsize=(2.1 * columns, 2.35 * rows + 0.7), layout="constrained", facecolor="white")
+    figure = figure_class(figsize=(2.1 * columns, 2.35 * rows + 0.7), layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=11, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, (stage, feature_map) in zip(axes, maps.items(), strict=True):
@@ -47,3 +45,32 @@ def draw_feature_maps(
             axis.set_title(f"channel\n{channel}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def draw_layers(path: Path, layers: Sequence[tuple[str, float]], *, born: str, limit_db: float, title: str) -> None:
+    """Write a PNG: one bar of SQNR per layer, the limit as a line, and the layer with which the error begins in red.
+
+    ``layers``: (name, SQNR in dB), drawn from top to bottom.
+    """
+    figure = _figure_class()(figsize=(8, 0.34 * len(layers) + 1.3), layout="constrained", facecolor="white")
+    axis = figure.subplots()
+    axis.barh(
+        range(len(layers)),
+        [sqnr_db for _, sqnr_db in layers],
+        color=["#c0392b" if name == born else "#7f8fa6" for name, _ in layers],
+    )
+    axis.set_yticks(range(len(layers)), [name for name, _ in layers], fontsize=8, parse_math=False)
+    axis.invert_yaxis()
+    axis.axvline(limit_db, color="black", linestyle="--", linewidth=1)
+    axis.set_xlabel(f"SQNR in dB (dashed: the {limit_db:.1f} dB that the gate asks for)", fontsize=9)
+    axis.set_title(title, fontsize=10, loc="left", parse_math=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("drawing pictures", "report") from error
+    return Figure

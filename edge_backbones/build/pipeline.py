@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from edge_backbones.build.calibration import ImageSet, ImageSource
+    from edge_backbones.build.explain import Explanation
     from edge_backbones.build.sources.common import SourceOptions
     from edge_backbones.build.sources.load import ModuleSource
 
@@ -379,18 +380,54 @@ def verify_bundle(
     bundle = Bundle.open(path)
     progress("checking files", 0, None)
     bundle.check_files()
+    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
+    reports = []
+    for record in _runnable(bundle, engine):
+        progress(f"verifying {record.key.precision}", 0, None)
+        data, gate = bundle.read(record.file), record.parity.gate
+        reports.append(require(measure_engine(data, spec, input, golden, record.key.precision, gate)))
+    return tuple(reports)
+
+
+def explain_bundle(
+    path: str | Path, *, engine: str | None = None, progress: Progress = no_progress
+) -> tuple[Explanation, ...]:
+    """For every engine that can run here (or just ``engine``) and is outside its gate: where its error is born.
+
+    Needs the libraries of the workstation. Raises BundleError for a damaged file or a graph that the bundle lacks,
+    EngineMismatchError when no engine can run here, MissingDependencyError.
+    """
+    try:
+        from edge_backbones.build.explain import explain
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"explaining an error ({error.name} is not installed)", "build") from error
+    bundle = Bundle.open(path)
+    bundle.check_files()
+    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
+    found = []
+    for record in _runnable(bundle, engine):
+        progress(f"verifying {record.key.precision}", 0, None)
+        precision, gate = record.key.precision, record.parity.gate
+        report = measure_engine(bundle.read(record.file), spec, input, golden, precision, gate)
+        if report.passed:
+            continue
+        graph = bundle.manifest.onnx_graph(precision)
+        if graph is None:
+            raise BundleError(f"{bundle.path} has no {precision} graph, and without it an error cannot be explained")
+        found.append(explain(bundle.path / graph.file.path, report, golden, input.name, progress=progress))
+    return tuple(found)
+
+
+def _runnable(bundle: Bundle, engine: str | None) -> list[EngineRecord]:
+    """The engines that ``engine`` means and that can run here; raises EngineMismatchError when there is none."""
     host = compat.this_host(session.installed_versions())
     session.choose_engine(bundle, host, engine)
-    golden = load_golden(bundle)
-    reports = []
-    for record in bundle.manifest.engines:
-        wanted = engine is None or engine in (record.key.precision.value, record.key.flavour, record.name)
-        if wanted and not compat.reasons_against(record.key, host):
-            data = bundle.read(record.file)
-            spec, input = bundle.manifest.backbone, bundle.manifest.input
-            progress(f"verifying {record.key.precision}", 0, None)
-            reports.append(require(measure_engine(data, spec, input, golden, record.key.precision, record.parity.gate)))
-    return tuple(reports)
+    return [
+        record
+        for record in bundle.manifest.engines
+        if (engine is None or engine in (record.key.precision.value, record.key.flavour, record.name))
+        and not compat.reasons_against(record.key, host)
+    ]
 
 
 def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:

@@ -102,7 +102,7 @@ def quantized_layers(graph: ExportedGraph) -> tuple[Layer, ...]:
     model = _load(graph)
     first = _first_outputs(model.graph)
     return tuple(
-        Layer(str(node.name), node.op_type, _block(str(node.name)), _name(node.inputs[index]), first[node])
+        Layer(str(node.name), node.op_type, block_of(str(node.name)), _name(node.inputs[index]), first[node])
         for node, index in _find_placement(model.graph, frozenset()).activations
     )
 
@@ -238,7 +238,7 @@ def _find_placement(graph: ir.Graph, excluded: frozenset[str]) -> _Placement:
     return _Placement(tuple(activations), tuple(weights))
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
     """``layer1.0`` of ``layer1.0.conv1/Conv`` and of ``layer1.0/Add``: the module around a layer, up to its last number."""
     path, _, op_type = name.partition("/")
     parts = path.split(".")

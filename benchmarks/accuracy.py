@@ -1,0 +1,168 @@
+"""``python -m benchmarks.accuracy``: what each number format costs trained networks, beside what other tools make of them.
+
+Networks, images and seeds are those of `benchmarks.digits`. Every variant is calibrated on the same training images and
+judged on the same test images: top-1 through the network's own head, agreement (the same digit as fp32), and SQNR of each
+feature map over all test images, against eager PyTorch. Results go to benchmarks/results/accuracy.json.
+
+Peers run in processes of their own, by `benchmarks/accuracy_peers.py`; NNCF and ModelOpt ask for releases of their own, so
+their Python can be named: ``--nncf .../bin/python --modelopt .../bin/python``. A peer that is not installed is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import accuracy_peers, digits
+from benchmarks.run import machine
+from edge_backbones import BuildOptions, EdgeBackbone, build_bundle
+from edge_backbones.build.sources.common import SourceOptions
+from edge_backbones.build.sources.load import load_source
+from edge_backbones.manifest import Gate
+from edge_backbones.spec import Precision
+
+RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+CALIBRATION = 128
+OPEN = {precision: Gate() for precision in Precision if precision is not Precision.FP32}
+INT8 = (Precision.INT8,)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {"precisions": (Precision.FP32,)},
+    "fp16": {"precisions": (Precision.FP16,), "gates": OPEN},
+    "bf16": {"precisions": (Precision.BF16,), "gates": OPEN},
+    "fp8": {"precisions": (Precision.FP8,), "gates": OPEN},
+    "int8 max": {"precisions": INT8, "gates": OPEN, "method": "max"},
+    "int8 percentile": {"precisions": INT8, "gates": OPEN, "method": "percentile"},
+    "int8 entropy": {"precisions": INT8, "gates": OPEN, "method": "entropy"},
+    "int8 mse": {"precisions": INT8, "gates": OPEN, "method": "mse"},
+    "int8 ranges chosen": {"precisions": INT8, "gates": OPEN},
+    "int8 within its gate": {"precisions": INT8},
+    "auto": {"precisions": "auto"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=digits.TRAINING, default=list(digits.TRAINING))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(digits.SEEDS))
+    parser.add_argument("--nncf", default=sys.executable, help="Python that has NNCF")
+    parser.add_argument("--modelopt", default=sys.executable, help="Python that has ModelOpt")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    pythons = {"nncf": arguments.nncf, "modelopt": arguments.modelopt}
+    results = json.loads(arguments.out.read_text(encoding="utf-8"))["runs"] if arguments.out.exists() else {}
+    for name in arguments.only:
+        for seed in arguments.seeds:
+            results.setdefault(name, {})[str(seed)] = measure(name, seed, pythons)
+            document = {"machine": machine(), "summary": summary(results), "runs": results}
+            arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    show(summary(results))
+    print(f"wrote {arguments.out}")
+
+
+def measure(name: str, seed: int, pythons: Mapping[str, str]) -> dict[str, Any]:
+    """Every variant and every peer for one trained network."""
+    net = digits.trained(name, seed)
+    pixels, _, test, labels = digits.images()
+    calibration, images = pixels[:CALIBRATION].numpy(), test.numpy()
+    loaded = load_source(net, SourceOptions(out_indices=digits.STAGES[name]))
+    with torch.no_grad():
+        reference = dict(zip(loaded.spec.outputs, (m.numpy() for m in loaded.module(test)), strict=True))
+        expected = net(test).argmax(1)
+    found: dict[str, Any] = {}
+
+    def judge(variant: str, maps: Mapping[str, np.ndarray], **more: Any) -> None:
+        chosen = digits.logits(net, maps[loaded.spec.outputs[-1]]).argmax(1)
+        sqnr = {stage: round(sqnr_db(reference[stage], maps[stage]), 2) for stage in reference}
+        found[variant] = {
+            "top1": round(float((chosen == labels).float().mean()), 4),
+            "agreement": round(float((chosen == expected).float().mean()), 4),
+            "sqnr_db": sqnr,
+            **more,
+        }
+        print(f"{name}, seed {seed}, {variant}: {found[variant]}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for variant, options in VARIANTS.items():
+            bundle = work / f"{variant}.bundle"
+            result = build_bundle(
+                net,
+                bundle,
+                images=calibration,
+                options=BuildOptions(
+                    **options,
+                    out_indices=digits.STAGES[name],
+                    height=digits.SIZE,
+                    width=digits.SIZE,
+                    golden=16,
+                    torchscript=False,
+                ),
+            )
+            with EdgeBackbone.from_pretrained(bundle) as backbone:
+                maps = backbone.run(images)
+            (record,) = result.bundle.manifest.graphs
+            judge(variant, maps, shipped=record.precision.value, excluded=len(record.excluded), notes=result.notes)
+        np.savez(work / "images.npz", calibration=calibration, test=images)
+        for kind in accuracy_peers.KINDS:
+            python = pythons.get(kind.partition(" ")[0], sys.executable)
+            command = [python, accuracy_peers.__file__, kind, str(work / "fp32.bundle" / "graphs" / "fp32.onnx")]
+            done = subprocess.run(
+                [*command, str(work / "images.npz"), str(work / "maps.npz")], capture_output=True, text=True
+            )
+            if done.returncode:
+                print(f"{kind}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}", flush=True)
+                continue
+            judge(kind, np.load(work / "maps.npz"))
+    return found
+
+
+def sqnr_db(reference: np.ndarray, actual: np.ndarray) -> float:
+    difference = actual.astype(np.float64) - reference
+    return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / max((difference**2).sum(), 1e-300)))
+
+
+def summary(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Mean and spread (lowest to highest) over the seeds."""
+    found: dict[str, Any] = {}
+    for name, seeds in results.items():
+        for variant in next(iter(seeds.values())):
+            runs = [seed[variant] for seed in seeds.values() if variant in seed]
+            figures = {
+                "top1": [run["top1"] for run in runs],
+                "agreement": [run["agreement"] for run in runs],
+                "mean_sqnr_db": [statistics.mean(run["sqnr_db"].values()) for run in runs],
+                "last_sqnr_db": [list(run["sqnr_db"].values())[-1] for run in runs],
+            }
+            found.setdefault(name, {})[variant] = {
+                key: {"mean": round(statistics.mean(values), 4), "low": min(values), "high": max(values)}
+                for key, values in figures.items()
+            }
+    return found
+
+
+def show(summaries: Mapping[str, Any]) -> None:
+    for name, variants in summaries.items():
+        print(f"\n{name:24}{'top-1':>18}{'agreement':>20}{'mean SQNR dB':>24}{'last':>8}")
+        for variant, figures in variants.items():
+            top1, agreement, mean, last = (
+                figures[key] for key in ("top1", "agreement", "mean_sqnr_db", "last_sqnr_db")
+            )
+            print(
+                f"{variant:24}{top1['mean']:8.4f} ({top1['low']:.4f})"
+                f"{agreement['mean']:10.4f} ({agreement['low']:.4f})"
+                f"{mean['mean']:9.2f} ({mean['low']:.2f} .. {mean['high']:.2f}){last['mean']:8.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

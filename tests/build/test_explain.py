@@ -1,0 +1,214 @@
+"""Engines that are planted wrong: the explanation has to name the layer that was tampered with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from msgspec import structs
+from onnx import numpy_helper
+from PIL import Image
+
+from edge_backbones.build import explain
+from edge_backbones.build.compile import compile_engine
+from edge_backbones.build.explain import allowed_noise
+from edge_backbones.build.parity import measure_engine
+from edge_backbones.build.pipeline import BuildOptions, build_bundle, explain_bundle, verify_bundle
+from edge_backbones.bundle import Bundle, load_golden, record_bytes, record_file, write_manifest
+from edge_backbones.errors import ParityError, QuantizationError
+from edge_backbones.manifest import EngineRecord, Gate
+from edge_backbones.spec import Precision
+
+GATE = Gate(min_sqnr_db=16.0)
+
+
+@pytest.fixture(scope="module")
+def built(photograph_folder, tmp_path_factory):
+    options = BuildOptions(
+        weights="random:0",
+        precisions=(Precision.INT8, Precision.FP32, Precision.BF16),
+        cache=None,
+        batch=2,
+        height=64,
+        width=96,
+        out_indices=(2, 4),
+        torchscript=False,
+    )
+    return build_bundle(
+        "test_resnet", tmp_path_factory.mktemp("built") / "net.bundle", images=photograph_folder, options=options
+    )
+
+
+def with_engine(bundle: Path, graph: onnx.ModelProto, precision: Precision, gate: Gate) -> None:
+    """Replace the engine of a precision by one that was compiled from another graph."""
+    opened = Bundle.open(bundle)
+    spec, input = opened.manifest.backbone, opened.manifest.input
+    engine = compile_engine(graph.SerializeToString(), precision, cache=None)
+    report = measure_engine(engine.data, spec, input, load_golden(opened), precision, gate)
+    assert not report.passed  # else nothing was planted
+    file = record_bytes(engine.key.path(engine.data, engine.suffix), engine.data)
+    (bundle / file.path).write_bytes(engine.data)
+    others = tuple(e for e in opened.manifest.engines if e.key.precision != precision)
+    record = EngineRecord(key=engine.key, file=file, parity=report)
+    write_manifest(bundle, structs.replace(opened.manifest, engines=(*others, record)))
+
+
+def with_graph(bundle: Path, graph: onnx.ModelProto, precision: Precision) -> None:
+    opened = Bundle.open(bundle)
+    path = opened.manifest.onnx_graph(precision).file.path
+    onnx.save(graph, bundle / path)
+    graphs = [
+        structs.replace(record, file=record_file(bundle, path)) if record.file.path == path else record
+        for record in opened.manifest.graphs
+    ]
+    write_manifest(bundle, structs.replace(opened.manifest, graphs=tuple(graphs)))
+
+
+def scaled(graph: onnx.ModelProto, name: str, factor: float) -> None:
+    """Multiply one initializer."""
+    [tensor] = [tensor for tensor in graph.graph.initializer if tensor.name == name]
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array((factor * values).astype(values.dtype), name))
+
+
+def load(bundle: Path, precision: str) -> onnx.ModelProto:
+    return onnx.load(bundle / "graphs" / f"{precision}.onnx")
+
+
+def damaged(graph: onnx.ModelProto, layer: str) -> onnx.ModelProto:
+    """The same graph with the weights of one layer turned and enlarged, if it has that layer."""
+    for node in graph.graph.node:
+        if node.name == layer:
+            [dequantize] = [other for other in graph.graph.node if node.input[1] in other.output] or [None]
+            scaled(graph, node.input[1] if dequantize is None else dequantize.input[1], -6.0)
+    return graph
+
+
+@pytest.fixture
+def bundle(built, tmp_path) -> Path:
+    return Path(shutil.copytree(built.bundle.path, tmp_path / "net.bundle"))
+
+
+@pytest.mark.parametrize("layer", ["conv1.3/Conv", "layer2.0.conv1/Conv", "layer4.0.conv2/Conv"])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
+def test_a_layer_that_the_engine_library_computes_wrongly(bundle, monkeypatch, layer, precision):
+    with_engine(bundle, damaged(load(bundle, precision), layer), precision, GATE)
+    right = explain.compile_model
+    monkeypatch.setattr(
+        explain,
+        "compile_model",
+        lambda data: right(damaged(onnx.load_from_string(data), layer).SerializeToString()),
+    )
+    with pytest.raises(ParityError):
+        verify_bundle(bundle, engine=precision.value)
+    [found] = explain_bundle(bundle, engine=precision.value)
+    assert (found.precision, found.cause, found.born) == (precision, "engine", layer)
+    assert f"computes {layer} otherwise than its graph says" in found.sentence
+    [born] = [one for one in found.layers if one.name == layer]
+    assert born.sqnr_db < found.limit_db
+    assert len(found.layers) <= 6  # bisection, not one compilation per layer
+
+
+def test_an_engine_of_another_graph(bundle):
+    with_engine(bundle, damaged(load(bundle, "int8"), "layer2.0.conv1/Conv"), Precision.INT8, GATE)
+    [found] = explain_bundle(bundle)
+    assert (found.cause, found.born) == ("engine", found.stage)
+    assert "the engine is not of this graph. First compile it again" in found.sentence
+    assert all(one.sqnr_db > found.limit_db for one in found.layers)
+
+
+@pytest.mark.parametrize(("layer", "block"), [("layer2.0.downsample.1/Conv", "layer2.0"), ("conv1.3/Conv", "conv1")])
+def test_activations_that_are_rounded_too_coarsely(bundle, layer, block):
+    wrong = load(bundle, "int8")
+    [node] = [node for node in wrong.graph.node if node.name == layer]
+    [dequantize] = [other for other in wrong.graph.node if node.input[0] in other.output]
+    scaled(wrong, dequantize.input[1], 300.0)
+    with_graph(bundle, wrong, Precision.INT8)
+    with_engine(bundle, wrong, Precision.INT8, GATE)
+    [found] = explain_bundle(bundle)
+    assert (found.cause, found.born) == ("activations", block)
+    assert f"most of the error of {found.stage} is born in {block}" in found.sentence
+    assert f"--exclude {block}" in found.sentence
+    assert [one.sqnr_db for one in found.layers] == sorted(one.sqnr_db for one in found.layers)
+
+
+def test_weights_that_are_wrong(bundle):
+    wrong = damaged(load(bundle, "int8"), "layer2.0.conv1/Conv")
+    with_graph(bundle, wrong, Precision.INT8)
+    with_engine(bundle, wrong, Precision.INT8, GATE)
+    [found] = explain_bundle(bundle)
+    assert (found.cause, found.born) == ("weights", found.stage)
+
+
+def test_a_format_without_rounding_points(bundle):
+    wrong = damaged(load(bundle, "fp32"), "layer2.0.conv1/Conv")
+    with_graph(bundle, wrong, Precision.FP32)
+    with_engine(bundle, wrong, Precision.FP32, Gate(max_relative=1e-3))
+    [found] = explain_bundle(bundle)
+    assert (found.cause, found.layers) == ("format", ())
+
+
+def test_bf16_is_not_explained(bundle):
+    with_engine(bundle, damaged(load(bundle, "bf16"), "layer2.0.conv1/Conv"), Precision.BF16, GATE)
+    with pytest.raises(QuantizationError, match="bf16 cannot be explained"):
+        explain_bundle(bundle)
+
+
+def test_nothing_to_explain(bundle):
+    assert explain_bundle(bundle) == ()
+
+
+@pytest.mark.parametrize(
+    ("gate", "noise"),
+    [
+        (Gate(min_sqnr_db=20.0), 0.01),
+        (Gate(max_relative=0.1), 0.01),
+        (Gate(min_cosine=0.98), 1 / 0.98**2 - 1),
+        (Gate(min_cosine=0.5, min_sqnr_db=10.0, max_relative=0.9), 0.1),
+        (Gate(), np.inf),
+    ],
+)
+def test_noise_that_a_gate_allows(gate, noise):
+    assert allowed_noise(gate) == pytest.approx(noise)
+
+
+# ---- at the command line --------------------------------------------------------------------------------------------
+
+
+def verify(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edge_backbones.cli", "verify", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_verify_explains_in_words_and_in_a_picture(bundle, tmp_path):
+    wrong = load(bundle, "int8")
+    [node] = [node for node in wrong.graph.node if node.name == "layer2.0.downsample.1/Conv"]
+    [dequantize] = [other for other in wrong.graph.node if node.input[0] in other.output]
+    scaled(wrong, dequantize.input[1], 300.0)
+    with_graph(bundle, wrong, Precision.INT8)
+    with_engine(bundle, wrong, Precision.INT8, GATE)
+
+    done = verify(bundle, "--explain", folder=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "is born in layer2.0" in " ".join(done.stdout.split())
+    assert "drew explanation.png" in done.stdout
+    with Image.open(tmp_path / "explanation.png") as picture:
+        assert picture.width > 500
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+    done = verify(bundle, "--explain", "--json", "--picture", "why/int8.png", folder=tmp_path)
+    document = json.loads(done.stdout)
+    assert done.returncode == 3
+    assert (document["error"], document["pictures"]) == ("ParityError", ["why/int8.png"])
+    assert document["explanations"][0]["born"] == "layer2.0"
+    assert (tmp_path / "why" / "int8.png").stat().st_size > 5000
+
+    done = verify(bundle, folder=tmp_path)
+    assert done.returncode == 3
+    assert "is born in" not in done.stdout + done.stderr
