@@ -175,11 +175,12 @@ def _loudest_block(
     for done, block in enumerate(blocks):
         progress("measuring blocks", done, len(blocks))
         alone = _run(_session(_with_rounding(model, block)), [failing], images, batch)[0]
-        found.append(LayerNoise(name=block, sqnr_db=_db(_noise(alone, smooth))))
+        if (noise := _noise(alone, smooth)) > 0:  # else the output does not depend on it
+            found.append(LayerNoise(name=block, sqnr_db=_db(noise)))
     found.sort(key=lambda layer: layer.sqnr_db)
     weights = f"rounding the weights alone leaves {_db(of_weights):.1f} dB"
     if not found or of_weights > allowed:
-        cause = "weights" if found else "format"
+        cause = "weights" if blocks else "format"
         sentence = f"{weights} of the {_db(allowed):.1f} dB that {failing} needs: {report.precision} is too coarse here"
         born = failing
     else:
