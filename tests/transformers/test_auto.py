@@ -144,7 +144,7 @@ def test_the_least_recently_used_bundles_make_room(cache, monkeypatch):
 def test_refusals_leave_no_bundle(tmp_path):
     with pytest.raises(InputError, match=r"AutoEdgeBackbone\.from_pretrained"):
         AutoEdgeBackbone()
-    with pytest.raises(InputError, match="engine must be one of fp32, fp16, int8; got 'int4'"):
+    with pytest.raises(InputError, match="engine must be one of fp32, fp16, bf16, int8, fp8; got 'int4'"):
         AutoEdgeBackbone.from_config(config(), engine="int4", cache=tmp_path)
     with pytest.raises(SourceError, match="no model 'resnet81'"):
         AutoEdgeBackbone.from_pretrained("resnet81", cache=tmp_path)
