@@ -3,10 +3,10 @@
 ::
 
     resnet50.bundle/
-      manifest.json        what is inside: structs of manifest.py, schema in manifest.schema.json, at most 4 MiB
+      manifest.json        what is inside, and why this engine: structs of manifest.py, manifest.schema.json, at most 4 MiB
       graphs/int8.onnx     one typed ONNX graph per precision; graphs/fp32.ts is the frozen TorchScript
       golden.npz           inputs and the fp32 reference of every engine output: plain arrays, no pickles
-      calibration.json     int8 ranges per tensor, and the hashes of what made them
+      calibration.json     ranges of every tensor that may be quantised, and the hashes of what made them
       engines/*.blob       raw engine bytes with nothing in front, named flavour-version-architecture-feature-precision
 
 1. manifest.json MUST name every file that a reader opens, with its SHA-256 and size. Files it does not name are ignored.
