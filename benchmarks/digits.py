@@ -44,7 +44,7 @@ def make(name: str) -> Any:
     """The untrained network: three channels, 32 x 32, ten classes."""
     if name == "vit_small":
         return VisionTransformer(
-            img_size=SIZE, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=10,
+            img_size=SIZE, patch_size=8, embed_dim=192, depth=6, num_heads=3, num_classes=10,
             class_token=False, global_pool="avg",
         )  # fmt: skip
     return timm.create_model(name, num_classes=10)
