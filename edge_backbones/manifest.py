@@ -93,7 +93,7 @@ class CalibrationFile(_Strict, frozen=True):
 
     Ranges are those of every tensor that int8 may quantise, so that another choice of layers needs no images.
     ``network_sha256``: of the fp32 graph, weights included. ``data_sha256``: of the network inputs. ``largest``: |x| by
-    tensor, where fp8 clips: it has the range that int8 lacks.
+    tensor, where fp8 clips: it has the range that int8 lacks. ``shifts``: what int8 adds to the bias of a layer.
     """
 
     network_sha256: Sha256
@@ -108,6 +108,7 @@ class CalibrationFile(_Strict, frozen=True):
     silent: tuple[str, ...]
     ranges: dict[str, float]
     largest: dict[str, float]
+    shifts: dict[str, tuple[float, ...]]
 
 
 class EngineKey(_Strict, frozen=True):

@@ -59,6 +59,7 @@ class Workshop:
         gate: Gate,
         *,
         ranges: Mapping[str, float] | None = None,
+        shifts: Mapping[str, Sequence[float]] | None = None,
         blocks: Sequence[str] = (),
         excluded: frozenset[str] = frozenset(),
     ) -> Attempt:
@@ -78,6 +79,7 @@ def try_int8(
     gate: Gate,
     *,
     ranges: Mapping[str, float],
+    shifts: Mapping[str, Sequence[float]],
     excluded: frozenset[str],
     held_out: Callable[[], Sequence[np.ndarray]],
     fallback: bool,
@@ -86,7 +88,7 @@ def try_int8(
 
     ``excluded``: layers that stay in half whatever happens. ``held_out``: batches to measure blocks on, asked for once.
     """
-    attempts = [shop.attempt(Precision.INT8, gate, ranges=ranges, excluded=excluded)]
+    attempts = [shop.attempt(Precision.INT8, gate, ranges=ranges, shifts=shifts, excluded=excluded)]
     layers = quantize.quantized_layers(shop.graph)
     noise: dict[str, choose.Noise] = {}
     out: list[str] = []
@@ -101,7 +103,7 @@ def try_int8(
         gate_asks = {stage.stage: _MARGIN * _excess(stage, gate) for stage in attempts[-1].report.stages}
         out += choose.blocks_to_exclude(left, gate_asks) or [next(iter(left))]
         without = excluded | {layer.name for layer in layers if layer.block in out}
-        attempts.append(shop.attempt(Precision.INT8, gate, ranges=ranges, blocks=out, excluded=without))
+        attempts.append(shop.attempt(Precision.INT8, gate, ranges=ranges, shifts=shifts, blocks=out, excluded=without))
     return attempts
 
 

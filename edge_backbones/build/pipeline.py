@@ -61,6 +61,7 @@ METHODS = ("auto", "max", "percentile", "entropy", "mse")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
 _CALIBRATED = (Precision.INT8, Precision.FP8)
 _CALIBRATION_BATCH = 8
+_CORRECTED_BY = 64  # images whose means correct biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +79,10 @@ class BuildOptions:
     measured on. ``torchscript``: also write graphs/fp32.ts. ``cache``: folder of compiled engines, None for no cache.
 
     int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
-    held-out images; ``percentile`` is what that estimator keeps. ``calibration``: a calibration.json, or the bundle with
-    it, whose ranges are used instead. ``exclude``: layers to leave in half, as in
-    :func:`edge_backbones.build.quantize.select_layers`. ``fallback``: where the gate fails, leave the noisiest blocks in
-    half instead of giving up.
+    held-out images, with biases corrected where that helps; ``percentile`` is what that estimator keeps.
+    ``calibration``: a calibration.json, or the bundle with it, whose ranges are used instead. ``exclude``: layers to leave
+    in half, as in :func:`edge_backbones.build.quantize.select_layers`. ``fallback``: where the gate fails, leave the
+    noisiest blocks in half instead of giving up.
     """
 
     weights: str = "pretrained"
@@ -261,6 +262,7 @@ def build_bundle(
                     shop,
                     gate,
                     ranges=found.ranges,
+                    shifts=found.shifts,
                     excluded=excluded,
                     held_out=feed.deciding,
                     fallback=options.fallback,
@@ -517,6 +519,7 @@ def _calibrate(
         progress=lambda step, done, _: progress(step, done, len(counted)),
     )
     chosen: dict[str, str] = {}
+    shifts: dict[str, list[float]] = {}
     if method == "auto":
         found, chosen = choose.choose_ranges(
             graph,
@@ -526,6 +529,8 @@ def _calibrate(
             work=work,
             progress=progress,
         )
+        correcting = list(feed.batches(feed.counted[:_CORRECTED_BY]))
+        shifts = choose.correct_biases(graph, found, correcting, feed.deciding(), work=work, progress=progress)
     else:
         found = ranges.find_ranges(magnitudes, method=method, percentile=options.percentile)
     return CalibrationFile(
@@ -541,6 +546,7 @@ def _calibrate(
         silent=tuple(name for name, seen in magnitudes.items() if seen.largest == 0.0),
         ranges=found,
         largest=ranges.find_ranges(magnitudes, method="max"),
+        shifts={name: tuple(values) for name, values in shifts.items()},
     )
 
 

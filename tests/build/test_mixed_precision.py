@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_backbones.build import attempts, timing
-from edge_backbones.build.choose import blocks_to_exclude, choose_ranges, noise_of_blocks
+from edge_backbones.build.choose import blocks_to_exclude, choose_ranges, correct_biases, noise_of_blocks
 from edge_backbones.build.export import export_onnx
 from edge_backbones.build.parity import compare
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
@@ -52,12 +52,15 @@ class Case:
         self.graph = export_onnx(prepare(loaded, networks.input_spec(64, 96, batch=(1, 2, 4))), folder / "fp32.onnx")
         images = networks.normalised(networks.crops(photographs, 20, 64, 96))
         self.held_out = [images[12:16], images[16:20]]
+        self.counted = [images[:4], images[4:8], images[8:12]]
         self.magnitudes = collect_magnitudes(self.graph.path, tensors_to_calibrate(self.graph), [images[:12]])
 
-    def noise(self, ranges: dict[str, float], excluded: frozenset[str] = frozenset()) -> dict[str, float]:
+    def noise(self, ranges: dict[str, float], excluded: frozenset[str] = frozenset(), shifts=None) -> dict[str, float]:
         """The reference: the typed graph node by node in ONNX Runtime, in float64 over all images at once."""
         path = self.folder / "reference.onnx"
-        write_typed_graph(self.graph, precision=Precision.INT8, path=path, ranges=ranges, excluded=excluded, half=False)
+        write_typed_graph(
+            self.graph, precision=Precision.INT8, path=path, ranges=ranges, excluded=excluded, shifts=shifts, half=False
+        )
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         found = []
@@ -92,6 +95,47 @@ def test_the_estimator_of_each_stage_is_the_one_with_the_least_noise(case):
     assert all(together[output] < worst[output] for output in chosen)
     for layer in quantized_layers(case.graph):
         assert ranges[layer.tensor] in {option[layer.tensor] for option in options.values()}
+
+
+# ---- biases ---------------------------------------------------------------------------------------------------------
+
+
+def coarse(case: Case) -> dict[str, float]:
+    """Ranges so wide that rounding is biased: what a ReLU leaves mostly falls to zero."""
+    return {tensor: 8 * threshold for tensor, threshold in find_ranges(case.magnitudes, method="max").items()}
+
+
+def test_corrected_biases_give_every_channel_its_mean(case):
+    ranges = coarse(case)
+    shifts = correct_biases(case.graph, ranges, case.counted, case.held_out, work=case.folder)
+    layers = {layer.name: layer.result for layer in quantized_layers(case.graph) if layer.op_type == "Conv"}
+    assert shifts.keys() == layers.keys()
+
+    def means(path: Path) -> dict[str, np.ndarray]:
+        model = onnx.load(path)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layers.values())
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        values = session.run(list(layers.values()), {"pixel_values": np.concatenate(case.counted)})
+        return {name: value.mean(axis=(0, 2, 3)) for name, value in zip(layers, values, strict=True)}
+
+    expected = means(case.graph.path)
+    off: dict[str, dict[str, float]] = {}
+    for kind, added in (("plain", {}), ("corrected", shifts)):
+        path = case.folder / f"{kind}.onnx"
+        write_typed_graph(case.graph, precision=Precision.INT8, path=path, ranges=ranges, shifts=added, half=False)
+        off[kind] = {name: float(np.abs(mean - expected[name]).max()) for name, mean in means(path).items()}
+    assert sum(off["corrected"].values()) < 0.6 * sum(off["plain"].values())
+    first, second, *_ = layers  # those behind them converge with more corrections
+    assert all(off["corrected"][name] < 0.05 * off["plain"][name] for name in (first, second))
+
+
+def test_corrected_biases_lower_the_noise_or_are_left_alone(case):
+    plain, fine = case.noise(coarse(case)), find_ranges(case.magnitudes, method="mse")
+    shifts = correct_biases(case.graph, coarse(case), case.counted, case.held_out, work=case.folder)
+    corrected = case.noise(coarse(case), shifts=shifts)
+    assert sum(map(db, corrected.values())) > sum(map(db, plain.values())) + 1.0
+    kept = correct_biases(case.graph, fine, case.counted, case.held_out, work=case.folder)
+    assert sum(map(db, case.noise(fine, shifts=kept).values())) > sum(map(db, case.noise(fine).values())) - 0.05
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
