@@ -61,7 +61,7 @@ METHODS = ("auto", "max", "percentile", "entropy", "mse")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
 _CALIBRATED = (Precision.INT8, Precision.FP8)
 _CALIBRATION_BATCH = 8
-_CORRECTED_BY = 64  # images whose means correct biases
+_CORRECTED_BY = 64 * 224 * 224  # pixels of the images whose means correct biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -529,7 +529,8 @@ def _calibrate(
             work=work,
             progress=progress,
         )
-        correcting = list(feed.batches(feed.counted[:_CORRECTED_BY]))
+        enough = max(1, _CORRECTED_BY // (graph.input.height.opt * graph.input.width.opt))
+        correcting = list(feed.batches(feed.counted[:enough]))
         shifts = choose.correct_biases(graph, found, correcting, feed.deciding(), work=work, progress=progress)
     else:
         found = ranges.find_ranges(magnitudes, method=method, percentile=options.percentile)
