@@ -66,7 +66,15 @@ class Workshop:
         """Write, compile and measure one typed graph."""
         self.progress(f"typing the {precision} graph", 0, None)
         path = self.work / f"{precision}-{len(blocks)}.onnx"
-        typed = quantize.write_typed_graph(self.graph, precision=precision, path=path, ranges=ranges, excluded=excluded)
+        typed = quantize.write_typed_graph(
+            self.graph,
+            precision=precision,
+            path=path,
+            ranges=ranges,
+            shifts=shifts,
+            excluded=excluded,
+            large=self.large,
+        )
         self.progress(f"compiling {precision}", 0, None)
         engine = compile_engine(path.read_bytes(), precision, cache=self.cache)
         self.progress(f"verifying {precision}", 0, None)

@@ -463,6 +463,28 @@ def test_a_bundle_without_ranges_and_a_damaged_one_are_refused(cnn, calibrated, 
         build_bundle("test_resnet", tmp_path / "x.bundle", options=BuildOptions(calibration=damaged))
 
 
+def test_corrected_biases_are_shipped(calibrated, photograph_folder, tmp_path):
+    """Whatever calibration.json says of biases is in the graph, but for layers that int8 leaves alone."""
+    path = tmp_path / "calibration.json"
+    content = json.loads((calibrated.bundle.path / "calibration.json").read_bytes())
+    content["shifts"] = {"layer2.0.conv1/Conv": [0.5] * 48, "layer1.0.conv1/Conv": [0.5] * 32}
+    path.write_text(json.dumps(content))
+
+    def biases(bundle: Path) -> dict[str, np.ndarray]:
+        graph = onnx.load(bundle / "graphs" / "int8.onnx").graph
+        stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        return {n.name: stored[n.input[2]].astype(np.float32) for n in graph.node if n.op_type == "Conv"}
+
+    plain = biases(calibrated.bundle.path)
+    options = {"calibration": path, "gates": {Precision.INT8: Gate()}, "exclude": ("layer1",)}
+    shifted = biases(rebuilt(calibrated, tmp_path / "net.bundle", photograph_folder, **options).bundle.path)
+    moved = {
+        name: shifted[name] - plain[name] for name in plain if not np.allclose(shifted[name], plain[name], atol=1e-2)
+    }
+    assert list(moved) == ["layer2.0.conv1/Conv"]
+    np.testing.assert_allclose(moved["layer2.0.conv1/Conv"], 0.5, atol=5e-3)
+
+
 # ---- what the user is told ------------------------------------------------------------------------------------------
 
 

@@ -185,6 +185,20 @@ def test_only_what_is_near_the_limit_is_named(loud, tmp_path):
         tensors_beyond_half(graph.path, [images])
 
 
+def test_a_build_keeps_them_in_fp32_and_says_so(loud, photographs, tmp_path):
+    loaded, _, _ = loud
+    result = build_bundle(
+        loaded,
+        tmp_path / "loud.bundle",
+        images=networks.crops(photographs, 4, 64, 96),
+        options=BuildOptions(precisions=(Precision.FP16,), cache=None, golden=2, torchscript=False),
+    )
+    assert any("come near what fp16 can hold" in note for note in result.notes)
+    graph = onnx.load(result.bundle.path / "graphs" / "fp16.onnx").graph
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert [node.input[1].endswith(".half") for node in convolutions] == [False, False, True]
+
+
 # ---- bundles --------------------------------------------------------------------------------------------------------
 
 
