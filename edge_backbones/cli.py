@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -480,7 +481,10 @@ def _refuse(arguments: list[str], error: BaseException, code: int, **details: An
 
 
 class _Steps:
-    """Progress on a terminal: a line per step with its elapsed time. Quiet elsewhere."""
+    """Progress on a terminal: a line per step with its elapsed time. Quiet elsewhere.
+
+    Ctrl-C is remembered from step to step: some libraries catch everything, KeyboardInterrupt too.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._bars = Progress(
@@ -494,12 +498,21 @@ class _Steps:
         )
         self._task: Any = None
         self._step = ""
+        self._interrupted = False
+        self._before: Any = None
 
     def __enter__(self) -> Callable[[str, int, int | None], None]:
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
         self._bars.start()
         return self._progress
 
+    def _interrupt(self, *_: Any) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
     def _progress(self, step: str, done: int, total: int | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
         if step != self._step:
             self._finish()
             self._step, self._task = step, self._bars.add_task(step, total=total, count="")
@@ -514,6 +527,7 @@ class _Steps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.signal(signal.SIGINT, self._before)
         if kind is None:
             self._finish()
         self._bars.stop()
