@@ -208,6 +208,7 @@ def test_doctor_shows_the_whole_install_command():
 def test_an_interrupt_that_a_library_swallows_ends_the_next_step():
     code = """
 import contextlib, signal
+from edge_backbones import cli
 before = signal.getsignal(signal.SIGINT)
 try:
     with cli._Steps(quiet=True) as progress:
