@@ -74,8 +74,8 @@ class GoldenRecord(_Strict, frozen=True):
 class CalibrationRecord(_Strict, frozen=True):
     """How the int8 ranges were found; the ranges themselves are in the file.
 
-    ``chosen``: of ``auto``, the estimator of the tensors behind each output. ``images`` were counted, ``held_out`` more
-    decided. ``reused``: the ranges came from another build's calibration.json.
+    ``chosen``: of ``auto``, the estimator of the tensors behind each output. ``images`` were counted; ``held_out`` of them
+    decided, each on the counts of others. ``reused``: the ranges came from another build's calibration.json.
     """
 
     file: FileRecord
@@ -93,7 +93,8 @@ class CalibrationFile(_Strict, frozen=True):
 
     Ranges are those of every tensor that int8 may quantise, so that another choice of layers needs no images.
     ``network_sha256``: of the fp32 graph, weights included. ``data_sha256``: of the network inputs. ``largest``: |x| by
-    tensor, where fp8 clips: it has the range that int8 lacks. ``shifts``: what int8 adds to the bias of a layer.
+    tensor, where fp8 clips: it has the range that int8 lacks. ``factors``: what each channel of a tensor is divided by
+    before it is quantised; ranges are those of the quotients. ``shifts``: what int8 adds to the bias of a layer.
     """
 
     network_sha256: Sha256
@@ -103,9 +104,10 @@ class CalibrationFile(_Strict, frozen=True):
     percentile: float
     chosen: dict[str, str]
     images: tuple[str, ...]
-    held_out: tuple[str, ...]
+    held_out: int
     skipped: tuple[str, ...]
     silent: tuple[str, ...]
+    factors: dict[str, tuple[float, ...]]
     ranges: dict[str, float]
     largest: dict[str, float]
     shifts: dict[str, tuple[float, ...]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,17 @@ import numpy as np
 from edge_backbones.build import choose, quantize
 from edge_backbones.build.artifacts import CompiledEngine, ExportedGraph, Progress, TypedGraph
 from edge_backbones.build.compile import compile_engine
-from edge_backbones.build.parity import measure_engine
+from edge_backbones.build.parity import excess_noise, measure_engine
 from edge_backbones.build.timing import time_engines
-from edge_backbones.manifest import Decision, Gate, ParityReport, StageParity, Trial
+from edge_backbones.manifest import CalibrationFile, Decision, Gate, ParityReport, Trial
 from edge_backbones.spec import Precision
 
 # What the worst golden image needs beyond the mean of the held-out ones, and rounding of the rest to half.
 _MARGIN = 1.25
+_TIE = 1.03  # latencies within 3 % of each other are equal
+
+SKIPS = "op:Add"
+"""Among the blocks of an attempt: the skip branches of all residual additions, in the words of ``--exclude``."""
 
 
 @dataclass(frozen=True)
@@ -44,36 +48,34 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Workshop:
-    """What every attempt is made with. ``large``: tensors that fp16 may not hold."""
+    """What every attempt is made with.
+
+    ``equalised``: the graph that ``calibration`` holds ranges of. ``deciding``: images to measure blocks on. ``excluded``:
+    layers that stay in half whatever happens. ``large``: tensors that fp16 may not hold.
+    """
 
     graph: ExportedGraph
+    equalised: ExportedGraph
+    calibration: CalibrationFile | None
+    deciding: Sequence[choose.Sample]
+    excluded: frozenset[str]
     golden: Mapping[str, np.ndarray]
     large: Sequence[str]
     work: Path
     cache: Path | None
     progress: Progress
 
-    def attempt(
-        self,
-        precision: Precision,
-        gate: Gate,
-        *,
-        ranges: Mapping[str, float] | None = None,
-        shifts: Mapping[str, Sequence[float]] | None = None,
-        blocks: Sequence[str] = (),
-        excluded: frozenset[str] = frozenset(),
-    ) -> Attempt:
-        """Write, compile and measure one typed graph."""
+    def attempt(self, precision: Precision, gate: Gate, *, blocks: Sequence[str] = ()) -> Attempt:
+        """Write, compile and measure one typed graph; int8 leaves ``blocks`` (see `quantize.select_layers`) alone."""
         self.progress(f"typing the {precision} graph", 0, None)
         path = self.work / f"{precision}-{len(blocks)}.onnx"
+        graph, ranges, shifts, excluded = self.graph, None, None, frozenset[str]()
+        if self.calibration is not None and precision in (Precision.INT8, Precision.FP8):
+            graph, excluded = self.equalised, self.without(blocks)
+            ranges = self.calibration.ranges if precision is Precision.INT8 else self.calibration.largest
+            shifts = self.calibration.shifts
         typed = quantize.write_typed_graph(
-            self.graph,
-            precision=precision,
-            path=path,
-            ranges=ranges,
-            shifts=shifts,
-            excluded=excluded,
-            large=self.large,
+            graph, precision=precision, path=path, ranges=ranges, shifts=shifts, excluded=excluded, large=self.large
         )
         self.progress(f"compiling {precision}", 0, None)
         engine = compile_engine(path.read_bytes(), precision, cache=self.cache)
@@ -81,37 +83,45 @@ class Workshop:
         report = measure_engine(engine.data, self.graph.spec, self.graph.input, self.golden, precision, gate)
         return Attempt(typed, engine, report, tuple(blocks), tuple(sorted(excluded)))
 
+    def without(self, blocks: Sequence[str]) -> frozenset[str]:
+        """The layers that stay in half when these blocks do."""
+        layers = quantize.quantized_layers(self.equalised)
+        meant = {layer.name for layer in layers if layer.block in blocks or f"op:{layer.op_type}" in blocks}
+        return self.excluded | meant
 
-def try_int8(
-    shop: Workshop,
-    gate: Gate,
-    *,
-    ranges: Mapping[str, float],
-    shifts: Mapping[str, Sequence[float]],
-    excluded: frozenset[str],
-    held_out: Callable[[], Sequence[np.ndarray]],
-    fallback: bool,
-) -> list[Attempt]:
-    """int8 with everything quantised that may be, then, with ``fallback``, with ever fewer blocks; the last one counts.
 
-    ``excluded``: layers that stay in half whatever happens. ``held_out``: batches to measure blocks on, asked for once.
+def try_int8(shop: Workshop, gate: Gate, *, fallback: bool, compare: bool) -> list[Attempt]:
+    """int8 with everything quantised that may be; then without the skip branches; then with ever fewer blocks.
+
+    The last one counts. With ``fallback`` the steps go on until the gate holds. With ``compare`` the second is taken anyway:
+    without skips int8 is a good deal more accurate, and on some devices as fast.
     """
-    attempts = [shop.attempt(Precision.INT8, gate, ranges=ranges, shifts=shifts, excluded=excluded)]
-    layers = quantize.quantized_layers(shop.graph)
-    noise: dict[str, choose.Noise] = {}
+    assert shop.calibration is not None  # the pipeline calibrates before it asks for int8
+    layers = quantize.quantized_layers(shop.equalised)
+    has_skips = any(layer.op_type == "Add" and layer.name not in shop.excluded for layer in layers)
+    attempts = [shop.attempt(Precision.INT8, gate)]
     out: list[str] = []
+    if has_skips and (compare or (fallback and not attempts[-1].report.passed)):
+        out = [SKIPS]
+        attempts.append(shop.attempt(Precision.INT8, gate, blocks=out))
+    noise: dict[str, choose.Noise] = {}
     while fallback and not attempts[-1].report.passed:
         if not noise:
             noise = choose.noise_of_blocks(
-                shop.graph, ranges, held_out(), excluded=excluded, work=shop.work, progress=shop.progress
+                shop.equalised,
+                shop.calibration.ranges,
+                shop.deciding,
+                excluded=shop.without(out),
+                work=shop.work,
+                progress=shop.progress,
             )
         left = {block: of_block for block, of_block in noise.items() if block not in out}
-        if not left:
-            break
-        gate_asks = {stage.stage: _MARGIN * _excess(stage, gate) for stage in attempts[-1].report.stages}
-        out += choose.blocks_to_exclude(left, gate_asks) or [next(iter(left))]
-        without = excluded | {layer.name for layer in layers if layer.block in out}
-        attempts.append(shop.attempt(Precision.INT8, gate, ranges=ranges, shifts=shifts, blocks=out, excluded=without))
+        gate_asks = {stage.stage: _MARGIN * excess_noise(stage, gate) for stage in attempts[-1].report.stages}
+        loudest = choose.blocks_to_exclude(left, gate_asks) or list(left)[:1]
+        if len(loudest) == len(left):
+            break  # nothing would be quantised: that is fp16
+        out = [*out, *loudest]
+        attempts.append(shop.attempt(Precision.INT8, gate, blocks=out))
     return attempts
 
 
@@ -127,15 +137,21 @@ def timed(attempts: Sequence[Attempt], progress: Progress) -> list[Attempt]:
 def fastest(attempts: Sequence[Attempt]) -> tuple[Attempt, str]:
     """The fastest attempt that is inside its gate, and why it is that one in a sentence. One of them must be inside."""
     passed = [attempt for attempt in attempts if attempt.report.passed]
-    best = min(passed, key=lambda attempt: attempt.milliseconds or math.inf)
-    rest = sorted((a for a in passed if a is not best), key=lambda attempt: attempt.milliseconds or math.inf)
+    first = min(passed, key=_latency)
+    others = [_latency(attempt) for attempt in passed if attempt.precision is not first.precision]
+    limit = min([_TIE * _latency(first), *others])
+    tied = [a for a in passed if a.precision is first.precision and _latency(a) <= limit]
+    best = max(tied, key=_worst_sqnr)
+    rest = sorted((a for a in passed if a is not best), key=_latency)
     times = ", ".join(f"{_label(a)} {a.milliseconds:.2f} ms" for a in (best, *rest))
     failed = [a for a in attempts if a.precision not in {p.precision for p in passed}]
     reasons = [f"{_label(a)} is outside its gate ({a.report.failures()})" for a in failed[-1:]]
     slow = next((a for a in rest if a.precision is Precision.INT8 and best.precision is not Precision.INT8), None)
     if slow is not None:
-        ratio = (best.milliseconds or 0.0) / (slow.milliseconds or math.inf)
-        reasons.append(f"{_label(slow)} is {ratio:.2f}x {_label(best)} here")
+        reasons.append(f"{_label(slow)} is {_latency(best) / _latency(slow):.2f}x {_label(best)} here")
+    if best is not first:
+        gain = _worst_sqnr(best) - _worst_sqnr(first)
+        reasons.append(f"{_label(best)} is as fast as {_label(first)} here and {gain:.1f} dB more accurate")
     return best, f"{'; '.join([*reasons, times])}: shipping {_label(best)}"
 
 
@@ -143,7 +159,7 @@ def loosened(attempts: Sequence[Attempt]) -> str:
     """What the gate of int8 cost, in a sentence."""
     first, last = attempts[0], attempts[-1]
     return (
-        f"int8 is outside its gate ({first.report.failures()}): shipping it with {len(last.blocks)} blocks in half "
+        f"int8 is outside its gate ({first.report.failures()}): shipping it with {len(last.blocks)} parts in half "
         f"({', '.join(last.blocks[:5])}{', ...' if len(last.blocks) > 5 else ''})"
     )
 
@@ -165,29 +181,14 @@ def decision(sentence: str, attempts: Sequence[Attempt]) -> Decision:
 
 
 def _label(attempt: Attempt) -> str:
-    without = f" without {len(attempt.blocks)} blocks" if attempt.blocks else ""
-    return f"{attempt.precision}{without}"
+    blocks = [block for block in attempt.blocks if block != SKIPS]
+    without = ["its skip branches"] * (SKIPS in attempt.blocks) + [f"{len(blocks)} blocks"] * bool(blocks)
+    return f"{attempt.precision} without {' and '.join(without)}" if without else str(attempt.precision)
 
 
-def _excess(stage: StageParity, gate: Gate) -> float:
-    """How many times more noise an output has than its gate allows; noise across the signal has cosine 1/sqrt(1 + n)."""
-    if not stage.finite:
-        return math.inf
-    asked = [1.0]
-    if gate.min_sqnr_db is not None:
-        asked.append(10 ** ((gate.min_sqnr_db - stage.sqnr_db) / 10))
-    if gate.max_relative is not None:
-        asked.append(_ratio(stage.relative**2, gate.max_relative**2))
-    if gate.min_cosine is not None:
-        asked.append(_ratio(_across(stage.cosine), _across(gate.min_cosine)))
-    return max(asked)
+def _latency(attempt: Attempt) -> float:
+    return math.inf if attempt.milliseconds is None else attempt.milliseconds
 
 
-def _across(cosine: float) -> float:
-    return 1 / cosine**2 - 1 if cosine > 0 else math.inf
-
-
-def _ratio(measured: float, allowed: float) -> float:
-    if measured <= 0 or measured == allowed:
-        return 1.0
-    return measured / allowed if allowed > 0 else math.inf
+def _worst_sqnr(attempt: Attempt) -> float:
+    return min(stage.sqnr_db for stage in attempt.report.stages)

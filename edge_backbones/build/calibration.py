@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ axis counting images, or names it ``pixel_values`` or ``image``.
 """
 
 _SYNTHETIC_IMAGES = 8
-_HELD_OUT, _FEWEST_TO_HOLD_OUT = 8, 8
+FEWEST_TO_HOLD_OUT = 8
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,28 @@ def _is_blank(image: np.ndarray, input: InputSpec) -> bool:
     return bool((image.max(axis=axes) == image.min(axis=axes)).all())
 
 
-def hold_out(indices: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(counted, held out): up to eight evenly spaced images to decide on; too few images serve for both."""
-    if len(indices) < _FEWEST_TO_HOLD_OUT:
+def halves(indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Two halves of the images, to judge what one shows on the other; too few images are both halves."""
+    if len(indices) < FEWEST_TO_HOLD_OUT:
         return list(indices), list(indices)
-    step = max(_FEWEST_TO_HOLD_OUT // 2, len(indices) // _HELD_OUT)
-    held = list(indices)[::step][:_HELD_OUT]
-    return [index for index in indices if index not in held], held
+    return list(indices[::2]), list(indices[1::2])
+
+
+def stand_ins(indices: Sequence[int], furthest: Iterable[int], count: int) -> dict[int, float]:
+    """At most ``count`` of the images, and how many each stands for: a sample in two strata.
+
+    Half of them are those that ``furthest`` has most often: images with the largest values, which a sample would miss and
+    clipping changes most. They stand for themselves, evenly spaced others for the rest.
+    """
+    if len(indices) <= count:
+        return dict.fromkeys(indices, 1.0)
+    known = set(indices)
+    often = Counter(index for index in furthest if index in known)
+    extremes = [index for index, _ in often.most_common(count // 2)]
+    rest = [index for index in indices if index not in extremes]
+    spaced = [rest[i * len(rest) // (count - len(extremes))] for i in range(count - len(extremes))]
+    weights = {**dict.fromkeys(extremes, 1.0), **dict.fromkeys(spaced, len(rest) / len(spaced))}
+    return dict(sorted(weights.items()))
 
 
 def _named_arrays(

@@ -6,16 +6,20 @@ to compile for every question. Noise is |x - r|^2 / |r|^2 over all images, r fro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 import onnxruntime
 
+from edge_backbones.build import equalise as equalising
 from edge_backbones.build.artifacts import ExportedGraph, Progress, no_progress
 from edge_backbones.build.quantize import activation_scale, quantized_layers, write_typed_graph
-from edge_backbones.build.ranges import METHODS, Magnitudes, find_ranges
+from edge_backbones.build.ranges import METHODS, Magnitudes, find_ranges, merge_magnitudes
 from edge_backbones.spec import Precision
 
 _CORRECTIONS = 3
@@ -24,10 +28,48 @@ Noise = Mapping[str, float]
 """Noise of each output of a graph."""
 
 
+class Sample(NamedTuple):
+    """A batch of network inputs, and how many calibration images each of them stands for."""
+
+    images: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What some images showed, and other images to judge it by."""
+
+    magnitudes: Mapping[str, Magnitudes]
+    held_out: Sequence[Sample]
+
+
+def equalise(
+    graph: ExportedGraph, batches: Sequence[np.ndarray], held_out: Sequence[Sample], *, work: Path
+) -> dict[str, list[float]]:
+    """Factors by tensor for `equalise.write_equalised_graph`, from the largest values of each channel in ``batches``.
+
+    Empty where the noise on ``held_out`` images, as a mean over outputs in dB, does not fall: judged with the tensors in
+    question alone quantised, clipped at their largest value.
+    """
+    axes = equalising.tensors_to_equalise(graph)
+    if not axes:
+        return {}
+    largest = _channel_maxima(_exposing(onnx.load(graph.path), axes), graph, batches, axes)
+    found = {name: equalising.factors(values).tolist() for name, values in largest.items()}
+    equalised = equalising.write_equalised_graph(graph, found, work / "equalised.onnx")
+    others = {layer.name for layer in quantized_layers(graph) if layer.tensor not in axes}
+    references = _references(graph, held_out)
+    judged = []
+    for candidate, divisors in ((graph, dict.fromkeys(found, 1.0)), (equalised, found)):
+        ranges = {name: float((values / divisors[name]).max()) or 1.0 for name, values in largest.items()}
+        session = _simulation(candidate, ranges, work, excluded=others)
+        judged.append(_mean_db(_noise([(session, held_out, references, {})], graph.spec.outputs)))
+    return found if judged[1] < judged[0] else {}
+
+
 def choose_ranges(
     graph: ExportedGraph,
-    magnitudes: Mapping[str, Magnitudes],
-    batches: Sequence[np.ndarray],
+    folds: Sequence[Fold],
     *,
     percentile: float,
     work: Path,
@@ -35,36 +77,58 @@ def choose_ranges(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The ranges of the estimator that leaves each output the least noise, and that estimator by output.
 
-    Outputs are decided one after the other: the tensors that only later ones depend on are still to come, those before
-    are fixed. ``batches``: held-out inputs.
+    Each fold is judged on its held-out images with the ranges that its own counts give (cross-validation); the ranges that
+    are returned come from the counts of all folds together. Outputs are decided one after the other: the tensors that
+    only later ones depend on are still to come, those before are fixed.
     """
-    options = {method: find_ranges(magnitudes, method=method, percentile=percentile) for method in METHODS}
+    options = [
+        {method: find_ranges(fold.magnitudes, method=method, percentile=percentile) for method in METHODS}
+        for fold in folds
+    ]
+    ranges = [dict(of_fold["percentile"]) for of_fold in options]
+    session = _simulation(graph, ranges[0], work)
+    references = [_references(graph, fold.held_out) for fold in folds]
+    deciding = _deciding_outputs(graph)
+    chosen: dict[str, str] = {}
+    for done, output in enumerate(graph.spec.outputs):
+        tensors = [tensor for tensor, decides in deciding.items() if decides == output]
+        if not tensors:
+            continue
+        noise: dict[str, float] = {}
+        for method in METHODS:
+            progress("choosing ranges", done * len(METHODS) + len(noise), len(graph.spec.outputs) * len(METHODS))
+            trials = [
+                (
+                    session,
+                    fold.held_out,
+                    reference,
+                    {**fixed, **{tensor: of_fold[method][tensor] for tensor in tensors}},
+                )
+                for fold, reference, fixed, of_fold in zip(folds, references, ranges, options, strict=True)
+            ]
+            noise[method] = _noise(trials, [output])[output]
+        chosen[output] = min(METHODS, key=lambda method: noise[method])
+        for fixed, of_fold in zip(ranges, options, strict=True):
+            fixed.update({tensor: of_fold[chosen[output]][tensor] for tensor in tensors})
+    together = functools.reduce(merge_magnitudes, (fold.magnitudes for fold in folds))
+    final = {method: find_ranges(together, method=method, percentile=percentile) for method in set(chosen.values())}
+    return {tensor: final[chosen[output]][tensor] for tensor, output in deciding.items()}, chosen
+
+
+def _deciding_outputs(graph: ExportedGraph) -> dict[str, str]:
+    """For each tensor that is quantised, the first output that depends on its quantisation."""
     order = list(graph.spec.outputs)
     deciding: dict[str, str] = {}
     for layer in sorted(quantized_layers(graph), key=lambda layer: order.index(layer.output)):
         deciding.setdefault(layer.tensor, layer.output)
-    ranges = dict(options["percentile"])
-    references, session = _references(graph, batches), _simulation(graph, ranges, work)
-    chosen: dict[str, str] = {}
-    for done, output in enumerate(order):
-        tensors = [tensor for tensor, decides in deciding.items() if decides == output]
-        if not tensors:
-            continue
-        progress("choosing ranges", done, len(order))
-        noise = {}
-        for method in METHODS:
-            trial = {**ranges, **{tensor: options[method][tensor] for tensor in tensors}}
-            noise[method] = _noise(session, batches, references, trial, [output])[output]
-        chosen[output] = min(METHODS, key=lambda method: noise[method])
-        ranges.update({tensor: options[chosen[output]][tensor] for tensor in tensors})
-    return ranges, chosen
+    return deciding
 
 
 def correct_biases(
     graph: ExportedGraph,
     ranges: Mapping[str, float],
     batches: Sequence[np.ndarray],
-    held_out: Sequence[np.ndarray],
+    held_out: Sequence[Sample],
     *,
     work: Path,
     progress: Progress = no_progress,
@@ -82,7 +146,7 @@ def correct_biases(
     expected = _channel_means(_exposing(onnx.load(graph.path), results.values()), graph, batches, results)
     best: dict[str, list[float]] = {}
     shifts: dict[str, np.ndarray] = {name: np.zeros_like(mean) for name, mean in expected.items()}
-    least = _mean_db(_noise(_simulation(graph, ranges, work), held_out, references, {}, graph.spec.outputs))
+    least = _mean_db(_noise([(_simulation(graph, ranges, work), held_out, references, {})], graph.spec.outputs))
     for done in range(_CORRECTIONS):
         progress("correcting biases", done, _CORRECTIONS)
         as_lists = {name: shift.tolist() for name, shift in shifts.items()}
@@ -92,7 +156,7 @@ def correct_biases(
         shifts = {name: shift + expected[name] - actual[name] for name, shift in shifts.items()}
         as_lists = {name: [float(np.float32(v)) for v in shift] for name, shift in shifts.items()}
         session = _simulation(graph, ranges, work, shifts=as_lists)
-        noise = _mean_db(_noise(session, held_out, references, {}, graph.spec.outputs))
+        noise = _mean_db(_noise([(session, held_out, references, {})], graph.spec.outputs))
         if noise < least:
             best, least = as_lists, noise
     return best
@@ -101,7 +165,7 @@ def correct_biases(
 def noise_of_blocks(
     graph: ExportedGraph,
     ranges: Mapping[str, float],
-    batches: Sequence[np.ndarray],
+    samples: Sequence[Sample],
     *,
     excluded: Collection[str],
     work: Path,
@@ -110,13 +174,13 @@ def noise_of_blocks(
     """What quantising each block alone does to every output; ``excluded`` layers stay out. Noises nearly add up."""
     layers = quantized_layers(graph)
     blocks = list(dict.fromkeys(layer.block for layer in layers if layer.name not in excluded))
-    references = _references(graph, batches)
+    references = _references(graph, samples)
     found: dict[str, Noise] = {}
     for done, block in enumerate(blocks):
         progress("measuring blocks", done, len(blocks))
         others = {layer.name for layer in layers if layer.block != block or layer.name in excluded}
         session = _simulation(graph, ranges, work, excluded=others)
-        found[block] = _noise(session, batches, references, {}, graph.spec.outputs)
+        found[block] = _noise([(session, samples, references, {})], graph.spec.outputs)
     return found
 
 
@@ -140,10 +204,11 @@ def blocks_to_exclude(noise: Mapping[str, Noise], excess: Noise) -> list[str]:
     return excluded
 
 
-def _references(graph: ExportedGraph, batches: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+def _references(graph: ExportedGraph, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:
     session = onnxruntime.InferenceSession(graph.path, _options(), providers=["CPUExecutionProvider"])
     outputs = list(graph.spec.outputs)
-    return [dict(zip(outputs, session.run(outputs, {graph.input.name: batch}), strict=True)) for batch in batches]
+    found = [session.run(outputs, {graph.input.name: sample.images}) for sample in samples]
+    return [dict(zip(outputs, values, strict=True)) for values in found]
 
 
 def _exposing(model: onnx.ModelProto, tensors: Collection[str]) -> onnxruntime.InferenceSession:
@@ -167,6 +232,22 @@ def _channel_means(
             sums[name] = sums.get(name, 0.0) + len(batch) * value.mean(axis=(0, 2, 3), dtype=np.float64)
     count = sum(len(batch) for batch in batches)
     return {name: total / count for name, total in sums.items()}
+
+
+def _channel_maxima(
+    session: onnxruntime.InferenceSession,
+    graph: ExportedGraph,
+    batches: Sequence[np.ndarray],
+    axes: Mapping[str, int],
+) -> dict[str, np.ndarray]:
+    """The largest |x| of each channel, by tensor."""
+    found: dict[str, np.ndarray] = {}
+    for batch in batches:
+        values = session.run(list(axes), {graph.input.name: batch})
+        for (name, axis), value in zip(axes.items(), values, strict=True):
+            others = tuple(other for other in range(value.ndim) if other != axis)
+            found[name] = np.maximum(found.get(name, 0.0), np.abs(value).max(axis=others))
+    return found
 
 
 def _mean_db(noise: Noise) -> float:
@@ -203,21 +284,25 @@ def _options() -> onnxruntime.SessionOptions:
     return options
 
 
-def _noise(
-    session: onnxruntime.InferenceSession,
-    batches: Sequence[np.ndarray],
-    references: Sequence[Mapping[str, np.ndarray]],
-    ranges: Mapping[str, float],
-    outputs: Sequence[str],
-) -> Noise:
-    known = {value.name for value in session.get_overridable_initializers()}
-    scales = dict(activation_scale(tensor, threshold) for tensor, threshold in ranges.items())
-    feeds = {name: scale for name, scale in scales.items() if name in known}
+_Trial = tuple[onnxruntime.InferenceSession, Sequence[Sample], Sequence[Mapping[str, np.ndarray]], Mapping[str, float]]
+"""A simulation, images, what fp32 makes of them, and ranges that replace those of the simulation."""
+
+
+def _noise(trials: Sequence[_Trial], outputs: Sequence[str]) -> Noise:
     noise, signal = dict.fromkeys(outputs, 0.0), dict.fromkeys(outputs, 0.0)
-    for batch, reference in zip(batches, references, strict=True):
-        values = session.run(list(outputs), {session.get_inputs()[0].name: batch, **feeds})
-        for output, value in zip(outputs, values, strict=True):
-            expected = reference[output].astype(np.float64)
-            noise[output] += float(((value - expected) ** 2).sum())
-            signal[output] += float((expected**2).sum())
+    for session, samples, references, ranges in trials:
+        known = {value.name for value in session.get_overridable_initializers()}
+        scales = dict(activation_scale(tensor, threshold) for tensor, threshold in ranges.items())
+        feeds = {name: scale for name, scale in scales.items() if name in known}
+        for sample, reference in zip(samples, references, strict=True):
+            values = session.run(list(outputs), {session.get_inputs()[0].name: sample.images, **feeds})
+            for output, value in zip(outputs, values, strict=True):
+                expected = reference[output].astype(np.float64)
+                noise[output] += float(sample.weights @ _per_image((value - expected) ** 2))
+                signal[output] += float(sample.weights @ _per_image(expected**2))
     return {output: noise[output] / signal[output] if signal[output] else 0.0 for output in outputs}
+
+
+def _per_image(values: np.ndarray) -> np.ndarray:
+    sums: np.ndarray = values.reshape(len(values), -1).sum(axis=1)
+    return sums

@@ -21,9 +21,10 @@ import onnxruntime
 from onnx_ir.passes import common as passes
 
 from edge_backbones.build.artifacts import Progress, no_progress
+from edge_backbones.build.parity import allowed_noise
 from edge_backbones.build.quantize import block_of
 from edge_backbones.errors import QuantizationError
-from edge_backbones.manifest import Gate, ParityReport
+from edge_backbones.manifest import ParityReport
 from edge_backbones.runtime.openvino import OpenVinoSession, compile_model
 from edge_backbones.spec import Precision
 
@@ -79,18 +80,6 @@ def explain(
     if of_graph <= allowed:
         return _first_wrong_layer(model, report, failing, images, batch, allowed, progress)
     return _loudest_block(model, report, failing, images, batch, expected, allowed, progress)
-
-
-def allowed_noise(gate: Gate) -> float:
-    """|x - r|^2 / |r|^2 that a gate lets pass; noise across the signal has cosine 1 / sqrt(1 + noise)."""
-    bounds = [math.inf]
-    if gate.min_sqnr_db is not None:
-        bounds.append(10 ** (-gate.min_sqnr_db / 10))
-    if gate.max_relative is not None:
-        bounds.append(gate.max_relative**2)
-    if gate.min_cosine is not None and gate.min_cosine > 0:
-        bounds.append(1 / gate.min_cosine**2 - 1)
-    return min(bounds)
 
 
 # ---- the engine differs from its graph ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -87,6 +88,42 @@ def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate) ->
         finite=True,
         passed=passed,
     )
+
+
+def allowed_noise(gate: Gate) -> float:
+    """|x - r|^2 / |r|^2 that a gate lets pass; noise across the signal has cosine 1 / sqrt(1 + noise)."""
+    bounds = [math.inf]
+    if gate.min_sqnr_db is not None:
+        bounds.append(10 ** (-gate.min_sqnr_db / 10))
+    if gate.max_relative is not None:
+        bounds.append(gate.max_relative**2)
+    if gate.min_cosine is not None:
+        bounds.append(_across(gate.min_cosine))
+    return min(bounds)
+
+
+def excess_noise(stage: StageParity, gate: Gate) -> float:
+    """How many times more noise an output has than its gate allows, by the figure that is worst; 1 where it passes."""
+    if not stage.finite:
+        return math.inf
+    asked = [1.0]
+    if gate.min_sqnr_db is not None:
+        asked.append(_ratio(10 ** (-stage.sqnr_db / 10), 10 ** (-gate.min_sqnr_db / 10)))
+    if gate.max_relative is not None:
+        asked.append(_ratio(stage.relative**2, gate.max_relative**2))
+    if gate.min_cosine is not None:
+        asked.append(_ratio(_across(stage.cosine), _across(gate.min_cosine)))
+    return max(asked)
+
+
+def _across(cosine: float) -> float:
+    return 1 / cosine**2 - 1 if cosine > 0 else math.inf
+
+
+def _ratio(measured: float, allowed: float) -> float:
+    if measured <= 0 or measured == allowed:
+        return 1.0
+    return measured / allowed if allowed > 0 else math.inf
 
 
 def _worse(a: StageParity, b: StageParity) -> StageParity:

@@ -12,16 +12,16 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
 
 import edge_backbones
-from edge_backbones.build.artifacts import ExportedGraph, LoadedBackbone, Progress, no_progress
+from edge_backbones.build.artifacts import LoadedBackbone, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, default_cache
 from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
 from edge_backbones.bundle import Bundle, load_golden, new_bundle, record_bytes, record_file, write_manifest
@@ -32,7 +32,7 @@ from edge_backbones.errors import (
     MissingDependencyError,
     SourceError,
 )
-from edge_backbones.images import ImageConfig, network_input
+from edge_backbones.images import network_input
 from edge_backbones.manifest import (
     CalibrationFile,
     CalibrationRecord,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from edge_backbones.build.calibrate import Method
     from edge_backbones.build.calibration import ImageSet, ImageSource
     from edge_backbones.build.explain import Explanation
     from edge_backbones.build.sources.common import SourceOptions
@@ -60,8 +61,6 @@ if TYPE_CHECKING:
 METHODS = ("auto", "max", "percentile", "entropy", "mse")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
 _CALIBRATED = (Precision.INT8, Precision.FP8)
-_CALIBRATION_BATCH = 8
-_CORRECTED_BY = 16 * 224 * 224  # pixels of the images whose means correct biases: a minute of resnet50 would be more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,7 @@ class BuildOptions:
     height: int | ShapeRange | None = None
     width: int | ShapeRange | None = None
     precisions: tuple[Precision, ...] | Literal["auto"] = (Precision.INT8,)
-    method: str | None = None
+    method: Method | None = None
     percentile: float = 99.99
     calibration: Path | None = None
     exclude: tuple[str, ...] = ()
@@ -186,13 +185,13 @@ def build_bundle(
     options = options or BuildOptions()
     if images is None and options.needs_ranges and options.calibration is None:
         raise CalibrationError("int8 needs calibration images: pass a folder of photographs (--images FOLDER)")
-    reused = None if options.calibration is None else _read_calibration(options.calibration)
     progress("loading libraries", 0, None)
     try:
-        from edge_backbones.build import attempts, calibration, export, prepare, quantize, ranges
+        from edge_backbones.build import attempts, calibrate, calibration, export, prepare, quantize, ranges
         from edge_backbones.build.sources.load import load_source
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
+    reused = None if options.calibration is None else calibrate.read_calibration(options.calibration)
 
     with new_bundle(target, overwrite=overwrite) as folder, _work_folder(folder) as work_name:
         work = Path(work_name)
@@ -210,10 +209,8 @@ def build_bundle(
 
         if loaded.source.weights == "random":
             progress("warming batch norm", 0, None)
-            alone = (
-                len(calibrating) % _CALIBRATION_BATCH == 1 and len(calibrating) > 1
-            )  # statistics of one image mislead
-            batches = image_set.batches(_CALIBRATION_BATCH, calibrating[:-1] if alone else calibrating)
+            alone = len(calibrating) % calibrate.BATCH == 1 and len(calibrating) > 1  # statistics of one image mislead
+            batches = image_set.batches(calibrate.BATCH, calibrating[:-1] if alone else calibrating)
             loaded = prepare.warm_batch_norm(
                 loaded, (network_input(batch, loaded.image_config, input) for batch in batches)
             )
@@ -234,42 +231,50 @@ def build_bundle(
             export.check_torchscript(folder / "graphs" / "fp32.ts", prepared, golden)
         np.savez(folder / "golden.npz", **golden)  # type: ignore[arg-type]
 
-        batch = input.batch.max if input.batch.is_fixed else min(_CALIBRATION_BATCH, input.batch.max)
-        counted, held_out = calibration.hold_out(calibrating)
-        feed = _Feed(image_set, batch, counted, held_out, fill=input.batch.is_fixed)
+        batch = input.batch.max if input.batch.is_fixed else min(calibrate.BATCH, input.batch.max)
+        feed = calibrate.Feed(image_set, calibrating, batch, fill=input.batch.is_fixed)
         large: tuple[str, ...] = ()
         if set(options.wanted) - {Precision.FP32, Precision.BF16}:
             progress("looking for values beyond fp16", 0, None)
-            large = ranges.tensors_beyond_half(graph.path, feed.deciding())
-        shop = attempts.Workshop(graph, golden, large, work, options.cache, progress)
-        found = None
+            large = ranges.tensors_beyond_half(graph.path, (sample.images for sample in feed.typical()))
+        found, deciding, excluded = reused, feed.typical(), frozenset[str]()
         if options.needs_ranges:
-            layers = quantize.quantized_layers(graph)
-            excluded = quantize.select_layers(layers, options.exclude)
-            if reused is None:
-                found = _calibrate(graph, feed, options, loaded.image_config, work, progress)
+            excluded = quantize.select_layers(quantize.quantized_layers(graph), options.exclude)
+            method, percentile, config = options.method, options.percentile, loaded.image_config
+            if found is None or options.calibration is None:
+                found, deciding = calibrate.calibrate(
+                    graph,
+                    feed,
+                    method=method or "auto",
+                    percentile=percentile,
+                    config=config,
+                    work=work,
+                    progress=progress,
+                )
             else:
-                found = _reuse(reused, options, graph, loaded.image_config, None if images is None else image_set)
+                given = None if images is None else image_set
+                calibrate.check_fits(
+                    found,
+                    options.calibration,
+                    graph=graph,
+                    config=config,
+                    images=given,
+                    method=method,
+                    percentile=percentile,
+                )
             (folder / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+        equalised = graph if found is None else calibrate.equalised_graph(graph, found.factors, work)
+        shop = attempts.Workshop(
+            graph, equalised, found, deciding, excluded, golden, large, work, options.cache, progress
+        )
 
         tried: list[attempts.Attempt] = []
         chosen: list[attempts.Attempt] = []
         for precision in options.wanted:
             gate = options.gates.get(precision, DEFAULT_GATES[precision])
             if precision is Precision.INT8:
-                assert found is not None  # made above
-                of_precision = attempts.try_int8(
-                    shop,
-                    gate,
-                    ranges=found.ranges,
-                    shifts=found.shifts,
-                    excluded=excluded,
-                    held_out=feed.deciding,
-                    fallback=options.fallback,
-                )
-            elif precision is Precision.FP8:
-                assert found is not None  # made above
-                of_precision = [shop.attempt(precision, gate, ranges=found.largest, excluded=excluded)]
+                compare = options.precisions == "auto"
+                of_precision = attempts.try_int8(shop, gate, fallback=options.fallback, compare=compare)
             else:
                 of_precision = [shop.attempt(precision, gate)]
             if options.precisions != "auto" or precision is Precision.FP32:
@@ -484,126 +489,14 @@ def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> n
     return np.ascontiguousarray(np.pad(images, padding, mode="symmetric"))
 
 
-@dataclass(frozen=True)
-class _Feed:
-    """The calibration images as batches of the graph's size: those that are counted, and those that decide."""
-
-    images: ImageSet
-    batch: int
-    counted: list[int]
-    held_out: list[int]
-    fill: bool
-
-    def batches(self, indices: list[int]) -> Iterator[np.ndarray]:
-        return self.images.batches(self.batch, indices, fill=self.fill)
-
-    def deciding(self) -> list[np.ndarray]:
-        return list(self.batches(self.held_out))
-
-    def names(self, indices: list[int]) -> tuple[str, ...]:
-        return tuple(self.images.names[i] for i in indices)
-
-
-def _calibrate(
-    graph: ExportedGraph, feed: _Feed, options: BuildOptions, config: ImageConfig, work: Path, progress: Progress
-) -> CalibrationFile:
-    """Count activations over the images, and find where to clip them."""
-    from edge_backbones.build import choose, quantize, ranges
-
-    method: Any = options.method or "auto"
-    counted = feed.counted if method == "auto" else sorted({*feed.counted, *feed.held_out})
-    magnitudes = ranges.collect_magnitudes(
-        graph.path,
-        quantize.tensors_to_calibrate(graph),
-        feed.batches(counted),
-        progress=lambda step, done, _: progress(step, done, len(counted)),
-    )
-    chosen: dict[str, str] = {}
-    shifts: dict[str, list[float]] = {}
-    if method == "auto":
-        found, chosen = choose.choose_ranges(
-            graph,
-            magnitudes,
-            feed.deciding(),
-            percentile=options.percentile,
-            work=work,
-            progress=progress,
-        )
-        enough = max(1, _CORRECTED_BY // (graph.input.height.opt * graph.input.width.opt))
-        correcting = list(feed.batches(feed.counted[:enough]))
-        shifts = choose.correct_biases(graph, found, correcting, feed.deciding(), work=work, progress=progress)
-    else:
-        found = ranges.find_ranges(magnitudes, method=method, percentile=options.percentile)
-    return CalibrationFile(
-        network_sha256=record_file(graph.path.parent, graph.path.name).sha256,
-        data_sha256=feed.images.fingerprint,
-        preprocessing=config,
-        method=method,
-        percentile=options.percentile,
-        chosen=chosen,
-        images=feed.names(counted),
-        held_out=feed.names(feed.held_out) if method == "auto" else (),
-        skipped=feed.images.skipped,
-        silent=tuple(name for name, seen in magnitudes.items() if seen.largest == 0.0),
-        ranges=found,
-        largest=ranges.find_ranges(magnitudes, method="max"),
-        shifts={name: tuple(values) for name, values in shifts.items()},
-    )
-
-
-def _read_calibration(path: Path) -> CalibrationFile:
-    """A calibration.json, or the one in a bundle, whose digest is checked."""
-    if Path(path).is_dir():
-        bundle = Bundle.open(path)
-        if bundle.manifest.calibration is None:
-            raise CalibrationError(f"{path} was built without int8 and has no ranges: pass calibration images instead")
-        data = bytes(bundle.read(bundle.manifest.calibration.file))
-    else:
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise CalibrationError(f"{path} cannot be read ({error.strerror}): pass a calibration.json") from error
-    try:
-        return msgspec.json.decode(data, type=CalibrationFile)
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} is not a calibration.json: {error}; calibrate again") from error
-
-
-def _reuse(
-    found: CalibrationFile, options: BuildOptions, graph: ExportedGraph, config: ImageConfig, images: ImageSet | None
-) -> CalibrationFile:
-    """The same ranges, once everything that they depend on is found to be what it was."""
-    here = {
-        "network_sha256": record_file(graph.path.parent, graph.path.name).sha256,
-        "data_sha256": found.data_sha256 if images is None else images.fingerprint,
-        "preprocessing": config,
-        "method": options.method or found.method,
-        "percentile": options.percentile if options.method == "percentile" else found.percentile,
-    }
-    for field_name, value in here.items():
-        there = getattr(found, field_name)
-        if value != there:
-            raise CalibrationError(
-                f"{options.calibration} does not fit: {field_name} is {there} there and {value} here; calibrate again "
-                "with --images"
-            )
-    return found
-
-
 def _notes(
     images: ImageSet, found: CalibrationFile | None, verdict: Decision | None, large: Sequence[str]
 ) -> tuple[str, ...]:
-    """What was decided, and what is unusual about the calibration, in a sentence each."""
+    """What was decided, and what is unusual, in a sentence each."""
+    from edge_backbones.build import calibrate
+
     notes = [] if verdict is None else [verdict.sentence]
-    if found is not None and images.blank:
-        notes.append(f"{len(images.blank)} images are of one colour ({images.blank[0]} first): leave them out")
-    if found is not None and found.held_out and set(found.held_out) <= set(found.images):
-        notes.append(f"only {len(found.images)} images: the ranges were chosen on those that they were counted on")
-    if found is not None and found.silent:
-        notes.append(
-            f"{len(found.silent)} tensors were zero on every image ({found.silent[0]} first): dead layers, or images that "
-            "are not typical"
-        )
+    notes += [] if found is None else calibrate.notes(images, found)
     if large:
         notes.append(f"{len(large)} tensors come near what fp16 can hold ({large[0]} first): they stay in fp32")
     return tuple(notes)
@@ -616,7 +509,7 @@ def _calibration_record(folder: Path, found: CalibrationFile, *, reused: bool) -
         percentile=found.percentile,
         chosen=found.chosen,
         images=len(found.images),
-        held_out=len(found.held_out),
+        held_out=found.held_out,
         skipped=found.skipped,
         reused=reused,
     )

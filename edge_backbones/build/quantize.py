@@ -101,7 +101,7 @@ class Layer:
 
 def quantized_layers(graph: ExportedGraph) -> tuple[Layer, ...]:
     """What an int8 graph quantises when nothing is excluded, in graph order."""
-    model = _load(graph)
+    model = load_graph(graph)
     first = _first_outputs(model.graph)
     return tuple(
         Layer(
@@ -189,7 +189,7 @@ def write_typed_graph(
     if precision is Precision.FP32:
         shutil.copyfile(graph.path, path)
     else:
-        model = _load(graph)
+        model = load_graph(graph)
         if precision in _FORMATS:
             _insert_quantization(model, _FORMATS[precision], ranges or {}, frozenset(excluded))
             if precision is Precision.INT8:
@@ -276,7 +276,7 @@ def _first_outputs(graph: ir.Graph) -> dict[ir.Node, str]:
 def _gains_from_int8(node: ir.Node) -> bool:
     if node.op_type not in _WEIGHTED or _is_constant(node.inputs[0]) or not _is_constant(node.inputs[1]):
         return False
-    sizes = _constant(node.inputs[1]).shape
+    sizes = constant_of(node.inputs[1]).shape
     if node.op_type != "Conv":
         # A stack of matrices has no output channel to scale.
         return len(sizes) == 2 and sizes[1 - _output_channel_axis(node)] >= _MIN_PRODUCTS
@@ -328,7 +328,7 @@ def _insert_quantization(model: ir.Model, to: _Format, ranges: Mapping[str, floa
     placement = _find_placement(graph, excluded)
     _check_ranges({_name(node.inputs[index]) for node, index in placement.activations}, to, ranges)
 
-    zero_point = _add_constant(graph, "zero_point", np.zeros((), dtype=to.dtype.numpy()))
+    zero_point = add_constant(graph, "zero_point", np.zeros((), dtype=to.dtype.numpy()))
     dequantized: dict[ir.Value, ir.Value] = {}
     for node, index in placement.activations:
         value = node.inputs[index]
@@ -368,7 +368,7 @@ def _quantize_activation(
     graph: ir.Graph, value: ir.Value, to: _Format, threshold: float, zero_point: ir.Value
 ) -> ir.Value:
     name = _name(value)
-    scale = _add_constant(graph, f"{name}.scale", _scales(np.asarray(threshold), to))
+    scale = add_constant(graph, f"{name}.scale", _scales(np.asarray(threshold), to))
     # ONNX joins no fp8 tensors, and no engine for the CPU takes them.
     parts, axis, rectified = _concatenated(value) if to.dtype == ir.DataType.INT8 else ([value], 0, False)
     nodes: list[ir.Node] = []
@@ -416,9 +416,9 @@ def _add_bias(graph: ir.Graph, conv: ir.Node) -> None:
     OpenVINO 2026.4 returns zeros for an int8 Conv without bias that two nodes read, when the batch is dynamic. It removes
     a bias of zeros, and with it the cure.
     """
-    bias = np.full(_constant(conv.inputs[1]).shape[0], _HALF_SMALLEST, np.float32)
+    bias = np.full(constant_of(conv.inputs[1]).shape[0], _HALF_SMALLEST, np.float32)
     conv.resize_inputs(3)
-    conv.replace_input_with(2, _add_constant(graph, f"{_name(conv.outputs[0])}.bias", bias))
+    conv.replace_input_with(2, add_constant(graph, f"{_name(conv.outputs[0])}.bias", bias))
 
 
 def _shift_biases(graph: ir.Graph, shifts: Mapping[str, Sequence[float]]) -> None:
@@ -426,12 +426,12 @@ def _shift_biases(graph: ir.Graph, shifts: Mapping[str, Sequence[float]]) -> Non
     for node in tuple(graph):
         shift = shifts.get(str(node.name))
         if shift is not None and node.op_type == "Conv":
-            bias = _constant(node.inputs[2]) + np.asarray(shift, np.float32)
-            node.replace_input_with(2, _add_constant(graph, f"{_name(node.outputs[0])}.corrected", bias))
+            bias = constant_of(node.inputs[2]) + np.asarray(shift, np.float32)
+            node.replace_input_with(2, add_constant(graph, f"{_name(node.outputs[0])}.corrected", bias))
 
 
 def _quantize_weight(graph: ir.Graph, node: ir.Node, to: _Format, weight: ir.Value, axis: int) -> ir.Value:
-    name, values = _name(weight), _constant(weight).astype(np.float64)
+    name, values = _name(weight), constant_of(weight).astype(np.float64)
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= to.largest_threshold:  # NaN fails this too
         raise QuantizationError(
@@ -447,8 +447,8 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node, to: _Format, weight: ir.Val
     scaled = values / scales.astype(np.float64).reshape(shape)
     rounded = np.rint(scaled).astype(np.int8) if to.dtype == ir.DataType.INT8 else scaled.astype(to.dtype.numpy())
     name = f"{name}.axis{axis}"  # tied weights may be read along both
-    stored = _add_constant(graph, f"{name}.{to.name}", rounded)
-    scale = _add_constant(graph, f"{name}.scale", scales)
+    stored = add_constant(graph, f"{name}.{to.name}", rounded)
+    scale = add_constant(graph, f"{name}.scale", scales)
     dequantize = _new_node(
         "DequantizeLinear", [stored, scale], f"{name}.dequantized", ir.DataType.FLOAT, {"axis": axis}
     )
@@ -464,6 +464,11 @@ def _scales(thresholds: npt.NDArray[np.floating], to: _Format) -> npt.NDArray[np
         half = np.where(half < exact, np.nextafter(half, np.float16(np.inf)), half)
     # A channel of zeros takes any scale; 1 keeps engines away from their smallest numbers.
     return np.where(thresholds == 0.0, np.float32(1.0), half.astype(np.float32))
+
+
+def input_channel_axis(node: ir.Node) -> int:
+    """The axis of a layer's weight that runs along the channels of its input."""
+    return 1 - _output_channel_axis(node)
 
 
 def _output_channel_axis(node: ir.Node) -> int:
@@ -510,7 +515,7 @@ def _convert_to_half(graph: ir.Graph, half: ir.DataType, large: frozenset[str]) 
             if (value, wanted) not in casts:
                 name = f"{_name(value).removesuffix('.half')}.{suffix}"
                 if _is_constant(value):
-                    casts[value, wanted] = _add_constant(graph, name, _constant(value).astype(wanted.numpy()))
+                    casts[value, wanted] = add_constant(graph, name, constant_of(value).astype(wanted.numpy()))
                 else:
                     casts[value, wanted] = _cast(graph, value, wanted, name)
             node.replace_input_with(index, casts[value, wanted])
@@ -550,7 +555,7 @@ def _fits_half(node: ir.Node, constant: ir.Value | None, half: ir.DataType) -> b
     """False for a constant beyond the range of half, such as a mask of -1e9, or a factor or epsilon below it."""
     if constant is None or constant.dtype != ir.DataType.FLOAT or half == ir.DataType.BFLOAT16:
         return True  # bf16 has the range of fp32
-    magnitudes = np.abs(_constant(constant))
+    magnitudes = np.abs(constant_of(constant))
     largest = float(magnitudes[np.isfinite(magnitudes)].max(initial=0.0))
     too_small = node.op_type in _ELEMENTWISE and 0.0 < largest < _HALF_SMALLEST_NORMAL
     return largest <= _HALF_MAX and not too_small
@@ -569,7 +574,8 @@ def _convertible_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
 # ---- graph edits ----------------------------------------------------------------------------------------------------
 
 
-def _load(graph: ExportedGraph) -> ir.Model:
+def load_graph(graph: ExportedGraph) -> ir.Model:
+    """The fp32 graph to edit, every constant an initializer."""
     model = ir.load(graph.path)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return model
@@ -583,7 +589,8 @@ def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer()
 
 
-def _constant(value: ir.Value | None) -> npt.NDArray[np.generic]:
+def constant_of(value: ir.Value | None) -> npt.NDArray[np.generic]:
+    """What an initializer holds."""
     if value is None or value.const_value is None:
         raise QuantizationError(f"initializer {_name(value)!r} has no value; export the graph with its weights")
     return value.const_value.numpy()
@@ -617,7 +624,8 @@ def _insert_after(graph: ir.Graph, value: ir.Value, nodes: list[ir.Node]) -> Non
         graph.insert_after(producer, nodes)
 
 
-def _add_constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """A new initializer."""
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)

@@ -75,14 +75,27 @@ def collect_magnitudes(
     for batch in batches:
         for chunk in _chunks(batch, session):
             for name, values in _activations(session, tensors, chunk):
-                _count(magnitudes[name], values, name)
-        images += len(batch)
+                _count(magnitudes[name], values, name, range(images, images + len(chunk)))
+            images += len(chunk)
         progress("calibrating", images, None)
     if images == 0:
         raise CalibrationError(
             "there were no calibration batches; give at least one image (a few dozen typical ones are better)"
         )
     return magnitudes
+
+
+def merge_magnitudes(first: Mapping[str, Magnitudes], second: Mapping[str, Magnitudes]) -> dict[str, Magnitudes]:
+    """What one stream of the images of both would have given, but for `furthest`, which is None."""
+    merged = {}
+    for name, one in first.items():
+        other = second[name]
+        exponents = [seen.exponent for seen in (one, other) if seen.exponent is not None]
+        merged[name] = Magnitudes(max(one.largest, other.largest), None, max(exponents, default=None))
+        for seen in (one, other):
+            if seen.exponent is not None:
+                merged[name].counts += _merged(seen.counts, max(exponents) - seen.exponent)
+    return merged
 
 
 def tensors_beyond_half(model_path: Path, batches: Iterable[npt.NDArray[np.generic]]) -> tuple[str, ...]:
@@ -189,19 +202,25 @@ def _activations(
 
 @dataclass(slots=True)
 class Magnitudes:
-    """What is kept of one tensor. Bin i counts the values with i <= |x| / 2**exponent < i + 1, exact zeros left out."""
+    """What is kept of one tensor. Bin i counts the values with i <= |x| / 2**exponent < i + 1, exact zeros left out.
+
+    ``furthest``: which image of the stream, counted from 0, has the largest value; None where all are zero.
+    """
 
     largest: float = 0.0
+    furthest: int | None = None
     exponent: int | None = None  # None until a value other than zero arrives
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, dtype=np.int64))
 
 
-def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str) -> None:
+def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str, images: range) -> None:
     magnitudes = np.abs(values, dtype=np.float32).ravel()
     largest = float(magnitudes.max(initial=0.0))
     if not np.isfinite(largest):  # max() hands a NaN on
         _refuse(name, largest)
-    seen.largest = max(seen.largest, largest)
+    if largest > seen.largest:
+        seen.largest = largest
+        seen.furthest = images[int(magnitudes.argmax()) * len(images) // magnitudes.size]  # images come first in memory
     if largest == 0.0:
         return
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from edge_backbones.build.calibration import ImageSet, gather_images, split
+from edge_backbones.build.calibration import ImageSet, gather_images, halves, split, stand_ins
 from edge_backbones.errors import CalibrationError
 from edge_backbones.images import fit, open_image, to_input
 
@@ -352,3 +352,25 @@ def test_golden_images_are_spread_and_held_out_where_enough_are_left(count, gold
         assert sorted(chosen + calibrating) == list(range(count))
     else:
         assert calibrating == list(range(count))
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 100])
+def test_halves_share_no_image_where_there_are_enough(count):
+    indices = [3 * i for i in range(count)]
+    one, other = halves(indices)
+    assert sorted({*one, *other}) == indices
+    assert set(one).isdisjoint(other) == (count >= 8)
+
+
+def test_images_that_reach_far_stand_for_themselves_and_others_for_the_rest():
+    indices = list(range(100, 200))
+    furthest = [150] * 5 + [199] * 4 + [101] * 3 + [7] * 9 + [120] * 2 + [130]
+    weights = stand_ins(indices, furthest, 8)
+    assert len(weights) == 8
+    assert sum(weights.values()) == pytest.approx(100)
+    assert [index for index, weight in weights.items() if weight == 1.0] == [101, 120, 150, 199]
+    rest = [index for index, weight in weights.items() if weight == 24.0]
+    assert len(rest) == 4
+    assert max(np.diff(rest)) < 30  # spread over all of them
+    assert stand_ins(indices, furthest, 100) == dict.fromkeys(indices, 1.0)
+    assert sum(stand_ins(indices, [], 7).values()) == pytest.approx(100)

@@ -51,7 +51,7 @@ def test_build_reports_parity_and_skipped_images(built):
     manifest = Bundle.open(target).manifest
     assert manifest.backbone.out_features == ("layer3", "layer4")
     assert manifest.calibration is not None
-    assert (manifest.calibration.images, manifest.calibration.held_out) == (12, 4)
+    assert (manifest.calibration.images, manifest.calibration.held_out) == (16, 16)
     ranges = json.loads((target / "calibration.json").read_text())
     assert len(ranges["network_sha256"]) == len(ranges["data_sha256"]) == 64
     assert min(ranges["ranges"].values()) > 0

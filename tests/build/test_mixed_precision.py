@@ -15,9 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_backbones.build import attempts, timing
-from edge_backbones.build.choose import blocks_to_exclude, choose_ranges, correct_biases, noise_of_blocks
+from edge_backbones.build.choose import (
+    Fold,
+    Sample,
+    blocks_to_exclude,
+    choose_ranges,
+    correct_biases,
+    noise_of_blocks,
+)
 from edge_backbones.build.export import export_onnx
-from edge_backbones.build.parity import compare
+from edge_backbones.build.parity import compare, excess_noise
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.build.prepare import prepare
 from edge_backbones.build.quantize import quantized_layers, select_layers, tensors_to_calibrate, write_typed_graph
@@ -51,9 +58,13 @@ class Case:
         loaded = networks.trained_like("test_resnet", out_indices=(1, 2, 4))
         self.graph = export_onnx(prepare(loaded, networks.input_spec(64, 96, batch=(1, 2, 4))), folder / "fp32.onnx")
         images = networks.normalised(networks.crops(photographs, 20, 64, 96))
-        self.held_out = [images[12:16], images[16:20]]
+        self.images = images
+        self.held_out = [Sample(images[12:16], np.ones(4)), Sample(images[16:20], np.ones(4))]
         self.counted = [images[:4], images[4:8], images[8:12]]
-        self.magnitudes = collect_magnitudes(self.graph.path, tensors_to_calibrate(self.graph), [images[:12]])
+        self.magnitudes = self.count(images[:12])
+
+    def count(self, images: np.ndarray) -> dict:
+        return collect_magnitudes(self.graph.path, tensors_to_calibrate(self.graph), [images])
 
     def noise(self, ranges: dict[str, float], excluded: frozenset[str] = frozenset(), shifts=None) -> dict[str, float]:
         """The reference: the typed graph node by node in ONNX Runtime, in float64 over all images at once."""
@@ -66,7 +77,7 @@ class Case:
         found = []
         for file in (self.graph.path, path):
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-            found.append(session.run(None, {"pixel_values": np.concatenate(self.held_out)}))
+            found.append(session.run(None, {"pixel_values": self.images[12:]}))
         return {
             output: networks.relative(actual, expected) ** 2
             for output, expected, actual in zip(self.graph.spec.outputs, *found, strict=True)
@@ -82,7 +93,8 @@ def case(tmp_path_factory, photographs) -> Case:
 
 
 def test_the_estimator_of_each_stage_is_the_one_with_the_least_noise(case):
-    ranges, chosen = choose_ranges(case.graph, case.magnitudes, case.held_out, percentile=99.9, work=case.folder)
+    fold = Fold(case.magnitudes, case.held_out)
+    ranges, chosen = choose_ranges(case.graph, [fold], percentile=99.9, work=case.folder)
     assert list(chosen) == ["layer1", "layer2", "layer4"]
     options = {method: find_ranges(case.magnitudes, method=method, percentile=99.9) for method in METHODS}
     # The first stage depends on nothing that is decided elsewhere.
@@ -95,6 +107,45 @@ def test_the_estimator_of_each_stage_is_the_one_with_the_least_noise(case):
     assert all(together[output] < worst[output] for output in chosen)
     for layer in quantized_layers(case.graph):
         assert ranges[layer.tensor] in {option[layer.tensor] for option in options.values()}
+
+
+def test_each_fold_is_judged_by_the_counts_of_the_other(case):
+    """The choice is that of the noise of both folds together, the ranges those of all images."""
+    halves = [case.images[:10], case.images[10:]]
+    counts = [case.count(half) for half in halves]
+    folds = [Fold(counts[0], [Sample(halves[1], np.ones(10))]), Fold(counts[1], [Sample(halves[0], np.ones(10))])]
+    ranges, chosen = choose_ranges(case.graph, folds, percentile=99.9, work=case.folder)
+
+    expected, noise = run(case.graph.path, case.images), dict.fromkeys(METHODS, 0.0)
+    for method in METHODS:
+        for index, of_half in enumerate(counts):
+            path = case.folder / "fold.onnx"
+            options = find_ranges(of_half, method=method, percentile=99.9)
+            write_typed_graph(case.graph, precision=Precision.INT8, path=path, ranges=options, half=False)
+            other = slice(10, None) if index == 0 else slice(10)
+            difference = run(path, case.images[other])[0].astype(np.float64) - expected[0][other]
+            noise[method] += float((difference**2).sum())
+    assert chosen["layer1"] == min(noise, key=lambda method: noise[method])
+    together = {method: find_ranges(case.count(case.images), method=method, percentile=99.9) for method in METHODS}
+    for layer in quantized_layers(case.graph):
+        assert ranges[layer.tensor] in {option[layer.tensor] for option in together.values()}
+
+
+def test_images_count_as_many_times_as_they_stand_for(case):
+    ranges = find_ranges(case.magnitudes)
+    weights = np.array([3.0, 1.0, 0.0, 2.0])
+    weighted = noise_of_blocks(case.graph, ranges, [Sample(case.images[:4], weights)], excluded=(), work=case.folder)
+    repeated = case.images[[0, 0, 0, 1, 3, 3]]
+    plain = noise_of_blocks(case.graph, ranges, [Sample(repeated, np.ones(6))], excluded=(), work=case.folder)
+    for block, of_block in plain.items():
+        assert weighted[block] == pytest.approx(of_block, rel=1e-3)
+
+
+def run(path: Path, images: np.ndarray) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"pixel_values": images})
 
 
 # ---- biases ---------------------------------------------------------------------------------------------------------
@@ -191,15 +242,15 @@ def test_excess_is_above_one_exactly_where_the_gate_fails(across, along, which):
     actual = np.array([1.0 + across, along, 0.0])
     gate = (Gate(min_sqnr_db=6.0), Gate(max_relative=0.5), Gate(min_cosine=0.8))[which]
     stage = compare("stage", reference, actual, gate)
-    excess = attempts._excess(stage, gate)
+    excess = excess_noise(stage, gate)
     assert excess == 1.0 if stage.passed else excess > 1.0
 
 
 def test_excess_of_what_is_not_finite_or_never_allowed_has_no_end():
     stage = compare("stage", np.ones(3), np.array([1.0, np.nan, 1.0]), Gate())
-    assert attempts._excess(stage, Gate()) == np.inf
+    assert excess_noise(stage, Gate()) == np.inf
     stage = compare("stage", np.ones(3), np.array([1.0, 1.0, 2.0]), Gate())
-    assert attempts._excess(stage, Gate(min_cosine=1.0)) == attempts._excess(stage, Gate(max_relative=0.0)) == np.inf
+    assert excess_noise(stage, Gate(min_cosine=1.0)) == excess_noise(stage, Gate(max_relative=0.0)) == np.inf
 
 
 # ---- layers by name -------------------------------------------------------------------------------------------------
@@ -243,31 +294,32 @@ def test_a_pattern_that_means_nothing_is_refused(case, pattern):
 
 
 def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_folder, tmp_path):
-    gate = Gate(min_sqnr_db=28.0)
+    gate = Gate(min_sqnr_db=25.0)
     options = BuildOptions(**SMALL, gates={Precision.INT8: gate})
     result = build_bundle("test_resnet", tmp_path / "mixed.bundle", images=photograph_folder, options=options)
     manifest = result.bundle.manifest
     first, *_, last = manifest.decision.trials
     assert (first.passed, first.blocks, last.passed) == (False, (), True)
-    assert last.sqnr_db == min(stage.sqnr_db for stage in result.reports[0].stages) >= 28.0 > first.sqnr_db
+    assert last.sqnr_db == min(stage.sqnr_db for stage in result.reports[0].stages) >= 25.0 > first.sqnr_db
     assert all(trial.milliseconds > 0 for trial in manifest.decision.trials)
     record = manifest.onnx_graph(Precision.INT8)
-    layers = {name.partition("/")[0] for name in record.excluded}
     assert record.excluded
-    assert all(any(layer.startswith(block) for block in last.blocks) for layer in layers)
+    assert last.blocks[0] == "op:Add"  # the skip branches go first
+    without_skips = {name.partition("/")[0] for name in record.excluded if "/Add" not in name}
+    assert all(any(layer.startswith(block) for block in last.blocks) for layer in without_skips)
     graph = onnx.load(result.bundle.path / record.file.path).graph
     assert any(node.op_type == "QuantizeLinear" for node in graph.node)  # not simply fp16
     assert result.notes == (manifest.decision.sentence,)
-    assert f"shipping it with {len(last.blocks)} blocks in half" in result.notes[0]
+    assert f"shipping it with {len(last.blocks)} parts in half" in result.notes[0]
     with (
         EdgeBackbone.from_pretrained(result.bundle.path) as backbone,
         np.load(result.bundle.path / "golden.npz") as golden,
     ):
         for stage, feature_map in backbone.run(golden["opt/pixel_values"]).items():
             for one, expected in zip(feature_map, golden[f"opt/{stage}"], strict=True):
-                assert networks.relative(one, expected) < 10 ** (-28 / 20)
+                assert networks.relative(one, expected) < 10 ** (-25 / 20)
 
-    with pytest.raises(ParityError, match=r"int8 is outside its gate \(SQNR >= 28 dB\)"):
+    with pytest.raises(ParityError, match=r"int8 is outside its gate \(SQNR >= 25 dB\)"):
         build_bundle(
             "test_resnet",
             tmp_path / "strict.bundle",
@@ -277,7 +329,7 @@ def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_fold
     assert [path.name for path in tmp_path.iterdir()] == ["mixed.bundle"]
 
 
-def test_a_gate_that_no_engine_can_hold_is_given_up(photograph_folder, tmp_path):
+def test_a_gate_that_nothing_quantised_can_hold_is_given_up(photograph_folder, tmp_path):
     options = BuildOptions(**SMALL, gates={Precision.INT8: Gate(min_sqnr_db=250.0)})
     with pytest.raises(ParityError, match=r"outside its gate \(SQNR >= 250 dB\)"):
         build_bundle("test_resnet", tmp_path / "x.bundle", images=photograph_folder, options=options)
@@ -285,11 +337,11 @@ def test_a_gate_that_no_engine_can_hold_is_given_up(photograph_folder, tmp_path)
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
-    """Latencies by precision, in the order that engines are tried: fp32, fp16, then int8 however often."""
+    """Latencies by precision, in the order that engines are tried: fp32, fp16, int8, int8 without skips, and so on."""
 
     def measure(engines, outputs, input, *, progress):
-        figures = [milliseconds["fp32"], milliseconds["fp16"]]
-        return figures + [milliseconds["int8"]] * (len(engines) - 2)
+        without = milliseconds.get("without", milliseconds["int8"])
+        return [milliseconds["fp32"], milliseconds["fp16"], milliseconds["int8"], *[without] * (len(engines) - 3)]
 
     monkeypatch.setattr(attempts, "time_engines", measure)
 
@@ -300,10 +352,21 @@ def planted(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
         (
             {"fp32": 5.0, "fp16": 4.0, "int8": 4.5},
             "fp16",
-            "int8 is 0.89x fp16 here; fp16 4.00 ms, int8 4.50 ms, fp32 5.00",
+            "int8 is 0.89x fp16 here; fp16 4.00 ms, int8 4.50 ms, int8 without its skip branches 4.50 ms, fp32 5.00",
         ),
-        ({"fp32": 3.0, "fp16": 4.0, "int8": 30.0}, "fp32", "int8 is 0.10x fp32 here"),
-        ({"fp32": 5.0, "fp16": 4.0, "int8": 1.0}, "int8", "int8 1.00 ms, fp16 4.00 ms, fp32 5.00 ms: shipping int8"),
+        ({"fp32": 3.0, "fp16": 4.0, "int8": 30.0, "without": 31}, "fp32", "int8 is 0.10x fp32 here"),
+        (
+            {"fp32": 5.0, "fp16": 4.0, "int8": 1.0, "without": 1.2},
+            "int8",
+            "int8 1.00 ms, int8 without its skip branches 1.20 ms, fp16 4.00 ms, fp32 5.00 ms: shipping int8",
+        ),
+        # As fast, within what timing can tell: the more accurate one, unless another precision lies between.
+        (
+            {"fp32": 5.0, "fp16": 4.0, "int8": 1.0, "without": 1.02},
+            "int8 without its skip branches",
+            "dB more accurate",
+        ),
+        ({"fp32": 5.0, "fp16": 1.01, "int8": 1.0, "without": 1.02}, "int8", "fp16 1.01 ms, int8 without"),
     ],
 )
 def test_auto_ships_the_fastest_that_passes(photograph_folder, tmp_path, monkeypatch, times, shipped, words):
@@ -311,11 +374,14 @@ def test_auto_ships_the_fastest_that_passes(photograph_folder, tmp_path, monkeyp
     options = BuildOptions(**SMALL, precisions="auto")
     result = build_bundle("test_resnet", tmp_path / "auto.bundle", images=photograph_folder, options=options)
     manifest = result.bundle.manifest
-    assert [engine.key.precision for engine in manifest.engines] == [shipped]
-    assert [graph.precision for graph in manifest.graphs] == [shipped]
+    assert [engine.key.precision for engine in manifest.engines] == [shipped.split()[0]]
+    (record,) = manifest.graphs
+    assert record.precision == shipped.split()[0]
+    assert {name.partition("/")[2] for name in record.excluded} == ({"Add"} if "skip" in shipped else set())
     assert words in manifest.decision.sentence
     assert manifest.decision.sentence.endswith(f": shipping {shipped}")
-    assert [trial.precision for trial in manifest.decision.trials] == ["fp32", "fp16", "int8"]
+    assert [trial.precision for trial in manifest.decision.trials] == ["fp32", "fp16", "int8", "int8"]
+    assert [trial.blocks for trial in manifest.decision.trials] == [(), (), (), ("op:Add",)]
     result.bundle.check_files()
 
 
@@ -324,7 +390,7 @@ def test_auto_does_without_int8_that_cannot_pass(photograph_folder, tmp_path, mo
     options = BuildOptions(**SMALL, precisions="auto", fallback=False, gates={Precision.INT8: Gate(min_sqnr_db=90)})
     result = build_bundle("test_resnet", tmp_path / "auto.bundle", images=photograph_folder, options=options)
     assert [engine.key.precision for engine in result.bundle.manifest.engines] == ["fp16"]
-    assert "int8 is outside its gate (layer1 has cosine" in result.notes[0]
+    assert "int8 without its skip branches is outside its gate (layer1 has cosine" in result.notes[0]
     assert result.notes[0].endswith("shipping fp16")
 
 

@@ -11,7 +11,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edge_backbones.build.ranges import DEAD_TENSOR_THRESHOLD, METHODS, collect_magnitudes, find_ranges
+from edge_backbones.build.ranges import (
+    DEAD_TENSOR_THRESHOLD,
+    METHODS,
+    collect_magnitudes,
+    find_ranges,
+    merge_magnitudes,
+)
 from edge_backbones.errors import CalibrationError
 
 BIN = 1 / 2048  # the widest a bin can be, relative to the largest value
@@ -91,6 +97,29 @@ def test_neither_order_nor_batch_size_matters(relu: Path, method: str) -> None:
     ascending = images[np.argsort(np.abs(images).max(axis=(1, 2, 3)))]
     for batches in (split(images, [1] * 24), split(images, [5, 11, 8]), [images[::-1]], [ascending], [ascending[::-1]]):
         assert collect_ranges(relu, ["x", "y"], batches, method=method, percentile=99.0) == expected  # to the last bit
+
+
+def test_counts_of_two_streams_add_up_to_those_of_one(relu: Path) -> None:
+    images = heavy_tailed(24)
+    for first, second in ((images[:5], images[5:]), (images[:20], images[20:]), (np.zeros_like(images[:2]), images)):
+        one, two = (collect_magnitudes(relu, ["x", "y"], [part]) for part in (first, second))
+        merged = merge_magnitudes(one, two)
+        together = collect_magnitudes(relu, ["x", "y"], [first, second])
+        for name in ("x", "y"):
+            assert (merged[name].largest, merged[name].exponent) == (together[name].largest, together[name].exponent)
+            np.testing.assert_array_equal(merged[name].counts, together[name].counts)
+    silent = collect_magnitudes(relu, ["y"], [np.zeros_like(images)])
+    assert merge_magnitudes(silent, silent)["y"].largest == 0.0
+
+
+@pytest.mark.parametrize("batch", ["batch", 1, 3])
+def test_the_image_that_reaches_furthest_is_known(tmp_path: Path, batch: int | str) -> None:
+    images = np.random.default_rng(0).uniform(-1, 1, (12, 3, 5, 7)).astype(np.float32)
+    images[7, 1, 2, 3], images[4, 0, 0, 0] = 5.0, -6.0
+    graph = one_node_graph(tmp_path / "relu.onnx", batch=batch)
+    seen = collect_magnitudes(graph, ["x", "y"], split(images, [3, 6, 3]))
+    assert (seen["x"].furthest, seen["y"].furthest) == (4, 7)
+    assert collect_magnitudes(graph, ["y"], [-np.abs(images)])["y"].furthest is None
 
 
 def test_a_static_batch_is_fed_as_it_is(tmp_path: Path) -> None:

@@ -1,0 +1,208 @@
+"""From images to calibration.json, or from the calibration.json of another build: the ranges, and what they hold for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from edge_backbones.build import choose, equalise, quantize, ranges
+from edge_backbones.build.artifacts import ExportedGraph, Progress
+from edge_backbones.build.calibration import FEWEST_TO_HOLD_OUT, ImageSet, halves, stand_ins
+from edge_backbones.build.choose import Fold, Sample
+from edge_backbones.build.ranges import Magnitudes
+from edge_backbones.bundle import Bundle, record_file
+from edge_backbones.errors import CalibrationError
+from edge_backbones.images import ImageConfig
+from edge_backbones.manifest import CalibrationFile
+
+Method = Literal["auto", "max", "percentile", "entropy", "mse"]
+
+BATCH = 8  # of a graph whose batch is dynamic
+# Pixels of the images that are run again and again: sixteen of 224 x 224. More would be minutes of resnet50.
+_PIXELS = 16 * 224 * 224
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Calibration images as batches of a graph's size; a graph of fixed batch repeats images to fill the last."""
+
+    images: ImageSet
+    indices: list[int]
+    batch: int
+    fill: bool
+
+    @property
+    def enough(self) -> int:
+        """How many images are run more than once."""
+        pixels = int(np.prod(self.images.inputs.shape[1:])) // 3
+        return max(FEWEST_TO_HOLD_OUT, _PIXELS // pixels)
+
+    def batches(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        return self.images.batches(self.batch, indices, fill=self.fill)
+
+    def samples(self, weights: Mapping[int, float]) -> list[Sample]:
+        """What images stand for, in batches; an image that only fills a batch stands for none."""
+        figures = list(weights.values())
+        found = []
+        for position, images in enumerate(self.batches(list(weights))):
+            of_batch = figures[position * self.batch : (position + 1) * self.batch]
+            found.append(Sample(images, np.pad(np.asarray(of_batch), (0, len(images) - len(of_batch)))))
+        return found
+
+    def furthest(self, magnitudes: Mapping[str, Magnitudes], counted: Sequence[int]) -> Iterable[int]:
+        """For each tensor, the image with its largest value, of those that were counted."""
+        for seen in magnitudes.values():
+            if seen.furthest is not None:
+                start = seen.furthest // self.batch * self.batch
+                yield counted[start + (seen.furthest - start) % len(counted[start : start + self.batch])]
+
+    def typical(self) -> list[Sample]:
+        """A sample of all images."""
+        return self.samples(stand_ins(self.indices, (), self.enough))
+
+
+def calibrate(
+    graph: ExportedGraph,
+    feed: Feed,
+    *,
+    method: Method,
+    percentile: float,
+    config: ImageConfig,
+    work: Path,
+    progress: Progress,
+) -> tuple[CalibrationFile, list[Sample]]:
+    """Count activations over the images and find where to clip them; also the images that decisions were made on.
+
+    ``auto``: normalisations are equalised, each output gets its estimator and biases are corrected, where images that were
+    not counted for it say that it helps. Raises CalibrationError, as `ranges.collect_magnitudes` does.
+    """
+    one, other = halves(feed.indices)
+    correcting = list(feed.batches(one[: feed.enough])) if method == "auto" else []
+    by_tensor: dict[str, list[float]] = {}
+    if method == "auto":
+        progress("equalising", 0, None)
+        judging = feed.samples(stand_ins(other, (), feed.enough))
+        by_tensor = choose.equalise(graph, correcting, judging, work=work)
+    equalised = equalised_graph(graph, by_tensor, work)
+
+    tensors = quantize.tensors_to_calibrate(equalised)
+
+    def count(indices: Sequence[int], before: int) -> dict[str, Magnitudes]:
+        return ranges.collect_magnitudes(
+            equalised.path,
+            tensors,
+            feed.batches(indices),
+            progress=lambda step, done, _: progress(step, min(before + done, len(feed.indices)), len(feed.indices)),
+        )
+
+    chosen: dict[str, str] = {}
+    shifts: dict[str, list[float]] = {}
+    if method == "auto":
+        first = count(one, 0)
+        second = first if other == one else count(other, len(one))
+        magnitudes = first if other == one else ranges.merge_magnitudes(first, second)
+        of_one, of_other = (
+            feed.samples(stand_ins(half, feed.furthest(counts, half), feed.enough // 2))
+            for half, counts in ((one, first), (other, second))
+        )
+        folds = [Fold(first, of_other)] if other == one else [Fold(first, of_other), Fold(second, of_one)]
+        deciding = of_other if other == one else [*of_one, *of_other]
+        found, chosen = choose.choose_ranges(equalised, folds, percentile=percentile, work=work, progress=progress)
+        shifts = choose.correct_biases(equalised, found, correcting, of_other, work=work, progress=progress)
+    else:
+        magnitudes = count(feed.indices, 0)
+        deciding = feed.samples(stand_ins(feed.indices, feed.furthest(magnitudes, feed.indices), feed.enough))
+        found = ranges.find_ranges(magnitudes, method=method, percentile=percentile)
+    file = CalibrationFile(
+        network_sha256=_sha256(graph),
+        data_sha256=feed.images.fingerprint,
+        preprocessing=config,
+        method=method,
+        percentile=percentile,
+        chosen=chosen,
+        images=tuple(feed.images.names[index] for index in feed.indices),
+        held_out=sum(int((sample.weights > 0).sum()) for sample in deciding) if method == "auto" else 0,
+        skipped=feed.images.skipped,
+        silent=tuple(name for name, seen in magnitudes.items() if seen.largest == 0.0),
+        factors={name: tuple(values) for name, values in by_tensor.items()},
+        ranges=found,
+        largest=ranges.find_ranges(magnitudes, method="max"),
+        shifts={name: tuple(values) for name, values in shifts.items()},
+    )
+    return file, deciding
+
+
+def equalised_graph(graph: ExportedGraph, by_tensor: Mapping[str, Sequence[float]], work: Path) -> ExportedGraph:
+    """The graph that the ranges are of."""
+    return equalise.write_equalised_graph(graph, by_tensor, work / "equalised.onnx") if by_tensor else graph
+
+
+def read_calibration(path: Path) -> CalibrationFile:
+    """A calibration.json, or the one in a bundle, whose digest is checked. Raises CalibrationError, BundleError."""
+    if Path(path).is_dir():
+        bundle = Bundle.open(path)
+        if bundle.manifest.calibration is None:
+            raise CalibrationError(f"{path} was built without int8 and has no ranges: pass calibration images instead")
+        data = bytes(bundle.read(bundle.manifest.calibration.file))
+    else:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise CalibrationError(f"{path} cannot be read ({error.strerror}): pass a calibration.json") from error
+    try:
+        return msgspec.json.decode(data, type=CalibrationFile)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} is not a calibration.json: {error}; calibrate again") from error
+
+
+def check_fits(
+    found: CalibrationFile,
+    source: Path,
+    *,
+    graph: ExportedGraph,
+    config: ImageConfig,
+    images: ImageSet | None,
+    method: Method | None,
+    percentile: float,
+) -> None:
+    """Raise CalibrationError unless everything that ranges depend on is what it was, with the field that is not.
+
+    ``images`` and ``method`` are None where nothing was asked for.
+    """
+    here = {
+        "network_sha256": _sha256(graph),
+        "data_sha256": found.data_sha256 if images is None else images.fingerprint,
+        "preprocessing": config,
+        "method": method or found.method,
+        "percentile": percentile if method == "percentile" else found.percentile,
+    }
+    for field, value in here.items():
+        there = getattr(found, field)
+        if value != there:
+            raise CalibrationError(
+                f"{source} does not fit: {field} is {there} there and {value} here; calibrate again with --images"
+            )
+
+
+def notes(images: ImageSet, found: CalibrationFile) -> tuple[str, ...]:
+    """What is unusual about the calibration, in a sentence each."""
+    said = []
+    if images.blank:
+        said.append(f"{len(images.blank)} images are of one colour ({images.blank[0]} first): leave them out")
+    if found.held_out and len(found.images) < FEWEST_TO_HOLD_OUT:
+        said.append(f"only {len(found.images)} images: the ranges were chosen on those that they were counted on")
+    if found.silent:
+        said.append(
+            f"{len(found.silent)} tensors were zero on every image ({found.silent[0]} first): dead layers, or images that "
+            "are not typical"
+        )
+    return tuple(said)
+
+
+def _sha256(graph: ExportedGraph) -> str:
+    return record_file(graph.path.parent, graph.path.name).sha256
