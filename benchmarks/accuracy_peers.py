@@ -1,7 +1,8 @@
 """``python benchmarks/accuracy_peers.py KIND GRAPH IMAGES OUT``: an fp32 graph quantised by another tool, and its maps.
 
 A script by itself: it needs numpy and that tool, in an environment of its own where the tool asks for other releases.
-IMAGES is an .npz with ``calibration`` and ``test`` (float32 NCHW); OUT gets one array per output of the graph.
+IMAGES is an .npz with ``calibration`` and ``test`` (float32 NCHW); OUT gets one array per output of the graph, or, when it
+is an .onnx, the quantised graph (ModelOpt only).
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import numpy as np
 def main() -> None:
     kind, graph, images, out = sys.argv[1:]
     data = np.load(images)
+    if out.endswith(".onnx"):
+        quantise_with_modelopt(Path(graph), data["calibration"], Path(out), kind.removeprefix("modelopt "))
+        return
     with tempfile.TemporaryDirectory() as work:
         maps = KINDS[kind](Path(graph), data["calibration"], data["test"], Path(work))
     np.savez(out, **maps)
@@ -76,20 +80,24 @@ def by_nncf(graph: Path, calibration: np.ndarray, test: np.ndarray, work: Path) 
 
 
 def by_modelopt(graph: Path, calibration: np.ndarray, test: np.ndarray, work: Path, method: str) -> dict:
+    quantised = work / "int8.onnx"
+    quantise_with_modelopt(graph, calibration, quantised, method)
+    return run_onnxruntime(quantised, test)
+
+
+def quantise_with_modelopt(graph: Path, calibration: np.ndarray, out: Path, method: str) -> None:
     from modelopt.onnx.quantization import quantize
 
-    quantised = work / "int8.onnx"
     quantize(
         onnx_path=str(graph),
         quantize_mode="int8",
         calibration_data={"pixel_values": calibration},
         calibration_method=method,
         calibration_eps=["cpu"],
-        output_path=str(quantised),
+        output_path=str(out),
         high_precision_dtype="fp32",
         log_level="ERROR",
     )
-    return run_onnxruntime(quantised, test)
 
 
 def run_onnxruntime(path: Path, test: np.ndarray) -> dict:

@@ -1,11 +1,13 @@
 """One contender, alone in its process: ``python -m benchmarks.contenders KIND BUNDLE THREADS`` prints its timings as JSON.
 
 Kinds: ``edge`` (EdgeBackbone on the int8 engine), ``torch`` (timm in eager fp32), ``onnxruntime`` (the fp32 graph of the
-bundle). All take the same seeded batch of 1 at the bundle's size and return every stage as numpy arrays or tensors.
+bundle), ``graph=FILE`` (any ONNX file of the same network, compiled as the engines of bundles are). All take the same
+seeded batch of 1 at the bundle's size and return every stage as numpy arrays or tensors.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -54,6 +56,15 @@ def onnxruntime(bundle: Bundle, threads: int) -> Callable[[np.ndarray], Any]:
     return lambda images: session.run(None, {bundle.manifest.input.name: images})
 
 
+def graph(file: Path, bundle: Bundle, threads: int) -> Callable[[np.ndarray], Any]:
+    from edge_backbones.build.compile import compile_engine
+    from edge_backbones.runtime.openvino import OpenVinoSession
+    from edge_backbones.spec import Precision
+
+    engine = compile_engine(file.read_bytes(), Precision.INT8, cache=None)
+    return OpenVinoSession(bytearray(engine.data), outputs=bundle.manifest.backbone.outputs, threads=threads).run
+
+
 KINDS = {"edge": edge, "torch": torch, "onnxruntime": onnxruntime}
 
 
@@ -69,7 +80,8 @@ def stolen_time() -> tuple[int, int]:
 def main() -> None:
     kind, path, threads = sys.argv[1:]
     bundle = Bundle.open(Path(path))
-    call = KINDS[kind](bundle, int(threads))
+    make = functools.partial(graph, Path(kind.removeprefix("graph="))) if kind.startswith("graph=") else KINDS[kind]
+    call = make(bundle, int(threads))
     images = np.random.default_rng(0).standard_normal(bundle.manifest.input.opt_shape).astype(np.float32)
     for _ in range(WARM_UP):
         call(images)

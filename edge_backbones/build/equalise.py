@@ -76,7 +76,7 @@ def write_equalised_graph(graph: ExportedGraph, by_tensor: Mapping[str, Sequence
 
 
 def _sites(model: ir.Model, graph: ExportedGraph) -> list[_Site]:
-    layers = {layer.name: layer.tensor for layer in quantized_layers(graph) if layer.op_type != "Add"}
+    layers = {layer.name: layer.tensor for layer in quantized_layers(graph) if layer.weighted}
     found = []
     for norm in model.graph:
         constants = norm.inputs[1:3]

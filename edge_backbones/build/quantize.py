@@ -18,12 +18,16 @@ sum (stem, first 1x1s)                   quantised (cosine 0.948), 16.7 dB witho
                                          slower, TensorRT plan 11.8 MB against 18.4 MB; other networks the same
 squeeze-excite Conv           yes        4 to 8 % faster, a third less file for mobilenetv3; costs 0.1 dB
 skip branch of a residual     yes        TensorRT fuses Conv+Add when the other addend is int8 (its placement rule);
-Add                                      OpenVINO: no difference beyond noise; costs 0.7 to 1 dB
+Add                                      OpenVINO: resnet18 at 32 x 32 is 15 % faster, large networks no different. Costs
+                                         0.7 to 1 dB with random weights, trained 2 to 12 dB: what a gate or --precision
+                                         auto gives up first
 Conv branch of that Add       no         a Q between Conv and Add undoes that fusion; no faster on OpenVINO
 Add behind a MatMul           no         would round the residual stream of a transformer at every block: -10 dB on
                                          vit_small, no faster
-attention MatMul(x, y)        no         8 % faster on vit_small, but -23 dB (softmax scaled for its full range of 1);
-                                         TensorRT fuses attention whole, in fp16
+attention MatMul(x, y), both  yes        vit_small 8 % faster (ModelOpt does the same). Free there with random weights, 1.3
+inputs                                   dB on a ViT trained on digits, as long as softmax is scaled for the range that it
+                                         has on images (-23 dB for its full range of 1)
+Concat                        in parts   each part gets the Q and scale of the whole: they join as int8
 MaxPool, Transpose, Reshape   no         rounding commutes with them and engines move Q and DQ through them; a Q moved
                                          above a Transpose by hand made convnext and vit 9 % slower
 feature outputs               no         they stay the tensor before the Q: 8-bit steps never show in a result
@@ -43,7 +47,8 @@ many readers; weights per output channel, stored as int8 and read through a DQ a
 the weights are divided by them, so that the graph multiplies by the very numbers that were divided by. A quantised Conv
 always has a bias: see `_add_bias`.
 
-fp8 (E4M3) is the same with 448 in the place of 127. bf16 graphs are opset 22, the first whose convolutions take it.
+fp8 (E4M3) is the same with 448 in the place of 127. bf16 graphs are opset 22, the first whose convolutions take it; hard
+swish and mish stay float32 there, because TensorRT refuses them in bf16.
 """
 
 from __future__ import annotations
@@ -79,16 +84,18 @@ _FLOAT_NORMS = frozenset({
     "BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "LogSoftmax",
     "LpNormalization", "RMSNormalization", "Softmax",
 })  # fmt: skip
+_NOT_IN_BF16 = frozenset({"HardSwish", "Mish"})  # TensorRT's ONNX parser takes them in fp32 and fp16
 _ELEMENTWISE = frozenset({"Abs", "Add", "Clip", "Div", "Expand", "Max", "Min", "Mul", "Neg", "Sub", "Where"})
 _WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A node that int8 quantises.
+    """A node that int8 quantises, and one activation that it reads in int8: a product of two activations is two of these.
 
     ``name``: ``layer1.0.conv1/Conv``. ``block``: the modules that stand or fall together, ``layer1.0``. ``tensor``: the
-    activation that it quantises, ``result``: what it computes. ``output``: the first output of the graph that depends on it.
+    activation, ``result``: what the node computes. ``output``: the first output of the graph that depends on it.
+    ``weighted``: its other operand is a weight.
     """
 
     name: str
@@ -97,12 +104,14 @@ class Layer:
     tensor: str
     result: str
     output: str
+    weighted: bool
 
 
 def quantized_layers(graph: ExportedGraph) -> tuple[Layer, ...]:
     """What an int8 graph quantises when nothing is excluded, in graph order."""
     model = load_graph(graph)
-    first = _first_outputs(model.graph)
+    first, placement = _first_outputs(model.graph), _find_placement(model.graph, frozenset())
+    weighted = set(placement.weights)
     return tuple(
         Layer(
             name=str(node.name),
@@ -111,8 +120,9 @@ def quantized_layers(graph: ExportedGraph) -> tuple[Layer, ...]:
             tensor=_name(node.inputs[index]),
             result=_name(node.outputs[0]),
             output=first[node],
+            weighted=node in weighted,
         )
-        for node, index in _find_placement(model.graph, frozenset()).activations
+        for node, index in placement.activations
     )
 
 
@@ -244,6 +254,8 @@ def _find_placement(graph: ir.Graph, excluded: frozenset[str]) -> _Placement:
         if _gains_from_int8(node):
             activations.append((node, 0))
             weights.append(node)
+        elif _multiplies_activations(node):
+            activations += [(node, 0), (node, 1)]
         elif node.op_type == "Add":
             skip = _skip_branch(node, depths)
             if skip is not None:
@@ -282,6 +294,15 @@ def _gains_from_int8(node: ir.Node) -> bool:
         return len(sizes) == 2 and sizes[1 - _output_channel_axis(node)] >= _MIN_PRODUCTS
     is_depthwise = sizes[1] == 1
     return not is_depthwise and int(np.prod(sizes[1:])) >= _MIN_PRODUCTS
+
+
+def _multiplies_activations(node: ir.Node) -> bool:
+    """Both products of an attention, where a sum has enough of them."""
+    if node.op_type != "MatMul" or any(_is_constant(value) for value in node.inputs):
+        return False
+    first = node.inputs[0]
+    products = None if first is None or not first.shape else first.shape[-1]
+    return isinstance(products, int) and products >= _MIN_PRODUCTS and node.inputs[0] is not node.inputs[1]
 
 
 def _skip_branch(add: ir.Node, depths: Mapping[ir.Value, int]) -> int | None:
@@ -540,6 +561,7 @@ def _nodes_kept_in_float(graph: ir.Graph, half: ir.DataType, large: frozenset[st
             or all(depths[output] == 0 for output in node.outputs)
             or not any(value.dtype == ir.DataType.FLOAT for value in _activations(node))
             or node.op_type == "Cast"
+            or (half == ir.DataType.BFLOAT16 and node.op_type in _NOT_IN_BF16)
             or not large.isdisjoint(value.name for value in (*_activations(node), *node.outputs))
             or not all(_fits_half(node, value, half) for value in node.inputs if _is_constant(value))
         ):

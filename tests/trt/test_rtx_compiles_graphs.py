@@ -36,10 +36,11 @@ def input_spec(batch: ShapeRange, *, camera_frames: bool = False) -> InputSpec:
     )
 
 
-# A residual CNN with a batch of 2 to 8, a mobile CNN with squeeze-excite, a transformer on camera frames.
+# A residual CNN with a batch of 2 to 8, mobile CNNs with squeeze-excite (swish, hard swish), a transformer on camera frames.
 NETWORKS = {
     "test_resnet": input_spec(ShapeRange(min=2, opt=4, max=8)),
     "test_efficientnet": input_spec(ShapeRange.fixed(2)),
+    "lcnet_035": input_spec(ShapeRange.fixed(1)),
     "test_vit": input_spec(ShapeRange.fixed(1), camera_frames=True),
 }
 

@@ -1,0 +1,145 @@
+"""``python -m benchmarks.int8_graphs --modelopt PYTHON``: the int8 graphs of large networks against others, and in TensorRT.
+
+Two questions of the placement of Q/DQ pairs. Is OpenVINO as fast on our graph as on that of ModelOpt, which places them for
+TensorRT too? Both are compiled alike and take turns, each alone in its process. And does TensorRT-RTX compile our graphs for
+every architecture that has the format (no GPU is needed for that)? Results: benchmarks/results/int8_graphs.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import accuracy_peers, peers
+from benchmarks.run import CACHE, MODELS, build, machine
+from build_scripts.photographs import write_crops
+from edge_backbones import Bundle
+from edge_backbones.build import calibrate
+from edge_backbones.build.artifacts import ExportedGraph
+from edge_backbones.build.calibration import gather_images
+from edge_backbones.build.quantize import write_typed_graph
+from edge_backbones.spec import Precision
+
+RESULTS = Path(__file__).parent / "results" / "int8_graphs.json"
+CALIBRATION = 16
+TARGETS = {
+    Precision.INT8: ("SM80", "SM86", "SM89", "SM120"),
+    Precision.BF16: ("SM80", "SM86", "SM89", "SM120"),
+    Precision.FP8: ("SM89", "SM120"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--modelopt", default=sys.executable, help="Python that has ModelOpt")
+    parser.add_argument("--rounds", type=int, default=7, help="times that either graph is started")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--skip", choices=("speed", "targets"), help="keep the figures that there are of it")
+    arguments = parser.parse_args()
+    photographs = CACHE / "photographs"
+    if not photographs.exists():
+        write_crops(photographs, 68)
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))["networks"] if RESULTS.exists() else {}
+    for model in arguments.only:
+        bundle = build(model, photographs, rebuild=False)
+        figures = found.setdefault(model, {})
+        if arguments.skip != "speed":
+            figures["speed"] = speed(model, bundle, photographs, arguments.modelopt, arguments.rounds)
+        if arguments.skip != "targets":
+            figures["targets"] = targets(bundle)
+        print(model, json.dumps(figures), flush=True)
+        RESULTS.write_text(json.dumps({"machine": machine(), "networks": found}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {RESULTS}")
+
+
+def speed(model: str, bundle: Path, photographs: Path, python: str, rounds: int) -> dict[str, Any]:
+    """How many times as long ModelOpt's graph takes as ours, and both medians."""
+    theirs = CACHE / f"{model}.modelopt.onnx"
+    if not theirs.exists():
+        manifest = Bundle.open(bundle).manifest
+        with tempfile.TemporaryDirectory() as folder:
+            npz, spool = Path(folder) / "images.npz", Path(folder) / "images"
+            images = gather_images(photographs, input=manifest.input, config=manifest.image, spool=spool)
+            np.savez(npz, calibration=images.take(range(CALIBRATION)), test=images.take([0]))
+            graph = bundle / "graphs" / "fp32.onnx"
+            command = [python, accuracy_peers.__file__, "modelopt max", str(graph), str(npz), str(theirs)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    ours = f"graph={bundle / 'graphs' / 'int8.onnx'}"
+    other = f"graph={theirs}"
+    comparison = peers.measure(bundle, kinds=(ours, other), rounds=rounds)
+    return {
+        "modelopt_over_ours": round(comparison.ratio(other, ours), 3),
+        "ours_ms": round(comparison.milliseconds(ours), 3),
+        "modelopt_ms": round(comparison.milliseconds(other), 3),
+        "stolen_share": round(comparison.stolen_share, 3),
+    }
+
+
+def targets(bundle: Path) -> dict[str, dict[str, str]]:
+    """For every precision and architecture: the size of the plan, or what TensorRT-RTX said."""
+    opened = Bundle.open(bundle)
+    record = opened.manifest.calibration
+    assert record is not None  # benchmarks.run builds int8
+    found = calibrate.read_calibration(bundle)
+    graph = ExportedGraph(bundle / "graphs" / "fp32.onnx", opened.manifest.backbone, opened.manifest.input)
+    answers: dict[str, dict[str, str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        equalised = calibrate.equalised_graph(graph, found.factors, work)
+        for precision, architectures in TARGETS.items():
+            path = work / f"{precision}.onnx"
+            ranges = found.largest if precision is Precision.FP8 else found.ranges
+            source = graph if precision is Precision.BF16 else equalised
+            write_typed_graph(source, precision=precision, path=path, ranges=ranges, shifts=found.shifts)
+            answers[precision.value] = {name: compile_for(path, name) for name in architectures}
+    return answers
+
+
+def compile_for(path: Path, architecture: str) -> str:
+    """In a process of its own: TensorRT keeps what it allocates."""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", _COMPILE, str(path), architecture], capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    last = (done.stdout or done.stderr).strip().splitlines()[-1:]
+    return f"{last[0]}, {seconds:.0f} s" if done.returncode == 0 else " ".join(last)
+
+
+_COMPILE = """
+import sys
+import tensorrt_rtx_bindings as trt
+
+class Log(trt.ILogger):
+    def __init__(self):
+        super().__init__()
+        self.error = "TensorRT logged no error"
+
+    def log(self, severity, message):
+        if severity in (trt.Logger.INTERNAL_ERROR, trt.Logger.ERROR):
+            self.error = message
+
+log = Log()
+builder = trt.Builder(log)
+network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+parser = trt.OnnxParser(network, log)
+if not parser.parse_from_file(sys.argv[1]):
+    sys.exit(parser.get_error(0).desc())
+config = builder.create_builder_config()
+config.num_compute_capabilities = 1
+config.set_compute_capability(getattr(trt.ComputeCapability, sys.argv[2]), 0)
+plan = builder.build_serialized_network(network, config)
+if plan is None:
+    sys.exit(log.error)
+print(f"{len(bytes(plan)) / 1e6:.1f} MB")
+"""
+
+
+if __name__ == "__main__":
+    main()
