@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import accuracy_peers, digits
+from benchmarks import accuracy_peers, digits, readme_table
 from benchmarks.run import machine
 from edge_backbones import BuildOptions, EdgeBackbone, build_bundle
 from edge_backbones.build.sources.common import SourceOptions
@@ -66,6 +66,8 @@ def main() -> None:
             document = {"machine": machine(), "summary": summary(results), "runs": results}
             arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     show(summary(results))
+    if arguments.out == RESULTS:
+        readme_table.update()
     print(f"wrote {arguments.out}")
 
 

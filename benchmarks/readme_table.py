@@ -1,4 +1,4 @@
-"""The figures in README.md, written from a results file and never typed."""
+"""The figures in README.md, written from the results files and never typed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,37 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 _BLOCK = re.compile(r"<!-- figures of (?P<path>\S+) -->\n.*?<!-- end of figures -->\n", re.DOTALL)
+_PEERS = {"onnxruntime": "ONNX Runtime", "nncf": "NNCF", "modelopt": "ModelOpt"}
 
 
 def render(path: str) -> str:
     """The block for a results file, ``path`` relative to the project."""
     results = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    lines = {"accuracy": _accuracy, "int8_graphs": _int8_graphs}.get(Path(path).stem, _bench)(results)
+    return "\n".join([f"<!-- figures of {path} -->", *lines, "<!-- end of figures -->"]) + "\n"
+
+
+def rendered(text: str) -> str:
+    """README's text with every block as its results file has it."""
+    return _BLOCK.sub(lambda block: render(block["path"]), text)
+
+
+def update(path: str | None = None) -> None:
+    """Write the blocks of README.md anew; ``path`` takes the place of the results of another machine."""
+    text = README.read_text(encoding="utf-8")
+    if path is not None:
+        text = _BLOCK.sub(lambda block: render(path) if _is_bench(block["path"]) else block[0], text)
+    README.write_text(rendered(text), encoding="utf-8")
+
+
+def _is_bench(path: str) -> bool:
+    return Path(path).stem not in ("accuracy", "int8_graphs")
+
+
+def _bench(results: dict[str, Any]) -> list[str]:
     machine = results["machine"]
     openvino = machine["versions"]["openvino"]
-    lines = [
-        f"<!-- figures of {path} -->",
+    return [
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), OpenVINO",
         f"{openvino}, batch 1 at 224 x 224; peers side by side, each alone in its process, alternating, medians of the",
         "calmer rounds:",
@@ -26,22 +48,34 @@ def render(path: str) -> str:
         "| figure | measured | target |",
         "|---|---|---|",
         *(_row(figure) for figure in results["figures"]),
-        "<!-- end of figures -->",
     ]
-    return "\n".join(lines) + "\n"
 
 
-def update(path: str) -> None:
-    """Put the block of ``path`` into README.md."""
-    README.write_text(_BLOCK.sub(lambda _: render(path), README.read_text(encoding="utf-8")), encoding="utf-8")
+def _accuracy(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "| trained on digits | seeds | top-1 fp32 | top-1 `auto` | agreement | SQNR of `auto` | best other int8 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, variants in results["summary"].items():
+        peers = {kind: figures for kind, figures in variants.items() if kind.partition(" ")[0] in _PEERS}
+        best = max(peers, key=lambda kind: peers[kind]["mean_sqnr_db"]["mean"])
+        auto = variants["auto"]
+        shipped = "/".join(sorted({seed["auto"]["shipped"] for seed in results["runs"][name].values()}))
+        lines.append(
+            f"| {name} | {len(results['runs'][name])} | {variants['fp32']['top1']['mean']:.4f} | {auto['top1']['mean']:.4f} "
+            f"({shipped}) | {auto['agreement']['mean']:.4f} | {auto['mean_sqnr_db']['mean']:.1f} dB | "
+            f"{peers[best]['mean_sqnr_db']['mean']:.1f} dB ({_PEERS[best.partition(' ')[0]]}) |"
+        )
+    return lines
 
 
-def shown_path() -> str:
-    """The results file that README.md shows."""
-    found = _BLOCK.search(README.read_text(encoding="utf-8"))
-    if found is None:
-        raise ValueError("README.md has no block of figures")
-    return found["path"]
+def _int8_graphs(results: dict[str, Any]) -> list[str]:
+    lines = ["| OpenVINO on our int8 graph, against ModelOpt's | medians | fastest calls |", "|---|---|---|"]
+    for name, figures in results["networks"].items():
+        speed = figures["speed"]
+        ratios = speed["modelopt_over_ours"], speed["modelopt_over_ours_fastest_call"]
+        lines.append(f"| {name} | {ratios[0]:.2f}x | {ratios[1]:.2f}x |")
+    return lines
 
 
 def _row(figure: dict[str, Any]) -> str:

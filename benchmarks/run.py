@@ -35,7 +35,11 @@ MODELS: dict[str, tuple[str, float, float]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="times that every contender is started")
-    parser.add_argument("--only", choices=MODELS, help="measure the peers of one model again, keep the other figures")
+    parser.add_argument(
+        "--only",
+        choices=(*MODELS, "figures"),
+        help="measure the peers of one model, or all else, and keep the other figures",
+    )
     parser.add_argument("--rebuild", action="store_true", help="build the bundles again")
     arguments = parser.parse_args()
     photographs = CACHE / "photographs"
@@ -47,13 +51,14 @@ def main() -> None:
     for model, bundle in bundles.items():
         if arguments.only in (None, model):
             add_peers(rows, model, bundle, arguments.rounds)
-    if arguments.only is None:
+    if arguments.only in (None, "figures"):
         add_figures(rows, bundles, photographs)
 
     path = ROOT / "benchmarks" / "results" / f"{machine_name()}.json"
     if arguments.only is not None:
         again = {row["what"]: row for row in rows}
-        rows = [again.get(row["what"], row) for row in json.loads(path.read_text(encoding="utf-8"))["figures"]]
+        before = {row["what"]: row for row in json.loads(path.read_text(encoding="utf-8"))["figures"]}
+        rows = list({**before, **again}.values())
     path.write_text(json.dumps({"machine": machine(), "figures": rows}, indent=2) + "\n", encoding="utf-8")
     shown = path.relative_to(ROOT).as_posix()
     readme_table.update(shown)

@@ -17,7 +17,7 @@ import numpy as np
 from edge_backbones.build import choose, quantize
 from edge_backbones.build.artifacts import CompiledEngine, ExportedGraph, Progress, TypedGraph
 from edge_backbones.build.compile import compile_engine
-from edge_backbones.build.parity import excess_noise, measure_engine
+from edge_backbones.build.parity import DEFAULT_GATES, excess_noise, measure_engine, require
 from edge_backbones.build.timing import time_engines
 from edge_backbones.manifest import CalibrationFile, Decision, Gate, ParityReport, Trial
 from edge_backbones.spec import Precision
@@ -88,6 +88,36 @@ class Workshop:
         layers = quantize.quantized_layers(self.equalised)
         meant = {layer.name for layer in layers if layer.block in blocks or f"op:{layer.op_type}" in blocks}
         return self.excluded | meant
+
+
+def decide(
+    shop: Workshop, wanted: Sequence[Precision], gates: Mapping[Precision, Gate], *, auto: bool, fallback: bool
+) -> tuple[list[Attempt], Decision | None]:
+    """One engine for each of these precisions, or with ``auto`` the fastest of all; why, where there was something to weigh.
+
+    Raises ParityError for a precision outside its gate; with ``auto`` for fp32 only.
+    """
+    tried: list[Attempt] = []
+    chosen: list[Attempt] = []
+    for precision in wanted:
+        gate = gates.get(precision, DEFAULT_GATES[precision])
+        if precision is Precision.INT8:
+            of_precision = try_int8(shop, gate, fallback=fallback, compare=auto)
+        else:
+            of_precision = [shop.attempt(precision, gate)]
+        if not auto or precision is Precision.FP32:
+            require(of_precision[-1].report)
+        tried += of_precision
+        chosen.append(of_precision[-1])
+    if auto:
+        tried = timed(tried, shop.progress)
+        best, sentence = fastest(tried)
+        return [best], decision(sentence, tried)
+    if len(tried) > len(chosen):
+        tried = timed(tried, shop.progress)
+        sentence = loosened([attempt for attempt in tried if attempt.precision is Precision.INT8])
+        return chosen, decision(sentence, tried)
+    return chosen, None
 
 
 def try_int8(shop: Workshop, gate: Gate, *, fallback: bool, compare: bool) -> list[Attempt]:

@@ -89,7 +89,6 @@ def calibrate(
         judging = feed.samples(stand_ins(other, (), feed.enough))
         by_tensor = choose.equalise(graph, correcting, judging, work=work)
     equalised = equalised_graph(graph, by_tensor, work)
-
     tensors = quantize.tensors_to_calibrate(equalised)
 
     def count(indices: Sequence[int], before: int) -> dict[str, Magnitudes]:
@@ -103,15 +102,16 @@ def calibrate(
     chosen: dict[str, str] = {}
     shifts: dict[str, list[float]] = {}
     if method == "auto":
+        too_few = one == other
         first = count(one, 0)
-        second = first if other == one else count(other, len(one))
-        magnitudes = first if other == one else ranges.merge_magnitudes(first, second)
+        second = first if too_few else count(other, len(one))
+        magnitudes = first if too_few else ranges.merge_magnitudes(first, second)
         of_one, of_other = (
             feed.samples(stand_ins(half, feed.furthest(counts, half), feed.enough // 2))
             for half, counts in ((one, first), (other, second))
         )
-        folds = [Fold(first, of_other)] if other == one else [Fold(first, of_other), Fold(second, of_one)]
-        deciding = of_other if other == one else [*of_one, *of_other]
+        folds = [Fold(first, of_other)] if too_few else [Fold(first, of_other), Fold(second, of_one)]
+        deciding = of_other if too_few else [*of_one, *of_other]
         found, chosen = choose.choose_ranges(equalised, folds, percentile=percentile, work=work, progress=progress)
         shifts = choose.correct_biases(equalised, found, correcting, of_other, work=work, progress=progress)
     else:
@@ -162,7 +162,6 @@ def read_calibration(path: Path) -> CalibrationFile:
 
 def check_fits(
     found: CalibrationFile,
-    source: Path,
     *,
     graph: ExportedGraph,
     config: ImageConfig,
@@ -185,7 +184,7 @@ def check_fits(
         there = getattr(found, field)
         if value != there:
             raise CalibrationError(
-                f"{source} does not fit: {field} is {there} there and {value} here; calibrate again with --images"
+                f"the calibration does not fit: {field} is {there} there and {value} here; calibrate again with --images"
             )
 
 

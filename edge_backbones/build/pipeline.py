@@ -78,7 +78,8 @@ class BuildOptions:
     measured on. ``torchscript``: also write graphs/fp32.ts. ``cache``: folder of compiled engines, None for no cache.
 
     int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
-    held-out images, with biases corrected where that helps; ``percentile`` is what that estimator keeps.
+    images that it has not seen, with normalisations equalised and biases corrected where that helps; ``percentile`` is
+    what that estimator keeps.
     ``calibration``: a calibration.json, or the bundle with it, whose ranges are used instead. ``exclude``: layers to leave
     in half, as in :func:`edge_backbones.build.quantize.select_layers`. ``fallback``: where the gate fails, leave the
     noisiest blocks in half instead of giving up.
@@ -233,15 +234,15 @@ def build_bundle(
 
         batch = input.batch.max if input.batch.is_fixed else min(calibrate.BATCH, input.batch.max)
         feed = calibrate.Feed(image_set, calibrating, batch, fill=input.batch.is_fixed)
+        found, deciding, excluded = None, feed.typical(), frozenset[str]()
         large: tuple[str, ...] = ()
         if set(options.wanted) - {Precision.FP32, Precision.BF16}:
             progress("looking for values beyond fp16", 0, None)
-            large = ranges.tensors_beyond_half(graph.path, (sample.images for sample in feed.typical()))
-        found, deciding, excluded = reused, feed.typical(), frozenset[str]()
+            large = ranges.tensors_beyond_half(graph.path, (sample.images for sample in deciding))
         if options.needs_ranges:
             excluded = quantize.select_layers(quantize.quantized_layers(graph), options.exclude)
             method, percentile, config = options.method, options.percentile, loaded.image_config
-            if found is None or options.calibration is None:
+            if reused is None:
                 found, deciding = calibrate.calibrate(
                     graph,
                     feed,
@@ -254,42 +255,18 @@ def build_bundle(
             else:
                 given = None if images is None else image_set
                 calibrate.check_fits(
-                    found,
-                    options.calibration,
-                    graph=graph,
-                    config=config,
-                    images=given,
-                    method=method,
-                    percentile=percentile,
+                    reused, graph=graph, config=config, images=given, method=method, percentile=percentile
                 )
+                found = reused
             (folder / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
         equalised = graph if found is None else calibrate.equalised_graph(graph, found.factors, work)
         shop = attempts.Workshop(
             graph, equalised, found, deciding, excluded, golden, large, work, options.cache, progress
         )
 
-        tried: list[attempts.Attempt] = []
-        chosen: list[attempts.Attempt] = []
-        for precision in options.wanted:
-            gate = options.gates.get(precision, DEFAULT_GATES[precision])
-            if precision is Precision.INT8:
-                compare = options.precisions == "auto"
-                of_precision = attempts.try_int8(shop, gate, fallback=options.fallback, compare=compare)
-            else:
-                of_precision = [shop.attempt(precision, gate)]
-            if options.precisions != "auto" or precision is Precision.FP32:
-                require(of_precision[-1].report)
-            tried += of_precision
-            chosen.append(of_precision[-1])
-        verdict = None
-        if options.precisions == "auto":
-            tried = attempts.timed(tried, progress)
-            best, sentence = attempts.fastest(tried)
-            chosen, verdict = [best], attempts.decision(sentence, tried)
-        elif len(tried) > len(chosen):
-            tried = attempts.timed(tried, progress)
-            of_int8 = [attempt for attempt in tried if attempt.precision is Precision.INT8]
-            verdict = attempts.decision(attempts.loosened(of_int8), tried)
+        chosen, verdict = attempts.decide(
+            shop, options.wanted, options.gates, auto=options.precisions == "auto", fallback=options.fallback
+        )
 
         graphs, engines = [], []
         (folder / "engines").mkdir()
@@ -326,7 +303,7 @@ def build_bundle(
                 cases=tuple(sorted({key.partition("/")[0] for key in golden})),
                 images=tuple(image_set.names[i] for i in golden_indices),
             ),
-            calibration=None if found is None else _calibration_record(folder, found, reused=reused is not None),
+            calibration=None if found is None else _calibration_record(folder, found, reused=found is reused),
             decision=verdict,
             provenance=_provenance(),
         )

@@ -17,6 +17,7 @@ from edge_backbones.build.export import export_onnx
 from edge_backbones.build.prepare import prepare
 from edge_backbones.build.quantize import quantized_layers, tensors_to_calibrate
 from edge_backbones.build.ranges import collect_magnitudes, find_ranges
+from edge_backbones.errors import CalibrationError
 
 
 def with_loud_channels(name: str, **options):
@@ -111,6 +112,15 @@ def test_what_does_not_help_is_left_alone(tmp_path, photographs):
     assert equalise.factors(np.full(5, 3.0)).tolist() == [1.0] * 5
     smallest = equalise.factors(np.array([0.0, 1.0]))  # silent on these images, perhaps not on others
     assert smallest[0] == pytest.approx((1 / 256) ** 0.75)
+
+
+def test_activations_that_are_not_finite_are_left_to_who_refuses_them(tmp_path):
+    loaded = networks.hand_made(Shared("layers"))
+    graph = export_onnx(prepare(loaded, networks.input_spec(64, 96)), tmp_path / "graph.onnx")
+    images = np.full((1, 3, 64, 96), np.inf, np.float32)
+    assert choose_factors(graph, [images], [Sample(images, np.ones(1))], work=tmp_path) == {}
+    with pytest.raises(CalibrationError, match="holds"):
+        collect_magnitudes(graph.path, tensors_to_calibrate(graph), [images])
 
 
 class Shared(nn.Module):

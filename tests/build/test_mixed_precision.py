@@ -573,3 +573,9 @@ def test_one_image_is_enough_and_said(photographs, tmp_path):
     options = BuildOptions(**{**SMALL, "golden": 1}, gates={Precision.INT8: Gate()})
     result = build_bundle("test_resnet", tmp_path / "x.bundle", images=images, options=options)
     assert any(note.startswith("only 1 images") for note in result.notes)
+
+
+def test_ranges_that_nothing_needs_are_not_kept(calibrated, photograph_folder, tmp_path):
+    result = rebuilt(calibrated, tmp_path / "net.bundle", photograph_folder, precisions=(Precision.FP16,))
+    assert result.bundle.manifest.calibration is None
+    assert not (result.bundle.path / "calibration.json").exists()
