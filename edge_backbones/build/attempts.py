@@ -135,7 +135,7 @@ def try_int8(shop: Workshop, gate: Gate, *, fallback: bool, compare: bool) -> li
         out = [SKIPS]
         attempts.append(shop.attempt(Precision.INT8, gate, blocks=out))
     noise: dict[str, choose.Noise] = {}
-    while fallback and not attempts[-1].report.passed:
+    while fallback and not any(attempt.report.passed for attempt in attempts):
         if not noise:
             noise = choose.noise_of_blocks(
                 shop.equalised,

@@ -87,7 +87,7 @@ def calibrate(
     if method == "auto":
         progress("equalising", 0, None)
         judging = feed.samples(stand_ins(other, (), feed.enough))
-        by_tensor = choose.equalise(graph, correcting, judging, work=work)
+        by_tensor = choose.choose_factors(graph, correcting, judging, work=work)
     equalised = equalised_graph(graph, by_tensor, work)
     tensors = quantize.tensors_to_calibrate(equalised)
 

@@ -7,7 +7,7 @@ to compile for every question. Noise is |x - r|^2 / |r|^2 over all images, r fro
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from edge_backbones.build import equalise as equalising
+from edge_backbones.build import equalise
 from edge_backbones.build.artifacts import ExportedGraph, Progress, no_progress
 from edge_backbones.build.quantize import activation_scale, quantized_layers, write_typed_graph
 from edge_backbones.build.ranges import METHODS, Magnitudes, find_ranges, merge_magnitudes
@@ -43,7 +43,7 @@ class Fold:
     held_out: Sequence[Sample]
 
 
-def equalise(
+def choose_factors(
     graph: ExportedGraph, batches: Sequence[np.ndarray], held_out: Sequence[Sample], *, work: Path
 ) -> dict[str, list[float]]:
     """Factors by tensor for `equalise.write_equalised_graph`, from the largest values of each channel in ``batches``.
@@ -51,14 +51,14 @@ def equalise(
     Empty where the noise on ``held_out`` images, as a mean over outputs in dB, does not fall: judged with the tensors in
     question alone quantised, clipped at their largest value.
     """
-    axes = equalising.tensors_to_equalise(graph)
+    axes = equalise.tensors_to_equalise(graph)
     if not axes:
         return {}
     largest = _channel_maxima(_exposing(onnx.load(graph.path), axes), graph, batches, axes)
     if not all(np.isfinite(values).all() for values in largest.values()):
         return {}  # whoever counts them next refuses them by name
-    found = {name: equalising.factors(values).tolist() for name, values in largest.items()}
-    equalised = equalising.write_equalised_graph(graph, found, work / "equalised.onnx")
+    found = {name: equalise.factors(values).tolist() for name, values in largest.items()}
+    equalised = equalise.write_equalised_graph(graph, found, work / "equalised.onnx")
     others = {layer.name for layer in quantized_layers(graph) if layer.tensor not in axes}
     references = _references(graph, held_out)
     judged = []
@@ -228,10 +228,8 @@ def _channel_means(
 ) -> dict[str, np.ndarray]:
     """Mean over images and pixels of each NCHW result, by layer name."""
     sums: dict[str, np.ndarray] = {}
-    for batch in batches:
-        values = session.run(list(results.values()), {graph.input.name: batch})
-        for name, value in zip(results, values, strict=True):
-            sums[name] = sums.get(name, 0.0) + len(batch) * value.mean(axis=(0, 2, 3), dtype=np.float64)
+    for name, value in _values(session, graph, batches, results):
+        sums[name] = sums.get(name, 0.0) + len(value) * value.mean(axis=(0, 2, 3), dtype=np.float64)
     count = sum(len(batch) for batch in batches)
     return {name: total / count for name, total in sums.items()}
 
@@ -244,12 +242,21 @@ def _channel_maxima(
 ) -> dict[str, np.ndarray]:
     """The largest |x| of each channel, by tensor."""
     found: dict[str, np.ndarray] = {}
-    for batch in batches:
-        values = session.run(list(axes), {graph.input.name: batch})
-        for (name, axis), value in zip(axes.items(), values, strict=True):
-            others = tuple(other for other in range(value.ndim) if other != axis)
-            found[name] = np.maximum(found.get(name, 0.0), np.abs(value).max(axis=others))
+    for name, value in _values(session, graph, batches, {name: name for name in axes}):
+        others = tuple(other for other in range(value.ndim) if other != axes[name])
+        found[name] = np.maximum(found.get(name, 0.0), np.abs(value).max(axis=others))
     return found
+
+
+def _values(
+    session: onnxruntime.InferenceSession,
+    graph: ExportedGraph,
+    batches: Sequence[np.ndarray],
+    tensors: Mapping[str, str],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Batch after batch, each key with the value of its tensor."""
+    for batch in batches:
+        yield from zip(tensors, session.run(list(tensors.values()), {graph.input.name: batch}), strict=True)
 
 
 def _mean_db(noise: Noise) -> float:

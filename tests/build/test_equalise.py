@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from edge_backbones.build import equalise
-from edge_backbones.build.choose import Sample, noise_of_blocks
-from edge_backbones.build.choose import equalise as choose_factors
+from edge_backbones.build.choose import Sample, choose_factors, noise_of_blocks
 from edge_backbones.build.export import export_onnx
 from edge_backbones.build.prepare import prepare
 from edge_backbones.build.quantize import quantized_layers, tensors_to_calibrate
