@@ -15,6 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m build_scripts.demo
 
 test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.installed
+	$(BIN)/python -m build_scripts.fetch_bindings
 	$(BIN)/python -m pytest
 	@if [ -d $(OLD_TRANSFORMERS)/transformers ]; then \
 	  set -x; PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest tests/transformers; \

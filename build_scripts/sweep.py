@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import fnmatch
-import functools
 import importlib.metadata
 import json
 import math
@@ -425,45 +424,13 @@ def compare_with_graph(bundle: Path, precision: str, result: dict[str, Any]) -> 
 
 
 def compile_with_rtx(bundle: Path, precision: str) -> bytes:
-    """The plan that TensorRT-RTX makes ahead of time, without a GPU; raises Finding with what it logged."""
-    import tensorrt_rtx_bindings as trt
-
+    """The plan that TensorRT-RTX makes ahead of time for every GPU that has the format, without one here."""
+    from edge_backbones.build.tensorrt import compile_plan
     from edge_backbones.bundle import Bundle
+    from edge_backbones.spec import Precision
 
-    input, log = Bundle.open(bundle).manifest.input, rtx_log()
-    log.errors.clear()
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)  # owns the weights: it has to live as long as the network
-    if not parser.parse_from_file(str(bundle / "graphs" / f"{precision}.onnx")):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        told = [f"{error.node_operator()}: {error.desc()}" for error in errors] or log.errors or ["no error logged"]
-        raise Finding(f"the parser refuses the graph ({told[0]})")
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    profile.set_shape(input.name, input.min_shape, input.opt_shape, input.max_shape)
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise Finding((log.errors or ["TensorRT-RTX built nothing and logged no error"])[-1])
-    return bytes(plan)
-
-
-@functools.cache
-def rtx_log() -> Any:
-    """Keeps errors: TensorRT reports a failure as None and says why only here. One for all: it keeps the first it gets."""
-    import tensorrt_rtx_bindings as trt
-
-    class Log(trt.ILogger):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.Logger.INTERNAL_ERROR, trt.Logger.ERROR):
-                self.errors.append(message)
-
-    return Log()
+    graph, input = (bundle / "graphs" / f"{precision}.onnx").read_bytes(), Bundle.open(bundle).manifest.input
+    return compile_plan(graph, input, Precision(precision), flavour="tensorrt_rtx").data
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from edge_backbones.auto import AutoEdgeBackbone as AutoEdgeBackbone
+    from edge_backbones.build.device import compile_bundle as compile_bundle
+    from edge_backbones.build.device import verify_bundle as verify_bundle
     from edge_backbones.build.pipeline import BuildOptions as BuildOptions
     from edge_backbones.build.pipeline import build_bundle as build_bundle
-    from edge_backbones.build.pipeline import compile_bundle as compile_bundle
-    from edge_backbones.build.pipeline import verify_bundle as verify_bundle
     from edge_backbones.build.sources.load import ModuleSource as ModuleSource
     from edge_backbones.bundle import Bundle as Bundle
     from edge_backbones.errors import EdgeBackbonesError as EdgeBackbonesError
@@ -33,8 +33,8 @@ _HOMES = {
     "ModuleSource": "edge_backbones.build.sources.load",
     "BuildOptions": "edge_backbones.build.pipeline",
     "build_bundle": "edge_backbones.build.pipeline",
-    "compile_bundle": "edge_backbones.build.pipeline",
-    "verify_bundle": "edge_backbones.build.pipeline",
+    "compile_bundle": "edge_backbones.build.device",
+    "verify_bundle": "edge_backbones.build.device",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 

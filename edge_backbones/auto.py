@@ -21,7 +21,8 @@ import numpy as np
 import edge_backbones
 from edge_backbones.build.artifacts import LoadedBackbone, Progress, no_progress
 from edge_backbones.build.compile import default_cache
-from edge_backbones.build.pipeline import BuildOptions, build_bundle, compile_bundle
+from edge_backbones.build.device import compile_bundle
+from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.errors import BundleError, CalibrationError, EngineMismatchError, InputError, MissingDependencyError
 from edge_backbones.images import list_images
 from edge_backbones.runtime.backbone import EdgeBackbone

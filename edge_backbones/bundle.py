@@ -7,7 +7,8 @@
       graphs/int8.onnx     one typed ONNX graph per precision; graphs/fp32.ts is the frozen TorchScript
       golden.npz           inputs and the fp32 reference of every engine output: plain arrays, no pickles
       calibration.json     ranges of every tensor that may be quantised, and the hashes of what made them
-      engines/*.blob       raw engine bytes with nothing in front, named flavour-version-architecture-feature-precision
+      engines/*.blob       raw engine bytes with nothing in front, named flavour-version-architecture-feature-precision;
+                           .plan of TensorRT, with what it says of its layers (.layers.json) and what it measured (.cache)
 
 1. manifest.json MUST name every file that a reader opens, with its SHA-256 and size. Files it does not name are ignored.
 2. A path MUST be relative, use forward slashes, have no ``..``, and stay inside the folder when links are followed.
@@ -32,7 +33,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,22 +99,26 @@ class Bundle:
         for record in self.manifest.files():
             self.read(record)
 
-    def add_engine(self, engine: EngineRecord, data: bytes) -> Bundle:
+    def add_engine(self, engine: EngineRecord, contents: Mapping[str, bytes | bytearray]) -> Bundle:
         """Add an engine (or replace the one of the same name) on disk, and return the bundle as it is then.
 
-        The engine's bytes are on disk before the manifest that names them appears; the file of the engine that it
-        replaces goes after that. Two writers take turns.
+        ``contents``: the bytes of each of ``engine.files`` that the bundle does not hold already, by path. They are on disk
+        before the manifest that names them appears; files of the engine that it replaces go after that. Two writers take
+        turns.
         """
         with _lock(self.path):
             current = Bundle.open(self.path)
-            _write_file(_refuse_escape(self.path, engine.file), data)
+            held = current.manifest.files()
+            for file in engine.files:
+                if file.path in contents or file not in held:
+                    _write_file(_refuse_escape(self.path, file), contents[file.path])
             kept = tuple(e for e in current.manifest.engines if e.name != engine.name)
             manifest = msgspec.structs.replace(current.manifest, engines=(*kept, engine))
             write_manifest(self.path, manifest)
             named = {record.path for record in manifest.files()}
-            for replaced in current.manifest.engines:
-                if replaced.file.path not in named:
-                    _refuse_escape(self.path, replaced.file).unlink(missing_ok=True)
+            for file in (file for replaced in current.manifest.engines for file in replaced.files):
+                if file.path not in named:
+                    _refuse_escape(self.path, file).unlink(missing_ok=True)
         return Bundle.open(self.path)
 
 
@@ -150,7 +155,7 @@ def load_golden(bundle: Bundle) -> dict[str, np.ndarray]:
     return golden
 
 
-def record_bytes(path: str, data: bytes) -> FileRecord:
+def record_bytes(path: str, data: bytes | bytearray) -> FileRecord:
     """The record of bytes that will be written to ``path``."""
     return FileRecord(path=path, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
@@ -224,7 +229,7 @@ def _refuse_escape(folder: Path, record: FileRecord) -> Path:
     return path
 
 
-def _write_file(path: Path, data: bytes) -> None:
+def _write_file(path: Path, data: bytes | bytearray) -> None:
     """Write beside, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

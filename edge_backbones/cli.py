@@ -11,7 +11,7 @@ import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
@@ -56,6 +56,10 @@ EngineOption = Annotated[
     str | None,
     typer.Option(help="Precision, flavour or name of one engine; the best that fits by default.", show_default=False),
 ]
+DeviceOption = Annotated[int, typer.Option(min=0, help="Which GPU, for engines that need one.")]
+AllowHostCode = Annotated[
+    bool, typer.Option("--allow-host-code", help="Let a version-compatible plan run the lean runtime that it carries.")
+]
 
 
 class InputName(str, enum.Enum):
@@ -69,6 +73,25 @@ class Method(str, enum.Enum):
     PERCENTILE = "percentile"
     ENTROPY = "entropy"
     MSE = "mse"
+
+
+class FlavourName(str, enum.Enum):
+    OPENVINO = "openvino"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt_rtx"
+    TORCHSCRIPT = "torchscript"
+    TORCH_TENSORRT = "torch_tensorrt"
+
+
+class TorchFlavour(str, enum.Enum):
+    TORCHSCRIPT = "torchscript"
+    TORCH_TENSORRT = "torch_tensorrt"
+
+
+class Compatibility(str, enum.Enum):
+    NONE = "none"
+    AMPERE_PLUS = "ampere_plus"
+    SAME_COMPUTE_CAPABILITY = "same_compute_capability"
 
 
 class Wanted(str, enum.Enum):
@@ -157,6 +180,13 @@ def build(
     ] = True,
     golden: Annotated[int, typer.Option(min=1, help="Images that parity is measured on.")] = 4,
     torchscript: Annotated[bool, typer.Option(help="Also write the frozen TorchScript module.")] = True,
+    flavour: Annotated[
+        list[TorchFlavour] | None,
+        typer.Option(
+            help="Engines for libtorch beside OpenVINO's; repeat for both. Those of TensorRT: edge-backbones compile.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is verified.")
     ] = False,
@@ -190,6 +220,7 @@ def build(
         fallback=fallback,
         golden=golden,
         torchscript=torchscript,
+        flavours=tuple(one.value for one in flavour or ()),
     )
     with _Steps(as_json) as progress:
         result = build_bundle(model, bundle, images=images, options=options, overwrite=overwrite, progress=progress)
@@ -219,21 +250,104 @@ def compile_(
     precision: Annotated[
         list[Precision] | None, typer.Option(help="Only these graphs; all by default.", show_default=False)
     ] = None,
+    flavour: Annotated[
+        FlavourName,
+        typer.Option(
+            help="openvino: this CPU. tensorrt: this GPU. tensorrt_rtx: the GPUs of --target, without one here. "
+            "torchscript, torch_tensorrt: programs for torch."
+        ),
+    ] = FlavourName.OPENVINO,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="A device of `edge-backbones profiles`: refuse early what it cannot run.", show_default=False
+        ),
+    ] = None,
+    device: DeviceOption = 0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Architecture for tensorrt_rtx, sm_89; repeat for several.", show_default=False),
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shapes",
+            help="BATCHxHEIGHTxWIDTH that kernels are chosen for, each MIN:OPT:MAX or one number: 1x224x224, 1:4:8x224x224; "
+            "repeat for several optimisation profiles. One with every size by default.",
+            show_default=False,
+        ),
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(min=1, help="MiB of scratch memory that a kernel may use.", show_default=False)
+    ] = None,
+    level: Annotated[
+        int | None,
+        typer.Option(min=0, max=5, help="Builder optimisation level: 5 searches longest.", show_default=False),
+    ] = None,
+    hardware_compatibility: Annotated[
+        Compatibility, typer.Option(help="GPUs beside this model that run the plan, slower.")
+    ] = Compatibility.NONE,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Newer TensorRT and the lean runtime run the plan too.")
+    ] = False,
+    embed_runtime: Annotated[
+        bool,
+        typer.Option("--embed-runtime", help="Put the lean runtime, which is code, into a version-compatible plan."),
+    ] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later.")] = False,
+    strip: Annotated[bool, typer.Option("--strip", help="Write the plan without weights, to be refitted.")] = False,
+    sparse: Annotated[bool, typer.Option("--sparse", help="Use 2:4 sparse weights.")] = False,
+    dla_core: Annotated[
+        int | None, typer.Option(min=0, help="Compile for this core of the Jetson's DLA.", show_default=False)
+    ] = None,
+    gpu_fallback: Annotated[bool, typer.Option(help="Layers that DLA cannot run go to the GPU.")] = True,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="The .cache of an earlier compilation: saves time.", show_default=False)
+    ] = None,
+    allow_host_code: AllowHostCode = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Add engines for this machine to a bundle, verified first. Needs no torch."""
+    """Add engines to a bundle, verified first. Needs no torch. Ctrl-C stops a compilation and leaves the bundle as it was."""
     from edge_backbones.build.compile import default_cache
-    from edge_backbones.build.pipeline import compile_bundle
+    from edge_backbones.build.device import compile_bundle
+    from edge_backbones.build.tensorrt import PlanOptions
 
-    wanted = None if not precision else tuple(precision)
+    if timing_cache is not None and not timing_cache.is_file():
+        raise InputError(f"{timing_cache} does not exist: --timing-cache is a .cache file of an earlier compilation")
+    plan = PlanOptions(
+        profiles=tuple(_shapes(text) for text in shapes or ()),
+        targets=tuple(target or ()),
+        workspace=None if workspace is None else workspace << 20,
+        level=level,
+        hardware_compatibility=hardware_compatibility.value,
+        version_compatible=version_compatible,
+        embed_runtime=embed_runtime,
+        refit=refit,
+        strip=strip,
+        sparse=sparse,
+        dla_core=dla_core,
+        gpu_fallback=gpu_fallback,
+        timing_cache=None if timing_cache is None else timing_cache.read_bytes(),
+    )
     with _Steps(as_json) as progress:
-        added = compile_bundle(bundle, precisions=wanted, cache=default_cache(), progress=progress)
+        added = compile_bundle(
+            bundle,
+            precisions=None if not precision else tuple(precision),
+            flavour=flavour.value,
+            plan=plan,
+            profile=profile,
+            device=device,
+            allow_host_code=allow_host_code,
+            cache=default_cache(),
+            progress=progress,
+        )
     if as_json:
         _print_json({"bundle": str(bundle), "engines": added})
         return
     _print_parity([engine.parity for engine in added])
     for engine in added:
-        _out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB)")
+        later = "" if engine.parity.measured else ", to be measured on the device: edge-backbones verify"
+        _out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{later})")
 
 
 @app.command()
@@ -244,18 +358,24 @@ def verify(
         bool, typer.Option("--explain", help="Where a gate fails, find the layer in which the error is born.")
     ] = False,
     picture: Annotated[Path, typer.Option(help="Where the picture of the explanation goes.")] = Path("explanation.png"),
+    device: DeviceOption = 0,
+    allow_host_code: AllowHostCode = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check every file of a bundle and measure parity again, through the real runtime."""
-    from edge_backbones.build.pipeline import verify_bundle
+    """Check every file of a bundle and measure parity again, through the real runtime.
+
+    An engine that was compiled ahead of time for this GPU is measured for the first time, and may run from then on."""
+    from edge_backbones.build.device import verify_bundle
 
     try:
         with _Steps(as_json) as progress:
-            reports = verify_bundle(bundle, engine=engine, progress=progress)
+            reports = verify_bundle(
+                bundle, engine=engine, device=device, allow_host_code=allow_host_code, progress=progress
+            )
     except ParityError as error:
         if not explain:
             raise
-        _explain(bundle, engine, picture, error, as_json)
+        _explain(bundle, engine, device, picture, error, as_json)
         raise typer.Exit(_EXIT_PARITY) from None
     if as_json:
         _print_json({"bundle": str(bundle), "parity": reports})
@@ -264,12 +384,12 @@ def verify(
     _out.print(f"{bundle} is whole and right")
 
 
-def _explain(bundle: Path, engine: str | None, picture: Path, error: ParityError, as_json: bool) -> None:
-    from edge_backbones.build.pipeline import explain_bundle
+def _explain(bundle: Path, engine: str | None, device: int, picture: Path, error: ParityError, as_json: bool) -> None:
+    from edge_backbones.build.device import explain_bundle
     from edge_backbones.pictures import draw_layers
 
     with _Steps(as_json) as progress:
-        found = explain_bundle(bundle, engine=engine, progress=progress)
+        found = explain_bundle(bundle, engine=engine, device=device, progress=progress)
     drawn = [one for one in found if one.layers]
     files = [picture if len(drawn) == 1 else picture.with_stem(f"{picture.stem}.{one.precision}") for one in drawn]
     for one, file in zip(drawn, files, strict=True):
@@ -344,8 +464,12 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     from edge_backbones.runtime import compat, session
 
     manifest = Bundle.open(bundle).manifest
-    host = compat.this_host(session.installed_versions())
+    on_gpu = any(engine.key.gpu is not None for engine in manifest.engines)
+    host = compat.this_host(session.installed_versions(), device=0 if on_gpu else None)
     reasons = {engine.name: compat.reasons_against(engine.key, host) for engine in manifest.engines}
+    for engine in manifest.engines:
+        if not engine.parity.measured:
+            reasons[engine.name].append("not measured yet: run edge-backbones verify on its device")
     if as_json:
         _print_json({"manifest": manifest, "reasons_against": reasons})
         return
@@ -387,6 +511,36 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
 
 
 @app.command()
+def profiles(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One device; all by default. A .toml of your own works too.", show_default=False),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Devices that engines are compiled for: what they have, which library serves them, which precisions pay."""
+    from edge_backbones.profiles import board_name, explain, list_profiles, load_profile, profile_of
+    from edge_backbones.runtime.cuda import gpus
+
+    found = list_profiles() if name is None else (load_profile(name),)
+    if as_json:
+        _print_json(found)
+        return
+    if name is not None:
+        _out.print(explain(found[0]))
+        return
+    table = Table("profile", "GPU", "GiB", "GB/s", "pays")
+    for profile in found:
+        memory = [module.memory_gib for module in profile.modules]
+        speed = [module.bandwidth_gb_s for module in profile.modules if module.bandwidth_gb_s is not None]
+        table.add_row(profile.name, profile.architecture or "", _span(memory), _span(speed), ", ".join(profile.pays))
+    _out.print(table)
+    here = profile_of(next(iter(gpus()), None), board=board_name())
+    _out.print(f"this machine: {here.name if here else 'a GPU that no profile describes'}")
+    _out.print("what each has, takes and likes: edge-backbones profiles NAME")
+
+
+@app.command()
 def doctor(as_json: JsonFlag = False) -> None:
     """What this machine can build and run, and what to install for the rest."""
     from edge_backbones.doctor import examine
@@ -400,6 +554,11 @@ def doctor(as_json: JsonFlag = False) -> None:
         mark = Text("ok", style="green") if finding.ok else Text("--", style="yellow")
         table.add_row(mark, finding.topic, finding.found, finding.fix)
     _out.print(table)
+
+
+def _span(sizes: Sequence[float]) -> str:
+    ends = sorted({min(sizes), max(sizes)}) if sizes else []
+    return " to ".join(f"{size:g}" for size in ends)
 
 
 def _feature_files(files: list[Path], root: Path, out: Path) -> list[tuple[Path, Path]]:
@@ -602,6 +761,16 @@ def _sizes(text: str) -> tuple[ShapeRange, ShapeRange]:
         raise typer.BadParameter(f"{text!r} is not HxW or HxW:HxW:HxW", param_hint="--size")
     heights, widths = (":".join(pair[axis] for pair in pairs) for axis in (0, 1))
     return _range(heights, "--size"), _range(widths, "--size")
+
+
+def _shapes(text: str) -> Any:
+    from edge_backbones.build.tensorrt import Shapes
+
+    parts = text.lower().split("x")
+    if len(parts) != 3:
+        raise typer.BadParameter(f"{text!r} is not BATCHxHEIGHTxWIDTH", param_hint="--shapes")
+    batch, height, width = (_range(part, "--shapes") for part in parts)
+    return Shapes(batch=batch, height=height, width=width)
 
 
 if __name__ == "__main__":

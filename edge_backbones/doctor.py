@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -10,7 +9,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from edge_backbones.runtime import compat
+from edge_backbones.runtime import compat, cuda, tensorrt_library
+
+_TENSORRT = (
+    "pip install 'edge-backbones[tensorrt]'; on a Jetson: apt install python3-libnvinfer, and a virtual environment made "
+    "by the system's Python with --system-site-packages"
+)
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,10 +43,11 @@ def examine() -> list[Finding]:
             "build",
             ("torch", "timm", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino"),
         ),
-        _library(
-            "compile TensorRT-RTX engines ahead of time (tests only in this release)",
-            "rtx",
-            ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
+        _tensorrt("tensorrt", "compile and run engines of this GPU (TensorRT)", _TENSORRT),
+        _tensorrt(
+            "tensorrt_rtx",
+            "compile for RTX GPUs, without one too (TensorRT-RTX)",
+            "pip install 'edge-backbones[rtx]'",
         ),
         _gpu(),
     ]
@@ -86,14 +91,16 @@ def _library(purpose: str, extra: str, distributions: Sequence[str]) -> Finding:
 
 
 def _gpu() -> Finding:
-    """Ask the driver itself: cuInit says whether there is a device."""
+    """The driver's own answer."""
     topic = "NVIDIA GPU"
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return Finding(topic=topic, ok=False, found="no NVIDIA driver; CPU engines do not need one")
-    count = ctypes.c_int(0)
-    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if status or not count.value:
-        return Finding(topic=topic, ok=False, found=f"driver present, {count.value} devices (cuInit status {status})")
-    return Finding(topic=topic, ok=True, found=f"{count.value} devices; this release compiles for the CPU only")
+    found = cuda.gpus()
+    if not found:
+        return Finding(topic=topic, ok=False, found=f"{cuda.no_gpu_reason()}; CPU engines do not need one")
+    listed = ", ".join(f"{gpu.name} ({gpu.architecture}, {gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in found)
+    return Finding(topic=topic, ok=True, found=f"{listed}; the driver serves CUDA {found[0].driver}")
+
+
+def _tensorrt(flavour: tensorrt_library.TensorRtFlavour, purpose: str, fix: str) -> Finding:
+    """By import: on a Jetson no distribution is installed for pip to know."""
+    version = tensorrt_library.library_version(flavour)
+    return Finding(topic=purpose, ok=version is not None, found=version or "missing", fix="" if version else fix)

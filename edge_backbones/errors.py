@@ -16,7 +16,9 @@
     │   └── IntegrityError       a file is missing, truncated, changed or outside the folder
     ├── EngineMismatchError      no engine of the bundle can run here; the message lists the reason of each
     ├── ClientMismatchError      a bundle cannot take the place of a model's backbone; the model is as it was
-    ├── InferenceError           a loaded engine failed while it ran (out of memory, ...)
+    ├── InferenceError           a loaded engine failed while it ran
+    │   └── DeviceError          CUDA refused; carries the name that CUDA has for it
+    │       └── OutOfMemoryError the device has no memory left for what was asked
     └── InputError               an input array or a stage selection that the engine cannot take (also ValueError)
 
 A message says what was wrong with both values and how to fix it, in one line. Anything else that escapes from this
@@ -97,6 +99,14 @@ class ClientMismatchError(EdgeBackbonesError):
 
 class InferenceError(EdgeBackbonesError):
     """A loaded engine failed while it ran."""
+
+
+class DeviceError(InferenceError):
+    """A call of CUDA failed."""
+
+
+class OutOfMemoryError(DeviceError):
+    """Device memory ran out."""
 
 
 class InputError(EdgeBackbonesError, ValueError):

@@ -15,12 +15,13 @@ from edge_backbones.errors import ManifestError
 from edge_backbones.images import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_MANIFEST_BYTES = 4 << 20
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 RelativePath = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-Flavour = Literal["openvino"]
+Flavour = Literal["openvino", "torchscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt"]
+Architecture = Annotated[str, msgspec.Meta(pattern="^sm_[0-9]{2,3}$")]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -113,8 +114,32 @@ class CalibrationFile(_Strict, frozen=True):
     shifts: dict[str, tuple[float, ...]]
 
 
+class GpuKey(_Strict, frozen=True):
+    """What an engine asks of a GPU.
+
+    ``architectures``: ``sm_87`` for compute capability 8.7, those that the plan was compiled for. ``hardware_compatibility``:
+    which others run it, slower. ``version_compatible``: newer releases of TensorRT and the lean runtime run it too.
+    ``host_code``: a lean runtime is inside, which is code for the CPU. ``refittable``: weights can be replaced;
+    ``stripped``: they have to be, before it runs. ``driver``: CUDA version of the driver that compiled it, None without one.
+    ``profiles``: input shapes (min, opt, max) of each optimisation profile.
+    """
+
+    architectures: Annotated[tuple[Architecture, ...], msgspec.Meta(min_length=1)]
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    version_compatible: bool = False
+    host_code: bool = False
+    refittable: bool = False
+    stripped: bool = False
+    dla_core: int | None = None
+    driver: str | None = None
+    profiles: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...] = ()
+
+
 class EngineKey(_Strict, frozen=True):
-    """Where engine bytes may run: everything that compat.py compares with the machine at hand."""
+    """Where engine bytes may run: everything that compat.py compares with the machine at hand.
+
+    ``architecture`` and ``cpu_features`` are those of the CPU; ``gpu`` is None for an engine that runs on it.
+    """
 
     flavour: Flavour
     library_version: str
@@ -123,14 +148,20 @@ class EngineKey(_Strict, frozen=True):
     device_name: str
     precision: Precision
     graph_sha256: Sha256
+    gpu: GpuKey | None = None
 
     @property
     def name(self) -> str:
-        """``openvino-2026.4.1-x86_64-avx512_vnni-int8-1b2c3d4e``: to be read, and by its hash different for every key."""
+        """``openvino-2026.4.1-x86_64-avx512_vnni-int8-1b2c3d4e``: to be read, and by its hash different for every key.
+
+        With a GPU the first architecture takes the place of the CPU's: ``tensorrt-10.3.0-sm_87-int8-1b2c3d4e``.
+        """
         version = self.library_version.split("-")[0]
-        features = f"-{self.cpu_features[-1]}" if self.cpu_features else ""
+        device = "-".join([self.architecture, *self.cpu_features[-1:]])
+        if self.gpu is not None:
+            device = self.gpu.architectures[0]
         digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:8]
-        return f"{self.flavour}-{version}-{self.architecture}{features}-{self.precision}-{digest}"
+        return f"{self.flavour}-{version}-{device}-{self.precision}-{digest}"
 
     def path(self, data: bytes | bytearray, suffix: str) -> str:
         """Where these engine bytes lie in a bundle; other bytes lie elsewhere, so that no file is ever overwritten."""
@@ -170,15 +201,22 @@ class StageParity(_Strict, frozen=True):
 
 
 class ParityReport(_Strict, frozen=True):
-    """Every output of one engine, measured through the real runtime on the golden samples."""
+    """Every output of one engine, measured through the real runtime on the golden samples.
+
+    Without ``stages`` it is still to be measured: the engine was compiled ahead of time for a GPU that was not there.
+    """
 
     precision: Precision
     gate: Gate
     stages: tuple[StageParity, ...]
 
     @property
+    def measured(self) -> bool:
+        return bool(self.stages)
+
+    @property
     def passed(self) -> bool:
-        return all(stage.passed for stage in self.stages)
+        return self.measured and all(stage.passed for stage in self.stages)
 
     def failures(self) -> str:
         """One phrase per failing stage, with its figures."""
@@ -193,15 +231,24 @@ class ParityReport(_Strict, frozen=True):
 
 
 class EngineRecord(_Strict, frozen=True):
-    """One compiled engine, and the parity that let it into the bundle."""
+    """One compiled engine, and the parity that let it into the bundle.
+
+    ``layers``: what TensorRT says of its layers, as JSON. ``timing_cache``: with it the same engine is compiled faster.
+    """
 
     key: EngineKey
     file: FileRecord
     parity: ParityReport
+    layers: FileRecord | None = None
+    timing_cache: FileRecord | None = None
 
     @property
     def name(self) -> str:
         return self.key.name
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        return tuple(file for file in (self.file, self.layers, self.timing_cache) if file is not None)
 
 
 class Trial(_Strict, frozen=True):
@@ -236,7 +283,7 @@ class Provenance(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """The whole of manifest.json."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     backbone: BackboneSpec
     input: InputSpec
     image: ImageConfig
@@ -252,7 +299,7 @@ class Manifest(_Strict, frozen=True):
     def files(self) -> tuple[FileRecord, ...]:
         """Every file that the bundle must hold."""
         calibration = () if self.calibration is None else (self.calibration.file,)
-        graphs, engines = (g.file for g in self.graphs), (e.file for e in self.engines)
+        graphs, engines = (g.file for g in self.graphs), (file for e in self.engines for file in e.files)
         return (*graphs, *engines, self.golden.file, *calibration)
 
     def onnx_graph(self, precision: Precision) -> GraphRecord | None:

@@ -98,12 +98,19 @@ class TypedGraph:
 
 @dataclass(frozen=True)
 class CompiledEngine:
-    """Raw engine bytes of one flavour, and the key that says where they may run. ``from_cache``: not compiled now."""
+    """Raw engine bytes of one flavour, and the key that says where they may run. ``from_cache``: not compiled now.
+
+    ``layers``: what the library says of its layers, as JSON. ``timing_cache``: what TensorRT measured. ``notes``: what the
+    user should know, a sentence each.
+    """
 
     data: bytes
     key: EngineKey
     suffix: str
     from_cache: bool
+    layers: str | None = None
+    timing_cache: bytes | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.data:

@@ -80,7 +80,7 @@ class Workshop:
         self.progress(f"compiling {precision}", 0, None)
         engine = compile_engine(path.read_bytes(), precision, cache=self.cache)
         self.progress(f"verifying {precision}", 0, None)
-        report = measure_engine(engine.data, self.graph.spec, self.graph.input, self.golden, precision, gate)
+        report = measure_engine(engine.key, engine.data, self.graph.spec, self.graph.input, self.golden, gate)
         return Attempt(typed, engine, report, tuple(blocks), tuple(sorted(excluded)))
 
     def without(self, blocks: Sequence[str]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""A typed graph becomes an engine for this machine. Runs on the device: numpy, msgspec and the engine library only.
+"""A typed graph becomes an engine of one flavour. Runs on the device: numpy, msgspec and the engine library only.
 
 Engines are cached by content: the same graph, library and CPU give the same engine without compiling again.
 """
@@ -10,15 +10,17 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from edge_backbones.build.artifacts import CompiledEngine
+from edge_backbones.build import tensorrt
+from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.manifest import EngineKey
-from edge_backbones.runtime import compat, openvino
-from edge_backbones.spec import Precision
+from edge_backbones.manifest import EngineKey, GpuKey
+from edge_backbones.runtime import compat, cuda, openvino, torchscript
+from edge_backbones.spec import InputSpec, Precision
 
 CACHE_LIMIT_BYTES = 4 << 30
 
@@ -62,6 +64,71 @@ def compile_engine(graph: bytes, precision: Precision, *, cache: Path | None) ->
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             _write_cached(cache, name, data)
     return CompiledEngine(data, key, ".blob", from_cache=False)
+
+
+def compile_for_gpu(
+    graph: bytes,
+    input: InputSpec,
+    precision: Precision,
+    *,
+    flavour: tensorrt.PlanFlavour,
+    options: tensorrt.PlanOptions,
+    device: int = 0,
+    ranges: Mapping[str, float] | None = None,
+    progress: Progress = no_progress,
+) -> CompiledEngine:
+    """Compile ONNX bytes to a plan of TensorRT or TensorRT-RTX: see :func:`edge_backbones.build.tensorrt.compile_plan`."""
+    plan = tensorrt.compile_plan(
+        graph, input, precision, flavour=flavour, options=options, device=device, ranges=ranges, progress=progress
+    )
+    host = compat.this_host({})
+    key = EngineKey(
+        flavour=flavour,
+        library_version=plan.library_version,
+        architecture=host.architecture,
+        cpu_features=(),
+        device_name=plan.device_name,
+        precision=precision,
+        graph_sha256=hashlib.sha256(graph).hexdigest(),
+        gpu=plan.gpu,
+    )
+    notes = () if plan.coverage is None else (str(plan.coverage),)
+    return CompiledEngine(
+        plan.data, key, ".plan", from_cache=False, layers=plan.layers, timing_cache=plan.timing_cache, notes=notes
+    )
+
+
+def engine_of_torchscript(module: bytes) -> CompiledEngine:
+    """The frozen TorchScript module as an engine: torch compiles it where it runs."""
+    version = torchscript.library_version()
+    if version is None:
+        raise MissingDependencyError("the TorchScript engine", "build")
+    host = compat.this_host({})
+    key = EngineKey(
+        flavour="torchscript",
+        library_version=version,
+        architecture=host.architecture,
+        cpu_features=(),
+        device_name="any",
+        precision=Precision.FP32,
+        graph_sha256=hashlib.sha256(module).hexdigest(),
+    )
+    return CompiledEngine(module, key, ".ts", from_cache=False)
+
+
+def engine_of_torch_tensorrt(program: bytes, suffix: str, precision: Precision, gpu: cuda.Gpu) -> CompiledEngine:
+    """A program with TensorRT engines inside, as it was compiled on this GPU."""
+    key = EngineKey(
+        flavour="torch_tensorrt",
+        library_version=torchscript.torch_tensorrt_version() or "unknown",
+        architecture=compat.this_host({}).architecture,
+        cpu_features=(),
+        device_name=gpu.name,
+        precision=precision,
+        graph_sha256=hashlib.sha256(program).hexdigest(),
+        gpu=GpuKey(architectures=(gpu.architecture,), driver=gpu.driver),
+    )
+    return CompiledEngine(program, key, suffix, from_cache=False)
 
 
 def _read_cached(cache: Path, name: str) -> bytes | None:

@@ -85,7 +85,9 @@ def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
     """Write the traced and frozen module; it returns a tuple in stage order."""
     example = _example(prepared.input, prepared.input.batch.opt)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        # The trace stores how its convolutions round: without this, fp32 ones would be TF32 on a GPU.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with warnings.catch_warnings(), torch.no_grad(), exact:
             warnings.simplefilter("ignore")  # torch deprecates TorchScript and warns of every Python branch in a trace
             traced = torch.jit.trace(prepared.module, example, check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(torch.jit.freeze(traced.eval()), path)  # type: ignore[no-untyped-call]

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from edge_backbones.errors import ParityError
-from edge_backbones.manifest import Gate, ParityReport, StageParity
+from edge_backbones.manifest import EngineKey, Gate, ParityReport, StageParity
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.openvino import OpenVinoSession
+from edge_backbones.runtime.session import load_engine
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 DEFAULT_GATES = {
@@ -37,17 +37,20 @@ def measure_parity(
 
 
 def measure_engine(
+    key: EngineKey,
     data: bytes | bytearray,
     spec: BackboneSpec,
     input: InputSpec,
     golden: Mapping[str, np.ndarray],
-    precision: Precision,
     gate: Gate,
+    *,
+    device: int | None = None,
+    allow_host_code: bool = False,
 ) -> ParityReport:
-    """The same for raw engine bytes, through the real runtime."""
-    engine = OpenVinoSession(bytearray(data), outputs=spec.outputs)
+    """The same for raw engine bytes, through the real runtime; ``device`` is the GPU's index, None for the CPU."""
+    engine = load_engine(key, bytearray(data), spec, input, device=device, allow_host_code=allow_host_code)
     with EdgeBackbone(spec, input, engine) as backbone:
-        return measure_parity(backbone, golden, precision, gate)
+        return measure_parity(backbone, golden, key.precision, gate)
 
 
 def require(report: ParityReport) -> ParityReport:

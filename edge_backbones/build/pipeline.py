@@ -1,7 +1,6 @@
-"""Where the steps meet: build a bundle on a workstation, compile and verify it on a device.
+"""Where the steps meet: a bundle is built on a workstation. What is done with it on a device is in device.py.
 
-Only :func:`build_bundle` needs torch, and imports it when called; :func:`compile_bundle` and :func:`verify_bundle` run
-where numpy and the engine library are all there is.
+:func:`build_bundle` needs torch, and imports it when called.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,13 +20,20 @@ import msgspec
 import numpy as np
 
 import edge_backbones
-from edge_backbones.build.artifacts import LoadedBackbone, Progress, no_progress
-from edge_backbones.build.compile import compile_engine, default_cache
+from edge_backbones.build.artifacts import (
+    CompiledEngine,
+    ExportedGraph,
+    LoadedBackbone,
+    PreparedBackbone,
+    Progress,
+    no_progress,
+)
+from edge_backbones.build.compile import default_cache, engine_of_torch_tensorrt, engine_of_torchscript
 from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
-from edge_backbones.bundle import Bundle, load_golden, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.bundle import Bundle, new_bundle, record_file, write_manifest
 from edge_backbones.errors import (
-    BundleError,
     CalibrationError,
+    CompileError,
     InputError,
     MissingDependencyError,
     SourceError,
@@ -45,7 +51,7 @@ from edge_backbones.manifest import (
     ParityReport,
     Provenance,
 )
-from edge_backbones.runtime import compat, session
+from edge_backbones.runtime import cuda
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
 if TYPE_CHECKING:
@@ -54,7 +60,6 @@ if TYPE_CHECKING:
 
     from edge_backbones.build.calibrate import Method
     from edge_backbones.build.calibration import ImageSet, ImageSource
-    from edge_backbones.build.explain import Explanation
     from edge_backbones.build.sources.common import SourceOptions
     from edge_backbones.build.sources.load import ModuleSource
 
@@ -75,7 +80,10 @@ class BuildOptions:
 
     The engines: ``precisions``, one graph and one engine each, or ``"auto"``: the fastest of fp32, fp16 and int8 on this
     machine that is inside its gate. ``gates`` replace the default gate of a precision. ``golden``: images that parity is
-    measured on. ``torchscript``: also write graphs/fp32.ts. ``cache``: folder of compiled engines, None for no cache.
+    measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside those of OpenVINO: that
+    module itself, or the network compiled by torch-tensorrt for this machine's GPU (fp32, fp16 or bf16 as in ``precisions``,
+    fp16 where they have none of these). TensorRT's own are added to a finished bundle by `compile_bundle`. ``cache``: folder
+    of compiled engines, None for no cache.
 
     int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
     images that it has not seen, with normalisations equalised and biases corrected where that helps; ``percentile`` is
@@ -106,6 +114,7 @@ class BuildOptions:
     gates: Mapping[Precision, Gate] = field(default_factory=dict)
     golden: int = 4
     torchscript: bool = True
+    flavours: tuple[Literal["torchscript", "torch_tensorrt"], ...] = ()
     cache: Path | None = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:
@@ -122,6 +131,8 @@ class BuildOptions:
         for size in (self.batch, self.height, self.width):
             if isinstance(size, int) and size < 1:
                 raise InputError(f"batch, height and width must be at least 1, got {size}")
+        if "torchscript" in self.flavours and not self.torchscript:
+            raise InputError("flavour torchscript is the file graphs/fp32.ts: leave torchscript=True")
         if self.golden < 1:
             raise InputError(f"golden must be at least 1 image, got {self.golden}")
         if (self.height is None) != (self.width is None):
@@ -289,9 +300,20 @@ def build_bundle(
         if options.torchscript:
             file = record_file(folder, "graphs/fp32.ts")
             graphs.append(GraphRecord(format="torchscript", precision=Precision.FP32, file=file))
+            if "torchscript" in options.flavours:
+                module = engine_of_torchscript((folder / file.path).read_bytes())
+                parity = _measured(module, graph, golden, options)
+                engines.append(EngineRecord(key=module.key, file=file, parity=parity))
+
+        if "torch_tensorrt" in options.flavours:
+            for engine in _torch_tensorrt_engines(prepared, options, progress):
+                report = _measured(engine, graph, golden, options)
+                path = engine.key.path(engine.data, engine.suffix)
+                (folder / path).write_bytes(engine.data)
+                engines.append(EngineRecord(key=engine.key, file=record_file(folder, path), parity=report))
 
         manifest = Manifest(
-            schema_version=3,
+            schema_version=4,
             backbone=prepared.spec,
             input=input,
             image=loaded.image_config,
@@ -314,104 +336,31 @@ def build_bundle(
     return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, notes)
 
 
-def compile_bundle(
-    path: str | Path,
-    *,
-    precisions: tuple[Precision, ...] | None = None,
-    cache: Path | None = None,
-    progress: Progress = no_progress,
-) -> tuple[EngineRecord, ...]:
-    """Add engines for this machine to a bundle, from its graphs, each verified before it is added.
+def _torch_tensorrt_engines(
+    prepared: PreparedBackbone, options: BuildOptions, progress: Progress
+) -> Iterator[CompiledEngine]:
+    from edge_backbones.build import torch_tensorrt
 
-    ``precisions``: None for every ONNX graph of the bundle. The bundle is unchanged for a precision that fails: its
-    gate is the one the bundle was built with. Raises BundleError, CompileError, ParityError, MissingDependencyError.
-    """
-    bundle = Bundle.open(path)
-    graphs = [
-        g for g in bundle.manifest.graphs if g.format == "onnx" and (precisions is None or g.precision in precisions)
-    ]
-    if not graphs:
-        held = ", ".join(g.precision.value for g in bundle.manifest.graphs if g.format == "onnx") or "none"
-        asked = ", ".join(p.value for p in precisions or ()) or "graph to compile"
-        raise BundleError(f"{bundle.path} has no {asked}; its ONNX graphs: {held}")
-    golden = load_golden(bundle)
-    added = []
-    for graph in graphs:
-        progress(f"compiling {graph.precision}", 0, None)
-        engine = compile_engine(bytes(bundle.read(graph.file)), graph.precision, cache=cache)
-        file = record_bytes(engine.key.path(engine.data, engine.suffix), engine.data)
-        gate = next(
-            (e.parity.gate for e in bundle.manifest.engines if e.key.precision == graph.precision),
-            DEFAULT_GATES[graph.precision],
+    found = cuda.gpus()
+    if not found:
+        raise CompileError(f"torch_tensorrt compiles on the GPU that will run the engine: {cuda.no_gpu_reason()}")
+    half = [p for p in options.wanted if p in (Precision.FP32, Precision.FP16, Precision.BF16)]
+    for precision in half or [Precision.FP16]:
+        progress(f"compiling {precision} with torch_tensorrt", 0, None)
+        program = torch_tensorrt.compile_torch_tensorrt(
+            prepared.module, prepared.input, precision=precision, device=f"cuda:{found[0].index}"
         )
-        progress(f"verifying {graph.precision}", 0, None)
-        spec, input = bundle.manifest.backbone, bundle.manifest.input
-        report = require(measure_engine(engine.data, spec, input, golden, graph.precision, gate))
-        record = EngineRecord(key=engine.key, file=file, parity=report)
-        bundle = bundle.add_engine(record, engine.data)
-        added.append(record)
-    return tuple(added)
+        yield engine_of_torch_tensorrt(program, torch_tensorrt.SUFFIXES["torchscript"], precision, found[0])
 
 
-def verify_bundle(
-    path: str | Path, *, engine: str | None = None, progress: Progress = no_progress
-) -> tuple[ParityReport, ...]:
-    """Check every file of a bundle, and measure again every engine that can run here (or just ``engine``).
-
-    Raises BundleError for a damaged file, EngineMismatchError when no engine can run here, ParityError when a feature
-    map is outside the gate that the bundle was built with.
-    """
-    bundle = Bundle.open(path)
-    progress("checking files", 0, None)
-    bundle.check_files()
-    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
-    reports = []
-    for record in _runnable(bundle, engine):
-        progress(f"verifying {record.key.precision}", 0, None)
-        data, gate = bundle.read(record.file), record.parity.gate
-        reports.append(require(measure_engine(data, spec, input, golden, record.key.precision, gate)))
-    return tuple(reports)
-
-
-def explain_bundle(
-    path: str | Path, *, engine: str | None = None, progress: Progress = no_progress
-) -> tuple[Explanation, ...]:
-    """For every engine that can run here (or just ``engine``) and is outside its gate: where its error is born.
-
-    Needs the libraries of the workstation. Raises BundleError for a damaged file or a graph that the bundle lacks,
-    EngineMismatchError when no engine can run here, MissingDependencyError.
-    """
-    try:
-        from edge_backbones.build.explain import explain
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"explaining an error ({error.name} is not installed)", "build") from error
-    bundle = Bundle.open(path)
-    bundle.check_files()
-    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
-    found = []
-    for record in _runnable(bundle, engine):
-        progress(f"verifying {record.key.precision}", 0, None)
-        precision, gate = record.key.precision, record.parity.gate
-        report = measure_engine(bundle.read(record.file), spec, input, golden, precision, gate)
-        if report.passed:
-            continue
-        graph = bundle.manifest.onnx_graph(precision)
-        if graph is None:
-            raise BundleError(f"{bundle.path} has no {precision} graph, and without it an error cannot be explained")
-        found.append(explain(bundle.path / graph.file.path, report, golden, input.name, progress=progress))
-    return tuple(found)
-
-
-def _runnable(bundle: Bundle, engine: str | None) -> list[EngineRecord]:
-    """The engines that ``engine`` means and that can run here; raises EngineMismatchError when there is none."""
-    host = compat.this_host(session.installed_versions())
-    session.choose_engine(bundle, host, engine)
-    return [
-        record
-        for record in bundle.manifest.engines
-        if (engine is None or engine in (record.key.precision.value, record.key.flavour, record.name))
-        and not compat.reasons_against(record.key, host)
-    ]
+def _measured(
+    engine: CompiledEngine, graph: ExportedGraph, golden: Mapping[str, np.ndarray], options: BuildOptions
+) -> ParityReport:
+    """The parity of an engine that no graph of another precision was tried for; raises ParityError outside its gate."""
+    precision = engine.key.precision
+    gate = options.gates.get(precision, DEFAULT_GATES[precision])
+    on = None if engine.key.gpu is None else 0
+    return require(measure_engine(engine.key, engine.data, graph.spec, graph.input, golden, gate, device=on))
 
 
 def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:

@@ -1,9 +1,11 @@
-"""The transformers backbone API over a compiled engine: no torch, no transformers, numpy in and numpy out."""
+"""The transformers backbone API over a compiled engine: no torch, no transformers; numpy in and numpy out, or arrays of any
+library on the GPU in and out."""
 
 from __future__ import annotations
 
 import copy
 import os
+import re
 import types
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,22 +17,25 @@ from edge_backbones.bundle import Bundle
 from edge_backbones.errors import EngineMismatchError, InputError, IntegrityError
 from edge_backbones.manifest import Source
 from edge_backbones.runtime import compat, session
+from edge_backbones.runtime.cuda import MemoryBackend
+from edge_backbones.runtime.device_arrays import from_foreign, is_on_gpu, stream_pointer
 from edge_backbones.spec import BackboneSpec, InputSpec, align_stages
 
 
 class BackboneOutput(dict[str, tuple[Any, ...]]):
     """``transformers.modeling_outputs.BackboneOutput`` without torch.
 
-    ``feature_maps`` is a tuple of float32 arrays in stage order. As in transformers, fields that are None are not keys,
-    ``output[0]``, ``output["feature_maps"]`` and ``output.feature_maps`` are the same, and iterating gives the keys.
+    ``feature_maps`` is a tuple of float32 arrays in stage order: numpy's, or DeviceArrays for input that was on the GPU.
+    As in transformers, fields that are None are not keys, ``output[0]``, ``output["feature_maps"]`` and
+    ``output.feature_maps`` are the same, and iterating gives the keys.
     """
 
     def __init__(
         self,
-        feature_maps: tuple[np.ndarray, ...],
-        hidden_states: tuple[np.ndarray | None, ...] | None = None,
+        feature_maps: tuple[Any, ...],
+        hidden_states: tuple[Any | None, ...] | None = None,
         attentions: None = None,
-        cls_tokens: tuple[np.ndarray, ...] | None = None,
+        cls_tokens: tuple[Any, ...] | None = None,
     ) -> None:
         fields = {
             "feature_maps": feature_maps,
@@ -41,12 +46,12 @@ class BackboneOutput(dict[str, tuple[Any, ...]]):
         super().__init__({name: value for name, value in fields.items() if value is not None})
 
     @property
-    def feature_maps(self) -> tuple[np.ndarray, ...]:
+    def feature_maps(self) -> tuple[Any, ...]:
         """One array per chosen stage: NCHW, or what ``EdgeBackbone.layouts`` says."""
         return super().__getitem__("feature_maps")
 
     @property
-    def hidden_states(self) -> tuple[np.ndarray | None, ...] | None:
+    def hidden_states(self) -> tuple[Any | None, ...] | None:
         """One array per layer or stage, as the network has it, None where it was not asked for."""
         return self.get("hidden_states")
 
@@ -55,7 +60,7 @@ class BackboneOutput(dict[str, tuple[Any, ...]]):
         """Always None: attention weights do not exist in a compiled engine."""
 
     @property
-    def cls_tokens(self) -> tuple[np.ndarray, ...] | None:
+    def cls_tokens(self) -> tuple[Any, ...] | None:
         """(batch, channels) per chosen stage, for networks that return class tokens beside their maps."""
         return self.get("cls_tokens")
 
@@ -87,7 +92,8 @@ class EdgeBackbone:
 
     Input: ``pixel_values`` float (16, 32 or 64 bit) of shape (batch, channels, height, width), normalised; or, for a
     bundle built with ``input="image"``, uint8 of shape (batch, height, width, channels), raw camera frames. A numpy
-    array, or anything on the CPU that speaks DLPack (``torch.Tensor`` too).
+    array, or anything on the CPU that speaks DLPack (``torch.Tensor`` too). An engine on a GPU also takes arrays on that
+    GPU, with DLPack or ``__cuda_array_interface__``: of exactly the engine's dtype, in C order.
 
     Batch: any size from 1. A batch that the engine takes as it is runs in one piece. One that is smaller than the
     engine's smallest is filled up with zeros, and the filling is cut from the result; one that is larger than its
@@ -95,6 +101,11 @@ class EdgeBackbone:
 
     Output: float32 arrays, C-contiguous, that the caller owns: no later call writes to them while the caller holds them
     or a view of them. Memory that the caller has let go of is used again, so a loop over frames allocates nothing.
+
+    On the GPU: the input is read in place, behind what is on ``stream`` now; nothing may write to it until ``stream`` is
+    past the call. The output is DeviceArrays on the same GPU, valid for work on ``stream``; the call only enqueues and
+    returns. ``torch.from_dlpack(feature_map)``, ``cupy.from_dlpack`` ... share its memory, make the stream that they work on
+    wait, and keep the memory until they are gone too. Only then a later call writes to it.
 
     Threads: calls from several threads at the same time are fine and do not mix; each pays for memory of its own. The
     stage setters and ``close`` are not to be called while another thread is in a call.
@@ -106,11 +117,14 @@ class EdgeBackbone:
         input: InputSpec,
         engine: session.EngineSession,
         source: Source | None = None,
+        *,
+        device: str = "cpu",
     ) -> None:
         self._spec = spec
         self._input = input
         self._engine = engine
         self._source = source
+        self._device = device
         self._out_indices = list(spec.out_indices)
         self._chosen = tuple(range(len(spec.out_features)))
         self._cls_tokens = tuple(spec.outputs.index(name) for name in spec.cls_tokens)
@@ -125,26 +139,59 @@ class EdgeBackbone:
         engine: str | None = None,
         device: str = "cpu",
         threads: int | None = None,
+        memory: MemoryBackend | None = None,
+        cuda_graphs: bool = False,
+        allow_host_code: bool = False,
+        on_mismatch: Literal["raise", "compile"] = "raise",
     ) -> EdgeBackbone:
         """Open a bundle with the best engine that fits this machine.
 
         ``engine`` narrows the choice to a precision (``"int8"``), a flavour (``"openvino"``) or one engine's name;
-        ``threads`` limits the CPU threads (default: all cores). Files that are read are checked against the manifest.
-        Raises BundleError for a damaged bundle, EngineMismatchError when nothing in it can run here.
+        ``device``: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. ``threads`` limits the CPU threads (default: all cores). Files
+        that are read are checked against the manifest.
+
+        For engines on a GPU: ``memory`` is the library that manages memory there (default: cuda-bindings, else pycuda);
+        ``cuda_graphs`` replays each input shape as one CUDA graph from its second call on, which saves launches and takes
+        memory per shape; ``allow_host_code`` lets a version-compatible plan run the code for the CPU that it carries.
+
+        Raises BundleError for a damaged bundle, EngineMismatchError when nothing in it can run here, InputError for a
+        device that is not one. With ``on_mismatch="compile"`` an engine that can is compiled, verified and added to the
+        bundle instead, which takes from seconds to minutes, and raises what `compile_bundle` raises.
         """
-        if device != "cpu":
-            raise EngineMismatchError(f"device {device!r} has no engine in this release, which runs on 'cpu'")
-        host = compat.this_host(session.installed_versions())
+        kind, gpu = _parse_device(device)
+        if on_mismatch not in ("raise", "compile"):
+            raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
+
+        def open_engine(bundle: Bundle) -> session.EngineSession:
+            record = session.choose_engine(bundle, host, engine, device=kind)
+            return session.open_session(
+                bundle,
+                record,
+                threads=threads,
+                device=gpu,
+                memory=memory,
+                cuda_graphs=cuda_graphs,
+                allow_host_code=allow_host_code,
+            )
+
+        host = compat.this_host(session.installed_versions(), device=gpu)
         bundle = Bundle.open(path)
         try:
-            opened = session.open_session(bundle, session.choose_engine(bundle, host, engine), threads=threads)
+            opened = open_engine(bundle)
+        except EngineMismatchError:
+            if on_mismatch == "raise" or (gpu is not None and host.gpu is None):
+                raise
+            session.compile_here(bundle, host, engine, device=gpu, allow_host_code=allow_host_code)
+            bundle = Bundle.open(path)
+            opened = open_engine(bundle)
         except IntegrityError:
             replacement = Bundle.open(path)
             if replacement.manifest.digest == bundle.manifest.digest:
                 raise
             bundle = replacement  # it was replaced between reading the manifest and reading the engine
-            opened = session.open_session(bundle, session.choose_engine(bundle, host, engine), threads=threads)
-        return cls(bundle.manifest.backbone, bundle.manifest.input, opened, bundle.manifest.source)
+            opened = open_engine(bundle)
+        place = "cpu" if gpu is None else f"cuda:{gpu}"
+        return cls(bundle.manifest.backbone, bundle.manifest.input, opened, bundle.manifest.source, device=place)
 
     @property
     def input(self) -> InputSpec:
@@ -153,8 +200,8 @@ class EdgeBackbone:
 
     @property
     def device(self) -> str:
-        """Where the engine runs, and where its outputs are."""
-        return "cpu"
+        """Where the engine runs: ``cpu`` or ``cuda:0``. Outputs are where the input of their call was."""
+        return self._device
 
     @property
     def stage_names(self) -> list[str]:
@@ -242,6 +289,7 @@ class EdgeBackbone:
         return_dict: Literal[True] | None = None,
         *,
         dataset_index: Any = None,
+        stream: Any = None,
     ) -> BackboneOutput: ...
 
     @overload
@@ -253,6 +301,7 @@ class EdgeBackbone:
         *,
         return_dict: Literal[False],
         dataset_index: Any = None,
+        stream: Any = None,
     ) -> tuple[tuple[Any, ...], ...]: ...
 
     def __call__(
@@ -263,6 +312,7 @@ class EdgeBackbone:
         return_dict: bool | None = None,
         *,
         dataset_index: Any = None,
+        stream: Any = None,
     ) -> BackboneOutput | tuple[tuple[Any, ...], ...]:
         """Feature maps of the chosen stages; see the class for what goes in and what comes out.
 
@@ -270,6 +320,9 @@ class EdgeBackbone:
         (the others are None, an index out of range selects nothing). ``dataset_index`` (VitPose's experts) is part of
         the engine: only the index that it was built for is accepted. ``return_dict=False`` gives the fields that are
         there as a tuple: ``(feature_maps,)``, ``(feature_maps, hidden_states)``, with class tokens behind them.
+
+        ``stream``, for input on the GPU: the CUDA stream to work on, as an int, a stream of torch, cupy, pycuda or
+        cuda-bindings, or anything with ``__cuda_stream__``; default: the default stream.
 
         Raises InputError (a ValueError) for what the engine cannot take or give; the message says what it can.
         """
@@ -281,7 +334,7 @@ class EdgeBackbone:
             )
         if dataset_index is not None:
             self._check_dataset_index(dataset_index)
-        outputs = self._run(pixel_values)
+        outputs = self._run(pixel_values, stream)
         feature_maps = tuple(outputs[i] for i in self._chosen)
         hidden_states = None
         if output_hidden_states:
@@ -296,12 +349,12 @@ class EdgeBackbone:
 
     def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
         """A call that drops keyword arguments which it does not know, as transformers' backbones do."""
-        known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict", "dataset_index")
+        known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict", "dataset_index", "stream")
         return self(*args, **{key: value for key, value in kwargs.items() if key in known})
 
-    def run(self, pixel_values: Any) -> dict[str, np.ndarray]:
+    def run(self, pixel_values: Any, *, stream: Any = None) -> dict[str, Any]:
         """Every output of the engine by name, whatever is chosen: feature maps, class tokens, hidden states."""
-        return dict(zip(self._spec.outputs, self._run(pixel_values), strict=True))
+        return dict(zip(self._spec.outputs, self._run(pixel_values, stream), strict=True))
 
     def close(self) -> None:
         """Release the engine. Arrays that were returned stay valid; calling the backbone again raises InputError."""
@@ -339,12 +392,16 @@ class EdgeBackbone:
                 "build another with --dataset-index"
             )
 
-    def _run(self, pixel_values: Any) -> list[np.ndarray]:
+    def _run(self, pixel_values: Any, stream: Any) -> Sequence[Any]:
         # What a robot passes on every frame goes straight through: after an inference the caches are cold, and a few
         # hundred lines of Python cost a tenth of a millisecond.
         usual = type(pixel_values) is np.ndarray and (pixel_values.dtype, pixel_values.shape) == self._usual
-        if usual and pixel_values.flags.carray:
+        if usual and stream is None and pixel_values.flags.carray:
             return self._engine.run(pixel_values)
+        if not isinstance(pixel_values, np.ndarray) and is_on_gpu(pixel_values):
+            return self._run_on_gpu(pixel_values, stream)
+        if stream is not None:
+            raise InputError(f"stream= is for arrays on the GPU, and {self._input.name} is not there: leave it out")
         array = _host_array(pixel_values, self._input)
         sizes = self._input.batch
         count = self._input.batch_height_width(array.shape)[0]
@@ -353,6 +410,21 @@ class EdgeBackbone:
         pieces = [self._run_piece(array[start : start + sizes.max]) for start in range(0, count, sizes.max)]
         return pieces[0] if len(pieces) == 1 else [np.concatenate(maps) for maps in zip(*pieces, strict=True)]
 
+    def _run_on_gpu(self, values: Any, stream: Any) -> Sequence[Any]:
+        run = getattr(self._engine, "run_on_device", None)
+        if run is None:
+            advice = (
+                "copy it there" if self._device != "cpu" else "open the bundle with device='cuda', or copy it there"
+            )
+            raise InputError(
+                f"{self._input.name} is on a GPU, this engine on {self._device} takes arrays on the host: {advice}"
+            )
+        pointer = stream_pointer(stream)
+        array = from_foreign(values, stream=pointer)
+        self._input.batch_height_width(array.shape)
+        outputs: Sequence[Any] = run(array, pointer)
+        return outputs
+
     def _run_piece(self, piece: np.ndarray) -> list[np.ndarray]:
         count, smallest = len(piece), self._input.batch.min
         if count >= smallest:
@@ -360,6 +432,16 @@ class EdgeBackbone:
         filled = np.zeros((smallest, *piece.shape[1:]), piece.dtype)
         filled[:count] = piece
         return [feature_map[:count] for feature_map in self._engine.run(filled)]
+
+
+def _parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:
+    """``cpu`` or ``cuda``, and the index of the GPU, None for the CPU."""
+    if device == "cpu":
+        return "cpu", None
+    found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", str(device))
+    if found is None:
+        raise InputError(f"device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}")
+    return "cuda", int(found[1] or 0)
 
 
 def _selected(hidden_states: bool | int | Sequence[int], count: int) -> set[int]:

@@ -1,26 +1,50 @@
-"""Can this engine run on this machine? Pure functions over the key in the manifest: nothing is deserialised to find out."""
+"""Can this engine run on this machine? Decided from its key in the manifest, and for plans from the first bytes of the file:
+nothing is deserialised to find out, because a library that is handed a foreign engine may end the process."""
 
 from __future__ import annotations
 
 import platform
+import re
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from edge_backbones.manifest import EngineKey
+from edge_backbones.manifest import EngineKey, Flavour, GpuKey
+from edge_backbones.runtime.cuda import Gpu, gpus, no_gpu_reason
 
 # Instruction sets that change which kernels a CPU engine was compiled to, weakest first; the last one names the engine.
 _X86_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 _ARM_FEATURES = ("asimd", "asimdhp", "asimddp", "sve", "bf16", "i8mm")
 
+_EXTRAS = {
+    "openvino": "cpu",
+    "torchscript": "build",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+    "torch_tensorrt": "torch-tensorrt",
+}
+_RTX_MAGIC = b"vtrt"
+_RTX_HEADER_BYTES = 64
+# Bit of an architecture in the mask of a TensorRT-RTX plan, as 1.7 writes it.
+_RTX_MASK = {"sm_75": 1, "sm_80": 2, "sm_86": 4, "sm_89": 8, "sm_120": 16, "sm_121": 32}
+
 
 @dataclass(frozen=True)
 class Host:
-    """What compat needs to know of a machine. ``versions``: library version by flavour, of those that can be imported."""
+    """What compat needs to know of a machine.
+
+    ``versions``: library version by flavour (``tensorrt_lean`` too), of those that can be imported. ``gpu``: the one to run
+    on, or None; ``no_gpu``: why there is none.
+    """
 
     architecture: str
     cpu_features: tuple[str, ...]
     device_name: str
-    versions: dict[str, str]
+    versions: Mapping[str, str]
+    gpu: Gpu | None = None
+    no_gpu: str = ""
 
 
 def cpu_features(cpuinfo: str, architecture: str) -> tuple[str, ...]:
@@ -39,27 +63,141 @@ def device_name(cpuinfo: str) -> str:
     return next((line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
 
 
-def this_host(versions: dict[str, str]) -> Host:
-    """Read this machine; without /proc/cpuinfo (macOS, Windows) no CPU feature is known."""
+def this_host(versions: Mapping[str, str], *, device: int | None = None) -> Host:
+    """Read this machine, and the GPU ``device`` where one is meant; without /proc/cpuinfo (macOS, Windows) no CPU feature is
+    known. Asking for a GPU starts the driver, which takes part of a second: it is not asked for a CPU."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         cpuinfo = ""
     architecture = platform.machine()
     name = device_name(cpuinfo) or platform.processor() or architecture
-    return Host(architecture, cpu_features(cpuinfo, architecture), name, versions)
+    gpu, no_gpu = None, ""
+    if device is not None:
+        found = gpus()
+        gpu = found[device] if device < len(found) else None
+        no_gpu = no_gpu_reason() or ("" if gpu else f"this machine has {len(found)} GPUs, and none is cuda:{device}")
+    return Host(architecture, cpu_features(cpuinfo, architecture), name, versions, gpu, no_gpu)
 
 
 def reasons_against(key: EngineKey, host: Host) -> list[str]:
     """Why an engine cannot run on a host, one phrase each; empty when it can."""
-    reasons = []
-    here = host.versions.get(key.flavour)
-    if here is None:
-        reasons.append(f"needs {key.flavour}, which is not installed: pip install 'edge-backbones[cpu]'")
-    elif here != key.library_version:
-        reasons.append(f"compiled with {key.flavour} {key.library_version}; here {here}")
+    return _reasons_on_cpu(key, host) if key.gpu is None else _reasons_on_gpu(key, key.gpu, host)
+
+
+def _reasons_on_cpu(key: EngineKey, host: Host) -> list[str]:
+    reasons = _library_reasons(key, host)
+    if key.flavour == "torchscript":
+        return reasons  # code that torch compiles where it runs
     if key.architecture != host.architecture:
         reasons.append(f"compiled for {key.architecture}; this machine is {host.architecture}")
     elif missing := [feature for feature in key.cpu_features if feature not in host.cpu_features]:
         reasons.append(f"compiled for a CPU with {', '.join(missing)}; this one ({host.device_name}) has none")
     return reasons
+
+
+def _reasons_on_gpu(key: EngineKey, asked: GpuKey, host: Host) -> list[str]:
+    reasons = _library_reasons(key, host)
+    if key.flavour in ("tensorrt", "torch_tensorrt") and key.architecture != host.architecture:
+        reasons.append(f"compiled on {key.architecture}; this machine is {host.architecture}")
+    if asked.stripped:
+        reasons.append("written without weights: refit it, or compile it without --strip")
+    gpu = host.gpu
+    if gpu is None:
+        return [*reasons, f"needs an NVIDIA GPU: {host.no_gpu or 'none was asked for (device=cuda)'}"]
+    if not _architecture_fits(asked, gpu):
+        there = ", ".join(asked.architectures)
+        reasons.append(f"compiled for {there}; this GPU ({gpu.name}) is {gpu.architecture}")
+    elif key.flavour == "tensorrt" and asked.hardware_compatibility == "none" and key.device_name != gpu.name:
+        reasons.append(
+            f"compiled for the kernels of {key.device_name}; this GPU is {gpu.name}, and only plans with "
+            "--hardware-compatibility move between models"
+        )
+    if asked.driver is not None and _major(gpu.driver) < _major(asked.driver):
+        reasons.append(
+            f"compiled under a driver for CUDA {asked.driver}; the one here serves CUDA {gpu.driver}: update the driver"
+        )
+    return reasons
+
+
+def _library_reasons(key: EngineKey, host: Host) -> list[str]:
+    here = host.versions.get(key.flavour)
+    if key.gpu is not None and key.gpu.version_compatible:
+        candidates = [host.versions.get(flavour) for flavour in ("tensorrt", "tensorrt_lean")]
+        found = [version for version in candidates if version is not None]
+        if any(_numbers(version) >= _numbers(key.library_version) for version in found):
+            return []
+        here = here or next(iter(found), None)
+    if here is None:
+        extra = _EXTRAS[key.flavour]
+        return [f"needs {key.flavour}, which is not installed: pip install 'edge-backbones[{extra}]'"]
+    if key.flavour == "torchscript":
+        return []  # torch loads what older releases wrote
+    if here != key.library_version:
+        newest = " or newer" if key.gpu is not None and key.gpu.version_compatible else ""
+        return [f"compiled with {key.flavour} {key.library_version}{newest}; here {here}"]
+    return []
+
+
+def _architecture_fits(asked: GpuKey, gpu: Gpu) -> bool:
+    if gpu.architecture in asked.architectures:
+        return True
+    return asked.hardware_compatibility == "ampere_plus" and _capability(gpu.architecture) >= 80
+
+
+def flavour_to_load(key: EngineKey, host: Host) -> Flavour | Literal["tensorrt_lean"]:
+    """The library that loads an engine: its own, or the lean runtime for a version-compatible plan."""
+    own = host.versions.get(key.flavour)
+    compatible = key.gpu is not None and key.gpu.version_compatible
+    if compatible and (own is None or _numbers(own) < _numbers(key.library_version)):
+        return "tensorrt_lean"
+    return key.flavour
+
+
+def reasons_in_plan(key: EngineKey, plan: bytes | bytearray | memoryview) -> list[str]:
+    """What is wrong with the bytes of a plan, one phrase each, from its first 64.
+
+    TensorRT-RTX writes its name, the length of the file, its release and a mask of architectures there. TensorRT's own
+    header is not documented: only emptiness and the other library's name can be told.
+    """
+    if not plan:
+        return ["the plan is empty: compile it again"]
+    is_rtx = bytes(plan[:4]) == _RTX_MAGIC
+    if key.flavour != "tensorrt_rtx":
+        return (
+            ["the plan was written by tensorrt_rtx: open it with that flavour, or compile it again"] if is_rtx else []
+        )
+    if not is_rtx:
+        return [
+            "the plan does not begin as those of tensorrt_rtx do: it is damaged or another library's; compile it again"
+        ]
+    if len(plan) < _RTX_HEADER_BYTES:
+        return [f"the plan is truncated: {len(plan)} bytes, its header alone has {_RTX_HEADER_BYTES}; copy it again"]
+    (size,) = struct.unpack_from("<Q", plan, 16)
+    if size != len(plan):
+        return [f"the plan is truncated: {len(plan)} bytes, its header says {size}; copy it again"]
+    reasons = []
+    version = ".".join(str(part) for part in plan[24:28])
+    if not f"{key.library_version}.".startswith(f"{version}.") and not f"{version}.".startswith(
+        f"{key.library_version}."
+    ):
+        reasons.append(
+            f"the plan was written by tensorrt_rtx {version}, its key says {key.library_version}; compile it again"
+        )
+    mask, wanted = plan[32], key.gpu.architectures if key.gpu is not None else ()
+    missing = [name for name in wanted if name in _RTX_MASK and not mask & _RTX_MASK[name]]
+    if missing:
+        reasons.append(f"the plan was not compiled for {', '.join(missing)}, as its key says; compile it again")
+    return reasons
+
+
+def _capability(architecture: str) -> int:
+    return int(architecture.removeprefix("sm_"))
+
+
+def _major(version: str) -> int:
+    return _numbers(version)[0]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)) or (0,)

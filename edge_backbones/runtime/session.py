@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, cast
 
 import numpy as np
 
 from edge_backbones.bundle import Bundle
 from edge_backbones.errors import EngineMismatchError
-from edge_backbones.manifest import EngineRecord
-from edge_backbones.runtime import compat, openvino
-from edge_backbones.spec import Precision
+from edge_backbones.manifest import EngineKey, EngineRecord
+from edge_backbones.runtime import compat, openvino, tensorrt, tensorrt_library, torchscript
+from edge_backbones.runtime.cuda import MemoryBackend
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 # Engines are offered in this order when several can run here: fewer bits first, they were let in by parity. No CPU
 # computes in fp8: there it is fp32 with rounding in between.
-_PREFERENCE = (Precision.INT8, Precision.FP16, Precision.BF16, Precision.FP32, Precision.FP8)
+_PREFERENCE = {
+    "cpu": (Precision.INT8, Precision.FP16, Precision.BF16, Precision.FP32, Precision.FP8),
+    "cuda": (Precision.INT8, Precision.FP8, Precision.FP16, Precision.BF16, Precision.FP32),
+}
+_FLAVOURS = ("tensorrt", "tensorrt_rtx", "openvino", "torch_tensorrt", "torchscript")
+_CODE = ("torchscript", "torch_tensorrt")  # programs, which are run only for who asks for them
 
 
 class EngineSession(Protocol):
@@ -33,38 +40,172 @@ class EngineSession(Protocol):
         ...
 
 
-def choose_engine(bundle: Bundle, host: compat.Host, engine: str | None = None) -> EngineRecord:
-    """The best engine of a bundle that can run on ``host``.
+def choose_engine(bundle: Bundle, host: compat.Host, engine: str | None = None, *, device: str = "cpu") -> EngineRecord:
+    """The best engine of a bundle that can run on ``host``, on its CPU or (``device="cuda"``) on its GPU.
 
     ``engine`` narrows the choice to a precision (``"int8"``), a flavour (``"openvino"``) or a name as the manifest has
     it. Raises EngineMismatchError with one reason per engine that was passed over.
     """
+    fitting = fitting_engines(bundle, engine, lambda e: reasons_against(e, host, engine, device=device), device=device)
+    order = _PREFERENCE[device]
+    # Of two engines of one precision, the one that was compiled for more of this CPU's instructions.
+    return min(
+        fitting,
+        key=lambda e: (order.index(e.key.precision), _FLAVOURS.index(e.key.flavour), -len(e.key.cpu_features)),
+    )
+
+
+def fitting_engines(
+    bundle: Bundle, engine: str | None, reasons_against: Callable[[EngineRecord], list[str]], *, device: str = "cpu"
+) -> list[EngineRecord]:
+    """The engines that ``engine`` means and that nothing speaks against; raises EngineMismatchError when there is none."""
     engines = bundle.manifest.engines
     wanted = [e for e in engines if engine is None or engine in (e.key.precision.value, e.key.flavour, e.name)]
     if not wanted:
         held = ", ".join(e.name for e in engines) or "none"
         asked = "an engine" if engine is None else f"engine {engine!r}"
-        raise EngineMismatchError(f"{bundle.path} has no {asked}; it holds: {held}. {_advice(bundle)}")
-    reasons = {e.name: compat.reasons_against(e.key, host) for e in wanted}
+        raise EngineMismatchError(f"{bundle.path} has no {asked}; it holds: {held}. {_advice(bundle, device)}")
+    reasons = {e.name: reasons_against(e) for e in wanted}
     fitting = [e for e in wanted if not reasons[e.name]]
     if not fitting:
         listed = "; ".join(f"{name}: {' and '.join(why)}" for name, why in reasons.items())
-        raise EngineMismatchError(f"no engine of {bundle.path} can run here. {listed}. {_advice(bundle)}")
-    # Of two engines of one precision, the one that was compiled for more of this CPU's instructions.
-    return min(fitting, key=lambda e: (_PREFERENCE.index(e.key.precision), -len(e.key.cpu_features)))
+        raise EngineMismatchError(f"no engine of {bundle.path} can run here. {listed}. {_advice(bundle, device)}")
+    return fitting
 
 
-def open_session(bundle: Bundle, engine: EngineRecord, *, threads: int | None = None) -> EngineSession:
-    """Read, check and load one engine."""
-    open_engine: Callable[..., EngineSession] = {"openvino": openvino.OpenVinoSession}[engine.key.flavour]
-    return open_engine(bundle.read(engine.file), outputs=bundle.manifest.backbone.outputs, threads=threads)
+def reasons_against(
+    engine: EngineRecord, host: compat.Host, asked: str | None = None, *, device: str = "cpu"
+) -> list[str]:
+    """Why an engine is passed over on a device, one phrase each; empty when it may run.
+
+    ``asked``: what was asked for by name. Code (TorchScript) runs only then.
+    """
+    key = engine.key
+    reasons = []
+    runs_on = ("cpu", "cuda") if key.flavour == "torchscript" else ("cpu",) if key.gpu is None else ("cuda",)
+    if device not in runs_on:
+        reasons.append(f"runs on {' and '.join(runs_on)}, not on {device}")
+    if key.flavour in _CODE and asked not in (key.flavour, engine.name):
+        reasons.append(f"is a program: it is run only when asked for by name (engine={key.flavour!r})")
+    if not engine.parity.measured:
+        reasons.append("was compiled ahead of time and never measured: run edge-backbones verify on this device")
+    return reasons or compat.reasons_against(key, host)
 
 
-def installed_versions() -> dict[str, str]:
-    """Version of every engine library that can be imported here, by flavour."""
-    version = openvino.library_version()
-    return {} if version is None else {"openvino": version}
+def compile_here(
+    bundle: Bundle, host: compat.Host, engine: str | None, *, device: int | None, allow_host_code: bool = False
+) -> None:
+    """Add the engine that ``engine`` means (all precisions by default) for this machine's CPU or the GPU ``device``.
+
+    On a GPU that is TensorRT's where it is installed, else TensorRT-RTX's. Raises what `compile_bundle` raises.
+    """
+    compiler = importlib.import_module("edge_backbones.build.device")  # a layer above: loaded only for who asks for it
+    flavour = "openvino"
+    if device is not None:
+        flavour = "tensorrt" if "tensorrt" in host.versions else "tensorrt_rtx"
+    precisions = (Precision(engine),) if engine in set(Precision) else None
+    compiler.compile_bundle(
+        bundle.path,
+        precisions=precisions,
+        flavour=engine if engine in _FLAVOURS else flavour,
+        device=device or 0,
+        allow_host_code=allow_host_code,
+    )
 
 
-def _advice(bundle: Bundle) -> str:
-    return f"Run: edge-backbones compile {bundle.path}"
+def open_session(
+    bundle: Bundle,
+    engine: EngineRecord,
+    *,
+    threads: int | None = None,
+    device: int | None = None,
+    memory: MemoryBackend | None = None,
+    cuda_graphs: bool = False,
+    allow_host_code: bool = False,
+) -> EngineSession:
+    """Read, check and load one engine. ``device``: the GPU's index, None for the CPU; the rest as in EdgeBackbone."""
+    manifest = bundle.manifest
+    return load_engine(
+        engine.key,
+        bundle.read(engine.file),
+        manifest.backbone,
+        manifest.input,
+        threads=threads,
+        device=device,
+        memory=memory,
+        cuda_graphs=cuda_graphs,
+        allow_host_code=allow_host_code,
+    )
+
+
+def load_engine(
+    key: EngineKey,
+    data: bytearray,
+    spec: BackboneSpec,
+    input: InputSpec,
+    *,
+    threads: int | None = None,
+    device: int | None = None,
+    memory: MemoryBackend | None = None,
+    cuda_graphs: bool = False,
+    allow_host_code: bool = False,
+) -> EngineSession:
+    """Load engine bytes by their key. Raises EngineMismatchError for bytes that are no engine of that kind."""
+    if key.flavour == "openvino":
+        return openvino.OpenVinoSession(data, outputs=spec.outputs, threads=threads)
+    if key.flavour in _CODE:
+        place = "cpu" if device is None else f"cuda:{device}"
+        return torchscript.TorchScriptSession(data, input=input, outputs=spec.outputs, device=place, threads=threads)
+    wrong = compat.reasons_in_plan(key, data)
+    if wrong:
+        raise EngineMismatchError(f"{key.name}: {' and '.join(wrong)}")
+    flavour = compat.flavour_to_load(key, compat.this_host(installed_versions()))
+    return tensorrt.TensorRtSession(
+        data,
+        flavour=cast(tensorrt_library.TensorRtFlavour, flavour),
+        input=input,
+        outputs=spec.outputs,
+        device=device or 0,
+        memory=memory,
+        cuda_graphs=cuda_graphs,
+        allow_host_code=allow_host_code,
+        dla_core=None if key.gpu is None else key.gpu.dla_core,
+    )
+
+
+class installed_versions(Mapping[str, str]):
+    """Version of every engine library that can be imported here, by flavour. A library is looked at when it is asked for:
+    TensorRT takes a second to import, and a bundle for the CPU does not need it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, str | None] = {}
+
+    def __getitem__(self, flavour: str) -> str:
+        if flavour not in self._found:
+            self._found[flavour] = _library_version(flavour)
+        version = self._found[flavour]
+        if version is None:
+            raise KeyError(flavour)
+        return version
+
+    def __iter__(self) -> Iterator[str]:
+        flavours = ("openvino", *tensorrt_library.FLAVOURS, *_CODE)
+        return iter([flavour for flavour in flavours if self.get(flavour) is not None])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _library_version(flavour: str) -> str | None:
+    if flavour == "openvino":
+        return openvino.library_version()
+    if flavour in tensorrt_library.FLAVOURS:
+        return tensorrt_library.library_version(flavour)
+    if flavour == "torchscript":
+        return torchscript.library_version()
+    return torchscript.torch_tensorrt_version() if flavour == "torch_tensorrt" else None
+
+
+def _advice(bundle: Bundle, device: str) -> str:
+    flavour = "" if device == "cpu" else " --flavour tensorrt"
+    return f"Run: edge-backbones compile {bundle.path}{flavour}"

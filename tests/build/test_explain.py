@@ -17,9 +17,10 @@ from PIL import Image
 
 from edge_backbones.build import explain
 from edge_backbones.build.compile import compile_engine
+from edge_backbones.build.device import explain_bundle, verify_bundle
 from edge_backbones.build.explain import allowed_noise
 from edge_backbones.build.parity import measure_engine
-from edge_backbones.build.pipeline import BuildOptions, build_bundle, explain_bundle, verify_bundle
+from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.bundle import Bundle, load_golden, record_bytes, record_file, write_manifest
 from edge_backbones.errors import ParityError, QuantizationError
 from edge_backbones.manifest import EngineRecord, Gate
@@ -50,7 +51,7 @@ def with_engine(bundle: Path, graph: onnx.ModelProto, precision: Precision, gate
     opened = Bundle.open(bundle)
     spec, input = opened.manifest.backbone, opened.manifest.input
     engine = compile_engine(graph.SerializeToString(), precision, cache=None)
-    report = measure_engine(engine.data, spec, input, load_golden(opened), precision, gate)
+    report = measure_engine(engine.key, engine.data, spec, input, load_golden(opened), gate)
     assert not report.passed  # else nothing was planted
     file = record_bytes(engine.key.path(engine.data, engine.suffix), engine.data)
     (bundle / file.path).write_bytes(engine.data)

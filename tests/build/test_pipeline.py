@@ -18,7 +18,8 @@ import torch
 from msgspec import structs
 from PIL import Image
 
-from edge_backbones.build.pipeline import BuildOptions, build_bundle, compile_bundle, verify_bundle
+from edge_backbones.build.device import compile_bundle, verify_bundle
+from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.build.sources.common import SourceOptions
 from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.bundle import Bundle, write_manifest

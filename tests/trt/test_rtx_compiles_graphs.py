@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
-from edge_backbones.build.artifacts import ExportedGraph
+from edge_backbones.build import tensorrt as compiler
+from edge_backbones.build.artifacts import ExportedGraph, Progress, TypedGraph
 from edge_backbones.build.export import export_onnx
 from edge_backbones.build.prepare import prepare
 from edge_backbones.build.quantize import tensors_to_calibrate, write_typed_graph
 from edge_backbones.build.ranges import collect_magnitudes, find_ranges
 from edge_backbones.build.sources.common import SourceOptions
 from edge_backbones.build.sources.timm import load_timm
+from edge_backbones.build.tensorrt import Plan, PlanOptions, Shapes, compile_plan
+from edge_backbones.errors import CompileError
+from edge_backbones.manifest import EngineKey
+from edge_backbones.runtime.compat import reasons_in_plan
+from edge_backbones.runtime.cuda import gpus
+from edge_backbones.runtime.tensorrt_library import logger_of
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
 trt = pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
@@ -46,7 +57,7 @@ NETWORKS = {
 
 
 # A100, RTX 30, L4 and RTX 40, RTX 50. The first two have no fp8.
-TARGETS = tuple(getattr(trt.ComputeCapability, name) for name in ("SM80", "SM86", "SM89", "SM120"))
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 FLOATS = {Precision.FP32: trt.DataType.FLOAT, Precision.BF16: trt.DataType.BF16}
 
 
@@ -68,94 +79,224 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
 
 
-class Log(trt.ILogger):  # type: ignore[misc,name-defined]
-    """Keeps errors: TensorRT reports a failure as None, and says why only here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity in (trt.Logger.INTERNAL_ERROR, trt.Logger.ERROR):
-            self.errors.append(message)
-
-    def last_error(self) -> str:
-        return self.errors[-1] if self.errors else "TensorRT logged no error"
-
-
-@pytest.fixture(scope="module")
-def log() -> Log:
-    # One for all builders: TensorRT keeps the first logger of a process and warns about others.
-    return Log()
-
-
-def parsed(path: Path, log: Log) -> tuple[Any, Any, Any]:
-    """The builder, the network and the parser, which owns the weights."""
+def layers_of(path: Path) -> list[Any]:
+    """What TensorRT makes of the file's nodes; the builder and the parser, which own them, stay alive with the list."""
+    log = logger_of(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
         pytest.fail("\n".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or log.last_error())
-    return builder, network, parser
+    return [network, builder, parser]
 
 
-def compiled(
-    builder: Any, network: Any, input: InputSpec, log: Log, targets: Sequence[trt.ComputeCapability] = ()
-) -> bytes:
-    config = builder.create_builder_config()
-    if targets:
-        config.num_compute_capabilities = len(targets)
-        assert all(config.set_compute_capability(target, index) for index, target in enumerate(targets))
-    profile = builder.create_optimization_profile()
-    assert profile.set_shape(input.name, input.min_shape, input.opt_shape, input.max_shape) is not False
-    assert config.add_optimization_profile(profile) >= 0
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        pytest.fail(f"TensorRT-RTX built nothing: {log.last_error()}")
-    return bytes(plan)
+def typed(case: Case, precision: Precision, folder: Path) -> TypedGraph:
+    return write_typed_graph(case.graph, precision=precision, path=folder / "typed.onnx", ranges=case.ranges)
+
+
+def compiled(graph: TypedGraph, **options: Any) -> Plan:
+    return compile_plan(
+        graph.path.read_bytes(),
+        graph.input,
+        graph.precision,
+        flavour="tensorrt_rtx",
+        options=PlanOptions(**options),
+    )
 
 
 @pytest.mark.parametrize("precision", list(Precision))
-def test_every_precision_compiles(case: Case, precision: Precision, log: Log, tmp_path: Path) -> None:
-    typed = write_typed_graph(case.graph, precision=precision, path=tmp_path / "typed.onnx", ranges=case.ranges)
-    builder, network, parser = parsed(typed.path, log)
+def test_every_precision_compiles(case: Case, precision: Precision, tmp_path: Path) -> None:
+    graph = typed(case, precision, tmp_path)
+    network, *owners = layers_of(graph.path)
 
     assert [(network.get_input(i).name, network.get_input(i).dtype) for i in range(network.num_inputs)] == [
-        (typed.input.name, trt.DataType.UINT8 if typed.input.dtype == "uint8" else trt.DataType.FLOAT)
+        (graph.input.name, trt.DataType.UINT8 if graph.input.dtype == "uint8" else trt.DataType.FLOAT)
     ]
     assert [(network.get_output(i).name, network.get_output(i).dtype) for i in range(network.num_outputs)] == [
-        (name, trt.DataType.FLOAT) for name in typed.spec.out_features
+        (name, trt.DataType.FLOAT) for name in graph.spec.out_features
     ]
 
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     seen = Counter(layer.type.name for layer in layers)
-    nodes = Counter(node.op_type for node in onnx.load(typed.path).graph.node)
+    nodes = Counter(node.op_type for node in onnx.load(graph.path).graph.node)
     assert seen["QUANTIZE"] == nodes["QuantizeLinear"]
     assert seen["DEQUANTIZE"] == nodes["DequantizeLinear"]
     assert bool(seen["QUANTIZE"]) == (precision in (Precision.INT8, Precision.FP8))
     convolutions = {layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.CONVOLUTION}
     assert convolutions == {FLOATS.get(precision, trt.DataType.HALF)}
+    del layers, network, owners
 
     targets = TARGETS[2:] if precision is Precision.FP8 else TARGETS
-    assert len(compiled(builder, network, typed.input, log, targets)) > 10_000
+    assert compiled(graph).gpu.architectures == targets  # every one that has the format, when none is named
     for target in targets:
-        assert len(compiled(builder, network, typed.input, log, [target])) > 10_000
-    del parser  # kept until here: the network's weights are views of it
+        plan = compiled(graph, targets=(target,))
+        assert len(plan.data) > 10_000
+        assert plan.gpu.architectures == (target,)
+        assert reasons_in_plan(key_of(plan, precision), plan.data) == []
+
+
+def key_of(plan: Plan, precision: Precision, **changes: Any) -> EngineKey:
+    key = EngineKey(
+        flavour="tensorrt_rtx",
+        library_version=plan.library_version,
+        architecture="x86_64",
+        cpu_features=(),
+        device_name=plan.device_name,
+        precision=precision,
+        graph_sha256="0" * 64,
+        gpu=plan.gpu,
+    )
+    return msgspec.structs.replace(key, **changes)
 
 
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
-def test_a_gpu_without_fp8_is_told(case: Case, log: Log, tmp_path: Path) -> None:
-    typed = write_typed_graph(case.graph, precision=Precision.FP8, path=tmp_path / "fp8.onnx", ranges=case.ranges)
-    builder, network, _parser = parsed(typed.path, log)
-    with pytest.raises(pytest.fail.Exception, match=r"sm80.*fp8_e4m3"):
-        compiled(builder, network, typed.input, log, TARGETS[:1])
+@pytest.mark.parametrize(
+    ("precision", "targets"),
+    [
+        (Precision.BF16, ("sm_75",)),
+        (Precision.FP8, ("sm_75",)),
+        (Precision.FP8, ("sm_80", "sm_89")),
+        (Precision.FP8, ("sm_86",)),
+    ],
+)
+def test_a_gpu_without_the_format_is_refused(
+    case: Case, precision: Precision, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(CompileError, match=f"{targets[0]} has no {precision}, which came with sm_8"):
+        compiled(typed(case, precision, tmp_path), targets=targets)
 
 
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
-def test_a_dynamic_graph_without_a_profile_is_told_apart_from_success(case: Case, log: Log, tmp_path: Path) -> None:
-    # The None that TensorRT returns, and the reason in its log, are what `compiled` relies on.
-    assert not case.graph.input.batch.is_fixed
-    typed = write_typed_graph(case.graph, precision=Precision.INT8, path=tmp_path / "int8.onnx", ranges=case.ranges)
-    builder, network, _parser = parsed(typed.path, log)
-    assert builder.build_serialized_network(network, builder.create_builder_config()) is None
-    assert "no optimization profile" in log.last_error()
+@pytest.mark.parametrize(("target", "format"), [("SM75", "b16"), ("SM80", "fp8_e4m3"), ("SM86", "fp8_e4m3")])
+def test_tensorrt_itself_refuses_what_we_refuse(
+    case: Case, target: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our table of formats by architecture is that of the library: without it, the library's own words come through."""
+    monkeypatch.setattr(compiler, "FIRST_ARCHITECTURE", {})
+    graph = typed(case, Precision.BF16 if format == "b16" else Precision.FP8, tmp_path)
+    with pytest.raises(CompileError, match=rf"{target.lower()}.*{format}.*leave the target out"):
+        compiled(graph, targets=(f"sm_{target[2:]}",))
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("sm_87",)}, "does not compile for sm_87; it knows .*sm_120.*--flavour tensorrt"),
+        ({"targets": ("sm_90", "sm_89")}, "does not compile for sm_90"),
+        ({"targets": ("sm_110",)}, "does not compile for sm_110"),
+        ({"version_compatible": True}, "no version compatibility"),
+        ({"hardware_compatibility": "ampere_plus"}, "no hardware compatibility"),
+        ({"sparse": True}, "no sparse weights"),
+        ({"dla_core": 0}, "no a DLA core"),
+        ({"timing_cache": b"0"}, "no a timing cache"),
+        ({"refit": True}, "on a machine with a GPU only"),
+        ({"strip": True}, "on a machine with a GPU only"),
+        ({"workspace": 1 << 60}, None),
+    ],
+)
+def test_what_rtx_cannot_do_or_would_ignore_is_refused(
+    case: Case, options: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    graph = typed(case, Precision.FP32, tmp_path)
+    if message is None:
+        assert compiled(graph, **options).memory_estimate > 1 << 60  # no GPU here whose memory it could exceed
+        return
+    if "GPU only" in message and gpus():
+        assert compiled(graph, **options).gpu.refittable
+        return
+    with pytest.raises(CompileError, match=message):
+        compiled(graph, **options)
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+def test_tensorrt_needs_the_gpu_it_compiles_for(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Builder ends the process where there is no driver: it must not be reached."""
+    monkeypatch.setattr(compiler.cuda, "gpus", tuple)
+    monkeypatch.setattr(compiler, "load_library", lambda flavour: pytest.fail("the library was touched"))
+    graph = typed(case, Precision.FP32, tmp_path)
+    with pytest.raises(CompileError, match="TensorRT compiles on the GPU that will run the plan"):
+        compile_plan(graph.path.read_bytes(), graph.input, Precision.FP32, flavour="tensorrt")
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+def test_several_profiles(case: Case, tmp_path: Path) -> None:
+    graph = typed(case, Precision.FP16, tmp_path)
+    fixed = {"height": graph.input.height, "width": graph.input.width}
+    small, large = ShapeRange.fixed(2), ShapeRange(min=3, opt=8, max=8)
+    plan = compiled(graph, profiles=(Shapes(batch=small, **fixed), Shapes(batch=large, **fixed)))
+    image = (3, HEIGHT, WIDTH)
+    assert plan.gpu.profiles == (((2, *image),) * 3, ((3, *image), (8, *image), (8, *image)))
+    with pytest.raises(CompileError, match=r"no profile holds \(4, 3, 64, 96\), and the bundle promises"):
+        compiled(graph, profiles=(Shapes(batch=small, **fixed),))
+    with pytest.raises(CompileError, match=r"a profile asks for batch 1\.\.9, the graph has 2\.\.8"):
+        compiled(graph, profiles=(Shapes(batch=ShapeRange(min=1, opt=4, max=9), **fixed),))
+
+
+@pytest.mark.parametrize("case", ["test_vit"], indirect=True)
+def test_graphs_that_are_no_graphs(case: Case) -> None:
+    with pytest.raises(CompileError, match="tensorrt_rtx cannot read this graph"):
+        compile_plan(b"not ONNX", case.graph.input, Precision.FP32, flavour="tensorrt_rtx")
+
+
+@pytest.mark.parametrize("case", ["test_vit"], indirect=True)
+def test_the_header_of_a_plan(case: Case, tmp_path: Path) -> None:
+    """What is wrong with a file is found in its first bytes: nothing is handed to the library."""
+    plan = compiled(typed(case, Precision.FP16, tmp_path), targets=("sm_86", "sm_89"))
+    key, data = key_of(plan, Precision.FP16), plan.data
+    assert reasons_in_plan(key, data) == []
+    (reason,) = reasons_in_plan(key, data[:-1])
+    assert reason == f"the plan is truncated: {len(data) - 1} bytes, its header says {len(data)}; copy it again"
+    assert "its header alone has 64" in reasons_in_plan(key, data[:40])[0]
+    assert reasons_in_plan(key, b"") == ["the plan is empty: compile it again"]
+    assert "does not begin as those of tensorrt_rtx do" in reasons_in_plan(key, bytes(100))[0]
+    assert "written by tensorrt_rtx" in reasons_in_plan(msgspec.structs.replace(key, flavour="tensorrt"), data)[0]
+    assert "its key says 1.0.0" in reasons_in_plan(msgspec.structs.replace(key, library_version="1.0.0"), data)[0]
+    other = msgspec.structs.replace(plan.gpu, architectures=("sm_86", "sm_120"))
+    assert "not compiled for sm_120" in reasons_in_plan(msgspec.structs.replace(key, gpu=other), data)[0]
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+def test_progress_and_ctrl_c(case: Case, tmp_path: Path) -> None:
+    """Phases are shown; an interruption ends the compilation, and the library works on afterwards."""
+    graph = typed(case, Precision.INT8, tmp_path)
+    seen: list[tuple[str, int, int | None]] = []
+    interrupted: list[bool] = []
+
+    def interrupt(step: str, done: int, total: int | None) -> None:
+        seen.append((step, done, total))
+        if step.startswith("compiling") and not interrupted:
+            interrupted.append(True)
+            os.kill(os.getpid(), signal.SIGINT)  # what a terminal does
+            time.sleep(0.5)
+
+    def compile_with(progress: Progress) -> Plan:
+        return compile_plan(
+            graph.path.read_bytes(), graph.input, Precision.INT8, flavour="tensorrt_rtx", progress=progress
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_with(interrupt)
+    assert len([entry for entry in seen if entry[0].startswith("compiling")]) < 5
+
+    def fail(step: str, done: int, total: int | None) -> None:
+        if step.startswith("compiling"):
+            raise ZeroDivisionError("a progress bar that breaks")
+
+    with pytest.raises(ZeroDivisionError, match="a progress bar"):
+        compile_with(fail)
+
+    seen.clear()
+    assert compile_with(lambda *entry: seen.append(entry)).data
+    assert {step for step, _, _ in seen} >= {"reading the graph"}
+    assert all(total is None or 0 <= done <= total for _, done, total in seen)
+    assert any(total and done == total for _, done, total in seen)
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+def test_least_memory_is_a_bound(case: Case, tmp_path: Path) -> None:
+    graph = typed(case, Precision.FP32, tmp_path)
+    plan = compiled(graph)
+    weights = sum(numpy_helper.to_array(t).nbytes for t in onnx.load(graph.path).graph.initializer)
+    assert 1.9 * weights < plan.memory_estimate < 2.1 * weights + 100e6
+    assert compiled(graph, workspace=1 << 30).memory_estimate == plan.memory_estimate + (1 << 30)

@@ -14,6 +14,7 @@ from edge_backbones.errors import EngineMismatchError, InferenceError, InputErro
 from edge_backbones.manifest import Source
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
+from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
 from edge_backbones.spec import ExtraOutput, InputSpec, ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooled, pooling_input
 
@@ -381,7 +382,7 @@ def test_engines_are_chosen_by_precision_flavour_or_name(tmp_path):
         EdgeBackbone.from_pretrained(bundle.path, engine=engine).close()
     with pytest.raises(EngineMismatchError, match=f"has no engine 'int8'; it holds: {re.escape(name)}"):
         EdgeBackbone.from_pretrained(bundle.path, engine="int8")
-    with pytest.raises(EngineMismatchError, match="device 'cuda'"):
+    with pytest.raises(EngineMismatchError, match=r"runs on cpu, not on cuda.*compile .* --flavour tensorrt"):
         EdgeBackbone.from_pretrained(bundle.path, device="cuda")
 
 
@@ -392,7 +393,7 @@ def test_fewer_bits_are_preferred_among_engines_that_fit(tmp_path):
     for precision in ("fp16", "int8"):
         key = msgspec.structs.replace(only.key, precision=precision)
         file = record_bytes(key.path(data, ".blob"), data)
-        bundle = bundle.add_engine(msgspec.structs.replace(only, key=key, file=file), data)
+        bundle = bundle.add_engine(msgspec.structs.replace(only, key=key, file=file), {file.path: data})
     host = compat.this_host(session.installed_versions())
     assert session.choose_engine(bundle, host).key.precision == "int8"
     assert session.choose_engine(bundle, host, "fp16").key.precision == "fp16"
@@ -414,6 +415,120 @@ def test_an_engine_file_that_is_not_one_is_refused(tmp_path):
     only = bundle.manifest.engines[0]
     for garbage in (b"not an engine at all", bytes(bundle.read(only.file))[:500]):
         file = record_bytes(only.file.path, garbage)
-        bundle = bundle.add_engine(msgspec.structs.replace(only, file=file), garbage)
+        bundle = bundle.add_engine(msgspec.structs.replace(only, file=file), {file.path: garbage})
         with pytest.raises(EngineMismatchError, match="does not load this engine"):
             EdgeBackbone.from_pretrained(bundle.path)
+
+
+class OnGpu:
+    """An array of another library in GPU memory, as the CUDA Array Interface describes it."""
+
+    def __init__(self, shape: tuple[int, ...], typestr: str = "<f4") -> None:
+        self.__cuda_array_interface__ = {"version": 3, "shape": shape, "typestr": typestr, "data": (0x1000, False)}
+
+
+class GpuSession(NumpySession):
+    """A session that takes arrays on the GPU; what it is given is recorded."""
+
+    def __init__(self, input: InputSpec) -> None:
+        super().__init__(input)
+        self.calls: list[tuple[ForeignArray, int]] = []
+
+    def run_on_device(self, array: ForeignArray, stream: int) -> list[DeviceArray]:
+        self.calls.append((array, stream))
+        batch, channels, height, width = array.shape
+        return [
+            DeviceArray(k, (batch, channels, height // k, width // k), np.dtype(np.float32), **FRESH) for k in (4, 8)
+        ]
+
+
+FRESH = {"device": 1, "owner": None, "synchronize": None}
+
+
+def over_gpu() -> tuple[EdgeBackbone, GpuSession]:
+    engine = GpuSession(pooling_input(ShapeRange(min=2, opt=2, max=4)))
+    return EdgeBackbone(SPEC, engine.input, engine, device="cuda:1"), engine
+
+
+def test_arrays_on_the_gpu_stay_there():
+    backbone, engine = over_gpu()
+    assert backbone.device == "cuda:1"
+    output = backbone(OnGpu((9, 3, 32, 48)), stream=0x5000)
+    assert [m.shape for m in output.feature_maps] == [(9, 3, 8, 12), (9, 3, 4, 6)]
+    assert all(isinstance(m, DeviceArray) for m in output.feature_maps)
+    ((array, stream),) = engine.calls
+    assert (array.pointer, array.shape, array.dtype, stream) == (0x1000, (9, 3, 32, 48), np.float32, 0x5000)
+    assert engine.batches == []  # batches are cut and filled where the array is
+    backbone.out_features = ["pool8"]
+    (only,) = backbone(OnGpu((2, 3, 32, 48))).feature_maps
+    assert only.pointer == 8
+    assert engine.calls[-1][1] == 0
+    assert list(backbone.run(OnGpu((2, 3, 32, 48)), stream=7)) == ["pool4", "pool8"]
+    assert backbone.forward_with_filtered_kwargs(OnGpu((2, 3, 32, 48)), stream=9, bogus=1)[0]
+    assert [stream for _, stream in engine.calls] == [0x5000, 0, 7, 9]
+
+
+def test_arrays_of_the_host_come_back_to_the_host_from_an_engine_on_the_gpu():
+    backbone, _ = over_gpu()
+    images = pixels(5)
+    for actual, expected in zip(backbone(images).feature_maps, pooled(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (OnGpu((1, 3, 32, 32)), {}, "of shape (1, 3, 32, 32) does not fit: this engine takes float32 NCHW"),
+        (OnGpu((1, 3, 32, 48)), {"stream": "fast"}, "stream 'fast'"),
+        (
+            np.zeros((2, 3, 32, 48), np.float32),
+            {"stream": 0},
+            "stream= is for arrays on the GPU, and pixel_values is not",
+        ),
+    ],
+)
+def test_what_an_engine_on_the_gpu_cannot_take_is_refused(value, options, message):
+    backbone, engine = over_gpu()
+    with pytest.raises(InputError, match=re.escape(message)):
+        backbone(value, **options)
+    assert engine.calls == []
+
+
+def test_an_array_on_the_gpu_does_not_fit_an_engine_on_the_cpu(backbone):
+    with pytest.raises(
+        InputError, match="is on a GPU, this engine on cpu takes arrays on the host: open the bundle with"
+    ):
+        backbone(OnGpu((2, 3, 32, 48)))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "cuda:1 ", 0])
+def test_a_device_that_is_not_one_is_refused(tmp_path, device):
+    with pytest.raises(InputError, match="device must be 'cpu', 'cuda' or 'cuda:<index>', got"):
+        EdgeBackbone.from_pretrained(tmp_path, device=device)
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "index"), [("cpu", "cpu", None), ("cuda", "cuda", 0), ("cuda:3", "cuda", 3)]
+)
+def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind, index):
+    bundle = make_bundle(tmp_path / "b.bundle")
+    hosts, seen = [], []
+
+    def open_session(bundle, engine, **options):
+        seen.append(options)
+        return NumpySession(bundle.manifest.input)
+
+    def choose_engine(bundle, host, engine, **options):
+        seen.append(options)
+        return bundle.manifest.engines[0]
+
+    monkeypatch.setattr(compat, "this_host", lambda versions, **options: hosts.append(options))
+    monkeypatch.setattr(session, "open_session", open_session)
+    monkeypatch.setattr(session, "choose_engine", choose_engine)
+    opened = EdgeBackbone.from_pretrained(
+        bundle.path, device=device, threads=3, memory="pycuda", cuda_graphs=True, allow_host_code=True
+    )
+    assert hosts == [{"device": index}]
+    options = {"threads": 3, "memory": "pycuda", "cuda_graphs": True, "allow_host_code": True}
+    assert seen == [{"device": kind}, {"device": index, **options}]
+    assert opened.device == ("cpu" if index is None else f"cuda:{index}")

@@ -176,11 +176,11 @@ def test_an_engine_is_added_and_replaced_and_nothing_else_is_touched(bundle):
     old = bundle.manifest.engines[0]
     key = msgspec.structs.replace(old.key, precision="int8")
     other = msgspec.structs.replace(old, key=key, file=record_bytes(key.path(b"int8 engine", ".blob"), b"int8 engine"))
-    grown = bundle.add_engine(other, b"int8 engine")
+    grown = bundle.add_engine(other, {other.file.path: b"int8 engine"})
     assert [e.name for e in grown.manifest.engines] == [old.name, other.name]
     grown.check_files()
     again = msgspec.structs.replace(other, file=record_bytes(key.path(b"better engine", ".blob"), b"better engine"))
-    replaced = grown.add_engine(again, b"better engine")
+    replaced = grown.add_engine(again, {again.file.path: b"better engine"})
     assert [e.file.sha256 for e in replaced.manifest.engines] == [old.file.sha256, again.file.sha256]
     assert sorted(p.name for p in (bundle.path / "engines").iterdir()) == sorted(
         [*(Path(e.file.path).name for e in replaced.manifest.engines), "mine.txt"]
@@ -198,7 +198,7 @@ def test_an_engines_folder_that_leads_outside_is_never_written_to(bundle, tmp_pa
     (bundle.path / "engines").rmdir()
     (bundle.path / "engines").symlink_to(victim)
     with pytest.raises(ManifestError, match="leads outside"):
-        bundle.add_engine(engine, data)
+        bundle.add_engine(engine, {engine.file.path: data})
     assert [path.name for path in victim.iterdir()] == ["thesis.txt"]
 
 
@@ -263,7 +263,7 @@ def rewrite_for_ever(path: str) -> None:
     engine = bundle.manifest.engines[0]
     data = bytes(bundle.read(engine.file))
     while True:
-        bundle.add_engine(engine, data)
+        bundle.add_engine(engine, {engine.file.path: data})
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")

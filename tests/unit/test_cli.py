@@ -184,7 +184,7 @@ def test_doctor_names_every_extra_that_is_missing():
         "print([f.fix for f in examine() if not f.ok])"
     )
     fixes = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for extra in ("cpu", "images", "report", "build", "rtx"):
+    for extra in ("cpu", "images", "report", "build", "tensorrt"):
         assert f"pip install 'edge-backbones[{extra}]'" in fixes
 
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from edge_backbones.manifest import EngineKey
-from edge_backbones.runtime.compat import Host, cpu_features, device_name, reasons_against
+from edge_backbones.manifest import EngineKey, GpuKey
+from edge_backbones.runtime.compat import (
+    Host,
+    cpu_features,
+    device_name,
+    flavour_to_load,
+    reasons_against,
+    reasons_in_plan,
+)
+from edge_backbones.runtime.cuda import Gpu
 
 KEY = EngineKey(
     flavour="openvino",
@@ -62,3 +70,116 @@ def test_features_are_read_from_the_first_core_weakest_first():
     assert cpu_features("Features\t: fp asimd asimddp", "aarch64") == ("asimd", "asimddp")
     assert cpu_features("", "x86_64") == ()
     assert device_name(CPUINFO) == "Some CPU @ 3 GHz"
+
+
+ORIN = Gpu(
+    index=0, name="Orin", architecture="sm_87", memory_bytes=8 << 30, driver="12.6", multiprocessors=8, integrated=True
+)
+A10 = Gpu(
+    index=0,
+    name="NVIDIA A10",
+    architecture="sm_86",
+    memory_bytes=24 << 30,
+    driver="12.8",
+    multiprocessors=72,
+    integrated=False,
+)
+PLAN = EngineKey(
+    flavour="tensorrt",
+    library_version="10.3.0",
+    architecture="aarch64",
+    cpu_features=(),
+    device_name="Orin",
+    precision="int8",
+    graph_sha256="0" * 64,
+    gpu=GpuKey(architectures=("sm_87",), driver="12.6"),
+)
+JETSON = Host("aarch64", ("asimd",), "Cortex-A78AE", {"tensorrt": "10.3.0"}, ORIN)
+
+
+def key(**changes):
+    gpu = {name: changes.pop(name) for name in list(changes) if name in GpuKey.__struct_fields__}
+    return msgspec.structs.replace(PLAN, gpu=msgspec.structs.replace(PLAN.gpu, **gpu), **changes)
+
+
+def host(**changes):
+    fields = {
+        "architecture": "aarch64",
+        "cpu_features": (),
+        "device_name": "CPU",
+        "versions": JETSON.versions,
+        "gpu": ORIN,
+    }
+    return Host(**{**fields, **changes})
+
+
+def test_a_plan_runs_where_it_was_compiled():
+    assert reasons_against(PLAN, JETSON) == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "there", "reason"),
+    [
+        (key(), host(gpu=A10), "compiled for sm_87; this GPU (NVIDIA A10) is sm_86"),
+        (key(device_name="Orin Nano"), host(), "compiled for the kernels of Orin Nano; this GPU is Orin"),
+        (key(), host(versions={"tensorrt": "10.7.0"}), "compiled with tensorrt 10.3.0; here 10.7.0"),
+        (key(), host(versions={}), "needs tensorrt, which is not installed: pip install 'edge-backbones[tensorrt]'"),
+        (key(), host(versions={"tensorrt_lean": "10.3.0"}), "needs tensorrt, which is not installed"),
+        (key(), host(gpu=None, no_gpu="no NVIDIA driver"), "needs an NVIDIA GPU: no NVIDIA driver"),
+        (key(driver="13.0"), host(), "under a driver for CUDA 13.0; the one here serves CUDA 12.6: update the driver"),
+        (key(architecture="x86_64"), host(), "compiled on x86_64; this machine is aarch64"),
+        (key(stripped=True), host(), "written without weights"),
+        (
+            key(version_compatible=True),
+            host(versions={"tensorrt": "10.1.0"}),
+            "compiled with tensorrt 10.3.0 or newer; here 10.1.0",
+        ),
+        (
+            key(flavour="tensorrt_rtx", library_version="1.7.1", architectures=("sm_89", "sm_120")),
+            host(versions={"tensorrt_rtx": "1.7.1"}),
+            "compiled for sm_89, sm_120; this GPU (Orin) is sm_87",
+        ),
+    ],
+)
+def test_every_obstacle_of_a_plan_is_a_sentence(engine, there, reason):
+    (only,) = reasons_against(engine, there)
+    assert reason in only
+
+
+@pytest.mark.parametrize(
+    ("engine", "there"),
+    [
+        (key(device_name="Orin Nano", hardware_compatibility="same_compute_capability"), host()),
+        (key(architectures=("sm_80",), hardware_compatibility="ampere_plus", architecture="x86_64"),
+         host(architecture="x86_64", gpu=A10)),
+        (key(version_compatible=True), host(versions={"tensorrt": "11.4.0.106"})),
+        (key(version_compatible=True), host(versions={"tensorrt_lean": "10.3.0"})),
+        (key(flavour="tensorrt_rtx", library_version="1.7.1", architectures=("sm_86",)),
+         host(architecture="x86_64", gpu=A10, versions={"tensorrt_rtx": "1.7.1"})),
+        (key(driver=None), host()),
+    ],
+)  # fmt: skip
+def test_plans_that_move(engine, there):
+    assert reasons_against(engine, there) == []
+
+
+def test_older_gpus_than_ampere_are_not_compatible():
+    turing = Gpu(0, "Tesla T4", "sm_75", 16 << 30, "12.6", 40, False)
+    engine = key(architectures=("sm_80",), hardware_compatibility="ampere_plus")
+    assert "this GPU (Tesla T4) is sm_75" in reasons_against(engine, host(gpu=turing))[0]
+
+
+def test_the_lean_runtime_takes_over_for_newer_plans_only():
+    compatible = key(version_compatible=True)
+    assert flavour_to_load(compatible, host()) == "tensorrt"
+    assert flavour_to_load(compatible, host(versions={"tensorrt_lean": "11.4.0"})) == "tensorrt_lean"
+    assert (
+        flavour_to_load(compatible, host(versions={"tensorrt": "10.1.0", "tensorrt_lean": "11.4.0"})) == "tensorrt_lean"
+    )
+    assert flavour_to_load(key(), host()) == "tensorrt"
+
+
+def test_plans_of_tensorrt_whose_header_nobody_documented():
+    assert reasons_in_plan(PLAN, b"") == ["the plan is empty: compile it again"]
+    assert reasons_in_plan(PLAN, b"anything") == []
+    assert "written by tensorrt_rtx: open it with that flavour" in reasons_in_plan(PLAN, b"vtrt" + bytes(60))[0]

@@ -13,8 +13,11 @@ import edge_backbones.runtime
 WORKSTATION = ("torch", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 ON_DEVICE = [
     "edge_backbones",
-    *(f"edge_backbones.{name}" for name in ("errors", "spec", "images", "manifest", "bundle", "doctor", "testing")),
-    *(f"edge_backbones.build.{name}" for name in ("artifacts", "compile", "parity", "pipeline")),
+    *(
+        f"edge_backbones.{name}"
+        for name in ("errors", "spec", "images", "manifest", "profiles", "bundle", "doctor", "testing")
+    ),
+    *(f"edge_backbones.build.{name}" for name in ("artifacts", "compile", "device", "parity", "pipeline", "tensorrt")),
     "edge_backbones.runtime",
     *(f"edge_backbones.runtime.{module.name}" for module in pkgutil.iter_modules(edge_backbones.runtime.__path__)),
 ]
@@ -33,7 +36,17 @@ def test_device_modules_import_without_the_workstation_libraries(module):
 
 @pytest.mark.parametrize("module", ON_DEVICE)
 def test_device_modules_import_without_any_extra(module):
-    extras = (*WORKSTATION, "openvino", "PIL", "matplotlib", "typer", "rich")
+    extras = (
+        *WORKSTATION,
+        "openvino",
+        "PIL",
+        "matplotlib",
+        "typer",
+        "rich",
+        "tensorrt_rtx",
+        "tensorrt_rtx_bindings",
+        "cuda",
+    )
     done = run_without(extras, f"import {module}")
     assert done.returncode == 0, done.stderr
 

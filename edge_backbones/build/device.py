@@ -1,0 +1,257 @@
+"""What is done with a finished bundle on a device: compile an engine for it, verify, explain.
+
+:func:`compile_bundle` and :func:`verify_bundle` run where numpy and the engine library are all there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
+from edge_backbones.build.compile import compile_engine, compile_for_gpu, engine_of_torchscript
+from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
+from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, has_weak_typing
+from edge_backbones.bundle import Bundle, load_golden, record_bytes
+from edge_backbones.errors import BundleError, CompileError, MissingDependencyError
+from edge_backbones.manifest import CalibrationFile, EngineRecord, Flavour, GraphRecord, ParityReport
+from edge_backbones.profiles import DeviceProfile, load_profile, refusals
+from edge_backbones.runtime import compat, session
+from edge_backbones.spec import InputSpec, Precision
+
+if TYPE_CHECKING:
+    from edge_backbones.build.explain import Explanation
+
+_FORMS = {"onnx": "ONNX", "torchscript": "TorchScript"}
+
+
+def compile_bundle(
+    path: str | Path,
+    *,
+    precisions: tuple[Precision, ...] | None = None,
+    flavour: Flavour = "openvino",
+    plan: PlanOptions | None = None,
+    profile: str | Path | None = None,
+    device: int = 0,
+    allow_host_code: bool = False,
+    cache: Path | None = None,
+    progress: Progress = no_progress,
+) -> tuple[EngineRecord, ...]:
+    """Add engines for this machine to a bundle, from its graphs, each verified before it is added.
+
+    ``precisions``: None for every ONNX graph of the bundle. ``flavour``: ``openvino`` for the CPU; ``tensorrt`` for the GPU
+    ``device``; ``tensorrt_rtx`` for the architectures of ``plan.targets``, no GPU needed: without one that fits, the engine
+    is added unmeasured, and `verify_bundle` on the device has to measure it before a runtime takes it; ``torchscript``:
+    the frozen module of the bundle. ``profile``: the device that it is for (:mod:`edge_backbones.profiles`): what it
+    cannot run is refused at once. ``allow_host_code``: a version-compatible plan may run the code that it carries.
+
+    The bundle is unchanged for a precision that fails: its gate is the one the bundle was built with. Raises BundleError,
+    CompileError, ParityError, MissingDependencyError.
+    """
+    if flavour == "torch_tensorrt":
+        raise CompileError(
+            "torch_tensorrt compiles the network itself, which a bundle does not hold: edge-backbones build MODEL BUNDLE "
+            "--flavour torch_tensorrt, on a machine with the GPU"
+        )
+    bundle = Bundle.open(path)
+    form = "torchscript" if flavour == "torchscript" else "onnx"
+    held = [g for g in bundle.manifest.graphs if g.format == form]
+    graphs = [g for g in held if precisions is None or g.precision in precisions]
+    if not graphs:
+        names = ", ".join(g.precision.value for g in held) or "none"
+        asked = ", ".join(p.value for p in precisions or ()) or "graph to compile"
+        raise BundleError(f"{bundle.path} has no {asked}; its {_FORMS[form]} graphs: {names}")
+    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
+    if profile is not None:
+        _refuse_for(load_profile(profile), graphs, flavour, plan or PlanOptions(), input)
+    added = []
+    for graph in graphs:
+        progress(f"compiling {graph.precision}", 0, None)
+        if flavour == "openvino":
+            engine = compile_engine(bytes(bundle.read(graph.file)), graph.precision, cache=cache)
+        elif flavour == "torchscript":
+            engine = engine_of_torchscript(bytes(bundle.read(graph.file)))
+        else:
+            source, ranges = _graph_for_gpu(bundle, graph, flavour, plan)
+            options = plan or PlanOptions()
+            if flavour == "tensorrt" and options.timing_cache is None:
+                options = dataclasses.replace(options, timing_cache=_latest_timing_cache(bundle))
+            engine = compile_for_gpu(
+                source,
+                input,
+                graph.precision,
+                flavour=flavour,
+                options=options,
+                device=device,
+                ranges=ranges,
+                progress=progress,
+            )
+        for note in engine.notes:
+            progress(note, 0, None)
+        gate = next(
+            (e.parity.gate for e in bundle.manifest.engines if e.key.precision == graph.precision),
+            DEFAULT_GATES[graph.precision],
+        )
+        report = ParityReport(precision=graph.precision, gate=gate, stages=())
+        host = compat.this_host(session.installed_versions(), device=None if engine.key.gpu is None else device)
+        if engine.key.gpu is None or not compat.reasons_against(engine.key, host):
+            progress(f"verifying {graph.precision}", 0, None)
+            on = None if engine.key.gpu is None else device
+            report = require(
+                measure_engine(
+                    engine.key, engine.data, spec, input, golden, gate, device=on, allow_host_code=allow_host_code
+                )
+            )
+        record, contents = _engine_record(engine, report, graph)
+        bundle = bundle.add_engine(record, contents)
+        added.append(record)
+    return tuple(added)
+
+
+def _refuse_for(
+    profile: DeviceProfile, graphs: Sequence[GraphRecord], flavour: Flavour, plan: PlanOptions, input: InputSpec
+) -> None:
+    """Raise CompileError for what the device cannot run, before minutes have gone into it."""
+    sizes = [
+        msgspec.structs.replace(input, batch=shapes.batch, height=shapes.height, width=shapes.width)
+        for shapes in plan.profiles
+    ]
+    reasons = [
+        reason
+        for graph in graphs
+        for of_profile in sizes or [input]
+        for reason in refusals(
+            profile,
+            precision=graph.precision,
+            flavour=flavour,
+            input=of_profile,
+            dla_core=plan.dla_core,
+            targets=plan.targets,
+        )
+    ]
+    if reasons:
+        raise CompileError("; ".join(dict.fromkeys(reasons)))
+
+
+def _graph_for_gpu(
+    bundle: Bundle, graph: GraphRecord, flavour: PlanFlavour, plan: PlanOptions | None
+) -> tuple[bytes, Mapping[str, float] | None]:
+    """The typed graph, or for int8 on the DLA of a TensorRT that takes no Q/DQ pairs there, the fp32 graph and its ranges."""
+    if plan is None or plan.dla_core is None or graph.precision is not Precision.INT8 or not has_weak_typing(flavour):
+        return bytes(bundle.read(graph.file)), None
+    plain, record = bundle.manifest.onnx_graph(Precision.FP32), bundle.manifest.calibration
+    if plain is None or record is None:
+        raise BundleError(
+            f"int8 on this DLA is compiled from the fp32 graph and calibrated ranges, and {bundle.path} has no "
+            f"{'fp32 graph' if plain is None else 'calibration'}: build it with --precision int8 --precision fp32"
+        )
+    found = msgspec.json.decode(bytes(bundle.read(record.file)), type=CalibrationFile)
+    if found.factors:
+        raise BundleError(
+            "the ranges of this bundle are of an equalised graph, which DLA cannot run: calibrate with --method max"
+        )
+    return bytes(bundle.read(plain.file)), found.ranges
+
+
+def _latest_timing_cache(bundle: Bundle) -> bytes | None:
+    """What an earlier compilation measured; TensorRT itself leaves what another GPU measured."""
+    caches = [engine.timing_cache for engine in bundle.manifest.engines if engine.timing_cache is not None]
+    return bytes(bundle.read(caches[-1])) if caches else None
+
+
+def _engine_record(
+    engine: CompiledEngine, report: ParityReport, graph: GraphRecord
+) -> tuple[EngineRecord, dict[str, bytes]]:
+    """The record of an engine, and the bytes of its files by path."""
+    if engine.key.flavour == "torchscript":  # the graph is the engine
+        return EngineRecord(key=engine.key, file=graph.file, parity=report), {}
+    path = engine.key.path(engine.data, engine.suffix)
+    stem = path.removesuffix(engine.suffix)
+    contents = {path: engine.data}
+    if engine.layers is not None:
+        contents[f"{stem}.layers.json"] = engine.layers.encode()
+    if engine.timing_cache is not None:
+        contents[f"{stem}.cache"] = engine.timing_cache
+    records = {name: record_bytes(name, data) for name, data in contents.items()}
+    record = EngineRecord(
+        key=engine.key,
+        file=records[path],
+        parity=report,
+        layers=records.get(f"{stem}.layers.json"),
+        timing_cache=records.get(f"{stem}.cache"),
+    )
+    return record, contents
+
+
+def verify_bundle(
+    path: str | Path,
+    *,
+    engine: str | None = None,
+    device: int = 0,
+    allow_host_code: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[ParityReport, ...]:
+    """Check every file of a bundle, and measure again every engine that can run here (or just ``engine``).
+
+    An engine that was compiled ahead of time is measured for the first time, and the report is added to the bundle: from
+    then on runtimes take it. ``device``: the GPU for engines that need one. Raises BundleError for a damaged file,
+    EngineMismatchError when no engine can run here, ParityError when a feature map is outside the gate that the bundle was
+    built with.
+    """
+    bundle = Bundle.open(path)
+    progress("checking files", 0, None)
+    bundle.check_files()
+    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
+    reports = []
+    for record in _runnable(bundle, engine, device):
+        progress(f"verifying {record.key.precision}", 0, None)
+        data, gate = bundle.read(record.file), record.parity.gate
+        on = None if record.key.gpu is None else device
+        measured = measure_engine(
+            record.key, data, spec, input, golden, gate, device=on, allow_host_code=allow_host_code
+        )
+        reports.append(require(measured))
+        if not record.parity.measured:
+            bundle = bundle.add_engine(msgspec.structs.replace(record, parity=measured), {})
+    return tuple(reports)
+
+
+def explain_bundle(
+    path: str | Path, *, engine: str | None = None, device: int = 0, progress: Progress = no_progress
+) -> tuple[Explanation, ...]:
+    """For every engine that can run here (or just ``engine``) and is outside its gate: where its error is born.
+
+    Needs the libraries of the workstation. Raises BundleError for a damaged file or a graph that the bundle lacks,
+    EngineMismatchError when no engine can run here, MissingDependencyError.
+    """
+    try:
+        from edge_backbones.build.explain import explain
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"explaining an error ({error.name} is not installed)", "build") from error
+    bundle = Bundle.open(path)
+    bundle.check_files()
+    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
+    found = []
+    for record in _runnable(bundle, engine, device):
+        progress(f"verifying {record.key.precision}", 0, None)
+        precision, gate = record.key.precision, record.parity.gate
+        on = None if record.key.gpu is None else device
+        report = measure_engine(record.key, bundle.read(record.file), spec, input, golden, gate, device=on)
+        if report.passed:
+            continue
+        graph = bundle.manifest.onnx_graph(precision)
+        if graph is None:
+            raise BundleError(f"{bundle.path} has no {precision} graph, and without it an error cannot be explained")
+        found.append(explain(bundle.path / graph.file.path, report, golden, input.name, progress=progress))
+    return tuple(found)
+
+
+def _runnable(bundle: Bundle, engine: str | None, device: int) -> list[EngineRecord]:
+    """The engines that ``engine`` means and that can run here; raises EngineMismatchError when there is none."""
+    on_gpu = any(record.key.gpu is not None for record in bundle.manifest.engines)
+    host = compat.this_host(session.installed_versions(), device=device if on_gpu else None)
+    return session.fitting_engines(bundle, engine, lambda record: compat.reasons_against(record.key, host))

@@ -1,0 +1,577 @@
+"""A typed ONNX graph becomes a plan: TensorRT from 10.3 on and TensorRT-RTX, on one path. No torch, no onnx.
+
+Networks are strongly typed: number formats come from the graph. What a release has is looked for on its module, so that
+names which came or went (see :mod:`edge_backbones.runtime.tensorrt_library`) decide nothing by version number.
+
+TensorRT times kernels: it compiles for the GPU of this machine. TensorRT-RTX needs none and compiles for the
+architectures it is told (``targets``). What it would take and silently ignore is refused here: compatibility modes,
+sparsity, DLA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from edge_backbones.build.artifacts import Progress, no_progress
+from edge_backbones.errors import CompileError, InputError
+from edge_backbones.manifest import GpuKey
+from edge_backbones.profiles import FIRST_ARCHITECTURE
+from edge_backbones.runtime import cuda, plan
+from edge_backbones.runtime.tensorrt_library import load_library, logger_of
+from edge_backbones.spec import InputSpec, Precision, ShapeRange
+
+PlanFlavour = Literal["tensorrt", "tensorrt_rtx"]
+
+_RTX_DEFAULT = ("sm_80", "sm_86", "sm_89", "sm_120")
+_DLA_LARGEST_BATCH = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """One optimisation profile: the sizes that its kernels are chosen for."""
+
+    batch: ShapeRange
+    height: ShapeRange
+    width: ShapeRange
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """How a plan is compiled. ``None`` and ``False`` leave a setting to TensorRT.
+
+    ``profiles``: input sizes, each inside those of the graph; none means one profile with all of them. ``targets``:
+    architectures for TensorRT-RTX (``sm_89``). ``workspace``: bytes of scratch memory that a kernel may ask for. ``level``:
+    builder optimisation level, 0 to 5. ``hardware_compatibility``: ``ampere_plus`` (any GPU since Ampere, slower) or
+    ``same_compute_capability``. ``version_compatible``: newer releases and the lean runtime run it; ``embed_runtime``
+    carries a lean runtime inside, which is code that a device has to allow. ``refit``: weights can be replaced later;
+    ``strip``: the plan is written without them. ``sparse``: use 2:4 sparse weights. ``dla_core``: compile for this core of
+    the deep-learning accelerator; ``gpu_fallback``: layers that it cannot run go to the GPU. ``timing_cache``: what an
+    earlier compilation measured.
+    """
+
+    profiles: tuple[Shapes, ...] = ()
+    targets: tuple[str, ...] = ()
+    workspace: int | None = None
+    level: int | None = None
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    version_compatible: bool = False
+    embed_runtime: bool = False
+    refit: bool = False
+    strip: bool = False
+    sparse: bool = False
+    dla_core: int | None = None
+    gpu_fallback: bool = True
+    timing_cache: bytes | None = None
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if not re.fullmatch(r"sm_\d{2,3}", target):
+                raise InputError(f"target {target!r} is not an architecture: write sm_89 for compute capability 8.9")
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise InputError(f"builder level must be 0 to 5, got {self.level}")
+        if self.workspace is not None and self.workspace < 1:
+            raise InputError(f"workspace must be at least 1 byte, got {self.workspace}")
+        if self.embed_runtime and not self.version_compatible:
+            raise InputError("embed_runtime is for version-compatible plans: set version_compatible=True too")
+
+
+@dataclass(frozen=True)
+class DlaCoverage:
+    """Which layers a DLA core runs, asked before anything is compiled."""
+
+    layers: int
+    refused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        some = f" ({', '.join(self.refused[:5])}{', ...' if len(self.refused) > 5 else ''})" if self.refused else ""
+        return f"DLA runs {self.layers - len(self.refused)} of {self.layers} layers; the GPU {len(self.refused)}{some}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled plan, what its key must say, and what TensorRT told about it.
+
+    ``timing_cache``: to be given to the next compilation. ``layers``: the engine inspector's JSON, where a GPU was there to
+    load the plan. ``memory_estimate``: bytes, see :func:`least_memory`. ``warnings``: TensorRT's own, the latest last.
+    """
+
+    data: bytes
+    gpu: GpuKey
+    library_version: str
+    device_name: str
+    timing_cache: bytes | None
+    layers: str | None
+    coverage: DlaCoverage | None
+    memory_estimate: int
+    warnings: tuple[str, ...]
+
+
+def compile_plan(
+    graph: bytes,
+    input: InputSpec,
+    precision: Precision,
+    *,
+    flavour: PlanFlavour,
+    options: PlanOptions | None = None,
+    device: int = 0,
+    ranges: Mapping[str, float] | None = None,
+    progress: Progress = no_progress,
+) -> Plan:
+    """Compile ONNX bytes, whose number formats are those of ``precision``, for the GPU ``device`` or ``options.targets``.
+
+    ``progress`` gets TensorRT's phases; Ctrl-C (KeyboardInterrupt) ends the compilation at its next step. ``ranges``: |x|
+    thresholds by tensor, with an fp32 graph, ``precision`` int8 and a DLA core of a TensorRT that still has weak typing
+    (JetPack 6): its DLA takes no Q/DQ pairs.
+
+    Raises CompileError with TensorRT's words and a way out, MissingDependencyError. One compilation per process at a time is
+    what TensorRT's timing needs; more are safe.
+    """
+    options = options or PlanOptions()
+    gpu = _gpu(flavour, device)
+    library = load_library(flavour)
+    targets = _targets(library, flavour, precision, options, gpu)
+    profiles = _profiles(input, options)
+    _refuse(library, flavour, options, profiles, precision, weak=ranges is not None)
+
+    log = logger_of(library)
+    log.clear()
+    log.warnings.clear()
+    with _null_pointers_explained(log):
+        builder = _made(library.Builder(log), "a builder", log)
+        network = _made(builder.create_network(_network_flags(library, weak=ranges is not None)), "a network", log)
+        parser = _made(library.OnnxParser(network, log), "a parser", log)  # owns the weights: it stays until the end
+    progress("reading the graph", 0, None)
+    if not parser.parse(graph):
+        errors = [
+            f"{parser.get_error(index).node_operator()}: {parser.get_error(index).desc()}"
+            for index in range(parser.num_errors)
+        ]
+        raise CompileError(f"{flavour} cannot read this graph: {'; '.join(errors) or log.last_error()}")
+    estimate = least_memory(network, profiles, options)
+    if gpu is not None and estimate > gpu.memory_bytes:
+        raise CompileError(
+            f"this compilation needs {_gib(estimate)} at least and {gpu.name} has {_gib(gpu.memory_bytes)}: choose a smaller "
+            "batch or size, or a smaller workspace"
+        )
+
+    config = _made(builder.create_builder_config(), "a configuration", log)
+    _configure(library, builder, config, options, targets)
+    coverage = None
+    if options.dla_core is not None:
+        coverage = _place_on_dla(library, builder, network, config, options)
+        progress(str(coverage), 0, None)
+    if ranges is not None:
+        _set_ranges(library, network, config, ranges)
+    for number, shapes in enumerate(profiles):
+        _add_profile(builder, config, input, shapes, number, log)
+    _read_timing_cache(config, options.timing_cache, flavour)
+
+    data = _serialized(library, builder, network, config, progress)
+    if data is None:
+        raise CompileError(f"{flavour} {library.__version__} cannot compile this graph: {_explained(log.last_error())}")
+    compiled = bytes(data)
+    key = GpuKey(
+        architectures=targets,
+        hardware_compatibility=options.hardware_compatibility,
+        version_compatible=options.version_compatible,
+        host_code=options.embed_runtime,
+        refittable=options.refit or options.strip,
+        stripped=options.strip,
+        dla_core=options.dla_core,
+        driver=None if gpu is None else gpu.driver,
+        profiles=tuple(shapes_of(input, shapes) for shapes in profiles),
+    )
+    return Plan(
+        data=compiled,
+        gpu=key,
+        library_version=str(library.__version__),
+        device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or gpu is None else gpu.name,
+        timing_cache=_written_timing_cache(config, flavour),
+        layers=None if gpu is None or options.strip else _layers(library, compiled, log),
+        coverage=coverage,
+        memory_estimate=estimate,
+        warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
+    )
+
+
+def has_weak_typing(flavour: PlanFlavour) -> bool:
+    """Does this library still choose number formats itself? TensorRT 10 does, and DLA on JetPack 6 needs it."""
+    return hasattr(load_library(flavour).BuilderFlag, "INT8")
+
+
+def shapes_of(input: InputSpec, shapes: Shapes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Input shapes (min, opt, max) of one optimisation profile."""
+    sizes = (shapes.batch, shapes.height, shapes.width)
+    least, usual, most = (input.shape(*(getattr(size, which) for size in sizes)) for which in ("min", "opt", "max"))
+    return least, usual, most
+
+
+def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions) -> int:
+    """Bytes that compiling needs at least: weights of the network and of the plan, the workspace, the widest layer.
+
+    An axis of variable size counts with the largest batch where it comes first and with 1 elsewhere: a lower bound, to tell
+    the hopeless before minutes have gone, and no promise.
+    """
+    batch = max(shapes.batch.max for shapes in profiles)
+    weights, widest = 0, 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        bytes_out = sum(_tensor_bytes(tensor, batch) for tensor in outputs)
+        if layer.type.name == "CONSTANT":
+            weights += bytes_out
+        else:
+            widest = max(widest, bytes_out + sum(_tensor_bytes(tensor, batch) for tensor in inputs))
+    return 2 * weights + widest + (options.workspace or 0)
+
+
+def _tensor_bytes(tensor: Any, batch: int) -> int:
+    if tensor is None or len(tensor.shape) < 0:
+        return 0
+    sizes = [(batch if axis == 0 else 1) if size < 0 else size for axis, size in enumerate(tensor.shape)]
+    return int(np.prod(sizes, dtype=np.int64)) * max(1, int(tensor.dtype.itemsize))
+
+
+# ---- what is asked for, against what there is -----------------------------------------------------------------------
+
+
+def _gpu(flavour: PlanFlavour, device: int) -> cuda.Gpu | None:
+    found = cuda.gpus()
+    if device < len(found):
+        return found[device]
+    if flavour == "tensorrt":  # without a driver its Builder ends the process
+        reason = cuda.no_gpu_reason() or f"this machine has {len(found)} GPUs, device {device} is none of them"
+        raise CompileError(f"TensorRT compiles on the GPU that will run the plan: {reason}")
+    return None
+
+
+def _targets(
+    library: Any, flavour: PlanFlavour, precision: Precision, options: PlanOptions, gpu: cuda.Gpu | None
+) -> tuple[str, ...]:
+    if flavour == "tensorrt":
+        assert gpu is not None  # _gpu raises
+        if options.targets not in ((), (gpu.architecture,)):
+            raise CompileError(
+                f"TensorRT compiles for the GPU at hand, {gpu.architecture} here, not for {', '.join(options.targets)}: "
+                "compile on that device, or use tensorrt_rtx"
+            )
+        targets: tuple[str, ...] = (gpu.architecture,)
+    else:
+        known = _rtx_architectures(library)
+        targets = options.targets or tuple(t for t in _RTX_DEFAULT if _has(t, precision) and t in known)
+        unknown = [target for target in targets if target not in known]
+        if unknown:
+            raise CompileError(
+                f"TensorRT-RTX {library.__version__} does not compile for {', '.join(unknown)}; it knows {', '.join(known)}. "
+                "Jetson and datacenter GPUs need TensorRT (--flavour tensorrt), on the device itself"
+            )
+    old = [target for target in targets if not _has(target, precision)]
+    if old:
+        raise CompileError(
+            f"{', '.join(old)} has no {precision}, which came with sm_{FIRST_ARCHITECTURE[precision]}: leave it out, or "
+            "compile int8 or fp16"
+        )
+    return targets
+
+
+def _rtx_architectures(library: Any) -> tuple[str, ...]:
+    names = [name for name in library.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name)]
+    return tuple(f"sm_{name.removeprefix('SM')}" for name in names)
+
+
+def _has(architecture: str, precision: Precision) -> bool:
+    return int(architecture.removeprefix("sm_")) >= FIRST_ARCHITECTURE.get(precision, 0)
+
+
+def _profiles(input: InputSpec, options: PlanOptions) -> tuple[Shapes, ...]:
+    whole = Shapes(batch=input.batch, height=input.height, width=input.width)
+    for shapes in options.profiles:
+        for axis in ("batch", "height", "width"):
+            inner, outer = getattr(shapes, axis), getattr(whole, axis)
+            if not outer.min <= inner.min <= inner.max <= outer.max:
+                raise CompileError(
+                    f"a profile asks for {axis} {inner}, the graph has {outer}: build the bundle for more sizes"
+                )
+    profiles = options.profiles or (whole,)
+    numbered = [plan.Profile(number, *shapes_of(input, shapes)) for number, shapes in enumerate(profiles)]
+    missing = plan.uncovered(numbered, input)
+    if missing:
+        raise CompileError(
+            f"no profile holds {missing[0]}, and the bundle promises {input.min_shape} to {input.max_shape}: add a profile "
+            "for it, or build a bundle with fewer sizes"
+        )
+    return profiles
+
+
+def _refuse(
+    library: Any,
+    flavour: PlanFlavour,
+    options: PlanOptions,
+    profiles: Sequence[Shapes],
+    precision: Precision,
+    *,
+    weak: bool,
+) -> None:
+    """Raise CompileError for what this library lacks or would ignore."""
+    name = f"{flavour} {library.__version__}"
+    if flavour == "tensorrt_rtx":
+        ignored = {
+            "version compatibility": options.version_compatible,
+            "hardware compatibility": options.hardware_compatibility != "none",
+            "sparse weights": options.sparse,
+            "a DLA core": options.dla_core is not None,
+            "a timing cache": options.timing_cache is not None,
+        }
+        asked = [what for what, wanted in ignored.items() if wanted]
+        if asked:
+            raise CompileError(
+                f"{name} has no {' and no '.join(asked)}: leave it out, or use TensorRT (--flavour tensorrt)"
+            )
+        if (options.refit or options.strip) and not cuda.gpus():
+            raise CompileError(
+                f"{name} compiles refittable and stripped plans on a machine with a GPU only ({cuda.no_gpu_reason()})"
+            )
+    if options.hardware_compatibility != "none" and _compatibility(library, options.hardware_compatibility) is None:
+        raise CompileError(
+            f"{name} has no hardware compatibility {options.hardware_compatibility!r}: use a newer release"
+        )
+    if options.dla_core is not None:
+        if precision not in (Precision.FP16, Precision.INT8):
+            raise CompileError(f"a DLA core computes fp16 and int8, not {precision}")
+        if any(not size.is_fixed for shapes in profiles for size in (shapes.batch, shapes.height, shapes.width)):
+            raise CompileError("a DLA core takes fixed shapes only: build the bundle with one batch and one size")
+        if profiles[0].batch.max > _DLA_LARGEST_BATCH:
+            raise CompileError(f"a DLA core takes batches up to {_DLA_LARGEST_BATCH}, got {profiles[0].batch.max}")
+    if weak and (options.dla_core is None or precision is not Precision.INT8):
+        raise CompileError("weak typing with ranges is for int8 on a DLA core; every other plan takes a typed graph")
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+
+def _network_flags(library: Any, *, weak: bool) -> int:
+    """Values of these members differ between releases; some have no STRONGLY_TYPED to choose, being it always."""
+    flags = library.NetworkDefinitionCreationFlag
+    return 0 if weak or not hasattr(flags, "STRONGLY_TYPED") else 1 << int(flags.STRONGLY_TYPED)
+
+
+def _compatibility(library: Any, wanted: str) -> Any:
+    return getattr(library.HardwareCompatibilityLevel, wanted.upper(), None)
+
+
+def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, targets: Sequence[str]) -> None:
+    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
+    if options.workspace is not None:
+        config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.hardware_compatibility != "none":
+        config.hardware_compatibility_level = _compatibility(library, options.hardware_compatibility)
+    flags = library.BuilderFlag
+    wanted = {
+        "VERSION_COMPATIBLE": options.version_compatible,
+        "EXCLUDE_LEAN_RUNTIME": options.version_compatible and not options.embed_runtime,
+        "REFIT": options.refit or options.strip,
+        "STRIP_PLAN": options.strip,
+        "SPARSE_WEIGHTS": options.sparse,
+    }
+    for name, set_it in wanted.items():
+        if set_it:
+            config.set_flag(getattr(flags, name))
+    if hasattr(library, "ComputeCapability"):
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            capability = getattr(library.ComputeCapability, target.upper().replace("_", ""))
+            if not config.set_compute_capability(capability, index):
+                raise CompileError(f"TensorRT-RTX {library.__version__} refused the target {target}")
+
+
+def _place_on_dla(library: Any, builder: Any, network: Any, config: Any, options: PlanOptions) -> DlaCoverage:
+    core = options.dla_core
+    assert core is not None  # the caller asks for DLA
+    if not 0 <= core < builder.num_DLA_cores:
+        raise CompileError(f"there is no DLA core {core} here, which has {builder.num_DLA_cores}: leave --dla-core out")
+    config.default_device_type = library.DeviceType.DLA
+    config.DLA_core = core
+    if options.gpu_fallback:
+        config.set_flag(library.BuilderFlag.GPU_FALLBACK)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    computing = [layer for layer in layers if layer.type.name not in ("CONSTANT", "SHAPE")]
+    refused = tuple(layer.name for layer in computing if not config.can_run_on_DLA(layer))
+    coverage = DlaCoverage(len(computing), refused)
+    if refused and not options.gpu_fallback:
+        raise CompileError(f"{coverage}: allow them there (gpu_fallback=True), or leave --dla-core out")
+    return coverage
+
+
+def _set_ranges(library: Any, network: Any, config: Any, ranges: Mapping[str, float]) -> None:
+    """Implicit int8: a tensor with a range may be computed in int8, everything else in fp16."""
+    if not hasattr(library.BuilderFlag, "INT8"):
+        raise CompileError(f"TensorRT {library.__version__} has no weak typing left: compile the typed int8 graph")
+    config.set_flag(library.BuilderFlag.INT8)
+    config.set_flag(library.BuilderFlag.FP16)
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        tensors += [layer.get_output(i) for i in range(layer.num_outputs)]
+    named = [tensor for tensor in tensors if tensor.name in ranges]
+    if not named:
+        raise CompileError("none of the calibrated tensors is in this graph: calibrate again for it")
+    for tensor in named:
+        if not tensor.set_dynamic_range(-ranges[tensor.name], ranges[tensor.name]):
+            raise CompileError(f"TensorRT refused the range {ranges[tensor.name]:g} of {tensor.name}")
+
+
+def _add_profile(builder: Any, config: Any, input: InputSpec, shapes: Shapes, number: int, log: Any) -> None:
+    profile = _made(builder.create_optimization_profile(), "an optimisation profile", log)
+    least, usual, most = shapes_of(input, shapes)
+    if profile.set_shape(input.name, least, usual, most) is False or config.add_optimization_profile(profile) != number:
+        raise CompileError(f"TensorRT refused the profile {least} to {most}: {log.last_error()}")
+
+
+def _read_timing_cache(config: Any, data: bytes | None, flavour: PlanFlavour) -> None:
+    if flavour == "tensorrt_rtx":  # there it does nothing and says so with a warning
+        return
+    cache = config.create_timing_cache(data or b"")
+    # One of another GPU or release only saves no time.
+    if cache is None or not config.set_timing_cache(cache, False):
+        empty = config.create_timing_cache(b"")
+        if empty is None or not config.set_timing_cache(empty, False):
+            raise CompileError("TensorRT refused an empty timing cache: its installation is damaged")
+
+
+def _written_timing_cache(config: Any, flavour: PlanFlavour) -> bytes | None:
+    if flavour == "tensorrt_rtx":
+        return None
+    cache = config.get_timing_cache()
+    data = None if cache is None else cache.serialize()
+    return None if data is None else bytes(data)
+
+
+# ---- the build itself -----------------------------------------------------------------------------------------------
+
+
+def _serialized(library: Any, builder: Any, network: Any, config: Any, progress: Progress) -> Any:
+    """The plan, or None. TensorRT works in a thread of its own, so that Ctrl-C reaches this one at once."""
+    monitor = _monitor(library, progress)
+    config.progress_monitor = monitor
+    found: list[Any] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(builder.build_serialized_network(network, config))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="TensorRT builder")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except BaseException:
+        monitor.cancelled = True
+        thread.join()  # it uses what this function holds
+        raise
+    if monitor.error is not None:
+        raise monitor.error
+    if failed:
+        raise CompileError(f"the TensorRT builder failed: {failed[0]}") from failed[0]
+    return found[0]
+
+
+def _monitor(library: Any, progress: Progress) -> Any:
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc,name-defined]
+        """Phases lie inside each other: the outermost is the one that is shown."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cancelled = False
+            self.error: BaseException | None = None
+            self._steps: dict[str, int] = {}
+            self._outer: dict[str, str] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            if parent_phase:
+                self._outer[phase_name] = parent_phase
+            self._show(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._show(phase_name, step + 1)
+            return not self.cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._show(phase_name, self._steps.get(phase_name, 0))
+            self._steps.pop(phase_name, None)
+            self._outer.pop(phase_name, None)
+
+        def _show(self, phase: str, step: int) -> None:
+            if phase in self._outer or self.error is not None:
+                return
+            try:
+                progress(f"compiling: {phase.lower()}", step, self._steps.get(phase))
+            except BaseException as error:  # an exception must not travel through TensorRT
+                self.error, self.cancelled = error, True
+
+    return Monitor()
+
+
+def _layers(library: Any, plan: bytes, log: Any) -> str | None:
+    """What the engine inspector says, as JSON; None for a library without one."""
+    if not hasattr(library, "EngineInspector"):
+        return None
+    with _null_pointers_explained(log):
+        runtime = _made(library.Runtime(log), "a runtime", log)
+    engine = _made(runtime.deserialize_cuda_engine(plan), "an engine of its own plan", log)
+    inspector = _made(engine.create_engine_inspector(), "an inspector", log)
+    return str(inspector.get_engine_information(library.LayerInformationFormat.JSON))
+
+
+def _made(thing: Any, what: str, log: Any) -> Any:
+    if thing is None:
+        raise CompileError(f"TensorRT did not make {what}: {log.last_error()}")
+    return thing
+
+
+@contextlib.contextmanager
+def _null_pointers_explained(log: Any) -> Iterator[None]:
+    """A constructor of TensorRT that fails is a TypeError of pybind, for the null pointer it got; the log has the reason."""
+    try:
+        yield
+    except TypeError as error:
+        raise CompileError(f"TensorRT did not start: {log.last_error()} ({error})") from error
+
+
+_WAYS_OUT: tuple[tuple[str, str], ...] = (
+    (r"HW-specific datatypes", "this architecture lacks a number format of the graph: leave the target out"),
+    (r"libnvinfer_lean", "this installation has no lean runtime: leave version compatibility out"),
+    (
+        r"(?i)out ?of ?memory|OutOfMemory|memory allocation fail",
+        "choose a smaller workspace, batch or size, or add swap",
+    ),
+    (r"(?i)no optimization profile", "the graph has sizes that no profile fixes"),
+    (r"(?i)insufficient workspace|workspace.*(smaller|too small|exceeds)", "allow more workspace"),
+    (
+        r"(?i)cuda ?error|CUDA initialization|CUDA_SUCCESS",
+        "the GPU or its driver did not answer: run edge-backbones doctor",
+    ),
+)
+
+
+def _explained(message: str) -> str:
+    """TensorRT's words, with a way out where one is known."""
+    ways = [way for pattern, way in _WAYS_OUT if re.search(pattern, message)]
+    return f"{message} ({ways[0]})" if ways else message
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

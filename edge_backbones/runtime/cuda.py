@@ -1,0 +1,539 @@
+"""CUDA: which GPUs there are, and the memory, streams, events and graphs of one of them. The only module that touches CUDA.
+
+Finding GPUs takes the driver alone, through ctypes. Working with one takes cuda-bindings or pycuda. Both work in the GPU's
+primary context, which is the one of torch, cupy and TensorRT, so it does not matter who came first; the context is current
+only inside ``with memory:`` and what was current before is current again afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import functools
+import importlib
+import math
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from edge_backbones.errors import DeviceError, InputError, MissingDependencyError, OutOfMemoryError
+
+MemoryBackend = Literal["cuda-bindings", "pycuda"]
+
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_INVALID_VALUE, _OUT_OF_MEMORY = 1, 2
+_MULTIPROCESSORS, _INTEGRATED, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 18, 75, 76
+_PORTABLE, _NON_BLOCKING, _DISABLE_TIMING = 1, 1, 2
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as the driver describes it.
+
+    ``architecture``: ``sm_90`` for compute capability 9.0. ``driver``: newest CUDA that the driver serves, ``13.0``.
+    ``integrated``: it shares the memory of the CPU, as on Jetson.
+    """
+
+    index: int
+    name: str
+    architecture: str
+    memory_bytes: int
+    driver: str
+    multiprocessors: int
+    integrated: bool
+
+
+def load_driver() -> Any:
+    """The driver's library; raises OSError where it cannot be loaded."""
+    return ctypes.CDLL(_LIBRARY)
+
+
+def gpus(load: Callable[[], Any] = load_driver) -> tuple[Gpu, ...]:
+    """The GPUs that this process may use (CUDA_VISIBLE_DEVICES holds), empty without a driver or a GPU.
+
+    Starts the driver in this process: a process that is forked afterwards cannot use CUDA. DeviceError if the driver counts
+    GPUs and does not describe them.
+    """
+    driver, count, _ = _probe(load)
+    return () if driver is None else tuple(_describe(driver, index) for index in range(count))
+
+
+def no_gpu_reason(load: Callable[[], Any] = load_driver) -> str:
+    """Why :func:`gpus` is empty, as a phrase; empty when there is a GPU."""
+    return _probe(load)[2]
+
+
+def _probe(load: Callable[[], Any]) -> tuple[CtypesDriver | None, int, str]:
+    try:
+        driver = CtypesDriver(load())
+    except OSError as error:
+        missing = "No such file" in str(error) or "not find module" in str(error)
+        why = f"{_LIBRARY} is missing" if missing else f"{_LIBRARY} cannot be loaded: {error}"
+        return None, 0, f"no NVIDIA driver ({why})"
+    (code,) = driver.cuInit(0)
+    if code:
+        return None, 0, f"driver present, cuInit failed: {error_name(driver, code)}"
+    code, count = driver.cuDeviceGetCount()
+    if code:
+        return None, 0, f"driver present, cuDeviceGetCount failed: {error_name(driver, code)}"
+    return driver, count, "" if count else "driver present, no GPU is visible to this process (CUDA_VISIBLE_DEVICES?)"
+
+
+def _describe(driver: CtypesDriver, index: int) -> Gpu:
+    handle = _checked(driver, driver.cuDeviceGet(index), "cuDeviceGet of GPU %d", index)
+
+    def attribute(number: int) -> int:
+        result = driver.cuDeviceGetAttribute(number, handle)
+        return int(_checked(driver, result, "cuDeviceGetAttribute %d of GPU %d", number, index))
+
+    version = _checked(driver, driver.cuDriverGetVersion(), "cuDriverGetVersion")
+    return Gpu(
+        index=index,
+        name=_checked(driver, driver.cuDeviceGetName(handle), "cuDeviceGetName of GPU %d", index),
+        architecture=f"sm_{attribute(_CAPABILITY_MAJOR)}{attribute(_CAPABILITY_MINOR)}",
+        memory_bytes=_checked(driver, driver.cuDeviceTotalMem(handle), "cuDeviceTotalMem of GPU %d", index),
+        driver=f"{version // 1000}.{version % 1000 // 10}",
+        multiprocessors=attribute(_MULTIPROCESSORS),
+        integrated=bool(attribute(_INTEGRATED)),
+    )
+
+
+def error_name(driver: Any, code: Any) -> str:
+    """CUDA's name of an error: ``CUDA_ERROR_OUT_OF_MEMORY``."""
+    status, name = driver.cuGetErrorName(code)
+    if int(status) or name is None:
+        return f"CUDA error {int(code)}"
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _checked(driver: Any, result: Any, what: str, *values: object) -> Any:
+    """The value of a driver call, which returned (code, value...); DeviceError with CUDA's name for a code."""
+    code = int(result[0])
+    if code:
+        kind = OutOfMemoryError if code == _OUT_OF_MEMORY else DeviceError
+        raise kind(f"{what % values} failed: {error_name(driver, result[0])}")
+    return result[1] if len(result) > 1 else None
+
+
+_pointer, _size = ctypes.c_uint64, ctypes.c_size_t
+_handle, _int, _unsigned = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
+# Symbol, what it returns through pointers, what it takes. cuda-bindings has the same names and returns (code, value...).
+_PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
+    "cuInit": ("cuInit", (), (_unsigned,)),
+    "cuDriverGetVersion": ("cuDriverGetVersion", (_int,), ()),
+    "cuDeviceGetCount": ("cuDeviceGetCount", (_int,), ()),
+    "cuDeviceGet": ("cuDeviceGet", (_int,), (_int,)),
+    "cuDeviceGetAttribute": ("cuDeviceGetAttribute", (_int,), (_int, _int)),
+    "cuDeviceTotalMem": ("cuDeviceTotalMem_v2", (_size,), (_int,)),
+    "cuMemGetInfo": ("cuMemGetInfo_v2", (_size, _size), ()),
+    "cuMemHostAlloc": ("cuMemHostAlloc", (_handle,), (_size, _unsigned)),
+    "cuMemFreeHost": ("cuMemFreeHost", (), (_handle,)),
+    "cuMemcpyHtoDAsync": ("cuMemcpyHtoDAsync_v2", (), (_pointer, _handle, _size, _handle)),
+    "cuMemcpyDtoHAsync": ("cuMemcpyDtoHAsync_v2", (), (_handle, _pointer, _size, _handle)),
+    "cuMemcpyDtoDAsync": ("cuMemcpyDtoDAsync_v2", (), (_pointer, _pointer, _size, _handle)),
+    "cuMemsetD8Async": ("cuMemsetD8Async", (), (_pointer, ctypes.c_ubyte, _size, _handle)),
+    "cuPointerGetAttribute": ("cuPointerGetAttribute", (_int,), (_int, _pointer)),
+    "cuCtxSynchronize": ("cuCtxSynchronize", (), ()),
+    "cuStreamSynchronize": ("cuStreamSynchronize", (), (_handle,)),
+    "cuStreamWaitEvent": ("cuStreamWaitEvent", (), (_handle, _handle, _unsigned)),
+    "cuEventCreate": ("cuEventCreate", (_handle,), (_unsigned,)),
+    "cuEventRecord": ("cuEventRecord", (), (_handle, _handle)),
+    "cuEventQuery": ("cuEventQuery", (), (_handle,)),
+    "cuEventSynchronize": ("cuEventSynchronize", (), (_handle,)),
+    "cuEventDestroy": ("cuEventDestroy_v2", (), (_handle,)),
+    "cuStreamBeginCapture": ("cuStreamBeginCapture_v2", (), (_handle, _int)),
+    "cuGraphInstantiateWithFlags": ("cuGraphInstantiateWithFlags", (_handle,), (_handle, ctypes.c_uint64)),
+    "cuGraphLaunch": ("cuGraphLaunch", (), (_handle, _handle)),
+    "cuGraphDestroy": ("cuGraphDestroy", (), (_handle,)),
+    "cuGraphExecDestroy": ("cuGraphExecDestroy", (), (_handle,)),
+}
+
+
+class CtypesDriver:
+    """libcuda with the calling convention of ``cuda.bindings.driver``: every function returns (code, value...).
+
+    It has what the probe needs and what pycuda lacks. A function is looked up when it is first called: old drivers do not
+    have the newest.
+    """
+
+    class CUstreamCaptureMode(enum.IntEnum):
+        CU_STREAM_CAPTURE_MODE_RELAXED = 2
+
+    class CUpointer_attribute(enum.IntEnum):
+        CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        if name not in _PROTOTYPES:
+            raise AttributeError(name)
+        symbol, returned, taken = _PROTOTYPES[name]
+        function = self._function(symbol)
+        function.argtypes = [*(ctypes.POINTER(kind) for kind in returned), *taken]
+
+        def call(*values: Any) -> tuple[Any, ...]:
+            results = [kind() for kind in returned]
+            code = function(*(ctypes.byref(result) for result in results), *values)
+            return (code, *(result.value or 0 for result in results))
+
+        setattr(self, name, call)
+        return call
+
+    def _function(self, symbol: str) -> Any:
+        try:
+            return getattr(self._library, symbol)
+        except AttributeError as error:
+            raise DeviceError(f"the NVIDIA driver has no {symbol}: update the driver") from error
+
+    # The three that do not return through their first arguments.
+
+    def cuGetErrorName(self, code: int) -> tuple[int, bytes | None]:  # noqa: N802
+        name = ctypes.c_char_p()
+        return self._function("cuGetErrorName")(int(code), ctypes.byref(name)), name.value
+
+    def cuDeviceGetName(self, device: int) -> tuple[int, str]:  # noqa: N802
+        name = ctypes.create_string_buffer(256)
+        return self._function("cuDeviceGetName")(name, 256, device), name.value.decode(errors="replace")
+
+    def cuStreamEndCapture(self, stream: int) -> tuple[int, int]:  # noqa: N802
+        graph = ctypes.c_void_p()
+        code = self._function("cuStreamEndCapture")(ctypes.c_void_p(stream), ctypes.byref(graph))
+        return code, graph.value or 0
+
+
+class Backend(Protocol):
+    """What cuda-bindings and pycuda do each in their own way; ``driver`` is called for everything else."""
+
+    name: MemoryBackend
+    driver: Any
+
+    def push(self) -> None:
+        """Make the primary context current in this thread, over what is current now."""
+        ...
+
+    def pop(self) -> None:
+        """Make current again what was current before ``push``."""
+        ...
+
+    def allocate(self, size: int) -> int:
+        """Device memory of ``size`` bytes: its pointer, a multiple of 256."""
+        ...
+
+    def free(self, pointer: int) -> None:
+        """Give device memory back, once the GPU has done with it."""
+        ...
+
+    def new_stream(self) -> int:
+        """A stream that does not wait for the default stream."""
+        ...
+
+    def free_stream(self, stream: int) -> None: ...
+
+
+class CudaBindings:
+    """NVIDIA's cuda-bindings. ``driver`` is ``cuda.bindings.driver``, or what has its functions."""
+
+    name: MemoryBackend = "cuda-bindings"
+
+    def __init__(self, device: int, driver: Any) -> None:
+        self.driver = driver
+        self._check(driver.cuInit(0), "cuInit")
+        handle = self._check(driver.cuDeviceGet(device), "cuDeviceGet of GPU %d", device)
+        self._context = self._check(
+            driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain of GPU %d", device
+        )
+
+    def push(self) -> None:
+        self._check(self.driver.cuCtxPushCurrent(self._context), "cuCtxPushCurrent")
+
+    def pop(self) -> None:
+        self._check(self.driver.cuCtxPopCurrent(), "cuCtxPopCurrent")
+
+    def allocate(self, size: int) -> int:
+        return int(self._check(self.driver.cuMemAlloc(size), "cuMemAlloc of %d bytes", size))
+
+    def free(self, pointer: int) -> None:
+        self._check(self.driver.cuMemFree(pointer), "cuMemFree")
+
+    def new_stream(self) -> int:
+        return int(self._check(self.driver.cuStreamCreate(_NON_BLOCKING), "cuStreamCreate"))
+
+    def free_stream(self, stream: int) -> None:
+        self._check(self.driver.cuStreamDestroy(stream), "cuStreamDestroy")
+
+    def _check(self, result: Any, what: str, *values: object) -> Any:
+        return _checked(self.driver, result, what, *values)
+
+
+class PyCuda:
+    """pycuda in the primary context, pushed and popped around every use: it never makes a context of its own.
+
+    Context, device memory and streams are pycuda's. What it cannot do (streams of others, events on them, graphs) goes to
+    the same driver through ctypes. ``library`` is ``pycuda.driver``.
+    """
+
+    name: MemoryBackend = "pycuda"
+
+    def __init__(self, device: int, library: Any, driver: Any) -> None:
+        self.driver = driver
+        self._library = library
+        self._held: dict[int, Any] = {}  # pycuda frees what nobody holds
+        with self._typed("pycuda.driver.init"):
+            library.init()
+            # Kept for good: pycuda detaches a primary context in a way that leaves it current.
+            self._context = library.Device(device).retain_primary_context()
+
+    def push(self) -> None:
+        with self._typed("Context.push"):
+            self._context.push()
+
+    def pop(self) -> None:
+        with self._typed("Context.pop"):
+            self._context.pop()
+
+    def allocate(self, size: int) -> int:
+        with self._typed(f"mem_alloc of {size} bytes"):
+            held = self._library.mem_alloc(size)
+        self._held[int(held)] = held
+        return int(held)
+
+    def free(self, pointer: int) -> None:
+        with self._typed("DeviceAllocation.free"):
+            self._held.pop(pointer).free()
+
+    def new_stream(self) -> int:
+        with self._typed("Stream"):
+            held = self._library.Stream(_NON_BLOCKING)
+        self._held[int(held.handle)] = held
+        return int(held.handle)
+
+    def free_stream(self, stream: int) -> None:
+        del self._held[stream]  # which destroys it: the context is current
+
+    @contextlib.contextmanager
+    def _typed(self, what: str) -> Any:
+        try:
+            yield
+        except self._library.MemoryError as error:
+            raise OutOfMemoryError(f"{what} failed: {error}") from error
+        except self._library.Error as error:
+            raise DeviceError(f"{what} failed: {error}") from error
+
+
+class Memory:
+    """Memory, streams, events and graphs of one GPU. Everything but entering is called inside ``with memory:``.
+
+    Pointers, streams and events are plain ints, as CUDA has them; streams of others do too, 0 is the default stream. Every
+    refusal of CUDA is a DeviceError with CUDA's name for it, OutOfMemoryError where memory ran out. Threads may share it.
+    """
+
+    def __init__(self, device: int, backend: Backend) -> None:
+        driver = backend.driver
+        self.device = device
+        self.backend = backend.name
+        self._backend = backend
+        self._driver = driver
+        self._relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        # CUDA 11's cuGraphInstantiate takes other arguments, and the bindings of 13 have it alone.
+        self._instantiate = getattr(driver, "cuGraphInstantiateWithFlags", None) or driver.cuGraphInstantiate
+
+    def __enter__(self) -> Memory:
+        self._backend.push()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._backend.pop()
+        except DeviceError:
+            if error is None:  # else the first failure is the one to tell
+                raise
+
+    def allocate(self, size: int) -> int:
+        """Device memory of ``size`` bytes (at least 1), aligned to 256."""
+        try:
+            return self._backend.allocate(size)
+        except OutOfMemoryError as error:
+            code, *amounts = self._driver.cuMemGetInfo()
+            known = "" if int(code) else f"; {readable(amounts[0])} of {readable(amounts[1])} are free"
+            raise OutOfMemoryError(
+                f"cuda:{self.device} has no {readable(size)} left ({error}){known}: run smaller batches or fewer threads, "
+                "or end what else uses this GPU"
+            ) from error
+
+    def free(self, pointer: int) -> None:
+        """Give device memory back; waits until the GPU has done with it."""
+        self._backend.free(pointer)
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An uninitialised array in page-locked host memory, which lives as long as it or a view of it does."""
+        size = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+        pointer = int(self._check(self._driver.cuMemHostAlloc(size, _PORTABLE), "cuMemHostAlloc of %d bytes", size))
+        block = (ctypes.c_ubyte * size).from_address(pointer)
+        # Not an array underneath: numpy would make it, and not the array that is returned, the base of further views.
+        weakref.finalize(block, self._free_pinned, pointer).atexit = False
+        return np.ndarray(shape, dtype, buffer=block)
+
+    def _free_pinned(self, pointer: int) -> None:
+        if not sys.is_finalizing():
+            with (
+                contextlib.suppress(DeviceError),
+                self,
+            ):  # after a fault of the GPU nothing can be freed, nor anyone told
+                self._check(self._driver.cuMemFreeHost(pointer), "cuMemFreeHost")
+
+    def copy_in(self, to: int, source: int, size: int, stream: int) -> None:
+        """Host to device, enqueued; the host memory must stay until the stream is past it."""
+        self._check(self._driver.cuMemcpyHtoDAsync(to, source, size, stream), "copying %d bytes to the GPU", size)
+
+    def copy_out(self, to: int, source: int, size: int, stream: int) -> None:
+        """Device to host, enqueued."""
+        self._check(self._driver.cuMemcpyDtoHAsync(to, source, size, stream), "copying %d bytes from the GPU", size)
+
+    def copy(self, to: int, source: int, size: int, stream: int) -> None:
+        """Device to device, enqueued."""
+        self._check(self._driver.cuMemcpyDtoDAsync(to, source, size, stream), "copying %d bytes on the GPU", size)
+
+    def clear(self, pointer: int, size: int, stream: int) -> None:
+        """Set device memory to zero, enqueued."""
+        self._check(self._driver.cuMemsetD8Async(pointer, 0, size, stream), "clearing %d bytes on the GPU", size)
+
+    def new_stream(self) -> int:
+        """A stream that runs beside the default stream."""
+        return self._backend.new_stream()
+
+    def free_stream(self, stream: int) -> None:
+        """Give a stream back; what is enqueued on it still runs."""
+        self._backend.free_stream(stream)
+
+    def wait(self, stream: int) -> None:
+        """Block until everything on a stream is done; a fault of an earlier kernel comes up here."""
+        self._check(self._driver.cuStreamSynchronize(stream), "waiting for the GPU")
+
+    def wait_for_all(self) -> None:
+        """Block until every stream of the context is done."""
+        self._check(self._driver.cuCtxSynchronize(), "waiting for every stream of the GPU")
+
+    def new_event(self) -> int:
+        return int(self._check(self._driver.cuEventCreate(_DISABLE_TIMING), "cuEventCreate"))
+
+    def free_event(self, event: int) -> None:
+        self._check(self._driver.cuEventDestroy(event), "cuEventDestroy")
+
+    def record(self, event: int, stream: int) -> None:
+        """Let an event stand for what is on a stream now."""
+        self._check(self._driver.cuEventRecord(event, stream), "cuEventRecord")
+
+    def follow(self, stream: int, event: int) -> None:
+        """Let what is enqueued on a stream from now on run after an event; nothing blocks here."""
+        self._check(self._driver.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent")
+
+    def wait_for(self, event: int) -> None:
+        """Block until an event has happened."""
+        self._check(self._driver.cuEventSynchronize(event), "cuEventSynchronize")
+
+    def happened(self, event: int) -> bool:
+        """Has an event happened? A fault of the GPU is not told here."""
+        return not int(self._driver.cuEventQuery(event)[0])
+
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> Any:
+        """What ``enqueue`` puts on a stream, as a graph to launch; nothing of it runs now. The stream is not a default one.
+
+        Raises what ``enqueue`` raises, and DeviceError for what cannot be captured; the stream is usable afterwards.
+        """
+        # Relaxed: memory that is freed meanwhile, by this thread's garbage collection or another thread, breaks nothing.
+        self._check(self._driver.cuStreamBeginCapture(stream, self._relaxed), "cuStreamBeginCapture")
+        try:
+            enqueue()
+        except BaseException:
+            code, graph = self._driver.cuStreamEndCapture(stream)  # which fails as a rule: the capture was broken off
+            if not int(code) and int(graph):
+                self._driver.cuGraphDestroy(graph)
+            raise
+        graph = self._check(self._driver.cuStreamEndCapture(stream), "cuStreamEndCapture")
+        try:
+            executable = self._check(self._instantiate(graph, 0), "cuGraphInstantiate")
+        except DeviceError:
+            self._driver.cuGraphDestroy(graph)  # the failure to tell is the first
+            raise
+        try:
+            self._check(self._driver.cuGraphDestroy(graph), "cuGraphDestroy")
+        except DeviceError:
+            self._driver.cuGraphExecDestroy(executable)
+            raise
+        return executable
+
+    def launch(self, graph: Any, stream: int) -> None:
+        """Enqueue a graph."""
+        self._check(self._driver.cuGraphLaunch(graph, stream), "cuGraphLaunch")
+
+    def free_graph(self, graph: Any) -> None:
+        self._check(self._driver.cuGraphExecDestroy(graph), "cuGraphExecDestroy")
+
+    def device_of(self, pointer: int) -> int | None:
+        """Index of the GPU on which a pointer is valid; None for memory that CUDA does not know."""
+        result = self._driver.cuPointerGetAttribute(self._ordinal, pointer)
+        if int(result[0]) == _INVALID_VALUE:
+            return None
+        return int(self._check(result, "cuPointerGetAttribute of %#x", pointer))
+
+    def _check(self, result: Any, what: str, *values: object) -> Any:
+        return result[1] if not result[0] and len(result) > 1 else _checked(self._driver, result, what, *values)
+
+
+def open_memory(device: int, backend: MemoryBackend | None = None) -> Memory:
+    """The memory of one GPU, the same object for every caller; without ``backend`` cuda-bindings, else pycuda.
+
+    Raises MissingDependencyError with the command that installs it, DeviceError when CUDA refuses.
+    """
+    if backend not in (None, "cuda-bindings", "pycuda"):
+        raise InputError(f"memory must be 'cuda-bindings' or 'pycuda', got {backend!r}")
+    if backend is not None:
+        return _opened(device, backend)
+    try:
+        return _opened(device, "cuda-bindings")
+    except MissingDependencyError as error:
+        try:
+            return _opened(device, "pycuda")
+        except MissingDependencyError:
+            raise error from None
+
+
+@functools.cache  # the primary context stays retained: what callers hold may outlive every session
+def _opened(device: int, backend: MemoryBackend) -> Memory:
+    if backend == "cuda-bindings":
+        return Memory(device, CudaBindings(device, _cuda_bindings()))
+    return Memory(device, PyCuda(device, _pycuda(), CtypesDriver(load_driver())))
+
+
+def _cuda_bindings() -> Any:
+    for name in ("cuda.bindings.driver", "cuda.cuda"):  # the second: before 12.6
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise MissingDependencyError("memory on the GPU (cuda-bindings)", "tensorrt")
+
+
+def _pycuda() -> Any:
+    try:
+        return importlib.import_module("pycuda.driver")
+    except ImportError as error:
+        raise MissingDependencyError("memory on the GPU through pycuda", "pycuda") from error
+
+
+def readable(size: int) -> str:
+    """Bytes for a message: ``123.4 MB``."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"

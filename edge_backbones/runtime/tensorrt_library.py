@@ -1,0 +1,96 @@
+"""Finding TensorRT: the full library, the RTX one or the lean runtime, and the log in which they give their reasons.
+
+Releases are told apart by what they have, never by a version string: names that are gone in TensorRT 11 and TensorRT-RTX
+(weak typing, `EXPLICIT_BATCH`), or came in between (`device_memory_size_v2`), are looked for on the module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections import deque
+from typing import Any, Literal
+
+from edge_backbones.errors import MissingDependencyError
+
+TensorRtFlavour = Literal["tensorrt", "tensorrt_rtx", "tensorrt_lean"]
+FLAVOURS: tuple[TensorRtFlavour, ...] = ("tensorrt", "tensorrt_rtx", "tensorrt_lean")
+
+# `tensorrt_rtx` re-exports `tensorrt_rtx_bindings`, which is all that some installations have.
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "tensorrt_lean": "tensorrt"}
+_loggers: dict[str, Any] = {}
+_making = threading.Lock()
+
+
+def load_library(flavour: TensorRtFlavour) -> Any:
+    """The module of a flavour; raises MissingDependencyError with the command that installs it.
+
+    Importing needs no GPU and no driver. Making a Runtime or a Builder of `tensorrt` or `tensorrt_lean` without a driver
+    ends the process: ask :func:`edge_backbones.runtime.cuda.gpus` first.
+    """
+    for name in (flavour, f"{flavour}_bindings"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            if error.name is not None and error.name != name:
+                break  # it is there and cannot be loaded: a missing shared library
+            continue
+        # torch-tensorrt-rtx puts TensorRT-RTX in the place of `tensorrt`.
+        if hasattr(module, "ComputeCapability") == (flavour == "tensorrt_rtx"):
+            return module
+    raise MissingDependencyError(f"the {flavour} engine", _EXTRAS[flavour])
+
+
+def library_version(flavour: TensorRtFlavour) -> str | None:
+    """The library's version, or None where it cannot be imported."""
+    try:
+        return str(load_library(flavour).__version__)
+    except MissingDependencyError:
+        return None
+
+
+def logger_of(library: Any) -> Any:
+    """The one logger of a library in this process: TensorRT keeps the first that it is given and warns about others.
+
+    An ``ILogger`` with ``last_error() -> str`` of the calling thread, ``clear()``, and ``warnings``, the latest texts.
+    Messages of threads that TensorRT starts itself count for every caller.
+    """
+    with _making:
+        name = library.__name__
+        if name not in _loggers:
+            _loggers[name] = _make_logger(library)
+        return _loggers[name]
+
+
+def _make_logger(library: Any) -> Any:
+    severities = library.ILogger.Severity
+    errors = (severities.INTERNAL_ERROR, severities.ERROR)
+
+    class Log(library.ILogger):  # type: ignore[misc,name-defined]
+        """A failure is a None or a False in TensorRT, and its reason stands only here."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: deque[tuple[int, str]] = deque(maxlen=32)
+            self.warnings: deque[str] = deque(maxlen=32)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in errors:
+                self.errors.append((threading.get_ident(), message))
+            elif severity == severities.WARNING:
+                self.warnings.append(message)
+
+        def clear(self) -> None:
+            """Forget what this thread was told, before a call whose failure is to be explained."""
+            mine = threading.get_ident()
+            kept = [entry for entry in self.errors if entry[0] != mine]
+            self.errors.clear()
+            self.errors.extend(kept)
+
+        def last_error(self) -> str:
+            """The last error of this thread, or the last of any."""
+            mine = [message for thread, message in self.errors if thread == threading.get_ident()]
+            texts = mine or [message for _, message in self.errors]
+            return " ".join(texts[-1].split()) if texts else f"{library.__name__} logged no error"
+
+    return Log()

@@ -1,0 +1,156 @@
+"""DLPack with torch at the other end, over host memory: the code paths are those of GPU memory."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_backbones.errors import InputError
+from edge_backbones.runtime import device_arrays
+from edge_backbones.runtime.device_arrays import ForeignArray, from_foreign, is_on_gpu
+
+CPU = 1
+DTYPES = {
+    torch.float16: np.float16,
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.uint8: np.uint8,
+    torch.int8: np.int8,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+    torch.bool: np.bool_,
+}
+
+
+class Owner:
+    """What keeps memory, and can be watched."""
+
+
+class OnHost:
+    """Host memory, exported by the code that exports GPU memory."""
+
+    def __init__(self, array, owner, versioned):
+        self.array, self.owner, self.versioned = array, owner, versioned
+
+    def __dlpack_device__(self):
+        return CPU, 0
+
+    def __dlpack__(self, **_):
+        array = self.array
+        return device_arrays._make_capsule(
+            array.ctypes.data, array.shape, array.dtype, self.owner, device=(CPU, 0), versioned=self.versioned
+        )
+
+
+def from_host(values) -> ForeignArray:
+    return device_arrays._read_capsule(device_arrays._ask_for_capsule(values, None), (CPU,))
+
+
+@given(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 4), max_size=4), st.data())
+def test_any_tensor_is_read_as_it_is(dtype, shape, data):
+    tensor = torch.zeros(shape, dtype=dtype).permute(data.draw(st.permutations(range(len(shape)))))
+    foreign = from_host(tensor)
+    assert foreign.shape == tuple(tensor.shape)
+    assert foreign.dtype == DTYPES[dtype]
+    assert foreign.contiguous == tensor.is_contiguous()
+    assert foreign.pointer == tensor.data_ptr()
+
+
+def test_repeated_axes_are_not_contiguous():
+    assert not from_host(torch.zeros(3, 1).expand(3, 4)).contiguous
+
+
+def test_channels_last_is_not_c_order():
+    assert not from_host(torch.zeros(1, 3, 8, 8).to(memory_format=torch.channels_last)).contiguous
+
+
+def test_a_tensor_lives_as_long_as_it_is_held():
+    values = np.arange(6, dtype=np.float32)
+    watched = weakref.ref(values)
+    foreign = from_host(torch.from_numpy(values))
+    assert foreign.pointer == values.ctypes.data
+    del values
+    gc.collect()
+    assert watched() is not None
+    del foreign
+    assert watched() is None
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.zeros(2, dtype=torch.bfloat16), "dtype bfloat16"),
+        (torch.zeros(2, dtype=torch.complex64), "dtype complex64"),
+        (torch.zeros(2, dtype=torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.zeros(2, dtype=torch.float8_e5m2), "float8_e5m2"),
+        (torch.zeros(2, requires_grad=True), r"torch\.Tensor cannot .*require grad"),
+        (torch.zeros(2, dtype=torch.complex64).conj(), "conjugate"),
+        (torch.zeros(2, 2).to_sparse(), "layout"),
+    ],
+)
+def test_what_cannot_be_passed_is_refused(tensor, said):
+    with pytest.raises(InputError, match=said):
+        from_host(tensor)
+
+
+def test_tensors_on_the_host_and_nowhere():
+    assert not is_on_gpu(torch.zeros(2))
+    with pytest.raises(InputError, match="device \\(1, 0\\)"):
+        from_foreign(torch.zeros(2), stream=0)
+    with pytest.raises(InputError, match="does not say where it is"):
+        is_on_gpu(torch.zeros(2, device="meta"))
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "u1", "i1", "i4", "i8"])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (0, 3), (), (1, 1)])
+def test_torch_reads_what_is_exported(shape, dtype, versioned):
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+    tensor = torch.from_dlpack(OnHost(array, None, versioned))
+    assert tuple(tensor.shape) == shape
+    np.testing.assert_array_equal(tensor.numpy(), array)
+    if array.size:
+        tensor.fill_(7)  # the same memory
+        assert (array == 7).all()
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_views_of_a_tensor_hold_the_owner(versioned):
+    array, owner = np.zeros((4, 5), np.float32), Owner()
+    watched = weakref.ref(owner)
+    tensor = torch.from_dlpack(OnHost(array, owner, versioned))
+    part = tensor[1:, ::2]
+    del tensor, owner
+    gc.collect()
+    assert watched() is not None
+    del part
+    assert watched() is None
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_a_tensor_that_dies_of_an_error_does_not_hide_it(versioned):
+    array, owner = np.zeros((4, 5), np.float32), Owner()
+    watched = weakref.ref(owner)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        torch.from_dlpack(OnHost(array, owner, versioned)) + "text"
+    del owner
+    gc.collect()
+    assert watched() is None
+
+
+def test_a_tensor_goes_through_and_back():
+    tensor = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
+    foreign = from_host(tensor)
+    capsule = device_arrays._make_capsule(
+        foreign.pointer, foreign.shape, foreign.dtype, foreign.owner, device=(CPU, 0), versioned=True
+    )
+    expected = tensor.clone()
+    del tensor, foreign
+    gc.collect()
+    assert torch.equal(torch.from_dlpack(capsule), expected)

@@ -1,0 +1,114 @@
+"""Engines of other libraries beside OpenVINO's: what `build --flavour` and `compile --flavour` add, and who runs them."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, compile_bundle, verify_bundle
+from edge_backbones.bundle import record_bytes, write_manifest
+from edge_backbones.cli import _run
+from edge_backbones.errors import CompileError, EngineMismatchError, InputError
+from edge_backbones.runtime import cuda
+from edge_backbones.spec import Precision
+
+OPTIONS = {"weights": "random:0", "precisions": (Precision.FP32,), "height": 64, "width": 96, "batch": 2, "golden": 2}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    target = tmp_path_factory.mktemp("flavours") / "resnet.bundle"
+    return build_bundle("test_resnet", target, options=BuildOptions(**OPTIONS, flavours=("torchscript",))).bundle
+
+
+def test_torchscript_is_an_engine_that_is_run_only_by_name(built):
+    engines = built.manifest.engines
+    assert [engine.key.flavour for engine in engines] == ["openvino", "torchscript"]
+    assert engines[1].file.path == "graphs/fp32.ts"  # the graph itself, not a copy
+    assert all(engine.parity.passed for engine in engines)
+    images = np.random.default_rng(0).standard_normal((3, 3, 64, 96)).astype(np.float32)
+    with (
+        EdgeBackbone.from_pretrained(built.path) as usual,
+        EdgeBackbone.from_pretrained(built.path, engine="torchscript") as scripted,
+    ):
+        for ours, theirs in zip(usual(images).feature_maps, scripted(images).feature_maps, strict=True):
+            assert ours.shape == theirs.shape
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+            assert not np.array_equal(ours, theirs)  # two libraries, two roundings
+    with pytest.raises(EngineMismatchError, match="is a program: it is run only when asked for by name"):
+        EdgeBackbone.from_pretrained(built.path, device="cuda")
+    assert len(verify_bundle(built.path)) == 2
+
+
+def test_torchscript_is_added_to_a_finished_bundle(built, tmp_path):
+    target = tmp_path / "b.bundle"
+    build_bundle("test_resnet", target, options=BuildOptions(**OPTIONS))
+    (added,) = compile_bundle(target, flavour="torchscript")
+    assert added.parity.passed
+    assert [engine.key.flavour for engine in Bundle.open(target).manifest.engines] == ["openvino", "torchscript"]
+    Bundle.open(target).check_files()
+    again = compile_bundle(target, flavour="torchscript")  # replaces itself, and its file stays
+    assert len(again) == 1
+    Bundle.open(target).check_files()
+
+
+def test_what_cannot_be_compiled_here_leaves_nothing(built, tmp_path, capsys):
+    before = (built.path / "manifest.json").read_bytes()
+    with pytest.raises(CompileError, match="edge-backbones build MODEL BUNDLE --flavour torch_tensorrt"):
+        compile_bundle(built.path, flavour="torch_tensorrt")
+    with pytest.raises(CompileError, match="rtx-40 is a GPU: use flavour tensorrt or tensorrt_rtx"):
+        compile_bundle(built.path, flavour="openvino", profile="rtx-40")
+    with pytest.raises(InputError, match="did you mean jetson-orin-nx"):
+        compile_bundle(built.path, flavour="tensorrt", profile="jetson-orin-n")
+    assert (built.path / "manifest.json").read_bytes() == before
+    with pytest.raises(InputError, match="leave torchscript=True"):
+        BuildOptions(flavours=("torchscript",), torchscript=False)
+    if not cuda.gpus():
+        target = tmp_path / "t.bundle"
+        with pytest.raises(
+            CompileError, match="torch_tensorrt compiles on the GPU that will run the engine: no NVIDIA"
+        ):
+            build_bundle("test_resnet", target, options=BuildOptions(**OPTIONS, flavours=("torch_tensorrt",)))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line(built, capsys):
+    assert _run(["compile", str(built.path), "--flavour", "torchscript", "--json"]) == 0
+    (engine,) = json.loads(capsys.readouterr().out)["engines"]
+    assert engine["key"]["flavour"] == "torchscript"
+    assert _run(["compile", str(built.path), "--flavour", "openvino", "--profile", "h100"]) == 1
+    assert "openvino runs on CPUs and h100 is a GPU" in " ".join(capsys.readouterr().err.split())
+    assert _run(["profiles", "--json"]) == 0
+    assert {profile["name"] for profile in json.loads(capsys.readouterr().out)} >= {"cpu", "jetson-orin-nx", "h100"}
+    assert _run(["profiles"]) == 0
+    assert "jetson-thor" in capsys.readouterr().out
+    assert _run(["profiles", "jetson-orin-nx"]) == 0
+    assert "2 DLA cores" in capsys.readouterr().out
+    assert _run(["profiles", "jetson"]) == 1
+
+
+def test_an_engine_that_does_not_fit_is_compiled_on_the_spot_when_asked(tmp_path):
+    target = tmp_path / "b.bundle"
+    bundle = build_bundle("test_resnet", target, options=BuildOptions(**OPTIONS)).bundle
+    (record,) = bundle.manifest.engines
+    key = msgspec.structs.replace(record.key, library_version="2024.0.0")
+    file = record_bytes(key.path(b"old", ".blob"), b"old")
+    (target / file.path).write_bytes(b"old")
+    old = msgspec.structs.replace(record, key=key, file=file)
+    write_manifest(target, msgspec.structs.replace(bundle.manifest, engines=(old,)))
+
+    with pytest.raises(EngineMismatchError, match=r"compiled with openvino 2024\.0\.0; here"):
+        EdgeBackbone.from_pretrained(target)
+    with pytest.raises(InputError, match="on_mismatch must be 'raise' or 'compile', got 'rebuild'"):
+        EdgeBackbone.from_pretrained(target, on_mismatch="rebuild")
+    with EdgeBackbone.from_pretrained(target, on_mismatch="compile") as backbone:
+        assert backbone(np.zeros((2, 3, 64, 96), np.float32)).feature_maps
+    assert Bundle.open(target).manifest.engines[0].key.library_version == "2024.0.0"
+    assert len(Bundle.open(target).manifest.engines) == 2
+    EdgeBackbone.from_pretrained(target).close()  # from now on there is one that fits
+    if not cuda.gpus():
+        with pytest.raises(EngineMismatchError, match="runs on cpu, not on cuda"):
+            EdgeBackbone.from_pretrained(target, device="cuda", on_mismatch="compile")

@@ -1,0 +1,138 @@
+"""A bundle gains plans for GPUs that are not here: held back until a device has measured them, and never in the CPU's way."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from edge_backbones import Bundle, EdgeBackbone, compile_bundle, verify_bundle
+from edge_backbones.build.tensorrt import PlanOptions
+from edge_backbones.bundle import record_file, write_manifest
+from edge_backbones.cli import _run
+from edge_backbones.errors import CompileError, EngineMismatchError, InputError, IntegrityError
+from edge_backbones.manifest import GraphRecord
+from edge_backbones.runtime import cuda
+from edge_backbones.spec import Precision
+from edge_backbones.testing import make_bundle, pooled
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """The pooling bundle, with the ONNX graph of what its engine computes."""
+    bundle = make_bundle(tmp_path / "pooling.bundle")
+    pools = [
+        helper.make_node("AveragePool", ["pixel_values"], [stage], kernel_shape=[k, k], strides=[k, k])
+        for stage, k in (("pool4", 4), ("pool8", 8))
+    ]
+    shape = bundle.manifest.input.opt_shape
+    graph = helper.make_graph(
+        pools,
+        "average_pooling",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None) for node in pools],
+    )
+    (bundle.path / "graphs").mkdir()
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), bundle.path / "graphs" / "fp32.onnx"
+    )
+    file = record_file(bundle.path, "graphs/fp32.onnx")
+    record = GraphRecord(format="onnx", precision=Precision.FP32, file=file, opset=20)
+    write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, graphs=(record,)))
+    return Bundle.open(bundle.path)
+
+
+def test_a_plan_for_another_gpu_waits_until_it_is_measured(bundle, monkeypatch):
+    (added,) = compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=PlanOptions(targets=("sm_89",)))
+    grown = Bundle.open(bundle.path)
+    grown.check_files()
+    assert [engine.key.flavour for engine in grown.manifest.engines] == ["openvino", "tensorrt_rtx"]
+    assert added.key.gpu.architectures == ("sm_89",)
+    assert added.file.path.endswith(".plan")
+    assert not added.parity.measured
+    assert not added.parity.passed
+    assert added.parity.gate == grown.manifest.engines[0].parity.gate
+    assert bytes(grown.read(added.file))[:4] == b"vtrt"  # nothing in front: any tool of TensorRT-RTX opens it
+
+    # The CPU engine goes on as if nothing had happened.
+    images = np.random.default_rng(0).random(grown.manifest.input.opt_shape, np.float32)
+    with EdgeBackbone.from_pretrained(bundle.path) as backbone:
+        for actual, expected in zip(backbone(images).feature_maps, pooled(images), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    # And the plan is refused, by name too.
+    with pytest.raises(EngineMismatchError, match="never measured: run edge-backbones verify on this device"):
+        EdgeBackbone.from_pretrained(bundle.path, device="cuda")
+    with pytest.raises(EngineMismatchError, match="runs on cuda, not on cpu"):
+        EdgeBackbone.from_pretrained(bundle.path, engine=added.name)
+    # verify says why it cannot measure it here.
+    monkeypatch.setattr("edge_backbones.runtime.compat.gpus", tuple)
+    monkeypatch.setattr("edge_backbones.runtime.compat.no_gpu_reason", lambda: "no NVIDIA driver")
+    with pytest.raises(EngineMismatchError, match="needs an NVIDIA GPU: no NVIDIA driver"):
+        verify_bundle(bundle.path, engine="tensorrt_rtx")
+    assert [report.passed for report in verify_bundle(bundle.path)] == [True]  # the CPU's
+
+
+def test_compiling_again_replaces_the_plan(bundle):
+    options = PlanOptions(targets=("sm_86",))
+    compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=options)
+    compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=options)
+    grown = Bundle.open(bundle.path)
+    assert len(grown.manifest.engines) == 2
+    assert len(list((bundle.path / "engines").iterdir())) == 2
+
+
+def test_a_refused_compilation_leaves_the_bundle_as_it_was(bundle):
+    before = {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()}
+    with pytest.raises(CompileError, match="does not compile for sm_87"):
+        compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=PlanOptions(targets=("sm_87",)))
+    with pytest.raises(CompileError, match="no version compatibility"):
+        compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=PlanOptions(version_compatible=True))
+    assert {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_truncated_plan_is_named(bundle):
+    (added,) = compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=PlanOptions(targets=("sm_86",)))
+    plan = bundle.path / added.file.path
+    plan.write_bytes(plan.read_bytes()[:-10])
+    with pytest.raises(IntegrityError, match=added.file.path):
+        verify_bundle(bundle.path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("89",)}, "'89' is not an architecture: write sm_89"),
+        ({"level": 6}, "builder level must be 0 to 5, got 6"),
+        ({"workspace": 0}, "workspace must be at least 1 byte, got 0"),
+        ({"embed_runtime": True}, "set version_compatible=True too"),
+    ],
+)
+def test_options_that_mean_nothing(options, message):
+    with pytest.raises(InputError, match=message):
+        PlanOptions(**options)
+
+
+def test_the_command_line(bundle, capsys):
+    arguments = ["compile", str(bundle.path), "--flavour", "tensorrt_rtx", "--target", "sm_86", "--target", "sm_120"]
+    assert _run([*arguments, "--shapes", "2x32x48", "--json"]) == 0
+    (engine,) = json.loads(capsys.readouterr().out)["engines"]
+    assert engine["key"]["gpu"]["architectures"] == ["sm_86", "sm_120"]
+    assert engine["key"]["precision"] == Precision.FP32
+    assert _run(["inspect", str(bundle.path), "--json"]) == 0
+    reasons = json.loads(capsys.readouterr().out)["reasons_against"]
+    assert any("not measured yet" in why for why in reasons[engine_name(bundle)])
+    assert _run([*arguments, "--shapes", "2x32"]) == 2
+    assert _run([*arguments, "--target", "sm_90", "--json"]) == 1
+    if not cuda.gpus():
+        assert _run(["compile", str(bundle.path), "--flavour", "tensorrt"]) == 1
+        assert "TensorRT compiles on the GPU that will run the plan" in capsys.readouterr().err.replace("\n", " ")
+
+
+def engine_name(bundle):
+    return next(engine.name for engine in Bundle.open(bundle.path).manifest.engines if engine.key.gpu is not None)
