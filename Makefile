@@ -2,6 +2,7 @@
 # make test   installs and runs every test, those of transformers twice (newest, 4.44); no GPU, no model hub
 # make lint   formatting, lint, types, direction of imports
 # make coverage  builds one of every kind of backbone (hours); writes benchmarks/results/coverage.json and its page
+# make gpu    tests and benchmark on this machine's NVIDIA GPU; writes benchmarks/results/<device>.json; installs nothing
 # make bench  the figures of the README, side by side with their peers; writes benchmarks/results
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 OLD_TRANSFORMERS = $(VENV)/transformers-4.44
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench coverage schema clean
+.PHONY: demo test lint bench gpu coverage schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m build_scripts.demo
@@ -29,6 +30,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu_suite
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m build_scripts.sweep

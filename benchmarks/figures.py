@@ -73,6 +73,21 @@ def resnet50_build(photographs: Path, target: Path) -> dict[str, float]:
     return dict(json.loads(done.splitlines()[-1]))
 
 
+def rtx_build(bundle: Path, repeats: int = 5) -> float:
+    """Seconds of compiling the bundle's int8 graph with TensorRT-RTX for every architecture that it knows; the median."""
+    from edge_backbones import Bundle
+    from edge_backbones.build.tensorrt import compile_plan
+    from edge_backbones.spec import Precision
+
+    graph, input = (bundle / "graphs" / "int8.onnx").read_bytes(), Bundle.open(bundle).manifest.input
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        compile_plan(graph, input, Precision.INT8, flavour="tensorrt_rtx")
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def cold_start(bundle: Path, repeats: int = 7) -> dict[str, float]:
     """Wall seconds from starting python to the first feature maps, and the peak resident MB of that process."""
     seconds, peaks = [], []

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks import accuracy_peers, peers, readme_table
-from benchmarks.run import CACHE, MODELS, build, machine
+from benchmarks.run import CACHE, MODELS, build, is_current, machine
 from build_scripts.photographs import write_crops
 from edge_backbones import BuildOptions, Bundle, build_bundle
 from edge_backbones.build import calibrate
@@ -76,7 +76,7 @@ def trained_like(model: str, photographs: Path) -> Path:
     timm starts them at 1 and 0, and OpenVINO leaves out what does nothing: it would flatter a graph that keeps them so.
     """
     target = CACHE / f"{model}.trained-like.bundle"
-    if not target.exists():
+    if not is_current(target):
         print(f"building {target.name}", flush=True)
         indices = tuple(int(index) for index in MODELS[model][0].split(","))
         torch.manual_seed(0)
@@ -89,7 +89,7 @@ def trained_like(model: str, photographs: Path) -> Path:
         options = BuildOptions(
             precisions=(Precision.INT8, Precision.FP32), gates={Precision.INT8: Gate()}, torchscript=False
         )
-        build_bundle(net, target, images=photographs, options=options)
+        build_bundle(net, target, images=photographs, options=options, overwrite=True)
     return target
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from benchmarks import figures, peers, readme_table
 from build_scripts.photographs import write_crops
+from edge_backbones.bundle import Bundle
+from edge_backbones.errors import BundleError
 from edge_backbones.runtime.compat import this_host
 
 ROOT = Path(__file__).parents[1]
@@ -100,12 +102,23 @@ def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], photograph
     calibrated = figures.resnet50_calibration(photographs, bundles["resnet50"])
     add(rows, "resnet50: ranges from 512 calibration images", calibrated["seconds"], 180, "s")
     add(rows, "resnet50: resident memory of that", calibrated["peak_mb"], 2000, "MB")
+    seconds = figures.rtx_build(bundles["resnet50"])
+    add(rows, "resnet50: int8 plan of TensorRT-RTX for four architectures, no GPU", seconds, 15, "s")
+
+
+def is_current(bundle: Path) -> bool:
+    """Is there a bundle, and of the format of this release?"""
+    try:
+        Bundle.open(bundle)
+    except BundleError:
+        return False
+    return True
 
 
 def build(model: str, photographs: Path, *, rebuild: bool) -> Path:
     """A bundle with the int8 engine and the fp32 graph that ONNX Runtime runs."""
     target = CACHE / f"{model}.bundle"
-    if rebuild or not target.exists():
+    if rebuild or not is_current(target):
         from edge_backbones import BuildOptions, build_bundle
         from edge_backbones.manifest import Gate
         from edge_backbones.spec import Precision

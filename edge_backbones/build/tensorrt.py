@@ -194,7 +194,7 @@ def compile_plan(
         library_version=str(library.__version__),
         device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or gpu is None else gpu.name,
         timing_cache=_written_timing_cache(config, flavour),
-        layers=None if gpu is None or options.strip else _layers(library, compiled, log),
+        layers=_layers(library, compiled, log) if gpu is not None and _loads_on(gpu, targets, options) else None,
         coverage=coverage,
         memory_estimate=estimate,
         warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
@@ -525,13 +525,20 @@ def _monitor(library: Any, progress: Progress) -> Any:
     return Monitor()
 
 
+def _loads_on(gpu: cuda.Gpu, targets: Sequence[str], options: PlanOptions) -> bool:
+    return gpu.architecture in targets and not options.strip
+
+
 def _layers(library: Any, plan: bytes, log: Any) -> str | None:
-    """What the engine inspector says, as JSON; None for a library without one."""
+    """What the engine inspector says, as JSON; None for a library without one, and where the plan does not load: parity
+    says why, and raises."""
     if not hasattr(library, "EngineInspector"):
         return None
     with _null_pointers_explained(log):
         runtime = _made(library.Runtime(log), "a runtime", log)
-    engine = _made(runtime.deserialize_cuda_engine(plan), "an engine of its own plan", log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        return None
     inspector = _made(engine.create_engine_inspector(), "an inspector", log)
     return str(inspector.get_engine_information(library.LayerInformationFormat.JSON))
 

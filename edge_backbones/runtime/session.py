@@ -11,7 +11,7 @@ import numpy as np
 from edge_backbones.bundle import Bundle
 from edge_backbones.errors import EngineMismatchError
 from edge_backbones.manifest import EngineKey, EngineRecord
-from edge_backbones.runtime import compat, openvino, tensorrt, tensorrt_library, torchscript
+from edge_backbones.runtime import compat, openvino, tensorrt_library
 from edge_backbones.runtime.cuda import MemoryBackend
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
@@ -154,11 +154,15 @@ def load_engine(
     if key.flavour == "openvino":
         return openvino.OpenVinoSession(data, outputs=spec.outputs, threads=threads)
     if key.flavour in _CODE:
+        from edge_backbones.runtime import torchscript  # what a CPU engine does not need is not imported for it
+
         place = "cpu" if device is None else f"cuda:{device}"
         return torchscript.TorchScriptSession(data, input=input, outputs=spec.outputs, device=place, threads=threads)
     wrong = compat.reasons_in_plan(key, data)
     if wrong:
         raise EngineMismatchError(f"{key.name}: {' and '.join(wrong)}")
+    from edge_backbones.runtime import tensorrt
+
     flavour = compat.flavour_to_load(key, compat.this_host(installed_versions()))
     return tensorrt.TensorRtSession(
         data,
@@ -201,9 +205,11 @@ def _library_version(flavour: str) -> str | None:
         return openvino.library_version()
     if flavour in tensorrt_library.FLAVOURS:
         return tensorrt_library.library_version(flavour)
-    if flavour == "torchscript":
-        return torchscript.library_version()
-    return torchscript.torch_tensorrt_version() if flavour == "torch_tensorrt" else None
+    if flavour in _CODE:
+        from edge_backbones.runtime import torchscript
+
+        return torchscript.library_version() if flavour == "torchscript" else torchscript.torch_tensorrt_version()
+    return None
 
 
 def _advice(bundle: Bundle, device: str) -> str:

@@ -28,17 +28,21 @@ def load_library(flavour: TensorRtFlavour) -> Any:
     Importing needs no GPU and no driver. Making a Runtime or a Builder of `tensorrt` or `tensorrt_lean` without a driver
     ends the process: ask :func:`edge_backbones.runtime.cuda.gpus` first.
     """
+    reason = "not installed"
+    if flavour == "tensorrt":
+        reason += "; on a Jetson: apt install python3-libnvinfer, and a virtual environment with --system-site-packages"
     for name in (flavour, f"{flavour}_bindings"):
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            if error.name is not None and error.name != name:
-                break  # it is there and cannot be loaded: a missing shared library
+            if error.name != name:
+                reason = f"installed, and cannot be loaded: {str(error).splitlines()[-1]}"
+                break
             continue
         # torch-tensorrt-rtx puts TensorRT-RTX in the place of `tensorrt`.
         if hasattr(module, "ComputeCapability") == (flavour == "tensorrt_rtx"):
             return module
-    raise MissingDependencyError(f"the {flavour} engine", _EXTRAS[flavour])
+    raise MissingDependencyError(f"the {flavour} engine ({reason})", _EXTRAS[flavour])
 
 
 def library_version(flavour: TensorRtFlavour) -> str | None:

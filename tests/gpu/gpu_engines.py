@@ -1,0 +1,168 @@
+"""What the GPU tests share: which libraries are here, and the pooling backbone as an engine of every kind."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu_suite
+from edge_backbones.runtime import cuda
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("torchscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt")
+BACKENDS = ("cuda-bindings", "pycuda")
+_NEEDS = {
+    "cuda-bindings": ("cuda.bindings.driver",),
+    "pycuda": ("pycuda.driver",),
+    "torchscript": ("torch", "msgspec"),
+    "torch_tensorrt": ("torch_tensorrt", "torch", "msgspec"),
+    "tensorrt": ("tensorrt", "msgspec"),
+    "tensorrt_rtx": ("tensorrt_rtx_bindings", "msgspec"),
+}
+
+
+def missing(*names: str) -> str:
+    """Which of these libraries (or of what a kind of engine needs) is not installed, as a phrase; empty if none."""
+    lacking = [module for name in names for module in _NEEDS.get(name, (name,)) if not _is_there(module)]
+    return f"{lacking[0].split('.')[0]} is not installed" if lacking else ""
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(bool(missing(*names)), reason=missing(*names) or "everything is there")
+
+
+def each(names: tuple[str, ...]) -> list:
+    """Parameters: those that are installed, and the others as skipped with the reason."""
+    return [pytest.param(name, marks=needs(name)) for name in names]
+
+
+@functools.cache
+def rtx_refusal(device: int) -> str:
+    """What TensorRT-RTX says against this GPU; empty when it takes it."""
+    return gpu_suite.rtx_refusal(next(gpu_suite.rtx_answer(device)))
+
+
+@functools.cache
+def pooling_file(kind: str, device: int) -> bytes:
+    """The pooling backbone as a plan or a TorchScript file."""
+    from edge_backbones.spec import Precision
+
+    input = gpu_suite.pooling_input(512)
+    if kind == "torchscript":
+        from edge_backbones.build.torchscript import trace_torchscript
+
+        return trace_torchscript(gpu_suite.pooling_module(), input, Precision.FP32)
+    if kind == "torch_tensorrt":
+        from edge_backbones.build.torch_tensorrt import compile_torch_tensorrt
+
+        return compile_torch_tensorrt(gpu_suite.pooling_module(), input, device=f"cuda:{device}")
+    from edge_backbones.build.tensorrt import compile_plan
+
+    return compile_plan(gpu_suite.pooling_onnx(), input, Precision.FP32, flavour=kind, device=device).data
+
+
+def open_session(kind: str, device: int, *, compiled_on: int | None = None, **options):
+    """A session of the pooling backbone: 1 to 32 images of 32 to 512 pixels in steps of 8."""
+    from edge_backbones.testing import SPEC
+
+    home = device if compiled_on is None else compiled_on
+    if kind == "tensorrt_rtx" and rtx_refusal(home):
+        pytest.skip(rtx_refusal(home))
+    input = gpu_suite.pooling_input(512)
+    data = pooling_file(kind, home)
+    if kind in gpu_suite.TENSORRT:
+        from edge_backbones.runtime.tensorrt import TensorRtSession
+
+        return TensorRtSession(
+            bytearray(data), flavour=kind, input=input, outputs=SPEC.outputs, device=device, **options
+        )
+    from edge_backbones.runtime.torchscript import TorchScriptSession
+
+    return TorchScriptSession(data, input=input, outputs=SPEC.outputs, device=f"cuda:{device}", **options)
+
+
+def open_backbone(kind: str, device: int, **options):
+    from edge_backbones import EdgeBackbone
+    from edge_backbones.testing import SPEC
+
+    session = open_session(kind, device, **options)
+    return EdgeBackbone(SPEC, gpu_suite.pooling_input(512), session, device=f"cuda:{device}")
+
+
+def pictures(batch: int, height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((batch, 3, height, width), np.float32)
+
+
+def assert_pooled(maps, images: np.ndarray) -> None:
+    """Numpy maps, or anything that torch takes through DLPack, are those of the pooling backbone."""
+    from edge_backbones.testing import pooled
+
+    for actual, expected in zip(maps, pooled(images), strict=True):
+        if not isinstance(actual, np.ndarray):
+            import torch
+
+            actual = torch.from_dlpack(actual).cpu().numpy()
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+class Context:
+    """Calls of the driver that the package has no use for."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+
+    def current(self) -> int:
+        handle = ctypes.c_void_p()
+        assert self._library.cuCtxGetCurrent(ctypes.byref(handle)) == 0
+        return handle.value or 0
+
+
+def free_bytes(memory: cuda.Memory) -> int:
+    """Device memory that nobody has, of any process, once the GPU is idle."""
+    gc.collect()
+    driver = cuda.CtypesDriver(cuda.load_driver())
+    with memory:
+        memory.wait_for_all()
+        code, free, _ = driver.cuMemGetInfo()
+    assert code == 0
+    return free
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
+
+
+def assert_flat(memory: cuda.Memory, action, calls: int, *, host_slack: int = 8 << 20) -> None:
+    """``calls`` calls of ``action`` leave neither device memory nor host memory behind, once it is warm."""
+    for _ in range(calls // 10):
+        action()
+    device_before, host_before = free_bytes(memory), resident_bytes()
+    for _ in range(calls):
+        action()
+    device_after, host_after = free_bytes(memory), resident_bytes()
+    assert device_before - device_after <= 2 << 20, f"{device_before - device_after} bytes of device memory are gone"
+    assert host_after - host_before <= host_slack, f"{host_after - host_before} bytes of host memory are gone"
+
+
+def run_python(code: str, *, before: tuple[str, ...] = (), seconds: float = 120) -> subprocess.CompletedProcess:
+    """A child process from the repository root; its output is text."""
+    return subprocess.run(
+        [*before, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+    )

@@ -1,0 +1,354 @@
+"""The GPU suite where there is no GPU: it says so part by part. And its processes and figures, on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import gpu_suite
+from benchmarks.gpu_suite import (
+    FAILED,
+    NOTHING_RUN,
+    PASSED,
+    Child,
+    ChildError,
+    MissingError,
+    Part,
+    PartFailedError,
+    Suite,
+)
+from edge_backbones.runtime import cuda
+
+NO_DRIVER = "no NVIDIA driver (libcuda.so.1 is missing)"
+H100 = cuda.Gpu(0, "NVIDIA H100 80GB HBM3", "sm_90", 85 << 30, "13.0", 132, False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: NO_DRIVER)
+
+
+def options(**given):
+    defaults = {"out": None, "seconds": 60.0, "bundles": gpu_suite.BUNDLES, "only": None, "device": 0, "commit": None}
+    return argparse.Namespace(**{**defaults, **given})
+
+
+# ---- a machine without a GPU
+
+
+def test_every_part_is_listed_as_not_run(no_gpu, tmp_path, capsys):
+    out = tmp_path / "here.json"
+    assert gpu_suite.main(["--out", str(out)]) == NOTHING_RUN
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["device"] is None
+    assert document["driver"] is None
+    assert document["python"].startswith("3.")
+    assert "numpy" in document["versions"]
+    assert {"system", "commit", "uncommitted_changes", "date"} <= document.keys()
+    assert {part["status"] for part in document["parts"]} == {"not run"}
+    assert {part["reason"] for part in document["parts"]} == {NO_DRIVER}
+    names = [part["name"] for part in document["parts"]]
+    for file in gpu_suite.TESTS.glob("test_*.py"):
+        assert f"tests/gpu/{file.name}" in names
+    assert "ceilings" in names
+    assert "TensorRT-RTX on this GPU" in names
+    assert "overhead: tensorrt" in names
+    assert "benchmark: resnet50, batch 32" in names
+    assert f"not run: ceilings ({NO_DRIVER})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("only", "named"), [("tests", "tests/gpu/"), ("benchmark", "resnet50")])
+def test_one_half(no_gpu, tmp_path, only, named):
+    out = tmp_path / "here.json"
+    assert gpu_suite.main(["--only", only, "--out", str(out)]) == NOTHING_RUN
+    names = [part["name"] for part in json.loads(out.read_text(encoding="utf-8"))["parts"]]
+    assert any(named in name for name in names)
+    assert all(name.startswith("tests/gpu") == (only == "tests") for name in names)
+
+
+def test_nothing_is_written_where_no_gpu_gives_a_name(no_gpu, capsys):
+    folder = gpu_suite.ROOT / "benchmarks" / "results"
+    before = sorted(folder.iterdir())
+    assert gpu_suite.main([]) == NOTHING_RUN
+    assert sorted(folder.iterdir()) == before
+    assert "wrote nothing" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: "")
+    monkeypatch.setattr(cuda, "gpus", lambda: (H100,))
+    out = tmp_path / "here.json"
+    assert gpu_suite.main(["--device", "3", "--out", str(out)]) == NOTHING_RUN
+    assert "no cuda:3" in out.read_text(encoding="utf-8")
+
+
+def test_tests_without_a_gpu_are_skipped_with_the_probes_reason(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that a machine with a GPU runs this too
+    with pytest.raises(MissingError, match=r"no NVIDIA driver|no GPU is visible|CUDA_ERROR_NO_DEVICE"):
+        Suite(options())._test(gpu_suite.TESTS / "test_gpu_arrays.py", 60)
+
+
+# ---- parts
+
+
+def test_parts_and_exit_codes(tmp_path, capsys):
+    def suite(*actions):
+        made = Suite(options(out=tmp_path / "figures.json"))
+        made.gpu = H100
+        for number, action in enumerate(actions):
+            made.measure(f"part {number}", action)
+        return made.finish(), json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+
+    def works():
+        return {"x": 1.5}
+
+    def lacks():
+        raise MissingError("onnx is not installed")
+
+    def fails():
+        raise ChildError("its process ended with -11")
+
+    def breaks():
+        return {"x": 1 // 0}
+
+    def half():
+        raise PartFailedError("one of two", {"x": 2})
+
+    code, document = suite(works, lacks)
+    assert code == PASSED
+    assert [part["status"] for part in document["parts"]] == ["passed", "not run"]
+    assert document["parts"][0]["figures"] == {"x": 1.5}
+    assert document["parts"][1]["reason"] == "onnx is not installed"
+    assert document["device"]["architecture"] == "sm_90"
+    code, document = suite(fails, breaks, half, works)
+    assert code == FAILED
+    assert [part["status"] for part in document["parts"]] == ["failed", "failed", "failed", "passed"]
+    assert [part["reason"] for part in document["parts"][:3]] == [
+        "its process ended with -11",
+        "ZeroDivisionError: integer division or modulo by zero",
+        "one of two",
+    ]
+    assert document["parts"][2]["figures"] == {"x": 2}
+    assert "ZeroDivisionError" in capsys.readouterr().err  # with its traceback, for the log
+    assert suite(lacks)[0] == NOTHING_RUN
+
+
+def test_no_part_begins_when_the_time_is_over(tmp_path):
+    suite = Suite(options(out=tmp_path / "figures.json", seconds=0.0))
+    part = suite.measure("ceilings", lambda: pytest.fail("it began"))
+    assert (part.status, part.reason) == ("not run", "the 0 s that it was given were over")
+
+
+def test_the_other_half_is_kept(tmp_path, monkeypatch):
+    out = tmp_path / "figures.json"
+    first = Suite(options(out=out))
+    first.gpu = H100
+    first.add(Part("tests/gpu/test_x.py", "passed"))
+    first.add(Part("ceilings", "passed", figures={"copy_gb_per_s": 1.0}))
+    second = Suite(options(out=out, only="tests"))
+    second.gpu = H100
+    assert [part.name for part in second._kept(tests=False)] == ["ceilings"]
+    assert [part.name for part in second._kept(tests=True)] == ["tests/gpu/test_x.py"]
+    monkeypatch.setattr(gpu_suite, "_output", lambda *command: None)  # no git here: another commit
+    second = Suite(options(out=out, only="tests", commit="0123"))
+    second.gpu = H100
+    assert second._kept(tests=False) == []
+
+
+def test_the_name_of_the_document():
+    suite = Suite(options())
+    suite.gpu = H100
+    assert suite.path == gpu_suite.ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.json"
+
+
+def test_a_report_of_pytest(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'one is not two'\n"
+        "def test_left_out(): pytest.skip('pycuda is not installed')\n",
+        encoding="utf-8",
+    )
+    report = tmp_path / "report.xml"
+
+    def run(*chosen):
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml", str(report), *chosen]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode
+
+    with pytest.raises(PartFailedError, match="1 of 2 failed, test_bad: AssertionError: one is not two") as failed:
+        gpu_suite.read_report(report, run("test_it.py"))
+    assert failed.value.figures["passed"] == 1
+    assert failed.value.figures["not_run"] == {"pycuda is not installed": ["test_left_out"]}
+    figures = gpu_suite.read_report(report, run("test_it.py::test_good", "test_it.py::test_left_out"))
+    assert figures == {"passed": 1, "failed": {}, "not_run": {"pycuda is not installed": ["test_left_out"]}}
+    with pytest.raises(MissingError, match="pycuda is not installed"):
+        gpu_suite.read_report(report, run("test_it.py::test_left_out"))
+    with pytest.raises(PartFailedError, match="ended with -11"):  # a crash behind the last test
+        run("test_it.py::test_good")
+        gpu_suite.read_report(report, -11)
+
+
+def test_a_command_that_does_not_end_is_ended():
+    start = time.monotonic()
+    sleeper = (
+        "import subprocess, sys; print('asleep', flush=True); subprocess.run([sys.executable, '-c', 'while 1: pass'])"
+    )
+    code, output = gpu_suite.run_command([sys.executable, "-c", sleeper], 1.0, {})
+    assert code is None
+    assert "asleep" in output
+    assert time.monotonic() - start < 20
+
+
+# ---- processes
+
+
+def test_contenders_take_turns(tmp_path, monkeypatch):
+    """The same code as on a GPU, with the CPU in its place."""
+    monkeypatch.setattr(gpu_suite, "ROUNDS", 2)
+    monkeypatch.setattr(gpu_suite, "SECONDS_PER_TURN", 0.05)
+    monkeypatch.setattr(gpu_suite, "_TIME_FOR_ROUNDS", 0.0)
+    suite = Suite(options(device="cpu", seconds=120.0))
+    kinds = [
+        {"kind": "eager", "size": 64},
+        {"kind": "torchscript", "size": 64},
+        {"kind": "tensorrt", "precision": "int8", "bundle": "no.bundle", "cuda_graphs": True},
+    ]
+    # One that cannot start fails the part, which keeps what the others gave.
+    with pytest.raises(PartFailedError, match="tensorrt int8 with CUDA graphs: ") as failed:
+        suite._compare("test_resnet", 2, kinds)
+    figures = failed.value.figures
+    assert figures["rounds"] == 2
+    assert figures["contenders"].keys() == {"torch eager fp16", "torchscript fp16"}
+    assert figures["failed"].keys() == {"tensorrt int8 with CUDA graphs"}
+    for contender in figures["contenders"].values():
+        assert 0.999 < contender["cosine"] <= 1 + 1e-9
+        assert 0 < contender["fastest_ms"] <= contender["latency_ms"] <= contender["latency_p99_ms"]
+        assert contender["pipelined_ms"] > 0
+    ratio = figures["times_faster_than"]["torchscript fp16"]["torch eager fp16"]["latency_ms"]
+    assert ratio * figures["times_faster_than"]["torch eager fp16"]["torchscript fp16"]["latency_ms"] > 0
+
+
+def test_answers_of_a_process():
+    with Child("contend", device="cpu", model="no_such_network", batch=1, kind="eager") as child:
+        with pytest.raises(ChildError, match="no_such_network"):
+            child.read(120)
+        with pytest.raises(ChildError, match="ended with 0"):
+            child.ask({"seconds": 1}, 10)
+    slow = Child("contend", device="cpu", model="test_resnet", batch=1, kind="eager")
+    with slow, pytest.raises(gpu_suite.SlowChildError, match="no answer within 0 s"):
+        slow.read(0.01)
+
+
+@pytest.mark.skipif(gpu_suite.importlib.util.find_spec("tensorrt") is not None, reason="tensorrt is installed")
+def test_a_library_that_is_not_installed():
+    child = Child("overhead", device=0, flavour="tensorrt")
+    with child, pytest.raises(MissingError, match="pip install 'edge-backbones"):
+        child.read(60)
+
+
+def test_what_counts_as_missing():
+    assert gpu_suite.is_missing(ModuleNotFoundError("no timm", name="timm"))
+    assert gpu_suite.is_missing(MissingError("no bundle"))
+    assert not gpu_suite.is_missing(ModuleNotFoundError("a typing error of ours", name="edge_backbones.runtme"))
+    assert not gpu_suite.is_missing(ImportError("libnvinfer.so.10: undefined symbol"))
+    assert not gpu_suite.is_missing(RuntimeError("CUDA error"))
+
+
+def test_what_tensorrt_rtx_answers():
+    pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
+    with Child("rtx_answer", device=0) as child:
+        answer = child.read(120)
+    assert answer["version"]
+    assert answer["validity"] in ("VALID", "SUBOPTIMAL", "INVALID")
+    if not cuda.gpus():
+        assert not answer["accepted"]
+        assert "cudaError" in answer["deserialise_log"]
+        assert "cudaError" in answer["validity_log"]
+        assert not answer["compiled_for_this_gpu"]
+        assert answer["compile_log"]
+
+
+def test_prepared_bundles_compile(tmp_path):
+    pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
+    gpu_suite.prepare(tmp_path, parity=("test_resnet",), benchmark=(), precisions=("fp16",))
+    assert [path.name for path in tmp_path.glob("*.bundle")] == ["parity-test_resnet-fp16.bundle"]
+    assert (tmp_path / "pooling.onnx").read_bytes() == gpu_suite.pooling_onnx()
+    assert not list(tmp_path.glob("*/engines"))
+    bundle = str(tmp_path / "parity-test_resnet-fp16.bundle")
+    with Child("compile_plan", device=0, bundle=bundle, flavour="tensorrt_rtx") as child:
+        (engine,) = child.read(120)["engines"]
+    assert engine["bytes"] > 0
+    assert engine["measured"] == bool(engine["stages"])
+
+
+# ---- figures
+
+
+def test_medians_and_ratios():
+    turns = {
+        "a": [{"latency_ms": 1.0, "pipelined_ms": 1.0}, {"latency_ms": 2.0, "pipelined_ms": 2.0}],
+        "b": [{"latency_ms": 3.0, "pipelined_ms": 4.0}, {"latency_ms": 10.0, "pipelined_ms": 4.0}],
+    }
+    assert gpu_suite.medians(turns["a"]) == {"latency_ms": 1.5, "pipelined_ms": 1.5}
+    assert gpu_suite.medians([]) == {}
+    found = gpu_suite.ratios(turns)
+    assert found["a"]["b"] == {"latency_ms": 4.0, "pipelined_ms": 3.0}  # of each round, not of medians
+    assert math.isclose(found["b"]["a"]["latency_ms"], (1 / 3 + 0.2) / 2)
+
+
+def test_timings_are_of_the_call_and_of_the_waiting():
+    figures = gpu_suite.timings(lambda: None, lambda: time.sleep(0.01), 0.2)
+    assert figures["latency_ms"] >= 10
+    assert figures["pipelined_ms"] >= 10 / gpu_suite.PIPELINED
+    assert figures["pipelined_ms"] < figures["latency_ms"]
+
+
+def test_host_allocations():
+    kept = []
+    leaking = gpu_suite.host_allocations(lambda: kept.append(bytearray(10_000)), lambda: None)
+    assert 10_000 <= leaking["kept_bytes_per_call"] < 11_000
+    passing = gpu_suite.host_allocations(lambda: len(bytearray(10_000)), lambda: None)
+    assert passing["kept_bytes_per_call"] < 100
+    assert 10_000 <= passing["largest_bytes_in_a_call"] < 11_000
+    assert gpu_suite.host_allocations(lambda: None, lambda: None)["largest_bytes_in_a_call"] < 1000
+
+
+def test_only_a_gpu_that_is_named_is_refused():
+    answer = {
+        "version": "1.7",
+        "accepted": False,
+        "diagnostics_names": ["UNSUPPORTED_CC"],
+        "deserialise_log": "no sm_90",
+    }
+    assert gpu_suite.rtx_refusal(answer) == "TensorRT-RTX 1.7 refuses this GPU (UNSUPPORTED_CC): no sm_90"
+    assert gpu_suite.rtx_refusal({**answer, "accepted": True}) == ""
+    assert gpu_suite.rtx_refusal({**answer, "diagnostics_names": ["MALFORMED_ENGINE"]}) == ""
+    suite = Suite(options())
+    suite.rtx_refusal = gpu_suite.rtx_refusal(answer)
+    with pytest.raises(MissingError, match=r"refuses this GPU|pip install"):
+        suite._require("tensorrt_rtx")
+    suite._require("torchscript")
+
+
+def test_names():
+    assert gpu_suite.slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
+    assert gpu_suite.contender_name({"kind": "compile"}) == "torch.compile max-autotune fp16"
+    plan = {"kind": "tensorrt", "precision": "int8", "cuda_graphs": True}
+    assert gpu_suite.contender_name(plan) == "tensorrt int8 with CUDA graphs"
+
+
+def test_a_contender_that_computes_something_else_is_refused():
+    import numpy as np
+
+    maps = [np.random.default_rng(0).random((2, 3, 4)) for _ in range(2)]
+    assert gpu_suite._checked_cosine(maps, maps) > 0.9999
+    with pytest.raises(RuntimeError, match="computes something else"):
+        gpu_suite._checked_cosine(maps, [maps[0], -maps[1]])
+    with pytest.raises(RuntimeError, match="computes something else"):
+        gpu_suite._checked_cosine(maps, [maps[0], maps[1] * np.nan])

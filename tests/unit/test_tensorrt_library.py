@@ -1,0 +1,66 @@
+"""Which module a flavour is, and what is said when there is none: with modules that are made up."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from edge_backbones.errors import MissingDependencyError
+from edge_backbones.runtime.tensorrt_library import FLAVOURS, library_version, load_library
+
+
+@pytest.fixture
+def modules(monkeypatch, tmp_path):
+    """A place for made-up modules; none of TensorRT's own can be imported."""
+    for flavour in FLAVOURS:
+        for name in (flavour, f"{flavour}_bindings"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+    hidden = {name for flavour in FLAVOURS for name in (flavour, f"{flavour}_bindings")}
+
+    class Hide:
+        def find_spec(self, name, path=None, target=None):
+            if name in hidden and not (tmp_path / f"{name}.py").exists():
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [Hide(), *sys.meta_path])
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name: str, code: str) -> None:
+        (tmp_path / f"{name}.py").write_text(code)
+
+    yield write
+    for name in hidden:
+        sys.modules.pop(name, None)
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra(modules):
+    with pytest.raises(MissingDependencyError, match=r"on a Jetson: apt install.*edge-backbones\[tensorrt\]"):
+        load_library("tensorrt")
+    with pytest.raises(MissingDependencyError, match=r"tensorrt_rtx engine \(not installed\).*edge-backbones\[rtx\]"):
+        load_library("tensorrt_rtx")
+    assert [library_version(flavour) for flavour in FLAVOURS] == [None] * 3
+
+
+def test_a_library_that_cannot_be_loaded_says_why(modules):
+    modules(
+        "tensorrt", 'raise ImportError("libnvinfer.so.10: cannot open shared object file: No such file or directory")'
+    )
+    with pytest.raises(
+        MissingDependencyError, match=r"installed, and cannot be loaded: libnvinfer\.so\.10: cannot open"
+    ):
+        load_library("tensorrt")
+
+
+def test_the_bindings_alone_are_enough(modules):
+    modules("tensorrt_lean_bindings", "__version__ = '11.4.0'")
+    assert library_version("tensorrt_lean") == "11.4.0"
+
+
+def test_rtx_in_the_place_of_tensorrt_is_not_taken_for_it(modules):
+    """torch-tensorrt-rtx puts it there."""
+    sys.modules["tensorrt"] = types.SimpleNamespace(__version__="1.7", ComputeCapability=object)
+    modules("tensorrt_rtx", "__version__ = '1.7.1'\nComputeCapability = object")
+    assert library_version("tensorrt") is None
+    assert library_version("tensorrt_rtx") == "1.7.1"
