@@ -1,0 +1,288 @@
+"""What TensorRT is asked for, on a library that is made up: settings that no machine without a GPU can carry out."""
+
+from __future__ import annotations
+
+import enum
+import types
+
+import pytest
+
+from edge_backbones.build import tensorrt
+from edge_backbones.build.tensorrt import DlaCoverage, PlanOptions, Shapes, compile_plan
+from edge_backbones.errors import CompileError
+from edge_backbones.runtime.cuda import Gpu
+from edge_backbones.spec import InputSpec, Precision, ShapeRange
+
+ORIN = Gpu(
+    index=0, name="Orin", architecture="sm_87", memory_bytes=8 << 30, driver="12.6", multiprocessors=8, integrated=True
+)
+
+
+def input_spec(batch: ShapeRange | int = 1) -> InputSpec:
+    batch = batch if isinstance(batch, ShapeRange) else ShapeRange.fixed(batch)
+    sizes = ShapeRange.fixed(64), ShapeRange.fixed(96)
+    return InputSpec(name="pixel_values", channels=3, batch=batch, height=sizes[0], width=sizes[1])
+
+
+class Tensor:
+    def __init__(self, name, shape, itemsize=4):
+        self.name, self.shape, self.range = name, shape, None
+        self.dtype = types.SimpleNamespace(itemsize=itemsize)
+
+    def set_dynamic_range(self, low, high):
+        self.range = (low, high)
+        return high > 0
+
+
+class Layer:
+    def __init__(self, name, kind, inputs, outputs):
+        self.name, self._inputs, self._outputs = name, inputs, outputs
+        self.type = types.SimpleNamespace(name=kind)
+        self.num_inputs, self.num_outputs = len(inputs), len(outputs)
+
+    def get_input(self, index):
+        return self._inputs[index]
+
+    def get_output(self, index):
+        return self._outputs[index]
+
+
+class Library(types.SimpleNamespace):
+    """As much of TensorRT 10.3 as a compilation touches; ``asked`` is everything that it was told."""
+
+    def __init__(self, **changes):
+        self.asked: dict = {"flags": set()}
+        asked = self.asked
+        pixels, weight = Tensor("pixel_values", (-1, 3, 64, 96)), Tensor("w", (8, 3, 3, 3))
+        conv, softmax = Tensor("conv", (-1, 8, 64, 96)), Tensor("soft", (-1, 8, 64, 96))
+        self.tensors = {tensor.name: tensor for tensor in (pixels, weight, conv, softmax)}
+        layers = [
+            Layer("weight", "CONSTANT", [], [weight]),
+            Layer("conv", "CONVOLUTION", [pixels, weight], [conv]),
+            Layer("softmax", "SOFTMAX", [conv], [softmax]),
+        ]
+        network = types.SimpleNamespace(
+            num_layers=3, get_layer=layers.__getitem__, num_inputs=1, get_input=lambda index: pixels
+        )
+
+        class Config:
+            def set_flag(self, flag):
+                asked["flags"].add(flag.name)
+
+            def set_memory_pool_limit(self, pool, size):
+                asked["workspace"] = (pool, size)
+
+            def add_optimization_profile(self, profile):
+                asked.setdefault("profiles", []).append(profile.shapes)
+                return len(asked["profiles"]) - 1
+
+            def create_timing_cache(self, data):
+                return types.SimpleNamespace(data=data)
+
+            def set_timing_cache(self, cache, ignore_mismatch):
+                assert ignore_mismatch is False  # what another GPU measured is not for this one
+                asked.setdefault("caches", []).append(cache.data)
+                return cache.data != b"of another GPU"
+
+            def get_timing_cache(self):
+                return types.SimpleNamespace(serialize=lambda: memoryview(b"measured"))
+
+            def can_run_on_DLA(self, layer):
+                return layer.name != "softmax"
+
+        class Profile:
+            def set_shape(self, name, least, usual, most):
+                self.shapes = (name, least, usual, most)
+
+        class Builder:
+            num_DLA_cores = 2
+
+            def __init__(self, log):
+                self.config = Config()
+
+            def create_network(self, flags):
+                asked["network"] = flags
+                return network
+
+            def create_builder_config(self):
+                asked["config"] = self.config
+                return self.config
+
+            def create_optimization_profile(self):
+                return Profile()
+
+            def build_serialized_network(self, network, config):
+                return memoryview(b"plan") if changes.get("builds", True) else None
+
+        class Runtime:
+            def __init__(self, log):
+                pass
+
+            def deserialize_cuda_engine(self, plan):
+                inspector = types.SimpleNamespace(get_engine_information=lambda form: f'{{"form": "{form.name}"}}')
+                return (
+                    types.SimpleNamespace(create_engine_inspector=lambda: inspector)
+                    if changes.get("loads", True)
+                    else None
+                )
+
+        def flags(name, members):
+            return enum.IntEnum(name, {member: index for index, member in enumerate(members.split())})
+
+        names = "INT8 FP16 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME REFIT STRIP_PLAN SPARSE_WEIGHTS GPU_FALLBACK"
+        super().__init__(
+            __version__="10.3.0",
+            Builder=Builder,
+            Runtime=Runtime,
+            EngineInspector=object,
+            IProgressMonitor=object,
+            OnnxParser=lambda network, log: types.SimpleNamespace(parse=lambda graph: True),
+            BuilderFlag=flags("BuilderFlag", changes.get("flags", names)),
+            NetworkDefinitionCreationFlag=flags("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH STRONGLY_TYPED"),
+            HardwareCompatibilityLevel=flags("HardwareCompatibilityLevel", "NONE AMPERE_PLUS"),
+            ProfilingVerbosity=flags("ProfilingVerbosity", "NONE DETAILED"),
+            MemoryPoolType=flags("MemoryPoolType", "WORKSPACE"),
+            DeviceType=flags("DeviceType", "GPU DLA"),
+            LayerInformationFormat=flags("LayerInformationFormat", "ONELINE JSON"),
+        )
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    log = types.SimpleNamespace(
+        clear=lambda: None, last_error=lambda: "OutOfMemory (no further information)", warnings=[]
+    )
+    log.warnings = type("Warnings", (list,), {})()
+    monkeypatch.setattr(tensorrt.cuda, "gpus", lambda: (ORIN,))
+    monkeypatch.setattr(tensorrt, "logger_of", lambda library: log)
+
+    def compile(library, precision=Precision.FP16, input=None, ranges=None, **options):
+        monkeypatch.setattr(tensorrt, "load_library", lambda flavour: library)
+        return compile_plan(
+            b"graph",
+            input or input_spec(),
+            precision,
+            flavour="tensorrt",
+            options=PlanOptions(**options),
+            ranges=ranges,
+        )
+
+    return compile
+
+
+def test_a_plain_plan_for_the_gpu_at_hand(compiled):
+    library = Library()
+    plan = compiled(library)
+    assert plan.data == b"plan"
+    assert plan.device_name == "Orin"
+    assert plan.gpu.architectures == ("sm_87",)
+    assert (plan.gpu.driver, plan.gpu.dla_core, plan.gpu.version_compatible) == ("12.6", None, False)
+    assert plan.timing_cache == b"measured"
+    assert plan.layers == '{"form": "JSON"}'
+    assert plan.coverage is None
+    assert library.asked["network"] == 2  # strongly typed, by the value that this release has for it
+    assert library.asked["flags"] == set()
+    assert library.asked["config"].profiling_verbosity == library.ProfilingVerbosity.DETAILED
+    assert library.asked["profiles"] == [("pixel_values", (1, 3, 64, 96), (1, 3, 64, 96), (1, 3, 64, 96))]
+    assert plan.memory_estimate == 2 * 8 * 27 * 4 + 64 * 96 * 4 * 16  # weights twice, and softmax with what it reads
+
+
+def test_every_setting_reaches_the_builder(compiled):
+    library = Library()
+    sizes = {"height": ShapeRange.fixed(64), "width": ShapeRange.fixed(96)}
+    plan = compiled(
+        library,
+        input=input_spec(ShapeRange(min=1, opt=4, max=8)),
+        profiles=(Shapes(batch=ShapeRange.fixed(1), **sizes), Shapes(batch=ShapeRange(min=2, opt=4, max=8), **sizes)),
+        workspace=1 << 28,
+        level=5,
+        hardware_compatibility="ampere_plus",
+        version_compatible=True,
+        refit=True,
+        sparse=True,
+    )
+    asked = library.asked
+    assert asked["workspace"] == (library.MemoryPoolType.WORKSPACE, 1 << 28)
+    assert asked["config"].builder_optimization_level == 5
+    assert asked["config"].hardware_compatibility_level == library.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert asked["flags"] == {"VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "REFIT", "SPARSE_WEIGHTS"}
+    assert [shapes[1][0] for shapes in asked["profiles"]] == [1, 2]
+    assert (plan.gpu.hardware_compatibility, plan.gpu.version_compatible, plan.gpu.refittable) == (
+        "ampere_plus",
+        True,
+        True,
+    )
+    assert not plan.gpu.host_code
+    library = Library()
+    assert compiled(library, version_compatible=True, embed_runtime=True).gpu.host_code
+    assert library.asked["flags"] == {"VERSION_COMPATIBLE"}
+    library = Library()
+    stripped = compiled(library, strip=True)
+    assert library.asked["flags"] == {"REFIT", "STRIP_PLAN"}
+    assert stripped.gpu.stripped
+    assert stripped.layers is None  # without weights it is not loaded
+
+
+def test_a_timing_cache_of_another_gpu_is_left(compiled):
+    library = Library()
+    compiled(library, timing_cache=b"of this GPU")
+    assert library.asked["caches"] == [b"of this GPU"]
+    library = Library()
+    compiled(library, timing_cache=b"of another GPU")
+    assert library.asked["caches"] == [b"of another GPU", b""]
+
+
+def test_dla_says_what_it_runs_before_anything_is_compiled(compiled):
+    library = Library()
+    plan = compiled(library, dla_core=1)
+    assert plan.coverage == DlaCoverage(2, ("softmax",))
+    assert str(plan.coverage) == "DLA runs 1 of 2 layers; the GPU 1 (softmax)"
+    assert library.asked["flags"] == {"GPU_FALLBACK"}
+    assert library.asked["config"].DLA_core == 1
+    assert library.asked["config"].default_device_type == library.DeviceType.DLA
+    assert plan.gpu.dla_core == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dla_core": 2}, "there is no DLA core 2 here, which has 2"),
+        ({"dla_core": 0, "gpu_fallback": False}, r"the GPU 1 \(softmax\): allow them there"),
+        ({"dla_core": 0, "precision": Precision.BF16}, "a DLA core computes fp16 and int8, not bf16"),
+        ({"dla_core": 0, "input": input_spec(ShapeRange(min=1, opt=2, max=4))}, "a DLA core takes fixed shapes only"),
+        ({"dla_core": 0, "input": input_spec(5000)}, "a DLA core takes batches up to 4096, got 5000"),
+        ({"targets": ("sm_89",)}, "for the GPU at hand, sm_87 here, not for sm_89"),
+        ({"precision": Precision.FP8}, "sm_87 has no fp8, which came with sm_89"),
+        ({"hardware_compatibility": "same_compute_capability"}, "has no hardware compatibility"),
+        ({"workspace": 9 << 30}, "needs 9.0 GiB at least and Orin has 8.0 GiB"),
+        ({"ranges": {"conv": 1.0}}, "weak typing with ranges is for int8 on a DLA core"),
+    ],
+)
+def test_what_cannot_be_is_refused(compiled, options, message):
+    with pytest.raises(CompileError, match=message):
+        compiled(Library(), **options)
+
+
+def test_int8_on_the_dla_of_jetpack_6_takes_ranges(compiled):
+    library = Library()
+    compiled(library, precision=Precision.INT8, dla_core=0, ranges={"conv": 2.5, "elsewhere": 1.0})
+    assert library.asked["network"] == 0  # weakly typed
+    assert library.asked["flags"] == {"INT8", "FP16", "GPU_FALLBACK"}
+    assert library.tensors["conv"].range == (-2.5, 2.5)
+    assert library.tensors["soft"].range is None
+    with pytest.raises(CompileError, match="none of the calibrated tensors is in this graph"):
+        compiled(Library(), precision=Precision.INT8, dla_core=0, ranges={"elsewhere": 1.0})
+    with pytest.raises(CompileError, match="TensorRT refused the range -1 of conv"):
+        compiled(Library(), precision=Precision.INT8, dla_core=0, ranges={"conv": -1.0})
+    newer = Library(flags="VERSION_COMPATIBLE GPU_FALLBACK")
+    with pytest.raises(CompileError, match="has no weak typing left"):
+        compiled(newer, precision=Precision.INT8, dla_core=0, ranges={"conv": 1.0})
+
+
+def test_a_failed_build_says_why_and_what_to_do(compiled):
+    with pytest.raises(CompileError, match=r"cannot compile this graph: OutOfMemory .*choose a smaller workspace"):
+        compiled(Library(builds=False))
+
+
+def test_a_plan_that_does_not_load_is_left_to_parity(compiled):
+    assert compiled(Library(loads=False)).layers is None
