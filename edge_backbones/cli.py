@@ -56,7 +56,7 @@ EngineOption = Annotated[
     str | None,
     typer.Option(help="Precision, flavour or name of one engine; the best that fits by default.", show_default=False),
 ]
-DeviceOption = Annotated[int, typer.Option(min=0, help="Which GPU, for engines that need one.")]
+GpuOption = Annotated[int, typer.Option(min=0, help="Which GPU, for engines that need one.")]
 AllowHostCode = Annotated[
     bool, typer.Option("--allow-host-code", help="Let a version-compatible plan run the lean runtime that it carries.")
 ]
@@ -263,7 +263,7 @@ def compile_(
             help="A device of `edge-backbones profiles`: refuse early what it cannot run.", show_default=False
         ),
     ] = None,
-    device: DeviceOption = 0,
+    gpu: GpuOption = 0,
     target: Annotated[
         list[str] | None,
         typer.Option(help="Architecture for tensorrt_rtx, sm_89; repeat for several.", show_default=False),
@@ -336,7 +336,7 @@ def compile_(
             flavour=flavour.value,
             plan=plan,
             profile=profile,
-            device=device,
+            device=gpu,
             allow_host_code=allow_host_code,
             cache=default_cache(),
             progress=progress,
@@ -358,7 +358,7 @@ def verify(
         bool, typer.Option("--explain", help="Where a gate fails, find the layer in which the error is born.")
     ] = False,
     picture: Annotated[Path, typer.Option(help="Where the picture of the explanation goes.")] = Path("explanation.png"),
-    device: DeviceOption = 0,
+    gpu: GpuOption = 0,
     allow_host_code: AllowHostCode = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -370,12 +370,12 @@ def verify(
     try:
         with _Steps(as_json) as progress:
             reports = verify_bundle(
-                bundle, engine=engine, device=device, allow_host_code=allow_host_code, progress=progress
+                bundle, engine=engine, device=gpu, allow_host_code=allow_host_code, progress=progress
             )
     except ParityError as error:
         if not explain:
             raise
-        _explain(bundle, engine, device, picture, error, as_json)
+        _explain(bundle, engine, gpu, picture, error, as_json)
         raise typer.Exit(_EXIT_PARITY) from None
     if as_json:
         _print_json({"bundle": str(bundle), "parity": reports})
@@ -384,12 +384,12 @@ def verify(
     _out.print(f"{bundle} is whole and right")
 
 
-def _explain(bundle: Path, engine: str | None, device: int, picture: Path, error: ParityError, as_json: bool) -> None:
+def _explain(bundle: Path, engine: str | None, gpu: int, picture: Path, error: ParityError, as_json: bool) -> None:
     from edge_backbones.build.device import explain_bundle
     from edge_backbones.pictures import draw_layers
 
     with _Steps(as_json) as progress:
-        found = explain_bundle(bundle, engine=engine, device=device, progress=progress)
+        found = explain_bundle(bundle, engine=engine, device=gpu, progress=progress)
     drawn = [one for one in found if one.layers]
     files = [picture if len(drawn) == 1 else picture.with_stem(f"{picture.stem}.{one.precision}") for one in drawn]
     for one, file in zip(drawn, files, strict=True):
@@ -418,6 +418,7 @@ def run(
     source: Annotated[Path, typer.Argument(help="An image, or a folder of images.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where <image>.npz and <image>.png go.")] = Path("features"),
     engine: EngineOption = None,
+    device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda or cuda:1.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.", show_default=False)] = None,
     picture: Annotated[bool, typer.Option(help="Draw the feature maps.")] = True,
     as_json: JsonFlag = False,
@@ -435,7 +436,10 @@ def run(
     targets = _feature_files(files, source if source.is_dir() else source.parent, out)
     config = Bundle.open(bundle).manifest.image
     written: list[dict[str, Any]] = []
-    with EdgeBackbone.from_pretrained(bundle, engine=engine, threads=threads) as backbone, _Steps(as_json) as progress:
+    with (
+        EdgeBackbone.from_pretrained(bundle, engine=engine, device=device, threads=threads) as backbone,
+        _Steps(as_json) as progress,
+    ):
         for done, (file, (features, drawing)) in enumerate(zip(files, targets, strict=True)):
             progress("running", done, len(files))
             spec = backbone.input
@@ -694,6 +698,8 @@ class _Steps:
 
 def _print_parity(reports: Iterable[ParityReport], console: Console | None = None) -> None:
     for report in reports:
+        if not report.measured:
+            continue
         title = f"parity of {report.precision} with fp32 torch, worst golden image; gate: {report.gate}"
         table = Table("stage", title=title, title_justify="left")
         for column in ("cosine", "SQNR dB", "relative error", "max |difference|", ""):
