@@ -180,6 +180,12 @@ def build(
     ] = True,
     golden: Annotated[int, typer.Option(min=1, help="Images that parity is measured on.")] = 4,
     torchscript: Annotated[bool, typer.Option(help="Also write the frozen TorchScript module.")] = True,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="The device it is for, of `edge-backbones profiles`: refuse what it cannot run.", show_default=False
+        ),
+    ] = None,
     flavour: Annotated[
         list[TorchFlavour] | None,
         typer.Option(
@@ -221,6 +227,7 @@ def build(
         golden=golden,
         torchscript=torchscript,
         flavours=tuple(one.value for one in flavour or ()),
+        profile=profile,
     )
     with _Steps(as_json) as progress:
         result = build_bundle(model, bundle, images=images, options=options, overwrite=overwrite, progress=progress)

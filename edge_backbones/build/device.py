@@ -103,7 +103,15 @@ def compile_bundle(
             on = None if engine.key.gpu is None else device
             report = require(
                 measure_engine(
-                    engine.key, engine.data, spec, input, golden, gate, device=on, allow_host_code=allow_host_code
+                    engine.key,
+                    engine.data,
+                    spec,
+                    input,
+                    golden,
+                    gate,
+                    device=on,
+                    allow_host_code=allow_host_code,
+                    weights=session.weights_of(bundle, engine.key),
                 )
             )
         record, contents = _engine_record(engine, report, graph)
@@ -212,7 +220,15 @@ def verify_bundle(
         data, gate = bundle.read(record.file), record.parity.gate
         on = None if record.key.gpu is None else device
         measured = measure_engine(
-            record.key, data, spec, input, golden, gate, device=on, allow_host_code=allow_host_code
+            record.key,
+            data,
+            spec,
+            input,
+            golden,
+            gate,
+            device=on,
+            allow_host_code=allow_host_code,
+            weights=session.weights_of(bundle, record.key),
         )
         reports.append(require(measured))
         if not record.parity.measured:
@@ -240,7 +256,8 @@ def explain_bundle(
         progress(f"verifying {record.key.precision}", 0, None)
         precision, gate = record.key.precision, record.parity.gate
         on = None if record.key.gpu is None else device
-        report = measure_engine(record.key, bundle.read(record.file), spec, input, golden, gate, device=on)
+        data, weights = bundle.read(record.file), session.weights_of(bundle, record.key)
+        report = measure_engine(record.key, data, spec, input, golden, gate, device=on, weights=weights)
         if report.passed:
             continue
         graph = bundle.manifest.onnx_graph(precision)

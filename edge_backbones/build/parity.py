@@ -46,9 +46,12 @@ def measure_engine(
     *,
     device: int | None = None,
     allow_host_code: bool = False,
+    weights: bytes | bytearray | None = None,
 ) -> ParityReport:
     """The same for raw engine bytes, through the real runtime; ``device`` is the GPU's index, None for the CPU."""
-    engine = load_engine(key, bytearray(data), spec, input, device=device, allow_host_code=allow_host_code)
+    engine = load_engine(
+        key, bytearray(data), spec, input, device=device, allow_host_code=allow_host_code, weights=weights
+    )
     with EdgeBackbone(spec, input, engine) as backbone:
         return measure_parity(backbone, golden, key.precision, gate)
 

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 import edge_backbones
+from edge_backbones import profiles
 from edge_backbones.build.artifacts import (
     CompiledEngine,
     ExportedGraph,
@@ -82,8 +83,9 @@ class BuildOptions:
     machine that is inside its gate. ``gates`` replace the default gate of a precision. ``golden``: images that parity is
     measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside those of OpenVINO: that
     module itself, or the network compiled by torch-tensorrt for this machine's GPU (fp32, fp16 or bf16 as in ``precisions``,
-    fp16 where they have none of these). TensorRT's own are added to a finished bundle by `compile_bundle`. ``cache``: folder
-    of compiled engines, None for no cache.
+    fp16 where they have none of these). TensorRT's own are added to a finished bundle by `compile_bundle`. ``profile``: the
+    device that the bundle is for (:mod:`edge_backbones.profiles`): what it cannot run is refused before it is built.
+    ``cache``: folder of compiled engines, None for no cache.
 
     int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
     images that it has not seen, with normalisations equalised and biases corrected where that helps; ``percentile`` is
@@ -112,6 +114,7 @@ class BuildOptions:
     exclude: tuple[str, ...] = ()
     fallback: bool = True
     gates: Mapping[Precision, Gate] = field(default_factory=dict)
+    profile: str | Path | None = None
     golden: int = 4
     torchscript: bool = True
     flavours: tuple[Literal["torchscript", "torch_tensorrt"], ...] = ()
@@ -217,6 +220,9 @@ def build_bundle(
         image_set = calibration.gather_images(
             images, input=input, config=loaded.image_config, spool=work / "images", progress=progress
         )
+        if options.profile is not None:
+            _refuse_for(profiles.load_profile(options.profile), options.wanted, input)
+
         calibrating, golden_indices = calibration.split(len(image_set.names), options.golden)
 
         if loaded.source.weights == "random":
@@ -334,6 +340,18 @@ def build_bundle(
         skipped, notes = image_set.skipped, _notes(image_set, found, verdict, large)
         del image_set, feed
     return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, notes)
+
+
+def _refuse_for(profile: profiles.DeviceProfile, wanted: Sequence[Precision], input: InputSpec) -> None:
+    """Raise CompileError for a precision that the device cannot run, before it is calibrated and compiled here."""
+    flavour = profile.flavours[0]
+    reasons = [
+        reason
+        for precision in wanted
+        for reason in profiles.refusals(profile, precision=precision, flavour=flavour, input=input)
+    ]
+    if reasons:
+        raise CompileError("; ".join(dict.fromkeys(reasons)))
 
 
 def _torch_tensorrt_engines(

@@ -100,8 +100,6 @@ def _reasons_on_gpu(key: EngineKey, asked: GpuKey, host: Host) -> list[str]:
     reasons = _library_reasons(key, host)
     if key.flavour in ("tensorrt", "torch_tensorrt") and key.architecture != host.architecture:
         reasons.append(f"compiled on {key.architecture}; this machine is {host.architecture}")
-    if asked.stripped:
-        reasons.append("written without weights: refit it, or compile it without --strip")
     gpu = host.gpu
     if gpu is None:
         return [*reasons, f"needs an NVIDIA GPU: {host.no_gpu or 'none was asked for (device=cuda)'}"]

@@ -135,7 +135,20 @@ def open_session(
         memory=memory,
         cuda_graphs=cuda_graphs,
         allow_host_code=allow_host_code,
+        weights=weights_of(bundle, engine.key),
     )
+
+
+def weights_of(bundle: Bundle, key: EngineKey) -> bytearray | None:
+    """The graph whose weights a plan lacks that was written without; None for every other engine."""
+    if key.gpu is None or not key.gpu.stripped:
+        return None
+    graph = bundle.manifest.onnx_graph(key.precision)
+    if graph is None or graph.file.sha256 != key.graph_sha256:
+        raise EngineMismatchError(
+            f"{key.name} has no weights, and {bundle.path} not the graph that they are in: compile it again"
+        )
+    return bundle.read(graph.file)
 
 
 def load_engine(
@@ -149,8 +162,12 @@ def load_engine(
     memory: MemoryBackend | None = None,
     cuda_graphs: bool = False,
     allow_host_code: bool = False,
+    weights: bytes | bytearray | None = None,
 ) -> EngineSession:
-    """Load engine bytes by their key. Raises EngineMismatchError for bytes that are no engine of that kind."""
+    """Load engine bytes by their key; ``weights`` as in TensorRtSession.
+
+    Raises EngineMismatchError for bytes that are no engine of that kind.
+    """
     if key.flavour == "openvino":
         return openvino.OpenVinoSession(data, outputs=spec.outputs, threads=threads)
     if key.flavour in _CODE:
@@ -174,6 +191,7 @@ def load_engine(
         cuda_graphs=cuda_graphs,
         allow_host_code=allow_host_code,
         dla_core=None if key.gpu is None else key.gpu.dla_core,
+        weights=weights,
     )
 
 

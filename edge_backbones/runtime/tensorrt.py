@@ -45,6 +45,7 @@ _FLOAT32 = np.dtype(np.float32)
 class TensorRtSession:
     """A loaded plan on one GPU. Threads may share it: every call borrows an execution context of its own.
 
+    ``weights``: the ONNX graph of a plan that was written without weights, which are taken from there.
     ``graph_refusals``: with ``cuda_graphs``, why an input shape is enqueued and not replayed, by shape.
 
     Raises EngineMismatchError where this machine or this plan cannot do what the manifest promises, MissingDependencyError
@@ -63,6 +64,7 @@ class TensorRtSession:
         cuda_graphs: bool = False,
         allow_host_code: bool = False,
         dla_core: int | None = None,
+        weights: bytes | bytearray | None = None,
     ) -> None:
         # Before anything of TensorRT is made: without a driver the lean runtime ends the process.
         reason = cuda.no_gpu_reason()
@@ -74,7 +76,7 @@ class TensorRtSession:
         library = tensorrt_library.load_library(flavour)
         gpu = cuda.open_memory(device, memory)
         with gpu:
-            engine = _load(library, plan, flavour, input, outputs, allow_host_code, dla_core)
+            engine = _load(library, plan, flavour, input, outputs, allow_host_code, dla_core, weights)
             self._contexts = _Contexts(engine, gpu)
             self._finalizer = weakref.finalize(self, _close_quietly, self._contexts)
         self._input = input
@@ -314,6 +316,7 @@ def _load(
     outputs: Sequence[str],
     allow_host_code: bool,
     dla_core: int | None,
+    weights: bytes | bytearray | None,
 ) -> _Engine:
     logger = tensorrt_library.logger_of(library)
     logger.clear()
@@ -337,12 +340,30 @@ def _load(
             hint = f"if the plan carries a lean runtime and you trust it, pass allow_host_code=True; else {hint}"
         raise EngineMismatchError(f"{flavour} {library.__version__} does not load this plan ({log}): {hint}")
     try:
+        if weights is not None:
+            _refit(library, engine, weights, flavour)
         profiles = _agreed_profiles(engine, input, outputs)
     except BaseException:
         engine = None  # before its runtime
         raise
     item_bytes = np.dtype(input.dtype).itemsize
     return _Engine(library, logger, runtime, engine, input.name, item_bytes, tuple(outputs), profiles)
+
+
+def _refit(library: Any, engine: Any, graph: bytes | bytearray, flavour: TensorRtFlavour) -> None:
+    """Give a plan that was written without weights those of its ONNX graph."""
+    logger = tensorrt_library.logger_of(library)
+    if not hasattr(library, "OnnxParserRefitter"):
+        raise EngineMismatchError(f"{flavour} takes no weights from a graph: compile the plan without --strip")
+    try:
+        refitter = library.Refitter(engine, logger)
+        parser = library.OnnxParserRefitter(refitter, logger)
+    except TypeError as error:  # what pybind11 makes of a null pointer
+        raise EngineMismatchError(f"{flavour} cannot refit this plan: {logger.last_error()}") from error
+    if not parser.refit_from_bytes(bytes(graph)) or not refitter.refit_cuda_engine():
+        raise EngineMismatchError(
+            f"{flavour} does not take the weights of this graph ({logger.last_error()}): compile the plan again"
+        )
 
 
 def _agreed_profiles(engine: Any, input: InputSpec, outputs: Sequence[str]) -> tuple[Profile, ...]:

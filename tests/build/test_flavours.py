@@ -64,6 +64,14 @@ def test_what_cannot_be_compiled_here_leaves_nothing(built, tmp_path, capsys):
     with pytest.raises(InputError, match="did you mean jetson-orin-nx"):
         compile_bundle(built.path, flavour="tensorrt", profile="jetson-orin-n")
     assert (built.path / "manifest.json").read_bytes() == before
+    with pytest.raises(CompileError, match="fp8 needs sm_89 or newer and jetson-orin-nx is sm_87: choose fp16 or int8"):
+        build_bundle(
+            "test_resnet",
+            tmp_path / "t.bundle",
+            images=np.zeros((2, 3, 64, 96), np.float32),
+            options=BuildOptions(**{**OPTIONS, "precisions": (Precision.FP8,)}, profile="jetson-orin-nx"),
+        )
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="leave torchscript=True"):
         BuildOptions(flavours=("torchscript",), torchscript=False)
     if not cuda.gpus():

@@ -40,8 +40,8 @@ PLAN = "edge_backbones/runtime/plan.py"
 TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     MODULE: {
         EVERYWHERE: "BuilderFlag DeviceType ExecutionContextAllocationStrategy HardwareCompatibilityLevel ILogger "
-        "IProgressMonitor LayerInformationFormat MemoryPoolType ProfilingVerbosity Runtime",
-        BUILDERS: "Builder EngineInspector NetworkDefinitionCreationFlag OnnxParser",
+        "IProgressMonitor LayerInformationFormat MemoryPoolType ProfilingVerbosity Refitter Runtime",
+        BUILDERS: "Builder EngineInspector NetworkDefinitionCreationFlag OnnxParser OnnxParserRefitter",
         (RTX,): "ComputeCapability",
     },
     "Builder": {
@@ -85,6 +85,8 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     "OnnxParser": {BUILDERS: "get_error num_errors parse"},
     "ParserError": {BUILDERS: "desc node_operator"},
     "ProfilingVerbosity": {EVERYWHERE: "DETAILED"},
+    "OnnxParserRefitter": {BUILDERS: "refit_from_bytes"},
+    "Refitter": {EVERYWHERE: "refit_cuda_engine"},
     "Runtime": {EVERYWHERE: "DLA_core deserialize_cuda_engine engine_host_code_allowed"},
     "TensorIOMode": {EVERYWHERE: "name"},
 }

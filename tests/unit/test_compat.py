@@ -128,7 +128,6 @@ def test_a_plan_runs_where_it_was_compiled():
         (key(), host(gpu=None, no_gpu="no NVIDIA driver"), "needs an NVIDIA GPU: no NVIDIA driver"),
         (key(driver="13.0"), host(), "under a driver for CUDA 13.0; the one here serves CUDA 12.6: update the driver"),
         (key(architecture="x86_64"), host(), "compiled on x86_64; this machine is aarch64"),
-        (key(stripped=True), host(), "written without weights"),
         (
             key(version_compatible=True),
             host(versions={"tensorrt": "10.1.0"}),

@@ -443,7 +443,27 @@ class NumpyTensorRt:
                     gpu.violations.append("the runtime was destroyed before its engine")
                 library.live["runtime"] -= 1
 
-        self.Runtime = Runtime
+        class Refitter:
+            def __init__(self, engine, logger):
+                if gpu.native("Refitter"):
+                    raise TypeError("pybind11::init(): factory function returned nullptr")
+                self.engine, self.given = engine, False
+
+            def refit_cuda_engine(self):
+                self.engine.spec.pop("stripped")
+                return self.given and not gpu.native("refit_cuda_engine")
+
+        class OnnxParserRefitter:
+            def __init__(self, refitter, logger):
+                self.refitter = refitter
+
+            def refit_from_bytes(self, graph):
+                self.refitter.given = graph == b"its graph"
+                if not self.refitter.given:
+                    library.say("weights of another graph")
+                return self.refitter.given
+
+        self.Runtime, self.Refitter, self.OnnxParserRefitter = Runtime, Refitter, OnnxParserRefitter
 
     def say(self, text=None) -> None:
         self.logger.log(self.ILogger.Severity.ERROR, text or self.log_of_failure)
@@ -1063,6 +1083,26 @@ def test_host_code_runs_only_when_it_is_allowed(machine):
     check(session.run(images), images)
     machine.open().close()
     assert machine.library.runtime.host_code is False
+
+
+def test_a_plan_without_weights_takes_those_of_its_graph(machine):
+    data = plan_of(shapes(1, 2, 4), stripped=True)
+    session = machine.open(data=data, weights=bytearray(b"its graph"))
+    images = pixels(2)
+    check(session.run(images), images)
+    with pytest.raises(
+        EngineMismatchError, match=r"does not take the weights of this graph \(weights of another graph\)"
+    ):
+        machine.open(data=data, weights=b"another")
+    start = len(machine.gpu.calls)
+    machine.open(data=data, weights=b"its graph").close()
+    machine.gpu.fail_at = len(machine.gpu.calls) + machine.gpu.calls[start:].index("Refitter") + 1
+    with pytest.raises(EngineMismatchError, match="tensorrt cannot refit this plan"):
+        machine.open(data=data, weights=b"its graph")
+    machine.gpu.fail_at = None
+    del machine.library.OnnxParserRefitter
+    with pytest.raises(EngineMismatchError, match="takes no weights from a graph: compile the plan without --strip"):
+        machine.open(data=data, weights=b"its graph")
 
 
 def test_memory_that_ran_out_is_told_with_sizes_and_advice(machine):
