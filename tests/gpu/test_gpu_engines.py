@@ -357,7 +357,7 @@ def test_no_host_memory_is_allocated_per_call(tensorrt, gpu):
 
 
 def test_a_damaged_plan(tensorrt, gpu):
-    from benchmarks import gpu_suite
+    from benchmarks import gpu_tasks
     from edge_backbones.errors import EngineMismatchError
     from edge_backbones.runtime.tensorrt import TensorRtSession
     from edge_backbones.testing import SPEC
@@ -370,7 +370,7 @@ def test_a_damaged_plan(tensorrt, gpu):
             TensorRtSession(
                 bytearray(damaged),
                 flavour=tensorrt,
-                input=gpu_suite.pooling_input(512),
+                input=gpu_tasks.pooling_input(512),
                 outputs=SPEC.outputs,
                 device=gpu,
             )

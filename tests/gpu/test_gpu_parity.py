@@ -8,7 +8,7 @@ import gpu_engines
 import numpy as np
 import pytest
 
-from benchmarks import gpu_suite
+from benchmarks import gpu_suite, gpu_tasks
 
 SIZES = ((96, 96), (64, 160))  # one of them not square
 BATCHES = (1, 32)
@@ -21,8 +21,8 @@ def reference(model, out_size):
     from edge_backbones.build.prepare import prepare
 
     batch, height, width = out_size
-    loaded = gpu_suite.trained_like(model)
-    prepared = prepare(loaded, gpu_suite.fixed_input(batch, height, width))
+    loaded = gpu_tasks.trained_like(model)
+    prepared = prepare(loaded, gpu_tasks.fixed_input(batch, height, width))
     images = np.random.default_rng(0).standard_normal((batch, 3, height, width)).astype(np.float32)
     with torch.inference_mode():
         expected = [m.numpy() for m in loaded.module(torch.from_numpy(images))]

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu_suite
+from benchmarks import gpu_suite, gpu_tasks
 from benchmarks.gpu_suite import (
     FAILED,
     NOTHING_RUN,
@@ -253,11 +253,11 @@ def test_a_library_that_is_not_installed():
 
 
 def test_what_counts_as_missing():
-    assert gpu_suite.is_missing(ModuleNotFoundError("no timm", name="timm"))
-    assert gpu_suite.is_missing(MissingError("no bundle"))
-    assert not gpu_suite.is_missing(ModuleNotFoundError("a typing error of ours", name="edge_backbones.runtme"))
-    assert not gpu_suite.is_missing(ImportError("libnvinfer.so.10: undefined symbol"))
-    assert not gpu_suite.is_missing(RuntimeError("CUDA error"))
+    assert gpu_tasks.is_missing(ModuleNotFoundError("no timm", name="timm"))
+    assert gpu_tasks.is_missing(MissingError("no bundle"))
+    assert not gpu_tasks.is_missing(ModuleNotFoundError("a typing error of ours", name="edge_backbones.runtme"))
+    assert not gpu_tasks.is_missing(ImportError("libnvinfer.so.10: undefined symbol"))
+    assert not gpu_tasks.is_missing(RuntimeError("CUDA error"))
 
 
 def test_what_tensorrt_rtx_answers():
@@ -278,7 +278,7 @@ def test_prepared_bundles_compile(tmp_path):
     pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
     gpu_suite.prepare(tmp_path, parity=("test_resnet",), benchmark=(), precisions=("fp16",))
     assert [path.name for path in tmp_path.glob("*.bundle")] == ["parity-test_resnet-fp16.bundle"]
-    assert (tmp_path / "pooling.onnx").read_bytes() == gpu_suite.pooling_onnx()
+    assert (tmp_path / "pooling.onnx").read_bytes() == gpu_tasks.pooling_onnx()
     assert not list(tmp_path.glob("*/engines"))
     bundle = str(tmp_path / "parity-test_resnet-fp16.bundle")
     with Child("compile_plan", device=0, bundle=bundle, flavour="tensorrt_rtx") as child:
@@ -303,20 +303,20 @@ def test_medians_and_ratios():
 
 
 def test_timings_are_of_the_call_and_of_the_waiting():
-    figures = gpu_suite.timings(lambda: None, lambda: time.sleep(0.01), 0.2)
+    figures = gpu_tasks.timings(lambda: None, lambda: time.sleep(0.01), 0.2)
     assert figures["latency_ms"] >= 10
-    assert figures["pipelined_ms"] >= 10 / gpu_suite.PIPELINED
+    assert figures["pipelined_ms"] >= 10 / gpu_tasks.PIPELINED
     assert figures["pipelined_ms"] < figures["latency_ms"]
 
 
 def test_host_allocations():
     kept = []
-    leaking = gpu_suite.host_allocations(lambda: kept.append(bytearray(10_000)), lambda: None)
+    leaking = gpu_tasks.host_allocations(lambda: kept.append(bytearray(10_000)), lambda: None)
     assert 10_000 <= leaking["kept_bytes_per_call"] < 11_000
-    passing = gpu_suite.host_allocations(lambda: len(bytearray(10_000)), lambda: None)
+    passing = gpu_tasks.host_allocations(lambda: len(bytearray(10_000)), lambda: None)
     assert passing["kept_bytes_per_call"] < 100
     assert 10_000 <= passing["largest_bytes_in_a_call"] < 11_000
-    assert gpu_suite.host_allocations(lambda: None, lambda: None)["largest_bytes_in_a_call"] < 1000
+    assert gpu_tasks.host_allocations(lambda: None, lambda: None)["largest_bytes_in_a_call"] < 1000
 
 
 def test_only_a_gpu_that_is_named_is_refused():
@@ -326,11 +326,11 @@ def test_only_a_gpu_that_is_named_is_refused():
         "diagnostics_names": ["UNSUPPORTED_CC"],
         "deserialise_log": "no sm_90",
     }
-    assert gpu_suite.rtx_refusal(answer) == "TensorRT-RTX 1.7 refuses this GPU (UNSUPPORTED_CC): no sm_90"
-    assert gpu_suite.rtx_refusal({**answer, "accepted": True}) == ""
-    assert gpu_suite.rtx_refusal({**answer, "diagnostics_names": ["MALFORMED_ENGINE"]}) == ""
+    assert gpu_tasks.rtx_refusal(answer) == "TensorRT-RTX 1.7 refuses this GPU (UNSUPPORTED_CC): no sm_90"
+    assert gpu_tasks.rtx_refusal({**answer, "accepted": True}) == ""
+    assert gpu_tasks.rtx_refusal({**answer, "diagnostics_names": ["MALFORMED_ENGINE"]}) == ""
     suite = Suite(options())
-    suite.rtx_refusal = gpu_suite.rtx_refusal(answer)
+    suite.rtx_refusal = gpu_tasks.rtx_refusal(answer)
     with pytest.raises(MissingError, match=r"refuses this GPU|pip install"):
         suite._require("tensorrt_rtx")
     suite._require("torchscript")
@@ -347,8 +347,8 @@ def test_a_contender_that_computes_something_else_is_refused():
     import numpy as np
 
     maps = [np.random.default_rng(0).random((2, 3, 4)) for _ in range(2)]
-    assert gpu_suite._checked_cosine(maps, maps) > 0.9999
+    assert gpu_tasks._checked_cosine(maps, maps) > 0.9999
     with pytest.raises(RuntimeError, match="computes something else"):
-        gpu_suite._checked_cosine(maps, [maps[0], -maps[1]])
+        gpu_tasks._checked_cosine(maps, [maps[0], -maps[1]])
     with pytest.raises(RuntimeError, match="computes something else"):
-        gpu_suite._checked_cosine(maps, [maps[0], maps[1] * np.nan])
+        gpu_tasks._checked_cosine(maps, [maps[0], maps[1] * np.nan])
