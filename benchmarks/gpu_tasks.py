@@ -346,7 +346,7 @@ def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, A
     input = manifest.input
     plan = PlanOptions(
         profiles=tuple(
-            Shapes(batch=ShapeRange.fixed(batch), height=input.height, width=input.width)
+            Shapes(batch=ShapeRange(min=input.batch.min, opt=batch, max=batch), height=input.height, width=input.width)
             for batch in BATCHES
             if batch in input.batch
         )

@@ -295,11 +295,11 @@ def compile_(
         Compatibility, typer.Option(help="GPUs beside this model that run the plan, slower.")
     ] = Compatibility.NONE,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Newer TensorRT and the lean runtime run the plan too.")
+        bool, typer.Option("--version-compatible", help="The lean runtime of the same release runs the plan too.")
     ] = False,
     embed_runtime: Annotated[
         bool,
-        typer.Option("--embed-runtime", help="Put the lean runtime, which is code, into a version-compatible plan."),
+        typer.Option("--embed-runtime", help="Carry the lean runtime, which is code: newer TensorRT runs it too."),
     ] = False,
     refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later.")] = False,
     strip: Annotated[bool, typer.Option("--strip", help="Write the plan without weights, to be refitted.")] = False,
@@ -426,6 +426,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Where <image>.npz and <image>.png go.")] = Path("features"),
     engine: EngineOption = None,
     device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda or cuda:1.")] = "cpu",
+    allow_host_code: AllowHostCode = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.", show_default=False)] = None,
     picture: Annotated[bool, typer.Option(help="Draw the feature maps.")] = True,
     as_json: JsonFlag = False,
@@ -444,7 +445,9 @@ def run(
     config = Bundle.open(bundle).manifest.image
     written: list[dict[str, Any]] = []
     with (
-        EdgeBackbone.from_pretrained(bundle, engine=engine, device=device, threads=threads) as backbone,
+        EdgeBackbone.from_pretrained(
+            bundle, engine=engine, device=device, threads=threads, allow_host_code=allow_host_code
+        ) as backbone,
         _Steps(as_json) as progress,
     ):
         for done, (file, (features, drawing)) in enumerate(zip(files, targets, strict=True)):

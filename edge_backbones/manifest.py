@@ -118,10 +118,11 @@ class GpuKey(_Strict, frozen=True):
     """What an engine asks of a GPU.
 
     ``architectures``: ``sm_87`` for compute capability 8.7, those that the plan was compiled for. ``hardware_compatibility``:
-    which others run it, slower. ``version_compatible``: newer releases of TensorRT and the lean runtime run it too.
-    ``host_code``: a lean runtime is inside, which is code for the CPU. ``refittable``: weights can be replaced;
-    ``stripped``: they have to be, before it runs. ``driver``: CUDA version of the driver that compiled it, None without one.
-    ``profiles``: input shapes (min, opt, max) of each optimisation profile.
+    which others run it, slower. ``version_compatible``: the lean runtime of its release runs it too, and newer ones with
+    ``host_code``: a lean runtime is inside, which is code for the CPU. ``refittable``: weights can be replaced; ``stripped``:
+    they have to be, before it runs. ``driver``: CUDA version of the driver that compiled it; ``multiprocessors``: of the GPU
+    that kernels were timed on (modules of one name differ in it); None where no GPU took part. ``profiles``: input shapes
+    (min, opt, max) of each optimisation profile.
     """
 
     architectures: Annotated[tuple[Architecture, ...], msgspec.Meta(min_length=1)]
@@ -132,6 +133,7 @@ class GpuKey(_Strict, frozen=True):
     stripped: bool = False
     dla_core: int | None = None
     driver: str | None = None
+    multiprocessors: int | None = None
     profiles: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...] = ()
 
 

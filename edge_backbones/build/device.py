@@ -15,7 +15,7 @@ import msgspec
 from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, compile_for_gpu, engine_of_torchscript
 from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
-from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, has_weak_typing
+from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, check_plan, has_weak_typing
 from edge_backbones.bundle import Bundle, load_golden, record_bytes
 from edge_backbones.errors import BundleError, CompileError, MissingDependencyError
 from edge_backbones.manifest import CalibrationFile, EngineRecord, Flavour, GraphRecord, ParityReport
@@ -66,8 +66,18 @@ def compile_bundle(
         asked = ", ".join(p.value for p in precisions or ()) or "graph to compile"
         raise BundleError(f"{bundle.path} has no {asked}; its {_FORMS[form]} graphs: {names}")
     golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
+    options = plan or PlanOptions()
     if profile is not None:
-        _refuse_for(load_profile(profile), graphs, flavour, plan or PlanOptions(), input)
+        described = load_profile(profile)
+        _refuse_for(described, graphs, flavour, options, input)
+        if flavour == "tensorrt" and described.architecture is not None:  # TensorRT compiles for the GPU at hand
+            options = dataclasses.replace(options, targets=(described.architecture,))
+    if options.embed_runtime and not allow_host_code:
+        raise CompileError(
+            "a plan with its own runtime is measured by running it: allow_host_code=True (--allow-host-code)"
+        )
+    if flavour in ("tensorrt", "tensorrt_rtx") and precisions is None:
+        graphs = _servable(graphs, input, flavour, options, device, progress)
     added = []
     for graph in graphs:
         progress(f"compiling {graph.precision}", 0, None)
@@ -76,8 +86,7 @@ def compile_bundle(
         elif flavour == "torchscript":
             engine = engine_of_torchscript(bytes(bundle.read(graph.file)))
         else:
-            source, ranges = _graph_for_gpu(bundle, graph, flavour, plan)
-            options = plan or PlanOptions()
+            source, ranges = _graph_for_gpu(bundle, graph, flavour, options)
             if flavour == "tensorrt" and options.timing_cache is None:
                 options = dataclasses.replace(options, timing_cache=_latest_timing_cache(bundle))
             engine = compile_for_gpu(
@@ -118,6 +127,30 @@ def compile_bundle(
         bundle = bundle.add_engine(record, contents)
         added.append(record)
     return tuple(added)
+
+
+def _servable(
+    graphs: Sequence[GraphRecord],
+    input: InputSpec,
+    flavour: PlanFlavour,
+    options: PlanOptions,
+    device: int,
+    progress: Progress,
+) -> list[GraphRecord]:
+    """The graphs that this GPU takes; raises the CompileError of the first when it takes none."""
+    left, refused = [], []
+    for graph in graphs:
+        weak = graph.precision is Precision.INT8 and options.dla_core is not None and has_weak_typing(flavour)
+        try:
+            check_plan(input, graph.precision, flavour=flavour, options=options, device=device, weak=weak)
+        except CompileError as error:
+            refused.append(error)
+            progress(f"leaving {graph.precision} out: {error}", 0, None)
+        else:
+            left.append(graph)
+    if not left:
+        raise refused[0]
+    return left
 
 
 def _refuse_for(
@@ -215,7 +248,7 @@ def verify_bundle(
     bundle.check_files()
     golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
     reports = []
-    for record in _runnable(bundle, engine, device):
+    for record in _runnable(bundle, engine, device, code=allow_host_code):
         progress(f"verifying {record.key.precision}", 0, None)
         data, gate = bundle.read(record.file), record.parity.gate
         on = None if record.key.gpu is None else device
@@ -252,7 +285,7 @@ def explain_bundle(
     bundle.check_files()
     golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
     found = []
-    for record in _runnable(bundle, engine, device):
+    for record in _runnable(bundle, engine, device, code=False):
         progress(f"verifying {record.key.precision}", 0, None)
         precision, gate = record.key.precision, record.parity.gate
         on = None if record.key.gpu is None else device
@@ -260,6 +293,11 @@ def explain_bundle(
         report = measure_engine(record.key, data, spec, input, golden, gate, device=on, weights=weights)
         if report.passed:
             continue
+        if record.key.gpu is not None:
+            raise BundleError(
+                f"{record.name} is outside its gate ({report.failures()}); where the error is born is found for CPU engines "
+                "only: compile this graph for the CPU and explain that engine"
+            )
         graph = bundle.manifest.onnx_graph(precision)
         if graph is None:
             raise BundleError(f"{bundle.path} has no {precision} graph, and without it an error cannot be explained")
@@ -267,8 +305,12 @@ def explain_bundle(
     return tuple(found)
 
 
-def _runnable(bundle: Bundle, engine: str | None, device: int) -> list[EngineRecord]:
+def _runnable(bundle: Bundle, engine: str | None, device: int, *, code: bool) -> list[EngineRecord]:
     """The engines that ``engine`` means and that can run here; raises EngineMismatchError when there is none."""
     on_gpu = any(record.key.gpu is not None for record in bundle.manifest.engines)
     host = compat.this_host(session.installed_versions(), device=device if on_gpu else None)
-    return session.fitting_engines(bundle, engine, lambda record: compat.reasons_against(record.key, host))
+
+    def reasons_against(record: EngineRecord) -> list[str]:
+        return [*session.code_reasons(record, engine, code=code), *compat.reasons_against(record.key, host)]
+
+    return session.fitting_engines(bundle, engine, reasons_against)

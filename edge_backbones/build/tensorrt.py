@@ -134,71 +134,89 @@ def compile_plan(
     what TensorRT's timing needs; more are safe.
     """
     options = options or PlanOptions()
-    gpu = _gpu(flavour, device)
-    library = load_library(flavour)
-    targets = _targets(library, flavour, precision, options, gpu)
-    profiles = _profiles(input, options)
-    _refuse(library, flavour, options, profiles, precision, weak=ranges is not None)
+    library, gpu, targets, profiles = _agreed(input, precision, flavour, options, device, weak=ranges is not None)
 
     log = logger_of(library)
     log.clear()
     log.warnings.clear()
-    with _null_pointers_explained(log):
-        builder = _made(library.Builder(log), "a builder", log)
-        network = _made(builder.create_network(_network_flags(library, weak=ranges is not None)), "a network", log)
-        parser = _made(library.OnnxParser(network, log), "a parser", log)  # owns the weights: it stays until the end
-    progress("reading the graph", 0, None)
-    if not parser.parse(graph):
-        errors = [
-            f"{parser.get_error(index).node_operator()}: {parser.get_error(index).desc()}"
-            for index in range(parser.num_errors)
-        ]
-        raise CompileError(f"{flavour} cannot read this graph: {'; '.join(errors) or log.last_error()}")
-    estimate = least_memory(network, profiles, options)
-    if gpu is not None and estimate > gpu.memory_bytes:
-        raise CompileError(
-            f"this compilation needs {_gib(estimate)} at least and {gpu.name} has {_gib(gpu.memory_bytes)}: choose a smaller "
-            "batch or size, or a smaller workspace"
+    # TensorRT times kernels on the GPU whose context is current, in the thread that builds too.
+    current = contextlib.nullcontext() if flavour == "tensorrt_rtx" or gpu is None else cuda.open_memory(gpu.index)
+    with current:
+        with _null_pointers_explained(log):
+            builder = _made(library.Builder(log), "a builder", log)
+            network = _made(builder.create_network(_network_flags(library, weak=ranges is not None)), "a network", log)
+            parser = _made(
+                library.OnnxParser(network, log), "a parser", log
+            )  # owns the weights: it stays until the end
+        progress("reading the graph", 0, None)
+        if not parser.parse(graph):
+            errors = [
+                f"{parser.get_error(index).node_operator()}: {parser.get_error(index).desc()}"
+                for index in range(parser.num_errors)
+            ]
+            raise CompileError(f"{flavour} cannot read this graph: {'; '.join(errors) or log.last_error()}")
+        estimate = least_memory(network, profiles, options)
+        if gpu is not None and estimate > gpu.memory_bytes:
+            raise CompileError(
+                f"this compilation needs {_gib(estimate)} at least and {gpu.name} has {_gib(gpu.memory_bytes)}: choose a "
+                "smaller batch or size, or a smaller workspace"
+            )
+
+        config = _made(builder.create_builder_config(), "a configuration", log)
+        _configure(library, builder, config, options, targets)
+        coverage = None
+        if options.dla_core is not None:
+            coverage = _place_on_dla(library, builder, network, config, options)
+            progress(str(coverage), 0, None)
+        if ranges is not None:
+            _set_ranges(library, network, config, ranges)
+        for number, shapes in enumerate(profiles):
+            _add_profile(builder, config, input, shapes, number, log)
+        _read_timing_cache(config, options.timing_cache, flavour)
+
+        log.clear()
+        data = _serialized(library, builder, network, config, progress, current)
+        if data is None:
+            raise CompileError(
+                f"{flavour} {library.__version__} cannot compile this graph: {_explained(log.last_error())}"
+            )
+        compiled = bytes(data)
+        key = GpuKey(
+            architectures=targets,
+            hardware_compatibility=options.hardware_compatibility,
+            version_compatible=options.version_compatible,
+            host_code=options.embed_runtime,
+            refittable=options.refit or options.strip,
+            stripped=options.strip,
+            dla_core=options.dla_core,
+            driver=None if gpu is None or flavour == "tensorrt_rtx" else gpu.driver,
+            multiprocessors=None if gpu is None or flavour == "tensorrt_rtx" else gpu.multiprocessors,
+            profiles=tuple(shapes_of(input, shapes) for shapes in profiles),
+        )
+        return Plan(
+            data=compiled,
+            gpu=key,
+            library_version=str(library.__version__),
+            device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or gpu is None else gpu.name,
+            timing_cache=_written_timing_cache(config, flavour),
+            layers=None if flavour == "tensorrt_rtx" or options.strip else _layers(library, compiled, log),
+            coverage=coverage,
+            memory_estimate=estimate,
+            warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
         )
 
-    config = _made(builder.create_builder_config(), "a configuration", log)
-    _configure(library, builder, config, options, targets)
-    coverage = None
-    if options.dla_core is not None:
-        coverage = _place_on_dla(library, builder, network, config, options)
-        progress(str(coverage), 0, None)
-    if ranges is not None:
-        _set_ranges(library, network, config, ranges)
-    for number, shapes in enumerate(profiles):
-        _add_profile(builder, config, input, shapes, number, log)
-    _read_timing_cache(config, options.timing_cache, flavour)
 
-    data = _serialized(library, builder, network, config, progress)
-    if data is None:
-        raise CompileError(f"{flavour} {library.__version__} cannot compile this graph: {_explained(log.last_error())}")
-    compiled = bytes(data)
-    key = GpuKey(
-        architectures=targets,
-        hardware_compatibility=options.hardware_compatibility,
-        version_compatible=options.version_compatible,
-        host_code=options.embed_runtime,
-        refittable=options.refit or options.strip,
-        stripped=options.strip,
-        dla_core=options.dla_core,
-        driver=None if gpu is None else gpu.driver,
-        profiles=tuple(shapes_of(input, shapes) for shapes in profiles),
-    )
-    return Plan(
-        data=compiled,
-        gpu=key,
-        library_version=str(library.__version__),
-        device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or gpu is None else gpu.name,
-        timing_cache=_written_timing_cache(config, flavour),
-        layers=_layers(library, compiled, log) if gpu is not None and _loads_on(gpu, targets, options) else None,
-        coverage=coverage,
-        memory_estimate=estimate,
-        warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
-    )
+def check_plan(
+    input: InputSpec,
+    precision: Precision,
+    *,
+    flavour: PlanFlavour,
+    options: PlanOptions,
+    device: int = 0,
+    weak: bool = False,
+) -> None:
+    """Raise CompileError for what `compile_plan` would refuse before it compiles."""
+    _agreed(input, precision, flavour, options, device, weak=weak)
 
 
 def has_weak_typing(flavour: PlanFlavour) -> bool:
@@ -241,6 +259,18 @@ def _tensor_bytes(tensor: Any, batch: int) -> int:
 
 
 # ---- what is asked for, against what there is -----------------------------------------------------------------------
+
+
+def _agreed(
+    input: InputSpec, precision: Precision, flavour: PlanFlavour, options: PlanOptions, device: int, *, weak: bool
+) -> tuple[Any, cuda.Gpu | None, tuple[str, ...], tuple[Shapes, ...]]:
+    """The library, the GPU, the architectures and the profiles, if all of it goes together."""
+    gpu = _gpu(flavour, device)
+    library = load_library(flavour)
+    targets = _targets(library, flavour, precision, options, gpu)
+    profiles = _profiles(input, options)
+    _refuse(library, flavour, options, profiles, precision, weak=weak)
+    return library, gpu, targets, profiles
 
 
 def _gpu(flavour: PlanFlavour, device: int) -> cuda.Gpu | None:
@@ -350,6 +380,10 @@ def _refuse(
             raise CompileError("a DLA core takes fixed shapes only: build the bundle with one batch and one size")
         if profiles[0].batch.max > _DLA_LARGEST_BATCH:
             raise CompileError(f"a DLA core takes batches up to {_DLA_LARGEST_BATCH}, got {profiles[0].batch.max}")
+    if weak and options.strip:
+        raise CompileError(
+            "a stripped plan takes its weights from the graph of its precision, which int8 on this DLA has not"
+        )
     if weak and (options.dla_core is None or precision is not Precision.INT8):
         raise CompileError("weak typing with ranges is for int8 on a DLA core; every other plan takes a typed graph")
 
@@ -369,6 +403,7 @@ def _compatibility(library: Any, wanted: str) -> Any:
 
 def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, targets: Sequence[str]) -> None:
     config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
+    config.clear_flag(library.BuilderFlag.TF32)  # set by default: fp32 convolutions would be rounded to 10 bits
     if options.workspace is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace)
     if options.level is not None:
@@ -459,7 +494,14 @@ def _written_timing_cache(config: Any, flavour: PlanFlavour) -> bytes | None:
 # ---- the build itself -----------------------------------------------------------------------------------------------
 
 
-def _serialized(library: Any, builder: Any, network: Any, config: Any, progress: Progress) -> Any:
+def _serialized(
+    library: Any,
+    builder: Any,
+    network: Any,
+    config: Any,
+    progress: Progress,
+    current: contextlib.AbstractContextManager[Any],
+) -> Any:
     """The plan, or None. TensorRT works in a thread of its own, so that Ctrl-C reaches this one at once."""
     monitor = _monitor(library, progress)
     config.progress_monitor = monitor
@@ -468,7 +510,8 @@ def _serialized(library: Any, builder: Any, network: Any, config: Any, progress:
 
     def work() -> None:
         try:
-            found.append(builder.build_serialized_network(network, config))
+            with current:
+                found.append(builder.build_serialized_network(network, config))
         except BaseException as error:
             failed.append(error)
 
@@ -523,10 +566,6 @@ def _monitor(library: Any, progress: Progress) -> Any:
                 self.error, self.cancelled = error, True
 
     return Monitor()
-
-
-def _loads_on(gpu: cuda.Gpu, targets: Sequence[str], options: PlanOptions) -> bool:
-    return gpu.architecture in targets and not options.strip
 
 
 def _layers(library: Any, plan: bytes, log: Any) -> str | None:

@@ -163,7 +163,7 @@ class EdgeBackbone:
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
         def open_engine(bundle: Bundle) -> session.EngineSession:
-            record = session.choose_engine(bundle, host, engine, device=kind)
+            record = session.choose_engine(bundle, host, engine, device=kind, allow_host_code=allow_host_code)
             return session.open_session(
                 bundle,
                 record,

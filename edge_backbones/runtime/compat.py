@@ -106,11 +106,14 @@ def _reasons_on_gpu(key: EngineKey, asked: GpuKey, host: Host) -> list[str]:
     if not _architecture_fits(asked, gpu):
         there = ", ".join(asked.architectures)
         reasons.append(f"compiled for {there}; this GPU ({gpu.name}) is {gpu.architecture}")
-    elif key.flavour == "tensorrt" and asked.hardware_compatibility == "none" and key.device_name != gpu.name:
-        reasons.append(
-            f"compiled for the kernels of {key.device_name}; this GPU is {gpu.name}, and only plans with "
-            "--hardware-compatibility move between models"
-        )
+    elif key.flavour == "tensorrt" and asked.hardware_compatibility == "none":
+        # All modules of Jetson Orin have one name.
+        there, here = f"{key.device_name} ({asked.multiprocessors} SMs)", f"{gpu.name} ({gpu.multiprocessors} SMs)"
+        if key.device_name != gpu.name or asked.multiprocessors not in (None, gpu.multiprocessors):
+            reasons.append(
+                f"compiled for the kernels of {there}; this GPU is {here}, and only plans with --hardware-compatibility move "
+                "between models"
+            )
     if asked.driver is not None and _major(gpu.driver) < _major(asked.driver):
         reasons.append(
             f"compiled under a driver for CUDA {asked.driver}; the one here serves CUDA {gpu.driver}: update the driver"
@@ -123,7 +126,9 @@ def _library_reasons(key: EngineKey, host: Host) -> list[str]:
     if key.gpu is not None and key.gpu.version_compatible:
         candidates = [host.versions.get(flavour) for flavour in ("tensorrt", "tensorrt_lean")]
         found = [version for version in candidates if version is not None]
-        if any(_numbers(version) >= _numbers(key.library_version) for version in found):
+        # Newer releases run the lean runtime that a plan carries; one that carries none needs that of its own release.
+        newer = any(_numbers(version) >= _numbers(key.library_version) for version in found)
+        if key.library_version in found or (newer and key.gpu.host_code):
             return []
         here = here or next(iter(found), None)
     if here is None:
@@ -132,7 +137,7 @@ def _library_reasons(key: EngineKey, host: Host) -> list[str]:
     if key.flavour == "torchscript":
         return []  # torch loads what older releases wrote
     if here != key.library_version:
-        newest = " or newer" if key.gpu is not None and key.gpu.version_compatible else ""
+        newest = " or newer" if key.gpu is not None and key.gpu.host_code else ""
         return [f"compiled with {key.flavour} {key.library_version}{newest}; here {here}"]
     return []
 
@@ -145,11 +150,11 @@ def _architecture_fits(asked: GpuKey, gpu: Gpu) -> bool:
 
 def flavour_to_load(key: EngineKey, host: Host) -> Flavour | Literal["tensorrt_lean"]:
     """The library that loads an engine: its own, or the lean runtime for a version-compatible plan."""
-    own = host.versions.get(key.flavour)
-    compatible = key.gpu is not None and key.gpu.version_compatible
-    if compatible and (own is None or _numbers(own) < _numbers(key.library_version)):
-        return "tensorrt_lean"
-    return key.flavour
+    own, lean = (host.versions.get(flavour) for flavour in (key.flavour, "tensorrt_lean"))
+    if key.gpu is None or not key.gpu.version_compatible or own == key.library_version:
+        return key.flavour
+    runs = own is not None and key.gpu.host_code and _numbers(own) >= _numbers(key.library_version)
+    return key.flavour if runs or lean is None else "tensorrt_lean"
 
 
 def reasons_in_plan(key: EngineKey, plan: bytes | bytearray | memoryview) -> list[str]:

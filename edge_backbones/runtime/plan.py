@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -92,9 +93,17 @@ def mismatches(tensors: Iterable[Tensor], input: InputSpec, outputs: Sequence[st
 
 
 def uncovered(profiles: Sequence[Profile], input: InputSpec) -> list[Shape]:
-    """Of the smallest, usual and largest input of the manifest, those that no profile holds."""
-    wanted = dict.fromkeys((input.min_shape, input.opt_shape, input.max_shape))
-    return [shape for shape in wanted if not any(profile.holds(shape) for profile in profiles)]
+    """Inputs that the manifest promises and no profile holds: all corners are tried, and what lies beyond each profile."""
+    axes = (0, 2, 3) if input.layout == "NCHW" else (0, 1, 2)
+    tried: list[list[int]] = []
+    for axis, sizes, step in zip(
+        axes, (input.batch, input.height, input.width), (1, input.size_multiple, input.size_multiple), strict=True
+    ):
+        beyond = [profile.max[axis] + step for profile in profiles]
+        inside = (size for size in beyond if sizes.min <= size <= sizes.max)
+        tried.append(sorted({sizes.min, sizes.opt, sizes.max, *inside}))
+    shapes = dict.fromkeys(input.shape(*sizes) for sizes in itertools.product(*tried))
+    return [shape for shape in shapes if not any(profile.holds(shape) for profile in profiles)]
 
 
 def float32_bytes(shape: Sequence[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -40,19 +40,37 @@ class EngineSession(Protocol):
         ...
 
 
-def choose_engine(bundle: Bundle, host: compat.Host, engine: str | None = None, *, device: str = "cpu") -> EngineRecord:
+def choose_engine(
+    bundle: Bundle,
+    host: compat.Host,
+    engine: str | None = None,
+    *,
+    device: str = "cpu",
+    allow_host_code: bool = False,
+) -> EngineRecord:
     """The best engine of a bundle that can run on ``host``, on its CPU or (``device="cuda"``) on its GPU.
 
     ``engine`` narrows the choice to a precision (``"int8"``), a flavour (``"openvino"``) or a name as the manifest has
     it. Raises EngineMismatchError with one reason per engine that was passed over.
     """
-    fitting = fitting_engines(bundle, engine, lambda e: reasons_against(e, host, engine, device=device), device=device)
-    order = _PREFERENCE[device]
-    # Of two engines of one precision, the one that was compiled for more of this CPU's instructions.
-    return min(
-        fitting,
-        key=lambda e: (order.index(e.key.precision), _FLAVOURS.index(e.key.flavour), -len(e.key.cpu_features)),
+    fitting = fitting_engines(
+        bundle, engine, lambda e: reasons_against(e, host, engine, device=device, code=allow_host_code), device=device
     )
+    order = _PREFERENCE[device]
+
+    def rank(position_and_engine: tuple[int, EngineRecord]) -> tuple[Any, ...]:
+        # Of one precision: the one that was compiled most closely for this device, and of those the newest.
+        position, found = position_and_engine
+        gpu = found.key.gpu
+        general = (
+            ()
+            if gpu is None
+            else (gpu.hardware_compatibility != "none", gpu.version_compatible, gpu.dla_core is not None)
+        )
+        precision, flavour = order.index(found.key.precision), _FLAVOURS.index(found.key.flavour)
+        return precision, flavour, *general, -len(found.key.cpu_features), -position
+
+    return min(enumerate(fitting), key=rank)[1]
 
 
 def fitting_engines(
@@ -74,22 +92,32 @@ def fitting_engines(
 
 
 def reasons_against(
-    engine: EngineRecord, host: compat.Host, asked: str | None = None, *, device: str = "cpu"
+    engine: EngineRecord, host: compat.Host, asked: str | None = None, *, device: str = "cpu", code: bool = False
 ) -> list[str]:
     """Why an engine is passed over on a device, one phrase each; empty when it may run.
 
-    ``asked``: what was asked for by name. Code (TorchScript) runs only then.
+    ``asked``: what was asked for by name. Programs (TorchScript) run only then, and the runtime that a plan may carry only
+    with ``code``.
     """
     key = engine.key
     reasons = []
     runs_on = ("cpu", "cuda") if key.flavour == "torchscript" else ("cpu",) if key.gpu is None else ("cuda",)
     if device not in runs_on:
         reasons.append(f"runs on {' and '.join(runs_on)}, not on {device}")
-    if key.flavour in _CODE and asked not in (key.flavour, engine.name):
-        reasons.append(f"is a program: it is run only when asked for by name (engine={key.flavour!r})")
+    reasons += code_reasons(engine, asked, code=code)
     if not engine.parity.measured:
         reasons.append("was compiled ahead of time and never measured: run edge-backbones verify on this device")
     return reasons or compat.reasons_against(key, host)
+
+
+def code_reasons(engine: EngineRecord, asked: str | None, *, code: bool) -> list[str]:
+    """Why an engine that runs code on the CPU is passed over."""
+    key = engine.key
+    if key.flavour in _CODE and asked not in (key.flavour, engine.name):
+        return [f"is a program: it is run only when asked for by name (engine={key.flavour!r})"]
+    if key.gpu is not None and key.gpu.host_code and not code:
+        return ["carries a runtime, which is code: it is run only with allow_host_code=True (--allow-host-code)"]
+    return []
 
 
 def compile_here(
@@ -104,9 +132,11 @@ def compile_here(
     if device is not None:
         flavour = "tensorrt" if "tensorrt" in host.versions else "tensorrt_rtx"
     precisions = (Precision(engine),) if engine in set(Precision) else None
+    targets = (host.gpu.architecture,) if host.gpu is not None and flavour == "tensorrt_rtx" else ()
     compiler.compile_bundle(
         bundle.path,
         precisions=precisions,
+        plan=compiler.PlanOptions(targets=targets),
         flavour=engine if engine in _FLAVOURS else flavour,
         device=device or 0,
         allow_host_code=allow_host_code,

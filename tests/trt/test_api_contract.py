@@ -48,7 +48,7 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         BUILDERS: "build_serialized_network create_builder_config create_network create_optimization_profile num_DLA_cores"
     },
     "BuilderFlag": {
-        EVERYWHERE: "EXCLUDE_LEAN_RUNTIME GPU_FALLBACK REFIT SPARSE_WEIGHTS STRIP_PLAN VERSION_COMPATIBLE",
+        EVERYWHERE: "EXCLUDE_LEAN_RUNTIME GPU_FALLBACK REFIT SPARSE_WEIGHTS STRIP_PLAN TF32 VERSION_COMPATIBLE",
         WEAKLY_TYPED: "FP16 INT8",
     },
     "DataType": {EVERYWHERE: "itemsize name"},
@@ -56,7 +56,8 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     "EngineInspector": {BUILDERS: "get_engine_information"},
     "ExecutionContextAllocationStrategy": {EVERYWHERE: "ON_PROFILE_CHANGE"},
     "IBuilderConfig": {
-        BUILDERS: "DLA_core add_optimization_profile builder_optimization_level can_run_on_DLA create_timing_cache "
+        BUILDERS: "DLA_core add_optimization_profile builder_optimization_level can_run_on_DLA clear_flag "
+        "create_timing_cache "
         "default_device_type get_timing_cache hardware_compatibility_level profiling_verbosity progress_monitor set_flag "
         "set_memory_pool_limit set_timing_cache",
         (RTX,): "num_compute_capabilities set_compute_capability",
@@ -120,7 +121,21 @@ RECEIVERS = {
     "strategies": "ExecutionContextAllocationStrategy",
     "tensor": "ITensor",
     **dict.fromkeys(
-        ("array", "buffer", "inner", "log", "logger", "outer", "output", "piece", "shapes", "size", "slot", "slots"),
+        (
+            "array",
+            "buffer",
+            "gpu",
+            "inner",
+            "log",
+            "logger",
+            "outer",
+            "output",
+            "piece",
+            "shapes",
+            "size",
+            "slot",
+            "slots",
+        ),
         OURS,
     ),
 }

@@ -530,5 +530,5 @@ def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind
     )
     assert hosts == [{"device": index}]
     options = {"threads": 3, "memory": "pycuda", "cuda_graphs": True, "allow_host_code": True}
-    assert seen == [{"device": kind}, {"device": index, **options}]
+    assert seen == [{"device": kind, "allow_host_code": True}, {"device": index, **options}]
     assert opened.device == ("cpu" if index is None else f"cuda:{index}")

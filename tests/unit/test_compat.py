@@ -121,7 +121,11 @@ def test_a_plan_runs_where_it_was_compiled():
     ("engine", "there", "reason"),
     [
         (key(), host(gpu=A10), "compiled for sm_87; this GPU (NVIDIA A10) is sm_86"),
-        (key(device_name="Orin Nano"), host(), "compiled for the kernels of Orin Nano; this GPU is Orin"),
+        (
+            key(device_name="Orin Nano"),
+            host(),
+            "compiled for the kernels of Orin Nano (None SMs); this GPU is Orin (8 SMs)",
+        ),
         (key(), host(versions={"tensorrt": "10.7.0"}), "compiled with tensorrt 10.3.0; here 10.7.0"),
         (key(), host(versions={}), "needs tensorrt, which is not installed: pip install 'edge-backbones[tensorrt]'"),
         (key(), host(versions={"tensorrt_lean": "10.3.0"}), "needs tensorrt, which is not installed"),
@@ -129,10 +133,16 @@ def test_a_plan_runs_where_it_was_compiled():
         (key(driver="13.0"), host(), "under a driver for CUDA 13.0; the one here serves CUDA 12.6: update the driver"),
         (key(architecture="x86_64"), host(), "compiled on x86_64; this machine is aarch64"),
         (
-            key(version_compatible=True),
+            key(version_compatible=True, host_code=True),
             host(versions={"tensorrt": "10.1.0"}),
             "compiled with tensorrt 10.3.0 or newer; here 10.1.0",
         ),
+        (
+            key(version_compatible=True),
+            host(versions={"tensorrt": "10.13.0", "tensorrt_lean": "11.4.0"}),
+            "compiled with tensorrt 10.3.0; here 10.13.0",
+        ),
+        (key(multiprocessors=16), host(), "the kernels of Orin (16 SMs); this GPU is Orin (8 SMs)"),
         (
             key(flavour="tensorrt_rtx", library_version="1.7.1", architectures=("sm_89", "sm_120")),
             host(versions={"tensorrt_rtx": "1.7.1"}),
@@ -151,7 +161,8 @@ def test_every_obstacle_of_a_plan_is_a_sentence(engine, there, reason):
         (key(device_name="Orin Nano", hardware_compatibility="same_compute_capability"), host()),
         (key(architectures=("sm_80",), hardware_compatibility="ampere_plus", architecture="x86_64"),
          host(architecture="x86_64", gpu=A10)),
-        (key(version_compatible=True), host(versions={"tensorrt": "11.4.0.106"})),
+        (key(version_compatible=True, host_code=True), host(versions={"tensorrt": "11.4.0.106"})),
+        (key(multiprocessors=8), host()),
         (key(version_compatible=True), host(versions={"tensorrt_lean": "10.3.0"})),
         (key(flavour="tensorrt_rtx", library_version="1.7.1", architectures=("sm_86",)),
          host(architecture="x86_64", gpu=A10, versions={"tensorrt_rtx": "1.7.1"})),
@@ -169,7 +180,7 @@ def test_older_gpus_than_ampere_are_not_compatible():
 
 
 def test_the_lean_runtime_takes_over_for_newer_plans_only():
-    compatible = key(version_compatible=True)
+    compatible = key(version_compatible=True, host_code=True)
     assert flavour_to_load(compatible, host()) == "tensorrt"
     assert flavour_to_load(compatible, host(versions={"tensorrt_lean": "11.4.0"})) == "tensorrt_lean"
     assert (

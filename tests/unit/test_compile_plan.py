@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import threading
 import types
+from typing import ClassVar
 
 import pytest
 
@@ -69,6 +71,9 @@ class Library(types.SimpleNamespace):
             def set_flag(self, flag):
                 asked["flags"].add(flag.name)
 
+            def clear_flag(self, flag):
+                asked.setdefault("cleared", set()).add(flag.name)
+
             def set_memory_pool_limit(self, pool, size):
                 asked["workspace"] = (pool, size)
 
@@ -129,7 +134,7 @@ class Library(types.SimpleNamespace):
         def flags(name, members):
             return enum.IntEnum(name, {member: index for index, member in enumerate(members.split())})
 
-        names = "INT8 FP16 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME REFIT STRIP_PLAN SPARSE_WEIGHTS GPU_FALLBACK"
+        names = "INT8 FP16 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME REFIT STRIP_PLAN SPARSE_WEIGHTS GPU_FALLBACK TF32"
         super().__init__(
             __version__="10.3.0",
             Builder=Builder,
@@ -147,6 +152,21 @@ class Library(types.SimpleNamespace):
         )
 
 
+class Context:
+    """A CUDA context; ``entered``: on which GPU, in which thread."""
+
+    entered: ClassVar[list[tuple[int, int]]] = []
+
+    def __init__(self, device):
+        self.device = device
+
+    def __enter__(self):
+        self.entered.append((self.device, threading.get_ident()))
+
+    def __exit__(self, *exception):
+        pass
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     log = types.SimpleNamespace(
@@ -155,6 +175,8 @@ def compiled(monkeypatch):
     log.warnings = type("Warnings", (list,), {})()
     monkeypatch.setattr(tensorrt.cuda, "gpus", lambda: (ORIN,))
     monkeypatch.setattr(tensorrt, "logger_of", lambda library: log)
+    monkeypatch.setattr(tensorrt.cuda, "open_memory", Context)
+    Context.entered.clear()
 
     def compile(library, precision=Precision.FP16, input=None, ranges=None, **options):
         monkeypatch.setattr(tensorrt, "load_library", lambda flavour: library)
@@ -182,6 +204,11 @@ def test_a_plain_plan_for_the_gpu_at_hand(compiled):
     assert plan.coverage is None
     assert library.asked["network"] == 2  # strongly typed, by the value that this release has for it
     assert library.asked["flags"] == set()
+    assert library.asked["cleared"] == {"TF32"}
+    (gpu, thread), (again, other) = Context.entered
+    assert gpu == again == 0
+    assert thread != other  # a context is current in one thread alone
+    assert plan.gpu.multiprocessors == 8
     assert library.asked["config"].profiling_verbosity == library.ProfilingVerbosity.DETAILED
     assert library.asked["profiles"] == [("pixel_values", (1, 3, 64, 96), (1, 3, 64, 96), (1, 3, 64, 96))]
     assert plan.memory_estimate == 2 * 8 * 27 * 4 + 64 * 96 * 4 * 16  # weights twice, and softmax with what it reads
@@ -274,7 +301,7 @@ def test_int8_on_the_dla_of_jetpack_6_takes_ranges(compiled):
         compiled(Library(), precision=Precision.INT8, dla_core=0, ranges={"elsewhere": 1.0})
     with pytest.raises(CompileError, match="TensorRT refused the range -1 of conv"):
         compiled(Library(), precision=Precision.INT8, dla_core=0, ranges={"conv": -1.0})
-    newer = Library(flags="VERSION_COMPATIBLE GPU_FALLBACK")
+    newer = Library(flags="VERSION_COMPATIBLE GPU_FALLBACK TF32")
     with pytest.raises(CompileError, match="has no weak typing left"):
         compiled(newer, precision=Precision.INT8, dla_core=0, ranges={"conv": 1.0})
 

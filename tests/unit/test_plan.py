@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,7 +104,24 @@ def test_sizes_of_the_manifest_that_no_profile_holds_are_named():
     whole = Profile(0, (1, 3, 32, 48), (2, 3, 32, 48), (8, 3, 32, 48))
     small = Profile(0, (1, 3, 32, 48), (2, 3, 32, 48), (4, 3, 32, 48))
     assert plan.uncovered([whole], spec) == []
-    assert plan.uncovered([small], spec) == [(8, 3, 32, 48)]
+    assert plan.uncovered([small], spec) == [(5, 3, 32, 48), (8, 3, 32, 48)]
+    only = [Profile(i, *((size, 3, 32, 48),) * 3) for i, size in enumerate((1, 2, 8))]
+    assert plan.uncovered(only, spec) == [(3, 3, 32, 48)]  # a hole between them
+
+
+def test_mixed_corners_and_steps_count():
+    sizes = ShapeRange(min=64, opt=64, max=128)
+    spec = msgspec.structs.replace(
+        pooling_input(ShapeRange(min=1, opt=1, max=4)), height=sizes, width=sizes, size_multiple=32
+    )
+    small, large = (
+        Profile(i, *((b, 3, n, n) for b in (1, 1, most))) for i, (n, most) in enumerate(((64, 4), (128, 4)))
+    )
+    missing = plan.uncovered([small, large], spec)
+    assert (1, 3, 64, 128) in missing
+    assert (1, 3, 96, 96) in missing
+    assert all(shape[2] % 32 == shape[3] % 32 == 0 for shape in missing)
+    assert plan.uncovered([Profile(0, (1, 3, 64, 64), (1, 3, 64, 64), (4, 3, 128, 128))], spec) == []
 
 
 @given(st.integers(1, 1 << 40))
