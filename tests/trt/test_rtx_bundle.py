@@ -136,3 +136,22 @@ def test_the_command_line(bundle, capsys):
 
 def engine_name(bundle):
     return next(engine.name for engine in Bundle.open(bundle.path).manifest.engines if engine.key.gpu is not None)
+
+
+def test_what_the_gpu_lacks_is_left_out_unless_it_was_asked_for(bundle):
+    (graph,) = bundle.manifest.graphs
+    as_fp8 = msgspec.structs.replace(graph, precision=Precision.FP8)
+    write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, graphs=(as_fp8, graph)))
+    said = []
+    plan = PlanOptions(targets=("sm_86",))
+    added = compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=plan, progress=lambda step, *_: said.append(step))
+    assert [engine.key.precision for engine in added] == [Precision.FP32]
+    assert any("leaving fp8 out: sm_86 has no fp8" in step for step in said)
+    with pytest.raises(CompileError, match="sm_86 has no fp8"):
+        compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=plan, precisions=(Precision.FP8,))
+
+
+def test_a_plan_with_its_own_runtime_is_refused_before_it_is_compiled(bundle):
+    plan = PlanOptions(version_compatible=True, embed_runtime=True)
+    with pytest.raises(CompileError, match=r"is measured by running it: allow_host_code=True \(--allow-host-code\)"):
+        compile_bundle(bundle.path, flavour="tensorrt", plan=plan)

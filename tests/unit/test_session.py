@@ -1,0 +1,113 @@
+"""Which engine of a bundle is taken on a GPU, and why others are passed over: decided from the manifest alone."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_backbones.errors import EngineMismatchError
+from edge_backbones.manifest import EngineKey, EngineRecord, FileRecord, GpuKey, ParityReport, StageParity
+from edge_backbones.manifest import Gate as Bounds
+from edge_backbones.runtime import session
+from edge_backbones.runtime.compat import Host
+from edge_backbones.runtime.cuda import Gpu
+
+L4 = Gpu(
+    index=0,
+    name="NVIDIA L4",
+    architecture="sm_89",
+    memory_bytes=24 << 30,
+    driver="13.0",
+    multiprocessors=58,
+    integrated=False,
+)
+HOST = Host("x86_64", (), "CPU", {"tensorrt": "10.3.0", "tensorrt_rtx": "1.7.1"}, L4)
+
+
+def engine(precision="int8", *, measured=True, flavour="tensorrt", version="10.3.0", **gpu) -> EngineRecord:
+    stage = StageParity(stage="s", cosine=1, sqnr_db=40, max_abs=0, relative=0, finite=True, passed=True)
+    key = EngineKey(
+        flavour=flavour,
+        library_version=version,
+        architecture="x86_64",
+        cpu_features=(),
+        device_name="NVIDIA L4",
+        precision=precision,
+        graph_sha256="0" * 64,
+        gpu=GpuKey(**{"architectures": ("sm_89",), "multiprocessors": 58, **gpu}),
+    )
+    parity = ParityReport(precision=precision, gate=Bounds(), stages=(stage,) if measured else ())
+    return EngineRecord(key=key, file=FileRecord(path="engines/e.plan", sha256="0" * 64, size=1), parity=parity)
+
+
+def bundle_of(*engines: EngineRecord):
+    return types.SimpleNamespace(path=Path("b.bundle"), manifest=types.SimpleNamespace(engines=engines))
+
+
+def chosen(*engines: EngineRecord, **options) -> EngineRecord:
+    return session.choose_engine(bundle_of(*engines), HOST, device="cuda", **options)
+
+
+def test_of_one_precision_the_closest_fit_is_taken_and_of_those_the_newest():
+    exact, again = engine(), engine(profiles=(((1, 3, 8, 8),) * 3,))
+    portable = engine(hardware_compatibility="ampere_plus", architectures=("sm_80",))
+    lean, dla = engine(version_compatible=True), engine(dla_core=0)
+    for others in ((portable, lean, dla), (dla, lean, portable)):
+        assert chosen(*others, exact) is exact
+        assert chosen(exact, *others) is exact
+    assert chosen(exact, portable, again) is again
+    assert chosen(portable, lean) is lean
+    assert chosen(engine("fp16"), portable) is portable  # fewer bits first, all the same
+
+
+def test_a_plan_with_a_runtime_of_its_own_is_passed_over_unless_allowed():
+    embedded, plain = engine(version_compatible=True, host_code=True), engine("fp16")
+    assert chosen(embedded, plain) is plain
+    assert chosen(embedded, plain, allow_host_code=True) is embedded
+    with pytest.raises(
+        EngineMismatchError, match="carries a runtime, which is code: it is run only with allow_host_code"
+    ):
+        chosen(embedded)
+
+
+def test_what_was_never_measured_is_passed_over():
+    pending = engine(measured=False)
+    assert chosen(pending, engine("fp32")).key.precision == "fp32"
+    with pytest.raises(EngineMismatchError, match=r"never measured: run edge-backbones verify.*--flavour tensorrt$"):
+        chosen(pending)
+
+
+def test_compiling_on_the_spot_is_for_the_gpu_at_hand(monkeypatch):
+    asked = []
+    compiler = types.SimpleNamespace(
+        PlanOptions=lambda targets: targets, compile_bundle=lambda path, **options: asked.append(options)
+    )
+    monkeypatch.setattr(session.importlib, "import_module", lambda name: compiler)
+    session.compile_here(bundle_of(), HOST, "int8", device=0)
+    only_rtx = Host("x86_64", (), "CPU", {"tensorrt_rtx": "1.7.1"}, changed(L4, architecture="sm_120"))
+    session.compile_here(bundle_of(), only_rtx, None, device=0)
+    session.compile_here(bundle_of(), HOST, None, device=None)
+    assert [(o["flavour"], o["precisions"], o["plan"]) for o in asked] == [
+        ("tensorrt", ("int8",), ()),
+        ("tensorrt_rtx", None, ("sm_120",)),
+        ("openvino", None, ()),
+    ]
+
+
+def changed(gpu: Gpu, **changes) -> Gpu:
+    return Gpu(**{**vars(gpu), **changes})
+
+
+def test_a_stripped_plan_wants_the_graph_that_it_was_made_of():
+    stripped = engine(stripped=True).key
+    graph = types.SimpleNamespace(file=types.SimpleNamespace(sha256="1" * 64))
+    bundle = types.SimpleNamespace(path=Path("b"), manifest=types.SimpleNamespace(onnx_graph=lambda precision: graph))
+    with pytest.raises(EngineMismatchError, match="has no weights, and b not the graph that they are in"):
+        session.weights_of(bundle, stripped)
+    assert session.weights_of(bundle, msgspec.structs.replace(stripped, gpu=None)) is None
+    bundle.read = lambda file: bytearray(b"graph")
+    graph.file.sha256 = stripped.graph_sha256
+    assert session.weights_of(bundle, stripped) == b"graph"
