@@ -6,6 +6,7 @@ bf16 by itself on CPUs that have it. An engine is what ``CompiledModel.export_mo
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -37,6 +38,17 @@ def library_version() -> str | None:
         return None
 
 
+@functools.cache
+def _core() -> Any:
+    """The one Core of this process, kept for good.
+
+    Its CPU plugin gives the thread that makes it a stack for signals (sigaltstack, openvino pull request 11894) and unmaps
+    that stack when it goes. Of two plugins that go first come, first gone, the thread is left with a stack that is not there,
+    and the next signal, Ctrl-C too, ends the process.
+    """
+    return load_library().Core()
+
+
 def settings(threads: int | None) -> dict[str, Any]:
     """Plugin settings for compiling and for loading: one stream, low latency, no precision of the library's own."""
     chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
@@ -46,10 +58,9 @@ def settings(threads: int | None) -> dict[str, Any]:
 def compile_model(graph: bytes | openvino.Model) -> bytes:
     """Compile ONNX bytes (or an OpenVINO model) for this CPU and return the blob; CompileError with OpenVINO's words."""
     openvino = load_library()
-    core = openvino.Core()
     try:
-        model = core.read_model(graph, b"") if isinstance(graph, bytes) else graph
-        exported = core.compile_model(model, "CPU", settings(None)).export_model()
+        model = _core().read_model(graph, b"") if isinstance(graph, bytes) else graph
+        exported = _core().compile_model(model, "CPU", settings(None)).export_model()
     except RuntimeError as error:
         raise CompileError(
             f"OpenVINO {openvino.get_version()} cannot compile this graph: {last_line(error)}"
@@ -66,7 +77,7 @@ class OpenVinoSession:
             raise InputError(f"threads must be at least 1, got {threads}")
         try:
             tensor = openvino.Tensor(np.frombuffer(blob, np.uint8), shared_memory=True)
-            model = openvino.Core().import_model(tensor, "CPU", settings(threads))
+            model = _core().import_model(tensor, "CPU", settings(threads))
         except RuntimeError as error:
             raise EngineMismatchError(
                 f"OpenVINO {openvino.get_version()} does not load this engine ({last_line(error)}): "

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
@@ -85,3 +89,36 @@ def test_without_openvino_the_message_is_the_install_command(monkeypatch):
     monkeypatch.setattr(compiler.openvino, "library_version", lambda: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'edge-backbones\[cpu\]'"):
         compiler.compile_engine(scaling_graph(1.0), Precision.FP32, cache=None)
+
+
+CLOSED_IN_ANOTHER_ORDER = """
+import os, signal, sys, time
+from pathlib import Path
+from edge_backbones.runtime.openvino import OpenVinoSession, compile_model
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+blob = compile_model(Path(sys.argv[1]).read_bytes())
+first, second = (OpenVinoSession(bytearray(blob), outputs=["y"]) for _ in range(2))
+for session in (first, second):
+    session.close()
+del first, second, session
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no POSIX signals")
+def test_ctrl_c_is_an_interruption_after_engines_were_closed_first_come_first(tmp_path):
+    """OpenVINO's plugin takes the thread's signal stack with it: the process died of the next signal."""
+    (tmp_path / "graph.onnx").write_bytes(scaling_graph(3.0))
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED_IN_ANOTHER_ORDER, str(tmp_path / "graph.onnx")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != -signal.SIGSEGV
+    assert (done.returncode, done.stdout.split()) == (0, ["interrupted"]), done.stderr
