@@ -326,8 +326,8 @@ def build_at(
         except (SourceError, CalibrationError, ExportError):
             raise  # fewer precisions would not help
         except Exception as error:  # a sweep notes whatever goes wrong with one network, and goes on
-            if isinstance(error, ParityError) and error.report.precision == Precision.FP32:
-                result["fp32"] = {"passed": False, **worst(error.report)}
+            if isinstance(error, ParityError) and error.reports[0].precision == Precision.FP32:
+                result["fp32"] = {"passed": False, **worst(error.reports[0])}
                 raise
             if len(precisions) == 1:
                 result["causes"].clear()  # the others failed for the same reason

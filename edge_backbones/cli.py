@@ -404,10 +404,10 @@ def _explain(bundle: Path, engine: str | None, gpu: int, picture: Path, error: P
         title = f"{bundle.name}, {one.precision}: {one.stage} is outside its gate; {one.cause}, {one.born}"
         draw_layers(file, layers, born=one.born, limit_db=one.limit_db, title=title)
     if as_json:
-        document = {"parity": error.report, "explanations": found, "pictures": [str(file) for file in files]}
+        document = {"parity": error.reports, "explanations": found, "pictures": [str(file) for file in files]}
         _print_json({"error": type(error).__name__, "message": str(error), **document})
         return
-    _print_parity([error.report])
+    _print_parity(error.reports)
     for one in found:
         table = Table("layer" if one.cause == "engine" else "block alone", title=one.stage, title_justify="left")
         table.add_column("SQNR dB", justify="right")
@@ -632,8 +632,8 @@ def _run(arguments: list[str]) -> int:
         return app(arguments, prog_name="edge-backbones", standalone_mode=False) or 0
     except ParityError as error:
         if "--json" not in arguments:
-            _print_parity([error.report], console=_err)
-        return _refuse(arguments, error, _EXIT_PARITY, parity=error.report)
+            _print_parity(error.reports, console=_err)
+        return _refuse(arguments, error, _EXIT_PARITY, parity=error.reports)
     except (EdgeBackbonesError, OSError, MemoryError) as error:
         return _refuse(arguments, error, 1)
     except _UsageError as error:

@@ -70,11 +70,11 @@ class CompileError(EdgeBackbonesError):
 
 
 class ParityError(EdgeBackbonesError):
-    """A feature map left its gate. ``report`` holds the figures of every stage."""
+    """A feature map left its gate. ``reports`` hold the figures of every stage, one report per engine that left it."""
 
-    def __init__(self, message: str, report: ParityReport) -> None:
+    def __init__(self, message: str, *reports: ParityReport) -> None:
         super().__init__(message)
-        self.report = report
+        self.reports = reports
 
 
 class BundleError(EdgeBackbonesError):

@@ -240,8 +240,8 @@ def verify_bundle(
 
     An engine that was compiled ahead of time is measured for the first time, and the report is added to the bundle: from
     then on runtimes take it. ``device``: the GPU for engines that need one. Raises BundleError for a damaged file,
-    EngineMismatchError when no engine can run here, ParityError when a feature map is outside the gate that the bundle was
-    built with.
+    EngineMismatchError when no engine can run here, and when all are measured ParityError for those of which a feature map is
+    outside the gate that the bundle was built with.
     """
     bundle = Bundle.open(path)
     progress("checking files", 0, None)
@@ -263,9 +263,10 @@ def verify_bundle(
             allow_host_code=allow_host_code,
             weights=session.weights_of(bundle, record.key),
         )
-        reports.append(require(measured))
-        if not record.parity.measured:
+        reports.append(measured)
+        if measured.passed and not record.parity.measured:
             bundle = bundle.add_engine(msgspec.structs.replace(record, parity=measured), {})
+    require(*reports)
     return tuple(reports)
 
 

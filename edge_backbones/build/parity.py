@@ -56,13 +56,15 @@ def measure_engine(
         return measure_parity(backbone, golden, key.precision, gate)
 
 
-def require(report: ParityReport) -> ParityReport:
-    """The report; raises ParityError, which has it and names the stages, when it did not pass."""
-    if not report.passed:
+def require(report: ParityReport, *others: ParityReport) -> ParityReport:
+    """The first report; raises ParityError, which names the stages, for those that did not pass."""
+    failed = [one for one in (report, *others) if not one.passed]
+    if failed:
+        found = "; ".join(f"{one.precision} is outside its gate ({one.gate}): {one.failures()}" for one in failed)
         raise ParityError(
-            f"{report.precision} is outside its gate ({report.gate}): {report.failures()}. Use more or other calibration "
-            "images, another range estimator (--method max), or another precision (--precision fp16)",
-            report,
+            f"{found}. Use more or other calibration images, another range estimator (--method max), or another precision "
+            "(--precision fp16)",
+            *failed,
         )
     return report
 

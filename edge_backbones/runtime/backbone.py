@@ -7,7 +7,7 @@ import copy
 import os
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -175,21 +175,13 @@ class EdgeBackbone:
             )
 
         host = compat.this_host(session.installed_versions(), device=gpu)
-        bundle = Bundle.open(path)
         try:
-            opened = open_engine(bundle)
+            bundle, opened = _open_current(path, open_engine)
         except EngineMismatchError:
             if on_mismatch == "raise" or (gpu is not None and host.gpu is None):
                 raise
-            session.compile_here(bundle, host, engine, device=gpu, allow_host_code=allow_host_code)
-            bundle = Bundle.open(path)
-            opened = open_engine(bundle)
-        except IntegrityError:
-            replacement = Bundle.open(path)
-            if replacement.manifest.digest == bundle.manifest.digest:
-                raise
-            bundle = replacement  # it was replaced between reading the manifest and reading the engine
-            opened = open_engine(bundle)
+            session.compile_here(path, host, engine, device=gpu, allow_host_code=allow_host_code)
+            bundle, opened = _open_current(path, open_engine)
         place = "cpu" if gpu is None else f"cuda:{gpu}"
         return cls(bundle.manifest.backbone, bundle.manifest.input, opened, bundle.manifest.source, device=place)
 
@@ -432,6 +424,21 @@ class EdgeBackbone:
         filled = np.zeros((smallest, *piece.shape[1:]), piece.dtype)
         filled[:count] = piece
         return [feature_map[:count] for feature_map in self._engine.run(filled)]
+
+
+def _open_current(
+    path: str | os.PathLike[str], open_engine: Callable[[Bundle], session.EngineSession]
+) -> tuple[Bundle, session.EngineSession]:
+    """A bundle and an engine of it, though others add engines to it or replace it meanwhile."""
+    bundle = Bundle.open(path)
+    while True:
+        try:
+            return bundle, open_engine(bundle)
+        except IntegrityError:
+            replacement = Bundle.open(path)
+            if replacement.manifest.digest == bundle.manifest.digest:
+                raise
+            bundle = replacement
 
 
 def _parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:

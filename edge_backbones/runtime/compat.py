@@ -98,6 +98,11 @@ def _reasons_on_cpu(key: EngineKey, host: Host) -> list[str]:
 
 def _reasons_on_gpu(key: EngineKey, asked: GpuKey, host: Host) -> list[str]:
     reasons = _library_reasons(key, host)
+    if not reasons and asked.stripped and flavour_to_load(key, host) == "tensorrt_lean":
+        reasons.append(
+            "was written without weights, and tensorrt_lean takes none from a graph: compile it without --strip, or install "
+            "tensorrt"
+        )
     if key.flavour in ("tensorrt", "torch_tensorrt") and key.architecture != host.architecture:
         reasons.append(f"compiled on {key.architecture}; this machine is {host.architecture}")
     gpu = host.gpu

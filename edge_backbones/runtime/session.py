@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -121,9 +123,14 @@ def code_reasons(engine: EngineRecord, asked: str | None, *, code: bool) -> list
 
 
 def compile_here(
-    bundle: Bundle, host: compat.Host, engine: str | None, *, device: int | None, allow_host_code: bool = False
+    path: str | os.PathLike[str],
+    host: compat.Host,
+    engine: str | None,
+    *,
+    device: int | None,
+    allow_host_code: bool = False,
 ) -> None:
-    """Add the engine that ``engine`` means (all precisions by default) for this machine's CPU or the GPU ``device``.
+    """Add the engine that ``engine`` means (all precisions by default) to a bundle, for this machine's CPU or GPU ``device``.
 
     On a GPU that is TensorRT's where it is installed, else TensorRT-RTX's. Raises what `compile_bundle` raises.
     """
@@ -134,7 +141,7 @@ def compile_here(
     precisions = (Precision(engine),) if engine in set(Precision) else None
     targets = (host.gpu.architecture,) if host.gpu is not None and flavour == "tensorrt_rtx" else ()
     compiler.compile_bundle(
-        bundle.path,
+        Path(path),
         precisions=precisions,
         plan=compiler.PlanOptions(targets=targets),
         flavour=engine if engine in _FLAVOURS else flavour,

@@ -226,7 +226,7 @@ def test_a_failing_gate_names_the_stage_and_leaves_the_old_bundle(cnn, copy_of):
             options=BuildOptions(**TINY, out_indices=(-1,), gates=IMPOSSIBLE, torchscript=False),
             overwrite=True,
         )
-    (stage,) = caught.value.report.stages
+    (stage,) = caught.value.reports[0].stages
     assert (stage.stage, stage.passed) == ("layer4", False)
     assert contents(target.parent) == before
     assert [p.name for p in target.parent.iterdir()] == [target.name]

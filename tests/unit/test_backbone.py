@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_backbones.bundle import record_bytes
-from edge_backbones.errors import EngineMismatchError, InferenceError, InputError
+from edge_backbones.errors import EngineMismatchError, InferenceError, InputError, IntegrityError
 from edge_backbones.manifest import Source
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
@@ -532,3 +532,31 @@ def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind
     options = {"threads": 3, "memory": "pycuda", "cuda_graphs": True, "allow_host_code": True}
     assert seen == [{"device": kind, "allow_host_code": True}, {"device": index, **options}]
     assert opened.device == ("cpu" if index is None else f"cuda:{index}")
+
+
+def test_a_bundle_that_others_write_to_is_read_again(tmp_path, monkeypatch):
+    """Two writers came between reading the manifest and reading the engine; damage that stays is told."""
+    bundle = make_bundle(tmp_path / "pool.bundle")
+    (engine,) = bundle.manifest.engines
+    file = bundle.path / engine.file.path
+    data, writers, read = file.read_bytes(), iter(["first", "second"]), session.open_session
+
+    def while_others_write(opened, record, **options):
+        writer = next(writers, None)
+        if writer is None:
+            file.write_bytes(data)
+        else:
+            file.write_bytes(b"half")
+            key = msgspec.structs.replace(engine.key, device_name=writer)
+            bundle.add_engine(msgspec.structs.replace(engine, key=key), {})
+        return read(opened, record, **options)
+
+    monkeypatch.setattr(session, "open_session", while_others_write)
+    with EdgeBackbone.from_pretrained(bundle.path) as backbone:
+        np.testing.assert_allclose(backbone(image := pixels(2)).feature_maps[0], pooled(image)[0], atol=1e-5)
+    assert next(writers, None) is None
+
+    monkeypatch.setattr(session, "open_session", read)
+    file.write_bytes(b"half")
+    with pytest.raises(IntegrityError, match="has 4 bytes"):
+        EdgeBackbone.from_pretrained(bundle.path)

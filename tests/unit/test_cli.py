@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from edge_backbones.bundle import Bundle
+from edge_backbones.bundle import Bundle, record_bytes
+from edge_backbones.manifest import EngineRecord, Gate
+from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled, pooling_input
 
 
@@ -93,6 +96,36 @@ def test_verify_measures_again(bundle):
     assert "is whole and right" in done.stdout
     (report,) = json.loads(run("verify", bundle.path, "--json").stdout)["parity"]
     assert [stage["passed"] for stage in report["stages"]] == [True, True]
+
+
+def test_verify_measures_every_engine_though_one_fails(tmp_path):
+    """With two gates that nothing passes: both are told, and the engine between them that nobody measured is let in."""
+    bundle = make_bundle(tmp_path / "pool.bundle")
+    (made,) = bundle.manifest.engines
+    blob = bytes(bundle.read(made.file))
+
+    def add(precision, gate, *, measured):
+        key = msgspec.structs.replace(made.key, precision=precision)
+        parity = msgspec.structs.replace(made.parity, precision=precision, gate=gate)
+        if not measured:
+            parity = msgspec.structs.replace(parity, stages=())
+        path = key.path(blob, ".blob")
+        record = EngineRecord(key=key, file=record_bytes(path, blob), parity=parity)
+        return bundle.add_engine(record, {path: blob})
+
+    impossible = Gate(min_sqnr_db=299)
+    add(Precision.FP16, impossible, measured=True)
+    add(Precision.BF16, Gate(min_sqnr_db=40), measured=False)
+    add(Precision.INT8, impossible, measured=True)
+
+    done = run("verify", bundle.path, "--json")
+    assert done.returncode == 3
+    document = json.loads(done.stdout)
+    assert [report["precision"] for report in document["parity"]] == ["fp16", "int8"]
+    assert "fp16 is outside its gate (SQNR >= 299 dB)" in document["message"]
+    assert "int8 is outside its gate" in document["message"]
+    measured = {e.key.precision: e.parity.measured for e in Bundle.open(bundle.path).manifest.engines}
+    assert measured[Precision.BF16]
 
 
 def test_run_writes_arrays_and_a_picture(bundle, photo, tmp_path):

@@ -179,6 +179,15 @@ def test_older_gpus_than_ampere_are_not_compatible():
     assert "this GPU (Tesla T4) is sm_75" in reasons_against(engine, host(gpu=turing))[0]
 
 
+def test_a_plan_without_weights_needs_a_library_that_reads_graphs():
+    stripped = key(version_compatible=True, stripped=True)
+    (reason,) = reasons_against(stripped, host(versions={"tensorrt_lean": "10.3.0"}))
+    assert "written without weights, and tensorrt_lean takes none from a graph: compile it without --strip" in reason
+    assert reasons_against(stripped, host(versions={"tensorrt": "10.3.0", "tensorrt_lean": "10.3.0"})) == []
+    (reason,) = reasons_against(stripped, host(versions={}))
+    assert "needs tensorrt" in reason
+
+
 def test_the_lean_runtime_takes_over_for_newer_plans_only():
     compatible = key(version_compatible=True, host_code=True)
     assert flavour_to_load(compatible, host()) == "tensorrt"

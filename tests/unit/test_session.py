@@ -86,10 +86,10 @@ def test_compiling_on_the_spot_is_for_the_gpu_at_hand(monkeypatch):
         PlanOptions=lambda targets: targets, compile_bundle=lambda path, **options: asked.append(options)
     )
     monkeypatch.setattr(session.importlib, "import_module", lambda name: compiler)
-    session.compile_here(bundle_of(), HOST, "int8", device=0)
+    session.compile_here("b.bundle", HOST, "int8", device=0)
     only_rtx = Host("x86_64", (), "CPU", {"tensorrt_rtx": "1.7.1"}, changed(L4, architecture="sm_120"))
-    session.compile_here(bundle_of(), only_rtx, None, device=0)
-    session.compile_here(bundle_of(), HOST, None, device=None)
+    session.compile_here("b.bundle", only_rtx, None, device=0)
+    session.compile_here("b.bundle", HOST, None, device=None)
     assert [(o["flavour"], o["precisions"], o["plan"]) for o in asked] == [
         ("tensorrt", ("int8",), ()),
         ("tensorrt_rtx", None, ("sm_120",)),
