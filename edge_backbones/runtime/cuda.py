@@ -14,6 +14,7 @@ import functools
 import importlib
 import math
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from edge_backbones.errors import DeviceError, InputError, MissingDependencyError, OutOfMemoryError
+from edge_backbones.runtime import plan
+from edge_backbones.runtime.plan import StreamKey
 
 MemoryBackend = Literal["cuda-bindings", "pycuda"]
 
@@ -141,6 +144,7 @@ _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "cuPointerGetAttribute": ("cuPointerGetAttribute", (_int,), (_int, _pointer)),
     "cuCtxSynchronize": ("cuCtxSynchronize", (), ()),
     "cuStreamSynchronize": ("cuStreamSynchronize", (), (_handle,)),
+    "cuStreamGetId": ("cuStreamGetId", (ctypes.c_uint64,), (_handle,)),
     "cuStreamWaitEvent": ("cuStreamWaitEvent", (), (_handle, _handle, _unsigned)),
     "cuEventCreate": ("cuEventCreate", (_handle,), (_unsigned,)),
     "cuEventRecord": ("cuEventRecord", (), (_handle, _handle)),
@@ -342,6 +346,10 @@ class Memory:
         self._driver = driver
         self._relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self._ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        try:
+            self._stream_id = driver.cuStreamGetId
+        except (AttributeError, DeviceError):  # bindings and drivers before CUDA 12
+            self._stream_id = None
         # CUDA 11's cuGraphInstantiate takes other arguments, and the bindings of 13 have it alone.
         self._instantiate = getattr(driver, "cuGraphInstantiateWithFlags", None) or driver.cuGraphInstantiate
 
@@ -414,6 +422,15 @@ class Memory:
     def free_stream(self, stream: int) -> None:
         """Give a stream back; what is enqueued on it still runs."""
         self._backend.free_stream(stream)
+
+    def stream_key(self, stream: int) -> StreamKey:
+        """What tells a stream from every other: 0 for the default stream, else CUDA's number, which no later stream with the
+        same handle gets. Before CUDA 12 it is the handle, and whoever destroys a stream first has to wait for it."""
+        if stream in (0, 1):
+            return 0
+        if self._stream_id is None:
+            return plan.stream_key(stream, threading.get_ident())
+        return 1 + int(self._check(self._stream_id(stream), "cuStreamGetId of %#x", stream))
 
     def wait(self, stream: int) -> None:
         """Block until everything on a stream is done; a fault of an earlier kernel comes up here."""

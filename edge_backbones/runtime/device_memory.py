@@ -7,12 +7,11 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from edge_backbones.errors import DeviceError, OutOfMemoryError
-from edge_backbones.runtime import cuda, plan
-
-StreamKey: TypeAlias = "int | tuple[int, int] | None"
+from edge_backbones.runtime import cuda
+from edge_backbones.runtime.plan import StreamKey
 
 _UNUSABLE_BUFFERS = 8  # of one size that other streams may still read, before the GPU is waited for
 _FREE_BUFFERS = 256  # outputs that nobody holds and that are kept for later calls
@@ -27,7 +26,7 @@ class Buffer:
 
     pointer: int
     size: int
-    key: StreamKey = None
+    key: StreamKey | None = None
     foreign: bool = False
 
     def follows(self, key: StreamKey) -> bool:
@@ -62,9 +61,9 @@ class Lease:
 
     def order(self, consumer: int) -> None:
         """Let the stream ``consumer`` wait for this output."""
-        if plan.stream_key(consumer, threading.get_ident()) != self.buffer.key:
-            self.buffer.foreign = True
-            with self._pool.memory as memory:
+        with self._pool.memory as memory:
+            if memory.stream_key(consumer) != self.buffer.key:
+                self.buffer.foreign = True
                 memory.follow(consumer, self._ready.event)
 
     def __del__(self) -> None:

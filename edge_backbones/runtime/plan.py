@@ -6,12 +6,13 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from edge_backbones.errors import InputError
 from edge_backbones.spec import InputSpec, ShapeRange
 
 Shape = tuple[int, ...]
+StreamKey: TypeAlias = "int | tuple[int, int]"
 ALIGNMENT = 256  # of every address that TensorRT is given; CUDA's allocations have it
 _DTYPES = {"float32": "FLOAT", "uint8": "UINT8"}  # TensorRT's names
 
@@ -116,7 +117,7 @@ def rounded(size: int) -> int:
     return -(-size // step) * step
 
 
-def stream_key(stream: int, thread: int) -> int | tuple[int, int]:
+def stream_key(stream: int, thread: int) -> StreamKey:
     """Which queue a stream handle means: 0 and 1 are both the default stream, 2 is one per thread."""
     if stream == 2:
         return 2, thread

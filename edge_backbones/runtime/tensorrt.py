@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -29,8 +28,8 @@ from edge_backbones.errors import (
 )
 from edge_backbones.runtime import cuda, plan, tensorrt_library
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
-from edge_backbones.runtime.device_memory import Attempts, Buffer, Lease, Pool, Ready, StreamKey
-from edge_backbones.runtime.plan import Profile, Shape
+from edge_backbones.runtime.device_memory import Attempts, Buffer, Lease, Pool, Ready
+from edge_backbones.runtime.plan import Profile, Shape, StreamKey
 from edge_backbones.runtime.tensorrt_library import TensorRtFlavour
 from edge_backbones.spec import InputSpec
 
@@ -117,7 +116,6 @@ class TensorRtSession:
         ``stream``: 0 is the default stream, on which TensorRT would block: it runs beside it and is ordered by events.
         """
         route = self._route(array)
-        key = plan.stream_key(stream, threading.get_ident())
         contexts = self._contexts
         with self._memory as memory:
             on = memory.device_of(array.pointer)
@@ -127,8 +125,9 @@ class TensorRtSession:
                     f"{self._input.name} is in {where}, this engine runs on cuda:{memory.device}: copy it there first"
                 )
             contexts.forget_inputs()
+            key = memory.stream_key(stream)
             producer = array.producer_stream
-            if producer is not None and plan.stream_key(producer, threading.get_ident()) != key:
+            if producer is not None and memory.stream_key(producer) != key:
                 contexts.order(stream, producer)
             if self._cuda_graphs and route.exact:
                 slot = contexts.take_captured(route.parts[0][1], array.shape, key)
@@ -251,15 +250,7 @@ def _closed() -> InputError:
 
 
 def _device_array(lease: Lease, shape: Shape, device: int, stream: int) -> DeviceArray:
-    return DeviceArray(
-        lease.buffer.pointer,
-        shape,
-        _FLOAT32,
-        device=device,
-        owner=lease,
-        stream=stream,
-        synchronize=lease.order,
-    )
+    return DeviceArray.of_engine(lease.buffer.pointer, shape, _FLOAT32, device, lease, stream)
 
 
 # ---- The engine
@@ -425,7 +416,7 @@ class _Slot:
         self._refusals = refusals
         self.refused = False
         self.group: tuple[int, Shape | None] = (profile.index, None)
-        self.key: StreamKey = None
+        self.key: StreamKey | None = None
         self.ready: Ready | None = None
         self.shape: Shape = ()
         self.output_shapes: list[Shape] = []
@@ -604,7 +595,7 @@ class _Slot:
         self._work = work
         return work
 
-    def _follow(self, work: int, key: StreamKey) -> None:
+    def _follow(self, work: int, key: StreamKey | None) -> None:
         if self.ready is not None and self.key != key:
             self._memory.follow(work, self.ready.event)
 
@@ -716,7 +707,7 @@ class _Contexts:
         self._graph_shapes: set[Shape] = set()
         self._inputs: deque[tuple[Ready, object]] = deque()
 
-    def take(self, profile: Profile, shape: Shape, key: StreamKey, *, graphs: bool = False) -> _Slot:
+    def take(self, profile: Profile, shape: Shape, key: StreamKey | None, *, graphs: bool = False) -> _Slot:
         """A context for work on the stream ``key``; None: on the context's own, nothing pending where that is possible."""
         with self._lock:
             if self.closed:

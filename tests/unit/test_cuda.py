@@ -340,6 +340,7 @@ def test_what_pycuda_lacks_goes_to_the_driver():
         ("cuMemsetD8Async", lambda m: m.clear(1, 2, 3)),
         ("cuStreamSynchronize", lambda m: m.wait(1)),
         ("cuCtxSynchronize", lambda m: m.wait_for_all()),
+        ("cuStreamGetId", lambda m: m.stream_key(5)),
         ("cuEventCreate", lambda m: m.new_event()),
         ("cuEventRecord", lambda m: m.record(1, 2)),
         ("cuEventSynchronize", lambda m: m.wait_for(1)),
@@ -363,6 +364,16 @@ def test_every_return_of_the_driver_is_checked(symbol, use):
 def test_a_pointer_that_cuda_does_not_know_has_no_device():
     assert over_pycuda()[0].device_of(0x1000) == 0
     assert over_pycuda(fails={"cuPointerGetAttribute": 1})[0].device_of(0x1000) is None
+
+
+def test_streams_are_told_apart_by_their_number_where_cuda_has_one():
+    memory, _, native = over_pycuda()
+    assert memory.stream_key(0) == memory.stream_key(1) == 0
+    assert memory.stream_key(0x5000) == 1  # the made-up driver says 0 for every stream
+    assert [symbol for symbol, _ in native.calls].count("cuStreamGetId") == 1
+    before_cuda_12 = over_pycuda(missing=("cuStreamGetId",))[0]
+    assert before_cuda_12.stream_key(0x5000) == 0x5000
+    assert before_cuda_12.stream_key(2) == (2, threading.get_ident())
 
 
 def test_a_capture_that_breaks_off_ends_the_capture():

@@ -67,6 +67,7 @@ class NumpyGpu:
         self.memory: dict[int, bytearray] = {}
         self.host: dict[int, ctypes.Array] = {}
         self.streams: dict[int, deque] = {0: deque(), STREAM: deque(), OTHER: deque()}
+        self.generations: Counter[int] = Counter()  # of streams whose handle was given out again
         self.events: dict[int, Mark | None] = {}
         self.graphs: dict[int, list] = {}
         self.executables: dict[int, list] = {}
@@ -80,6 +81,16 @@ class NumpyGpu:
         self.violations: list[str] = []
 
     # -- what the tests use
+
+    def recreate(self, stream) -> int:
+        """The owner destroys a stream with work pending, and the next stream gets its handle. Where the work is now."""
+        with self.lock:
+            old = next(self.numbers)
+            self.streams[old], self.streams[stream] = self.streams[stream], deque()
+            for mark in (what for _, what, _ in self.streams[old] if isinstance(what, Mark) and what.stream == stream):
+                mark.stream = old
+            self.generations[stream] += 1
+            return old
 
     def put(self, array: np.ndarray, offset: int = 0) -> ForeignArray:
         pointer = self.raw(array.nbytes + offset) + offset
@@ -271,6 +282,10 @@ class NumpyGpu:
             self.drain(stream)
             del self.streams[stream]
         return (code,)
+
+    def cuStreamGetId(self, stream):
+        code = self.code("cuStreamGetId")
+        return code, 0 if code else (self.generations[stream] << 32) + stream
 
     def cuStreamSynchronize(self, stream):
         code = self.code("cuStreamSynchronize")
@@ -831,6 +846,24 @@ def test_a_consumer_on_another_stream_waits_and_is_not_overtaken(machine, graphs
     gpu.drain(stream if engine_first else OTHER)  # the engine overwrites what it may, or the consumer reads too early
     for i, (copy, source) in enumerate(copies):
         np.testing.assert_array_equal(gpu.value(copy, OTHER), pooled(source)[i % 2])
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_stream_that_gets_the_handle_of_a_destroyed_one_is_another_stream(machine, graphs):
+    session, gpu = machine.open(cuda_graphs=graphs), machine.gpu
+    copies = []
+    for i in range(6):
+        images = pixels(2)
+        maps = session.run_on_device(gpu.put(images), STREAM)
+        copy = gpu.raw(maps[0].nbytes)
+        gpu.cuCtxPushCurrent(0)
+        gpu.cuMemcpyDtoDAsync(copy, maps[0].pointer, maps[0].nbytes, STREAM)
+        gpu.cuCtxPopCurrent()
+        result = SimpleNamespace(pointer=copy, dtype=maps[0].dtype, shape=maps[0].shape, nbytes=maps[0].nbytes)
+        copies.append((result, gpu.recreate(STREAM) if i else STREAM, images))
+        del maps
+    for copy, stream, images in reversed(copies):  # the newest work comes first, where nothing speaks against it
+        np.testing.assert_array_equal(gpu.value(copy, stream), pooled(images)[0])
 
 
 def test_contexts_are_ordered_when_they_change_streams(machine):
