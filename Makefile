@@ -3,7 +3,8 @@
 # make lint   formatting, lint, types, direction of imports
 # make coverage  builds one of every kind of backbone (hours); writes benchmarks/results/coverage.json and its page
 # make gpu    tests and benchmark on this machine's NVIDIA GPU; writes benchmarks/results/<device>.json; installs nothing
-# make bench  the figures of the README, side by side with their peers; writes benchmarks/results
+# make bench  the figures of the README, side by side with their peers, in half an hour; writes benchmarks/results.
+#             BENCH=--quick: five minutes, stores nothing. BENCH="--only resnet50 growth": these, the others stay.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -17,6 +18,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.installed
 	$(BIN)/python -m build_scripts.fetch_bindings
+	$(BIN)/python -m build_scripts.fetch_chromium
 	$(BIN)/python -m pytest
 	@if [ -d $(OLD_TRANSFORMERS)/transformers ]; then \
 	  set -x; PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest tests/transformers; \
@@ -28,8 +30,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.run
+bench: $(VENV)/.dev $(VENV)/nncf/.installed
+	$(BIN)/python -m benchmarks.run --nncf $(VENV)/nncf/bin/python $(BENCH)
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu_suite
@@ -46,6 +48,13 @@ $(OLD_TRANSFORMERS)/.installed: $(VENV)/.dev
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then \
 	  $(BIN)/python -m pip install --quiet --no-deps --target $(OLD_TRANSFORMERS) transformers==4.44.2 \
 	    tokenizers==0.19.1 huggingface-hub==0.24.7 requests urllib3 charset-normalizer certifi idna; fi
+	touch $@
+
+# In an environment of its own: it asks for other releases of what torch and transformers ask for.
+$(VENV)/nncf/.installed: $(VENV)/.dev
+	rm -rf $(VENV)/nncf && $(PYTHON) -m venv $(VENV)/nncf
+	$(VENV)/nncf/bin/python -m pip install --quiet nncf "openvino==$$($(BIN)/python -c \
+	  'import importlib.metadata as m; print(m.version("openvino"))')"
 	touch $@
 
 $(VENV)/bin/python:

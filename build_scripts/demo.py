@@ -1,4 +1,4 @@
-"""``make demo``: resnet50 with four stages in int8, from photographs to feature maps, with the commands shown.
+"""``make demo``: resnet50 with four stages in int8, from photographs to feature maps and a report, with the commands shown.
 
 Pretrained weights where the model hub (or its cache) has them; otherwise seeded random weights, and it says so.
 """
@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import peers
 from build_scripts.photographs import photographs, write_crops
 from edge_backbones.build.sources.timm import pretrained_at_hand
 
@@ -38,12 +37,9 @@ def main() -> None:
     photographs()["coffee"].save(photograph)
     edge_backbones("run", bundle, photograph, "--out", OUTPUT)
     print(f"\nlook at {OUTPUT / 'coffee.png'}\n")
-    measured = peers.measure(bundle, kinds=("torch", "edge"), rounds=3)
-    edge, torch = (measured.milliseconds(kind) for kind in ("edge", "torch"))
-    print(
-        f"{MODEL} int8 takes {edge:.1f} ms, torch eager fp32 {torch:.1f} ms: {torch / edge:.1f} times faster "
-        "(2 threads, batch 1, each alone in its process, medians)"
-    )
+    results = OUTPUT / "bench.json"
+    edge_backbones("bench", bundle, "--vs", "torch", "--turns", "6", "--out", results)
+    edge_backbones("report", bundle, "--bench", results)
 
 
 def edge_backbones(*arguments: object) -> None:

@@ -1,7 +1,8 @@
 """The command line: parse, one library call, exit code.
 
-Exit codes: 0 done, 1 refused (one line on stderr says why), 2 usage, 3 a feature map is outside its parity gate,
-130 interrupted. ``--json`` writes one JSON document to stdout and nothing else, for refusals (1 and 3) too.
+Exit codes: 0 done, 1 refused (one line on stderr says why), 2 usage, 3 a feature map is outside its parity gate, 4 slower
+than stored results beyond noise, 130 interrupted. ``--json`` writes one JSON document to stdout and nothing else, for
+refusals (1 and 3) too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import msgspec
 import numpy as np
 
 from edge_backbones import __version__
+from edge_backbones.bench.results import Comparison
 from edge_backbones.bundle import Bundle
 from edge_backbones.errors import EdgeBackbonesError, InputError, MissingDependencyError, ParityError
 from edge_backbones.manifest import Decision, ParityReport
@@ -49,6 +51,7 @@ _out = Console(soft_wrap=True, highlight=False, markup=False)
 _err = Console(stderr=True, highlight=False, markup=False)
 
 _EXIT_PARITY = 3
+_EXIT_SLOWER = 4
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", show_default=False)]
@@ -196,6 +199,10 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is verified.")
     ] = False,
+    page: Annotated[
+        bool,
+        typer.Option("--report/--no-report", help="Write <bundle>.report.html, a page to look at, beside the bundle."),
+    ] = True,
     as_json: JsonFlag = False,
 ) -> None:
     """Build a bundle: load, fold, export, calibrate, compile, verify. Nothing is written unless every stage passes.
@@ -231,10 +238,12 @@ def build(
     )
     with _Steps(as_json) as progress:
         result = build_bundle(model, bundle, images=images, options=options, overwrite=overwrite, progress=progress)
+        written = _page_of(bundle, progress) if page else None
     if as_json:
         _print_json(
             {
                 "bundle": str(bundle),
+                "report": None if written is None else str(written),
                 "parity": result.reports,
                 "skipped": result.skipped,
                 "notes": result.notes,
@@ -248,7 +257,19 @@ def build(
     _print_trials(result.bundle.manifest.decision)
     for note in result.notes:
         _err.print(note, soft_wrap=True)
-    _out.print(f"wrote {bundle}")
+    _out.print(f"wrote {bundle}" + ("" if written is None else f" and {written}"))
+
+
+def _page_of(bundle: Path, progress: Callable[[str, int, int | None], None]) -> Path | None:
+    """The report of a bundle that is finished, with or without it."""
+    from edge_backbones.report import write_report
+
+    progress("writing the report", 0, None)
+    try:
+        return write_report(bundle)
+    except (EdgeBackbonesError, OSError) as error:
+        _err.print(f"the bundle is done, its report is not: {error}", soft_wrap=True)
+        return None
 
 
 @app.command(name="compile")
@@ -607,6 +628,91 @@ def _drawable(by_stage: dict[str, np.ndarray], backbone: Any) -> dict[str, np.nd
     return drawable
 
 
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    vs: Annotated[
+        str,
+        typer.Option(
+            help="Peers, each alone in its process: torch, torch-compile, torchscript, onnxruntime, openvino, nncf."
+        ),
+    ] = "torch,onnxruntime,openvino",
+    engine: EngineOption = None,
+    device: Annotated[str, typer.Option(help="Where everybody runs: cpu, cuda or cuda:1.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.", show_default=False)] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each; from six on noise is told from difference.")] = 9,
+    seconds: Annotated[float, typer.Option(min=0, help="How long a turn takes at least.")] = 1.0,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Photographs that nncf calibrates on; golden samples by default.", show_default=False),
+    ] = None,
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PYTHON: the interpreter of a peer that lives elsewhere.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results, as JSON.", show_default=False)] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Earlier results: exit code 4 where ground was lost.", show_default=False)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time a bundle's engine and its peers side by side: alternating turns, ratios with their bounds.
+
+    Example: edge-backbones bench resnet50.bundle --vs torch,onnxruntime,nncf --out today.json"""
+    from edge_backbones.bench.compare import CompareOptions, compare, read_images
+    from edge_backbones.bench.results import decode, encode, regressions
+
+    pythons = dict(entry.partition("=")[::2] for entry in peer_python or ())
+    before = None if against is None else decode(against.read_bytes(), str(against))
+    options: dict[str, Any] = {} if threads is None else {"threads": threads}
+    chosen = CompareOptions(
+        engine=engine,
+        vs=tuple(name.strip() for name in vs.split(",") if name.strip()),
+        device=device,
+        turns=turns,
+        seconds=seconds,
+        images=None if images is None else read_images(images, Bundle.open(bundle)),
+        pythons=pythons,
+        **options,
+    )
+    with _Steps(as_json) as progress:
+        result = compare(bundle, chosen, progress=progress)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(encode(result))
+    lost = [] if before is None else regressions(result, before)
+    if as_json:
+        _print_json({"comparison": result, "regressions": lost})
+    else:
+        _print_comparison(result)
+        for phrase in lost:
+            _err.print(f"slower than before: {phrase}", soft_wrap=True)
+        if before is not None and not lost:
+            _out.print(f"no ground lost since {before.date}")
+    if lost:
+        raise typer.Exit(_EXIT_SLOWER)
+
+
+@app.command()
+def report(
+    bundle: BundleArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; <bundle>.report.html by default.", show_default=False)
+    ] = None,
+    bench_results: Annotated[
+        list[Path] | None,
+        typer.Option("--bench", help="Results of `bench --out` to show; repeat for several.", show_default=False),
+    ] = None,
+    engine: EngineOption = None,
+) -> None:
+    """One HTML page of a bundle: its feature maps beside fp32, parity, where int8 is, how fast, where from."""
+    from edge_backbones.bench.results import decode
+    from edge_backbones.report import write_report
+
+    comparisons = [decode(file.read_bytes(), str(file)) for file in bench_results or ()]
+    _out.print(f"wrote {write_report(bundle, out, comparisons=comparisons, engine=engine)}")
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         _out.print(f"edge-backbones {__version__}")
@@ -719,6 +825,37 @@ def _print_parity(reports: Iterable[ParityReport], console: Console | None = Non
             figures = (f"{s.cosine:.6f}", f"{s.sqnr_db:.1f}", f"{s.relative:.1e}", f"{s.max_abs:.3g}")
             table.add_row(s.stage, *(figures if s.finite else ("not finite",) * 4), verdict)
         (console or _out).print(table)
+
+
+def _print_comparison(result: Comparison) -> None:
+    """A row per contender, then in words what the table cannot say."""
+    shape = "x".join(str(size) for size in result.input_shape)
+    title = f"{result.engine} on {result.machine.name}, {result.threads} threads, input {shape}, {result.device}"
+    table = Table("", title=title, title_justify="left")
+    columns = ("ms", "times ours", "p99 ms", "images/s", "load s", "first ms", "MB", "file MB", "J/image", "SQNR dB")
+    for column in columns:
+        table.add_column(column, justify="right")
+    ratios = {ratio.name: ratio for ratio in result.ratios}
+    shown = [m for m in result.measurements if not m.missing]
+    for m in shown:
+        ratio = ratios.get(m.name)
+        told = "1" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+        figures = (m.p99_ms, m.images_per_second, m.load_s, m.first_call_ms, m.resident_mb, m.file_mb, m.joules)
+        table.add_row(m.name, _figure(m.median_ms), told, *map(_figure, figures), _figure(m.worst_sqnr_db))
+    _out.print(table)
+    for m in shown:
+        versions = ", ".join(f"{name} {version.partition('-')[0]}" for name, version in m.versions.items())
+        _out.print(f"{m.name}: {m.what} ({versions})")
+    for m in result.measurements:
+        if m.missing:
+            _out.print(f"{m.name} did not run: {m.missing}")
+    unranked = [ratio.name for ratio in result.ratios if not ratio.is_ranked]
+    if unranked:
+        _out.print(f"Not ranked against {', '.join(unranked)}: the difference is within the noise of this machine.")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _print_trials(decision: Decision | None) -> None:

@@ -37,7 +37,7 @@ def examine() -> list[Finding]:
         _python(),
         _library("run on the CPU (OpenVINO)", "cpu", ("openvino",)),
         _library("read image files", "images", ("Pillow",)),
-        _library("draw feature maps", "report", ("matplotlib",)),
+        _library("draw feature maps and reports", "report", ("matplotlib", "Jinja2")),
         _library(
             "build bundles",
             "build",

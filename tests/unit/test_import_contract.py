@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import edge_backbones.bench
 import edge_backbones.runtime
 
 WORKSTATION = ("torch", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
@@ -15,8 +16,9 @@ ON_DEVICE = [
     "edge_backbones",
     *(
         f"edge_backbones.{name}"
-        for name in ("errors", "spec", "images", "manifest", "profiles", "bundle", "doctor", "testing")
+        for name in ("errors", "spec", "images", "manifest", "profiles", "bundle", "doctor", "report", "testing")
     ),
+    *(f"edge_backbones.bench.{module.name}" for module in pkgutil.iter_modules(edge_backbones.bench.__path__)),
     *(f"edge_backbones.build.{name}" for name in ("artifacts", "compile", "device", "parity", "pipeline", "tensorrt")),
     "edge_backbones.runtime",
     *(f"edge_backbones.runtime.{module.name}" for module in pkgutil.iter_modules(edge_backbones.runtime.__path__)),
@@ -41,6 +43,8 @@ def test_device_modules_import_without_any_extra(module):
         "openvino",
         "PIL",
         "matplotlib",
+        "jinja2",
+        "pynvml",
         "typer",
         "rich",
         "tensorrt_rtx",

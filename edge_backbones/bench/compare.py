@@ -1,0 +1,335 @@
+"""Side by side: a bundle's engine and its peers, each alone in its process, in alternating turns.
+
+Machines speed up and slow down within minutes, so ratios are taken within a turn, where contenders ran seconds apart. While
+one runs the others are stopped (SIGSTOP): a thread pool that waits by spinning would take cores from it. On a virtual machine
+the kernel counts the time that other guests took; turns in which they took more than usual do not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from edge_backbones.bench import machine
+from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, fp32_graph
+from edge_backbones.bench.results import Comparison, Measurement, ratio_of
+from edge_backbones.build.artifacts import Progress, no_progress
+from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError
+from edge_backbones.images import fit, list_images, open_image, to_input
+from edge_backbones.runtime import compat, session
+
+_MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # what a peer imports, where that is not its name
+_INSTALL = {
+    "torch": "pip install 'edge-backbones[build]'",
+    "torch-compile": "pip install 'edge-backbones[build]'",
+    "torchscript": "pip install 'edge-backbones[build]'",
+    "onnxruntime": "pip install onnxruntime",
+    "openvino": "pip install 'edge-backbones[cpu]'",
+    "nncf": "pip install nncf (or say which Python has it: --peer-python nncf=PYTHON)",
+}
+WHAT = {
+    "edge": "this bundle's engine",
+    "torch": "the network in eager mode, fp32",
+    "torch-compile": "torch.compile, fp32",
+    "torchscript": "the bundle's frozen module, fp32",
+    "onnxruntime": "ONNX Runtime on the bundle's fp32 graph",
+    "openvino": "OpenVINO on the bundle's fp32 graph",
+    "nncf": "OpenVINO on the fp32 graph as NNCF quantises it to int8",
+    "graph": "an ONNX file, compiled as the engines of bundles are",
+}
+PEERS = tuple(name for name in MAKERS if name not in ("edge", "graph"))
+_STOPS = (
+    sys.platform != "win32"
+)  # there the others wait for their turn in a read, which their thread pools may not know
+_CALM = 0.02  # share of machine time that other guests may take in a turn that counts
+_Answer = TypeVar("_Answer", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """``engine``: as in `EdgeBackbone.from_pretrained`. ``vs``: names of `PEERS`. ``turns`` of every contender, each of at
+    least ``seconds`` and ``calls``. ``images``: what NNCF calibrates on, inputs of the bundle's graph along the first axis;
+    None for the golden samples. ``pythons``: the interpreter of a peer that lives in another environment.
+    """
+
+    engine: str | None = None
+    vs: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
+    device: str = "cpu"
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    turns: int = 9
+    seconds: float = 1.0
+    calls: int = 10
+    images: np.ndarray | None = None
+    pythons: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.vs if name not in PEERS]
+        if unknown or len(set(self.vs)) != len(self.vs):
+            raise InputError(f"--vs takes {', '.join(PEERS)}, each once; got {', '.join(self.vs)}")
+        if self.turns < 1 or self.calls < 1 or self.seconds < 0 or self.threads < 1:
+            raise InputError(
+                f"turns, calls and threads must be at least 1 and seconds at least 0, got {self.turns}, {self.calls}, "
+                f"{self.threads} and {self.seconds}"
+            )
+
+
+def compare(path: str | Path, options: CompareOptions | None = None, *, progress: Progress = no_progress) -> Comparison:
+    """Measure a bundle's engine beside its peers.
+
+    A peer that is not installed or fails is in the result with its message. Raises BundleError and EngineMismatchError for a
+    bundle that cannot be run here, InferenceError when the engine itself fails.
+    """
+    options = options or CompareOptions()
+    bundle = Bundle.open(path)
+    gpu = None if options.device == "cpu" else int(options.device.partition(":")[2] or 0)
+    host = compat.this_host(session.installed_versions(), device=gpu)
+    engine = session.choose_engine(bundle, host, options.engine, device="cpu" if gpu is None else "cuda")
+    with tempfile.TemporaryDirectory(prefix="edge-backbones-bench-") as work:
+        tasks: dict[str, Task] = {}
+        absent: dict[str, Measurement] = {}
+        for name in ("edge", *options.vs):
+            try:
+                _require_installed(name, options)
+                file = _nncf_graph(bundle, options, Path(work), progress) if name == "nncf" else None
+            except EdgeBackbonesError as error:
+                absent[name] = Measurement(name=name, what=WHAT[name], missing=str(error))
+            else:
+                tasks[name] = Task(
+                    peer=name,
+                    bundle=str(bundle.path),
+                    engine=engine.name,
+                    threads=options.threads,
+                    device=options.device,
+                    file=file,
+                )
+        measured = {**absent, **measure(tasks, options, progress=progress)}
+    ours = measured["edge"]
+    return Comparison(
+        bundle=bundle.path.name,
+        engine=engine.name,
+        precision=engine.key.precision.value,
+        input_shape=bundle.manifest.input.opt_shape,
+        threads=options.threads,
+        device=options.device,
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        machine=machine.describe(),
+        measurements=tuple(measured[name] for name in ("edge", *options.vs)),
+        ratios=tuple(
+            ratio_of(name, measured[name].turns, ours.turns) for name in options.vs if not measured[name].missing
+        ),
+    )
+
+
+def measure(
+    tasks: Mapping[str, Task], options: CompareOptions, *, progress: Progress = no_progress
+) -> dict[str, Measurement]:
+    """Contenders side by side, by name; of ``options`` the turns and the interpreters count.
+
+    One that fails is in the result with its message; InferenceError when the first one does.
+    """
+    first = next(iter(tasks))
+    measured: dict[str, Measurement] = {}
+    turns: dict[str, list[Calls]] = {}
+    with contextlib.ExitStack() as stack:
+        contenders: dict[str, _Contender] = {}
+
+        def give_up(name: str, error: EdgeBackbonesError) -> None:
+            if name == first:
+                raise error
+            turns.pop(name, None)
+            measured[name] = Measurement(name=name, what=WHAT[tasks[name].peer], missing=str(error))
+
+        for name, task in tasks.items():
+            progress(f"loading {name}", 0, None)
+            try:
+                python = sys.executable if task.peer == "nncf" else options.pythons.get(task.peer, sys.executable)
+                contenders[name] = stack.enter_context(_running(task, python))
+                turns[name] = []
+            except EdgeBackbonesError as error:
+                give_up(name, error)
+        turn = Turn(seconds=options.seconds, calls=options.calls)
+        for number in range(options.turns):
+            progress("measuring", number, options.turns)
+            for name in list(turns) if number % 2 == 0 else list(reversed(turns)):
+                try:
+                    turns[name].append(contenders[name].ask(turn, Calls))
+                except InferenceError as error:
+                    give_up(name, error)
+        progress("measuring", options.turns, options.turns)
+    kept = calm_turns([max(turns[name][number].stolen_share for name in turns) for number in range(options.turns)])
+    for name, taken in turns.items():
+        calm = [taken[number] for number in kept]
+        measured[name] = _measurement(name, WHAT[tasks[name].peer], contenders[name].start, calm)
+    return measured
+
+
+def read_images(folder: Path, bundle: Bundle, count: int = 64) -> np.ndarray:
+    """The first photographs of a folder as inputs of a bundle's graph at opt size, (images, ...), for `CompareOptions`."""
+    manifest, files = bundle.manifest, list_images(folder)[:count]
+    if not files:
+        raise InputError(f"{folder} holds no image files")
+    input = manifest.input
+    height, width = input.height.opt, input.width.opt
+    fitted = [fit(open_image(file, input.channels), manifest.image, height, width) for file in files]
+    return to_input(np.stack(fitted), manifest.image, input)
+
+
+# ---- contenders
+
+
+class _Contender:
+    """A running process, stopped between its turns."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes], name: str) -> None:
+        self._process = process
+        self._log = log
+        self._name = name
+        self.start: Start
+
+    def ask(self, question: msgspec.Struct, answer: type[_Answer]) -> _Answer:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._let_run()
+        try:
+            self._process.stdin.write(msgspec.json.encode(question) + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            code = self._process.wait()
+            raise InferenceError(f"{self._name} ended ({_ending(code)}): {self._last_words()}")
+        self._stop()
+        with contextlib.suppress(msgspec.ValidationError):
+            raise InferenceError(msgspec.json.decode(line, type=Failed).failed)
+        return msgspec.json.decode(line, type=answer)
+
+    def _let_run(self) -> None:
+        if _STOPS and self._process.poll() is None:
+            self._process.send_signal(signal.SIGCONT)
+
+    def _stop(self) -> None:
+        if _STOPS and self._process.poll() is None:
+            self._process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # until it has
+
+    def end(self) -> None:
+        self._process.kill()  # a stopped process answers to nothing else
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+@contextlib.contextmanager
+def _running(task: Task, python: str) -> Iterator[_Contender]:
+    """A contender that has loaded; InferenceError or InputError with its message for one that has not."""
+    command = [python, "-m", "edge_backbones.bench.contender"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(  # noqa: S603
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        contender = _Contender(process, log, task.peer)
+        try:
+            contender.start = contender.ask(task, Start)
+            yield contender
+        finally:
+            contender.end()
+
+
+def _require_installed(name: str, options: CompareOptions) -> None:
+    """InputError with the command that installs a peer which is not."""
+    module = _MODULES.get(name, name)
+    if name != "edge" and name not in options.pythons and importlib.util.find_spec(module) is None:
+        raise InputError(f"not installed: {_INSTALL[name]}")
+
+
+def _nncf_graph(bundle: Bundle, options: CompareOptions, work: Path, progress: Progress) -> str:
+    python = options.pythons.get("nncf", sys.executable)
+    progress("quantising with NNCF", 0, None)
+    input = bundle.manifest.input
+    images, batch = options.images, input.batch.opt
+    if images is None:
+        images = load_golden(bundle)[f"opt/{input.name}"]
+    images = np.concatenate([images, images[: -len(images) % batch]])  # whole batches
+    np.savez(work / "images.npz", images=images.reshape(-1, *input.opt_shape))
+    out = work / "nncf.xml"
+    script = str(Path(__file__).with_name("nncf_graph.py"))
+    done = subprocess.run(  # noqa: S603
+        [python, script, str(fp32_graph(bundle)), str(work / "images.npz"), str(out)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise InferenceError(f"NNCF failed: {lines[-1] if lines else _ending(done.returncode)}")
+    return str(out)
+
+
+def _ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+# ---- turns
+
+
+def calm_turns(stolen: Sequence[float]) -> list[int]:
+    """The turns that count: those in which other guests took little, and at least the calmer half, in order."""
+    calmest = sorted(range(len(stolen)), key=lambda number: stolen[number])
+    least = (len(stolen) + 1) // 2
+    return sorted(number for place, number in enumerate(calmest) if place < least or stolen[number] <= _CALM)
+
+
+def _measurement(name: str, what: str, start: Start, turns: Sequence[Calls]) -> Measurement:
+    calls = np.concatenate([np.array(turn.milliseconds) for turn in turns])
+    median = float(np.median(calls))
+    p10, p90, p99 = (float(value) for value in np.percentile(calls, (10, 90, 99)))
+    joules: Any = [turn.joules for turn in turns]
+    return Measurement(
+        name=name,
+        what=what,
+        versions=start.versions,
+        turns=tuple(statistics.median(turn.milliseconds) for turn in turns),
+        median_ms=median,
+        fastest_ms=float(calls.min()),
+        p90_ms=p90,
+        p99_ms=p99,
+        jitter=(p90 - p10) / median,
+        calls=len(calls),
+        images_per_second=1e3 * start.batch / median,
+        load_s=start.load_s,
+        first_call_ms=start.first_call_ms,
+        resident_mb=start.resident_mb,
+        device_mb=start.device_mb,
+        file_mb=start.file_mb,
+        joules=None if None in joules else sum(joules) / (len(calls) * start.batch),
+        worst_cosine=start.worst_cosine,
+        worst_sqnr_db=start.worst_sqnr_db,
+    )

@@ -1,0 +1,384 @@
+"""One contender, alone in its process: loads, says how that went, and then takes a turn whenever it is asked for one.
+
+``python -m edge_backbones.bench.contender`` reads JSON lines and writes JSON lines. The first line it reads is a `Task`, the
+first that it writes a `Start`; then each `Turn` is answered with its `Calls`. A failure is a line ``{"failed": message}``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+
+from edge_backbones.bench import energy
+from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.errors import EdgeBackbonesError, InputError
+from edge_backbones.images import network_input
+from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.runtime.openvino import OpenVinoSession, compile_model
+from edge_backbones.spec import Precision
+
+Call: TypeAlias = Callable[[np.ndarray], Sequence[Any]]
+
+_WARM_UP = 3
+
+
+class Task(msgspec.Struct, kw_only=True):
+    """``peer``: a name of `MAKERS`. ``engine``: of the bundle, for ``edge``. ``file``: a graph made for the peer."""
+
+    peer: str
+    bundle: str
+    engine: str | None = None
+    threads: int = 1
+    device: str = "cpu"
+    file: str | None = None
+
+
+class Start(msgspec.Struct, kw_only=True):
+    """``batch``: images of a call. ``resident_mb``, ``device_mb``: what loading and the first call added."""
+
+    batch: int
+    load_s: float
+    first_call_ms: float
+    resident_mb: float
+    device_mb: float | None
+    file_mb: float | None
+    versions: dict[str, str]
+    worst_cosine: float | None
+    worst_sqnr_db: float | None
+
+
+class Turn(msgspec.Struct, kw_only=True):
+    """Call for at least so many seconds and at least so many times."""
+
+    seconds: float
+    calls: int
+
+
+class Calls(msgspec.Struct, kw_only=True):
+    """Milliseconds of every call, the share of machine time that other guests of the host took meanwhile, and the joules of
+    all of them where there is a meter."""
+
+    milliseconds: list[float]
+    stolen_share: float
+    joules: float | None
+
+
+class Failed(msgspec.Struct, kw_only=True):
+    failed: str
+
+
+class Loaded(msgspec.Struct, kw_only=True):
+    """``call`` takes what the bundle's engine takes, and returns the feature maps in the bundle's order; ``exact`` says that
+    they are those of the bundle's network, so that they may be held against its golden samples."""
+
+    call: Call
+    versions: dict[str, str]
+    file: Path | None = None
+    exact: bool = True
+
+
+# ---- the contenders
+
+
+def edge(bundle: Bundle, task: Task) -> Loaded:
+    backbone = EdgeBackbone.from_pretrained(
+        bundle.path, engine=task.engine, threads=task.threads, device=task.device, allow_host_code=False
+    )
+    record = next(e for e in bundle.manifest.engines if e.name == task.engine)
+
+    def call(images: np.ndarray) -> Sequence[Any]:
+        return backbone(images).feature_maps
+
+    versions: dict[str, str] = {record.key.flavour: record.key.library_version}
+    return Loaded(call=call, versions=versions, file=bundle.path / record.file.path)
+
+
+def torch(bundle: Bundle, task: Task) -> Loaded:
+    library, net = _network(bundle, task)
+    return Loaded(call=_torch_call(library, net, bundle, task.device), versions=_version("torch"), exact=False)
+
+
+def torch_compile(bundle: Bundle, task: Task) -> Loaded:
+    library, net = _network(bundle, task)
+    compiled = library.compile(net)
+    return Loaded(call=_torch_call(library, compiled, bundle, task.device), versions=_version("torch"), exact=False)
+
+
+def torchscript(bundle: Bundle, task: Task) -> Loaded:
+    graph = next((g for g in bundle.manifest.graphs if g.format == "torchscript"), None)
+    if graph is None:
+        raise InputError(f"{bundle.path} has no TorchScript file: build it without --no-torchscript")
+    library = _torch(task.threads)
+    module = library.jit.load(bundle.path / graph.file.path, map_location=_torch_device(task.device))
+
+    def call(images: np.ndarray) -> Sequence[Any]:
+        with library.inference_mode():
+            maps = module(library.from_numpy(images).to(_torch_device(task.device)))
+            return [one.cpu().numpy() for one in (maps if isinstance(maps, (tuple, list)) else (maps,))]
+
+    return Loaded(call=call, versions=_version("torch"), file=bundle.path / graph.file.path)
+
+
+def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
+    import onnxruntime as library
+
+    options = library.SessionOptions()
+    options.intra_op_num_threads = task.threads
+    provider = "CPUExecutionProvider" if task.device == "cpu" else "CUDAExecutionProvider"
+    if provider not in library.get_available_providers():
+        raise InputError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
+    graph = fp32_graph(bundle)
+    session = library.InferenceSession(graph, options, providers=[provider])
+    names, input = list(bundle.manifest.backbone.outputs), bundle.manifest.input.name
+    return Loaded(call=lambda images: session.run(names, {input: images}), versions=_version("onnxruntime"), file=graph)
+
+
+def openvino(bundle: Bundle, task: Task) -> Loaded:
+    """The fp32 graph, or the graph that was prepared: as the library itself compiles it, for one call at a time."""
+    import openvino as library
+
+    graph = fp32_graph(bundle) if task.file is None else Path(task.file)
+    # In fp32 where the graph is: some CPUs would take bf16, which is another network than the one that is compared.
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": task.threads,
+        "NUM_STREAMS": 1,
+    }
+    core = library.Core()
+    model = core.compile_model(graph, "CPU", settings)
+    request = model.create_infer_request()
+    names = bundle.manifest.backbone.outputs
+    ports = [next(i for i, port in enumerate(model.outputs) if name in port.get_names()) for name in names]
+
+    def call(images: np.ndarray) -> Sequence[Any]:
+        request.infer([images], share_inputs=True, share_outputs=True)
+        return [request.get_output_tensor(port).data for port in ports]
+
+    return Loaded(call=call, versions=_version("openvino"), file=graph)
+
+
+def graph(bundle: Bundle, task: Task) -> Loaded:
+    assert task.file is not None  # whoever asks for a graph says which
+    blob = compile_model(Path(task.file).read_bytes())
+    runtime = OpenVinoSession(bytearray(blob), outputs=bundle.manifest.backbone.outputs, threads=task.threads)
+    return Loaded(call=runtime.run, versions=_version("openvino"), file=Path(task.file))
+
+
+MAKERS: dict[str, Callable[[Bundle, Task], Loaded]] = {
+    "edge": edge,
+    "torch": torch,
+    "torch-compile": torch_compile,
+    "torchscript": torchscript,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "nncf": openvino,  # which runs what NNCF wrote
+    "graph": graph,
+}
+
+
+def fp32_graph(bundle: Bundle) -> Path:
+    """The fp32 ONNX file of a bundle, which peers run; InputError with the way to one."""
+    graph = bundle.manifest.onnx_graph(Precision.FP32)
+    if graph is None:
+        raise InputError(f"{bundle.path} has no fp32 graph to compare with: build it with --precision fp32 as well")
+    return bundle.path / graph.file.path
+
+
+def _version(distribution: str) -> dict[str, str]:
+    return {distribution: importlib.metadata.version(distribution)}
+
+
+def _torch(threads: int) -> Any:
+    import torch as library
+
+    library.set_num_threads(threads)
+    return library
+
+
+def _torch_device(device: str) -> str:
+    return "cuda:0" if device == "cuda" else device
+
+
+def _network(bundle: Bundle, task: Task) -> tuple[Any, Any]:
+    """The bundle's network as its library makes it, with random weights: they do not decide how fast it is."""
+    from edge_backbones.build.sources.common import SourceOptions
+    from edge_backbones.build.sources.load import load_source
+
+    library = _torch(task.threads)
+    source, spec, input = bundle.manifest.source, bundle.manifest.backbone, bundle.manifest.input
+    if source.library == "torch":
+        raise InputError(f"{source.name} is a module of somebody's own, which {bundle.path} does not hold")
+    described: Any = source.name
+    if source.library == "transformers":
+        import transformers
+
+        described = transformers.AutoConfig.for_model(**source.config)
+    options = SourceOptions(
+        weights="random:0",
+        num_channels=input.channels,
+        img_size=(input.height.opt, input.width.opt),
+        out_indices=spec.out_indices,
+        hidden_states=bool(spec.hidden_states),
+        output_stride=source.options.get("output_stride"),
+        dataset_index=source.options.get("dataset_index", 0),
+    )
+    net = load_source(described, options).module.eval().to(_torch_device(task.device))
+    return library, net
+
+
+def _torch_call(library: Any, net: Any, bundle: Bundle, device: str) -> Call:
+    """The network takes normalised pixels: for a bundle that takes camera frames, numpy normalises them first."""
+    config, input, place = bundle.manifest.image, bundle.manifest.input, _torch_device(device)
+
+    def call(images: np.ndarray) -> Sequence[Any]:
+        with library.inference_mode():
+            maps = net(library.from_numpy(network_input(images, config, input)).to(place))
+            return [one.cpu().numpy() for one in maps]
+
+    return call
+
+
+# ---- one process
+
+
+def main() -> None:
+    with _answers() as answer:
+        requests = sys.stdin.buffer
+        try:
+            task = msgspec.json.decode(requests.readline(), type=Task)
+            call, images, start = _start(task)
+            answer(start)
+            for line in requests:
+                answer(_take_turn(call, images, msgspec.json.decode(line, type=Turn)))
+        except (KeyboardInterrupt, BrokenPipeError):
+            return
+        except Exception as error:  # whatever a library raises is what its contender has to say
+            known = isinstance(error, EdgeBackbonesError)
+            answer(Failed(failed=_one_line(error) if known else f"{type(error).__name__}: {_one_line(error)}"))
+
+
+@contextlib.contextmanager
+def _answers() -> Iterator[Callable[[msgspec.Struct], None]]:
+    """Standard output is for answers alone: what libraries print goes to standard error."""
+    channel = os.dup(1)
+    os.dup2(2, 1)
+    with os.fdopen(channel, "wb") as file:
+
+        def answer(what: msgspec.Struct) -> None:
+            file.write(msgspec.json.encode(what) + b"\n")
+            file.flush()
+
+        yield answer
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _start(task: Task) -> tuple[Call, np.ndarray, Start]:
+    bundle = Bundle.open(task.bundle)
+    golden = load_golden(bundle)
+    input = bundle.manifest.input
+    images = np.random.default_rng(0).integers(0, 256, input.opt_shape).astype(input.dtype)
+    if input.dtype != "uint8":
+        images = (images / 128 - 1).astype(input.dtype)
+    resident, device = _resident_mb(), energy.device_memory_mb(task.device)
+    begin = time.perf_counter()
+    loaded = MAKERS[task.peer](bundle, task)
+    load_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    loaded.call(images)
+    first_call_ms = 1e3 * (time.perf_counter() - begin)
+    after = energy.device_memory_mb(task.device)
+    start = Start(
+        batch=input.batch.opt,
+        load_s=load_s,
+        first_call_ms=first_call_ms,
+        resident_mb=_resident_mb() - resident,
+        device_mb=None if device is None or after is None else after - device,
+        file_mb=None if loaded.file is None else _size_mb(loaded.file),
+        versions=loaded.versions,
+        worst_cosine=None,
+        worst_sqnr_db=None,
+    )
+    if loaded.exact:
+        start.worst_cosine, start.worst_sqnr_db = _parity(loaded.call, bundle, golden)
+    return loaded.call, images, start
+
+
+def _parity(call: Call, bundle: Bundle, golden: dict[str, np.ndarray]) -> tuple[float, float]:
+    """The worst image of the golden samples of opt size, over all feature maps."""
+    from edge_backbones.build.parity import compare
+    from edge_backbones.manifest import Gate
+
+    input, names = bundle.manifest.input, bundle.manifest.backbone.out_features
+    outputs = bundle.manifest.backbone.outputs
+    inputs = golden[f"opt/{input.name}"]
+    batch = input.batch.opt
+    found = []
+    for first in range(0, len(inputs), batch):
+        images = inputs[first : first + batch]
+        filled = np.concatenate([images, images[-1:].repeat(batch - len(images), axis=0)])
+        maps = dict(zip(outputs, call(np.ascontiguousarray(filled)), strict=False))
+        for name in names:
+            for index in range(len(images)):
+                expected = golden[f"opt/{name}"][first + index]
+                found.append(compare(name, expected, np.asarray(maps[name][index]), Gate()))
+    return min(one.cosine for one in found), min(one.sqnr_db for one in found)
+
+
+def _take_turn(call: Call, images: np.ndarray, turn: Turn) -> Calls:
+    for _ in range(_WARM_UP):
+        call(images)
+    milliseconds: list[float] = []
+    stolen, total = _stolen_ticks()
+    with energy.metered() as meter:
+        begin = time.perf_counter()
+        while len(milliseconds) < turn.calls or time.perf_counter() - begin < turn.seconds:
+            start = time.perf_counter()
+            call(images)
+            milliseconds.append(1e3 * (time.perf_counter() - start))
+    stolen_after, total_after = _stolen_ticks()
+    share = (stolen_after - stolen) / max(1, total_after - total)
+    return Calls(milliseconds=milliseconds, stolen_share=share, joules=meter.joules)
+
+
+def _stolen_ticks() -> tuple[int, int]:
+    """Clock ticks that other guests of the host took from this machine, and all ticks (Linux; elsewhere nothing)."""
+    try:
+        ticks = [int(value) for value in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return ticks[7], sum(ticks)
+
+
+def _resident_mb() -> float:
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:  # the most so far, where the present is not told
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _size_mb(path: Path) -> float:
+    """With the weights that lie beside an OpenVINO model."""
+    beside = path.with_suffix(".bin")
+    files = [path, beside] if path.suffix == ".xml" and beside.exists() else [path]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Energy and device memory, from the meters that a machine has.
+
+- RAPL (``/sys/class/powercap``): energy counters of Intel's and AMD's CPU packages; Linux lets root read them.
+- INA3221 (``hwmon``): the power monitor on Jetson boards. Its rail for the whole board is read 20 times a second; it shows
+  milliamperes and millivolts.
+- NVML (nvidia-ml-py): energy counters and memory of NVIDIA GPUs.
+
+What a machine lacks is None, never a guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SAMPLES_PER_SECOND = 20
+_BOARD_RAILS = ("VDD_IN", "POM_5V_IN", "VIN", "VIN_SYS_5V0")  # what Jetson boards call the input of the whole module
+
+
+@dataclass
+class Metered:
+    """``joules`` of the machine while it was metered; None without a meter, and until the end."""
+
+    joules: float | None = None
+
+
+@contextlib.contextmanager
+def metered(root: Path = Path("/")) -> Iterator[Metered]:
+    """Meter what is done inside. Jetson's board rail counts alone; elsewhere the CPU packages and GPUs are added up."""
+    found = Metered()
+    rail = board_rail(root)
+    if rail is not None:
+        with _sampled(rail) as samples:
+            yield found
+        found.joules = _integral(samples)
+        return
+    counters = [*cpu_counters(root), *gpu_counters()]
+    before = [read() for read, _ in counters]
+    yield found
+    if counters:
+        spent = [(read() - start) % wrap for (read, wrap), start in zip(counters, before, strict=True)]
+        found.joules = sum(spent)
+
+
+def cpu_counters(root: Path = Path("/")) -> list[tuple[Callable[[], float], float]]:
+    """For every CPU package: its joules so far, and where that counter wraps."""
+    counters: list[tuple[Callable[[], float], float]] = []
+    for folder in sorted((root / "sys/class/powercap").glob("*-rapl:[0-9]*")):
+        if folder.name.count(":") > 1:  # a part of a package, counted there already
+            continue
+        try:
+            _number(folder / "energy_uj")
+            wrap = _number(folder / "max_energy_range_uj")
+        except (OSError, ValueError):
+            continue  # not for this user
+        counters.append((lambda file=folder / "energy_uj": _number(file) / 1e6, wrap / 1e6))  # type: ignore[misc]
+    return counters
+
+
+def board_rail(root: Path = Path("/")) -> Callable[[], float] | None:
+    """Watts of a Jetson board, from its INA3221; None elsewhere."""
+    for label in sorted((root / "sys/bus/i2c/drivers/ina3221").glob("*/hwmon/hwmon*/in*_label")):
+        if label.read_text(encoding="ascii").strip() not in _BOARD_RAILS:
+            continue
+        number = label.name.removeprefix("in").removesuffix("_label")
+        volts, amperes = label.with_name(f"in{number}_input"), label.with_name(f"curr{number}_input")
+        try:
+            _number(volts), _number(amperes)
+        except (OSError, ValueError):
+            continue
+        return lambda: _number(volts) * _number(amperes) / 1e6
+    return None
+
+
+def gpu_counters() -> list[tuple[Callable[[], float], float]]:
+    """For every NVIDIA GPU that counts its energy: joules so far; the counter does not wrap."""
+    library = _nvml()
+    if library is None:
+        return []
+    counters: list[tuple[Callable[[], float], float]] = []
+    for index in range(library.nvmlDeviceGetCount()):
+        handle = library.nvmlDeviceGetHandleByIndex(index)
+        try:
+            library.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except library.NVMLError:
+            continue  # before Volta
+        counters.append((lambda h=handle: library.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3, float("inf")))  # type: ignore[misc]
+    return counters
+
+
+def device_memory_mb(device: str) -> float | None:
+    """Used memory of the GPU that ``device`` names (``cuda:1``), by all processes; None for the CPU and without NVML."""
+    library = _nvml() if device != "cpu" else None
+    if library is None:
+        return None
+    handle = library.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
+    return float(library.nvmlDeviceGetMemoryInfo(handle).used) / 1e6
+
+
+def _nvml() -> Any:
+    """nvidia-ml-py, started; None where it is not installed or finds no driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
+
+
+def _number(file: Path) -> float:
+    return float(file.read_text(encoding="ascii"))
+
+
+@contextlib.contextmanager
+def _sampled(watts: Callable[[], float]) -> Iterator[list[tuple[float, float]]]:
+    """(seconds, watts) from before the first to after the last moment."""
+    samples = [(time.perf_counter(), watts())]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(1 / _SAMPLES_PER_SECOND):
+            samples.append((time.perf_counter(), watts()))
+
+    thread = threading.Thread(target=sample, name="power meter", daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+        samples.append((time.perf_counter(), watts()))
+
+
+def _integral(samples: list[tuple[float, float]]) -> float:
+    pairs = itertools.pairwise(samples)
+    return sum((end - start) * (before + after) / 2 for (start, before), (end, after) in pairs)

@@ -1,0 +1,30 @@
+"""Quantise an ONNX file with NNCF: ``python nncf_graph.py GRAPH IMAGES.npz OUT.xml``.
+
+Needs nncf, openvino and numpy, and nothing of this package: NNCF may live in an environment of its own.
+"""
+
+import sys
+
+import numpy as np
+
+
+def main() -> None:
+    graph, images, out = sys.argv[1:]
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(graph)
+    is_transformer = any(op.get_type_name() == "Softmax" for op in model.get_ops())
+    with np.load(images) as archive:
+        batches = list(archive["images"])
+    quantised = nncf.quantize(
+        model,
+        nncf.Dataset(batches),
+        subset_size=len(batches),
+        model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
+    )
+    openvino.save_model(quantised, out, compress_to_fp16=False)
+
+
+if __name__ == "__main__":
+    main()
