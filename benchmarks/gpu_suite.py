@@ -191,6 +191,7 @@ class Suite:
             for model in MODELS:
                 for batch in BATCHES:
                     self.add(Part(f"benchmark: {model}, batch {batch}", "not run", reason))
+            self.add(Part("roofline", "not run", reason))
 
     def run(self) -> None:
         half = self.options.only
@@ -224,6 +225,10 @@ class Suite:
                 for batch in BATCHES:
                     name = f"benchmark: {model}, batch {batch}"
                     self.measure(name, lambda batch=batch, kinds=kinds: self._compare(model, batch, kinds))  # noqa: B023
+        self.measure(
+            "roofline",
+            lambda: self._ask("roofline", timed=timed_engines(self.parts), bundles=str(self.options.bundles)),
+        )
 
     def measure(self, name: str, action: Callable[[], dict[str, Any]]) -> Part:
         """Do one part. What is missing makes it "not run", any exception "failed"."""
@@ -417,6 +422,18 @@ def contender_name(kind: dict[str, Any]) -> str:
     names = {"eager": "torch eager", "compile": "torch.compile max-autotune"}
     words = [names.get(kind["kind"], kind["kind"]), kind.get("precision", "fp16")]
     return " ".join([*words, *(["with CUDA graphs"] if kind.get("cuda_graphs") else [])])
+
+
+def timed_engines(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """What the benchmark's parts timed, as the roofline's task takes it."""
+    found = []
+    for part in parts:
+        named = re.fullmatch(r"benchmark: (?P<model>.+), batch (?P<batch>\d+)", part.name)
+        for name, figures in part.figures.get("contenders", {}).items() if named else ():
+            precision = "int8" if " int8" in name else "fp16"
+            engine = {"name": name, "precision": precision, "milliseconds": figures["pipelined_ms"]}
+            found.append({"model": named["model"], "batch": int(named["batch"]), **engine})
+    return found
 
 
 def medians(turns: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -410,6 +410,89 @@ def ceilings(device: int) -> Iterator[dict[str, Any]]:
     yield {**figures, "fp16_matmul_tflops": 2 * n**3 / statistics.median(milliseconds) / 1e9, "matmul_size": n}
 
 
+def roofline(device: int, timed: list[dict[str, Any]], bundles: str) -> Iterator[dict[str, Any]]:
+    """This GPU's ceilings by number format, and where every engine that was timed is below them."""
+    found, not_run = matrix_ceilings(device)
+    copied = next(ceilings(device))["copy_gb_per_s"] * 1e9
+    answer: dict[str, Any] = {"operations_per_second": found, "bytes_per_second": copied, "not_run": not_run}
+    engines, missing = rooflines(timed, found, copied, Path(bundles))
+    yield {**answer, "engines": engines, "not_run": {**not_run, **missing}}
+
+
+def matrix_ceilings(device: int | str, side: int = 8192) -> tuple[dict[str, float], dict[str, str]]:
+    """Operations per second of a large matrix product of torch, the best of several, and why a format has none."""
+    import torch
+
+    place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
+    generator = torch.Generator(place).manual_seed(0)
+
+    def floats(dtype: Any) -> tuple[Any, Any]:
+        return tuple(torch.randn(side, side, device=place, generator=generator).to(dtype) for _ in range(2))
+
+    def product(kind: str) -> Callable[[], Any]:
+        if kind == "int8":
+            a, b = (
+                torch.randint(-127, 128, (side, side), device=place, generator=generator, dtype=torch.int8)
+                for _ in range(2)
+            )
+            return lambda: torch._int_mm(a, b)
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+        a, b = floats({"fp16": torch.float16, "bf16": torch.bfloat16}.get(kind, torch.float32))
+        return lambda: a @ b
+
+    def wait() -> None:
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+
+    found, not_run = {}, {}
+    for kind in ("fp16", "bf16", "tf32", "fp32", "int8"):
+        try:
+            call = product(kind)
+            for _ in range(3):
+                call()
+            wait()
+            seconds = []
+            for _ in range(10):
+                start = time.perf_counter()
+                call()
+                wait()
+                seconds.append(time.perf_counter() - start)
+        except (RuntimeError, AttributeError) as error:  # this GPU or this release has no such product
+            not_run[f"{kind} product"] = " ".join(str(error).split())[:500]
+            continue
+        found[kind] = 2 * side**3 / min(seconds)
+    return found, not_run
+
+
+def rooflines(
+    timed: Sequence[dict[str, Any]], operations: dict[str, float], copied: float, bundles: Path
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """For every engine (model, batch, name, precision, milliseconds) what its bundle's graph needs at least, and what
+    cannot be told. Pipelined calls: the host is not what is measured."""
+    import msgspec
+
+    from edge_backbones.bench.roofline import Ceilings, count_graph
+    from edge_backbones.bench.roofline import roofline as against
+    from edge_backbones.errors import InputError
+
+    best = Ceilings(threads=1, operations_per_second=operations, bytes_per_second=copied)
+    engines, missing = [], {}
+    for engine in timed:
+        path = bundles / f"{engine['model']}-{engine['precision']}.bundle" / "graphs" / f"{engine['precision']}.onnx"
+        what = f"{engine['model']}, batch {engine['batch']}, {engine['name']}"
+        if not path.is_file():
+            missing[what] = f"{path.parent.parent.name} is not in {bundles}: make it with --prepare"
+            continue
+        try:
+            work = count_graph(path, (engine["batch"], 3, SIZE, SIZE))
+            found = against(work, best, engine["milliseconds"], engine["batch"])
+        except (InputError, MissingDependencyError) as error:
+            missing[what] = str(error)
+            continue
+        engines.append({**engine, **msgspec.to_builtins(found)})
+    return engines, missing
+
+
 def rtx_answer(device: int, bundles: str | None = None) -> Iterator[dict[str, Any]]:
     """What TensorRT-RTX says to this GPU, in its own words: plans for its default targets, and for the GPU at hand."""
     library = require_tensorrt("tensorrt_rtx")
@@ -658,6 +741,7 @@ TASKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "contend": contend,
     "compile_plan": compile_plan,
     "ceilings": ceilings,
+    "roofline": roofline,
     "rtx_answer": rtx_answer,
     "overhead": overhead,
 }

@@ -21,10 +21,14 @@ import timm
 import torch
 from torch import nn
 
-from benchmarks import accuracy_peers, peers, readme_table
-from benchmarks.run import CACHE, MODELS, build, is_current, machine
+from benchmarks import accuracy_peers, readme_table
+from benchmarks.run import CACHE, build, is_current, machine
+from benchmarks.run import MODELS as STAGES
 from build_scripts.photographs import write_crops
 from edge_backbones import BuildOptions, Bundle, build_bundle
+from edge_backbones.bench.compare import CompareOptions, measure
+from edge_backbones.bench.contender import Task
+from edge_backbones.bench.results import ratio_of
 from edge_backbones.build import calibrate
 from edge_backbones.build.artifacts import ExportedGraph, TypedGraph
 from edge_backbones.build.calibration import gather_images
@@ -35,6 +39,7 @@ from edge_backbones.manifest import Gate
 from edge_backbones.spec import Precision
 
 RESULTS = Path(__file__).parent / "results" / "int8_graphs.json"
+MODELS = ("resnet50", "mobilenetv3_large_100", "convnext_tiny", "vit_small_patch16_224")
 CALIBRATION = 16
 NORMALISED = ("convnext_tiny", "vit_small_patch16_224")  # batch norm is folded, layer norm stays in the graph
 THREADS = (2, 1)  # two wait for each other, and on a busy machine that is most of what a median shows
@@ -78,7 +83,7 @@ def trained_like(model: str, photographs: Path) -> Path:
     target = CACHE / f"{model}.trained-like.bundle"
     if not is_current(target):
         print(f"building {target.name}", flush=True)
-        indices = tuple(int(index) for index in MODELS[model][0].split(","))
+        indices = tuple(int(index) for index in STAGES[model].split(","))
         torch.manual_seed(0)
         net = timm.create_model(model, features_only=True, out_indices=indices).eval()
         with torch.no_grad():
@@ -110,14 +115,23 @@ def modelopt_graph(bundle: Path, photographs: Path, python: str) -> Path:
 
 def speed(bundle: Path, theirs: Path, threads: int, rounds: int) -> dict[str, Any]:
     """How many times as long ModelOpt's graph takes as ours: medians, and the fastest calls."""
-    ours, other = f"graph={bundle / 'graphs' / 'int8.onnx'}", f"graph={theirs}"
-    comparison = peers.measure(bundle, kinds=(ours, other), rounds=rounds, threads=threads)
+    files = {"ours": bundle / "graphs" / "int8.onnx", "modelopt": theirs}
+    tasks = {
+        name: Task(peer="graph", bundle=str(bundle), threads=threads, file=str(file)) for name, file in files.items()
+    }
+    found = measure(tasks, CompareOptions(turns=rounds, calls=40, seconds=2.0))
+    ours, other = found["ours"], found["modelopt"]
+    if other.missing:
+        raise SystemExit(f"ModelOpt's graph does not run: {other.missing}")
+    assert ours.fastest_ms is not None
+    assert other.fastest_ms is not None
+    ratio = ratio_of("modelopt", other.turns, ours.turns)
     return {
-        "modelopt_over_ours": round(comparison.ratio(other, ours), 3),
-        "modelopt_over_ours_fastest_call": round(comparison.ratio_of_fastest(other, ours), 3),
-        "ours_ms": [round(value, 2) for value in comparison.rounds[ours]],
-        "modelopt_ms": [round(value, 2) for value in comparison.rounds[other]],
-        "stolen_share": round(comparison.stolen_share, 3),
+        "modelopt_over_ours": round(ratio.median, 3),
+        "bounds": [round(ratio.low, 3), round(ratio.high, 3)],
+        "modelopt_over_ours_fastest_call": round(other.fastest_ms / ours.fastest_ms, 3),
+        "ours_ms": [round(value, 2) for value in ours.turns],
+        "modelopt_ms": [round(value, 2) for value in other.turns],
     }
 
 

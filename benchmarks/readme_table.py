@@ -10,7 +10,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 _BLOCK = re.compile(r"<!-- figures of (?P<path>\S+) -->\n.*?<!-- end of figures -->\n", re.DOTALL)
-_PEERS = {"onnxruntime": "ONNX Runtime", "nncf": "NNCF", "modelopt": "ModelOpt"}
+_PEERS = {
+    "torch": "torch",
+    "torch-compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO fp32",
+    "nncf": "NNCF",
+    "modelopt": "ModelOpt",
+}
 
 
 def render(path: str) -> str:
@@ -38,17 +45,39 @@ def _is_bench(path: str) -> bool:
 
 
 def _bench(results: dict[str, Any]) -> list[str]:
-    machine = results["machine"]
-    openvino = machine["versions"]["openvino"]
+    machine, comparisons = results["machine"], results["comparisons"]
+    peers = [m["name"] for m in next(iter(comparisons.values()))["measurements"][1:]]
     return [
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), OpenVINO",
-        f"{openvino}, batch 1 at 224 x 224; peers side by side, each alone in its process, alternating, medians of the",
-        "calmer rounds:",
+        f"{machine['versions']['openvino']}, batch 1 at 224 x 224: how many times our int8 engine's time each peer takes,",
+        'and the bounds of that median with 95 % confidence; "=" where this machine does not tell which is faster. SQNR is',
+        "that of the worst feature map, for networks with random weights.",
+        "",
+        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in peers)} | SQNR: ours, NNCF's | of the roofline |",
+        f"|---|---|{'---|' * len(peers)}---|---|",
+        *(_compared(model, one, peers, results["rooflines"][model]) for model, one in comparisons.items()),
         "",
         "| figure | measured | target |",
         "|---|---|---|",
         *(_row(figure) for figure in results["figures"]),
     ]
+
+
+def _compared(model: str, comparison: dict[str, Any], peers: list[str], roofline: dict[str, Any]) -> str:
+    measurements = {m["name"]: m for m in comparison["measurements"]}
+    ratios = {ratio["name"]: ratio for ratio in comparison["ratios"]}
+    cells = []
+    for name in peers:
+        ratio = ratios.get(name)
+        if ratio is None:
+            cells.append("absent")
+            continue
+        same = " =" if ratio["low"] <= 1 <= ratio["high"] else ""
+        cells.append(f"{ratio['median']:.2f}x{same} ({ratio['low']:.2f} to {ratio['high']:.2f})")
+    decibels = [measurements[name].get("worst_sqnr_db") for name in ("edge", "nncf") if name in measurements]
+    quality = ", ".join("-" if value is None else f"{value:.1f} dB" for value in decibels)
+    reached = f"{100 * roofline['fraction']:.0f} % ({roofline['bound']})"
+    return f"| {model} | {measurements['edge']['median_ms']:.1f} ms | {' | '.join(cells)} | {quality} | {reached} |"
 
 
 def _accuracy(results: dict[str, Any]) -> list[str]:

@@ -1,88 +1,184 @@
 """``make bench``: every figure with its target, printed and written to benchmarks/results/<machine>.json.
 
 Bundles are built once from seeded random weights (speed does not depend on the values) and kept in .cache/bench. Their
-int8 gates are open: these bundles are for timing, and random weights of some architectures do not survive 8 bits.
+int8 gates are open: these bundles are for timing, and random weights of some architectures do not survive 8 bits. Their int8
+engine is the one that ``--precision auto`` ships wherever it is faster than fp32, which is among the contenders ("openvino").
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
+import math
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, peers, readme_table
+import msgspec
+
+from benchmarks import end_to_end, figures, growth, readme_table
 from build_scripts.photographs import write_crops
+from edge_backbones.bench import roofline
+from edge_backbones.bench.compare import CompareOptions, compare, read_images
+from edge_backbones.bench.results import Comparison, regressions
 from edge_backbones.bundle import Bundle
 from edge_backbones.errors import BundleError
 from edge_backbones.runtime.compat import this_host
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 CACHE = ROOT / ".cache" / "bench"
 
-# Kept stages, and how much faster than torch eager fp32 and ONNX Runtime fp32 the int8 engine has to be.
-MODELS: dict[str, tuple[str, float, float]] = {
-    "resnet50": ("1,2,3,4", 4.5, 2.3),
-    "mobilenetv3_large_100": ("0,1,2,3,4", 5.0, 1.3),
-    "convnext_tiny": ("0,1,2,3", 2.6, 2.1),
-    "vit_small_patch16_224": ("2,5,8,11", 2.4, 2.3),
+MODELS = {  # and the stages that are kept
+    "resnet50": "1,2,3,4",
+    "mobilenetv3_large_100": "0,1,2,3,4",
+    "efficientnet_b0": "0,1,2,3,4",
+    "convnext_tiny": "0,1,2,3",
+    "vit_small_patch16_224": "2,5,8,11",
+    "swin_tiny_patch4_window7_224": "0,1,2,3",
 }
+QUICK = ("mobilenetv3_large_100", "efficientnet_b0")
+TARGETS = {"torch": 3.5, "torch-compile": 2.0, "onnxruntime": 2.0, "nncf": 1.0}  # of the geometric means
+PEERS = ("torch", "torch-compile", "onnxruntime", "openvino", "nncf")
+PARTS = ("figures", "growth", "end_to_end")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="times that every contender is started")
+    parser.add_argument("--turns", type=int, default=9, help="turns of every contender")
     parser.add_argument(
-        "--only",
-        choices=(*MODELS, "figures"),
-        help="measure the peers of one model, or all else, and keep the other figures",
+        "--only", nargs="+", choices=(*MODELS, *PARTS), help="measure these, and keep the other figures"
     )
+    parser.add_argument("--quick", action="store_true", help="two networks and the short figures; nothing is stored")
+    parser.add_argument("--nncf", help="Python that has NNCF; without one it is listed as absent")
     parser.add_argument("--rebuild", action="store_true", help="build the bundles again")
     arguments = parser.parse_args()
+    path = RESULTS / f"{machine_name()}.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # what --only does not measure stays
+    wanted = arguments.only or ([*QUICK, *PARTS] if arguments.quick else [*MODELS, *PARTS])
+
     photographs = CACHE / "photographs"
     if not photographs.exists():
         write_crops(photographs, 68)
-    bundles = {model: build(model, photographs, rebuild=arguments.rebuild) for model in MODELS}
+    needed = [m for m in MODELS if m in wanted or ("figures" in wanted and m in ("resnet50", "mobilenetv3_large_100"))]
+    if arguments.quick:
+        needed = [m for m in needed if m in QUICK]
+    bundles = {model: build(model, photographs, rebuild=arguments.rebuild) for model in needed}
 
+    comparisons: dict[str, Comparison] = {}
+    for model in (m for m in MODELS if m in wanted):
+        comparisons[model] = compare_model(model, bundles[model], photographs, arguments)
+        show(comparisons[model], stored.get("comparisons", {}).get(model))
+    rooflines = roofline_of(comparisons, bundles)
     rows: list[dict[str, Any]] = []
-    for model, bundle in bundles.items():
-        if arguments.only in (None, model):
-            add_peers(rows, model, bundle, arguments.rounds)
-    if arguments.only in (None, "figures"):
-        add_figures(rows, bundles, photographs)
+    if "figures" in wanted:
+        add_figures(rows, bundles, photographs, quick=arguments.quick)
+    if "end_to_end" in wanted:
+        add_end_to_end(rows, rounds=3 if arguments.quick else 9)
+    if "growth" in wanted:
+        laws = growth.measure(quick=arguments.quick)
+        if not arguments.quick:
+            growth.draw(laws, RESULTS / "growth.png")
+            (RESULTS / "growth.json").write_text(json.dumps(laws, indent=1) + "\n", encoding="utf-8")
+    if arguments.quick:
+        add_means(rows, comparisons)
+        sys.exit(0 if all(row["reached"] for row in rows) else 1)
 
-    path = ROOT / "benchmarks" / "results" / f"{machine_name()}.json"
-    if arguments.only is not None:
-        again = {row["what"]: row for row in rows}
-        before = {row["what"]: row for row in json.loads(path.read_text(encoding="utf-8"))["figures"]}
-        rows = list({**before, **again}.values())
-    path.write_text(json.dumps({"machine": machine(), "figures": rows}, indent=2) + "\n", encoding="utf-8")
+    everybody = {**stored.get("comparisons", {}), **{m: msgspec.to_builtins(c) for m, c in comparisons.items()}}
+    add_means(rows, {m: msgspec.convert(everybody[m], Comparison) for m in MODELS if m in everybody})
+    again = {row["what"]: row for row in rows}
+    before = {row["what"]: row for row in stored.get("figures", ()) if arguments.only}
+    results = {
+        "machine": machine(),
+        "comparisons": {m: everybody[m] for m in MODELS if m in everybody},
+        "rooflines": {**stored.get("rooflines", {}), **rooflines},
+        "figures": list({**before, **again}.values()),
+    }
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     shown = path.relative_to(ROOT).as_posix()
     readme_table.update(shown)
-    print(f"wrote {shown} and the table of README.md")
+    print(f"wrote {shown} and the tables of README.md")
     sys.exit(0 if all(row["reached"] for row in rows) else 1)
 
 
-def add_peers(rows: list[dict[str, Any]], model: str, bundle: Path, rounds: int) -> None:
-    """How much faster the int8 engine is than its peers."""
-    comparison = peers.measure(bundle, rounds=rounds)
-    milliseconds = {kind: comparison.milliseconds(kind) for kind in comparison.rounds}
-    milliseconds["stolen_share"] = comparison.stolen_share
-    for peer, target in zip(("torch", "onnxruntime"), MODELS[model][1:], strict=True):
-        ratio = comparison.ratio(peer, "edge")
-        add(rows, f"{model}: int8 engine faster than {peer} fp32", ratio, target, "x", at_least=True, **milliseconds)
+def compare_model(model: str, bundle: Path, photographs: Path, arguments: argparse.Namespace) -> Comparison:
+    """The int8 engine beside every peer, batch 1, two threads."""
+    print(f"comparing {model}", flush=True)
+    options = CompareOptions(
+        engine="int8",
+        vs=PEERS,
+        threads=2,
+        turns=3 if arguments.quick else arguments.turns,
+        images=read_images(photographs, Bundle.open(bundle)),
+        pythons={} if arguments.nncf is None else {"nncf": arguments.nncf},
+    )
+    return compare(bundle, options)
 
 
-def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], photographs: Path) -> None:
+def show(comparison: Comparison, stored: dict[str, Any] | None) -> None:
+    """One line per contender, and what was lost since the results that are stored."""
+    ratios = {ratio.name: ratio for ratio in comparison.ratios}
+    for m in comparison.measurements:
+        ratio = ratios.get(m.name)
+        told = "" if ratio is None else f", {ratio.median:.2f} times ours ({ratio.low:.2f} to {ratio.high:.2f})"
+        quality = "" if m.worst_sqnr_db is None else f", SQNR {m.worst_sqnr_db:.1f} dB"
+        print(f"  {m.name}: {m.missing or f'{m.median_ms:.2f} ms{told}{quality}'}", flush=True)
+    if stored is not None:
+        for phrase in regressions(comparison, msgspec.convert(stored, Comparison)):
+            print(f"  LOST {phrase}", flush=True)
+
+
+def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Path]) -> dict[str, Any]:
+    """How much of what this machine can do each int8 engine reaches, by the work in its graph."""
+    if not comparisons:
+        return {}
+    ceilings = roofline.measure_ceilings(2)
+    found = {}
+    for model, comparison in comparisons.items():
+        work = roofline.count_graph(bundles[model] / "graphs" / "int8.onnx", comparison.input_shape)
+        milliseconds = comparison.measurements[0].median_ms
+        assert milliseconds is not None  # a comparison without its engine raises
+        reached = roofline.roofline(work, ceilings, milliseconds, comparison.input_shape[0])
+        found[model] = {"work": msgspec.to_builtins(work), "ceilings": msgspec.to_builtins(ceilings)}
+        found[model] |= msgspec.to_builtins(reached)
+        print(f"{model}: {100 * reached.fraction:.0f} % of the roofline, bound by {reached.bound}", flush=True)
+    return found
+
+
+def add_means(rows: list[dict[str, Any]], comparisons: Mapping[str, Comparison]) -> None:
+    """Geometric means over the networks of how many times our time a peer takes."""
+    for peer, target in TARGETS.items():
+        found = [ratio.median for c in comparisons.values() for ratio in c.ratios if ratio.name == peer]
+        if found:
+            mean = math.exp(sum(math.log(ratio) for ratio in found) / len(found))
+            what = f"{peer}: its time over ours, geometric mean of {len(found)} networks"
+            add(rows, what, mean, target, "x", at_least=True)
+
+
+def add_end_to_end(rows: list[dict[str, Any]], *, rounds: int) -> None:
+    """Camera frame to feature maps: ours against timm's transforms and the same engine."""
+    found = end_to_end.measure(rounds=rounds)
+    (RESULTS / "end_to_end.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for model, figure in found["models"].items():
+        add(
+            rows,
+            f"{model}: 1080p frame to feature maps, timm's transforms over ours",
+            figure["ratio"],
+            1.3,
+            "x",
+            at_least=True,
+        )
+
+
+def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], photographs: Path, *, quick: bool) -> None:
     """Overhead, cold start, import and build."""
-    overhead = {model: figures.call_overhead(bundles[model]) for model in ("resnet50", "mobilenetv3_large_100")}
-    resnet, mobilenet = overhead["resnet50"], overhead["mobilenetv3_large_100"]
-    add(rows, "resnet50: EdgeBackbone over the bare request", resnet["overhead_percent"], 2, "%", **resnet)
+    mobilenet = figures.call_overhead(bundles["mobilenetv3_large_100"])
     add(
         rows,
         "mobilenetv3_large_100: EdgeBackbone over the bare request",
@@ -91,10 +187,14 @@ def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], photograph
         "ms",
         **mobilenet,
     )
+    add(rows, "import edge_backbones over bare Python", figures.import_cost()["added_ms"], 30, "ms")
+    if quick:
+        return
+    resnet = figures.call_overhead(bundles["resnet50"])
+    add(rows, "resnet50: EdgeBackbone over the bare request", resnet["overhead_percent"], 2, "%", **resnet)
     start = figures.cold_start(bundles["resnet50"])
     add(rows, "resnet50: python to first feature maps", start["seconds"], 1.0, "s")
     add(rows, "resnet50: resident memory of that process", start["peak_mb"], 230, "MB")
-    add(rows, "import edge_backbones over bare Python", figures.import_cost()["added_ms"], 30, "ms")
     built = figures.resnet50_build(photographs, CACHE / "timed.bundle")
     images = int(built["calibration_images"])
     add(rows, f"resnet50: int8 build with {images} calibration images, after imports", built["seconds"], 120, "s")
@@ -124,7 +224,7 @@ def build(model: str, photographs: Path, *, rebuild: bool) -> Path:
         from edge_backbones.spec import Precision
 
         print(f"building {target.name}", flush=True)
-        indices = tuple(int(index) for index in MODELS[model][0].split(","))
+        indices = tuple(int(index) for index in MODELS[model].split(","))
         options = BuildOptions(
             weights="random:0",
             out_indices=indices,
@@ -160,8 +260,6 @@ def add(
 def machine() -> dict[str, Any]:
     host = this_host({})
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    import importlib.metadata
-
     libraries = ("openvino", "onnxruntime", "torch", "timm", "numpy")
     return {
         "cpu": host.device_name,

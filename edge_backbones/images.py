@@ -64,10 +64,15 @@ def open_image(path: Path, channels: int = 3) -> Image.Image:
         raise InputError(f"{path} does not decode as an image: {error}") from error
 
 
-def fit(image: Image.Image, config: ImageConfig, height: int, width: int) -> np.ndarray:
-    """Resize and crop to (height, width): uint8 array (height, width, channels)."""
+def fit(image: Image.Image | np.ndarray, config: ImageConfig, height: int, width: int) -> np.ndarray:
+    """Resize and crop to (height, width): uint8 array (height, width, channels). ``image``: a picture of Pillow, or a camera
+    frame as uint8 (rows, columns, channels)."""
     from PIL import Image
 
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3:
+            raise InputError(f"a frame is uint8 (rows, columns, channels), got {image.dtype} {image.shape}")
+        image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     resample = Image.Resampling[config.interpolation.upper()]
     scaled_h, scaled_w = math.floor(height / config.crop_pct), math.floor(width / config.crop_pct)
     source_w, source_h = image.size
@@ -81,9 +86,32 @@ def fit(image: Image.Image, config: ImageConfig, height: int, width: int) -> np.
         ratios = (source_h / scaled_h, source_w / scaled_w)
         ratio = max(ratios) if config.crop_mode == "border" else min(ratios)
         size = (max(1, round(source_h / ratio)), max(1, round(source_w / ratio)))  # timm fails on a strip
+    first, last = 0, size[1]
     if size != (source_h, source_w):
-        image = image.resize((size[1], size[0]), resample)
-    return _centre_crop(np.atleast_3d(np.asarray(image)), config, height, width)
+        first, last = _columns(size, (source_h, source_w), width)
+        box = (first * source_w / size[1], 0, last * source_w / size[1], source_h)
+        image = image.resize((last - first, size[0]), resample, box)
+    pixels = np.atleast_3d(np.asarray(image))
+    if last - first < size[1]:
+        left = round((size[1] - width) / 2.0) - first
+        pixels = pixels[:, left : left + width]
+    return _centre_crop(pixels, config, height, width)
+
+
+def _columns(size: tuple[int, int], source: tuple[int, int], wanted: int) -> tuple[int, int]:
+    """First and one past the last column of the resized image that are made: those that the crop keeps, and as many more as
+    there are up to columns that begin with a whole pixel of the source, which Pillow's float32 box has exactly.
+
+    All of them where the box would be tall: by its shape Pillow chooses the axis that it resizes first, and it rounds in
+    between.
+    """
+    (_, width), (source_h, source_w) = size, source
+    step = width // math.gcd(width, source_w)
+    left = round((width - wanted) / 2.0)
+    first, last = left // step * step, min(width, -(-(left + wanted) // step) * step)
+    if width <= wanted or (last - first) * source_w < source_h * width:
+        return 0, width
+    return first, last
 
 
 def _centre_crop(pixels: np.ndarray, config: ImageConfig, height: int, width: int) -> np.ndarray:

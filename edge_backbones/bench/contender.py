@@ -342,19 +342,19 @@ def _take_turn(call: Call, images: np.ndarray, turn: Turn) -> Calls:
     for _ in range(_WARM_UP):
         call(images)
     milliseconds: list[float] = []
-    stolen, total = _stolen_ticks()
+    stolen, total = stolen_ticks()
     with energy.metered() as meter:
         begin = time.perf_counter()
         while len(milliseconds) < turn.calls or time.perf_counter() - begin < turn.seconds:
             start = time.perf_counter()
             call(images)
             milliseconds.append(1e3 * (time.perf_counter() - start))
-    stolen_after, total_after = _stolen_ticks()
+    stolen_after, total_after = stolen_ticks()
     share = (stolen_after - stolen) / max(1, total_after - total)
     return Calls(milliseconds=milliseconds, stolen_share=share, joules=meter.joules)
 
 
-def _stolen_ticks() -> tuple[int, int]:
+def stolen_ticks() -> tuple[int, int]:
     """Clock ticks that other guests of the host took from this machine, and all ticks (Linux; elsewhere nothing)."""
     try:
         ticks = [int(value) for value in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]

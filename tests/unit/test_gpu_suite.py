@@ -60,6 +60,7 @@ def test_every_part_is_listed_as_not_run(no_gpu, tmp_path, capsys):
     assert "TensorRT-RTX on this GPU" in names
     assert "overhead: tensorrt" in names
     assert "benchmark: resnet50, batch 32" in names
+    assert names[-1] == "roofline"  # of what was timed before
     assert f"not run: ceilings ({NO_DRIVER})" in capsys.readouterr().out
 
 
@@ -300,6 +301,40 @@ def test_medians_and_ratios():
     found = gpu_suite.ratios(turns)
     assert found["a"]["b"] == {"latency_ms": 4.0, "pipelined_ms": 3.0}  # of each round, not of medians
     assert math.isclose(found["b"]["a"]["latency_ms"], (1 / 3 + 0.2) / 2)
+
+
+def test_the_roofline_of_what_was_timed(tmp_path):
+    """The same code as on a GPU, with the CPU in its place."""
+    import onnx
+
+    figures = {"contenders": {"tensorrt int8": {"pipelined_ms": 4.0}, "torch eager fp16": {"pipelined_ms": 8.0}}}
+    parts = [Part("ceilings", "passed"), Part("benchmark: net, batch 2", "passed", figures=figures)]
+    timed = gpu_suite.timed_engines(parts)
+    assert timed == [
+        {"model": "net", "batch": 2, "name": "tensorrt int8", "precision": "int8", "milliseconds": 4.0},
+        {"model": "net", "batch": 2, "name": "torch eager fp16", "precision": "fp16", "milliseconds": 8.0},
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, ["batch", channels, 224, 224])
+        for name, channels in (("x", 3), ("y", 5))
+    ]
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT16, [5, 3, 1, 1], [0.0] * 15)
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    (tmp_path / "net-fp16.bundle" / "graphs").mkdir(parents=True)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "net-fp16.bundle" / "graphs" / "fp16.onnx")
+    (engine,), missing = gpu_tasks.rooflines(timed, {"fp16": 1e9}, 1e9, tmp_path)
+    assert missing.keys() == {"net, batch 2, tensorrt int8"}
+    assert "net-int8.bundle is not in" in missing["net, batch 2, tensorrt int8"]
+    assert engine["name"] == "torch eager fp16"
+    assert math.isclose(engine["operations_ms"], 1e3 * 2 * 2 * 224 * 224 * 15 / 1e9)
+    assert math.isclose(engine["bytes_ms"], 1e3 * 2 * (2 * 224 * 224 * 8 + 15) / 1e9)
+    assert math.isclose(engine["fraction"], engine["operations_ms"] / 8.0)
+
+    found, _ = gpu_tasks.matrix_ceilings("cpu", side=64)
+    assert {"fp16", "bf16", "tf32", "fp32"} <= found.keys()
+    assert min(found.values()) > 0
 
 
 def test_timings_are_of_the_call_and_of_the_waiting():
