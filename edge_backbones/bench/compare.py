@@ -64,7 +64,8 @@ _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 class CompareOptions:
     """``engine``: as in `EdgeBackbone.from_pretrained`. ``vs``: names of `PEERS`. ``turns`` of every contender, each of at
     least ``seconds`` and ``calls``. ``images``: what NNCF calibrates on, inputs of the bundle's graph along the first axis;
-    None for the golden samples. ``pythons``: the interpreter of a peer that lives in another environment.
+    None for the golden samples. ``pythons``: the interpreter of a peer that lives in another environment,
+    which has this package too (of NNCF's only nncf is asked).
     """
 
     engine: str | None = None
@@ -246,13 +247,15 @@ class _Contender:
 def _running(task: Task, python: str) -> Iterator[_Contender]:
     """A contender that has loaded; InferenceError or InputError with its message for one that has not."""
     command = [python, "-m", "edge_backbones.bench.contender"]
+    # Not to another interpreter: it would import compiled modules of this one.
+    ours = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} if python == sys.executable else {}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(  # noqa: S603
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, **ours},
         )
         contender = _Contender(process, log, task.peer)
         try:
