@@ -19,19 +19,20 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 
 from edge_backbones.bench import machine
-from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, fp32_graph
+from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, load_network
 from edge_backbones.bench.results import Comparison, Measurement, ratio_of
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.bundle import Bundle, load_golden
-from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError
+from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, MissingDependencyError
 from edge_backbones.images import fit, list_images, open_image, to_input
 from edge_backbones.runtime import compat, session
+from edge_backbones.spec import Precision
 
 _MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # what a peer imports, where that is not its name
 _INSTALL = {
@@ -47,12 +48,13 @@ WHAT = {
     "torch": "the network in eager mode, fp32",
     "torch-compile": "torch.compile, fp32",
     "torchscript": "the bundle's frozen module, fp32",
-    "onnxruntime": "ONNX Runtime on the bundle's fp32 graph",
-    "openvino": "OpenVINO on the bundle's fp32 graph",
+    "onnxruntime": "ONNX Runtime on the fp32 graph",
+    "openvino": "OpenVINO on the fp32 graph",
     "nncf": "OpenVINO on the fp32 graph as NNCF quantises it to int8",
     "graph": "an ONNX file, compiled as the engines of bundles are",
 }
 PEERS = tuple(name for name in MAKERS if name not in ("edge", "graph"))
+_RUN_GRAPHS = ("onnxruntime", "openvino", "nncf")
 _STOPS = (
     sys.platform != "win32"
 )  # there the others wait for their turn in a read, which their thread pools may not know
@@ -103,10 +105,15 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
     with tempfile.TemporaryDirectory(prefix="edge-backbones-bench-") as work:
         tasks: dict[str, Task] = {}
         absent: dict[str, Measurement] = {}
+        graph: _Graph | None = None
         for name in ("edge", *options.vs):
             try:
                 _require_installed(name, options)
-                file = _nncf_graph(bundle, options, Path(work), progress) if name == "nncf" else None
+                if name in _RUN_GRAPHS:
+                    graph = graph or _fp32_graph(bundle, Path(work), progress)
+                file = graph.file if graph is not None and name in _RUN_GRAPHS else None
+                if name == "nncf":
+                    file = _nncf_graph(bundle, file, options, Path(work), progress)
             except EdgeBackbonesError as error:
                 absent[name] = Measurement(name=name, what=WHAT[name], missing=str(error))
             else:
@@ -116,7 +123,8 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
                     engine=engine.name,
                     threads=options.threads,
                     device=options.device,
-                    file=file,
+                    file=None if file is None else str(file),
+                    exact=graph is None or graph.exact,
                 )
         measured = {**absent, **measure(tasks, options, progress=progress)}
     ours = measured["edge"]
@@ -272,7 +280,30 @@ def _require_installed(name: str, options: CompareOptions) -> None:
         raise InputError(f"not installed: {_INSTALL[name]}")
 
 
-def _nncf_graph(bundle: Bundle, options: CompareOptions, work: Path, progress: Progress) -> str:
+class _Graph(NamedTuple):
+    file: Path
+    exact: bool  # with the weights of the bundle
+
+
+def _fp32_graph(bundle: Bundle, work: Path, progress: Progress) -> _Graph:
+    """The bundle's fp32 graph, or where it has none the network exported anew, with random weights."""
+    held = bundle.manifest.onnx_graph(Precision.FP32)
+    if held is not None:
+        return _Graph(bundle.path / held.file.path, exact=True)
+    progress("exporting the network in fp32", 0, None)
+    try:
+        from edge_backbones.build.export import export_onnx
+        from edge_backbones.build.prepare import prepare
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"exporting the network in fp32 ({error.name} is not installed)", "build"
+        ) from error
+    return _Graph(
+        export_onnx(prepare(load_network(bundle), bundle.manifest.input), work / "fp32.onnx").path, exact=False
+    )
+
+
+def _nncf_graph(bundle: Bundle, graph: Path | None, options: CompareOptions, work: Path, progress: Progress) -> Path:
     python = options.pythons.get("nncf", sys.executable)
     progress("quantising with NNCF", 0, None)
     input = bundle.manifest.input
@@ -284,7 +315,7 @@ def _nncf_graph(bundle: Bundle, options: CompareOptions, work: Path, progress: P
     out = work / "nncf.xml"
     script = str(Path(__file__).with_name("nncf_graph.py"))
     done = subprocess.run(  # noqa: S603
-        [python, script, str(fp32_graph(bundle)), str(work / "images.npz"), str(out)],
+        [python, script, str(graph), str(work / "images.npz"), str(out)],
         capture_output=True,
         text=True,
         errors="replace",
@@ -293,7 +324,7 @@ def _nncf_graph(bundle: Bundle, options: CompareOptions, work: Path, progress: P
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise InferenceError(f"NNCF failed: {lines[-1] if lines else _ending(done.returncode)}")
-    return str(out)
+    return out
 
 
 def _ending(code: int) -> str:

@@ -19,12 +19,12 @@ import msgspec
 import numpy as np
 
 from edge_backbones.bench import energy
+from edge_backbones.build.artifacts import LoadedBackbone
 from edge_backbones.bundle import Bundle, load_golden
 from edge_backbones.errors import EdgeBackbonesError, InputError
 from edge_backbones.images import network_input
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.runtime.openvino import OpenVinoSession, compile_model
-from edge_backbones.spec import Precision
 
 Call: TypeAlias = Callable[[np.ndarray], Sequence[Any]]
 
@@ -32,7 +32,8 @@ _WARM_UP = 3
 
 
 class Task(msgspec.Struct, kw_only=True):
-    """``peer``: a name of `MAKERS`. ``engine``: of the bundle, for ``edge``. ``file``: a graph made for the peer."""
+    """``peer``: a name of `MAKERS`. ``engine``: of the bundle, for ``edge``. ``file``: the graph, for who runs one; ``exact``
+    says that it has the bundle's weights."""
 
     peer: str
     bundle: str
@@ -40,6 +41,7 @@ class Task(msgspec.Struct, kw_only=True):
     threads: int = 1
     device: str = "cpu"
     file: str | None = None
+    exact: bool = True
 
 
 class Start(msgspec.Struct, kw_only=True):
@@ -136,17 +138,18 @@ def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
     provider = "CPUExecutionProvider" if task.device == "cpu" else "CUDAExecutionProvider"
     if provider not in library.get_available_providers():
         raise InputError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
-    graph = fp32_graph(bundle)
+    graph = _graph_of(task)
     session = library.InferenceSession(graph, options, providers=[provider])
     names, input = list(bundle.manifest.backbone.outputs), bundle.manifest.input.name
-    return Loaded(call=lambda images: session.run(names, {input: images}), versions=_version("onnxruntime"), file=graph)
+    call = lambda images: session.run(names, {input: images})  # noqa: E731
+    return Loaded(call=call, versions=_version("onnxruntime"), file=graph, exact=task.exact)
 
 
 def openvino(bundle: Bundle, task: Task) -> Loaded:
-    """The fp32 graph, or the graph that was prepared: as the library itself compiles it, for one call at a time."""
+    """A graph as the library itself compiles it, for one call at a time."""
     import openvino as library
 
-    graph = fp32_graph(bundle) if task.file is None else Path(task.file)
+    graph = _graph_of(task)
     # In fp32 where the graph is: some CPUs would take bf16, which is another network than the one that is compared.
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
@@ -164,14 +167,14 @@ def openvino(bundle: Bundle, task: Task) -> Loaded:
         request.infer([images], share_inputs=True, share_outputs=True)
         return [request.get_output_tensor(port).data for port in ports]
 
-    return Loaded(call=call, versions=_version("openvino"), file=graph)
+    return Loaded(call=call, versions=_version("openvino"), file=graph, exact=task.exact)
 
 
 def graph(bundle: Bundle, task: Task) -> Loaded:
-    assert task.file is not None  # whoever asks for a graph says which
-    blob = compile_model(Path(task.file).read_bytes())
+    file = _graph_of(task)
+    blob = compile_model(file.read_bytes())
     runtime = OpenVinoSession(bytearray(blob), outputs=bundle.manifest.backbone.outputs, threads=task.threads)
-    return Loaded(call=runtime.run, versions=_version("openvino"), file=Path(task.file))
+    return Loaded(call=runtime.run, versions=_version("openvino"), file=file, exact=task.exact)
 
 
 MAKERS: dict[str, Callable[[Bundle, Task], Loaded]] = {
@@ -186,12 +189,9 @@ MAKERS: dict[str, Callable[[Bundle, Task], Loaded]] = {
 }
 
 
-def fp32_graph(bundle: Bundle) -> Path:
-    """The fp32 ONNX file of a bundle, which peers run; InputError with the way to one."""
-    graph = bundle.manifest.onnx_graph(Precision.FP32)
-    if graph is None:
-        raise InputError(f"{bundle.path} has no fp32 graph to compare with: build it with --precision fp32 as well")
-    return bundle.path / graph.file.path
+def _graph_of(task: Task) -> Path:
+    assert task.file is not None  # whoever asks for a graph says which
+    return Path(task.file)
 
 
 def _version(distribution: str) -> dict[str, str]:
@@ -210,11 +210,15 @@ def _torch_device(device: str) -> str:
 
 
 def _network(bundle: Bundle, task: Task) -> tuple[Any, Any]:
+    library = _torch(task.threads)
+    return library, load_network(bundle).module.eval().to(_torch_device(task.device))
+
+
+def load_network(bundle: Bundle) -> LoadedBackbone:
     """The bundle's network as its library makes it, with random weights: they do not decide how fast it is."""
     from edge_backbones.build.sources.common import SourceOptions
     from edge_backbones.build.sources.load import load_source
 
-    library = _torch(task.threads)
     source, spec, input = bundle.manifest.source, bundle.manifest.backbone, bundle.manifest.input
     if source.library == "torch":
         raise InputError(f"{source.name} is a module of somebody's own, which {bundle.path} does not hold")
@@ -232,8 +236,7 @@ def _network(bundle: Bundle, task: Task) -> tuple[Any, Any]:
         output_stride=source.options.get("output_stride"),
         dataset_index=source.options.get("dataset_index", 0),
     )
-    net = load_source(described, options).module.eval().to(_torch_device(task.device))
-    return library, net
+    return load_source(described, options)
 
 
 def _torch_call(library: Any, net: Any, bundle: Bundle, device: str) -> Call:

@@ -16,7 +16,9 @@ from edge_backbones.bench.compare import PEERS, CompareOptions, compare, read_im
 from edge_backbones.bench.contender import MAKERS, Task
 from edge_backbones.bench.results import Comparison
 from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.manifest import Manifest
 from edge_backbones.spec import Precision
+from edge_backbones.testing import make_bundle
 
 QUICK = {"turns": 2, "seconds": 0, "calls": 3, "threads": 1}
 
@@ -62,6 +64,25 @@ def test_torch_runs_the_network_of_the_bundle(source, cnn, tmp_path):
     assert [m.shape for m in maps] == [e.shape for e in expected]
 
 
+def test_a_bundle_without_an_fp32_graph_is_compared_with_one_exported_anew(cnn, monkeypatch):
+    monkeypatch.setattr(Manifest, "onnx_graph", lambda self, precision: None)
+    seen = []
+    options = CompareOptions(vs=("onnxruntime", "openvino"), **QUICK)
+    result = compare(cnn.bundle.path, options, progress=lambda *step: seen.append(step[0]))
+    assert seen.count("exporting the network in fp32") == 1
+    for peer in result.measurements[1:]:
+        assert peer.missing == ""
+        assert peer.median_ms > 0
+        assert peer.worst_sqnr_db is None  # of other random weights
+
+
+def test_a_network_that_cannot_be_made_again_is_named(tmp_path):
+    bundle = make_bundle(tmp_path / "pool.bundle")  # of a network that timm does not have
+    result = compare(bundle.path, CompareOptions(vs=("torch", "onnxruntime"), **QUICK))
+    for peer in result.measurements[1:]:
+        assert "average_pooling" in peer.missing
+
+
 def test_photographs_become_inputs(cnn, vit, photograph_folder):
     (photograph_folder / "broken.jpg").rename(photograph_folder / "broken.txt")
     try:
@@ -81,7 +102,7 @@ def test_the_command_line_compares_stores_and_notices_lost_ground(cnn, tmp_path)
     stored = tmp_path / "results" / "today.json"
     done = run("--vs", "openvino,nncf", "--out", stored)
     assert done.returncode == 0, done.stderr
-    assert "openvino: OpenVINO on the bundle's fp32 graph" in done.stdout
+    assert "openvino: OpenVINO on the fp32 graph" in done.stdout
     assert "nncf did not run: not installed: pip install nncf" in done.stdout
     result = msgspec.json.decode(stored.read_bytes(), type=Comparison)
     assert [m.name for m in result.measurements] == ["edge", "openvino", "nncf"]

@@ -119,18 +119,18 @@ def measurement(result: Comparison, name: str):
 
 def test_a_comparison_says_who_is_faster_and_by_how_much(made_up):
     noise = [9, 11, 10, 12, 8, 10.5, 9.5, 11.5, 8.5]
-    result = made_up({"edge": {"ms": [10] * 9, "joules": 2}, "torch": {"ms": [35] * 9}, "openvino": {"ms": noise}})
+    result = made_up({"edge": {"ms": [10] * 9, "joules": 2}, "torch": {"ms": [35] * 9}, "torch-compile": {"ms": noise}})
     ratios = {ratio.name: ratio for ratio in result.ratios}
     assert ratios["torch"] == Ratio(name="torch", median=3.5, low=3.5, high=3.5)
-    assert ratios["openvino"].median == 1
-    assert not ratios["openvino"].is_ranked
+    assert ratios["torch-compile"].median == 1
+    assert not ratios["torch-compile"].is_ranked
     edge = measurement(result, "edge")
     assert (edge.median_ms, edge.p99_ms, edge.jitter, edge.calls) == (10, 10, 0, 90)
     assert edge.images_per_second == 200  # two images a call
     assert edge.joules == 9 * 2 / (90 * 2)
     assert measurement(result, "torch").joules is None
-    assert measurement(result, "openvino").jitter == pytest.approx((12 - 8) / 10)
-    assert [m.name for m in result.measurements] == ["edge", "torch", "openvino"]
+    assert measurement(result, "torch-compile").jitter == pytest.approx((12 - 8) / 10)
+    assert [m.name for m in result.measurements] == ["edge", "torch", "torch-compile"]
     assert result.input_shape == (2, 3, 32, 48)
 
 
@@ -151,15 +151,15 @@ def test_a_peer_that_fails_is_in_the_result_with_its_message(made_up):
         {
             "edge": {"ms": [10] * 5},
             "torch": {"ms": [20] * 5, "dies_at": 2},
-            "openvino": {"refuse": "no such operation"},
-            "onnxruntime": {"ms": [30] * 5},
+            "torch-compile": {"refuse": "no such operation"},
+            "torchscript": {"ms": [30] * 5},
         },
         turns=5,
     )
     assert measurement(result, "torch").missing == "torch ended (killed by SIGKILL): a fault of its own"
-    assert measurement(result, "openvino").missing == "no such operation"
+    assert measurement(result, "torch-compile").missing == "no such operation"
     assert measurement(result, "torch").median_ms is None
-    assert [ratio.name for ratio in result.ratios] == ["onnxruntime"]
+    assert [ratio.name for ratio in result.ratios] == ["torchscript"]
 
 
 def test_an_engine_that_fails_ends_the_comparison_and_every_process(made_up, tmp_path):
@@ -176,19 +176,15 @@ def test_an_engine_that_fails_ends_the_comparison_and_every_process(made_up, tmp
 def test_the_engine_is_measured_and_peers_that_cannot_run_say_why(tmp_path):
     bundle = make_bundle(tmp_path / "pool.bundle")
     seen = []
-    options = CompareOptions(vs=("onnxruntime", "nncf", "torchscript"), turns=2, seconds=0, calls=5, threads=1)
+    options = CompareOptions(vs=("nncf", "torchscript"), turns=2, seconds=0, calls=5, threads=1)
     result = compare(bundle.path, options, progress=lambda *step: seen.append(step))
     edge = measurement(result, "edge")
-    assert edge.calls == 10
+    assert edge.calls in (5, 10)  # a turn that other guests disturbed does not count
     assert 0 < edge.fastest_ms <= edge.median_ms <= edge.p90_ms <= edge.p99_ms
     assert edge.worst_sqnr_db > 100
     assert edge.load_s > 0
     assert edge.resident_mb > 1
     assert edge.file_mb == pytest.approx(bundle.manifest.engines[0].file.size / 1e6)
-    assert (
-        "has no fp32 graph to compare with: build it with --precision fp32"
-        in measurement(result, "onnxruntime").missing
-    )
     assert measurement(result, "nncf").missing.startswith("not installed: pip install nncf")
     assert "no TorchScript file" in measurement(result, "torchscript").missing
     assert result.ratios == ()
