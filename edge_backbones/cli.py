@@ -828,21 +828,26 @@ def _print_parity(reports: Iterable[ParityReport], console: Console | None = Non
 
 
 def _print_comparison(result: Comparison) -> None:
-    """A row per contender, then in words what the table cannot say."""
+    """How fast, and at what cost, a row per contender; then in words what tables cannot say."""
     shape = "x".join(str(size) for size in result.input_shape)
     title = f"{result.engine} on {result.machine.name}, {result.threads} threads, input {shape}, {result.device}"
-    table = Table("", title=title, title_justify="left")
-    columns = ("ms", "times ours", "p99 ms", "images/s", "load s", "first ms", "MB", "file MB", "J/image", "SQNR dB")
-    for column in columns:
-        table.add_column(column, justify="right")
     ratios = {ratio.name: ratio for ratio in result.ratios}
     shown = [m for m in result.measurements if not m.missing]
+    speed = Table("", title=title, title_justify="left")
+    cost = Table("")
+    for column in ("ms", "times ours", "p99 ms", "images/s", "SQNR dB"):
+        speed.add_column(column, justify="right", no_wrap=True)
+    for column in ("load s", "first call ms", "MB", "file MB", "J/image"):
+        cost.add_column(column, justify="right", no_wrap=True)
     for m in shown:
         ratio = ratios.get(m.name)
         told = "1" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-        figures = (m.p99_ms, m.images_per_second, m.load_s, m.first_call_ms, m.resident_mb, m.file_mb, m.joules)
-        table.add_row(m.name, _figure(m.median_ms), told, *map(_figure, figures), _figure(m.worst_sqnr_db))
-    _out.print(table)
+        speed.add_row(
+            m.name, _figure(m.median_ms), told, *map(_figure, (m.p99_ms, m.images_per_second, m.worst_sqnr_db))
+        )
+        cost.add_row(m.name, *map(_figure, (m.load_s, m.first_call_ms, m.resident_mb, m.file_mb, m.joules)))
+    _out.print(speed)
+    _out.print(cost)
     for m in shown:
         versions = ", ".join(f"{name} {version.partition('-')[0]}" for name, version in m.versions.items())
         _out.print(f"{m.name}: {m.what} ({versions})")
