@@ -32,6 +32,7 @@ from edge_backbones.bundle import Bundle, load_golden
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, MissingDependencyError
 from edge_backbones.images import fit, list_images, open_image, to_input
 from edge_backbones.runtime import compat, session
+from edge_backbones.runtime.backbone import parse_device
 from edge_backbones.spec import Precision
 
 _MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # what a peer imports, where that is not its name
@@ -99,9 +100,9 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
     """
     options = options or CompareOptions()
     bundle = Bundle.open(path)
-    gpu = None if options.device == "cpu" else int(options.device.partition(":")[2] or 0)
+    kind, gpu = parse_device(options.device)
     host = compat.this_host(session.installed_versions(), device=gpu)
-    engine = session.choose_engine(bundle, host, options.engine, device="cpu" if gpu is None else "cuda")
+    engine = session.choose_engine(bundle, host, options.engine, device=kind)
     with tempfile.TemporaryDirectory(prefix="edge-backbones-bench-") as work:
         tasks: dict[str, Task] = {}
         absent: dict[str, Measurement] = {}

@@ -158,7 +158,7 @@ class EdgeBackbone:
         device that is not one. With ``on_mismatch="compile"`` an engine that can is compiled, verified and added to the
         bundle instead, which takes from seconds to minutes, and raises what `compile_bundle` raises.
         """
-        kind, gpu = _parse_device(device)
+        kind, gpu = parse_device(device)
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
@@ -441,7 +441,7 @@ def _open_current(
             bundle = replacement
 
 
-def _parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:
+def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:
     """``cpu`` or ``cuda``, and the index of the GPU, None for the CPU."""
     if device == "cpu":
         return "cpu", None
