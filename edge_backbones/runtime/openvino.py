@@ -39,7 +39,7 @@ def library_version() -> str | None:
 
 
 @functools.cache
-def _core() -> Any:
+def core() -> Any:
     """The one Core of this process, kept for good.
 
     Its CPU plugin gives the thread that makes it a stack for signals (sigaltstack, openvino pull request 11894) and unmaps
@@ -59,8 +59,8 @@ def compile_model(graph: bytes | openvino.Model) -> bytes:
     """Compile ONNX bytes (or an OpenVINO model) for this CPU and return the blob; CompileError with OpenVINO's words."""
     openvino = load_library()
     try:
-        model = _core().read_model(graph, b"") if isinstance(graph, bytes) else graph
-        exported = _core().compile_model(model, "CPU", settings(None)).export_model()
+        model = core().read_model(graph, b"") if isinstance(graph, bytes) else graph
+        exported = core().compile_model(model, "CPU", settings(None)).export_model()
     except RuntimeError as error:
         raise CompileError(
             f"OpenVINO {openvino.get_version()} cannot compile this graph: {last_line(error)}"
@@ -77,7 +77,7 @@ class OpenVinoSession:
             raise InputError(f"threads must be at least 1, got {threads}")
         try:
             tensor = openvino.Tensor(np.frombuffer(blob, np.uint8), shared_memory=True)
-            model = _core().import_model(tensor, "CPU", settings(threads))
+            model = core().import_model(tensor, "CPU", settings(threads))
         except RuntimeError as error:
             raise EngineMismatchError(
                 f"OpenVINO {openvino.get_version()} does not load this engine ({last_line(error)}): "

@@ -6,7 +6,6 @@ import msgspec
 import networks
 import numpy as np
 import onnx
-import openvino
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -19,7 +18,7 @@ from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.build.prepare import prepare
 from edge_backbones.errors import InputError
 from edge_backbones.manifest import Gate
-from edge_backbones.runtime.openvino import settings
+from edge_backbones.runtime.openvino import core, settings
 from edge_backbones.spec import Precision, ShapeRange
 
 
@@ -262,8 +261,7 @@ def test_the_large_product_is_compiled_in_its_format(tmp_path):
         graph = module.product_graph(kind, 64, 3)
         (tmp_path / "g.onnx").write_bytes(graph)
         assert count_graph(tmp_path / "g.onnx", (64, 64)).operations == {kind: 2 * 3 * 64**3 / 64}
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(graph, b""), "CPU", settings(1))
+        compiled = core().compile_model(core().read_model(graph, b""), "CPU", settings(1))
         ran = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
         products = [info["runtimePrecision"].value for info in ran if info["layerType"].value == "FullyConnected"]
         assert products == [expected] * 3
