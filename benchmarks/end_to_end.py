@@ -152,7 +152,7 @@ def frame() -> np.ndarray:
 def our_transform(bundle: Bundle, threads: int) -> Step:
     """uint8 (1, height, width, 3): cut to size, and the graph does the rest."""
     image, input = bundle.manifest.image, bundle.manifest.input
-    return lambda pixels: fit(pixels, image, input.height.opt, input.width.opt)[None]
+    return lambda pixels: fit(pixels, image, input.height.opt, input.width.opt, threads)[None]
 
 
 def timm_transform(bundle: Bundle, threads: int) -> Step:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
+from edge_backbones import images
 from edge_backbones.errors import InputError
 from edge_backbones.images import ImageConfig, fit, list_images, network_input, open_image, to_input
 
@@ -104,8 +105,44 @@ def test_a_camera_frame_is_fitted_as_timm_does(sources, frame, content):
     for crop_pct, size, interpolation in ((0.95, (224, 224), "bicubic"), (0.875, (224, 288), "bilinear")):
         config = ImageConfig(mean=MEAN, std=STD, crop_pct=crop_pct, interpolation=interpolation)
         expected = timm_pixels(Image.fromarray(pixels), config, *size)
-        np.testing.assert_array_equal(fit(pixels, config, *size), expected)
+        for threads in (1, 2, 3, 8):
+            np.testing.assert_array_equal(fit(pixels, config, *size, threads), expected, err_msg=f"{threads} threads")
         np.testing.assert_array_equal(fit(pixels[:, ::-1], config, *size), fit(pixels[:, ::-1].copy(), config, *size))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    source=st.tuples(st.integers(20, 400), st.integers(20, 400)),
+    size=st.tuples(st.integers(8, 96), st.integers(8, 96)),
+    crop_pct=st.sampled_from([0.8, 0.875, 0.9, 0.95, 1.0]),
+    interpolation=st.sampled_from(["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]),
+    threads=st.integers(1, 9),
+)
+def test_the_bands_of_threads_leave_no_trace(source, size, crop_pct, interpolation, threads):
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*source, 3), dtype=np.uint8))
+    config = ImageConfig(mean=MEAN, std=STD, crop_pct=crop_pct, interpolation=interpolation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_BAND_PIXELS", 500)
+        found = fit(noise, config, *size, threads)
+        patch.setattr(images, "_split", lambda size, *_: ([0, size[0]], (0, size[1])))
+        np.testing.assert_array_equal(found, fit(noise, config, *size, 1))
+
+
+def test_a_large_frame_is_shared_by_threads_and_a_small_one_is_not(monkeypatch):
+    bands = []
+    split = images._split
+    monkeypatch.setattr(images, "_split", lambda *given: bands.append(split(*given)) or bands[-1])
+    config = ImageConfig(mean=MEAN, std=STD)
+    for frame, threads, edges in (
+        ((1080, 1920), 2, [16, 128, 240]),
+        ((1080, 1920), 1, [16, 240]),
+        ((480, 640), 8, [16, 240]),
+        ((1920, 1080), 2, [91, 364]),  # a tall one has no narrow bands
+    ):
+        fit(np.zeros((*frame, 3), np.uint8), config, 224, 224, threads)
+        assert bands.pop()[0] == edges
+    with pytest.raises(InputError, match="threads must be at least 1, got 0"):
+        fit(np.zeros((40, 60, 3), np.uint8), config, 32, 32, 0)
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
