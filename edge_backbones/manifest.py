@@ -254,8 +254,9 @@ class EngineRecord(_Strict, frozen=True):
 
 
 class Trial(_Strict, frozen=True):
-    """One engine that was tried: the worst of its outputs, and its latency (median, batch opt) where it was timed.
+    """One graph that was tried: the worst of its outputs, and its engine's latency (median, batch opt) where it was timed.
 
+    The outputs are of the graph as it is written, signed as TensorRT asks: a CPU engine may be better (see its own parity).
     ``blocks``: those that int8 leaves as fp16 has them.
     """
 

@@ -52,7 +52,7 @@ WHAT = {
     "onnxruntime": "ONNX Runtime on the fp32 graph",
     "openvino": "OpenVINO on the fp32 graph",
     "nncf": "OpenVINO on the fp32 graph as NNCF quantises it to int8",
-    "graph": "an ONNX file, compiled as the engines of bundles are",
+    "graph": "an ONNX file, compiled as an int8 engine of a bundle is",
 }
 PEERS = tuple(name for name in MAKERS if name not in ("edge", "graph"))
 _RUN_GRAPHS = ("onnxruntime", "openvino", "nncf")

@@ -20,11 +20,13 @@ import numpy as np
 
 from edge_backbones.bench import energy
 from edge_backbones.build.artifacts import LoadedBackbone
+from edge_backbones.build.compile import compile_engine
 from edge_backbones.bundle import Bundle, load_golden
 from edge_backbones.errors import EdgeBackbonesError, InputError
 from edge_backbones.images import network_input
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.openvino import OpenVinoSession, compile_model
+from edge_backbones.runtime.openvino import OpenVinoSession
+from edge_backbones.spec import Precision
 
 Call: TypeAlias = Callable[[np.ndarray], Sequence[Any]]
 
@@ -172,7 +174,7 @@ def openvino(bundle: Bundle, task: Task) -> Loaded:
 
 def graph(bundle: Bundle, task: Task) -> Loaded:
     file = _graph_of(task)
-    blob = compile_model(file.read_bytes())
+    blob = compile_engine(file.read_bytes(), Precision.INT8, cache=None).data
     runtime = OpenVinoSession(bytearray(blob), outputs=bundle.manifest.backbone.outputs, threads=task.threads)
     return Loaded(call=runtime.run, versions=_version("openvino"), file=file, exact=task.exact)
 

@@ -253,9 +253,9 @@ def measure_ceilings(threads: int) -> Ceilings:
 
 def _product_rate(kind: Literal["fp32", "int8"], threads: int) -> float:
     """Multiply-adds times two per second."""
-    from edge_backbones.runtime.openvino import OpenVinoSession, compile_model
+    from edge_backbones.runtime.openvino import OpenVinoSession, compile_model, read_model
 
-    blob = compile_model(product_graph(kind, _SIDE, _PRODUCTS))
+    blob = compile_model(read_model(product_graph(kind, _SIDE, _PRODUCTS)))
     session = OpenVinoSession(bytearray(blob), outputs=("product",), threads=threads)
     images = np.random.default_rng(0).standard_normal((_SIDE, _SIDE)).astype(np.float32)
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_backbones.build import tensorrt
+from edge_backbones.build import cpu_graph, tensorrt
 from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.manifest import EngineKey, GpuKey
@@ -50,16 +50,22 @@ def engine_key(graph: bytes, precision: Precision) -> EngineKey:
     )
 
 
-def compile_engine(graph: bytes, precision: Precision, *, cache: Path | None) -> CompiledEngine:
+def compile_engine(
+    graph: bytes, precision: Precision, *, cache: Path | None, as_written: bool = False
+) -> CompiledEngine:
     """Compile ONNX bytes for this machine's CPU, or take the engine from ``cache``.
 
-    Raises CompileError with the library's words, MissingDependencyError where OpenVINO is not installed.
+    An int8 graph is adapted to the CPU (:mod:`edge_backbones.build.cpu_graph`) unless ``as_written``: then the engine rounds
+    as TensorRT does. Raises CompileError with the library's words, MissingDependencyError where OpenVINO is not installed.
     """
     key = engine_key(graph, precision)
-    name = hashlib.sha256(msgspec.json.encode([key, openvino.settings(None)])).hexdigest()
+    name = hashlib.sha256(msgspec.json.encode([key, openvino.settings(None), as_written])).hexdigest()
     if cache is not None and (cached := _read_cached(cache, name)) is not None:
         return CompiledEngine(cached, key, ".blob", from_cache=True)
-    data = openvino.compile_model(graph)
+    model = openvino.read_model(graph)
+    if precision is Precision.INT8 and not as_written:
+        cpu_graph.adapt(model)
+    data = openvino.compile_model(model)
     if cache is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             _write_cached(cache, name, data)

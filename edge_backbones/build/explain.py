@@ -25,7 +25,7 @@ from edge_backbones.build.parity import allowed_noise
 from edge_backbones.build.quantize import block_of
 from edge_backbones.errors import QuantizationError
 from edge_backbones.manifest import ParityReport
-from edge_backbones.runtime.openvino import OpenVinoSession, compile_model
+from edge_backbones.runtime.openvino import OpenVinoSession, compile_model, read_model
 from edge_backbones.spec import Precision
 
 _LAYERS = frozenset({"Add", "Conv", "Gemm", "LayerNormalization", "MatMul", "Mul", "Relu", "Softmax"})
@@ -131,7 +131,7 @@ def _difference_of_engine(model: ir.Model, tensor: ir.Value, images: np.ndarray,
     cut.graph.outputs.append(value)
     passes.RemoveUnusedNodesPass()(cut)
     data = ir.to_proto(cut).SerializeToString()
-    session = OpenVinoSession(bytearray(compile_model(data)), outputs=("explained",))
+    session = OpenVinoSession(bytearray(compile_model(read_model(data))), outputs=("explained",))
     try:
         chunks = [images[start : start + batch] for start in range(0, len(images), batch)]
         actual = np.concatenate(

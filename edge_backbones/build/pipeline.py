@@ -301,7 +301,7 @@ def build_bundle(
             )
             path = attempt.engine.key.path(attempt.engine.data, attempt.engine.suffix)
             (folder / path).write_bytes(attempt.engine.data)
-            record = EngineRecord(key=attempt.engine.key, file=record_file(folder, path), parity=attempt.report)
+            record = EngineRecord(key=attempt.engine.key, file=record_file(folder, path), parity=attempt.shipped)
             engines.append(record)
         if options.torchscript:
             file = record_file(folder, "graphs/fp32.ts")

@@ -1,7 +1,7 @@
 """fp32 graph -> the graph of one precision: casts for fp16, Q/DQ pairs and casts for int8.
 
 The number format of every tensor is written in the graph, so one file per precision serves every engine. The form is
-the one that TensorRT asks for (it refuses others); OpenVINO runs it at full int8 speed.
+the one that TensorRT asks for (it refuses others); OpenVINO runs it at full int8 speed (after `cpu_graph`).
 
 What int8 quantises, and why. Times are OpenVINO's on two busy AVX512-VNNI cores (under 5 % is noise), dB the SQNR of
 feature maps; "trained" is mobilenetv3_large_100 taught to read digits, the hardest of what was measured (resnet50,
@@ -30,8 +30,9 @@ attention MatMul(x, y), both  yes        vit_small 8 % faster (ModelOpt does the
 inputs                                   dB on a ViT trained on digits, as long as softmax is scaled for the range that it
                                          has on images (-23 dB for its full range of 1)
 Concat                        in parts   each part gets the Q and scale of the whole: they join as int8
-MaxPool, Transpose, Reshape   no         rounding commutes with them and engines move Q and DQ through them; a Q moved
-                                         above a Transpose by hand made convnext and vit 9 % slower
+MaxPool, Transpose, Reshape   no         rounding commutes with them and engines move Q and DQ through them (`cpu_graph`
+                                         does for a MaxPool what OpenVINO does not); a Q moved above a Transpose by
+                                         hand made convnext and vit 9 % slower
 feature outputs               no         they stay the tensor before the Q: 8-bit steps never show in a result
 bias                          no         TensorRT refuses int32 DequantizeLinear; fp16, added to the accumulator
                                          (and corrected by the mean error that rounding leaves in each channel)

@@ -55,11 +55,19 @@ def settings(threads: int | None) -> dict[str, Any]:
     return chosen if threads is None else {**chosen, "INFERENCE_NUM_THREADS": threads}
 
 
-def compile_model(graph: bytes | openvino.Model) -> bytes:
-    """Compile ONNX bytes (or an OpenVINO model) for this CPU and return the blob; CompileError with OpenVINO's words."""
+def read_model(graph: bytes) -> openvino.Model:
+    """An ONNX file as OpenVINO has it; CompileError with OpenVINO's words."""
     openvino = load_library()
     try:
-        model = core().read_model(graph, b"") if isinstance(graph, bytes) else graph
+        return core().read_model(graph, b"")
+    except RuntimeError as error:
+        raise CompileError(f"OpenVINO {openvino.get_version()} cannot read this graph: {last_line(error)}") from error
+
+
+def compile_model(model: openvino.Model) -> bytes:
+    """Compile for this CPU and return the blob; CompileError with OpenVINO's words."""
+    openvino = load_library()
+    try:
         exported = core().compile_model(model, "CPU", settings(None)).export_model()
     except RuntimeError as error:
         raise CompileError(

@@ -68,9 +68,8 @@ def test_the_engine_computes_what_the_int8_graph_says(net, batch, photographs, t
     expected = onnxruntime.InferenceSession(typed.path, providers=["CPUExecutionProvider"]).run(
         None, {"pixel_values": images}
     )[0]
-    engine = OpenVinoSession(
-        bytearray(compile_engine(typed.path.read_bytes(), Precision.INT8, cache=None).data), outputs=("stage0",)
-    )
+    compiled = compile_engine(typed.path.read_bytes(), Precision.INT8, cache=None, as_written=True)
+    engine = OpenVinoSession(bytearray(compiled.data), outputs=("stage0",))
     (actual,) = engine.run(images)
     (reference,) = networks.maps_of(net, images)
     assert sqnr(reference, expected) > 20

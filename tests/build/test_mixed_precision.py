@@ -300,7 +300,8 @@ def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_fold
     manifest = result.bundle.manifest
     first, *_, last = manifest.decision.trials
     assert (first.passed, first.blocks, last.passed) == (False, (), True)
-    assert last.sqnr_db == min(stage.sqnr_db for stage in result.reports[0].stages) >= 25.0 > first.sqnr_db
+    # What is decided is decided by the graph as it is written; its engine is a little better.
+    assert min(stage.sqnr_db for stage in result.reports[0].stages) > last.sqnr_db >= 25.0 > first.sqnr_db
     assert all(trial.milliseconds > 0 for trial in manifest.decision.trials)
     record = manifest.onnx_graph(Precision.INT8)
     assert record.excluded
