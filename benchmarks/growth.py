@@ -160,11 +160,11 @@ def _in_turn(
 
 def timing_bundle(model: str, name: str, **options: Any) -> Path:
     """A bundle for timing only, built once: seeded weights, few calibration images, open gates."""
-    from benchmarks.run import is_current
+    from benchmarks.run import refreshed
     from edge_backbones import build_bundle
 
     target = CACHE / "growth" / f"{name}.bundle"
-    if not is_current(target):
+    if not refreshed(target):
         print(f"building {target.name}", flush=True)
         options = {"method": "max", "golden": 1, **options}
         build_bundle(model, target, images=photograph_folder(_CALIBRATION), options=_options(options), overwrite=True)

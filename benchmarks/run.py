@@ -1,8 +1,9 @@
 """``make bench``: every figure with its target, printed and written to benchmarks/results/<machine>.json.
 
-Bundles are built once from seeded random weights (speed does not depend on the values) and kept in .cache/bench. Their
-int8 gates are open: these bundles are for timing, and random weights of some architectures do not survive 8 bits. Their int8
-engine is the one that ``--precision auto`` ships wherever it is faster than fp32, which is among the contenders ("openvino").
+Bundles are built once from seeded random weights (speed does not depend on the values) and kept in .cache/bench; every
+run compiles their engines anew. Their int8 gates are open: these bundles are for timing, and random weights of some
+architectures do not survive 8 bits. Their int8 engine is the one that ``--precision auto`` ships wherever it is faster than
+fp32, which is among the contenders ("openvino").
 """
 
 from __future__ import annotations
@@ -206,19 +207,22 @@ def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], photograph
     add(rows, "resnet50: int8 plan of TensorRT-RTX for four architectures, no GPU", seconds, 15, "s")
 
 
-def is_current(bundle: Path) -> bool:
-    """Is there a bundle, and of the format of this release?"""
+def refreshed(bundle: Path) -> bool:
+    """Compile a bundle's engines with the code that is measured; False where there is no bundle, or one of another format."""
+    from edge_backbones.build.device import compile_bundle
+
     try:
         Bundle.open(bundle)
     except BundleError:
         return False
+    compile_bundle(bundle)
     return True
 
 
 def build(model: str, photographs: Path, *, rebuild: bool) -> Path:
     """A bundle with the int8 engine and the fp32 graph that ONNX Runtime runs."""
     target = CACHE / f"{model}.bundle"
-    if rebuild or not is_current(target):
+    if rebuild or not refreshed(target):
         from edge_backbones import BuildOptions, build_bundle
         from edge_backbones.manifest import Gate
         from edge_backbones.spec import Precision
