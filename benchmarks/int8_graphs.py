@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks import accuracy_peers, readme_table
-from benchmarks.run import CACHE, build, is_current, machine
+from benchmarks.run import CACHE, build, refreshed, machine
 from benchmarks.run import MODELS as STAGES
 from build_scripts.photographs import write_crops
 from edge_backbones import BuildOptions, Bundle, build_bundle
@@ -81,7 +81,7 @@ def trained_like(model: str, photographs: Path) -> Path:
     timm starts them at 1 and 0, and OpenVINO leaves out what does nothing: it would flatter a graph that keeps them so.
     """
     target = CACHE / f"{model}.trained-like.bundle"
-    if not is_current(target):
+    if not refreshed(target):
         print(f"building {target.name}", flush=True)
         indices = tuple(int(index) for index in STAGES[model].split(","))
         torch.manual_seed(0)
