@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from benchmarks import accuracy_peers, readme_table
-from benchmarks.run import CACHE, build, refreshed, machine
+from benchmarks.growth import photograph_folder
+from benchmarks.run import CACHE, PHOTOGRAPHS, build, machine, refreshed
 from benchmarks.run import MODELS as STAGES
-from build_scripts.photographs import write_crops
 from edge_backbones import BuildOptions, Bundle, build_bundle
 from edge_backbones.bench.compare import CompareOptions, measure
 from edge_backbones.bench.contender import Task
@@ -57,9 +57,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--skip", choices=("speed", "targets"), help="keep the figures that there are of it")
     arguments = parser.parse_args()
-    photographs = CACHE / "photographs"
-    if not photographs.exists():
-        write_crops(photographs, 68)
+    photographs = photograph_folder(PHOTOGRAPHS)
     found = json.loads(RESULTS.read_text(encoding="utf-8"))["networks"] if RESULTS.exists() else {}
     for model in arguments.only:
         bundle = trained_like(model, photographs) if model in NORMALISED else build(model, photographs, rebuild=False)

@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from typing import Any
 import msgspec
 
 from benchmarks import end_to_end, figures, growth, readme_table
-from build_scripts.photographs import write_crops
 from edge_backbones.bench import roofline
 from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, regressions
@@ -48,6 +48,8 @@ QUICK = ("mobilenetv3_large_100", "efficientnet_b0")
 TARGETS = {"torch": 3.5, "torch-compile": 2.0, "onnxruntime": 2.0, "nncf": 1.0}  # of the geometric means
 PEERS = ("torch", "torch-compile", "onnxruntime", "openvino", "nncf")
 PARTS = ("figures", "growth", "end_to_end")
+PHOTOGRAPHS = 32 + 4  # of a bundle: to calibrate on, and golden
+_BEGIN = time.monotonic()
 
 
 def main() -> None:
@@ -64,9 +66,7 @@ def main() -> None:
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # what --only does not measure stays
     wanted = arguments.only or ([*QUICK, *PARTS] if arguments.quick else [*MODELS, *PARTS])
 
-    photographs = CACHE / "photographs"
-    if not photographs.exists():
-        write_crops(photographs, 68)
+    photographs = growth.photograph_folder(PHOTOGRAPHS)
     needed = [m for m in MODELS if m in wanted or ("figures" in wanted and m in ("resnet50", "mobilenetv3_large_100"))]
     if arguments.quick:
         needed = [m for m in needed if m in QUICK]
@@ -79,16 +79,20 @@ def main() -> None:
     rooflines = roofline_of(comparisons, bundles)
     rows: list[dict[str, Any]] = []
     if "figures" in wanted:
-        add_figures(rows, bundles, photographs, quick=arguments.quick)
+        say("overhead, cold start, build")
+        add_figures(rows, bundles, quick=arguments.quick)
     if "end_to_end" in wanted:
+        say("camera frames to feature maps")
         add_end_to_end(rows, rounds=3 if arguments.quick else 9)
     if "growth" in wanted:
+        say("growth")
         laws = growth.measure(quick=arguments.quick)
         if not arguments.quick:
             growth.draw(laws, RESULTS / "growth.png")
             (RESULTS / "growth.json").write_text(json.dumps(laws, indent=1) + "\n", encoding="utf-8")
     if arguments.quick:
         add_means(rows, comparisons)
+        say("done")
         sys.exit(0 if all(row["reached"] for row in rows) else 1)
 
     everybody = {**stored.get("comparisons", {}), **{m: msgspec.to_builtins(c) for m, c in comparisons.items()}}
@@ -102,6 +106,7 @@ def main() -> None:
         "figures": list({**before, **again}.values()),
     }
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    say("done")
     shown = path.relative_to(ROOT).as_posix()
     readme_table.update(shown)
     print(f"wrote {shown} and the tables of README.md")
@@ -110,7 +115,7 @@ def main() -> None:
 
 def compare_model(model: str, bundle: Path, photographs: Path, arguments: argparse.Namespace) -> Comparison:
     """The int8 engine beside every peer, batch 1, two threads."""
-    print(f"comparing {model}", flush=True)
+    say(f"comparing {model}")
     options = CompareOptions(
         engine="int8",
         vs=PEERS,
@@ -177,7 +182,7 @@ def add_end_to_end(rows: list[dict[str, Any]], *, rounds: int) -> None:
         )
 
 
-def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], photographs: Path, *, quick: bool) -> None:
+def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], *, quick: bool) -> None:
     """Overhead, cold start, import and build."""
     mobilenet = figures.call_overhead(bundles["mobilenetv3_large_100"])
     add(
@@ -196,6 +201,7 @@ def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], photograph
     start = figures.cold_start(bundles["resnet50"])
     add(rows, "resnet50: python to first feature maps", start["seconds"], 1.0, "s")
     add(rows, "resnet50: resident memory of that process", start["peak_mb"], 230, "MB")
+    photographs = growth.photograph_folder(64 + 4)
     built = figures.resnet50_build(photographs, CACHE / "timed.bundle")
     images = int(built["calibration_images"])
     add(rows, f"resnet50: int8 build with {images} calibration images, after imports", built["seconds"], 120, "s")
@@ -205,6 +211,12 @@ def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], photograph
     add(rows, "resnet50: resident memory of that", calibrated["peak_mb"], 2000, "MB")
     seconds = figures.rtx_build(bundles["resnet50"])
     add(rows, "resnet50: int8 plan of TensorRT-RTX for four architectures, no GPU", seconds, 15, "s")
+
+
+def say(what: str) -> None:
+    """What begins now, and the minutes and seconds that have gone."""
+    minutes, seconds = divmod(int(time.monotonic() - _BEGIN), 60)
+    print(f"[{minutes}:{seconds:02}] {what}", flush=True)
 
 
 def refreshed(bundle: Path) -> bool:
@@ -227,7 +239,7 @@ def build(model: str, photographs: Path, *, rebuild: bool) -> Path:
         from edge_backbones.manifest import Gate
         from edge_backbones.spec import Precision
 
-        print(f"building {target.name}", flush=True)
+        say(f"building {target.name}")
         indices = tuple(int(index) for index in MODELS[model].split(","))
         options = BuildOptions(
             weights="random:0",
