@@ -576,19 +576,30 @@ def profiles(
 
 
 @app.command()
-def doctor(as_json: JsonFlag = False) -> None:
-    """What this machine can build and run, and what to install for the rest."""
-    from edge_backbones.doctor import examine
+def doctor(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Say which of its engines run here; exit code 1 if none.", show_default=False)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What this machine can build and run, and what to do about the rest."""
+    from edge_backbones.bundle import Bundle
+    from edge_backbones.doctor import judge, judge_engines, look
 
-    findings = examine()
+    opened = None if bundle is None else Bundle.open(bundle)
+    machine = look()
+    engines = [] if opened is None else judge_engines(machine, opened)
+    findings = [*judge(machine), *engines]
     if as_json:
         _print_json(findings)
-        return
-    table = Table("", "to", "found", "fix")
-    for finding in findings:
-        mark = Text("ok", style="green") if finding.ok else Text("--", style="yellow")
-        table.add_row(mark, finding.topic, finding.found, finding.fix)
-    _out.print(table)
+    else:
+        for finding in findings:  # lines, not a table: a command that is to be copied must not be cut
+            mark = ("ok", "green") if finding.ok else ("--", "yellow")
+            _out.print(Text.assemble(mark, "  ", (finding.topic, "bold"), ": ", finding.found), soft_wrap=True)
+            if finding.fix:
+                _out.print(Text.assemble("    to do: ", (finding.fix, "cyan")), soft_wrap=True)
+    if opened is not None and not any(finding.ok for finding in engines):
+        raise typer.Exit(1)
 
 
 def _span(sizes: Sequence[float]) -> str:

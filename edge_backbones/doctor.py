@@ -1,20 +1,40 @@
-"""What this machine can build and run, and what to install for the rest. Looks only; installs and downloads nothing."""
+"""What this machine can build and run, and what to do about the rest. Looks only: installs, downloads and changes nothing.
+
+:func:`look` gathers; :func:`judge` and :func:`judge_engines` decide and need no machine: tests hand them recorded ones.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
-from edge_backbones.runtime import compat, cuda, tensorrt_library
+from edge_backbones.bundle import Bundle
+from edge_backbones.profiles import DeviceProfile, profile_of
+from edge_backbones.runtime import compat, cuda, session, tensorrt_library
+from edge_backbones.system import System, read_system
 
-_TENSORRT = (
-    "pip install 'edge-backbones[tensorrt]'; on a Jetson: apt install python3-libnvinfer, and a virtual environment made "
-    "by the system's Python with --system-site-packages"
+_FAST_INT8 = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+_BUILD = ("torch", "timm", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino")
+_DISTRIBUTIONS = (
+    *_BUILD,
+    "Pillow",
+    "matplotlib",
+    "Jinja2",
+    "typer",
+    "rich",
+    "cuda-bindings",
+    "pycuda",
+    "torch-tensorrt",
 )
+# A compilation of TensorRT takes about so much beside the plan itself, and the system some more.
+_MEMORY_TO_COMPILE = 2 << 30
+_OLDEST_TENSORRT = (10, 3)
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,81 +46,297 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     fix: str = ""
 
 
-def examine() -> list[Finding]:
-    """Everything that decides what can be built and run here."""
-    host = compat.this_host({})
-    return [
-        Finding(
-            topic="machine", ok=True, found=f"{platform.system()} {host.architecture}, {host.device_name}, {_memory()}"
-        ),
-        _int8(host),
-        _python(),
-        _library("run on the CPU (OpenVINO)", "cpu", ("openvino",)),
-        _library("read image files", "images", ("Pillow",)),
-        _library("draw feature maps and reports", "report", ("matplotlib", "Jinja2")),
-        _library(
-            "build bundles",
-            "build",
-            ("torch", "timm", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino"),
-        ),
-        _tensorrt("tensorrt", "compile and run engines of this GPU (TensorRT)", _TENSORRT),
-        _tensorrt(
-            "tensorrt_rtx",
-            "compile for RTX GPUs, without one too (TensorRT-RTX)",
-            "pip install 'edge-backbones[rtx]'",
-        ),
-        _gpu(),
-    ]
+class Python(msgspec.Struct, frozen=True, kw_only=True):
+    """The interpreter that runs this. ``system_packages``: it sees those of the system's Python."""
+
+    version: str
+    executable: str
+    virtual: bool
+    system_packages: bool
 
 
-def _memory() -> str:
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen. ``cores``: logical ones. ``libraries``: version by distribution. ``tensorrt``: version by flavour, of
+    those that load. ``no_gpu``: why there is none."""
+
+    system: System
+    host: compat.Host
+    cores: int
+    python: Python
+    libraries: Mapping[str, str]
+    tensorrt: Mapping[str, str]
+    gpus: tuple[cuda.Gpu, ...] = ()
+    no_gpu: str = ""
+
+
+def look(root: Path = Path("/")) -> Machine:
+    """This machine; its files may be another's, under ``root``. Starts the driver, where there is one."""
+    libraries = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            libraries[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found = cuda.gpus()
+    return Machine(
+        system=read_system(root),
+        host=compat.this_host(session.installed_versions(), device=0 if found else None),
+        cores=os.cpu_count() or 1,
+        python=Python(
+            version=platform.python_version(),
+            executable=sys.executable,
+            virtual=sys.prefix != sys.base_prefix,
+            system_packages=_sees_system_packages(),
+        ),
+        libraries=libraries,
+        # By import: on a Jetson no distribution is installed for pip to know.
+        tensorrt={
+            flavour: version
+            for flavour in tensorrt_library.FLAVOURS
+            if (version := tensorrt_library.library_version(flavour)) is not None
+        },
+        gpus=found,
+        no_gpu=cuda.no_gpu_reason(),
+    )
+
+
+def judge(machine: Machine) -> list[Finding]:
+    """Everything that decides what can be built and run there, in the order in which a person would ask."""
+    profile = _profile(machine)
+    findings = [_machine(machine), _memory(machine)]
+    findings += [_jetson(machine.system)] if machine.system.l4t or "Jetson" in machine.system.board else []
+    findings += [_python(machine), _int8(machine.host), _speed(machine)]
+    for purpose, extra, names in (
+        ("run on the CPU (OpenVINO)", "cpu", ("openvino",)),
+        ("read image files", "images", ("Pillow",)),
+        ("draw feature maps and reports", "report", ("matplotlib", "Jinja2")),
+        ("build bundles", "build", _BUILD),
+    ):
+        findings.append(_library(machine, purpose, extra, names))
+    findings += [_gpu(machine), _cuda(machine), _tensorrt(machine)]
+    findings += [_optional(machine, flavour) for flavour in ("tensorrt_lean", "tensorrt_rtx")]
+    if profile is not None and machine.gpus:
+        findings.append(_served(machine, profile))
+    if machine.system.l4t:
+        findings.append(_dla(profile))
+    return findings
+
+
+def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
+    """One finding for each engine of a bundle: whether it runs there, or why not."""
+    found = []
+    for engine in bundle.manifest.engines:
+        device = "cpu" if engine.key.gpu is None else "cuda"
+        reasons = session.reasons_against(engine, machine.host, engine.name, device=device)
+        told = "; ".join(reasons) or "runs here"
+        found.append(Finding(topic=f"engine {engine.name}", ok=not reasons, found=told))
+    if not found:
+        fix = f"edge-backbones compile {bundle.path}"
+        found.append(Finding(topic="engines", ok=False, found=f"{bundle.path} has none", fix=fix))
+    return found
+
+
+def _sees_system_packages() -> bool:
+    if sys.prefix == sys.base_prefix:
+        return True
     try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return "memory unknown"
-    return f"{total / 2**30:.0f} GiB, {os.cpu_count()} logical cores"
+        text = (Path(sys.prefix) / "pyvenv.cfg").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    settings = dict(line.partition("=")[::2] for line in text.lower().replace(" ", "").splitlines())
+    return settings.get("include-system-site-packages") == "true"
+
+
+def _machine(machine: Machine) -> Finding:
+    system, host = machine.system, machine.host
+    where = ", in a container" if system.container else ""
+    name = " ".join(part for part in (system.board, f"({system.name})" if system.name else "") if part)
+    return Finding(
+        topic="machine",
+        ok=True,
+        found=f"{name or platform.system()}{where}, {host.architecture}, {host.device_name}, {machine.cores} logical cores",
+    )
+
+
+def _memory(machine: Machine) -> Finding:
+    memory = machine.system.memory
+    if memory is None:
+        return Finding(topic="memory", ok=True, found="not known on this system")
+    found = f"{_gib(memory.available)} of {_gib(memory.total)} available, swap {_gib(memory.swap)}"
+    little = memory.available + memory.swap < _MEMORY_TO_COMPILE
+    fix = (
+        f"compiling takes about {_gib(_MEMORY_TO_COMPILE)}: close programs, add swap (fallocate, mkswap, swapon), or compile "
+        "with --workspace 256 and one --shapes"
+    )
+    return Finding(topic="memory", ok=not little, found=found, fix=fix if little else "")
+
+
+def _jetson(system: System) -> Finding:
+    if system.l4t is None:
+        return Finding(
+            topic="JetPack",
+            ok=False,
+            found=f"{system.board}, and no /etc/nv_tegra_release",
+            fix="in a container mount it: docker run --runtime nvidia -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro",
+        )
+    jetpack = system.jetpack or ""
+    found = f"JetPack {jetpack} (Jetson Linux {system.l4t})"
+    release = tuple(int(part) for part in system.l4t.split("."))
+    if release >= (36, 4):
+        return Finding(topic="JetPack", ok=True, found=found)
+    if release >= (36,):
+        fix = "its TensorRT is 8.6 and 10.3 is the oldest that engines are made with: upgrade to JetPack 6.2 (apt, or flash)"
+    else:
+        fix = (
+            "its Python is 3.8 and its TensorRT 8.5; needed are Python 3.10 and TensorRT 10.3: flash JetPack 6.2 (Orin), or "
+            "use the CPU engine in a Python 3.10 of your own"
+        )
+    return Finding(topic="JetPack", ok=False, found=found, fix=fix)
+
+
+def _python(machine: Machine) -> Finding:
+    python = machine.python
+    seen = (
+        ""
+        if not python.virtual
+        else ", a virtual environment " + ("with the system's packages" if python.system_packages else "of its own")
+    )
+    return Finding(topic="python", ok=True, found=f"{python.version} ({python.executable}){seen}")
 
 
 def _int8(host: compat.Host) -> Finding:
     """Without dot-product instructions int8 still runs, at about the speed of fp32."""
-    fast = [f for f in host.cpu_features if f in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")]
+    fast = [feature for feature in host.cpu_features if feature in _FAST_INT8]
     found = f"instructions: {', '.join(host.cpu_features) or 'not known on this system'}"
     fix = "" if fast else "this CPU has no int8 dot product: measure before you prefer int8 over fp32"
     return Finding(topic="fast int8 on the CPU", ok=bool(fast), found=found, fix=fix)
 
 
-def _python() -> Finding:
-    return Finding(topic="python", ok=True, found=f"{platform.python_implementation()} {platform.python_version()}")
+def _speed(machine: Machine) -> Finding:
+    """Power mode and clocks: what makes the same engine take half as long again tomorrow."""
+    settings = machine.system.settings
+    found = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "Jetson")
+    fix = ""
+    if machine.system.l4t:
+        mode = settings.get("Jetson power mode")
+        if mode is None:
+            fix = "power mode not readable here: nvpmodel -q shows it, sudo jetson_clocks holds the clocks"
+        elif not mode.startswith("MAXN"):
+            fix = f"{mode} holds the clocks down: nvpmodel -q lists the modes, sudo nvpmodel -m sets one"
+    elif settings.get("cpu governor") == "powersave":
+        fix = "latencies waver: sudo cpupower frequency-set -g performance"
+    return Finding(topic="power mode and clocks", ok=not fix, found=found or "not shown by this system", fix=fix)
 
 
-def _library(purpose: str, extra: str, distributions: Sequence[str]) -> Finding:
+def _library(machine: Machine, purpose: str, extra: str, distributions: Sequence[str]) -> Finding:
     """An extra, by the distributions that it brings."""
-    versions, missing = [], []
-    for name in distributions:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
-    found = (
-        ", ".join(versions)
-        + ("; " if versions and missing else "")
-        + (f"missing: {', '.join(missing)}" if missing else "")
-    )
+    versions = [f"{name} {machine.libraries[name]}" for name in distributions if name in machine.libraries]
+    missing = [name for name in distributions if name not in machine.libraries]
+    found = "; ".join(filter(None, (", ".join(versions), f"missing: {', '.join(missing)}" if missing else "")))
     fix = f"pip install 'edge-backbones[{extra}]'" if missing else ""
     return Finding(topic=purpose, ok=not missing, found=found, fix=fix)
 
 
-def _gpu() -> Finding:
-    """The driver's own answer."""
+def _gpu(machine: Machine) -> Finding:
     topic = "NVIDIA GPU"
-    found = cuda.gpus()
-    if not found:
-        return Finding(topic=topic, ok=False, found=f"{cuda.no_gpu_reason()}; CPU engines do not need one")
-    listed = ", ".join(f"{gpu.name} ({gpu.architecture}, {gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in found)
-    return Finding(topic=topic, ok=True, found=f"{listed}; the driver serves CUDA {found[0].driver}")
+    if machine.gpus:
+        listed = ", ".join(f"{g.name} ({g.architecture}, {_gib(g.memory_bytes)})" for g in machine.gpus)
+        kernel = f"driver {machine.system.driver}, " if machine.system.driver else ""
+        return Finding(topic=topic, ok=True, found=f"{listed}; {kernel}CUDA up to {machine.gpus[0].driver}")
+    fix = ""
+    if machine.system.driver or machine.system.l4t:
+        fix = "the kernel has the driver and this process does not see it"
+        fix += ": docker run --runtime nvidia (or --gpus all)" if machine.system.container else ": reboot, or see dmesg"
+    return Finding(topic=topic, ok=False, found=f"{machine.no_gpu}; CPU engines do not need one", fix=fix)
 
 
-def _tensorrt(flavour: tensorrt_library.TensorRtFlavour, purpose: str, fix: str) -> Finding:
-    """By import: on a Jetson no distribution is installed for pip to know."""
-    version = tensorrt_library.library_version(flavour)
-    return Finding(topic=purpose, ok=version is not None, found=version or "missing", fix="" if version else fix)
+def _cuda(machine: Machine) -> Finding:
+    """Memory of the GPU is reached through one of two bindings; the toolkit itself is not needed."""
+    versions = [
+        f"{name} {machine.libraries[name]}" for name in ("cuda-bindings", "pycuda") if name in machine.libraries
+    ]
+    toolkit = f"toolkit {machine.system.cuda}" if machine.system.cuda else "no toolkit (none is needed)"
+    found = ", ".join([*versions, toolkit]) if versions else f"missing: cuda-bindings; {toolkit}"
+    wanted = bool(machine.gpus) and not versions
+    driver = machine.gpus[0].driver.partition(".")[0] if machine.gpus else ""
+    return Finding(
+        topic="reach the GPU's memory (CUDA)",
+        ok=bool(versions),
+        found=found,
+        fix=f"pip install 'cuda-bindings=={driver}.*'" if wanted else "",
+    )
+
+
+def _tensorrt(machine: Machine) -> Finding:
+    topic, version = "compile and run engines of this GPU (TensorRT)", machine.tensorrt.get("tensorrt")
+    if version is not None:
+        numbers = tuple(int(part) for part in version.split(".")[:2])
+        fix = (
+            ""
+            if numbers >= _OLDEST_TENSORRT
+            else "10.3 is the oldest that engines are made with: upgrade (JetPack 6.1)"
+        )
+        return Finding(topic=topic, ok=not fix, found=version, fix=fix)
+    system, python = machine.system, machine.python
+    if not system.l4t:
+        return Finding(topic=topic, ok=False, found="missing", fix="pip install 'edge-backbones[tensorrt]'")
+    short = ".".join(python.version.split(".")[:2])
+    if not system.tensorrt_pythons:
+        return Finding(
+            topic=topic,
+            ok=False,
+            found="missing: JetPack's TensorRT has no Python package here",
+            fix="sudo apt install python3-libnvinfer",
+        )
+    theirs = system.tensorrt_pythons[-1]
+    remade = f"/usr/bin/python{theirs} -m venv --system-site-packages ENV, and pip install edge-backbones in it"
+    if short not in system.tensorrt_pythons:
+        found = f"JetPack's TensorRT is for Python {theirs} and this is {short}"
+        return Finding(topic=topic, ok=False, found=found, fix=f"use the system's Python: {remade}")
+    if not python.system_packages:
+        found = "JetPack's TensorRT is installed, and this virtual environment does not see it"
+        fix = f"make it with the system's packages: {remade}"
+        return Finding(topic=topic, ok=False, found=found, fix=fix)
+    found = f"installed for Python {theirs}, and cannot be loaded"
+    fix = "python3 -c 'import tensorrt' tells why; sudo apt install --reinstall python3-libnvinfer"
+    return Finding(topic=topic, ok=False, found=found, fix=fix)
+
+
+def _optional(machine: Machine, flavour: str) -> Finding:
+    """A flavour that few need: nothing to fix where it is absent, unless this is the machine for it."""
+    purpose, install = {
+        "tensorrt_lean": ("run version-compatible plans (TensorRT lean)", "pip install tensorrt-lean"),
+        "tensorrt_rtx": (
+            "compile for RTX GPUs, without one too (TensorRT-RTX)",
+            "pip install 'edge-backbones[rtx]'",
+        ),
+    }[flavour]
+    version = machine.tensorrt.get(flavour)
+    fix = "" if version or machine.system.l4t else install
+    return Finding(topic=purpose, ok=version is not None, found=version or "missing", fix=fix)
+
+
+def _profile(machine: Machine) -> DeviceProfile | None:
+    return profile_of(machine.gpus[0] if machine.gpus else None, board=machine.system.board)
+
+
+def _served(machine: Machine, profile: DeviceProfile) -> Finding:
+    pays = ", ".join(profile.pays)
+    return Finding(
+        topic="device profile",
+        ok=True,
+        found=f"{profile.name} ({profile.title}): {pays} pay; see edge-backbones profiles",
+    )
+
+
+def _dla(profile: DeviceProfile | None) -> Finding:
+    if profile is None or profile.kind != "jetson":
+        return Finding(topic="DLA", ok=True, found="not known: no profile tells this board")
+    if not profile.dla_cores:
+        return Finding(topic="DLA", ok=True, found=f"{profile.title} has none")
+    releases = " or ".join(s.tensorrt for s in profile.software if s.dla)
+    return Finding(topic="DLA", ok=True, found=f"{profile.dla_cores} cores, for TensorRT {releases} (--dla-core)")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -10,6 +10,7 @@ from pathlib import Path
 from edge_backbones.bench.results import Machine
 from edge_backbones.errors import EdgeBackbonesError
 from edge_backbones.runtime import compat, cuda
+from edge_backbones.system import settings
 
 
 def describe(*, root: Path = Path("/"), repository: Path | None = None) -> Machine:
@@ -31,30 +32,6 @@ def describe(*, root: Path = Path("/"), repository: Path | None = None) -> Machi
         settings=settings(root),
         commit=None if repository is None else _commit(repository),
     )
-
-
-def settings(root: Path = Path("/")) -> dict[str, str]:
-    """Governor, turbo, clocks and Jetson's power mode, as far as the system shows them."""
-    files = {
-        "cpu governor": "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
-        "cpu MHz now": "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",
-        "cpu MHz at most": "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq",
-        "turbo off": "sys/devices/system/cpu/intel_pstate/no_turbo",
-        "boost": "sys/devices/system/cpu/cpufreq/boost",
-        "Jetson power mode": "var/lib/nvpmodel/status",
-        "Jetson GPU MHz now": "sys/class/devfreq/17000000.gpu/cur_freq",
-        "Jetson": "proc/device-tree/model",
-    }
-    per_mhz = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3, "Jetson GPU MHz now": 1e6}
-    found = {}
-    for name, path in files.items():
-        try:
-            text = (root / path).read_text(encoding="utf-8", errors="replace").strip().strip("\x00")
-        except OSError:
-            continue
-        if text:
-            found[name] = f"{float(text) / per_mhz[name]:.0f}" if name in per_mhz and text.isdigit() else text
-    return found
 
 
 def _commit(repository: Path) -> str | None:

@@ -346,7 +346,7 @@ def test_what_decides_the_speed_is_recorded(tmp_path):
         "cpu governor": "schedutil",
         "cpu MHz now": "730",
         "Jetson": "NVIDIA Jetson Orin Nano Developer Kit",
-        "Jetson power mode": "pmode:0001",
+        "Jetson power mode": "1",
     }
     assert machine.settings(tmp_path / "nothing") == {}
     assert machine.describe(repository=tmp_path).commit is None

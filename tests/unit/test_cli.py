@@ -213,8 +213,8 @@ def test_doctor_names_every_extra_that_is_missing():
         "import importlib.metadata as m, sys\n"
         "def missing(name): raise m.PackageNotFoundError(name)\n"
         "m.version = missing\n"
-        "from edge_backbones.doctor import examine\n"
-        "print([f.fix for f in examine() if not f.ok])"
+        "from edge_backbones.doctor import judge, look\n"
+        "print([f.fix for f in judge(look()) if not f.ok])"
     )
     fixes = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for extra in ("cpu", "images", "report", "build", "tensorrt"):

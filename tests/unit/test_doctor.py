@@ -1,0 +1,288 @@
+"""What doctor says of machines that are not at hand: their files are in tests/unit/machines, the rest is said here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_backbones import doctor
+from edge_backbones.doctor import Finding, Machine, Python, judge, judge_engines
+from edge_backbones.runtime import compat
+from edge_backbones.runtime.cuda import Gpu
+from edge_backbones.system import read_system
+from edge_backbones.testing import make_bundle
+
+MACHINES = Path(__file__).with_name("machines")
+ALL = ("jetpack5-agx-xavier", "jetpack6-orin-nano", "jetpack7-agx-thor", "server-h100", "laptop", "bare")
+RUNTIME = {"openvino": "2026.4.1", "Pillow": "12.0.0"}
+
+
+def gpu(name: str, architecture: str, gib: float, driver: str, *, integrated: bool = False) -> Gpu:
+    return Gpu(0, name, architecture, int(gib * 2**30), driver, 8, integrated)
+
+
+ORIN_NANO = gpu("Orin", "sm_87", 7.4, "12.6", integrated=True)
+THOR = gpu("NVIDIA Thor", "sm_110", 122.8, "13.0", integrated=True)
+H100 = gpu("NVIDIA H100 80GB HBM3", "sm_90", 79.1, "12.4")
+
+
+def machine(
+    name: str,
+    *,
+    python: str = "3.10.12",
+    virtual: bool = True,
+    system_packages: bool = False,
+    libraries: dict[str, str] = RUNTIME,
+    tensorrt: dict[str, str] | None = None,
+    gpus: tuple[Gpu, ...] = (),
+    no_gpu: str = "no NVIDIA driver (libcuda.so.1 is missing)",
+) -> Machine:
+    root = MACHINES / name
+    cpuinfo = (root / "proc/cpuinfo").read_text()
+    architecture = "aarch64" if name.startswith("jetpack") else "x86_64"
+    host = compat.Host(
+        architecture,
+        compat.cpu_features(cpuinfo, architecture),
+        compat.device_name(cpuinfo) or architecture,
+        {"openvino": libraries["openvino"]} if "openvino" in libraries else {},
+        gpus[0] if gpus else None,
+        "" if gpus else no_gpu,
+    )
+    return Machine(
+        system=read_system(root),
+        host=host,
+        cores=6,
+        python=Python(
+            version=python,
+            executable="/env/bin/python",
+            virtual=virtual,
+            system_packages=system_packages or not virtual,
+        ),
+        libraries=libraries,
+        tensorrt=tensorrt or {},
+        gpus=gpus,
+        no_gpu="" if gpus else no_gpu,
+    )
+
+
+def finding(found: list[Finding], topic: str) -> Finding:
+    [one] = [f for f in found if f.topic.startswith(topic)]
+    return one
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(
+    ("name", "l4t", "jetpack", "driver", "cuda", "pythons", "mode"),
+    [
+        ("jetpack5-agx-xavier", "35.4.1", "5.1.2", None, "11.4.19", ("3.8",), "15W"),
+        ("jetpack6-orin-nano", "36.4.3", "6.2", "540.4.0", "12.6.11", ("3.10",), "25W"),
+        ("jetpack7-agx-thor", "38.2.1", "7.0", "580.00", "13.0.48", ("3.12",), "MAXN"),
+        ("server-h100", None, None, "550.54.15", "12.4.1", (), None),
+        ("laptop", None, None, None, None, (), None),
+        ("bare", None, None, None, None, (), None),
+    ],
+)
+def test_the_files_of_a_machine(name, l4t, jetpack, driver, cuda, pythons, mode):
+    system = read_system(MACHINES / name)
+    assert (system.l4t, system.jetpack, system.driver, system.cuda) == (l4t, jetpack, driver, cuda)
+    assert system.tensorrt_pythons == pythons
+    assert system.settings.get("Jetson power mode") == mode
+    assert system.container == (name == "server-h100")
+    assert system.memory is not None
+    assert system.memory.available <= system.memory.total
+
+
+@pytest.mark.parametrize(
+    ("l4t", "jetpack"),
+    [
+        ("32.7.1", "4"),
+        ("35.3.1", "5.1.1"),
+        ("36.3.0", "6.0"),
+        ("36.4.0", "6.1"),
+        ("36.4.7", "6.2.1"),
+        ("39.1.0", "7.2"),
+    ],
+)
+def test_the_jetpack_of_a_jetson_linux(tmp_path, l4t, jetpack):
+    major, _, rest = l4t.partition(".")
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/nv_tegra_release").write_text(f"# R{major} (release), REVISION: {rest}, GCID: 1, BOARD: generic\n")
+    assert read_system(tmp_path).jetpack == jetpack
+
+
+def test_files_that_are_damaged_say_nothing(tmp_path):
+    for path in ("etc/nv_tegra_release", "proc/meminfo", "usr/local/cuda/version.json", "var/lib/nvpmodel/status"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"\xff\x00 {broken")
+    system = read_system(tmp_path)
+    assert (system.l4t, system.memory, system.cuda, system.settings) == (None, None, None, {})
+    assert read_system(tmp_path / "nothing") == msgspec.convert({}, type(system))
+
+
+# ---- Jetsons
+
+
+def test_an_orin_nano_as_it_should_be():
+    found = judge(
+        machine(
+            "jetpack6-orin-nano",
+            system_packages=True,
+            libraries={**RUNTIME, "cuda-bindings": "12.6.2"},
+            tensorrt={"tensorrt": "10.3.0"},
+            gpus=(ORIN_NANO,),
+        )
+    )
+    assert finding(found, "JetPack").found == "JetPack 6.2 (Jetson Linux 36.4.3)"
+    assert finding(found, "compile and run engines").ok
+    assert finding(found, "reach the GPU").ok
+    assert finding(found, "fast int8").ok
+    assert finding(found, "device profile").found.startswith(
+        "jetson-orin-nano (NVIDIA Jetson Orin Nano): fp16, int8 pay"
+    )
+    assert "has none" in finding(found, "DLA").found
+    assert finding(found, "NVIDIA GPU").found == "Orin (sm_87, 7.4 GiB); driver 540.4.0, CUDA up to 12.6"
+    memory = finding(found, "memory")
+    assert not memory.ok
+    assert "add swap" in memory.fix
+    speed = finding(found, "power mode")
+    assert "Jetson power mode 25W" in speed.found
+    assert "25W holds the clocks down" in speed.fix
+
+
+@pytest.mark.parametrize(
+    ("options", "found", "fix"),
+    [
+        ({}, "does not see it", "/usr/bin/python3.10 -m venv --system-site-packages"),
+        ({"python": "3.12.3"}, "is for Python 3.10 and this is 3.12", "/usr/bin/python3.10 -m venv"),
+        ({"virtual": False}, "cannot be loaded", "tells why"),
+        ({"tensorrt": {"tensorrt": "8.6.2"}}, "8.6.2", "10.3 is the oldest"),
+    ],
+)
+def test_a_tensorrt_that_python_does_not_find(options, found, fix):
+    one = finding(judge(machine("jetpack6-orin-nano", gpus=(ORIN_NANO,), **options)), "compile and run engines")
+    assert not one.ok
+    assert found in one.found
+    assert fix in one.fix
+
+
+def test_a_jetson_without_the_python_package_of_tensorrt(monkeypatch):
+    seen = machine("jetpack6-orin-nano", gpus=(ORIN_NANO,))
+    seen = msgspec.structs.replace(seen, system=msgspec.structs.replace(seen.system, tensorrt_pythons=()))
+    assert finding(judge(seen), "compile and run engines").fix == "sudo apt install python3-libnvinfer"
+
+
+def test_jetpack_5_is_told_what_it_lacks():
+    found = judge(machine("jetpack5-agx-xavier"))
+    jetpack = finding(found, "JetPack")
+    assert not jetpack.ok
+    assert "flash JetPack 6.2 (Orin), or use the CPU engine" in jetpack.fix
+    assert "no int8 dot product" in finding(found, "fast int8").fix
+    assert "Jetson power mode 15W" in finding(found, "power mode").found
+
+
+def test_jetpack_6_0_is_told_to_upgrade():
+    seen = machine("jetpack6-orin-nano")
+    seen = msgspec.structs.replace(seen, system=msgspec.structs.replace(seen.system, l4t="36.3.0"))
+    assert "upgrade to JetPack 6.2" in finding(judge(seen), "JetPack").fix
+
+
+def test_a_thor():
+    found = judge(
+        machine(
+            "jetpack7-agx-thor",
+            python="3.12.3",
+            system_packages=True,
+            libraries={**RUNTIME, "cuda-bindings": "13.0.1"},
+            tensorrt={"tensorrt": "10.13.3"},
+            gpus=(THOR,),
+        )
+    )
+    assert finding(found, "JetPack").found == "JetPack 7.0 (Jetson Linux 38.2.1)"
+    assert finding(found, "device profile").found.startswith("jetson-thor")
+    assert finding(found, "power mode").ok
+    assert not finding(found, "memory").fix
+    assert {f.topic for f in found if not f.ok} == {
+        "draw feature maps and reports",
+        "build bundles",
+        "run version-compatible plans (TensorRT lean)",
+        "compile for RTX GPUs, without one too (TensorRT-RTX)",
+    }
+
+
+def test_a_jetson_in_a_container_that_hides_what_it_is():
+    seen = machine("jetpack6-orin-nano")
+    hidden = msgspec.structs.replace(seen.system, l4t=None, container=True)
+    found = judge(msgspec.structs.replace(seen, system=hidden))
+    assert "-v /etc/nv_tegra_release" in finding(found, "JetPack").fix
+    assert "--runtime nvidia" in finding(found, "NVIDIA GPU").fix
+
+
+# ---- others
+
+
+def test_a_server():
+    found = judge(machine("server-h100", gpus=(H100,), tensorrt={"tensorrt": "10.16.1"}))
+    assert finding(found, "machine").found.startswith("(Ubuntu 22.04.4 LTS), in a container, x86_64, Intel(R) Xeon(R)")
+    assert finding(found, "device profile").found.startswith("h100")
+    assert finding(found, "reach the GPU").fix == "pip install 'cuda-bindings==12.*'"
+    assert finding(found, "power mode").ok
+    assert not any(f.topic in ("JetPack", "DLA") for f in found)
+
+
+def test_a_laptop_and_a_bare_machine():
+    laptop, bare = judge(machine("laptop")), judge(machine("bare", libraries={}))
+    assert "cpupower" in finding(laptop, "power mode").fix
+    assert finding(laptop, "fast int8").ok
+    assert finding(laptop, "NVIDIA GPU").found.endswith("CPU engines do not need one")
+    assert finding(bare, "run on the CPU").fix == "pip install 'edge-backbones[cpu]'"
+    assert not finding(bare, "fast int8").ok
+    assert finding(bare, "power mode").found == "not shown by this system"
+    assert not finding(bare, "memory").ok
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_finding_is_a_plain_line(name):
+    found = judge(machine(name))
+    assert len({f.topic for f in found}) == len(found)
+    for one in found:
+        assert one.found
+        assert "\n" not in one.found + one.fix
+        assert not re.search(r"None|\bsm_None|\(\)|\bdict\b", one.found + one.fix), one
+    assert json.loads(msgspec.json.encode(found))[0]["topic"] == "machine"
+
+
+def test_this_machine_is_looked_at():
+    seen = doctor.look()
+    assert seen.python.executable
+    assert seen.libraries["openvino"]
+    assert judge(seen)
+
+
+# ---- bundles
+
+
+def test_which_engines_of_a_bundle_run_there(tmp_path):
+    bundle = make_bundle(tmp_path / "net.bundle")
+    [engine] = bundle.manifest.engines
+    here = msgspec.structs.replace(machine("laptop"), host=compat.this_host({"openvino": engine.key.library_version}))
+    [found] = judge_engines(here, bundle)
+    assert (found.ok, found.found, found.topic) == (True, "runs here", f"engine {engine.name}")
+    [found] = judge_engines(machine("laptop", libraries={}), bundle)
+    assert not found.ok
+    assert "edge-backbones[cpu]" in found.found or "openvino" in found.found.lower()
+    [found] = judge_engines(machine("jetpack6-orin-nano"), bundle)
+    assert not found.ok
+
+
+def test_a_bundle_without_engines_is_told_how_to_get_one(tmp_path):
+    bundle = make_bundle(tmp_path / "net.bundle")
+    manifest = msgspec.structs.replace(bundle.manifest, engines=())
+    empty = type(bundle)(path=bundle.path, manifest=manifest)
+    [found] = judge_engines(machine("laptop"), empty)
+    assert found.fix == f"edge-backbones compile {bundle.path}"
