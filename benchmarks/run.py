@@ -83,7 +83,7 @@ def main() -> None:
         add_figures(rows, bundles, quick=arguments.quick)
     if "end_to_end" in wanted:
         say("camera frames to feature maps")
-        add_end_to_end(rows, rounds=3 if arguments.quick else 9)
+        add_end_to_end(rows, rounds=3 if arguments.quick else 7)
     if "growth" in wanted:
         say("growth")
         laws = growth.measure(quick=arguments.quick)

@@ -29,6 +29,7 @@ import ctypes
 import hashlib
 import io
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -107,18 +108,42 @@ class Bundle:
         turns.
         """
         with _lock(self.path):
+            _clear_after_dead_writers(self.path)
             current = Bundle.open(self.path)
             held = current.manifest.files()
-            for file in engine.files:
-                if file.path in contents or file not in held:
-                    _write_file(_refuse_escape(self.path, file), contents[file.path])
             kept = tuple(e for e in current.manifest.engines if e.name != engine.name)
             manifest = msgspec.structs.replace(current.manifest, engines=(*kept, engine))
+            written: list[Path] = []
+            try:
+                for file in engine.files:
+                    if file.path in contents or file not in held:
+                        path = _refuse_escape(self.path, file)
+                        if file.path not in {record.path for record in held}:
+                            written.append(path)
+                        _write_file(path, contents[file.path])
+                write_manifest(self.path, manifest)
+            except BaseException:
+                for path in written:
+                    path.unlink(missing_ok=True)
+                raise
+            _remove_unnamed(self.path, current.manifest, manifest)
+        return Bundle.open(self.path)
+
+    def remove_engine(self, name: str) -> Bundle:
+        """Take an engine out of the bundle on disk, and return the bundle as it is then. Processes that opened it keep it.
+
+        Raises BundleError for a name that the bundle does not have.
+        """
+        with _lock(self.path):
+            _clear_after_dead_writers(self.path)
+            current = Bundle.open(self.path)
+            kept = tuple(engine for engine in current.manifest.engines if engine.name != name)
+            if len(kept) == len(current.manifest.engines):
+                names = ", ".join(engine.name for engine in kept) or "none"
+                raise BundleError(f"{self.path} has no engine {name!r}; its engines: {names}")
+            manifest = msgspec.structs.replace(current.manifest, engines=kept)
             write_manifest(self.path, manifest)
-            named = {record.path for record in manifest.files()}
-            for file in (file for replaced in current.manifest.engines for file in replaced.files):
-                if file.path not in named:
-                    _refuse_escape(self.path, file).unlink(missing_ok=True)
+            _remove_unnamed(self.path, current.manifest, manifest)
         return Bundle.open(self.path)
 
 
@@ -229,8 +254,37 @@ def _refuse_escape(folder: Path, record: FileRecord) -> Path:
     return path
 
 
+def _remove_unnamed(folder: Path, before: Manifest, after: Manifest) -> None:
+    """Files of engines that a manifest named and the one that took its place does not."""
+    named = {record.path for record in after.files()}
+    for file in (file for engine in before.engines for file in engine.files):
+        if file.path not in named:
+            _refuse_escape(folder, file).unlink(missing_ok=True)
+
+
+def _clear_after_dead_writers(folder: Path) -> None:
+    """What a writer had begun when it was killed. For who holds the lock: nobody writes there then."""
+    for path in [*folder.glob(".*"), *folder.glob("*/.*")]:
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
 def _write_file(path: Path, data: bytes | bytearray) -> None:
-    """Write beside, flush to disk, rename."""
+    """Write beside, flush to disk, rename. BundleError where the disk does not take it; nothing is left then."""
+    try:
+        _write_beside_and_rename(path, data)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        room = ""
+        with contextlib.suppress(OSError):
+            room = f", {shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free there"
+        raise BundleError(
+            f"{path} ({len(data) / 1e6:.1f} MB) cannot be written: {reason}{room}. The bundle is as it was: make room, or "
+            "copy it to where there is some"
+        ) from error
+
+
+def _write_beside_and_rename(path: Path, data: bytes | bytearray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -23,8 +23,8 @@ import numpy as np
 from edge_backbones import __version__
 from edge_backbones.bench.results import Comparison
 from edge_backbones.bundle import Bundle
-from edge_backbones.errors import EdgeBackbonesError, InputError, MissingDependencyError, ParityError
-from edge_backbones.manifest import Decision, ParityReport
+from edge_backbones.errors import CompileError, EdgeBackbonesError, InputError, MissingDependencyError, ParityError
+from edge_backbones.manifest import Decision, Flavour, ParityReport
 from edge_backbones.spec import Precision, ShapeRange
 
 try:
@@ -279,16 +279,19 @@ def compile_(
         list[Precision] | None, typer.Option(help="Only these graphs; all by default.", show_default=False)
     ] = None,
     flavour: Annotated[
-        FlavourName,
+        FlavourName | None,
         typer.Option(
             help="openvino: this CPU. tensorrt: this GPU. tensorrt_rtx: the GPUs of --target, without one here. "
-            "torchscript, torch_tensorrt: programs for torch."
+            "torchscript, torch_tensorrt: programs for torch. By default what serves this machine: its GPU, else its CPU.",
+            show_default=False,
         ),
-    ] = FlavourName.OPENVINO,
+    ] = None,
     profile: Annotated[
         str | None,
         typer.Option(
-            help="A device of `edge-backbones profiles`: refuse early what it cannot run.", show_default=False
+            help="A device of `edge-backbones profiles`: refuse early what it cannot run, and take its defaults. Found by "
+            "itself where --flavour is not given.",
+            show_default=False,
         ),
     ] = None,
     gpu: GpuOption = 0,
@@ -333,15 +336,30 @@ def compile_(
         Path | None, typer.Option(help="The .cache of an earlier compilation: saves time.", show_default=False)
     ] = None,
     allow_host_code: AllowHostCode = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on: leave out what was compiled before for this machine.")
+    ] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Start no process of its own, which would tell what killed it.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Add engines to a bundle, verified first. Needs no torch. Ctrl-C stops a compilation and leaves the bundle as it was."""
+    """Add engines to a bundle, each verified first. Needs no torch. Ctrl-C stops and leaves the bundle as it was."""
+    del in_process  # main() reads it, before anything is imported
     from edge_backbones.build.compile import default_cache
-    from edge_backbones.build.device import compile_bundle
+    from edge_backbones.build.device import compile_bundle, flavour_here
     from edge_backbones.build.tensorrt import PlanOptions
 
     if timing_cache is not None and not timing_cache.is_file():
         raise InputError(f"{timing_cache} does not exist: --timing-cache is a .cache file of an earlier compilation")
+    chosen: Flavour
+    if flavour is not None:
+        chosen = flavour.value
+    else:
+        chosen, found = flavour_here(gpu)
+        profile = profile or (None if found is None else found.name)
+        if chosen == "tensorrt_rtx" and not target and found is not None and found.architecture is not None:
+            target = [found.architecture]
     plan = PlanOptions(
         profiles=tuple(_shapes(text) for text in shapes or ()),
         targets=tuple(target or ()),
@@ -361,21 +379,39 @@ def compile_(
         added = compile_bundle(
             bundle,
             precisions=None if not precision else tuple(precision),
-            flavour=flavour.value,
+            flavour=chosen,
             plan=plan,
             profile=profile,
             device=gpu,
             allow_host_code=allow_host_code,
+            resume=resume,
             cache=default_cache(),
             progress=progress,
         )
     if as_json:
-        _print_json({"bundle": str(bundle), "engines": added})
+        _print_json({"bundle": str(bundle), "flavour": chosen, "profile": profile, "engines": added})
+        return
+    if not added:
+        _out.print(f"nothing to add: {bundle} has engines of {chosen} for this machine")
         return
     _print_parity([engine.parity for engine in added])
     for engine in added:
         later = "" if engine.parity.measured else ", to be measured on the device: edge-backbones verify"
         _out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{later})")
+
+
+@app.command()
+def remove(
+    bundle: BundleArgument,
+    engines: Annotated[
+        list[str], typer.Argument(help="Names of engines, as `inspect` shows them.", show_default=False)
+    ],
+) -> None:
+    """Take engines out of a bundle. Programs that have opened them keep them."""
+    opened = Bundle.open(bundle)
+    for engine in engines:
+        opened = opened.remove_engine(engine)
+        _out.print(f"removed {engine}; left: {', '.join(e.name for e in opened.manifest.engines) or 'none'}")
 
 
 @app.command()
@@ -583,7 +619,6 @@ def doctor(
     as_json: JsonFlag = False,
 ) -> None:
     """What this machine can build and run, and what to do about the rest."""
-    from edge_backbones.bundle import Bundle
     from edge_backbones.doctor import judge, judge_engines, look
 
     opened = None if bundle is None else Bundle.open(bundle)
@@ -741,7 +776,19 @@ def _options(
 
 def main() -> None:
     """Entry point: run a command and turn every outcome into an exit code."""
-    sys.exit(_run(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    apart = arguments[:1] == ["compile"] and "--in-process" not in arguments
+    sys.exit(_run_apart(arguments) if apart else _run(arguments))
+
+
+def _run_apart(arguments: list[str]) -> int:
+    """A compilation may take all memory, and the system then ends it: a process that is left tells so."""
+    from edge_backbones import child
+
+    try:
+        return child.run([*arguments, "--in-process"])
+    except CompileError as error:
+        return _refuse(arguments, error, 1)
 
 
 def _run(arguments: list[str]) -> int:

@@ -26,8 +26,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".
 
 # A thread is worth its start for this many pixels of the source: a fifth of a millisecond against two.
 _BAND_PIXELS = 250_000
-# Filters that end at 0: a neighbour that rounding adds or leaves out at their edge has no weight.
-_TAPERED = frozenset({"BILINEAR", "HAMMING", "BICUBIC", "LANCZOS"})
+# Filters that end at 0, and where: a neighbour that rounding adds or leaves out at their edge has no weight.
+_TAPERED = {"BILINEAR": 1, "HAMMING": 1, "BICUBIC": 2, "LANCZOS": 3}
 
 
 class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -87,10 +87,12 @@ def fit(
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3:
             raise InputError(f"a frame is uint8 (rows, columns, channels), got {image.dtype} {image.shape}")
-        image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+        image = image[..., 0] if image.shape[2] == 1 else image
+        source_h, source_w = image.shape[:2]
+    else:
+        source_w, source_h = image.size
     resample = Image.Resampling[config.interpolation.upper()]
     scaled_h, scaled_w = math.floor(height / config.crop_pct), math.floor(width / config.crop_pct)
-    source_w, source_h = image.size
     if config.crop_mode == "squash":
         size = (scaled_h, scaled_w)
     elif config.crop_mode == "center" and scaled_h == scaled_w:
@@ -101,34 +103,49 @@ def fit(
         ratios = (source_h / scaled_h, source_w / scaled_w)
         ratio = max(ratios) if config.crop_mode == "border" else min(ratios)
         size = (max(1, round(source_h / ratio)), max(1, round(source_w / ratio)))  # timm fails on a strip
-    return _padded(_resized_centre(image, size, (height, width), resample, threads), config, height, width)
+    source = (source_h, source_w)
+    return _padded(_resized_centre(image, source, size, (height, width), resample, threads), config, height, width)
 
 
 def _resized_centre(
-    image: Image.Image, size: tuple[int, int], wanted: tuple[int, int], resample: Image.Resampling, threads: int | None
+    image: Image.Image | np.ndarray,
+    source: tuple[int, int],
+    size: tuple[int, int],
+    wanted: tuple[int, int],
+    resample: Image.Resampling,
+    threads: int | None,
 ) -> np.ndarray:
     """The middle ``wanted`` rows and columns of the picture resized to ``size``; all of them where it has fewer.
 
     Pillow lets other threads run while it resizes: each makes a band of rows.
     """
-    source = (image.height, image.width)
+    from PIL import Image
+
     if size == source:
         top, left = _middle(size[0], wanted[0]).start, _middle(size[1], wanted[1]).start
-        return np.atleast_3d(np.asarray(image))[top : top + wanted[0], left : left + wanted[1]]
+        return np.atleast_3d(np.array(image))[top : top + wanted[0], left : left + wanted[1]]
     bands = max(1, min(threads or os.cpu_count() or 1, source[0] * source[1] // _BAND_PIXELS))
+    support = _TAPERED.get(resample.name)
     whole = [0, size[0]], (0, size[1])
-    edges, (first, last) = _split(size, source, wanted, bands) if resample.name in _TAPERED else whole
+    edges, (first, last) = whole if support is None else _split(size, source, wanted, bands, support)
 
     def resized(start: int, stop: int) -> np.ndarray:
+        rows, columns = range(source[0]), range(source[1])
+        if isinstance(image, np.ndarray):  # Pillow copies what it takes: no more than this band reads
+            rows, columns = _read_by(((start, stop), (first, last)), size, source, support or 0)
+            part = Image.fromarray(image[rows.start : rows.stop, columns.start : columns.stop])
+        else:
+            part = image
         box = (
-            first * source[1] / size[1],
-            start * source[0] / size[0],
-            last * source[1] / size[1],
-            stop * source[0] / size[0],
+            first * source[1] / size[1] - columns.start,
+            start * source[0] / size[0] - rows.start,
+            last * source[1] / size[1] - columns.start,
+            stop * source[0] / size[0] - rows.start,
         )
-        return np.atleast_3d(np.asarray(image.resize((last - first, stop - start), resample, box)))
+        return np.atleast_3d(np.array(part.resize((last - first, stop - start), resample, box)))
 
-    image.load()  # here, before every thread does
+    if not isinstance(image, np.ndarray):
+        image.load()  # here, before every thread does
     if len(edges) == 2:
         pixels = resized(*edges)
     else:
@@ -139,7 +156,7 @@ def _resized_centre(
 
 
 def _split(
-    size: tuple[int, int], source: tuple[int, int], wanted: tuple[int, int], bands: int
+    size: tuple[int, int], source: tuple[int, int], wanted: tuple[int, int], bands: int, support: int
 ) -> tuple[list[int], tuple[int, int]]:
     """Rows of the resized picture at which bands begin and end, and its first and one past its last column that are made:
     no more than the crop keeps, but for what it takes to begin and end where :func:`_exact_step` says.
@@ -154,10 +171,27 @@ def _split(
     begin, steps = rows.start // step, -(-rows.stop // step) - rows.start // step
     for count in range(min(bands, steps), 0, -1):
         edges = [min(size[0], (begin + steps * band // count) * step) for band in range(count + 1)]
-        parts = [(stop - start, last - first) for start, stop in pairwise(edges)]
-        if all(_widths_first(source, part) for part in (size, *parts)):
+        resized = [(size, source)]
+        for start, stop in pairwise(edges):
+            rows_read, columns_read = _read_by(((start, stop), (first, last)), size, source, support)
+            part = (stop - start, last - first)
+            resized += [(part, source), (part, (len(rows_read), len(columns_read)))]
+        if all(_widths_first(of, to) for to, of in resized):
             return edges, (first, last)
     return [0, size[0]], (0, size[1])
+
+
+def _read_by(
+    part: tuple[tuple[int, int], tuple[int, int]], size: tuple[int, int], source: tuple[int, int], support: int
+) -> tuple[range, range]:
+    """Rows and columns of the source that the filter reads for a part of the resized picture."""
+    found = []
+    for (start, stop), of, read in zip(part, size, source, strict=True):
+        margin = support * max(1.0, read / of) + 1
+        found.append(
+            range(max(0, math.floor(start * read / of - margin)), min(read, math.ceil(stop * read / of + margin)))
+        )
+    return found[0], found[1]
 
 
 def _middle(length: int, wanted: int) -> range:

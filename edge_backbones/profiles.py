@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Protocol
 
 import msgspec
 
-from edge_backbones.errors import InputError
+from edge_backbones.errors import InputError, MissingDependencyError
 from edge_backbones.manifest import Architecture, Flavour
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
@@ -221,6 +221,8 @@ def _read(path: Path) -> DeviceProfile:
         if len(data) > _MAX_BYTES:
             raise InputError(f"{path} is larger than the {_MAX_BYTES} bytes that a device profile may have")
         profile = msgspec.toml.decode(data, type=DeviceProfile)
+    except ImportError as error:  # Python 3.10 has no TOML reader
+        raise MissingDependencyError("reading device profiles on this Python", "cli") from error
     except OSError as error:
         raise InputError(f"device profile {path} cannot be read: {error.strerror or error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, check_plan, 
 from edge_backbones.bundle import Bundle, load_golden, record_bytes
 from edge_backbones.errors import BundleError, CompileError, MissingDependencyError
 from edge_backbones.manifest import CalibrationFile, EngineRecord, Flavour, GraphRecord, ParityReport
-from edge_backbones.profiles import DeviceProfile, load_profile, refusals
+from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, board_name, load_profile, profile_of, refusals
 from edge_backbones.runtime import compat, session
 from edge_backbones.spec import InputSpec, Precision
 
@@ -38,6 +40,7 @@ def compile_bundle(
     profile: str | Path | None = None,
     device: int = 0,
     allow_host_code: bool = False,
+    resume: bool = False,
     cache: Path | None = None,
     progress: Progress = no_progress,
 ) -> tuple[EngineRecord, ...]:
@@ -47,7 +50,8 @@ def compile_bundle(
     ``device``; ``tensorrt_rtx`` for the architectures of ``plan.targets``, no GPU needed: without one that fits, the engine
     is added unmeasured, and `verify_bundle` on the device has to measure it before a runtime takes it; ``torchscript``:
     the frozen module of the bundle. ``profile``: the device that it is for (:mod:`edge_backbones.profiles`): what it
-    cannot run is refused at once. ``allow_host_code``: a version-compatible plan may run the code that it carries.
+    cannot run is refused at once, and its workspace is the default. ``allow_host_code``: a version-compatible plan may run
+    the code that it carries. ``resume``: leave out what was compiled before for this machine, whatever its settings.
 
     The bundle is unchanged for a precision that fails: its gate is the one the bundle was built with. Raises BundleError,
     CompileError, ParityError, MissingDependencyError.
@@ -65,10 +69,16 @@ def compile_bundle(
         names = ", ".join(g.precision.value for g in held) or "none"
         asked = ", ".join(p.value for p in precisions or ()) or "graph to compile"
         raise BundleError(f"{bundle.path} has no {asked}; its {_FORMS[form]} graphs: {names}")
+    if not os.access(bundle.path, os.W_OK):
+        raise BundleError(f"{bundle.path} cannot be written to: copy the bundle to where it can, and compile there")
+    if resume:
+        graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, flavour, device)]
     golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
     options = plan or PlanOptions()
     if profile is not None:
         described = load_profile(profile)
+        if options.workspace is None:
+            options = dataclasses.replace(options, workspace=described.defaults.workspace_bytes)
         _refuse_for(described, graphs, flavour, options, input)
         if flavour == "tensorrt" and described.architecture is not None:  # TensorRT compiles for the GPU at hand
             options = dataclasses.replace(options, targets=(described.architecture,))
@@ -127,6 +137,33 @@ def compile_bundle(
         bundle = bundle.add_engine(record, contents)
         added.append(record)
     return tuple(added)
+
+
+def flavour_here(device: int = 0) -> tuple[Flavour, DeviceProfile | None]:
+    """What engines for this machine are compiled with when nothing is said, and its profile: TensorRT for the GPU ``device``,
+    else TensorRT-RTX, else OpenVINO for the CPU. The profile is None for a GPU that none describes."""
+    host = compat.this_host(session.installed_versions(), device=device)
+    if host.gpu is not None:
+        profile = profile_of(host.gpu, board=board_name())
+        if "tensorrt" in host.versions:
+            return "tensorrt", profile
+        if "tensorrt_rtx" in host.versions and host.gpu.architecture in RTX_ARCHITECTURES:
+            return "tensorrt_rtx", profile
+    return "openvino", load_profile("cpu")
+
+
+def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, device: int) -> bool:
+    """Whether the bundle holds an engine of this graph that runs here, whole and measured."""
+    host = compat.this_host(session.installed_versions(), device=None if flavour == "openvino" else device)
+    for engine in bundle.manifest.engines:
+        key = engine.key
+        if (key.flavour, key.precision, key.graph_sha256) != (flavour, graph.precision, graph.file.sha256):
+            continue
+        if engine.parity.measured and not compat.reasons_against(key, host):
+            with contextlib.suppress(BundleError):
+                bundle.read(engine.file)
+                return True
+    return False
 
 
 def _servable(

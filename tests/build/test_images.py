@@ -154,6 +154,14 @@ def test_a_frame_is_fitted_like_the_picture_of_it(sources, interpolation):
         np.testing.assert_array_equal(fit(pixels, config, 64, 96), timm_pixels(image, config, 64, 96))
 
 
+@pytest.mark.parametrize("size", [(40, 60), (32, 32)])
+def test_the_result_is_memory_of_its_own(size):
+    frame = np.zeros((40, 60, 3), np.uint8)
+    fitted = fit(frame, ImageConfig(mean=MEAN, std=STD, crop_pct=1.0), *size)
+    fitted[...] = 7
+    assert not frame.any()
+
+
 def test_a_frame_that_is_none_is_refused():
     for frame in (np.zeros((40, 60, 3), np.float32), np.zeros((40, 60), np.uint8)):
         with pytest.raises(InputError, match="a frame is uint8"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -10,13 +12,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
+from edge_backbones import EdgeBackbone
+from edge_backbones import bundle as bundle_module
 from edge_backbones.bundle import Bundle, new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.errors import BundleError, IntegrityError, ManifestError
-from edge_backbones.testing import make_bundle
+from edge_backbones.spec import Precision
+from edge_backbones.testing import make_bundle, pooled
 
 
 @pytest.fixture
@@ -286,3 +293,128 @@ def test_record_file_and_record_bytes_agree(tmp_path):
     data = os.urandom(3_000_000)
     (tmp_path / "f").write_bytes(data)
     assert record_file(tmp_path, "f") == record_bytes("f", data)
+
+
+def test_an_engine_can_be_taken_out(bundle):
+    [engine] = bundle.manifest.engines
+    with pytest.raises(BundleError, match=f"has no engine 'int8'; its engines: {engine.name}"):
+        bundle.remove_engine("int8")
+    emptied = bundle.remove_engine(engine.name)
+    assert emptied.manifest.engines == ()
+    assert not (bundle.path / engine.file.path).exists()
+    emptied.check_files()
+
+
+def test_the_rest_of_a_dead_writer_goes_with_the_next_one(bundle):
+    [engine] = bundle.manifest.engines
+    rests = [
+        bundle.path / ".manifest.json.ab12cd_e",
+        bundle.path / "engines" / f".{Path(engine.file.path).name}.zzzzzzz0",
+    ]
+    kept = [bundle.path / ".gitignore", bundle.path / ".keep.this.file"]
+    for path in (*rests, *kept):
+        path.write_bytes(b"half")
+    bundle.add_engine(engine, {engine.file.path: bytes(bundle.read(engine.file))})
+    assert not any(path.exists() for path in rests)
+    assert all(path.exists() for path in kept)
+
+
+def come_and_go(path: str) -> None:
+    """Add a second engine and take it out again, for ever."""
+    bundle = Bundle.open(path)
+    first = next(engine for engine in bundle.manifest.engines if engine.key.precision is Precision.FP32)
+    data = bytes(bundle.read(first.file))
+    key = msgspec.structs.replace(first.key, precision=Precision.FP16)
+    second = msgspec.structs.replace(first, key=key, file=record_bytes(key.path(data, ".blob"), data))
+    while True:
+        bundle.add_engine(second, {second.file.path: data})
+        with contextlib.suppress(BundleError):  # the other writer was faster
+            bundle.remove_engine(second.name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")
+def test_engines_come_and_go_under_running_readers(bundle):
+    """Two writers, killed and started again; readers find one state or the other, and what was opened stays."""
+    images = np.random.default_rng(0).standard_normal((2, *bundle.manifest.input.opt_shape[1:])).astype(np.float32)
+    expected = pooled(images)
+    context = multiprocessing.get_context("spawn")
+
+    def writer() -> Any:
+        process = context.Process(target=come_and_go, args=(str(bundle.path),))
+        process.start()
+        return process
+
+    def check(backbone: EdgeBackbone) -> None:
+        for ours, right in zip(backbone(images).feature_maps, expected, strict=True):
+            np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5)
+
+    writers = [writer(), writer()]
+    seen = set()
+    try:
+        with EdgeBackbone.from_pretrained(bundle.path) as opened:
+            deadline = time.monotonic() + 60
+            for round in itertools.count():
+                with EdgeBackbone.from_pretrained(bundle.path) as backbone:
+                    check(backbone)
+                check(opened)
+                seen.add(len(Bundle.open(bundle.path).manifest.engines))
+                if round % 25 == 24:
+                    victim = round // 25 % 2
+                    writers[victim].kill()
+                    writers[victim].join()
+                    Bundle.open(bundle.path)
+                    writers[victim] = writer()
+                if (round >= 150 and seen == {1, 2}) or time.monotonic() > deadline:
+                    break
+    finally:
+        for process in writers:
+            process.kill()
+            process.join()
+    assert seen == {1, 2}
+    [first, *_] = bundle.manifest.engines
+    last = Bundle.open(bundle.path).add_engine(first, {first.file.path: bytes(bundle.read(first.file))})
+    last.check_files()
+    assert not list(bundle.path.rglob(".*"))
+
+
+def test_a_disk_that_is_full_leaves_the_bundle_as_it_was(bundle, tmp_path):
+    """A limit on the size of files is as good as a full disk: the write fails in the middle."""
+    before = {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()}
+    code = """
+import resource, signal, sys
+from edge_backbones.bundle import Bundle, record_bytes
+from edge_backbones.spec import Precision
+import msgspec
+bundle = Bundle.open(sys.argv[1])
+[engine] = bundle.manifest.engines
+data = b"x" * 3_000_000
+key = msgspec.structs.replace(engine.key, precision=Precision.FP16)
+other = msgspec.structs.replace(engine, key=key, file=record_bytes(key.path(data, ".blob"), data))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    bundle.add_engine(other, {other.file.path: data})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    command = [sys.executable, "-c", code, str(bundle.path), "1000000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("BundleError "), done.stderr
+    assert "cannot be written: File too large" in done.stdout
+    assert "The bundle is as it was" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()} == before
+
+
+def test_an_engine_goes_again_when_the_manifest_cannot_be_written(bundle, monkeypatch):
+    [engine] = bundle.manifest.engines
+    data = bytes(bundle.read(engine.file))
+    key = msgspec.structs.replace(engine.key, precision=Precision.FP16)
+    other = msgspec.structs.replace(engine, key=key, file=record_bytes(key.path(data, ".blob"), data))
+    monkeypatch.setattr(bundle_module, "write_manifest", lambda *_: (_ for _ in ()).throw(BundleError("full")))
+    with pytest.raises(BundleError, match="full"):
+        bundle.add_engine(other, {other.file.path: data})
+    assert not (bundle.path / other.file.path).exists()
+    with pytest.raises(BundleError, match="full"):
+        bundle.add_engine(engine, {engine.file.path: data})
+    assert (bundle.path / engine.file.path).exists()  # the manifest names it
+    Bundle.open(bundle.path).check_files()

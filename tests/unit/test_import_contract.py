@@ -16,10 +16,25 @@ ON_DEVICE = [
     "edge_backbones",
     *(
         f"edge_backbones.{name}"
-        for name in ("errors", "spec", "images", "manifest", "profiles", "bundle", "doctor", "report", "testing")
+        for name in (
+            "errors",
+            "spec",
+            "images",
+            "manifest",
+            "profiles",
+            "system",
+            "bundle",
+            "child",
+            "doctor",
+            "report",
+            "testing",
+        )
     ),
     *(f"edge_backbones.bench.{module.name}" for module in pkgutil.iter_modules(edge_backbones.bench.__path__)),
-    *(f"edge_backbones.build.{name}" for name in ("artifacts", "compile", "device", "parity", "pipeline", "tensorrt")),
+    *(
+        f"edge_backbones.build.{name}"
+        for name in ("artifacts", "compile", "cpu_graph", "device", "parity", "pipeline", "tensorrt")
+    ),
     "edge_backbones.runtime",
     *(f"edge_backbones.runtime.{module.name}" for module in pkgutil.iter_modules(edge_backbones.runtime.__path__)),
 ]

@@ -1,0 +1,5 @@
+"""``python -m edge_backbones``: the command line."""
+
+from edge_backbones.cli import main
+
+main()

@@ -1,0 +1,128 @@
+"""Compiling on a device: what is chosen for it, going on after an interruption, two at once, folders that take nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_backbones import BuildOptions, Bundle, build_bundle, compile_bundle
+from edge_backbones.build import device as module
+from edge_backbones.build.tensorrt import PlanOptions
+from edge_backbones.errors import BundleError
+from edge_backbones.runtime import compat
+from edge_backbones.runtime.cuda import Gpu
+from edge_backbones.spec import Precision
+
+OPTIONS = {"weights": "random:0", "height": 32, "width": 64, "golden": 1, "torchscript": False}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("device") / "net.bundle"
+    precisions = (Precision.FP16, Precision.FP32)
+    return build_bundle("test_resnet", target, options=BuildOptions(**OPTIONS, precisions=precisions)).bundle.path
+
+
+@pytest.fixture
+def bundle(built, tmp_path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "net.bundle"))
+
+
+def names(path: Path) -> list[str]:
+    return sorted(engine.name for engine in Bundle.open(path).manifest.engines)
+
+
+def test_what_was_compiled_is_left_out_and_the_rest_is_made(bundle):
+    before = names(bundle)
+    assert compile_bundle(bundle, resume=True) == ()
+    fp16 = next(e for e in Bundle.open(bundle).manifest.engines if e.key.precision is Precision.FP16)
+    Bundle.open(bundle).remove_engine(fp16.name)
+    [added] = compile_bundle(bundle, resume=True)
+    assert added.key.precision is Precision.FP16
+    assert names(bundle) == before
+    assert len(compile_bundle(bundle)) == 2  # without resume all are made again
+
+
+def test_a_damaged_engine_is_made_again(bundle):
+    [first, _] = Bundle.open(bundle).manifest.engines
+    (bundle / first.file.path).write_bytes(b"damaged")
+    [added] = compile_bundle(bundle, resume=True)
+    assert added.name == first.name
+    Bundle.open(bundle).check_files()
+
+
+def test_a_folder_that_takes_nothing_is_refused_before_the_work(bundle, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(module, "compile_engine", lambda *_, **__: pytest.fail("compiled for nothing"))
+    with pytest.raises(BundleError, match=r"cannot be written to: copy the bundle"):
+        compile_bundle(bundle)
+
+
+def test_two_at_once_take_turns(bundle):
+    expected = names(bundle)
+    command = [sys.executable, "-m", "edge_backbones", "compile", str(bundle)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], told
+    assert names(bundle) == expected
+    Bundle.open(bundle).check_files()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "board", "versions", "expected"),
+    [
+        (None, "", ("openvino", "tensorrt"), ("openvino", "cpu")),
+        (
+            ("Orin", "sm_87", 7.4, True),
+            "NVIDIA Jetson Orin Nano Developer Kit",
+            ("tensorrt",),
+            ("tensorrt", "jetson-orin-nano"),
+        ),
+        (("Orin", "sm_87", 61.4, True), "NVIDIA Jetson AGX Orin", ("openvino",), ("openvino", "cpu")),
+        (("NVIDIA GeForce RTX 4090", "sm_89", 24, False), "", ("tensorrt_rtx",), ("tensorrt_rtx", "rtx-40")),
+        (("NVIDIA H100 80GB HBM3", "sm_90", 80, False), "", ("tensorrt_rtx", "openvino"), ("openvino", "cpu")),
+        (("NVIDIA B300", "sm_103", 270, False), "", ("tensorrt",), ("tensorrt", None)),
+    ],
+)
+def test_what_serves_a_machine(monkeypatch, gpu, board, versions, expected):
+    found = None
+    if gpu is not None:
+        name, architecture, gib, integrated = gpu
+        found = Gpu(0, name, architecture, int(gib * 2**30), "13.0", 8, integrated)
+    host = compat.Host("aarch64", (), "cpu", dict.fromkeys(versions, "1"), found)
+    monkeypatch.setattr(compat, "this_host", lambda *_, **__: host)
+    monkeypatch.setattr(module, "board_name", lambda: board)
+    flavour, profile = module.flavour_here()
+    assert (flavour, profile and profile.name) == expected
+
+
+def test_the_workspace_is_the_profiles_unless_another_is_said(bundle, monkeypatch):
+    seen = []
+
+    def stop(*_, options: PlanOptions, **__):
+        seen.append(options.workspace)
+        raise BundleError("far enough")
+
+    monkeypatch.setattr(module, "compile_for_gpu", stop)
+    monkeypatch.setattr(module, "_servable", lambda graphs, *_: graphs)
+    for workspace in (None, 64 << 20):
+        with pytest.raises(BundleError, match="far enough"):
+            compile_bundle(
+                bundle, flavour="tensorrt", profile="jetson-orin-nano", plan=PlanOptions(workspace=workspace)
+            )
+    assert seen == [512 << 20, 64 << 20]
+
+
+def test_engines_are_removed_at_the_command_line(bundle):
+    [first, second] = Bundle.open(bundle).manifest.engines
+    command = [sys.executable, "-m", "edge_backbones", "remove", str(bundle)]
+    done = subprocess.run([*command, first.name], capture_output=True, text=True, check=True)
+    assert f"removed {first.name}; left: {second.name}" in done.stdout
+    again = subprocess.run([*command, first.name], capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert f"has no engine '{first.name}'; its engines: {second.name}" in again.stderr

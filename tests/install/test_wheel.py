@@ -1,0 +1,150 @@
+"""The wheel as a device gets it: in an environment of its own, of the oldest Python, without torch.
+
+JetPack 6 has Python 3.10: that is taken where the machine has one, else the Python that runs the tests. Nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+from skimage import data
+
+from edge_backbones import BuildOptions, build_bundle
+from edge_backbones.spec import Precision
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 300_000
+DEVICE = """
+import json, sys
+import numpy as np
+from edge_backbones import EdgeBackbone
+
+path, precision, out = sys.argv[1:]
+with np.load(path + "/golden.npz") as golden, EdgeBackbone.from_pretrained(path, engine=precision) as backbone:
+    maps = backbone(golden["opt/pixel_values"]).feature_maps
+    np.savez(out, **dict(zip(backbone.out_features, maps)))
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def old_python() -> str:
+    """A Python 3.10 that starts: a version manager's shim may not."""
+    for candidate in ("python3.10", sys.executable):
+        found = shutil.which(candidate)
+        if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return found
+    raise AssertionError("not even the Python of the tests starts")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy: setuptools leaves a folder named build where it works.
+    source = folder / "source"
+    for name in ("edge_backbones", "profiles"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source))
+    [found] = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> str:
+    """The Python of an environment that has the wheel and what it asks for, and nothing else."""
+    folder = tmp_path_factory.mktemp("environment") / "env"
+    run(old_python(), "-m", "venv", str(folder))
+    executable = str(folder / "bin" / "python")
+    run(executable, "-m", "pip", "install", "--quiet", str(wheel))
+    return executable
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("bundles") / "net.bundle"
+    images = np.stack([data.astronaut()[y : y + 96, x : x + 96] for y in (0, 150, 300) for x in (0, 100, 200, 300)])
+    options = BuildOptions(
+        weights="random:0",
+        precisions=(Precision.INT8, Precision.FP32),
+        out_indices=(1, 2, 3, 4),
+        height=64,
+        width=96,
+        torchscript=False,
+    )
+    return build_bundle("test_resnet", target, images=images, options=options).bundle.path
+
+
+def run(*command: str, code: int = 0) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_wheel_is_small_and_for_every_machine(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.stat().st_size < LIMIT
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        [metadata] = [name for name in names if name.endswith(".dist-info/METADATA")]
+        asked = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist") or []
+    assert {name.partition("/")[0] for name in names if "dist-info" not in name} == {"edge_backbones"}
+    assert all(
+        name.endswith((".py", ".toml", ".json", ".jinja", "py.typed")) for name in names if "dist-info" not in name
+    )
+    for needed in ("profiles_data/jetson-orin-nano.toml", "manifest.schema.json", "report.html.jinja", "py.typed"):
+        assert f"edge_backbones/{needed}" in names
+    always = sorted(line.partition(">")[0].strip() for line in asked if "extra ==" not in line)
+    assert always == ["msgspec", "numpy"]
+
+
+def test_the_runtime_alone_brings_numpy_and_msgspec(python):
+    listed = {
+        row["name"].lower() for row in json.loads(run(python, "-m", "pip", "list", "--format=json").splitlines()[0])
+    }
+    assert listed - {"pip", "setuptools"} == {"edge-backbones", "numpy", "msgspec"}
+    run(python, "-c", "import edge_backbones; edge_backbones.EdgeBackbone, edge_backbones.Bundle")
+    told = run(python, "-m", "edge_backbones", "doctor", code=1)
+    assert "pip install 'edge-backbones[cli]'" in told
+    assert len(told.strip().splitlines()) == 1
+
+
+def test_feature_maps_without_torch(python, wheel, bundle, tmp_path):
+    told = run(python, "-c", DEVICE, str(bundle), "fp32", str(tmp_path / "x.npz"), code=1)
+    assert "pip install 'edge-backbones[cpu]'" in told
+    # The engines of a bundle are of one release of OpenVINO.
+    run(python, "-m", "pip", "install", "--quiet", f"openvino=={openvino.__version__.partition('-')[0]}")
+    with np.load(bundle / "golden.npz") as golden:
+        for precision, least in (("fp32", 0.999999), ("int8", 0.98)):
+            out = tmp_path / f"{precision}.npz"
+            loaded = json.loads(run(python, "-c", DEVICE, str(bundle), precision, str(out)).splitlines()[-1])
+            assert not {"torch", "timm", "transformers", "onnx", "onnxruntime"} & set(loaded)
+            with np.load(out) as maps:
+                assert len(maps.files) == 4
+                for stage in maps.files:
+                    ours, reference = maps[stage].ravel().astype(np.float64), golden[f"opt/{stage}"].ravel()
+                    assert ours @ reference / np.linalg.norm(ours) / np.linalg.norm(reference) > least
+
+
+def test_compile_and_doctor_without_torch(python, wheel, bundle):
+    """On the device: engines made from the bundle's graphs, verified, and the doctor's word on them."""
+    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cli,cpu]")
+    told = json.loads(run(python, "-m", "edge_backbones", "compile", str(bundle), "--json"))
+    assert (told["flavour"], told["profile"]) == ("openvino", "cpu")
+    assert [engine["key"]["precision"] for engine in told["engines"]] == ["int8", "fp32"]
+    assert "nothing to add" in run(python, "-m", "edge_backbones", "compile", str(bundle), "--resume")
+    findings = json.loads(run(python, "-m", "edge_backbones", "doctor", str(bundle), "--json"))
+    assert sum(finding["topic"].startswith("engine ") and finding["ok"] for finding in findings) == 2
+    missing = {finding["topic"]: finding["fix"] for finding in findings if not finding["ok"]}
+    assert missing["build bundles"] == "pip install 'edge-backbones[build]'"
