@@ -33,6 +33,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -104,10 +105,10 @@ class Bundle:
         """Add an engine (or replace the one of the same name) on disk, and return the bundle as it is then.
 
         ``contents``: the bytes of each of ``engine.files`` that the bundle does not hold already, by path. They are on disk
-        before the manifest that names them appears; files of the engine that it replaces go after that. Two writers take
-        turns.
+        before the manifest that names them appears; files of the engine that it replaces go after that. Writers take
+        turns; BundleError when one has held the bundle for a minute.
         """
-        with _lock(self.path):
+        with _lock(self.path, patience=_PATIENCE):
             _clear_after_dead_writers(self.path)
             current = Bundle.open(self.path)
             held = current.manifest.files()
@@ -134,7 +135,7 @@ class Bundle:
 
         Raises BundleError for a name that the bundle does not have.
         """
-        with _lock(self.path):
+        with _lock(self.path, patience=_PATIENCE):
             _clear_after_dead_writers(self.path)
             current = Bundle.open(self.path)
             kept = tuple(engine for engine in current.manifest.engines if engine.name != name)
@@ -148,6 +149,7 @@ class Bundle:
 
 
 _REPAIR = "copy the bundle again or build it again"
+_PATIENCE = 60.0  # seconds: many times what it takes to write an engine, even on a memory card
 
 
 def record_file(folder: Path, path: str) -> FileRecord:
@@ -302,8 +304,12 @@ def _write_beside_and_rename(path: Path, data: bytes | bytearray) -> None:
 
 
 @contextlib.contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """One writer per bundle and machine; released by the kernel when the process dies."""
+def _lock(target: Path, *, patience: float = 0.0) -> Iterator[None]:
+    """One writer per bundle and machine; released by the kernel when the process dies.
+
+    BundleError when another still holds it after ``patience`` seconds. A change of a bundle takes a moment and is waited for;
+    a build takes minutes and is not.
+    """
     try:
         import fcntl
     except ImportError:  # Windows has no flock: there, writers of one bundle must not run at the same time
@@ -311,11 +317,15 @@ def _lock(target: Path) -> Iterator[None]:
         return
     target = Path(os.path.realpath(target))
     path = target.parent / f".{target.name}.lock"
+    until = time.monotonic() + patience
     while True:
         with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.02)
+                    continue
                 raise BundleError(
                     f"another process is writing {target}: wait for it, or choose another folder"
                 ) from None

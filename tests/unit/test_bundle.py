@@ -156,6 +156,28 @@ def test_two_writers_take_turns(bundle):
         copy_into(folder, bundle)
 
 
+def test_an_engine_is_added_once_the_other_writer_is_done(bundle, monkeypatch):
+    [engine, *_] = bundle.manifest.engines
+    add = {"engine": engine, "contents": {engine.file.path: bytes(bundle.read(engine.file))}}
+    monkeypatch.setattr(bundle_module, "_PATIENCE", 0.05)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with bundle_module._lock(bundle.path):
+            held.set()
+            done.wait(60)
+
+    writer = threading.Thread(target=hold)
+    writer.start()
+    held.wait(60)
+    with pytest.raises(BundleError, match="another process is writing"):
+        bundle.add_engine(**add)
+    monkeypatch.setattr(bundle_module, "_PATIENCE", 60.0)
+    threading.Timer(0.1, done.set).start()
+    bundle.add_engine(**add).check_files()
+    writer.join()
+
+
 def test_readers_see_a_whole_bundle_while_it_is_replaced(bundle):
     stop, failures = threading.Event(), []
 
@@ -360,6 +382,7 @@ def test_engines_come_and_go_under_running_readers(bundle):
                 seen.add(len(Bundle.open(bundle.path).manifest.engines))
                 if round % 25 == 24:
                     victim = round // 25 % 2
+                    assert writers[victim].is_alive()  # the two have not been in each other's way
                     writers[victim].kill()
                     writers[victim].join()
                     Bundle.open(bundle.path)
