@@ -1,6 +1,6 @@
 # make demo   from nothing to feature maps: installs, builds resnet50 in int8 from photographs, runs it, shows it
 # make test   installs and runs every test, those of transformers twice (newest, 4.44); no GPU, no model hub
-# make lint   formatting, lint, types, direction of imports
+# make lint   formatting, lint, types, direction of imports, Dockerfile.jetson
 # make coverage  builds one of every kind of backbone (hours); writes benchmarks/results/coverage.json and its page
 # make gpu    tests and benchmark on this machine's NVIDIA GPU; writes benchmarks/results/<device>.json; installs nothing
 # make bench  the figures of the README, side by side with their peers, in half an hour; writes benchmarks/results.
@@ -29,6 +29,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile.jetson
 
 bench: $(VENV)/.dev $(VENV)/nncf/.installed
 	$(BIN)/python -m benchmarks.run --nncf $(VENV)/nncf/bin/python $(BENCH)

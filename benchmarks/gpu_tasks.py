@@ -471,8 +471,8 @@ def rooflines(
     cannot be told. Pipelined calls: the host is not what is measured."""
     import msgspec
 
-    from edge_backbones.bench.roofline import Ceilings, count_graph
-    from edge_backbones.bench.roofline import roofline as against
+    from benchmarks.roofline import Ceilings, count_graph
+    from benchmarks.roofline import roofline as against
     from edge_backbones.errors import InputError
 
     best = Ceilings(threads=1, operations_per_second=operations, bytes_per_second=copied)

@@ -24,8 +24,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks import end_to_end, figures, growth, readme_table
-from edge_backbones.bench import roofline
+from benchmarks import end_to_end, figures, growth, readme_table, roofline
 from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, regressions
 from edge_backbones.bundle import Bundle

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import json
+import platform
 import signal
 import sys
 from collections import Counter
@@ -17,8 +18,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
 
-import msgspec
-import numpy as np
+try:
+    import msgspec
+    import numpy as np
+except ImportError as broken:  # its binary part is for another processor or another Python
+    sys.exit(
+        f"edge-backbones: an installed library is not for this machine ({platform.machine()}, Python "
+        f"{platform.python_version()}): {' '.join(str(broken).split())[:200]}. An environment is made on the machine that "
+        f"runs it, not copied: python3 -m venv ENV, and ENV/bin/pip install 'edge-backbones[cli]'"
+    )
 
 from edge_backbones import __version__
 from edge_backbones.bench.results import Comparison
@@ -357,6 +365,12 @@ def compile_(
         chosen = flavour.value
     else:
         chosen, found = flavour_here(gpu)
+        if chosen == "openvino":
+            _refuse_cpu_for_want_of_tensorrt()
+        elif found is None and profile is None:
+            _err.print(
+                "no profile is known to be of this GPU: compiling without its limits (--profile NAME or FILE.toml)"
+            )
         profile = profile or (None if found is None else found.name)
         if chosen == "tensorrt_rtx" and not target and found is not None and found.architecture is not None:
             target = [found.architecture]
@@ -398,6 +412,17 @@ def compile_(
     for engine in added:
         later = "" if engine.parity.measured else ", to be measured on the device: edge-backbones verify"
         _out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{later})")
+
+
+def _refuse_cpu_for_want_of_tensorrt() -> None:
+    """A machine with a GPU that gets an engine for its CPU: said, and without OpenVINO too what is missing is TensorRT."""
+    from edge_backbones.doctor import look, why_not_the_gpu
+
+    machine = look()
+    if why := why_not_the_gpu(machine):
+        if "openvino" not in machine.libraries:
+            raise CompileError(why)
+        _err.print(f"compiling for the CPU: {why}", soft_wrap=True)
 
 
 @app.command()

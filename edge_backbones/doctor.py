@@ -115,7 +115,7 @@ def judge(machine: Machine) -> list[Finding]:
         findings.append(_library(machine, purpose, extra, names))
     findings += [_gpu(machine), _cuda(machine), _tensorrt(machine)]
     findings += [_optional(machine, flavour) for flavour in ("tensorrt_lean", "tensorrt_rtx")]
-    if profile is not None and machine.gpus:
+    if machine.gpus:
         findings.append(_served(machine, profile))
     if machine.system.l4t:
         findings.append(_dla(profile))
@@ -267,6 +267,14 @@ def _cuda(machine: Machine) -> Finding:
     )
 
 
+def why_not_the_gpu(machine: Machine) -> str:
+    """Why engines for this machine's GPU cannot be compiled here, and what to do; empty where they can or there is none."""
+    finding = _tensorrt(machine)
+    if not machine.gpus or finding.ok:
+        return ""
+    return f"{machine.gpus[0].name} is here, and TensorRT is not usable ({finding.found}): {finding.fix}"
+
+
 def _tensorrt(machine: Machine) -> Finding:
     topic, version = "compile and run engines of this GPU (TensorRT)", machine.tensorrt.get("tensorrt")
     if version is not None:
@@ -320,7 +328,16 @@ def _profile(machine: Machine) -> DeviceProfile | None:
     return profile_of(machine.gpus[0] if machine.gpus else None, board=machine.system.board)
 
 
-def _served(machine: Machine, profile: DeviceProfile) -> Finding:
+def _served(machine: Machine, profile: DeviceProfile | None) -> Finding:
+    if profile is None:
+        gpu = machine.gpus[0]
+        return Finding(
+            topic="device profile",
+            ok=False,
+            found=f"none is known to be of {gpu.name} ({gpu.architecture}, {_gib(gpu.memory_bytes)})",
+            fix="compile --profile NAME (edge-backbones profiles lists them) or --profile FILE.toml, your own; without one "
+            "engines are compiled all the same, and TensorRT alone says what it cannot run",
+        )
     pays = ", ".join(profile.pays)
     return Finding(
         topic="device profile",

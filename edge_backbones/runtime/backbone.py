@@ -119,12 +119,14 @@ class EdgeBackbone:
         source: Source | None = None,
         *,
         device: str = "cpu",
+        engine_name: str = "",
     ) -> None:
         self._spec = spec
         self._input = input
         self._engine = engine
         self._source = source
         self._device = device
+        self._engine_name = engine_name
         self._out_indices = list(spec.out_indices)
         self._chosen = tuple(range(len(spec.out_features)))
         self._cls_tokens = tuple(spec.outputs.index(name) for name in spec.cls_tokens)
@@ -162,9 +164,9 @@ class EdgeBackbone:
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
-        def open_engine(bundle: Bundle) -> session.EngineSession:
+        def open_engine(bundle: Bundle) -> tuple[str, session.EngineSession]:
             record = session.choose_engine(bundle, host, engine, device=kind, allow_host_code=allow_host_code)
-            return session.open_session(
+            opened = session.open_session(
                 bundle,
                 record,
                 threads=threads,
@@ -173,17 +175,19 @@ class EdgeBackbone:
                 cuda_graphs=cuda_graphs,
                 allow_host_code=allow_host_code,
             )
+            return record.name, opened
 
         host = compat.this_host(session.installed_versions(), device=gpu)
         try:
-            bundle, opened = _open_current(path, open_engine)
+            bundle, (name, opened) = _open_current(path, open_engine)
         except EngineMismatchError:
             if on_mismatch == "raise" or (gpu is not None and host.gpu is None):
                 raise
             session.compile_here(path, host, engine, device=gpu, allow_host_code=allow_host_code)
-            bundle, opened = _open_current(path, open_engine)
+            bundle, (name, opened) = _open_current(path, open_engine)
         place = "cpu" if gpu is None else f"cuda:{gpu}"
-        return cls(bundle.manifest.backbone, bundle.manifest.input, opened, bundle.manifest.source, device=place)
+        manifest = bundle.manifest
+        return cls(manifest.backbone, manifest.input, opened, manifest.source, device=place, engine_name=name)
 
     @property
     def input(self) -> InputSpec:
@@ -194,6 +198,11 @@ class EdgeBackbone:
     def device(self) -> str:
         """Where the engine runs: ``cpu`` or ``cuda:0``. Outputs are where the input of their call was."""
         return self._device
+
+    @property
+    def engine(self) -> str:
+        """The engine that was chosen, by its name in the manifest; empty for one that is of no bundle."""
+        return self._engine_name
 
     @property
     def stage_names(self) -> list[str]:
@@ -427,8 +436,8 @@ class EdgeBackbone:
 
 
 def _open_current(
-    path: str | os.PathLike[str], open_engine: Callable[[Bundle], session.EngineSession]
-) -> tuple[Bundle, session.EngineSession]:
+    path: str | os.PathLike[str], open_engine: Callable[[Bundle], tuple[str, session.EngineSession]]
+) -> tuple[Bundle, tuple[str, session.EngineSession]]:
     """A bundle and an engine of it, though others add engines to it or replace it meanwhile."""
     bundle = Bundle.open(path)
     while True:

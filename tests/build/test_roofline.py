@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_backbones.bench import roofline as module
-from edge_backbones.bench.roofline import Ceilings, Roofline, Work, count_graph, measure_ceilings, roofline
+from benchmarks import roofline as module
+from benchmarks.roofline import Ceilings, Roofline, Work, count_graph, measure_ceilings, roofline
 from edge_backbones.build.export import export_onnx
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.build.prepare import prepare

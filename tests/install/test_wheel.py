@@ -17,10 +17,6 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
-from skimage import data
-
-from edge_backbones import BuildOptions, build_bundle
-from edge_backbones.spec import Precision
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 300_000
@@ -35,15 +31,6 @@ with np.load(path + "/golden.npz") as golden, EdgeBackbone.from_pretrained(path,
     np.savez(out, **dict(zip(backbone.out_features, maps)))
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
-
-
-def old_python() -> str:
-    """A Python 3.10 that starts: a version manager's shim may not."""
-    for candidate in ("python3.10", sys.executable):
-        found = shutil.which(candidate)
-        if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
-            return found
-    raise AssertionError("not even the Python of the tests starts")
 
 
 @pytest.fixture(scope="module")
@@ -61,28 +48,13 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def python(wheel, tmp_path_factory) -> str:
+def python(wheel, old_python, tmp_path_factory) -> str:
     """The Python of an environment that has the wheel and what it asks for, and nothing else."""
     folder = tmp_path_factory.mktemp("environment") / "env"
-    run(old_python(), "-m", "venv", str(folder))
+    run(old_python, "-m", "venv", str(folder))
     executable = str(folder / "bin" / "python")
     run(executable, "-m", "pip", "install", "--quiet", str(wheel))
     return executable
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("bundles") / "net.bundle"
-    images = np.stack([data.astronaut()[y : y + 96, x : x + 96] for y in (0, 150, 300) for x in (0, 100, 200, 300)])
-    options = BuildOptions(
-        weights="random:0",
-        precisions=(Precision.INT8, Precision.FP32),
-        out_indices=(1, 2, 3, 4),
-        height=64,
-        width=96,
-        torchscript=False,
-    )
-    return build_bundle("test_resnet", target, images=images, options=options).bundle.path
 
 
 def run(*command: str, code: int = 0) -> str:

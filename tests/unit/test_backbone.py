@@ -379,7 +379,8 @@ def test_engines_are_chosen_by_precision_flavour_or_name(tmp_path):
     bundle = make_bundle(tmp_path / "b.bundle")
     name = bundle.manifest.engines[0].name
     for engine in (None, "fp32", "openvino", name):
-        EdgeBackbone.from_pretrained(bundle.path, engine=engine).close()
+        with EdgeBackbone.from_pretrained(bundle.path, engine=engine) as backbone:
+            assert backbone.engine == bundle.manifest.engines[0].name
     with pytest.raises(EngineMismatchError, match=f"has no engine 'int8'; it holds: {re.escape(name)}"):
         EdgeBackbone.from_pretrained(bundle.path, engine="int8")
     with pytest.raises(EngineMismatchError, match=r"runs on cpu, not on cuda.*compile .* --flavour tensorrt"):

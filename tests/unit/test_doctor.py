@@ -286,3 +286,21 @@ def test_a_bundle_without_engines_is_told_how_to_get_one(tmp_path):
     empty = type(bundle)(path=bundle.path, manifest=manifest)
     [found] = judge_engines(machine("laptop"), empty)
     assert found.fix == f"edge-backbones compile {bundle.path}"
+
+
+def test_a_gpu_that_no_profile_knows_is_said():
+    known = machine("server-h100", gpus=(H100,), tensorrt={"tensorrt": "10.13.0"})
+    assert finding(judge(known), "device profile").found.startswith("h100")
+    other = machine("server-h100", gpus=(gpu("NVIDIA B300", "sm_103", 270, "13.0"),), tensorrt={"tensorrt": "10.13.0"})
+    found = finding(judge(other), "device profile")
+    assert not found.ok
+    assert "none is known to be of NVIDIA B300 (sm_103" in found.found
+    assert "--profile FILE.toml" in found.fix
+
+
+def test_why_a_gpu_is_not_compiled_for():
+    assert doctor.why_not_the_gpu(machine("laptop")) == ""
+    assert doctor.why_not_the_gpu(machine("server-h100", gpus=(H100,), tensorrt={"tensorrt": "10.13.0"})) == ""
+    why = doctor.why_not_the_gpu(machine("jetpack6-orin-nano", gpus=(ORIN_NANO,)))
+    assert why.startswith("Orin is here, and TensorRT is not usable")
+    assert "--system-site-packages" in why
