@@ -16,6 +16,8 @@
 4. Nothing is unpickled. TorchScript is code: it is opened only when asked for by name.
 5. A writer MUST make a new bundle beside the target and rename it into place, and MUST replace manifest.json by rename
    after the files it names are on disk. A reader therefore sees the old state or the new one, never a mixture.
+6. What a killed writer left, the next one removes: hidden files with ``.writing-`` in their names, and files in engines/
+   that are named as engines are and that the manifest does not name.
 
 A bundle that is replaced is exchanged for the new one in one system call where the kernel can (Linux ``renameat2``).
 Elsewhere it is renamed aside first: a reader may find nothing for a moment, and a crash in that moment is repaired by the
@@ -35,9 +37,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO, TypeVar
 
 import msgspec
 import numpy as np
@@ -47,6 +50,7 @@ from edge_backbones.errors import BundleError, IntegrityError, ManifestError
 from edge_backbones.manifest import EngineRecord, FileRecord, Manifest
 
 MANIFEST = "manifest.json"
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,17 @@ class Bundle:
 
         ``contents``: the bytes of each of ``engine.files`` that the bundle does not hold already, by path. They are on disk
         before the manifest that names them appears; files of the engine that it replaces go after that. Writers take
-        turns; BundleError when one has held the bundle for a minute.
+        turns; BundleError when one has held the bundle for a minute, or has taken out a file that is not in ``contents``.
         """
         with _lock(self.path, patience=_PATIENCE):
-            _clear_after_dead_writers(self.path)
             current = Bundle.open(self.path)
+            _clear_after_dead_writers(current)
             held = current.manifest.files()
+            gone = [file.path for file in engine.files if file.path not in contents and file not in held]
+            if gone:
+                raise BundleError(
+                    f"{self.path} does not hold {gone[0]} any more: another process took {engine.name} out"
+                )
             kept = tuple(e for e in current.manifest.engines if e.name != engine.name)
             manifest = msgspec.structs.replace(current.manifest, engines=(*kept, engine))
             written: list[Path] = []
@@ -124,11 +133,30 @@ class Bundle:
                         _write_file(path, contents[file.path])
                 write_manifest(self.path, manifest)
             except BaseException:
+                named = {file.path for file in Bundle.open(self.path).manifest.files()}  # the new one, if that is there
                 for path in written:
-                    path.unlink(missing_ok=True)
+                    if path.relative_to(self.path).as_posix() not in named:
+                        path.unlink(missing_ok=True)
                 raise
             _remove_unnamed(self.path, current.manifest, manifest)
         return Bundle.open(self.path)
+
+    def require_writable(self) -> None:
+        """Raise BundleError where an engine could not be added: the lock, the folder or its disk would refuse it.
+
+        For who is about to spend minutes on an engine; waits for another writer as `add_engine` does.
+        """
+        with _lock(self.path, patience=_PATIENCE):
+            for folder in (self.path, self.path / "engines"):
+                try:
+                    folder.mkdir(exist_ok=True)
+                    with tempfile.TemporaryFile(dir=folder):
+                        pass
+                except OSError as error:
+                    raise BundleError(
+                        f"{folder} cannot be written to ({error.strerror or error}): copy the bundle to where it can, and "
+                        "compile there"
+                    ) from error
 
     def remove_engine(self, name: str) -> Bundle:
         """Take an engine out of the bundle on disk, and return the bundle as it is then. Processes that opened it keep it.
@@ -136,8 +164,8 @@ class Bundle:
         Raises BundleError for a name that the bundle does not have.
         """
         with _lock(self.path, patience=_PATIENCE):
-            _clear_after_dead_writers(self.path)
             current = Bundle.open(self.path)
+            _clear_after_dead_writers(current)
             kept = tuple(engine for engine in current.manifest.engines if engine.name != name)
             if len(kept) == len(current.manifest.engines):
                 names = ", ".join(engine.name for engine in kept) or "none"
@@ -148,7 +176,24 @@ class Bundle:
         return Bundle.open(self.path)
 
 
+def read_current(path: str | os.PathLike[str], read: Callable[[Bundle], _Read]) -> tuple[Bundle, _Read]:
+    """A bundle and what ``read`` reads of it, though others add engines to it, take some out or replace it meanwhile."""
+    bundle = Bundle.open(path)
+    while True:
+        try:
+            return bundle, read(bundle)
+        except IntegrityError:
+            replacement = Bundle.open(path)
+            if replacement.manifest.digest == bundle.manifest.digest:
+                raise
+            bundle = replacement
+
+
 _REPAIR = "copy the bundle again or build it again"
+_BEGUN = ".writing-"  # in the name of a file that is not whole yet
+_ENGINE_FILE = re.compile(
+    r".+-[0-9a-f]{8}\.[0-9a-f]{8}\.(blob|plan|layers\.json|cache)"
+)  # EngineKey.path, and what lies beside
 _PATIENCE = 60.0  # seconds: many times what it takes to write an engine, even on a memory card
 
 
@@ -264,10 +309,13 @@ def _remove_unnamed(folder: Path, before: Manifest, after: Manifest) -> None:
             _refuse_escape(folder, file).unlink(missing_ok=True)
 
 
-def _clear_after_dead_writers(folder: Path) -> None:
+def _clear_after_dead_writers(bundle: Bundle) -> None:
     """What a writer had begun when it was killed. For who holds the lock: nobody writes there then."""
-    for path in [*folder.glob(".*"), *folder.glob("*/.*")]:
-        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file() and not path.is_symlink():
+    named = {record.path for record in bundle.manifest.files()}
+    begun = [*bundle.path.glob(f".*{_BEGUN}*"), *bundle.path.glob(f"*/.*{_BEGUN}*")]
+    orphans = [path for path in bundle.path.glob("engines/*") if _ENGINE_FILE.fullmatch(path.name)]
+    for path in (*begun, *orphans):
+        if path.relative_to(bundle.path).as_posix() not in named and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
 
@@ -288,7 +336,7 @@ def _write_file(path: Path, data: bytes | bytearray) -> None:
 
 def _write_beside_and_rename(path: Path, data: bytes | bytearray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}{_BEGUN}", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -319,7 +367,7 @@ def _lock(target: Path, *, patience: float = 0.0) -> Iterator[None]:
     path = target.parent / f".{target.name}.lock"
     until = time.monotonic() + patience
     while True:
-        with path.open("w") as file:
+        with _opened_lock(path, target) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -339,6 +387,17 @@ def _lock(target: Path, *, patience: float = 0.0) -> Iterator[None]:
                     path.unlink(missing_ok=True)
                 return
         # The previous writer removed the file between our open and our lock: that lock protects nothing, try again.
+
+
+def _opened_lock(path: Path, target: Path) -> TextIO:
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise BundleError(
+            f"{target} cannot be changed: its writers take turns by a file beside it, and {path} cannot be written "
+            f"({error.strerror or error}). Copy the bundle to where its folder can be written to, or mount that folder and "
+            "not the bundle alone"
+        ) from error
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +17,8 @@ from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, compile_for_gpu, engine_of_torchscript
 from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
 from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, check_plan, has_weak_typing
-from edge_backbones.bundle import Bundle, load_golden, record_bytes
-from edge_backbones.errors import BundleError, CompileError, MissingDependencyError
+from edge_backbones.bundle import Bundle, load_golden, read_current, record_bytes
+from edge_backbones.errors import BundleError, CompileError, IntegrityError, MissingDependencyError
 from edge_backbones.manifest import CalibrationFile, EngineRecord, Flavour, GraphRecord, ParityReport
 from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, board_name, load_profile, profile_of, refusals
 from edge_backbones.runtime import compat, session
@@ -69,10 +68,10 @@ def compile_bundle(
         names = ", ".join(g.precision.value for g in held) or "none"
         asked = ", ".join(p.value for p in precisions or ()) or "graph to compile"
         raise BundleError(f"{bundle.path} has no {asked}; its {_FORMS[form]} graphs: {names}")
-    if not os.access(bundle.path, os.W_OK):
-        raise BundleError(f"{bundle.path} cannot be written to: copy the bundle to where it can, and compile there")
     if resume:
         graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, flavour, device)]
+    if graphs:
+        bundle.require_writable()
     golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
     options = plan or PlanOptions()
     if profile is not None:
@@ -237,8 +236,11 @@ def _graph_for_gpu(
 
 def _latest_timing_cache(bundle: Bundle) -> bytes | None:
     """What an earlier compilation measured; TensorRT itself leaves what another GPU measured."""
-    caches = [engine.timing_cache for engine in bundle.manifest.engines if engine.timing_cache is not None]
-    return bytes(bundle.read(caches[-1])) if caches else None
+    for engine in reversed(bundle.manifest.engines):
+        if engine.timing_cache is not None:
+            with contextlib.suppress(BundleError):  # damaged, or gone with its engine: it only saves time
+                return bytes(bundle.read(engine.timing_cache))
+    return None
 
 
 def _engine_record(
@@ -276,18 +278,22 @@ def verify_bundle(
     """Check every file of a bundle, and measure again every engine that can run here (or just ``engine``).
 
     An engine that was compiled ahead of time is measured for the first time, and the report is added to the bundle: from
-    then on runtimes take it. ``device``: the GPU for engines that need one. Raises BundleError for a damaged file,
-    EngineMismatchError when no engine can run here, and when all are measured ParityError for those of which a feature map is
-    outside the gate that the bundle was built with.
+    then on runtimes take it. One that another process takes out meanwhile is left out. ``device``: the GPU for engines that
+    need one. Raises BundleError for a damaged file, EngineMismatchError when no engine can run here, and when all are measured
+    ParityError for those of which a feature map is outside the gate that the bundle was built with.
     """
-    bundle = Bundle.open(path)
     progress("checking files", 0, None)
-    bundle.check_files()
+    bundle, _ = read_current(path, Bundle.check_files)
     golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
     reports = []
     for record in _runnable(bundle, engine, device, code=allow_host_code):
         progress(f"verifying {record.key.precision}", 0, None)
-        data, gate = bundle.read(record.file), record.parity.gate
+        try:
+            data, gate = bundle.read(record.file), record.parity.gate
+        except IntegrityError:
+            if record in Bundle.open(path).manifest.engines:
+                raise
+            continue  # taken out since
         on = None if record.key.gpu is None else device
         measured = measure_engine(
             record.key,

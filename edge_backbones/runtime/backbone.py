@@ -13,8 +13,8 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from edge_backbones.bundle import Bundle
-from edge_backbones.errors import EngineMismatchError, InputError, IntegrityError
+from edge_backbones.bundle import Bundle, read_current
+from edge_backbones.errors import EngineMismatchError, InputError
 from edge_backbones.manifest import Source
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.cuda import MemoryBackend
@@ -179,12 +179,12 @@ class EdgeBackbone:
 
         host = compat.this_host(session.installed_versions(), device=gpu)
         try:
-            bundle, (name, opened) = _open_current(path, open_engine)
+            bundle, (name, opened) = read_current(path, open_engine)
         except EngineMismatchError:
             if on_mismatch == "raise" or (gpu is not None and host.gpu is None):
                 raise
             session.compile_here(path, host, engine, device=gpu, allow_host_code=allow_host_code)
-            bundle, (name, opened) = _open_current(path, open_engine)
+            bundle, (name, opened) = read_current(path, open_engine)
         place = "cpu" if gpu is None else f"cuda:{gpu}"
         manifest = bundle.manifest
         return cls(manifest.backbone, manifest.input, opened, manifest.source, device=place, engine_name=name)
@@ -433,21 +433,6 @@ class EdgeBackbone:
         filled = np.zeros((smallest, *piece.shape[1:]), piece.dtype)
         filled[:count] = piece
         return [feature_map[:count] for feature_map in self._engine.run(filled)]
-
-
-def _open_current(
-    path: str | os.PathLike[str], open_engine: Callable[[Bundle], tuple[str, session.EngineSession]]
-) -> tuple[Bundle, tuple[str, session.EngineSession]]:
-    """A bundle and an engine of it, though others add engines to it or replace it meanwhile."""
-    bundle = Bundle.open(path)
-    while True:
-        try:
-            return bundle, open_engine(bundle)
-        except IntegrityError:
-            replacement = Bundle.open(path)
-            if replacement.manifest.digest == bundle.manifest.digest:
-                raise
-            bundle = replacement
 
 
 def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:

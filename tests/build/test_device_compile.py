@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from edge_backbones import BuildOptions, Bundle, build_bundle, compile_bundle
+from edge_backbones import BuildOptions, Bundle, build_bundle, cli, compile_bundle, doctor
 from edge_backbones.build import device as module
 from edge_backbones.build.tensorrt import PlanOptions
 from edge_backbones.errors import BundleError
@@ -56,11 +58,44 @@ def test_a_damaged_engine_is_made_again(bundle):
     Bundle.open(bundle).check_files()
 
 
-def test_a_folder_that_takes_nothing_is_refused_before_the_work(bundle, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(module, "compile_engine", lambda *_, **__: pytest.fail("compiled for nothing"))
-    with pytest.raises(BundleError, match=r"cannot be written to: copy the bundle"):
-        compile_bundle(bundle)
+READ_ONLY = """
+import sys
+from edge_backbones import compile_bundle
+from edge_backbones.build import device
+from edge_backbones.errors import BundleError
+compiled = []
+device.compile_engine = lambda *_, **__: compiled.append(1)
+try:
+    compile_bundle(sys.argv[1])
+except BundleError as error:
+    print(error)
+assert not compiled
+assert compile_bundle(sys.argv[1], resume=True) == ()  # what is there already needs no place to write
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root is made to obey permissions by setpriv")
+@pytest.mark.parametrize(
+    ("closed", "expected"),
+    [
+        (".", r"cannot be written to \(Permission denied\): copy the bundle"),
+        ("engines", r"engines cannot be written to \(Permission denied\): copy the bundle"),
+        ("..", r"cannot be changed: .*\(Permission denied\).* mount that folder and not the bundle alone"),
+    ],
+)
+def test_a_folder_that_takes_nothing_is_refused_before_the_work(bundle, closed, expected):
+    obeying = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    folder = bundle / closed
+    mode = folder.stat().st_mode
+    folder.chmod(0o555)
+    try:
+        command = [*obeying, sys.executable, "-c", READ_ONLY, str(bundle)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        folder.chmod(mode)
+    assert done.returncode == 0, done.stderr
+    assert re.search(expected, done.stdout), done.stdout
+    assert len(done.stdout.splitlines()) == 1
 
 
 def test_two_at_once_take_turns(bundle):
@@ -126,3 +161,35 @@ def test_engines_are_removed_at_the_command_line(bundle):
     again = subprocess.run([*command, first.name], capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert f"has no engine '{first.name}'; its engines: {second.name}" in again.stderr
+
+
+ORIN = Gpu(0, "Orin", "sm_87", int(7.4 * 2**30), "12.6", 8, True)
+
+
+@pytest.mark.parametrize("has_openvino", [True, False])
+def test_a_gpu_without_tensorrt_is_never_passed_over_in_silence(bundle, monkeypatch, capsys, has_openvino):
+    """JetPack without python3-libnvinfer: the CPU engine where there can be one, and always the way to the GPU."""
+    machine = doctor.look()
+    libraries = {name: version for name, version in machine.libraries.items() if name != "openvino" or has_openvino}
+    system = msgspec.structs.replace(machine.system, l4t="36.4.3", tensorrt_pythons=())
+    seen = msgspec.structs.replace(machine, gpus=(ORIN,), tensorrt={}, libraries=libraries, system=system)
+    monkeypatch.setattr(doctor, "look", lambda: seen)
+    code = cli._run(["compile", str(bundle), "--precision", "fp16", "--in-process"])
+    told = capsys.readouterr().err
+    assert code == (0 if has_openvino else 1)
+    assert "Orin is here, and TensorRT is not usable" in told
+    assert "sudo apt install python3-libnvinfer" in told
+
+
+def test_a_gpu_that_no_profile_knows_is_compiled_for_and_told(bundle, monkeypatch, capsys):
+    monkeypatch.setattr(module, "flavour_here", lambda _: ("tensorrt", None))
+    seen = {}
+
+    def compiled(*_, **options):
+        seen.update(options)
+        return ()
+
+    monkeypatch.setattr(module, "compile_bundle", compiled)
+    assert cli._run(["compile", str(bundle), "--in-process"]) == 0
+    assert (seen["flavour"], seen["profile"]) == ("tensorrt", None)
+    assert "no profile is known to be of this GPU" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from edge_backbones import EdgeBackbone
 from edge_backbones import bundle as bundle_module
 from edge_backbones.bundle import Bundle, new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.errors import BundleError, IntegrityError, ManifestError
+from edge_backbones.manifest import EngineRecord
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled
 
@@ -330,10 +331,11 @@ def test_an_engine_can_be_taken_out(bundle):
 def test_the_rest_of_a_dead_writer_goes_with_the_next_one(bundle):
     [engine] = bundle.manifest.engines
     rests = [
-        bundle.path / ".manifest.json.ab12cd_e",
-        bundle.path / "engines" / f".{Path(engine.file.path).name}.zzzzzzz0",
+        bundle.path / ".manifest.json.writing-ab12cd_e",
+        bundle.path / "engines" / f".{Path(engine.file.path).name}.writing-zzzzzzz0",
+        bundle.path / engine.key.path(b"killed before the manifest named it", ".blob"),
     ]
-    kept = [bundle.path / ".gitignore", bundle.path / ".keep.this.file"]
+    kept = [bundle.path / ".notes.markdown", bundle.path / ".keep.this.file", bundle.path / "engines" / "mine.blob"]
     for path in (*rests, *kept):
         path.write_bytes(b"half")
     bundle.add_engine(engine, {engine.file.path: bytes(bundle.read(engine.file))})
@@ -341,13 +343,44 @@ def test_the_rest_of_a_dead_writer_goes_with_the_next_one(bundle):
     assert all(path.exists() for path in kept)
 
 
+def second_engine(bundle: Bundle) -> tuple[EngineRecord, bytes]:
+    first = bundle.manifest.engines[0]
+    data = bytes(bundle.read(first.file))
+    key = msgspec.structs.replace(first.key, precision=Precision.FP16)
+    return msgspec.structs.replace(first, key=key, file=record_bytes(key.path(data, ".blob"), data)), data
+
+
+def test_an_engine_that_the_manifest_names_already_stays_when_the_rest_fails(bundle, monkeypatch):
+    """Ctrl-C, or an error of the disk, while the rename is flushed: the new manifest may be there then."""
+    second, data = second_engine(bundle)
+    flush = bundle_module._sync_folder
+
+    def interrupted(folder: Path) -> None:
+        flush(folder)
+        if folder == bundle.path:  # the manifest has just been renamed
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle_module, "_sync_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.add_engine(second, {second.file.path: data})
+    now = Bundle.open(bundle.path)
+    assert second in now.manifest.engines
+    now.check_files()
+
+
+def test_a_record_whose_file_was_taken_out_meanwhile_is_refused(bundle):
+    second, data = second_engine(bundle)
+    bundle.add_engine(second, {second.file.path: data})
+    bundle.remove_engine(second.name)
+    with pytest.raises(BundleError, match="does not hold .* any more: another process took .* out"):
+        bundle.add_engine(second, {})
+    assert len(Bundle.open(bundle.path).manifest.engines) == 1
+
+
 def come_and_go(path: str) -> None:
     """Add a second engine and take it out again, for ever."""
     bundle = Bundle.open(path)
-    first = next(engine for engine in bundle.manifest.engines if engine.key.precision is Precision.FP32)
-    data = bytes(bundle.read(first.file))
-    key = msgspec.structs.replace(first.key, precision=Precision.FP16)
-    second = msgspec.structs.replace(first, key=key, file=record_bytes(key.path(data, ".blob"), data))
+    second, data = second_engine(bundle)
     while True:
         bundle.add_engine(second, {second.file.path: data})
         with contextlib.suppress(BundleError):  # the other writer was faster
@@ -430,9 +463,7 @@ except Exception as error:
 
 def test_an_engine_goes_again_when_the_manifest_cannot_be_written(bundle, monkeypatch):
     [engine] = bundle.manifest.engines
-    data = bytes(bundle.read(engine.file))
-    key = msgspec.structs.replace(engine.key, precision=Precision.FP16)
-    other = msgspec.structs.replace(engine, key=key, file=record_bytes(key.path(data, ".blob"), data))
+    other, data = second_engine(bundle)
     monkeypatch.setattr(bundle_module, "write_manifest", lambda *_: (_ for _ in ()).throw(BundleError("full")))
     with pytest.raises(BundleError, match="full"):
         bundle.add_engine(other, {other.file.path: data})
