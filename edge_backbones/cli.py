@@ -411,7 +411,8 @@ def compile_(
     _print_parity([engine.parity for engine in added])
     for engine in added:
         later = "" if engine.parity.measured else ", to be measured on the device: edge-backbones verify"
-        _out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{later})")
+        speed = "" if engine.milliseconds is None else f", {engine.milliseconds:.2f} ms"
+        _out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{speed}{later})")
 
 
 def _refuse_cpu_for_want_of_tensorrt() -> None:
@@ -586,10 +587,12 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
         for extra in spec.extras:
             extras.add_row(extra.name, str(extra.channels), extra.layout)
         _out.print(extras)
-    engines = Table("engine", "MB", "runs here", title="engines", title_justify="left")
+    engines = Table("engine", "MB", "ms", "runs here", title="engines", title_justify="left")
     for engine in manifest.engines:
         why = reasons[engine.name]
-        engines.add_row(engine.name, f"{engine.file.size / 1e6:.1f}", "yes" if not why else "no: " + "; ".join(why))
+        speed = "" if engine.milliseconds is None else f"{engine.milliseconds:.2f}"
+        megabytes = f"{engine.file.size / 1e6:.1f}"
+        engines.add_row(engine.name, megabytes, speed, "yes" if not why else "no: " + "; ".join(why))
     _out.print(engines)
     _print_parity([engine.parity for engine in manifest.engines])
     if manifest.calibration is not None:

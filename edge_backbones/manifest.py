@@ -15,7 +15,7 @@ from edge_backbones.errors import ManifestError
 from edge_backbones.images import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MAX_MANIFEST_BYTES = 4 << 20
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -54,14 +54,32 @@ class Source(_Strict, frozen=True):
     config: dict[str, Any] = {}
 
 
+class Gate(_Strict, frozen=True):
+    """Bounds that every feature map must keep; None means not asked."""
+
+    min_cosine: float | None = None
+    min_sqnr_db: float | None = None
+    max_relative: float | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            f"cosine >= {self.min_cosine:g}" if self.min_cosine is not None else "",
+            f"SQNR >= {self.min_sqnr_db:g} dB" if self.min_sqnr_db is not None else "",
+            f"relative error <= {self.max_relative:g}" if self.max_relative is not None else "",
+        ]
+        return " and ".join(part for part in parts if part) or "finite values"
+
+
 class GraphRecord(_Strict, frozen=True):
-    """One graph file. ``opset`` is None for TorchScript. ``excluded``: layers that int8 leaves as fp16 has them."""
+    """One graph file. ``opset`` is None for TorchScript. ``excluded``: layers that int8 leaves as fp16 has them. ``gate``:
+    what engines of it have to hold; None for the default of its precision."""
 
     format: Literal["onnx", "torchscript"]
     precision: Precision
     file: FileRecord
     opset: int | None = None
     excluded: tuple[str, ...] = ()
+    gate: Gate | None = None
 
 
 class GoldenRecord(_Strict, frozen=True):
@@ -170,22 +188,6 @@ class EngineKey(_Strict, frozen=True):
         return f"engines/{self.name}.{hashlib.sha256(data).hexdigest()[:8]}{suffix}"
 
 
-class Gate(_Strict, frozen=True):
-    """Bounds that every feature map must keep; None means not asked."""
-
-    min_cosine: float | None = None
-    min_sqnr_db: float | None = None
-    max_relative: float | None = None
-
-    def __str__(self) -> str:
-        parts = [
-            f"cosine >= {self.min_cosine:g}" if self.min_cosine is not None else "",
-            f"SQNR >= {self.min_sqnr_db:g} dB" if self.min_sqnr_db is not None else "",
-            f"relative error <= {self.max_relative:g}" if self.max_relative is not None else "",
-        ]
-        return " and ".join(part for part in parts if part) or "finite values"
-
-
 class StageParity(_Strict, frozen=True):
     """A feature map (or other output) against its fp32 reference over all golden samples; the worst case counts.
 
@@ -235,12 +237,15 @@ class ParityReport(_Strict, frozen=True):
 class EngineRecord(_Strict, frozen=True):
     """One compiled engine, and the parity that let it into the bundle.
 
-    ``layers``: what TensorRT says of its layers, as JSON. ``timing_cache``: with it the same engine is compiled faster.
+    ``milliseconds``: median of a call at opt batch and size, timed in turns with every other engine of the bundle that the
+    machine runs; None where there was none to compare it with. Runtimes take the fastest. ``layers``: what TensorRT says of
+    its layers, as JSON. ``timing_cache``: with it the same engine is compiled faster.
     """
 
     key: EngineKey
     file: FileRecord
     parity: ParityReport
+    milliseconds: float | None = None
     layers: FileRecord | None = None
     timing_cache: FileRecord | None = None
 
@@ -268,12 +273,23 @@ class Trial(_Strict, frozen=True):
     milliseconds: float | None = None
 
 
+class BlockNoise(_Strict, frozen=True):
+    """What quantising one block alone does to every output: ``sqnr_db`` of each, on calibration images."""
+
+    block: str
+    sqnr_db: dict[str, float]
+
+
 class Decision(_Strict, frozen=True):
-    """Why this engine and no other, in one sentence, and what was tried on which device."""
+    """Why this engine and no other, in one sentence, and what was tried on which device.
+
+    ``sensitivity``: the blocks, loudest first, where a gate asked which of them to leave in half.
+    """
 
     sentence: str
     device_name: str
     trials: tuple[Trial, ...]
+    sensitivity: tuple[BlockNoise, ...] = ()
 
 
 class Provenance(_Strict, frozen=True):
@@ -286,7 +302,7 @@ class Provenance(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """The whole of manifest.json."""
 
-    schema_version: Literal[4]
+    schema_version: Literal[5]
     backbone: BackboneSpec
     input: InputSpec
     image: ImageConfig

@@ -30,7 +30,7 @@ from edge_backbones.errors import (
     IntegrityError,
     MissingDependencyError,
 )
-from edge_backbones.manifest import CalibrationFile, EngineRecord, GraphRecord, Manifest, ParityReport
+from edge_backbones.manifest import CalibrationFile, Decision, EngineRecord, GraphRecord, Manifest, ParityReport
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
@@ -121,6 +121,7 @@ def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine
         image_count=len(samples[manifest.input.name]),
         calibration=_calibration(bundle),
         layers=_layers(bundle),
+        trade=_trade(manifest.decision),
         comparisons=[_comparison(one) for one in comparisons],
         gpu_facts=[(e.name, _gpu_facts(e)) for e in manifest.engines if e.key.gpu is not None],
     )
@@ -450,6 +451,38 @@ class _Calibration(NamedTuple):
     file: CalibrationFile
     columns: list[tuple[float, float, int]]
     widest: list[tuple[str, float, float | None]]
+
+
+class _Point(NamedTuple):
+    number: int
+    x: float
+    y: float
+    passed: bool
+
+
+class _Trade(NamedTuple):
+    """Trials as points between 0 and 1: right is slower, up is more accurate."""
+
+    points: list[_Point]
+    milliseconds: float
+    least_db: float
+    most_db: float
+
+
+def _trade(decision: Decision | None) -> _Trade | None:
+    """None where fewer than two engines were timed: that is no curve."""
+    trials = enumerate(() if decision is None else decision.trials, start=1)
+    timed = [(number, trial, trial.milliseconds) for number, trial in trials if trial.milliseconds is not None]
+    if len(timed) < 2:
+        return None
+    slowest = max(milliseconds for *_, milliseconds in timed) or 1.0
+    decibels = [trial.sqnr_db for _, trial, _ in timed]
+    least, most = min(decibels), max(decibels)
+    points = [
+        _Point(number, milliseconds / slowest, (trial.sqnr_db - least) / ((most - least) or 1.0), trial.passed)
+        for number, trial, milliseconds in timed
+    ]
+    return _Trade(points, slowest, least, most)
 
 
 def _calibration(bundle: Bundle) -> _Calibration | None:

@@ -7,6 +7,7 @@ the measured noise of each block says (`choose.noise_of_blocks`), until it holds
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from edge_backbones.build.artifacts import CompiledEngine, ExportedGraph, Progre
 from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.parity import DEFAULT_GATES, excess_noise, measure_engine, require
 from edge_backbones.build.timing import time_engines
-from edge_backbones.manifest import CalibrationFile, Decision, Gate, ParityReport, Trial
+from edge_backbones.manifest import BlockNoise, CalibrationFile, Decision, Gate, ParityReport, Trial
+from edge_backbones.runtime import session
 from edge_backbones.spec import Precision
 
 # What the worst golden image needs beyond the mean of the held-out ones, and rounding of the rest to half.
@@ -56,6 +58,15 @@ class Attempt:
 
     def failures(self) -> str:
         return self.report.failures() or self.shipped.failures()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``chosen``: shipped as engines. ``spare``: shipped as graphs, for devices that weigh them anew. ``decision``: why."""
+
+    chosen: list[Attempt]
+    spare: list[Attempt]
+    decision: Decision | None
 
 
 @dataclass(frozen=True)
@@ -110,17 +121,19 @@ class Workshop:
 
 def decide(
     shop: Workshop, wanted: Sequence[Precision], gates: Mapping[Precision, Gate], *, auto: bool, fallback: bool
-) -> tuple[list[Attempt], Decision | None]:
-    """One engine for each of these precisions, or with ``auto`` the fastest of all; why, where there was something to weigh.
+) -> Verdict:
+    """What goes into the bundle, and why, where there was something to weigh.
 
-    Raises ParityError for a precision outside its gate; with ``auto`` for fp32 only.
+    One engine for each of these precisions, or with ``auto`` the fastest of all. Several are timed side by side. Raises
+    ParityError for a precision outside its gate; with ``auto`` for fp32 only.
     """
     tried: list[Attempt] = []
     chosen: list[Attempt] = []
+    noise: dict[str, choose.Noise] = {}
     for precision in wanted:
         gate = gates.get(precision, DEFAULT_GATES[precision])
         if precision is Precision.INT8:
-            of_precision = try_int8(shop, gate, fallback=fallback, compare=auto)
+            of_precision, noise = try_int8(shop, gate, fallback=fallback, compare=auto)
         else:
             of_precision = [shop.attempt(precision, gate)]
         if not auto or precision is Precision.FP32:
@@ -128,22 +141,28 @@ def decide(
             require(of_precision[-1].shipped)
         tried += of_precision
         chosen.append(of_precision[-1])
+    if len(tried) > 1:
+        positions = [tried.index(attempt) for attempt in chosen]
+        tried = timed(tried, shop.progress)
+        chosen = [tried[position] for position in positions]
     if auto:
-        tried = timed(tried, shop.progress)
         best, sentence = fastest(tried)
-        return [best], decision(sentence, tried)
+        spare = [a for a in chosen if a.passed and a.precision not in (best.precision, Precision.FP32)]
+        return Verdict([best], spare, decision(sentence, tried, noise))
     if len(tried) > len(chosen):
-        tried = timed(tried, shop.progress)
         sentence = loosened([attempt for attempt in tried if attempt.precision is Precision.INT8])
-        return chosen, decision(sentence, tried)
-    return chosen, None
+        return Verdict(chosen, [], decision(sentence, tried, noise))
+    return Verdict(chosen, [], None)
 
 
-def try_int8(shop: Workshop, gate: Gate, *, fallback: bool, compare: bool) -> list[Attempt]:
+def try_int8(
+    shop: Workshop, gate: Gate, *, fallback: bool, compare: bool
+) -> tuple[list[Attempt], dict[str, choose.Noise]]:
     """int8 with everything quantised that may be; then without the skip branches; then with ever fewer blocks.
 
-    The last one counts. With ``fallback`` the steps go on until the gate holds. With ``compare`` the second is taken anyway:
-    without skips int8 is a good deal more accurate, and on some devices as fast.
+    The last one counts. With ``fallback`` the steps go on until the gate holds; what was measured of each block alone comes
+    with them then. With ``compare`` the second is taken anyway: without skips int8 is a good deal more accurate, and on some
+    devices as fast.
     """
     assert shop.calibration is not None  # the pipeline calibrates before it asks for int8
     layers = quantize.quantized_layers(shop.equalised)
@@ -171,15 +190,17 @@ def try_int8(shop: Workshop, gate: Gate, *, fallback: bool, compare: bool) -> li
             break  # nothing would be quantised: that is fp16
         out = [*out, *loudest]
         attempts.append(shop.attempt(Precision.INT8, gate, blocks=out))
-    return attempts
+    return attempts, noise
 
 
 def timed(attempts: Sequence[Attempt], progress: Progress) -> list[Attempt]:
     """The same attempts with their latency on this device."""
-    if not attempts:
-        return []
     graph = attempts[0].typed
-    figures = time_engines([a.engine.data for a in attempts], graph.spec.outputs, graph.input, progress=progress)
+    engines = [
+        functools.partial(session.load_engine, a.engine.key, bytearray(a.engine.data), graph.spec, graph.input)
+        for a in attempts
+    ]
+    figures = time_engines(engines, graph.input, progress=progress)
     return [dataclasses.replace(a, milliseconds=figure) for a, figure in zip(attempts, figures, strict=True)]
 
 
@@ -213,8 +234,8 @@ def loosened(attempts: Sequence[Attempt]) -> str:
     )
 
 
-def decision(sentence: str, attempts: Sequence[Attempt]) -> Decision:
-    """For the manifest."""
+def decision(sentence: str, attempts: Sequence[Attempt], noise: Mapping[str, choose.Noise]) -> Decision:
+    """For the manifest; ``noise`` of each block alone."""
     trials = tuple(
         Trial(
             precision=a.precision,
@@ -226,7 +247,15 @@ def decision(sentence: str, attempts: Sequence[Attempt]) -> Decision:
         )
         for a in attempts
     )
-    return Decision(sentence=sentence, device_name=attempts[0].engine.key.device_name, trials=trials)
+    loudest_first = sorted(noise.items(), key=lambda item: -max(item[1].values()))
+    sensitivity = tuple(
+        BlockNoise(
+            block=block, sqnr_db={o: round(-10 * math.log10(max(share, 1e-30)), 2) for o, share in of_block.items()}
+        )
+        for block, of_block in loudest_first
+    )
+    device_name = attempts[0].engine.key.device_name
+    return Decision(sentence=sentence, device_name=device_name, trials=trials, sensitivity=sensitivity)
 
 
 def _label(attempt: Attempt) -> str:

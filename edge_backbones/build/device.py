@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, compile_for_gpu, engine_of_torchscript
 from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
 from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, check_plan, has_weak_typing
+from edge_backbones.build.timing import time_engines
 from edge_backbones.bundle import Bundle, load_golden, read_current, record_bytes
 from edge_backbones.errors import BundleError, CompileError, IntegrityError, MissingDependencyError
 from edge_backbones.manifest import CalibrationFile, EngineRecord, Flavour, GraphRecord, ParityReport
@@ -51,6 +53,8 @@ def compile_bundle(
     the frozen module of the bundle. ``profile``: the device that it is for (:mod:`edge_backbones.profiles`): what it
     cannot run is refused at once, and its workspace is the default. ``allow_host_code``: a version-compatible plan may run
     the code that it carries. ``resume``: leave out what was compiled before for this machine, whatever its settings.
+
+    Every engine that this machine can run is timed then, side by side: runtimes take the fastest, whatever its precision.
 
     The bundle is unchanged for a precision that fails: its gate is the one the bundle was built with. Raises BundleError,
     CompileError, ParityError, MissingDependencyError.
@@ -87,7 +91,7 @@ def compile_bundle(
         )
     if flavour in ("tensorrt", "tensorrt_rtx") and precisions is None:
         graphs = _servable(graphs, input, flavour, options, device, progress)
-    added = []
+    added: list[str] = []
     for graph in graphs:
         progress(f"compiling {graph.precision}", 0, None)
         if flavour == "openvino":
@@ -110,10 +114,7 @@ def compile_bundle(
             )
         for note in engine.notes:
             progress(note, 0, None)
-        gate = next(
-            (e.parity.gate for e in bundle.manifest.engines if e.key.precision == graph.precision),
-            DEFAULT_GATES[graph.precision],
-        )
+        gate = graph.gate or DEFAULT_GATES[graph.precision]
         report = ParityReport(precision=graph.precision, gate=gate, stages=())
         host = compat.this_host(session.installed_versions(), device=None if engine.key.gpu is None else device)
         if engine.key.gpu is None or not compat.reasons_against(engine.key, host):
@@ -134,8 +135,40 @@ def compile_bundle(
             )
         record, contents = _engine_record(engine, report, graph)
         bundle = bundle.add_engine(record, contents)
-        added.append(record)
-    return tuple(added)
+        added.append(record.name)
+    if added:
+        bundle = _timed(bundle, None if flavour == "openvino" else device, code=allow_host_code, progress=progress)
+    return tuple(record for record in bundle.manifest.engines if record.name in added)
+
+
+def _timed(bundle: Bundle, device: int | None, *, code: bool, progress: Progress) -> Bundle:
+    """The bundle with the latency of every engine that can run here, where there are several: timed side by side."""
+    place = "cpu" if device is None else "cuda"
+    host = compat.this_host(session.installed_versions(), device=device)
+    here = [e for e in bundle.manifest.engines if not session.reasons_against(e, host, device=place, code=code)]
+    if len(here) < 2:
+        return bundle
+    engines = [
+        functools.partial(session.open_session, bundle, engine, device=device, allow_host_code=code) for engine in here
+    ]
+    figures = time_engines(engines, bundle.manifest.input, progress=progress)
+    timed = [msgspec.structs.replace(e, milliseconds=figure) for e, figure in zip(here, figures, strict=True)]
+    for engine in timed:
+        bundle = bundle.add_engine(engine, {})
+    progress(ranking(timed), 0, None)
+    return bundle
+
+
+def ranking(timed: Sequence[EngineRecord]) -> str:
+    """Which of these engines runtimes take, and how much slower the others are, in a sentence."""
+    first, *rest = sorted(timed, key=lambda engine: engine.milliseconds or 0)
+    alike = len({engine.key.precision for engine in timed}) < len(timed)
+    names = {e.name: e.name if alike else e.key.precision.value for e in timed}
+    slower = ", ".join(
+        f"{names[e.name]} {e.milliseconds:.2f} ms ({(first.milliseconds or 0) / (e.milliseconds or 1):.2f}x)"
+        for e in rest
+    )
+    return f"{names[first.name]} {first.milliseconds:.2f} ms, {slower}: runtimes take {names[first.name]} here"
 
 
 def flavour_here(device: int = 0) -> tuple[Flavour, DeviceProfile | None]:
@@ -279,8 +312,8 @@ def verify_bundle(
 
     An engine that was compiled ahead of time is measured for the first time, and the report is added to the bundle: from
     then on runtimes take it. One that another process takes out meanwhile is left out. ``device``: the GPU for engines that
-    need one. Raises BundleError for a damaged file, EngineMismatchError when no engine can run here, and when all are measured
-    ParityError for those of which a feature map is outside the gate that the bundle was built with.
+    need one. Raises BundleError for a damaged file, EngineMismatchError when no engine can run here, and when all are
+    measured ParityError for those of which a feature map is outside the gate that the bundle was built with.
     """
     progress("checking files", 0, None)
     bundle, _ = read_current(path, Bundle.check_files)
@@ -309,6 +342,7 @@ def verify_bundle(
         reports.append(measured)
         if measured.passed and not record.parity.measured:
             bundle = bundle.add_engine(msgspec.structs.replace(record, parity=measured), {})
+            bundle = _timed(bundle, on, code=allow_host_code, progress=progress)
     require(*reports)
     return tuple(reports)
 

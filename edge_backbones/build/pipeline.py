@@ -79,12 +79,14 @@ class BuildOptions:
     ``"image"`` (uint8 NHWC, preprocessing in the graph); ``batch``, ``height`` and ``width`` are sizes or ranges, None
     for the network's own size.
 
-    The engines: ``precisions``, one graph and one engine each, or ``"auto"``: the fastest of fp32, fp16 and int8 on this
-    machine that is inside its gate. ``gates`` replace the default gate of a precision. ``golden``: images that parity is
-    measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside those of OpenVINO: that
-    module itself, or the network compiled by torch-tensorrt for this machine's GPU (fp32, fp16 or bf16 as in ``precisions``,
-    fp16 where they have none of these). TensorRT's own are added to a finished bundle by `compile_bundle`. ``profile``: the
-    device that the bundle is for (:mod:`edge_backbones.profiles`): what it cannot run is refused before it is built.
+    The engines: ``precisions``, one graph and one engine each, of which runtimes take the fastest; or ``"auto"``: the fastest
+    of fp32, fp16 and int8 on this machine that is inside its gate, with the graphs of int8 and fp16, so that
+    `compile_bundle` can weigh them again on another device. ``gates`` replace the default gate of a precision. ``golden``:
+    images that parity is measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside
+    those of OpenVINO: that module itself, or the network compiled by torch-tensorrt for this machine's GPU (fp32, fp16 or
+    bf16 as in ``precisions``, fp16 where they have none of these). TensorRT's own are added to a finished bundle by
+    `compile_bundle`. ``profile``: the device that the bundle is for (:mod:`edge_backbones.profiles`): what it cannot run is
+    refused before it is built.
     ``cache``: folder of compiled engines, None for no cache.
 
     int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
@@ -281,13 +283,13 @@ def build_bundle(
             graph, equalised, found, deciding, excluded, golden, large, work, options.cache, progress
         )
 
-        chosen, verdict = attempts.decide(
+        verdict = attempts.decide(
             shop, options.wanted, options.gates, auto=options.precisions == "auto", fallback=options.fallback
         )
 
         graphs, engines = [], []
         (folder / "engines").mkdir()
-        for attempt in chosen:
+        for attempt in (*verdict.chosen, *verdict.spare):
             path = f"graphs/{attempt.precision}.onnx"
             shutil.move(attempt.typed.path, folder / path)
             graphs.append(
@@ -297,12 +299,20 @@ def build_bundle(
                     file=record_file(folder, path),
                     opset=quantize.BF16_OPSET if attempt.precision is Precision.BF16 else export.OPSET,
                     excluded=attempt.excluded,
+                    gate=options.gates.get(attempt.precision),
                 )
             )
+        for attempt in verdict.chosen:
             path = attempt.engine.key.path(attempt.engine.data, attempt.engine.suffix)
             (folder / path).write_bytes(attempt.engine.data)
-            record = EngineRecord(key=attempt.engine.key, file=record_file(folder, path), parity=attempt.shipped)
-            engines.append(record)
+            engines.append(
+                EngineRecord(
+                    key=attempt.engine.key,
+                    file=record_file(folder, path),
+                    parity=attempt.shipped,
+                    milliseconds=attempt.milliseconds if len(verdict.chosen) > 1 else None,
+                )
+            )
         if options.torchscript:
             file = record_file(folder, "graphs/fp32.ts")
             graphs.append(GraphRecord(format="torchscript", precision=Precision.FP32, file=file))
@@ -319,7 +329,7 @@ def build_bundle(
                 engines.append(EngineRecord(key=engine.key, file=record_file(folder, path), parity=report))
 
         manifest = Manifest(
-            schema_version=4,
+            schema_version=5,
             backbone=prepared.spec,
             input=input,
             image=loaded.image_config,
@@ -332,12 +342,12 @@ def build_bundle(
                 images=tuple(image_set.names[i] for i in golden_indices),
             ),
             calibration=None if found is None else _calibration_record(folder, found, reused=found is reused),
-            decision=verdict,
+            decision=verdict.decision,
             provenance=_provenance(),
         )
         write_manifest(folder, manifest)
         progress("writing the bundle", 0, None)
-        skipped, notes = image_set.skipped, _notes(image_set, found, verdict, large)
+        skipped, notes = image_set.skipped, _notes(image_set, found, verdict.decision, large)
         del image_set, feed
     return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, notes)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from edge_backbones.build.artifacts import Progress, no_progress
-from edge_backbones.runtime.openvino import OpenVinoSession
+from edge_backbones.runtime.session import EngineSession
 from edge_backbones.spec import InputSpec
 
 _ROUNDS = 7
@@ -17,9 +17,9 @@ _WARM_UP, _CALLS, _SECONDS = 3, 10, 0.25  # of one turn: at least so many calls,
 
 
 def time_engines(
-    engines: Sequence[bytes | bytearray], outputs: Sequence[str], input: InputSpec, *, progress: Progress = no_progress
+    engines: Sequence[Callable[[], EngineSession]], input: InputSpec, *, progress: Progress = no_progress
 ) -> list[float]:
-    """Median milliseconds of a call at opt batch and size, for each engine.
+    """Median milliseconds of a call at opt batch and size, for each engine (what loads it), host memory to host memory.
 
     The engines take turns, one loaded at a time (thread pools that wait side by side slow each other), and each figure
     is the median of its turns.
@@ -32,12 +32,12 @@ def time_engines(
     for done in range(_ROUNDS):
         progress("timing", done, _ROUNDS)
         for engine, medians in zip(engines, turns, strict=True):
-            medians.append(_one_turn(engine, outputs, images))
+            medians.append(_one_turn(engine, images))
     return [statistics.median(medians) for medians in turns]
 
 
-def _one_turn(engine: bytes | bytearray, outputs: Sequence[str], images: np.ndarray) -> float:
-    session = OpenVinoSession(bytearray(engine), outputs=tuple(outputs))
+def _one_turn(load: Callable[[], EngineSession], images: np.ndarray) -> float:
+    session = load()
     try:
         for _ in range(_WARM_UP):
             session.run(images)

@@ -7,7 +7,7 @@ import copy
 import os
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, overload
 

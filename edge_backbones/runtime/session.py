@@ -17,8 +17,8 @@ from edge_backbones.runtime import compat, openvino, tensorrt_library
 from edge_backbones.runtime.cuda import MemoryBackend
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-# Engines are offered in this order when several can run here: fewer bits first, they were let in by parity. No CPU
-# computes in fp8: there it is fp32 with rounding in between.
+# The order of engines that were not timed side by side: fewer bits first, they were let in by parity. No CPU computes
+# in fp8: there it is fp32 with rounding in between.
 _PREFERENCE = {
     "cpu": (Precision.INT8, Precision.FP16, Precision.BF16, Precision.FP32, Precision.FP8),
     "cuda": (Precision.INT8, Precision.FP8, Precision.FP16, Precision.BF16, Precision.FP32),
@@ -53,15 +53,18 @@ def choose_engine(
     """The best engine of a bundle that can run on ``host``, on its CPU or (``device="cuda"``) on its GPU.
 
     ``engine`` narrows the choice to a precision (``"int8"``), a flavour (``"openvino"``) or a name as the manifest has
-    it. Raises EngineMismatchError with one reason per engine that was passed over.
+    it. Of those that were timed side by side the fastest is the best; fewest bits, where they were not. Raises
+    EngineMismatchError with one reason per engine that was passed over.
     """
     fitting = fitting_engines(
         bundle, engine, lambda e: reasons_against(e, host, engine, device=device, code=allow_host_code), device=device
     )
     order = _PREFERENCE[device]
+    are_timed = all(found.milliseconds is not None for found in fitting)
 
     def rank(position_and_engine: tuple[int, EngineRecord]) -> tuple[Any, ...]:
-        # Of one precision: the one that was compiled most closely for this device, and of those the newest.
+        # As fast, or not timed: fewer bits first. Of one precision: the one that was compiled most closely for this device,
+        # and of those the newest.
         position, found = position_and_engine
         gpu = found.key.gpu
         general = (
@@ -70,7 +73,8 @@ def choose_engine(
             else (gpu.hardware_compatibility != "none", gpu.version_compatible, gpu.dla_core is not None)
         )
         precision, flavour = order.index(found.key.precision), _FLAVOURS.index(found.key.flavour)
-        return precision, flavour, *general, -len(found.key.cpu_features), -position
+        latency = found.milliseconds if are_timed else 0
+        return latency, precision, flavour, *general, -len(found.key.cpu_features), -position
 
     return min(enumerate(fitting), key=rank)[1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import networks
@@ -11,10 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edge_backbones.build import timing
 from edge_backbones.build.pipeline import BuildOptions, BuildResult, build_bundle
 from edge_backbones.spec import Precision, ShapeRange
 
 FP32 = {"weights": "random:0", "precisions": (Precision.FP32,), "cache": None}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_timing() -> Iterator[None]:
+    """Where several engines are built they are timed: no test depends on how fast they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"_ROUNDS": 1, "_WARM_UP": 1, "_CALLS": 1, "_SECONDS": 0.0}.items():
+            patch.setattr(timing, name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

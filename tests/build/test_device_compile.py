@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_backbones import BuildOptions, Bundle, build_bundle, cli, compile_bundle, doctor
+from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, cli, compile_bundle, doctor
 from edge_backbones.build import device as module
 from edge_backbones.build.tensorrt import PlanOptions
 from edge_backbones.errors import BundleError
@@ -48,6 +48,38 @@ def test_what_was_compiled_is_left_out_and_the_rest_is_made(bundle):
     assert added.key.precision is Precision.FP16
     assert names(bundle) == before
     assert len(compile_bundle(bundle)) == 2  # without resume all are made again
+
+
+def planted(monkeypatch, **milliseconds: float) -> list[list[str]]:
+    """Latencies by precision; what was timed together."""
+    together: list[list[str]] = []
+
+    def measure(engines, input, *, progress):
+        records = [opener.args[1] for opener in engines]
+        together.append([record.key.precision.value for record in records])
+        for opener in engines:
+            opener().close()  # it loads
+        return [milliseconds[record.key.precision.value] for record in records]
+
+    monkeypatch.setattr(module, "time_engines", measure)
+    return together
+
+
+def test_engines_of_a_device_are_timed_side_by_side_and_the_fastest_runs(bundle, monkeypatch):
+    """A planted int8 (here fp16) that is slower than what it could have been: it is in the bundle, and does not run."""
+    together, said = planted(monkeypatch, fp16=2.0, fp32=1.0), []
+    added = compile_bundle(bundle, progress=lambda step, *_: said.append(step))
+    assert together == [["fp16", "fp32"]] or together == [["fp32", "fp16"]]
+    assert {engine.key.precision: engine.milliseconds for engine in added} == {"fp16": 2.0, "fp32": 1.0}
+    with EdgeBackbone.from_pretrained(bundle) as backbone:
+        assert "-fp32-" in backbone.engine
+    assert said[-1] == "fp32 1.00 ms, fp16 2.00 ms (0.50x): runtimes take fp32 here"
+    planted(monkeypatch, fp16=1.0, fp32=2.0)
+    fp16 = next(engine for engine in Bundle.open(bundle).manifest.engines if engine.key.precision is Precision.FP16)
+    compile_bundle(bundle, precisions=(Precision.FP16,))  # the other one is timed again beside it
+    with EdgeBackbone.from_pretrained(bundle) as backbone:
+        assert backbone.engine == fp16.name
+    assert Bundle.open(bundle).remove_engine(fp16.name).manifest.engines[0].milliseconds == 2.0
 
 
 def test_a_damaged_engine_is_made_again(bundle):

@@ -193,6 +193,14 @@ def test_every_precision_has_a_graph_and_an_engine(int8):
     assert manifest.decision is None  # nothing had to be decided
 
 
+def test_an_engine_that_comes_back_has_the_gate_of_its_graph(int8, copy_of):
+    path = copy_of(int8)
+    [first, _] = int8.bundle.manifest.engines
+    Bundle.open(path).remove_engine(first.name)
+    [again] = compile_bundle(path, precisions=(Precision.INT8,))
+    assert again.parity.gate == first.parity.gate == Gate(min_sqnr_db=15)
+
+
 def test_images_that_did_not_decode_are_named_in_result_and_manifest(cnn, int8):
     assert cnn.skipped == int8.skipped == int8.bundle.manifest.calibration.skipped == ("broken.jpg",)
 
@@ -367,7 +375,8 @@ def test_a_gate_that_failed_leaves_the_bundle_as_it_was(vit, copy_of):
     manifest = Bundle.open(path).manifest
     (engine,) = manifest.engines
     strict = structs.replace(engine, parity=structs.replace(engine.parity, gate=IMPOSSIBLE[Precision.FP32]))
-    write_manifest(path, structs.replace(manifest, engines=(strict,)))
+    graphs = tuple(structs.replace(graph, gate=IMPOSSIBLE[Precision.FP32]) for graph in manifest.graphs)
+    write_manifest(path, structs.replace(manifest, engines=(strict,), graphs=graphs))
     before = contents(path)
     for step in (compile_bundle, verify_bundle):
         with pytest.raises(ParityError, match=r"blocks\.3 has cosine"):

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ from edge_backbones.bench.results import Comparison, Machine, Measurement, Ratio
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.bundle import Bundle, load_golden, record_file, write_manifest
 from edge_backbones.errors import EngineMismatchError, InputError, IntegrityError, MissingDependencyError
-from edge_backbones.manifest import CalibrationFile, Decision, GpuKey, ParityReport, Trial
+from edge_backbones.manifest import BlockNoise, CalibrationFile, Decision, GpuKey, ParityReport, Trial
 from edge_backbones.report import write_report
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
@@ -144,9 +145,17 @@ def int8(photograph_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> B
     trials = (
         Trial(precision=Precision.FP32, blocks=(), cosine=1.0, sqnr_db=120.5, passed=True, milliseconds=3.25),
         Trial(precision=Precision.INT8, blocks=("layer1.0",), cosine=0.97, sqnr_db=11.5, passed=False),
+        Trial(precision=Precision.INT8, blocks=("op:Add",), cosine=0.99, sqnr_db=20.5, passed=True, milliseconds=1.625),
+        Trial(precision=Precision.FP16, blocks=(), cosine=1.0, sqnr_db=70.5, passed=False, milliseconds=6.5),
     )
-    decision = Decision(sentence="fp32 3.25 ms: shipping fp32", device_name="a processor", trials=trials)
-    write_manifest(bundle.path, replace(bundle.manifest, decision=decision))
+    noise = tuple(BlockNoise(block=f"block{i}", sqnr_db={"layer2": 9.5 + i, "layer4": 300.0}) for i in range(13))
+    decision = Decision(
+        sentence="fp32 3.25 ms: shipping fp32", device_name="a processor", trials=trials, sensitivity=noise
+    )
+    engines = tuple(
+        replace(e, milliseconds=1.0 if e.key.precision is Precision.INT8 else 2.0) for e in bundle.manifest.engines
+    )
+    write_manifest(bundle.path, replace(bundle.manifest, decision=decision, engines=engines))
     return Bundle.open(bundle.path)
 
 
@@ -210,10 +219,10 @@ def test_a_gate_is_where_its_figure_would_be(int8, page):
 
 def test_what_the_build_tried_and_sizes_are_those_of_the_manifest(int8, page):
     manifest = int8.manifest
-    fast, slow = page.rows("trials")
-    assert (fast[1][1], fast[2][1], fast[3][1], fast[4][0]) == ([3.25], [1.0], [120.5], "pass")
-    assert (slow[1], slow[2][1], slow[3][1], slow[4][0]) == (("not timed", []), [0.97], [11.5], "fail")
-    assert "without layer1.0" in slow[0][0]
+    fast, slow, *_ = page.rows("trials")
+    assert (fast[0][0], fast[2][1], fast[3][1], fast[4][1], fast[5][0]) == ("1", [3.25], [1.0], [120.5], "pass")
+    assert (slow[2], slow[3][1], slow[4][1], slow[5][0]) == (("not timed", []), [0.97], [11.5], "fail")
+    assert "without layer1.0" in slow[1][0]
     assert manifest.decision.sentence in page.text
     files = [*(e.file for e in manifest.engines), *(g.file for g in manifest.graphs)]
     assert [(row[0][0], row[1][1]) for row in page.rows("sizes")] == [(f.path, [f.size]) for f in files]
@@ -221,6 +230,29 @@ def test_what_the_build_tried_and_sizes_are_those_of_the_manifest(int8, page):
     assert hashes == [(f.path, str(f.size), f.sha256) for f in manifest.files()]
     assert manifest.digest in page.text
     assert manifest.provenance.created in page.text
+
+
+def test_the_trade_curve_has_a_point_where_each_timed_trial_is(report):
+    """Milliseconds from 0 to the slowest, decibels from the worst to the best; numbers are those of the table."""
+    svg = report.read_text(encoding="utf-8").partition('<figure class="trade">')[2].partition("</figure>")[0]
+    found = re.findall(r'<g class="(\w+)"><circle cx="([\d.]+)" cy="([\d.]+)".*?>(\d)</text>', svg)
+    points = {number: (kind, float(x), float(y)) for kind, x, y, number in found}
+    assert points == {
+        "1": ("passed", 40 + 150, 20.0),
+        "3": ("passed", 40 + 75, 150.0),
+        "4": ("failed", 340.0, 85.0),
+    }
+    assert "0 to 6.50" in svg
+    assert ">120<" in svg
+    assert ">20<" in svg
+
+
+def test_the_loudest_blocks_are_listed(page):
+    rows = page.rows("blocks")
+    assert [row[0][0] for row in rows] == [f"block{i}" for i in range(12)]
+    assert [row[1][1] for row in rows] == [[9.5 + i] for i in range(12)]
+    assert {row[2] for row in map(tuple, ([c[0] for c in row] for row in rows))} == {"none"}
+    assert "the loudest 12 of 13" in page.text
 
 
 def test_ranges_are_those_of_the_calibration(int8, page):

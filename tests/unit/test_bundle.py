@@ -372,7 +372,7 @@ def test_a_record_whose_file_was_taken_out_meanwhile_is_refused(bundle):
     second, data = second_engine(bundle)
     bundle.add_engine(second, {second.file.path: data})
     bundle.remove_engine(second.name)
-    with pytest.raises(BundleError, match="does not hold .* any more: another process took .* out"):
+    with pytest.raises(BundleError, match=r"does not hold .* any more: another process took .* out"):
         bundle.add_engine(second, {})
     assert len(Bundle.open(bundle.path).manifest.engines) == 1
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge_backbones import manifest
 from edge_backbones.errors import ManifestError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "manifest.v4.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "manifest.v5.json"
 SCHEMA = Path(manifest.__file__).with_name("manifest.schema.json")
 
 
@@ -34,9 +34,9 @@ def test_golden_manifest_is_read_and_written_to_the_same_bytes():
     assert manifest.encode(manifest.decode(data)) == data
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_a_manifest_of_an_older_version_is_refused_with_the_way_out(version):
-    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 4: build the bundle again"):
+    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 5: build the bundle again"):
         manifest.decode(GOLDEN.with_name(f"manifest.v{version}.json").read_bytes())
 
 
@@ -64,9 +64,9 @@ def test_missing_keys_are_refused_by_name(document):
         manifest.decode(json.dumps(changed).encode())
 
 
-@pytest.mark.parametrize(("version", "advice"), [(5, "upgrade edge-backbones"), (0, "build the bundle again")])
+@pytest.mark.parametrize(("version", "advice"), [(6, "upgrade edge-backbones"), (0, "build the bundle again")])
 def test_other_schema_versions_are_refused_with_the_way_out(document, version, advice):
-    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 4: {advice}"):
+    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 5: {advice}"):
         manifest.decode(json.dumps({**document, "schema_version": version}).encode())
 
 

@@ -14,6 +14,7 @@ from edge_backbones.manifest import Gate as Bounds
 from edge_backbones.runtime import session
 from edge_backbones.runtime.compat import Host
 from edge_backbones.runtime.cuda import Gpu
+from edge_backbones.spec import Precision
 
 L4 = Gpu(
     index=0,
@@ -61,6 +62,20 @@ def test_of_one_precision_the_closest_fit_is_taken_and_of_those_the_newest():
     assert chosen(exact, portable, again) is again
     assert chosen(portable, lean) is lean
     assert chosen(engine("fp16"), portable) is portable  # fewer bits first, all the same
+
+
+def test_what_was_timed_side_by_side_is_chosen_by_speed():
+    """int8 that is slower than fp16 on this GPU does not run because it has fewer bits."""
+    int8, fp16 = (changed_record(engine(p), milliseconds=ms) for p, ms in ((Precision.INT8, 1.25), (Precision.FP16, 1.0)))
+    assert chosen(int8, fp16) is fp16
+    assert chosen(fp16, changed_record(int8, milliseconds=0.9)).key.precision == "int8"
+    assert chosen(fp16, changed_record(int8, milliseconds=1.0)).key.precision == "int8"
+    assert chosen(int8, fp16, engine="int8") is int8
+    assert chosen(int8, fp16, engine(Precision.FP32)).key.precision == "int8"  # one that was not timed: no ranking
+
+
+def changed_record(record: EngineRecord, **changes) -> EngineRecord:
+    return msgspec.structs.replace(record, **changes)
 
 
 def test_a_plan_with_a_runtime_of_its_own_is_passed_over_unless_allowed():
