@@ -23,7 +23,7 @@ _PEERS = {
 def render(path: str) -> str:
     """The block for a results file, ``path`` relative to the project."""
     results = json.loads((ROOT / path).read_text(encoding="utf-8"))
-    lines = {"accuracy": _accuracy, "int8_graphs": _int8_graphs}.get(Path(path).stem, _bench)(results)
+    lines = _TABLES.get(Path(path).stem, _bench)(results)
     return "\n".join([f"<!-- figures of {path} -->", *lines, "<!-- end of figures -->"]) + "\n"
 
 
@@ -41,7 +41,7 @@ def update(path: str | None = None) -> None:
 
 
 def _is_bench(path: str) -> bool:
-    return Path(path).stem not in ("accuracy", "int8_graphs")
+    return Path(path).stem not in _TABLES
 
 
 def _bench(results: dict[str, Any]) -> list[str]:
@@ -57,9 +57,7 @@ def _bench(results: dict[str, Any]) -> list[str]:
         f"|---|---|{'---|' * len(peers)}---|---|",
         *(_compared(model, one, peers, results["rooflines"][model]) for model, one in comparisons.items()),
         "",
-        "| figure | measured | target |",
-        "|---|---|---|",
-        *(_row(figure) for figure in results["figures"]),
+        *_figures(results),
     ]
 
 
@@ -110,6 +108,14 @@ def _int8_graphs(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _figures(results: dict[str, Any]) -> list[str]:
+    return [
+        "| figure | measured | target |",
+        "|---|---|---|",
+        *(_row(figure) for figure in results["figures"]),
+    ]
+
+
 def _row(figure: dict[str, Any]) -> str:
     bound = "at least" if figure["at_least"] else "at most"
     digits = 0 if figure["value"] >= 100 else 2
@@ -117,3 +123,6 @@ def _row(figure: dict[str, Any]) -> str:
     value = f"{figure['value']:.{digits}f}{unit}{figure['unit']}"
     miss = "" if figure["reached"] else " (missed)"
     return f"| {figure['what']} | {value}{miss} | {bound} {figure['target']:g}{unit}{figure['unit']} |"
+
+
+_TABLES = {"accuracy": _accuracy, "int8_graphs": _int8_graphs, "device": _figures}

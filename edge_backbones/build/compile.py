@@ -98,9 +98,15 @@ def compile_for_gpu(
         graph_sha256=hashlib.sha256(graph).hexdigest(),
         gpu=plan.gpu,
     )
-    notes = () if plan.coverage is None else (str(plan.coverage),)
+    notes = [f"memory that the compilation needed: {plan.memory_estimate / 2**30:.1f} GiB at least", *plan.warnings]
     return CompiledEngine(
-        plan.data, key, ".plan", from_cache=False, layers=plan.layers, timing_cache=plan.timing_cache, notes=notes
+        plan.data,
+        key,
+        ".plan",
+        from_cache=False,
+        layers=plan.layers,
+        timing_cache=plan.timing_cache,
+        notes=tuple(notes),
     )
 
 

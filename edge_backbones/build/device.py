@@ -73,7 +73,7 @@ def compile_bundle(
         asked = ", ".join(p.value for p in precisions or ()) or "graph to compile"
         raise BundleError(f"{bundle.path} has no {asked}; its {_FORMS[form]} graphs: {names}")
     if resume:
-        graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, flavour, device)]
+        graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, flavour, plan or PlanOptions(), device)]
     if graphs:
         bundle.require_writable()
     golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
@@ -100,14 +100,15 @@ def compile_bundle(
             engine = engine_of_torchscript(bytes(bundle.read(graph.file)))
         else:
             source, ranges = _graph_for_gpu(bundle, graph, flavour, options)
-            if flavour == "tensorrt" and options.timing_cache is None:
-                options = dataclasses.replace(options, timing_cache=_latest_timing_cache(bundle))
+            measured = options.timing_cache
+            if flavour == "tensorrt" and measured is None:  # what this loop has measured before, too
+                measured = _latest_timing_cache(bundle)
             engine = compile_for_gpu(
                 source,
                 input,
                 graph.precision,
                 flavour=flavour,
-                options=options,
+                options=dataclasses.replace(options, timing_cache=measured),
                 device=device,
                 ranges=ranges,
                 progress=progress,
@@ -184,12 +185,15 @@ def flavour_here(device: int = 0) -> tuple[Flavour, DeviceProfile | None]:
     return "openvino", load_profile("cpu")
 
 
-def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, device: int) -> bool:
+def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, plan: PlanOptions, device: int) -> bool:
     """Whether the bundle holds an engine of this graph that runs here, whole and measured."""
+    source = graph
+    if flavour in ("tensorrt", "tensorrt_rtx") and _is_weak(graph, flavour, plan):
+        source = bundle.manifest.onnx_graph(Precision.FP32) or graph
     host = compat.this_host(session.installed_versions(), device=None if flavour == "openvino" else device)
     for engine in bundle.manifest.engines:
         key = engine.key
-        if (key.flavour, key.precision, key.graph_sha256) != (flavour, graph.precision, graph.file.sha256):
+        if (key.flavour, key.precision, key.graph_sha256) != (flavour, graph.precision, source.file.sha256):
             continue
         if engine.parity.measured and not compat.reasons_against(key, host):
             with contextlib.suppress(BundleError):
@@ -209,8 +213,8 @@ def _servable(
     """The graphs that this GPU takes; raises the CompileError of the first when it takes none."""
     left, refused = [], []
     for graph in graphs:
-        weak = graph.precision is Precision.INT8 and options.dla_core is not None and has_weak_typing(flavour)
         try:
+            weak = _is_weak(graph, flavour, options)
             check_plan(input, graph.precision, flavour=flavour, options=options, device=device, weak=weak)
         except CompileError as error:
             refused.append(error)
@@ -247,11 +251,16 @@ def _refuse_for(
         raise CompileError("; ".join(dict.fromkeys(reasons)))
 
 
+def _is_weak(graph: GraphRecord, flavour: PlanFlavour, plan: PlanOptions) -> bool:
+    """int8 on the DLA of a TensorRT that takes no Q/DQ pairs there: compiled from the fp32 graph and the ranges."""
+    return plan.dla_core is not None and graph.precision is Precision.INT8 and has_weak_typing(flavour)
+
+
 def _graph_for_gpu(
-    bundle: Bundle, graph: GraphRecord, flavour: PlanFlavour, plan: PlanOptions | None
+    bundle: Bundle, graph: GraphRecord, flavour: PlanFlavour, plan: PlanOptions
 ) -> tuple[bytes, Mapping[str, float] | None]:
-    """The typed graph, or for int8 on the DLA of a TensorRT that takes no Q/DQ pairs there, the fp32 graph and its ranges."""
-    if plan is None or plan.dla_core is None or graph.precision is not Precision.INT8 or not has_weak_typing(flavour):
+    """The typed graph, or the fp32 graph and its ranges."""
+    if not _is_weak(graph, flavour, plan):
         return bytes(bundle.read(graph.file)), None
     plain, record = bundle.manifest.onnx_graph(Precision.FP32), bundle.manifest.calibration
     if plain is None or record is None:

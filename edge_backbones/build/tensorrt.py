@@ -26,11 +26,13 @@ from edge_backbones.profiles import FIRST_ARCHITECTURE
 from edge_backbones.runtime import cuda, plan
 from edge_backbones.runtime.tensorrt_library import load_library, logger_of
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
+from edge_backbones.system import read_system
 
 PlanFlavour = Literal["tensorrt", "tensorrt_rtx"]
 
 _RTX_DEFAULT = ("sm_80", "sm_86", "sm_89", "sm_120")
 _DLA_LARGEST_BATCH = 4096
+_DLA_LARGEST_SIDE = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,8 @@ class PlanOptions:
                 raise InputError(f"target {target!r} is not an architecture: write sm_89 for compute capability 8.9")
         if self.level is not None and not 0 <= self.level <= 5:
             raise InputError(f"builder level must be 0 to 5, got {self.level}")
-        if self.workspace is not None and self.workspace < 1:
-            raise InputError(f"workspace must be at least 1 byte, got {self.workspace}")
+        if self.workspace is not None and not 1 <= self.workspace < 1 << 63:
+            raise InputError(f"workspace must be at least 1 byte and below 2**63, got {self.workspace}")
         if self.embed_runtime and not self.version_compatible:
             raise InputError("embed_runtime is for version-compatible plans: set version_compatible=True too")
 
@@ -156,23 +158,21 @@ def compile_plan(
             ]
             raise CompileError(f"{flavour} cannot read this graph: {'; '.join(errors) or log.last_error()}")
         estimate = least_memory(network, profiles, options)
-        if gpu is not None and estimate > gpu.memory_bytes:
-            raise CompileError(
-                f"this compilation needs {_gib(estimate)} at least and {gpu.name} has {_gib(gpu.memory_bytes)}: choose a "
-                "smaller batch or size, or a smaller workspace"
-            )
+        if gpu is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in the memory of this machine
+            _refuse_for_memory(estimate, gpu)
 
         config = _made(builder.create_builder_config(), "a configuration", log)
-        _configure(library, builder, config, options, targets)
         coverage = None
-        if options.dla_core is not None:
-            coverage = _place_on_dla(library, builder, network, config, options)
-            progress(str(coverage), 0, None)
-        if ranges is not None:
-            _set_ranges(library, network, config, ranges)
-        for number, shapes in enumerate(profiles):
-            _add_profile(builder, config, input, shapes, number, log)
-        _read_timing_cache(config, options.timing_cache, flavour)
+        with _refusals_explained(log):
+            _configure(library, builder, config, options, targets)
+            if ranges is not None:
+                _set_ranges(library, network, config, ranges)
+            if options.dla_core is not None:  # behind the number formats: a DLA core runs nothing in fp32
+                coverage = _place_on_dla(library, builder, network, config, options)
+                progress(str(coverage), 0, None)
+            for number, shapes in enumerate(profiles):
+                _add_profile(builder, config, input, shapes, number, log)
+            _read_timing_cache(config, options.timing_cache, flavour)
 
         log.clear()
         data = _serialized(library, builder, network, config, progress, current)
@@ -199,7 +199,7 @@ def compile_plan(
             library_version=str(library.__version__),
             device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or gpu is None else gpu.name,
             timing_cache=_written_timing_cache(config, flavour),
-            layers=None if flavour == "tensorrt_rtx" or options.strip else _layers(library, compiled, log),
+            layers=None if flavour == "tensorrt_rtx" or options.strip else _layers(library, compiled, log, options),
             coverage=coverage,
             memory_estimate=estimate,
             warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
@@ -251,6 +251,18 @@ def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions)
     return 2 * weights + widest + (options.workspace or 0)
 
 
+def _refuse_for_memory(estimate: int, gpu: cuda.Gpu) -> None:
+    """Raise CompileError for what cannot fit. A Jetson's GPU has what the CPU leaves."""
+    memory = read_system().memory if gpu.integrated else None
+    room = gpu.memory_bytes if memory is None else min(gpu.memory_bytes, memory.available)
+    if estimate > room:
+        has = "has" if memory is None else "has, beside what runs,"
+        raise CompileError(
+            f"this compilation needs {_gib(estimate)} at least and {gpu.name} {has} {_gib(room)}: choose a smaller batch or "
+            "size, a smaller workspace, or end what else runs"
+        )
+
+
 def _tensor_bytes(tensor: Any, batch: int) -> int:
     if tensor is None or len(tensor.shape) < 0:
         return 0
@@ -269,7 +281,7 @@ def _agreed(
     library = load_library(flavour)
     targets = _targets(library, flavour, precision, options, gpu)
     profiles = _profiles(input, options)
-    _refuse(library, flavour, options, profiles, precision, weak=weak)
+    _refuse(library, flavour, options, profiles, precision, gpu, weak=weak)
     return library, gpu, targets, profiles
 
 
@@ -347,6 +359,7 @@ def _refuse(
     options: PlanOptions,
     profiles: Sequence[Shapes],
     precision: Precision,
+    gpu: cuda.Gpu | None,
     *,
     weak: bool,
 ) -> None:
@@ -373,6 +386,18 @@ def _refuse(
         raise CompileError(
             f"{name} has no hardware compatibility {options.hardware_compatibility!r}: use a newer release"
         )
+    if options.hardware_compatibility != "none" and gpu is not None and gpu.integrated:
+        raise CompileError(
+            f"TensorRT has no hardware compatibility on JetPack ({gpu.name}): leave it out, and compile on each device"
+        )
+    if (
+        options.hardware_compatibility == "ampere_plus"
+        and gpu is not None
+        and not _has(gpu.architecture, Precision.BF16)
+    ):
+        raise CompileError(
+            f"hardware compatibility ampere_plus begins with sm_80, and {gpu.name} is {gpu.architecture}: leave it out"
+        )
     if options.dla_core is not None:
         if precision not in (Precision.FP16, Precision.INT8):
             raise CompileError(f"a DLA core computes fp16 and int8, not {precision}")
@@ -380,6 +405,9 @@ def _refuse(
             raise CompileError("a DLA core takes fixed shapes only: build the bundle with one batch and one size")
         if profiles[0].batch.max > _DLA_LARGEST_BATCH:
             raise CompileError(f"a DLA core takes batches up to {_DLA_LARGEST_BATCH}, got {profiles[0].batch.max}")
+        longest = max(size.max for shapes in profiles for size in (shapes.height, shapes.width))
+        if longest > _DLA_LARGEST_SIDE:
+            raise CompileError(f"a DLA core takes sides of up to {_DLA_LARGEST_SIDE} pixels, got {longest}")
     if weak and options.strip:
         raise CompileError(
             "a stripped plan takes its weights from the graph of its precision, which int8 on this DLA has not"
@@ -568,13 +596,15 @@ def _monitor(library: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-def _layers(library: Any, plan: bytes, log: Any) -> str | None:
+def _layers(library: Any, plan: bytes, log: Any, options: PlanOptions) -> str | None:
     """What the engine inspector says, as JSON; None for a library without one, and where the plan does not load: parity
     says why, and raises."""
     if not hasattr(library, "EngineInspector"):
         return None
     with _null_pointers_explained(log):
         runtime = _made(library.Runtime(log), "a runtime", log)
+    if options.embed_runtime:  # code that this very call has made
+        runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return None
@@ -595,6 +625,16 @@ def _null_pointers_explained(log: Any) -> Iterator[None]:
         yield
     except TypeError as error:
         raise CompileError(f"TensorRT did not start: {log.last_error()} ({error})") from error
+
+
+@contextlib.contextmanager
+def _refusals_explained(log: Any) -> Iterator[None]:
+    """What the bindings raise for a setting that they do not take."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        words = " ".join(str(error).split())
+        raise CompileError(f"TensorRT does not take a setting of this plan ({words}): {log.last_error()}") from error
 
 
 _WAYS_OUT: tuple[tuple[str, str], ...] = (

@@ -136,8 +136,14 @@ def compile_here(
 ) -> None:
     """Add the engine that ``engine`` means (all precisions by default) to a bundle, for this machine's CPU or GPU ``device``.
 
-    On a GPU that is TensorRT's where it is installed, else TensorRT-RTX's. Raises what `compile_bundle` raises.
+    On a GPU that is TensorRT's where it is installed, else TensorRT-RTX's. Raises what `compile_bundle` raises, and
+    EngineMismatchError for an engine by its whole name, which is of one machine and one release.
     """
+    if engine is not None and engine not in (*Precision, *_FLAVOURS):
+        raise EngineMismatchError(
+            f"engine {engine!r} cannot be made here: its name is of the machine and the library that it was compiled with. "
+            "Ask for its precision or flavour instead, as engine='int8'"
+        )
     compiler = importlib.import_module("edge_backbones.build.device")  # a layer above: loaded only for who asks for it
     flavour = "openvino"
     if device is not None:

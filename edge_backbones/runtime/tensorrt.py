@@ -705,6 +705,7 @@ class _Contexts:
         self._idle: dict[tuple[int, Shape | None], list[_Slot]] = {}
         self._captured: dict[Shape, list[_Slot]] = {}
         self._graph_shapes: set[Shape] = set()
+        self._alive = 0  # contexts, lent ones too
         self._inputs: deque[tuple[Ready, object]] = deque()
 
     def take(self, profile: Profile, shape: Shape, key: StreamKey | None, *, graphs: bool = False) -> _Slot:
@@ -757,10 +758,25 @@ class _Contexts:
 
     def _new_slot(self, profile: Profile, captured: Shape | None) -> _Slot:
         refusals = None if captured is None else self.refusals
+        with self._lock:
+            if self.closed:
+                raise _closed()
+            self._alive += 1
         try:
             return _Slot(self._engine, self.pool, profile, captured or profile.max, refusals)
-        except RuntimeError as error:  # what the bindings raise where C++ returns False
-            raise self._engine.failure(f"TensorRT made no execution context ({error})") from error
+        except BaseException as error:
+            self._ended()
+            if isinstance(error, RuntimeError):  # what the bindings raise where C++ returns False
+                raise self._engine.failure(f"TensorRT made no execution context ({error})") from error
+            raise
+
+    def _ended(self) -> None:
+        """A context is gone; with the last of them, after ``close``, the engine that it was made by."""
+        with self._lock:
+            self._alive -= 1
+            last = self.closed and not self._alive
+        if last:
+            self._engine.close()
 
     def give_back(self, slot: _Slot) -> None:
         """Keep a context for the next call; not after ``close``, and not one that was made for a graph that cannot be."""
@@ -782,6 +798,7 @@ class _Contexts:
                     slots.remove(slot)
         with contextlib.suppress(DeviceError):  # a failure before this one is being told
             slot.release()
+        self._ended()
 
     def order(self, stream: int, producer: int) -> None:
         """Let ``stream`` wait for what is on ``producer`` now."""
@@ -818,11 +835,15 @@ class _Contexts:
 
             for slot in slots:
                 attempts.make(slot.release)
+                self._ended()
             for ready, _ in self._inputs:
                 attempts.make(self._memory.wait_for, ready.event)
             self._inputs.clear()
             attempts.make(self.pool.close)
-            self._engine.close()
+            with self._lock:
+                unused = not self._alive  # a call that runs in another thread ends it
+            if unused:
+                self._engine.close()
         attempts.end()
 
 

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import platform
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from skimage import data
 
-from edge_backbones import BuildOptions, build_bundle
-from edge_backbones.spec import Precision
+from build_scripts.device_install import OLDEST, build_small, find_oldest_python
+
+_RAN_WITH = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session")
-def old_python() -> str:
-    """A Python 3.10 that starts: a version manager's shim may not. The Python of the tests where there is none."""
-    for candidate in ("python3.10", sys.executable):
-        found = shutil.which(candidate)
-        if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
-            return found
-    raise AssertionError("not even the Python of the tests starts")
+def old_python(request) -> str:
+    """Python 3.10, JetPack 6's; the Python of the tests where there is none. The summary says which."""
+    found = find_oldest_python()
+    told = f"Python {OLDEST} ({found})" if found else f"Python {platform.python_version()}: no {OLDEST} was found here"
+    request.config.stash[_RAN_WITH] = told
+    return found or sys.executable
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    if told := config.stash.get(_RAN_WITH, None):
+        terminalreporter.write_line(f"tests/install ran with {told}")
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory) -> Path:
     """int8 and fp32 of a small network, for this CPU."""
-    target = tmp_path_factory.mktemp("bundles") / "net.bundle"
-    images = np.stack([data.astronaut()[y : y + 96, x : x + 96] for y in (0, 150, 300) for x in (0, 100, 200, 300)])
-    options = BuildOptions(
-        weights="random:0",
-        precisions=(Precision.INT8, Precision.FP32),
-        out_indices=(1, 2, 3, 4),
-        height=64,
-        width=96,
-        torchscript=False,
-    )
-    return build_bundle("test_resnet", target, images=images, options=options).bundle.path
+    return build_small(tmp_path_factory.mktemp("bundles") / "net.bundle")

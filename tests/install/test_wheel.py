@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -18,7 +16,9 @@ import numpy as np
 import openvino
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from build_scripts import device_install
+from build_scripts.device_install import OLDEST, build_wheel, find_oldest_python
+
 LIMIT = 300_000
 DEVICE = """
 import json, sys
@@ -35,16 +35,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    # From a copy: setuptools leaves a folder named build where it works.
-    source = folder / "source"
-    for name in ("edge_backbones", "profiles"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source))
-    [found] = folder.glob("*.whl")
-    return found
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +53,30 @@ def run(*command: str, code: int = 0) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_a_python_that_does_not_start_is_passed_over(tmp_path, monkeypatch):
+    """As with pyenv: its shim is first on the PATH and fails, the versions are elsewhere."""
+    shims, elsewhere = tmp_path / "shims", tmp_path / "pyenv" / "versions"
+    for path, script in {
+        shims / f"python{OLDEST}": "echo 'command not found' >&2; exit 127",
+        elsewhere / "3.10.1" / "bin" / f"python{OLDEST}": "echo 3.9",
+        elsewhere / "3.10.2" / "bin" / f"python{OLDEST}": "exit 0",
+        elsewhere / "3.10.3" / "bin" / f"python{OLDEST}": f"echo {OLDEST}",
+    }.items():
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setattr(device_install, "_SYSTEM", ())
+    monkeypatch.setenv("PATH", str(shims))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    assert find_oldest_python() == str(elsewhere / "3.10.3" / "bin" / f"python{OLDEST}")
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "nothing"))
+    assert find_oldest_python() is None
+    uv = shims / "uv"
+    uv.write_text(f"#!/bin/sh\necho {elsewhere}/3.10.3/bin/python{OLDEST}\n")
+    uv.chmod(0o755)
+    assert find_oldest_python() == str(elsewhere / "3.10.3" / "bin" / f"python{OLDEST}")
 
 
 def test_the_wheel_is_small_and_for_every_machine(wheel):

@@ -28,7 +28,7 @@ from edge_backbones.build.tensorrt import Plan, PlanOptions, Shapes, compile_pla
 from edge_backbones.errors import CompileError
 from edge_backbones.manifest import EngineKey
 from edge_backbones.runtime.compat import reasons_in_plan
-from edge_backbones.runtime.cuda import gpus
+from edge_backbones.runtime.cuda import Gpu, gpus
 from edge_backbones.runtime.tensorrt_library import logger_of
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
@@ -56,8 +56,8 @@ NETWORKS = {
 }
 
 
-# A100, RTX 30, L4 and RTX 40, RTX 50. The first two have no fp8.
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
+# A100, RTX 30, L4 and RTX 40, RTX 50, DGX Spark. The first two have no fp8.
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 FLOATS = {Precision.FP32: trt.DataType.FLOAT, Precision.BF16: trt.DataType.BF16}
 
 
@@ -127,7 +127,8 @@ def test_every_precision_compiles(case: Case, precision: Precision, tmp_path: Pa
     del layers, network, owners
 
     targets = TARGETS[2:] if precision is Precision.FP8 else TARGETS
-    assert compiled(graph).gpu.architectures == targets  # every one that has the format, when none is named
+    usual = tuple(target for target in targets if target != "sm_121")
+    assert compiled(graph).gpu.architectures == usual  # of those in computers, when none is named
     for target in targets:
         plan = compiled(graph, targets=(target,))
         assert len(plan.data) > 10_000
@@ -164,6 +165,26 @@ def test_a_gpu_without_the_format_is_refused(
 ) -> None:
     with pytest.raises(CompileError, match=f"{targets[0]} has no {precision}, which came with sm_8"):
         compiled(typed(case, precision, tmp_path), targets=targets)
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.INT8])
+def test_turing_has_the_older_formats(case: Case, precision: Precision, tmp_path: Path) -> None:
+    plan = compiled(typed(case, precision, tmp_path), targets=("sm_75",))
+    assert plan.gpu.architectures == ("sm_75",)
+    assert reasons_in_plan(key_of(plan, precision), bytearray(plan.data)) == []
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+@pytest.mark.skipif(bool(gpus()), reason="with a GPU it can")
+def test_rtx_itself_writes_no_plan_without_weights_here(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is refused on a machine without a GPU before it is tried, the library cannot do there; its words come through."""
+    pretended = Gpu(0, "no GPU", "sm_89", 24 << 30, "13.0", 58, False)
+    monkeypatch.setattr(compiler.cuda, "gpus", lambda: (pretended,))
+    with pytest.raises(CompileError, match=r"cannot compile this graph: .*CUDA_SUCCESS.*edge-backbones doctor"):
+        compiled(typed(case, Precision.FP32, tmp_path), strip=True, targets=("sm_89",))
 
 
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)

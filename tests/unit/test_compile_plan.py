@@ -11,7 +11,7 @@ import pytest
 
 from edge_backbones.build import tensorrt
 from edge_backbones.build.tensorrt import DlaCoverage, PlanOptions, Shapes, compile_plan
-from edge_backbones.errors import CompileError
+from edge_backbones.errors import CompileError, InputError
 from edge_backbones.runtime.cuda import Gpu
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
@@ -20,9 +20,13 @@ ORIN = Gpu(
 )
 
 
-def input_spec(batch: ShapeRange | int = 1) -> InputSpec:
+L4 = Gpu(0, "NVIDIA L4", "sm_89", 24 << 30, "13.0", 58, False)
+T4 = Gpu(0, "Tesla T4", "sm_75", 16 << 30, "13.0", 40, False)
+
+
+def input_spec(batch: ShapeRange | int = 1, width: int = 96) -> InputSpec:
     batch = batch if isinstance(batch, ShapeRange) else ShapeRange.fixed(batch)
-    sizes = ShapeRange.fixed(64), ShapeRange.fixed(96)
+    sizes = ShapeRange.fixed(64), ShapeRange.fixed(width)
     return InputSpec(name="pixel_values", channels=3, batch=batch, height=sizes[0], width=sizes[1])
 
 
@@ -75,6 +79,8 @@ class Library(types.SimpleNamespace):
                 asked.setdefault("cleared", set()).add(flag.name)
 
             def set_memory_pool_limit(self, pool, size):
+                if size == 1 << 28 and changes.get("picky"):
+                    raise TypeError("set_memory_pool_limit(): incompatible function arguments")
                 asked["workspace"] = (pool, size)
 
             def add_optimization_profile(self, profile):
@@ -93,7 +99,8 @@ class Library(types.SimpleNamespace):
                 return types.SimpleNamespace(serialize=lambda: memoryview(b"measured"))
 
             def can_run_on_DLA(self, layer):
-                return layer.name != "softmax"
+                half = asked["network"] != 0 or {"FP16", "INT8"} <= asked["flags"]  # DLA runs nothing in fp32
+                return half and layer.name != "softmax"
 
         class Profile:
             def set_shape(self, name, least, usual, most):
@@ -123,7 +130,10 @@ class Library(types.SimpleNamespace):
             def __init__(self, log):
                 pass
 
+            engine_host_code_allowed = False
+
             def deserialize_cuda_engine(self, plan):
+                asked["host_code"] = self.engine_host_code_allowed
                 inspector = types.SimpleNamespace(get_engine_information=lambda form: f'{{"form": "{form.name}"}}')
                 return (
                     types.SimpleNamespace(create_engine_inspector=lambda: inspector)
@@ -173,12 +183,14 @@ def compiled(monkeypatch):
         clear=lambda: None, last_error=lambda: "OutOfMemory (no further information)", warnings=[]
     )
     log.warnings = type("Warnings", (list,), {})()
-    monkeypatch.setattr(tensorrt.cuda, "gpus", lambda: (ORIN,))
+    room = types.SimpleNamespace(available=7 << 30)
+    monkeypatch.setattr(tensorrt, "read_system", lambda: types.SimpleNamespace(memory=room))
     monkeypatch.setattr(tensorrt, "logger_of", lambda library: log)
     monkeypatch.setattr(tensorrt.cuda, "open_memory", Context)
     Context.entered.clear()
 
-    def compile(library, precision=Precision.FP16, input=None, ranges=None, **options):
+    def compile(library, precision=Precision.FP16, input=None, ranges=None, gpu=ORIN, **options):
+        monkeypatch.setattr(tensorrt.cuda, "gpus", lambda: (gpu,))
         monkeypatch.setattr(tensorrt, "load_library", lambda flavour: library)
         return compile_plan(
             b"graph",
@@ -219,6 +231,7 @@ def test_every_setting_reaches_the_builder(compiled):
     sizes = {"height": ShapeRange.fixed(64), "width": ShapeRange.fixed(96)}
     plan = compiled(
         library,
+        gpu=L4,
         input=input_spec(ShapeRange(min=1, opt=4, max=8)),
         profiles=(Shapes(batch=ShapeRange.fixed(1), **sizes), Shapes(batch=ShapeRange(min=2, opt=4, max=8), **sizes)),
         workspace=1 << 28,
@@ -241,7 +254,10 @@ def test_every_setting_reaches_the_builder(compiled):
     )
     assert not plan.gpu.host_code
     library = Library()
-    assert compiled(library, version_compatible=True, embed_runtime=True).gpu.host_code
+    embedding = compiled(library, version_compatible=True, embed_runtime=True)
+    assert embedding.gpu.host_code
+    assert library.asked["host_code"]  # to read its layers
+    assert embedding.layers == '{"form": "JSON"}'
     assert library.asked["flags"] == {"VERSION_COMPATIBLE"}
     library = Library()
     stripped = compiled(library, strip=True)
@@ -281,7 +297,14 @@ def test_dla_says_what_it_runs_before_anything_is_compiled(compiled):
         ({"targets": ("sm_89",)}, "for the GPU at hand, sm_87 here, not for sm_89"),
         ({"precision": Precision.FP8}, "sm_87 has no fp8, which came with sm_89"),
         ({"hardware_compatibility": "same_compute_capability"}, "has no hardware compatibility"),
-        ({"workspace": 9 << 30}, "needs 9.0 GiB at least and Orin has 8.0 GiB"),
+        ({"dla_core": 0, "input": input_spec(width=8200)}, "a DLA core takes sides of up to 8192 pixels, got 8200"),
+        ({"workspace": 7 << 30}, "needs 7.0 GiB at least and Orin has, beside what runs, 7.0 GiB.*end what else runs"),
+        ({"workspace": 25 << 30, "gpu": L4}, "needs 25.0 GiB at least and NVIDIA L4 has 24.0 GiB"),
+        ({"hardware_compatibility": "ampere_plus"}, r"no hardware compatibility on JetPack \(Orin\): leave it out"),
+        (
+            {"hardware_compatibility": "ampere_plus", "gpu": T4},
+            "begins with sm_80, and Tesla T4 is sm_75: leave it out",
+        ),
         ({"ranges": {"conv": 1.0}}, "weak typing with ranges is for int8 on a DLA core"),
     ],
 )
@@ -290,9 +313,17 @@ def test_what_cannot_be_is_refused(compiled, options, message):
         compiled(Library(), **options)
 
 
+def test_a_setting_that_the_bindings_do_not_take_is_told(compiled):
+    with pytest.raises(CompileError, match=r"does not take a setting of this plan.*incompatible function arguments"):
+        compiled(Library(picky=True), workspace=1 << 28)
+    with pytest.raises(InputError, match=r"below 2\*\*63, got 18446744073709551616"):
+        PlanOptions(workspace=1 << 64)
+
+
 def test_int8_on_the_dla_of_jetpack_6_takes_ranges(compiled):
     library = Library()
-    compiled(library, precision=Precision.INT8, dla_core=0, ranges={"conv": 2.5, "elsewhere": 1.0})
+    plan = compiled(library, precision=Precision.INT8, dla_core=0, ranges={"conv": 2.5, "elsewhere": 1.0})
+    assert plan.coverage == DlaCoverage(2, ("softmax",))  # asked for with int8 and fp16 allowed
     assert library.asked["network"] == 0  # weakly typed
     assert library.asked["flags"] == {"INT8", "FP16", "GPU_FALLBACK"}
     assert library.tensors["conv"].range == (-2.5, 2.5)

@@ -6,4 +6,4 @@ from benchmarks import readme_table
 def test_the_tables_are_the_results():
     text = readme_table.README.read_text(encoding="utf-8")
     assert readme_table.rendered(text) == text
-    assert len(readme_table._BLOCK.findall(text)) == 3
+    assert len(readme_table._BLOCK.findall(text)) == 4

@@ -66,7 +66,9 @@ def test_of_one_precision_the_closest_fit_is_taken_and_of_those_the_newest():
 
 def test_what_was_timed_side_by_side_is_chosen_by_speed():
     """int8 that is slower than fp16 on this GPU does not run because it has fewer bits."""
-    int8, fp16 = (changed_record(engine(p), milliseconds=ms) for p, ms in ((Precision.INT8, 1.25), (Precision.FP16, 1.0)))
+    int8, fp16 = (
+        changed_record(engine(p), milliseconds=ms) for p, ms in ((Precision.INT8, 1.25), (Precision.FP16, 1.0))
+    )
     assert chosen(int8, fp16) is fp16
     assert chosen(fp16, changed_record(int8, milliseconds=0.9)).key.precision == "int8"
     assert chosen(fp16, changed_record(int8, milliseconds=1.0)).key.precision == "int8"
@@ -105,6 +107,8 @@ def test_compiling_on_the_spot_is_for_the_gpu_at_hand(monkeypatch):
     only_rtx = Host("x86_64", (), "CPU", {"tensorrt_rtx": "1.7.1"}, changed(L4, architecture="sm_120"))
     session.compile_here("b.bundle", only_rtx, None, device=0)
     session.compile_here("b.bundle", HOST, None, device=None)
+    with pytest.raises(EngineMismatchError, match=r"cannot be made here: its name is of the machine.*engine='int8'"):
+        session.compile_here("b.bundle", HOST, "tensorrt-10.3.0-sm_87-int8-0a1b2c3d", device=0)
     assert [(o["flavour"], o["precisions"], o["plan"]) for o in asked] == [
         ("tensorrt", ("int8",), ()),
         ("tensorrt_rtx", None, ("sm_120",)),

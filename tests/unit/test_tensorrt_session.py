@@ -769,6 +769,41 @@ def test_close_goes_from_contexts_to_the_runtime_and_results_stay(machine):
     assert machine.left_over() == {}
 
 
+def test_close_before_a_context_is_made_is_told(machine, monkeypatch):
+    """Another thread closes between the choice of a context and its making."""
+    session = machine.open()
+    make = session._contexts._new_slot
+
+    def closing(*arguments):
+        session.close()
+        return make(*arguments)
+
+    monkeypatch.setattr(session._contexts, "_new_slot", closing)
+    with pytest.raises(InputError, match="this EdgeBackbone was closed"):
+        session.run(pixels(2))
+    assert machine.left_over() == {}
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_close_during_a_call_leaves_the_engine_to_it(machine, monkeypatch, graphs):
+    """Another thread closes while the GPU works: the call ends as it would have, and takes the engine along."""
+    session, images = machine.open(cuda_graphs=graphs), pixels(2)
+    wait, closed = machine.memory.wait, []
+
+    def closing(stream):
+        if not closed:
+            closed.append(True)
+            session.close()
+        wait(stream)
+
+    monkeypatch.setattr(machine.memory, "wait", closing)
+    maps = session.run(images)
+    check(maps, images)
+    assert closed
+    del maps
+    assert machine.left_over() == {}  # the fixture sees to it that no engine goes before its contexts
+
+
 def test_a_session_that_nobody_closed_is_released_when_it_is_collected(machine):
     session = machine.open(cuda_graphs=True)
     for _ in range(3):

@@ -1,0 +1,366 @@
+"""``python -m build_scripts.emulate_aarch64 [BUNDLE]``: a bundle on an emulated 64-bit ARM device, against this machine.
+
+For x86-64 Linux and root. debootstrap lays out Debian (or Ubuntu) for arm64 once, in .cache/aarch64, from the archive that
+apt is configured for; QEMU runs its programs, in namespaces of their own: nothing is registered on this machine. There pip
+installs the wheel with ``[cpu,cli]``, ``edge-backbones compile`` makes the engines and verifies them, and EdgeBackbone runs
+them. The feature maps are compared here, with the golden samples and with the maps of the x86-64 engines. Without BUNDLE: a
+small network in int8 and fp32, which is built first. Results: benchmarks/results/aarch64.json.
+
+Emulation shows that the instructions for ARM compute the same; it says nothing of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+
+import edge_backbones
+from build_scripts.device_install import OLDEST, ROOT, build_small, build_wheel
+from edge_backbones import Bundle, EdgeBackbonesError
+from edge_backbones.build.parity import compare
+from edge_backbones.bundle import load_golden
+from edge_backbones.manifest import Gate
+
+RESULTS = ROOT / "benchmarks" / "results" / "aarch64.json"
+CACHE = ROOT / ".cache" / "aarch64"
+CPU = "cortex-a76"  # of those that QEMU knows the nearest to Orin's Cortex-A78AE
+_TOOLS = {
+    "apt-get": "apt",
+    "debootstrap": "debootstrap",
+    "dpkg-deb": "dpkg",
+    "qemu-aarch64-static": "qemu-user-static",
+    "unshare": "util-linux",
+}
+_PYTHON = "/opt/env/bin/python"
+_PASSED_ON = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+# In a user and a mount namespace of its own, where the kernel has a list of binary formats for each (Linux 6.7).
+_ENTER = r"""
+set -e
+root=$1 qemu=$2; shift 2
+if mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc 2>/dev/null; then
+  printf '%s' ':aarch64:M::\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00:'\
+'\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff:'"$qemu"':F' \
+    > /proc/sys/fs/binfmt_misc/register
+fi
+for folder in proc sys dev; do mount --rbind "/$folder" "$root/$folder"; done
+if [ -e "$root/cpuinfo" ]; then mount --bind "$root/cpuinfo" "$root/proc/cpuinfo"; fi
+exec chroot "$root" "$@"
+"""
+
+# The kernel's names of the bits of AT_HWCAP and AT_HWCAP2, as /proc/cpuinfo of an ARM machine has them.
+_HWCAP = (
+    "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 sm3 sm4 "
+    "asimddp sha512 sve asimdfhm dit uscat ilrcpc flagm ssbs sb paca pacg"
+)
+_HWCAP2 = (
+    "dcpodp sve2 sveaes svepmull svebitperm svesha3 svesm4 flagm2 frint svei8mm svef32mm svef64mm svebf16 i8mm bf16 dgh "
+    "rng bti"
+)
+_ASK_CPU = """
+import ctypes, json, sys
+ask = ctypes.CDLL(None).getauxval
+ask.restype, ask.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+print(json.dumps([sys.version_info[:2], ask(16), ask(26)]))
+"""
+
+_RUN = """
+import collections, json, platform, sys
+import numpy, openvino
+from edge_backbones import Bundle, EdgeBackbone
+from edge_backbones.bundle import load_golden
+from edge_backbones.runtime.compat import this_host
+
+path, out, *precisions = sys.argv[1:]
+bundle, products = Bundle.open(path), {}
+golden = load_golden(bundle)
+for precision in precisions:
+    with EdgeBackbone.from_pretrained(path, engine=precision) as backbone:
+        maps = {
+            f"{case}/{stage}": feature_map
+            for case in bundle.manifest.golden.cases
+            for stage, feature_map in backbone.run(golden[f"{case}/{backbone.input.name}"]).items()
+        }
+        facts = [op.get_rt_info() for op in backbone._engine._model.get_runtime_model().get_ops()]
+    numpy.savez(f"{out}/{precision}.npz", **maps)
+    products[precision] = collections.Counter(
+        fact["runtimePrecision"].astype(str)
+        for fact in facts
+        if fact["layerType"].astype(str) in ("Convolution", "FullyConnected", "MatMul")
+    )
+print(json.dumps({
+    "architecture": platform.machine(), "cpu_features": this_host({}).cpu_features, "python": platform.python_version(),
+    "numpy": numpy.__version__, "openvino": openvino.__version__, "libc": platform.libc_ver()[1], "products": products,
+    "torch": "torch" in sys.modules,
+}))
+"""
+
+
+class EmulationError(RuntimeError):
+    """What does not work here, and what to do, in a line."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", nargs="?", type=Path, help="a bundle with engines for this machine")
+    parser.add_argument("--cpu", default=CPU, help=f"which one QEMU shows, by default {CPU}; max has all it knows")
+    parser.add_argument("--mirror", help="archive with arm64 to install from, instead of the one apt is configured for")
+    parser.add_argument("--suite", help="release there, instead of apt's: Debian 12, Ubuntu 22.04 or newer")
+    arguments = parser.parse_args()
+    try:
+        check_machine()
+        if arguments.bundle is not None:
+            precisions_of(Bundle.open(arguments.bundle))
+        with alone():
+            device = make_root(*archive(arguments.mirror, arguments.suite))
+            found = emulate(arguments.bundle, device, arguments.cpu)
+    except (EmulationError, EdgeBackbonesError) as error:
+        sys.exit(f"emulate_aarch64: {error}")
+    stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**stored, arguments.cpu: found}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {RESULTS.relative_to(ROOT).as_posix()}")
+    sys.exit(0 if found["passed"] else 1)
+
+
+def check_machine() -> None:
+    """Raise EmulationError for what is missing, before anything is downloaded."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise EmulationError(
+            f"this is {sys.platform} on {platform.machine()}: it compares with an x86-64 Linux machine, run it there"
+        )
+    if os.geteuid() != 0:
+        raise EmulationError("debootstrap and chroot are root's: run it with sudo, or in a container as root")
+    if missing := sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None}):
+        raise EmulationError(f"this machine lacks programs: apt install {' '.join(missing)}")
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EmulationError(f"another run uses {CACHE}: wait until it ends") from None
+        yield
+
+
+def archive(mirror: str | None, suite: str | None) -> tuple[str, str]:
+    """Where debootstrap gets packages: what is said, or the first release in apt's own configuration."""
+    if mirror and suite:
+        return mirror, suite
+    told = command("apt-get", "indextargets", "--format", "$(SITE)|$(RELEASE)|$(COMPONENT)", "Created-By: Packages")
+    found = first_release(told)
+    if found is None:
+        raise EmulationError(
+            "apt is configured for no Debian or Ubuntu archive: apt-get update, or say --mirror and --suite"
+        )
+    return mirror or found[0], suite or found[1]
+
+
+def first_release(targets: str) -> tuple[str, str] | None:
+    """Address and name of the first release with a main component; updates and security alone are not a system."""
+    rows = [line.split("|") for line in targets.splitlines()]
+    releases = [(site, release) for site, release, component in rows if component == "main" and "-" not in release]
+    return next(iter(releases), None)
+
+
+def make_root(mirror: str, suite: str) -> Path:
+    """The files of a small system for arm64 with Python. Unpacked and not configured: only Python is run there."""
+    root = CACHE / suite
+    if root.is_dir():
+        return root
+    print(f"laying out {suite} for arm64 in {root.relative_to(ROOT)}", flush=True)
+    half = Path(tempfile.mkdtemp(prefix=f"{suite}.", dir=CACHE))
+    try:
+        options = ("--arch=arm64", "--foreign", "--variant=minbase", "--include=python3,python3-venv")
+        try:
+            command("debootstrap", "--force-check-gpg", *options, suite, str(half), mirror)
+        except EmulationError as error:
+            raise EmulationError(f"{error} (an archive without arm64? Ubuntu has it in its ports: --mirror)") from None
+        for package in sorted((half / "var/cache/apt/archives").glob("*.deb")):
+            command("dpkg-deb", "--extract", str(package), str(half))
+            package.unlink()
+        half.chmod(0o755)
+        half.rename(root)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return root
+
+
+def emulate(bundle: Path | None, root: Path, cpu: str) -> dict[str, Any]:
+    """Install, compile, run and compare; prints what it finds and returns what goes into the results."""
+    network(root)
+    write_cpuinfo(root, cpu)
+    work = root / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    qemu = command("qemu-aarch64-static", "--version").splitlines()[0]
+    try:
+        opened = Bundle.open(bundle or build_small(CACHE / "net.bundle"))
+        golden, precisions = load_golden(opened), precisions_of(opened)
+        shutil.copytree(opened.path, work / "net.bundle")
+        about = {"network": opened.manifest.source.name, "qemu": qemu, "system": root.name}
+        install(root, cpu, work)
+        print("compiling there", flush=True)
+        try:
+            inside(root, cpu, _PYTHON, "-m", "edge_backbones", "compile", "/work/net.bundle")
+        except EmulationError as error:
+            print(f"FAILED: {error}")
+            versions = {"openvino": openvino.__version__, "edge-backbones": edge_backbones.__version__}
+            return {**about, "versions": versions, "refused": str(error), "passed": False}
+        there, here = work / "there", work / "here"
+        there.mkdir()
+        here.mkdir()
+        run = ("-c", _RUN, "/work/net.bundle", "/work/there", *precisions)
+        device = json.loads(inside(root, cpu, _PYTHON, *run).splitlines()[-1])
+        if device.pop("torch") or device["architecture"] != "aarch64":
+            raise EmulationError(f"the device was not bare or not ARM: {device}")
+        run = ("-c", _RUN, str(opened.path), str(here), *precisions)
+        machine = json.loads(
+            command(sys.executable, *run, env={**os.environ, "PYTHONPATH": str(ROOT)}).splitlines()[-1]
+        )
+        del machine["torch"]
+        stages = {}
+        for precision in precisions:
+            gate = next(e.parity.gate for e in opened.manifest.engines if e.key.precision == precision)
+            with np.load(there / f"{precision}.npz") as theirs, np.load(here / f"{precision}.npz") as ours:
+                stages[precision] = judge(precision, gate, dict(theirs), {"golden": golden, "x86_64": dict(ours)})
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    passed = all(stage["passed"] for rows in stages.values() for stage in rows)
+    print(f"ok: {len(stages)} engines are within their gates" if passed else "FAILED: see the stages above")
+    for name, one in (("aarch64", device), ("x86-64", machine)):
+        for precision, counted in one["products"].items():
+            told = ", ".join(f"{count} in {kind}" for kind, count in sorted(counted.items()))
+            print(f"     {precision} on {name}: convolutions and matrix products {told}")
+    return {**about, "device": device, "here": machine, "stages": stages, "passed": passed}
+
+
+def precisions_of(bundle: Bundle) -> list[str]:
+    """Of the engines for a CPU like this one; EmulationError where there are none."""
+    keys = [engine.key for engine in bundle.manifest.engines]
+    found = [key.precision for key in keys if key.flavour == "openvino" and key.architecture == platform.machine()]
+    if not found:
+        raise EmulationError(f"{bundle.path} has no engine to compare with: edge-backbones compile {bundle.path}")
+    return list(dict.fromkeys(found))
+
+
+def judge(
+    precision: str, gate: Gate, device: Mapping[str, np.ndarray], references: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[dict[str, Any]]:
+    """Each map of the device against the golden samples and against this machine's engine, by the engine's gate."""
+    rows = []
+    for stage in dict.fromkeys(key.partition("/")[2] for key in device):
+        found = {name: worst(stage, reference, device, gate) for name, reference in references.items()}
+        passed = all(figures.pop("passed") for figures in found.values())
+        rows.append({"stage": stage, "passed": passed, **found})
+        told = (f"{name} {figures['cosine']:.6f}, {figures['sqnr_db']:.1f} dB" for name, figures in found.items())
+        print(f"{'ok  ' if passed else 'MISS'} {precision} {stage}: cosine and SQNR against {'; '.join(told)}")
+    return rows
+
+
+def worst(
+    stage: str, expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray], gate: Gate
+) -> dict[str, Any]:
+    """The worst image of all cases, figure by figure."""
+    keys = [key for key in actual if key.partition("/")[2] == stage]
+    images = [
+        compare(stage, one, other, gate) for key in keys for one, other in zip(expected[key], actual[key], strict=True)
+    ]
+    return {
+        "cosine": min(image.cosine for image in images),
+        "sqnr_db": min(image.sqnr_db for image in images),
+        "max_abs": max(image.max_abs for image in images),
+        "passed": all(image.passed for image in images),
+    }
+
+
+def network(root: Path) -> None:
+    """What pip needs there: names of hosts, and the certificates that this machine trusts."""
+    for name in ("resolv.conf", "hosts"):
+        if Path("/etc", name).exists():
+            (root / "etc" / name).write_bytes(Path("/etc", name).read_bytes())
+    trusted = os.environ.get("PIP_CERT") or ssl.get_default_verify_paths().cafile
+    if trusted:
+        (root / "etc/certificates.pem").write_bytes(Path(trusted).read_bytes())
+
+
+def write_cpuinfo(root: Path, cpu: str) -> None:
+    """A /proc/cpuinfo like that of the machine that QEMU shows: it leaves this machine's there."""
+    (root / "cpuinfo").unlink(missing_ok=True)
+    try:
+        version, *capabilities = json.loads(inside(root, cpu, "/usr/bin/python3", "-c", _ASK_CPU))
+    except EmulationError as error:
+        raise EmulationError(
+            f"this machine starts no program for ARM ({error}): it takes Linux 6.7, or QEMU registered with the kernel "
+            "(apt install qemu-user-static binfmt-support); and a --cpu that qemu-aarch64-static -cpu help lists"
+        ) from None
+    if tuple(version) < tuple(int(part) for part in OLDEST.split(".")):
+        raise EmulationError(
+            f"{root.name} has Python {version[0]}.{version[1]}, older than {OLDEST}: say a newer --suite"
+        )
+    (root / "cpuinfo").write_text(cpuinfo(*capabilities), encoding="ascii")
+
+
+def cpuinfo(hwcap: int, hwcap2: int) -> str:
+    bits = ((hwcap, _HWCAP), (hwcap2, _HWCAP2))
+    features = [name for value, names in bits for bit, name in enumerate(names.split()) if value >> bit & 1]
+    return f"processor\t: 0\nFeatures\t: {' '.join(features)}\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
+
+
+def install(root: Path, cpu: str, work: Path) -> None:
+    """The wheel and what it asks for. The environment stays for the next run, the wheel is always this one."""
+    print("installing there: minutes the first time", flush=True)
+    if not (root / _PYTHON.lstrip("/")).is_symlink():
+        inside(root, cpu, "/usr/bin/python3", "-m", "venv", "/opt/env")
+    wheel = f"/work/{build_wheel(work).name}"
+    release = openvino.__version__.partition("-")[0]  # maps of the same release are compared
+    pip = (_PYTHON, "-m", "pip", "install", "--no-compile")
+    inside(root, cpu, *pip, "--force-reinstall", "--no-deps", wheel)
+    inside(root, cpu, *pip, f"{wheel}[cpu,cli]", f"openvino=={release}")
+
+
+def inside(root: Path, cpu: str, *words: str) -> str:
+    """What a command in the emulated system prints."""
+    qemu = shutil.which("qemu-aarch64-static")
+    environment = {"HOME": "/root", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "QEMU_CPU": cpu}
+    environment |= {name: value for name, value in os.environ.items() if name.upper() in _PASSED_ON}
+    if (root / "etc/certificates.pem").exists():
+        environment["PIP_CERT"] = "/etc/certificates.pem"
+    namespaces = ("unshare", "--user", "--map-root-user", "--mount")
+    return command(*namespaces, "sh", "-c", _ENTER, "enter", str(root), str(qemu), *words, env=environment, shown=words)
+
+
+def command(*words: str, env: dict[str, str] | None = None, shown: Sequence[str] = ()) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()
+        how = (
+            f"ended with {done.returncode}"
+            if done.returncode > 0
+            else f"was ended by {signal.Signals(-done.returncode).name}"
+        )
+        short = [word if "\n" not in word else "..." for word in shown or words]
+        raise EmulationError(f"{' '.join(short)} {how}: {lines[-1]}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
