@@ -6,36 +6,46 @@ such an engine is made here if that GPU is here, or with ``--ray ADDRESS`` on a 
 as a resource (``ray start --address=... --resources='{"sm_87": 1}'``). The bundle travels to it and the engine back; the
 machine needs this package and its TensorRT, no torch and no shared disk.
 
-A matrix::
+A matrix, in which every path is relative to its file::
 
-    out = "bundles"                          # beside this file
+    out = "bundles"
     images = "photographs"
     precisions = ["int8", "fp16"]            # of every model that has none of its own
 
     [[models]]
     source = "resnet50"                      # what `edge-backbones build` takes
-    options = { out_indices = [1, 2, 3, 4], height = 224, width = 224 }
+    options = { out_indices = [1, 2, 3, 4], height = 224, width = 224, batch = { min = 1, opt = 4, max = 8 } }
+
+    [[models]]
+    source = "checkpoints/my_convnext"
+    options = { gates = { int8 = { min_sqnr_db = 12.0 } } }
 
     [[devices]]
     profile = "cpu"
 
     [[devices]]
-    profile = "jetson-orin-nano"             # TensorRT, on a worker that offers sm_87
+    profile = "jetson-orin-nano"             # or a .toml file of yours; TensorRT, on a worker that offers sm_87
 
-What is there already is not made again, unless its inputs changed: source, weights, options, images, libraries. A cell that
-fails fails alone. ``matrix.json`` in the output folder says how every cell ended.
+What is there already is not made again, unless its inputs changed: the contents of source, weights, images and profile, the
+options, the libraries, this machine's CPU; not where the files lie. A bundle holds what its latest inputs made: going back
+to earlier ones makes it again. An engine that was removed from its bundle, or damaged in it, is made again. A cell that
+fails fails alone. ``matrix.json`` in the output folder says how every cell ended; the longest cells of the run before start
+first.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -44,23 +54,46 @@ import time
 import zipfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edge_backbones import __version__
 from edge_backbones.bundle import Bundle
 from edge_backbones.errors import BundleError, EdgeBackbonesError, InputError
-from edge_backbones.manifest import EngineRecord, Flavour
+from edge_backbones.manifest import EngineRecord, Flavour, Gate, encode
 from edge_backbones.profiles import RTX_ARCHITECTURES, load_profile
-from edge_backbones.spec import Precision
+from edge_backbones.runtime import compat, cuda, session
+from edge_backbones.spec import Precision, ShapeRange
 
-_LIBRARIES = ("torch", "timm", "transformers", "onnx", "onnxscript", "onnx-ir", "openvino", "tensorrt-rtx-cu13-libs")
+if TYPE_CHECKING:
+    from edge_backbones.build.pipeline import BuildOptions
+
+_LIBRARIES = (
+    "torch",
+    "timm",
+    "transformers",
+    "numpy",
+    "Pillow",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime",
+    "openvino",
+)
+_STRUCTURED = {  # options that are no plain values
+    "gates": dict[Precision, Gate],
+    "batch": int | ShapeRange,
+    "height": int | ShapeRange,
+    "width": int | ShapeRange,
+}
+_POLL = 3.0  # seconds between two looks at what a cluster offers
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``options``: fields of BuildOptions. ``name``: of its bundles, the source's by default."""
+    """``options``: fields of BuildOptions, gates and size ranges as tables. ``name``: of its bundles, the source's by
+    default."""
 
     source: str
     name: str | None = None
@@ -116,16 +149,25 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """How a task ended: ``made``, ``there`` (nothing had changed), ``failed`` or ``waiting`` (for a worker), and why."""
+    """How a task ended: ``made``, ``there`` (nothing had changed), ``failed`` or ``waiting`` (for a worker), and why.
+
+    ``seconds``: that it took when it was last made. ``engines``: what it added to the bundle, by name.
+    """
 
     status: str
     seconds: float = 0.0
     why: str = ""
     digest: str = ""
+    engines: tuple[str, ...] = ()
 
 
-Run = Callable[[Task, Path], Awaitable[float]]
-"""Carry out a task on a bundle, when there is room; returns the seconds that it took, and raises EdgeBackbonesError."""
+class NoWorkerError(EdgeBackbonesError):
+    """No machine of the cluster offers what a task needs."""
+
+
+Run = Callable[[Task, Path], Awaitable[tuple[float, tuple[str, ...]]]]
+"""Carry out a task on a bundle, when there is room; returns the seconds that it took and the names of its engines. What it
+raises is the end of that task; NoWorkerError leaves it waiting."""
 
 
 # ---- the matrix -----------------------------------------------------------------------------------------------------
@@ -157,52 +199,74 @@ def read_matrix(path: Path) -> Matrix:
 
 
 def tasks_of(matrix: Matrix, folder: Path) -> list[tuple[Task, list[Task]]]:
-    """Every bundle, and the engines that are added to it. Paths in the matrix are beside its file, in ``folder``."""
-    hashes: dict[str, str] = {}
+    """Every bundle, and the engines that are added to it. Paths in the matrix are relative to its ``folder``.
+
+    Digests are of contents, not of places and names: a folder may move.
+    """
+    hash_of = functools.cache(_hash_of)
+    host = compat.this_host({})
+    made_with = [__version__, _versions(), host.architecture, host.cpu_features]
     found = []
     for model in matrix.models:
         images = model.images or matrix.images
-        place = None if images is None else str((folder / images).resolve())
-        if place is not None and place not in hashes:
-            hashes[place] = _hash_of(Path(place))
-        source, options, files = model.source, dict(model.options), []
+        place = None if images is None else (folder / images).resolve()
+        source, options, meant = model.source, dict(model.options), dict(model.options)
+        content: dict[str, Any] = {"source": source, "images": place and hash_of(place), "options": meant}
         if (folder / source).exists():  # a save_pretrained folder; other sources are names
-            files.append(folder / source)
             source = str((folder / source).resolve())
-        if "weights" in options and (folder / options["weights"]).is_file():
-            files.append(folder / options["weights"])
+            content["source"] = hash_of(Path(source))
+        if (folder / str(options.get("weights", "pretrained"))).is_file():
             options["weights"] = str((folder / options["weights"]).resolve())
-        content = [__version__, _versions(), hashes.get(place or ""), [_hash_of(path) for path in files]]
+            meant["weights"] = hash_of(Path(options["weights"]))
+        if "profile" in options:
+            options["profile"] = _found_profile(str(options["profile"]), folder)
+            meant["profile"] = msgspec.to_builtins(load_profile(options["profile"]))
         for precision in model.precisions or matrix.precisions:
-            build = Task(model=model.title, precision=precision, source=source, images=place, options=options)
-            build = msgspec.structs.replace(build, digest=_digest(build, content))
-            engines = [engine_task(build, device) for device in matrix.devices]
+            build = Task(
+                model=model.title,
+                precision=precision,
+                source=source,
+                images=None if place is None else str(place),
+                options=options,
+                digest=_digest(made_with, content, precision),
+            )
+            engines = [engine_task(build, device, folder) for device in matrix.devices]
             found.append((build, [engine for engine in engines if engine is not None]))
     return found
 
 
-def engine_task(build: Task, device: Device) -> Task | None:
+def engine_task(build: Task, device: Device, folder: Path) -> Task | None:
     """None for this machine's own CPU: that engine comes with the bundle."""
-    profile = load_profile(device.profile)
+    path = _found_profile(device.profile, folder)
+    profile = load_profile(path)
     kinds: dict[str, Flavour] = {"cpu": "openvino", "rtx": "tensorrt_rtx"}
     flavour = device.flavour or kinds.get(profile.kind, "tensorrt")
     if flavour == "openvino" and device.resource is None:
         return None
     anywhere = flavour == "tensorrt_rtx"
-    task = Task(
+    targets = (profile.architecture,) if anywhere and profile.architecture in RTX_ARCHITECTURES else ()
+    resource = device.resource or (None if anywhere else profile.architecture)
+    library = None  # of a worker: nobody knows before it is asked
+    if resource is None or resource in local_resources():
+        library = session.installed_versions().get(flavour)
+    return Task(
         model=build.model,
         precision=build.precision,
         device=device.title,
         flavour=flavour,
-        profile=device.profile,
-        targets=(profile.architecture,) if anywhere and profile.architecture in RTX_ARCHITECTURES else (),
-        resource=device.resource or (None if anywhere else profile.architecture),
+        profile=path,
+        targets=targets,
+        resource=resource,
+        digest=_digest(build.digest, flavour, msgspec.to_builtins(profile), targets, resource, library),
     )
-    return msgspec.structs.replace(task, digest=_digest(task, [build.digest]))
 
 
-def _digest(task: Task, more: Any) -> str:
-    return hashlib.sha256(json.dumps([msgspec.to_builtins(task), more], sort_keys=True).encode()).hexdigest()
+def _found_profile(name_or_path: str, folder: Path) -> str:
+    return str((folder / name_or_path).resolve()) if name_or_path.endswith(".toml") else name_or_path
+
+
+def _digest(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -214,15 +278,18 @@ def _versions() -> dict[str, str]:
 
 
 def _hash_of(path: Path) -> str:
-    """Of a file, or of all files of a folder and their names."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
+    """Of a file's content, or of all files of a folder and their names in it."""
     digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        with file.open("rb") as opened:
-            content = hashlib.file_digest(opened, "sha256") if hasattr(hashlib, "file_digest") else _sha256(opened)
-        digest.update(f"{file.relative_to(path) if path.is_dir() else file.name}\0{content.hexdigest()}\0".encode())
+    try:
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256") if hasattr(hashlib, "file_digest") else _sha256(opened)
+            name = file.relative_to(path).as_posix() if path.is_dir() else ""
+            digest.update(f"{name}\0{content.hexdigest()}\0".encode())
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
 
 
@@ -242,56 +309,100 @@ async def build_matrix(
     """Every cell that is not there yet; ``run`` says how many at a time. ``resources``: devices that can be had."""
     matrix = read_matrix(path)
     out = (path.parent / matrix.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made: {error.strerror or error}") from error
     state = out / "matrix.json"
     known = _read_state(state)
-    todo = tasks_of(matrix, path.parent)
+    earlier = dict(known)
+    todo = _longest_first(tasks_of(matrix, path.parent), earlier)
     count = sum(1 + len(engines) for _, engines in todo)
     endings: dict[str, Ending] = {}
 
+    def store() -> None:
+        try:
+            _write_state(state, {**known, **endings})
+        except OSError as error:
+            say(
+                f"{state} cannot be written ({error.strerror or error}): the next run will make again what this one made"
+            )
+
     def end(task: Task, ending: Ending) -> None:
-        endings[task.name] = msgspec.structs.replace(ending, digest=task.digest)
-        _write_state(state, {**known, **endings})
+        seconds = ending.seconds or (earlier[task.name].seconds if task.name in earlier else 0.0)
+        endings[task.name] = msgspec.structs.replace(ending, digest=task.digest, seconds=seconds)
+        store()
         told = {"made": f"{ending.seconds:.1f} s", "there": "nothing changed"}.get(ending.status, ending.why)
         say(f"[{len(endings)}/{count}] {task.name}: {ending.status}, {told}")
 
     async def one(task: Task, bundle: Path) -> Ending:
         try:
-            seconds = await run(task, bundle)
-        except EdgeBackbonesError as error:
-            return Ending(status="failed", why=" ".join(str(error).split()))
-        return Ending(status="made", seconds=seconds)
+            seconds, engines = await run(task, bundle)
+        except NoWorkerError as error:
+            return Ending(status="waiting", why=_words(error))
+        except Exception as error:  # whatever it is: the other cells do not suffer from it
+            return Ending(status="failed", why=_words(error))
+        return Ending(status="made", seconds=seconds, engines=engines)
+
+    async def cell(task: Task, bundle: Path, built_on_it: Sequence[Task] = ()) -> None:
+        before = known.get(task.name)
+        done = before is not None and before.status in ("made", "there") and before.digest == task.digest
+        if before is not None and done and _holds(bundle, before.engines):
+            end(task, msgspec.structs.replace(before, status="there"))
+        elif task.resource is not None and not (resources or {}).get(task.resource):
+            end(task, Ending(status="waiting", why=f"no worker offers {task.resource}"))
+        else:
+            for outdated in (task, *built_on_it):  # before it begins: who is killed meanwhile says nothing of them
+                known.pop(outdated.name, None)
+            store()
+            end(task, await one(task, bundle))
 
     async def row(build: Task, engines: Sequence[Task]) -> None:
         bundle = out / f"{build.model}.{build.precision}.bundle"
-        before = known.get(build.name)
-        if before is not None and before.status != "failed" and before.digest == build.digest and _is_whole(bundle):
-            end(build, Ending(status="there"))
-        else:
-            end(build, await one(build, bundle))
+        await cell(build, bundle, engines)
+        if endings[build.name].status == "failed":
             for engine in engines:
-                known.pop(engine.name, None)
-        for engine in engines:
-            previous = known.get(engine.name)
-            if endings[build.name].status == "failed":
                 end(engine, Ending(status="failed", why="its bundle was not built"))
-            elif previous is not None and previous.status in ("made", "there") and previous.digest == engine.digest:
-                end(engine, Ending(status="there"))
-            elif engine.resource is not None and not (resources or {}).get(engine.resource):
-                end(engine, Ending(status="waiting", why=f"no worker offers {engine.resource}"))
-            else:
-                end(engine, await one(engine, bundle))
+        else:
+            await asyncio.gather(*(cell(engine, bundle) for engine in engines))
 
     await asyncio.gather(*(row(build, engines) for build, engines in todo))
     return endings
 
 
-def _is_whole(bundle: Path) -> bool:
+def _longest_first(
+    todo: Sequence[tuple[Task, list[Task]]], earlier: Mapping[str, Ending]
+) -> list[tuple[Task, list[Task]]]:
+    """So that no long cell begins when the others are done. What was never timed goes first, calibrated precisions before
+    the others, which take less."""
+
+    def seconds(task: Task) -> float:
+        return earlier[task.name].seconds if task.name in earlier else 0.0
+
+    def length(row: tuple[Task, list[Task]]) -> tuple[float, bool]:
+        build, engines = row
+        known = (seconds(build) or math.inf) + sum(seconds(engine) for engine in engines)
+        return known, build.precision in (Precision.INT8, Precision.FP8)
+
+    rows = [(build, sorted(engines, key=seconds, reverse=True)) for build, engines in todo]
+    return sorted(rows, key=length, reverse=True)
+
+
+def _words(error: BaseException) -> str:
+    """What an error says, in one line; with its kind where it is none of ours."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, EdgeBackbonesError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
+
+
+def _holds(bundle: Path, engines: Sequence[str]) -> bool:
+    """Whether a bundle is there with these engines, every file of the right size."""
     try:
-        Bundle.open(bundle)
-    except BundleError:
+        manifest = Bundle.open(bundle).manifest
+        found = {engine.name: engine for engine in manifest.engines}
+        files = msgspec.structs.replace(manifest, engines=tuple(found[name] for name in engines)).files()
+        return all((bundle / file.path).stat().st_size == file.size for file in files)
+    except (BundleError, KeyError, OSError):
         return False
-    return True
 
 
 def _read_state(path: Path) -> dict[str, Ending]:
@@ -303,24 +414,42 @@ def _read_state(path: Path) -> dict[str, Ending]:
 
 def _write_state(path: Path, endings: Mapping[str, Ending]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(endings), indent=1) + b"\n")
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(endings), indent=1) + b"\n")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 # ---- one cell, wherever it is ---------------------------------------------------------------------------------------
 
 
-def carry_out(task: Task, bundle: Path) -> None:
-    """Build the bundle, or add the engine to it."""
-    if task.flavour is None:
-        from edge_backbones.build.pipeline import BuildOptions, build_bundle
+def carry_out(task: Task, bundle: Path) -> tuple[str, ...]:
+    """Build the bundle, or add the engine to it; returns the names of the engines that are in it for that."""
+    if task.flavour is not None:
+        return add_engine(bundle, **_order(task))
+    from edge_backbones.build.pipeline import build_bundle
 
-        options = {"torchscript": False, **task.options}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        build_options = BuildOptions(**given, precisions=(task.precision,))
-        build_bundle(task.source, bundle, images=task.images, options=build_options, overwrite=True)
-        return
-    add_engine(bundle, **_order(task))
+    options = build_options(task)
+    built = build_bundle(task.source, bundle, images=task.images, options=options, overwrite=True)
+    return tuple(engine.name for engine in built.bundle.manifest.engines)
+
+
+def build_options(task: Task) -> BuildOptions:
+    """Raises InputError that names the option."""
+    from edge_backbones.build.pipeline import CALIBRATED, OF_CALIBRATED, BuildOptions
+
+    elsewhere = () if task.precision in CALIBRATED else OF_CALIBRATED  # what the cells beside this one are told
+    options = {name: value for name, value in task.options.items() if name not in elsewhere}
+    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    for name in given.keys() & _STRUCTURED.keys():
+        try:
+            given[name] = msgspec.convert(given[name], _STRUCTURED[name])
+        except msgspec.ValidationError as error:
+            raise InputError(f"option {name}: {error}") from error
+    return BuildOptions(**{"torchscript": False, **given, "precisions": (task.precision,)})
 
 
 def _order(task: Task) -> dict[str, Any]:
@@ -333,46 +462,50 @@ def _order(task: Task) -> dict[str, Any]:
     }
 
 
-def add_engine(bundle: Path, *, precision: str, flavour: Any, profile: str, targets: tuple[str, ...]) -> None:
+def add_engine(
+    bundle: Path, *, precision: str, flavour: Any, profile: str, targets: tuple[str, ...]
+) -> tuple[str, ...]:
     from edge_backbones.build.device import compile_bundle
     from edge_backbones.build.tensorrt import PlanOptions
 
     plan = PlanOptions(targets=targets)
-    compile_bundle(bundle, precisions=(Precision(precision),), flavour=flavour, profile=profile, plan=plan)
+    added = compile_bundle(bundle, precisions=(Precision(precision),), flavour=flavour, profile=profile, plan=plan)
+    return tuple(engine.name for engine in added)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def here(jobs: int) -> Run:
-    """So many processes at a time, which share the cores."""
-    free, threads = asyncio.Semaphore(jobs), max(1, (os.cpu_count() or 1) // jobs)
+    """So many processes at a time, which share the cores; one at a time on a GPU, whose kernels it times."""
+    free, threads = asyncio.Semaphore(jobs), max(1, cores() // jobs)
+    devices: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
 
-    async def run(task: Task, bundle: Path) -> float:
-        async with free:
+    async def run(task: Task, bundle: Path) -> tuple[float, tuple[str, ...]]:
+        device = contextlib.nullcontext() if task.resource is None else devices[task.resource]
+        async with device, free:  # the device first: who waits for it leaves the place to others
             begin = time.monotonic()
-            await run_child(task, bundle, threads)
-            return time.monotonic() - begin
+            engines = await run_child(task, bundle, threads)
+            return time.monotonic() - begin, engines
 
     return run
 
 
-async def run_child(task: Task, bundle: Path, threads: int = 1) -> None:
+async def run_child(task: Task, bundle: Path, threads: int = 1) -> tuple[str, ...]:
     """In a process of its own: a cell that crashes, or is killed, takes no other along."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = ("-m", "build_scripts.build_matrix", "--child", msgspec.json.encode(task).decode(), str(bundle))
     process = await asyncio.create_subprocess_exec(
-        *(
-            sys.executable,
-            "-m",
-            "build_scripts.build_matrix",
-            "--child",
-            msgspec.json.encode(task).decode(),
-            str(bundle),
-        ),
+        sys.executable,
+        *command,
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
     try:
-        _, told = await process.communicate()
+        printed, told = await process.communicate()
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
@@ -381,13 +514,15 @@ async def run_child(task: Task, bundle: Path, threads: int = 1) -> None:
         lines = [line for line in told.decode(errors="replace").splitlines() if line.strip()]
         died = f"died of signal {-process.returncode}" if process.returncode < 0 else ""
         raise EdgeBackbonesError(died or (lines[-1] if lines else f"exit code {process.returncode}"))
+    return msgspec.json.decode(printed.splitlines()[-1], type=tuple[str, ...])  # libraries print before it
 
 
 def child(text: str, bundle: str) -> None:
+    """Carry out a task, and print the names of its engines."""
     try:
-        carry_out(msgspec.json.decode(text, type=Task), Path(bundle))
-    except (EdgeBackbonesError, OSError, MemoryError) as error:
-        sys.exit(" ".join(str(error).split()) or type(error).__name__)
+        print(json.dumps(carry_out(msgspec.json.decode(text, type=Task), Path(bundle))), flush=True)
+    except Exception as error:
+        sys.exit(_words(error))
 
 
 # ---- a Ray cluster --------------------------------------------------------------------------------------------------
@@ -403,51 +538,80 @@ def on_ray(address: str, elsewhere: Run) -> tuple[Run, dict[str, float]]:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from error
-    ray.cloudpickle.register_pickle_by_value(
-        sys.modules[carry_out.__module__]
-    )  # workers have the package, not this script
+    # Workers have the package, not this script.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[carry_out.__module__])
     # A process of its own for every cell, as here; what crashed once would crash again.
     remote = ray.remote(max_calls=1, max_retries=0)(_on_worker)
 
-    async def run(task: Task, bundle: Path) -> float:
-        if task.resource is None:
-            return await elsewhere(task, bundle)
-        worker = remote.options(num_cpus=0, resources={task.resource: 1})
+    async def answer_of(resource: str, *arguments: Any) -> tuple[float, list[tuple[bytes, dict[str, bytes]]]]:
+        asked = remote.options(num_cpus=0, resources={resource: 1}).remote(*arguments)
+        answer = asyncio.wrap_future(asked.future())
         try:
-            seconds, engines = await worker.remote(_order(task), pack(bundle))
+            # Ray itself waits for ever for a worker that is gone: another one could join.
+            while not (await asyncio.wait({answer}, timeout=_POLL))[0]:
+                if not ray.cluster_resources().get(resource):
+                    raise NoWorkerError(f"no worker offers {resource} any more")
+            return answer.result()
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, EdgeBackbonesError) else error
             raise EdgeBackbonesError(str(cause).strip().splitlines()[-1]) from error
         except ray.exceptions.RayError as error:
             raise EdgeBackbonesError(f"the worker died: {' '.join(str(error).split())[:200]}") from error
-        opened = Bundle.open(bundle)
-        for encoded, contents in engines:
-            opened = opened.add_engine(msgspec.json.decode(encoded, type=EngineRecord), contents)
-        return float(seconds)
+        finally:
+            if not answer.done():
+                answer.cancel()
+                ray.cancel(asked, force=True)
+
+    async def run(task: Task, bundle: Path) -> tuple[float, tuple[str, ...]]:
+        if task.resource is None:
+            return await elsewhere(task, bundle)
+        order, profile = _order(task), str(task.profile)
+        text = Path(profile).read_text(encoding="utf-8") if profile.endswith(".toml") else None
+        seconds, made = await answer_of(task.resource, order, await asyncio.to_thread(pack, bundle), text)
+        records = []
+        for encoded, contents in made:
+            records.append(msgspec.json.decode(encoded, type=EngineRecord))
+            await asyncio.to_thread(Bundle.open(bundle).add_engine, records[-1], contents)
+        return seconds, tuple(record.name for record in records)
 
     return run, dict(ray.cluster_resources())
 
 
-def _on_worker(order: dict[str, Any], packed: bytes) -> tuple[float, list[tuple[bytes, dict[str, bytes]]]]:
-    """Seconds, and the records and files of the engines that were added."""
+def _on_worker(
+    order: dict[str, Any], packed: bytes, profile: str | None
+) -> tuple[float, list[tuple[bytes, dict[str, bytes]]]]:
+    """Seconds, and the records and files of the engines that were made. ``profile``: the text of a profile that is a file."""
+    # Older releases of Ray hide every GPU from a task that asks for none of their resource "GPU". Here the device is a
+    # resource of its own, and the first look at CUDA decides what this process sees.
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        del os.environ["CUDA_VISIBLE_DEVICES"]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
+        if profile is not None:
+            order = {**order, "profile": str(Path(work) / Path(order["profile"]).name)}
+            Path(order["profile"]).write_text(profile, encoding="utf-8")
         bundle = Path(work) / "cell.bundle"
         bundle.mkdir()
         unpack(packed, bundle)
-        before = {engine.file for engine in Bundle.open(bundle).manifest.engines}
-        add_engine(bundle, **order)
+        try:
+            names = add_engine(bundle, **order)
+        except Exception as error:  # in words: not every error can be unpickled on the other side
+            raise EdgeBackbonesError(_words(error)) from None
         opened = Bundle.open(bundle)
-        added = [engine for engine in opened.manifest.engines if engine.file not in before]
-        sent = [(msgspec.json.encode(e), {file.path: bytes(opened.read(file)) for file in e.files}) for e in added]
+        made = [engine for engine in opened.manifest.engines if engine.name in names]
+        sent = [(msgspec.json.encode(e), {file.path: bytes(opened.read(file)) for file in e.files}) for e in made]
         return time.monotonic() - begin, sent
 
 
 def pack(bundle: Path) -> bytes:
+    """A bundle without the engines of other devices, which may come and go meanwhile."""
+    opened = Bundle.open(bundle)
+    manifest = msgspec.structs.replace(opened.manifest, engines=())
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(p for p in bundle.rglob("*") if p.is_file()):
-            archive.write(path, path.relative_to(bundle).as_posix())
+        archive.writestr("manifest.json", encode(manifest))
+        for file in manifest.files():
+            archive.writestr(file.path, bytes(opened.read(file)))
     return stream.getvalue()
 
 
@@ -462,7 +626,7 @@ def unpack(packed: bytes, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("matrix", type=Path, help="the TOML file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time (default: one per core)")
+    parser.add_argument("--jobs", type=int, default=cores(), help="cells at a time (default: one per core)")
     parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster with the devices: its address, or 'auto'")
     parser.add_argument("--json", action="store_true", help="print how every cell ended, and nothing else")
     given = parser.parse_args(arguments)
@@ -490,8 +654,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def local_resources() -> dict[str, float]:
     """The GPUs that are here, by architecture."""
-    from edge_backbones.runtime import cuda
-
     return {gpu.architecture: 1.0 for gpu in cuda.gpus()}
 
 

@@ -278,5 +278,4 @@ def _library_version(flavour: str) -> str | None:
 
 
 def _advice(bundle: Bundle, device: str) -> str:
-    flavour = "" if device == "cpu" else " --flavour tensorrt"
-    return f"Run: edge-backbones compile {bundle.path}{flavour}"
+    return f"Run: edge-backbones compile {bundle.path}" + ("" if device == "cpu" else " (on the machine with that GPU)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import pytest
 
@@ -28,6 +30,10 @@ KEY = EngineKey(
 HOST = Host("x86_64", ("avx2", "avx512f", "avx512_vnni", "amx_int8"), "Xeon 2", {"openvino": "2026.4.1"})
 
 
+WAY_OUT = r"pip install '.*'|run edge-backbones compile here|update the driver|no NVIDIA driver"
+"""Each says what to do; why there is no GPU is said by who looked for one, with its own way out."""
+
+
 def test_the_same_or_a_richer_cpu_fits():
     assert reasons_against(KEY, HOST) == []
 
@@ -44,6 +50,7 @@ def test_the_same_or_a_richer_cpu_fits():
 def test_every_obstacle_is_a_sentence(host, reason):
     (only,) = reasons_against(KEY, host)
     assert reason in only
+    assert re.search(WAY_OUT, only), only
 
 
 def test_all_obstacles_are_listed():
@@ -153,6 +160,7 @@ def test_a_plan_runs_where_it_was_compiled():
 def test_every_obstacle_of_a_plan_is_a_sentence(engine, there, reason):
     (only,) = reasons_against(engine, there)
     assert reason in only
+    assert re.search(WAY_OUT, only), only
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""``python -m benchmarks.matrix``: how much of two cores the build matrix uses, and what a run costs that has nothing to do.
+
+Six models in two precisions are built three times. Once one cell at a time on one core: half of the sum of those cells is
+what two processes would take that never wait and never disturb each other. Then with ``--jobs 2`` on two cores, into an empty
+folder and with no engine cache either time. And once more with nothing changed. What is divided is the wall clock of the
+whole command by that ideal. Gates of int8 are open, as in benchmarks/run.py: weights are random. Results:
+benchmarks/results/matrix.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import growth
+from benchmarks.run import RESULTS, ROOT, add, machine, say
+
+MODELS = (
+    "resnet18",
+    "resnet34",
+    "mobilenetv3_small_100",
+    "mobilenetv3_large_100",
+    "efficientnet_b0",
+    "convnext_atto",
+)
+PHOTOGRAPHS = 8 + 4  # to calibrate on, and golden
+RATIO, SECONDS = 1.15, 5
+_OPTIONS = '{ weights = "random:0", method = "max", gates = { int8 = {} } }'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=MODELS, help="these models; nothing is stored")
+    arguments = parser.parse_args()
+    found = measure(arguments.only or MODELS)
+    if not arguments.only:
+        path = RESULTS / "matrix.json"
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT).as_posix()}")
+    sys.exit(0 if all(row["reached"] for row in found["figures"]) else 1)
+
+
+def measure(models: Sequence[str]) -> dict[str, Any]:
+    """Every run in a folder of its own; the first one, which is not counted, reads the libraries from the disk."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        sys.exit("this takes two cores")
+    with tempfile.TemporaryDirectory() as work:
+        run(Path(work) / "warm-up", models[:1], cores[:1])
+        say("one cell at a time on one core")
+        alone, _ = run(Path(work) / "alone", models, cores[:1])
+        say("two at a time on two cores")
+        together, wall = run(Path(work) / "together", models, cores)
+        say("again, with nothing changed")
+        _, again = run(Path(work) / "together", models, cores, status="there")
+    total = sum(alone.values())
+    rows: list[dict[str, Any]] = []
+    what = f"{len(alone)} cells of a build matrix on 2 cores: time over that of two ideal processes"
+    add(rows, what, wall / (total / 2), RATIO, "x")
+    add(rows, "the same again, with nothing changed", again, SECONDS, "s")
+    print(f"     cells alone {total:.1f} s, half of it {total / 2:.1f} s; together {wall:.1f} s")
+    return {
+        "machine": machine(),
+        "cells_alone_s": alone,
+        "cells_together_s": together,
+        "ideal_s": total / 2,
+        "wall_s": wall,
+        "ratio": wall / (total / 2),
+        "again_s": again,
+        "figures": rows,
+    }
+
+
+def run(
+    folder: Path, models: Sequence[str], cores: Sequence[int], *, status: str = "made"
+) -> tuple[dict[str, float], float]:
+    """Seconds of each cell, and of the whole command, which has these cores; every cell has to end with this status."""
+    folder.mkdir(exist_ok=True)
+    photographs = json.dumps(str(growth.photograph_folder(PHOTOGRAPHS)))
+    lines = ['out = "bundles"', f"images = {photographs}", 'precisions = ["fp16", "int8"]']
+    lines += [f'[[models]]\nsource = "{model}"\noptions = {_OPTIONS}' for model in models]
+    (folder / "matrix.toml").write_text("\n".join([*lines, '[[devices]]\nprofile = "cpu"', ""]), encoding="utf-8")
+    command = [sys.executable, "-m", "build_scripts.build_matrix", str(folder / "matrix.toml")]
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--json", f"--jobs={len(cores)}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    seconds = time.perf_counter() - begin
+    endings = json.loads(done.stdout or "{}")
+    wrong = {name: ending for name, ending in endings.items() if ending["status"] != status}
+    if len(endings) != 2 * len(models) or wrong:
+        sys.exit(f"not every cell is {status}: {wrong}\n{done.stderr}")
+    return {name: ending["seconds"] for name, ending in endings.items()}, seconds
+
+
+if __name__ == "__main__":
+    main()
