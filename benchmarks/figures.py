@@ -42,19 +42,17 @@ _CALIBRATE = """
 import json, sys, tempfile, time
 from pathlib import Path
 from edge_backbones import Bundle
-from edge_backbones.build.artifacts import ExportedGraph
+from edge_backbones.build.artifacts import ExportedGraph, no_progress
+from edge_backbones.build.calibrate import Feed, calibrate
 from edge_backbones.build.calibration import gather_images
-from edge_backbones.build.quantize import tensors_to_calibrate
-from edge_backbones.build.ranges import METHODS, collect_magnitudes, find_ranges
 manifest = Bundle.open(sys.argv[2]).manifest
 graph = ExportedGraph(Path(sys.argv[2]) / "graphs" / "fp32.onnx", manifest.backbone, manifest.input)
 with tempfile.TemporaryDirectory() as folder:
-    images = gather_images(sys.argv[1], input=manifest.input, config=manifest.image, spool=Path(folder) / "images")
+    work, config = Path(folder), manifest.image
+    images = gather_images(sys.argv[1], input=manifest.input, config=config, spool=work / "images")
+    feed = Feed(images, list(range(len(images.names))), manifest.input.batch.max, fill=manifest.input.batch.is_fixed)
     start = time.perf_counter()
-    chosen = [index % len(images.names) for index in range(512)]
-    counts = collect_magnitudes(graph.path, tensors_to_calibrate(graph), images.batches(8, chosen))
-    for method in METHODS:
-        find_ranges(counts, method=method)
+    calibrate(graph, feed, method="auto", percentile=99.99, config=config, work=work, progress=no_progress)
     print(json.dumps({
         "seconds": time.perf_counter() - start,
         "peak_mb": int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024 / 1e6,
@@ -63,7 +61,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def resnet50_calibration(photographs: Path, bundle: Path) -> dict[str, float]:
-    """Seconds and peak resident MB of counting the activations of 512 images and trying every estimator."""
+    """Seconds and peak resident MB of all that calibration by ``auto`` does with these photographs, once they are read."""
     return dict(json.loads(_python(_CALIBRATE, str(photographs), str(bundle)).splitlines()[-1]))
 
 

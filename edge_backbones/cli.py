@@ -173,7 +173,9 @@ def build(
         Method | None,
         typer.Option(help="Range estimator of int8. auto: per stage, the one with the least noise.  [default: auto]"),
     ] = None,
-    percentile: Annotated[float, typer.Option(help="What percentile keeps inside the range.")] = 99.99,
+    percentile: Annotated[
+        float | None, typer.Option(help="What percentile keeps inside the range.  [default: 99.99]")
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Ranges from this calibration.json or bundle, for the same network.", show_default=False),
@@ -297,8 +299,8 @@ def compile_(
     profile: Annotated[
         str | None,
         typer.Option(
-            help="A device of `edge-backbones profiles`: refuse early what it cannot run, and take its defaults. Found by "
-            "itself where --flavour is not given.",
+            help="A device of `edge-backbones profiles`: refuse early what it cannot run, and keep to its workspace. Found "
+            "by itself where --flavour is not given.",
             show_default=False,
         ),
     ] = None,

@@ -114,6 +114,7 @@ class CalibrationFile(_Strict, frozen=True):
     ``network_sha256``: of the fp32 graph, weights included. ``data_sha256``: of the network inputs. ``largest``: |x| by
     tensor, where fp8 clips: it has the range that int8 lacks. ``factors``: what each channel of a tensor is divided by
     before it is quantised; ranges are those of the quotients. ``shifts``: what int8 adds to the bias of a layer.
+    ``large``: tensors that come near what fp16 can hold; None in files of before they were looked for on every image.
     """
 
     network_sha256: Sha256
@@ -130,6 +131,7 @@ class CalibrationFile(_Strict, frozen=True):
     ranges: dict[str, float]
     largest: dict[str, float]
     shifts: dict[str, tuple[float, ...]]
+    large: tuple[str, ...] | None = None
 
 
 class GpuKey(_Strict, frozen=True):

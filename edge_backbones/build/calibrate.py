@@ -29,7 +29,7 @@ _PIXELS = 16 * 224 * 224
 
 @dataclass(frozen=True)
 class Feed:
-    """Calibration images as batches of a graph's size; a graph of fixed batch repeats images to fill the last."""
+    """Calibration images as batches of a graph's size. ``fill``: the graph takes no smaller batch."""
 
     images: ImageSet
     indices: list[int]
@@ -43,23 +43,23 @@ class Feed:
         return max(FEWEST_TO_HOLD_OUT, _PIXELS // pixels)
 
     def batches(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        return self.images.batches(self.batch, indices, fill=self.fill)
+        return self.images.batches(self.batch, indices)
 
     def samples(self, weights: Mapping[int, float]) -> list[Sample]:
         """What images stand for, in batches; an image that only fills a batch stands for none."""
-        figures = list(weights.values())
+        figures = np.array(list(weights.values()))
         found = []
         for position, images in enumerate(self.batches(list(weights))):
-            of_batch = figures[position * self.batch : (position + 1) * self.batch]
-            found.append(Sample(images, np.pad(np.asarray(of_batch), (0, len(images) - len(of_batch)))))
+            filled = np.resize(images, (self.batch, *images.shape[1:])) if self.fill else images  # repeats them
+            of_batch = figures[position * self.batch :][: len(images)]
+            found.append(Sample(filled, np.pad(of_batch, (0, len(filled) - len(images)))))
         return found
 
     def furthest(self, magnitudes: Mapping[str, Magnitudes], counted: Sequence[int]) -> Iterable[int]:
         """For each tensor, the image with its largest value, of those that were counted."""
         for seen in magnitudes.values():
             if seen.furthest is not None:
-                start = seen.furthest // self.batch * self.batch
-                yield counted[start + (seen.furthest - start) % len(counted[start : start + self.batch])]
+                yield counted[seen.furthest]
 
     def typical(self) -> list[Sample]:
         """A sample of all images."""
@@ -78,7 +78,7 @@ def calibrate(
 ) -> tuple[CalibrationFile, list[Sample]]:
     """Count activations over the images and find where to clip them; also the images that decisions were made on.
 
-    ``auto``: normalisations are equalised, each output gets its estimator and biases are corrected, where images that were
+    ``auto``: channels are equalised, each output gets its estimator and biases are corrected, where images that were
     not counted for it say that it helps. Raises CalibrationError, as `ranges.collect_magnitudes` does.
     """
     one, other = halves(feed.indices)
@@ -90,13 +90,15 @@ def calibrate(
         by_tensor = choose.choose_factors(graph, correcting, judging, work=work)
     equalised = equalised_graph(graph, by_tensor, work)
     tensors = quantize.tensors_to_calibrate(equalised)
+    largest = dict.fromkeys(ranges.float_tensors(equalised.path), 0.0)  # what is equalised is no larger in `graph`
 
     def count(indices: Sequence[int], before: int) -> dict[str, Magnitudes]:
         return ranges.collect_magnitudes(
             equalised.path,
             tensors,
             feed.batches(indices),
-            progress=lambda step, done, _: progress(step, min(before + done, len(feed.indices)), len(feed.indices)),
+            largest=largest,
+            progress=lambda step, done, _: progress(step, before + done, len(feed.indices)),
         )
 
     chosen: dict[str, str] = {}
@@ -133,6 +135,7 @@ def calibrate(
         ranges=found,
         largest=ranges.find_ranges(magnitudes, method="max"),
         shifts={name: tuple(values) for name, values in shifts.items()},
+        large=ranges.beyond_half(largest),
     )
     return file, deciding
 
@@ -167,18 +170,18 @@ def check_fits(
     config: ImageConfig,
     images: ImageSet | None,
     method: Method | None,
-    percentile: float,
+    percentile: float | None,
 ) -> None:
     """Raise CalibrationError unless everything that ranges depend on is what it was, with the field that is not.
 
-    ``images`` and ``method`` are None where nothing was asked for.
+    ``images``, ``method`` and ``percentile`` are None where nothing was asked for.
     """
     here = {
         "network_sha256": _sha256(graph),
         "data_sha256": found.data_sha256 if images is None else images.fingerprint,
         "preprocessing": config,
         "method": method or found.method,
-        "percentile": percentile if method == "percentile" else found.percentile,
+        "percentile": found.percentile if percentile is None else percentile,
     }
     for field, value in here.items():
         there = getattr(found, field)
@@ -188,13 +191,29 @@ def check_fits(
             )
 
 
-def notes(images: ImageSet, found: CalibrationFile) -> tuple[str, ...]:
-    """What is unusual about the calibration, in a sentence each."""
+def notes(images: ImageSet, found: CalibrationFile, *, golden: Sequence[str], synthetic: bool) -> tuple[str, ...]:
+    """What is unusual about the calibration, in a sentence each. ``golden``: names of the images parity is measured on."""
     said = []
+    if synthetic:
+        said.append(
+            "there were ranges but no images: parity was measured, and blocks were weighed, on synthetic images, which are "
+            "not typical: pass --images too"
+        )
     if images.blank:
         said.append(f"{len(images.blank)} images are of one colour ({images.blank[0]} first): leave them out")
-    if found.held_out and len(found.images) < FEWEST_TO_HOLD_OUT:
-        said.append(f"only {len(found.images)} images: the ranges were chosen on those that they were counted on")
+    if len(found.images) < FEWEST_TO_HOLD_OUT:
+        chosen = (
+            "the ranges were chosen on those that they were counted on"
+            if found.held_out
+            else "others may reach further"
+        )
+        said.append(f"only {len(found.images)} images: {chosen}; a few dozen typical ones are better")
+    seen = set(golden) & set(found.images)
+    if seen:
+        said.append(
+            f"{len(seen)} of the {len(golden)} golden images were calibrated on too, which flatters parity: pass more "
+            "images, or a smaller --golden"
+        )
     if found.silent:
         said.append(
             f"{len(found.silent)} tensors were zero on every image ({found.silent[0]} first): dead layers, or images that "

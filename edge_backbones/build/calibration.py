@@ -55,13 +55,10 @@ class ImageSet:
         """A copy of these images as one batch."""
         return np.stack([np.array(self.inputs[i]) for i in indices])
 
-    def batches(self, size: int, indices: Sequence[int], *, fill: bool = False) -> Iterator[np.ndarray]:
-        """Copies of the chosen images, ``size`` at a time. ``fill``: repeat images until the last batch is full too."""
+    def batches(self, size: int, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """Copies of the chosen images, ``size`` at a time."""
         for start in range(0, len(indices), size):
-            chosen = list(indices[start : start + size])
-            if fill:
-                chosen = [chosen[i % len(chosen)] for i in range(size)]
-            yield self.take(chosen)
+            yield self.take(indices[start : start + size])
 
 
 def gather_images(

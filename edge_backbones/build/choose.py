@@ -7,6 +7,7 @@ to compile for every question. Noise is |x - r|^2 / |r|^2 over all images, r fro
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import onnxruntime
 from edge_backbones.build import equalise
 from edge_backbones.build.artifacts import ExportedGraph, Progress, no_progress
 from edge_backbones.build.quantize import activation_scale, quantized_layers, write_typed_graph
-from edge_backbones.build.ranges import METHODS, Magnitudes, find_ranges, merge_magnitudes
+from edge_backbones.build.ranges import METHODS, Magnitudes, chunks, find_ranges, merge_magnitudes
 from edge_backbones.spec import Precision
 
 _CORRECTIONS = 3
@@ -51,13 +52,14 @@ def choose_factors(
     Empty where the noise on ``held_out`` images, as a mean over outputs in dB, does not fall: judged with the tensors in
     question alone quantised, clipped at their largest value.
     """
-    axes = equalise.tensors_to_equalise(graph)
-    if not axes:
+    sites = equalise.tensors_to_equalise(graph)
+    if not sites:
         return {}
+    axes = {name: channels.axis for name, channels in sites.items()}
     largest = _channel_maxima(_exposing(onnx.load(graph.path), axes), graph, batches, axes)
     if not all(np.isfinite(values).all() for values in largest.values()):
         return {}  # whoever counts them next refuses them by name
-    found = {name: equalise.factors(values).tolist() for name, values in largest.items()}
+    found = {name: equalise.factors(values, sites[name].strength).tolist() for name, values in largest.items()}
     equalised = equalise.write_equalised_graph(graph, found, work / "equalised.onnx")
     others = {layer.name for layer in quantized_layers(graph) if layer.tensor not in axes}
     references = _references(graph, held_out)
@@ -214,10 +216,12 @@ def _references(graph: ExportedGraph, samples: Sequence[Sample]) -> list[dict[st
 
 
 def _exposing(model: onnx.ModelProto, tensors: Collection[str]) -> onnxruntime.InferenceSession:
-    """A session whose outputs are these tensors."""
+    """A session whose outputs are these tensors, the same to the last bit for any batch size and number of cores."""
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    return onnxruntime.InferenceSession(model.SerializeToString(), _options(), providers=["CPUExecutionProvider"])
+    options = _options()
+    options.intra_op_num_threads = 1  # threads that share a matrix product add it up in another order
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _channel_means(
@@ -227,11 +231,15 @@ def _channel_means(
     results: Mapping[str, str],
 ) -> dict[str, np.ndarray]:
     """Mean over images and pixels of each NCHW result, by layer name."""
-    sums: dict[str, np.ndarray] = {}
-    for name, value in _values(session, graph, batches, results):
-        sums[name] = sums.get(name, 0.0) + len(value) * value.mean(axis=(0, 2, 3), dtype=np.float64)
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in results}
+    for name, value, images in _values(session, graph, batches, results):
+        rows[name].append(value.mean(axis=(2, 3), dtype=np.float64) * (images / len(value)))
     count = sum(len(batch) for batch in batches)
-    return {name: total / count for name, total in sums.items()}
+    # Exact sums: what is rounded after them must not depend on the order, which is that of the batches.
+    return {
+        name: np.array([math.fsum(channel) for channel in np.concatenate(of_layer).T]) / count
+        for name, of_layer in rows.items()
+    }
 
 
 def _channel_maxima(
@@ -242,7 +250,7 @@ def _channel_maxima(
 ) -> dict[str, np.ndarray]:
     """The largest |x| of each channel, by tensor."""
     found: dict[str, np.ndarray] = {}
-    for name, value in _values(session, graph, batches, {name: name for name in axes}):
+    for name, value, _ in _values(session, graph, batches, {name: name for name in axes}):
         others = tuple(other for other in range(value.ndim) if other != axes[name])
         found[name] = np.maximum(found.get(name, 0.0), np.abs(value).max(axis=others))
     return found
@@ -253,10 +261,12 @@ def _values(
     graph: ExportedGraph,
     batches: Sequence[np.ndarray],
     tensors: Mapping[str, str],
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Batch after batch, each key with the value of its tensor."""
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Each key with the value of its tensor, and how many images that is of, each as often as the others."""
     for batch in batches:
-        yield from zip(tensors, session.run(list(tensors.values()), {graph.input.name: batch}), strict=True)
+        for chunk, repeats in chunks(batch, session):
+            values = session.run(list(tensors.values()), {graph.input.name: chunk})
+            yield from ((key, value, len(chunk) // repeats) for key, value in zip(tensors, values, strict=True))
 
 
 def _mean_db(noise: Noise) -> float:

@@ -11,7 +11,7 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -43,7 +43,6 @@ from edge_backbones.images import network_input
 from edge_backbones.manifest import (
     CalibrationFile,
     CalibrationRecord,
-    Decision,
     EngineRecord,
     Gate,
     GoldenRecord,
@@ -60,13 +59,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from edge_backbones.build.calibrate import Method
-    from edge_backbones.build.calibration import ImageSet, ImageSource
+    from edge_backbones.build.calibration import ImageSource
     from edge_backbones.build.sources.common import SourceOptions
     from edge_backbones.build.sources.load import ModuleSource
 
 METHODS = ("auto", "max", "percentile", "entropy", "mse")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
-_CALIBRATED = (Precision.INT8, Precision.FP8)
+CALIBRATED = (Precision.INT8, Precision.FP8)
+OF_CALIBRATED = ("method", "percentile", "calibration", "exclude")
+"""Options that mean nothing to other precisions."""
+
+_PERCENTILE = 99.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +93,8 @@ class BuildOptions:
     ``cache``: folder of compiled engines, None for no cache.
 
     int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
-    images that it has not seen, with normalisations equalised and biases corrected where that helps; ``percentile`` is
-    what that estimator keeps.
+    images that it has not seen, with channels equalised and biases corrected where that helps; ``percentile`` is
+    what that estimator keeps, 99.99 by default.
     ``calibration``: a calibration.json, or the bundle with it, whose ranges are used instead. ``exclude``: layers to leave
     in half, as in :func:`edge_backbones.build.quantize.select_layers`. ``fallback``: where the gate fails, leave the
     noisiest blocks in half instead of giving up.
@@ -111,7 +114,7 @@ class BuildOptions:
     width: int | ShapeRange | None = None
     precisions: tuple[Precision, ...] | Literal["auto"] = (Precision.INT8,)
     method: Method | None = None
-    percentile: float = 99.99
+    percentile: float | None = None
     calibration: Path | None = None
     exclude: tuple[str, ...] = ()
     fallback: bool = True
@@ -129,10 +132,20 @@ class BuildOptions:
             raise InputError(
                 f"precisions must be 'auto' or at least one of {', '.join(Precision)}, each once; got {self.precisions}"
             )
-        if self.method not in (None, *METHODS) or not 0 < self.percentile <= 100:
+        if self.method not in (None, *METHODS) or not (self.percentile is None or 0 < self.percentile <= 100):
             raise InputError(
                 f"method must be {', '.join(METHODS)} and percentile in (0, 100]; got {self.method!r} and {self.percentile}"
             )
+        if self.percentile is not None and self.method not in (None, "auto", "percentile"):
+            raise InputError(
+                f"percentile is {self.percentile}, which method {self.method} does not read: leave one out"
+            )
+        for option in OF_CALIBRATED:
+            if not self.needs_ranges and getattr(self, option) not in (None, ()):
+                raise InputError(
+                    f"{option} is of int8 and fp8, and {', '.join(self.wanted)} is what is built: leave {option} out, or "
+                    "add --precision int8"
+                )
         for size in (self.batch, self.height, self.width):
             if isinstance(size, int) and size < 1:
                 raise InputError(f"batch, height and width must be at least 1, got {size}")
@@ -150,7 +163,7 @@ class BuildOptions:
 
     @property
     def needs_ranges(self) -> bool:
-        return any(precision in _CALIBRATED for precision in self.wanted)
+        return any(precision in CALIBRATED for precision in self.wanted)
 
     def source_options(self) -> SourceOptions:
         """The part that says how to make the network."""
@@ -200,6 +213,8 @@ def build_bundle(
     ParityError (with the report), BundleError, InputError, MissingDependencyError.
     """
     options = options or BuildOptions()
+    if "torch_tensorrt" in options.flavours and not cuda.gpus():
+        raise CompileError(f"torch_tensorrt compiles on the GPU that will run the engine: {cuda.no_gpu_reason()}")
     if images is None and options.needs_ranges and options.calibration is None:
         raise CalibrationError("int8 needs calibration images: pass a folder of photographs (--images FOLDER)")
     progress("loading libraries", 0, None)
@@ -219,12 +234,11 @@ def build_bundle(
             from_model=options.from_model,
         )
         input = _input_spec(options, loaded)
+        if options.profile is not None:
+            _refuse_for(profiles.load_profile(options.profile), options, input)
         image_set = calibration.gather_images(
             images, input=input, config=loaded.image_config, spool=work / "images", progress=progress
         )
-        if options.profile is not None:
-            _refuse_for(profiles.load_profile(options.profile), options.wanted, input)
-
         calibrating, golden_indices = calibration.split(len(image_set.names), options.golden)
 
         if loaded.source.weights == "random":
@@ -254,19 +268,16 @@ def build_bundle(
         batch = input.batch.max if input.batch.is_fixed else min(calibrate.BATCH, input.batch.max)
         feed = calibrate.Feed(image_set, calibrating, batch, fill=input.batch.is_fixed)
         found, deciding, excluded = None, feed.typical(), frozenset[str]()
-        large: tuple[str, ...] = ()
-        if set(options.wanted) - {Precision.FP32, Precision.BF16}:
-            progress("looking for values beyond fp16", 0, None)
-            large = ranges.tensors_beyond_half(graph.path, (sample.images for sample in deciding))
+        large: tuple[str, ...] | None = None
         if options.needs_ranges:
             excluded = quantize.select_layers(quantize.quantized_layers(graph), options.exclude)
-            method, percentile, config = options.method, options.percentile, loaded.image_config
+            method, config = options.method, loaded.image_config
             if reused is None:
                 found, deciding = calibrate.calibrate(
                     graph,
                     feed,
                     method=method or "auto",
-                    percentile=percentile,
+                    percentile=_PERCENTILE if options.percentile is None else options.percentile,
                     config=config,
                     work=work,
                     progress=progress,
@@ -274,10 +285,14 @@ def build_bundle(
             else:
                 given = None if images is None else image_set
                 calibrate.check_fits(
-                    reused, graph=graph, config=config, images=given, method=method, percentile=percentile
+                    reused, graph=graph, config=config, images=given, method=method, percentile=options.percentile
                 )
                 found = reused
             (folder / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+            large = found.large
+        if large is None and set(options.wanted) - {Precision.FP32, Precision.BF16}:
+            large = ranges.tensors_beyond_half(graph.path, feed.batches(calibrating), progress=progress)
+        large = large or ()
         equalised = graph if found is None else calibrate.equalised_graph(graph, found.factors, work)
         shop = attempts.Workshop(
             graph, equalised, found, deciding, excluded, golden, large, work, options.cache, progress
@@ -347,19 +362,25 @@ def build_bundle(
         )
         write_manifest(folder, manifest)
         progress("writing the bundle", 0, None)
-        skipped, notes = image_set.skipped, _notes(image_set, found, verdict.decision, large)
+        skipped = image_set.skipped
+        notes = [] if verdict.decision is None else [verdict.decision.sentence]
+        if found is not None:
+            notes += calibrate.notes(image_set, found, golden=manifest.golden.images, synthetic=images is None)
+        if large:
+            notes.append(f"{len(large)} tensors come near what fp16 can hold ({large[0]} first): they stay in fp32")
         del image_set, feed
-    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, notes)
+    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, tuple(notes))
 
 
-def _refuse_for(profile: profiles.DeviceProfile, wanted: Sequence[Precision], input: InputSpec) -> None:
-    """Raise CompileError for a precision that the device cannot run, before it is calibrated and compiled here."""
-    flavour = profile.flavours[0]
+def _refuse_for(profile: profiles.DeviceProfile, options: BuildOptions, input: InputSpec) -> None:
+    """Raise CompileError for what the device cannot run, before images are read, and anything is calibrated or compiled."""
     reasons = [
         reason
-        for precision in wanted
-        for reason in profiles.refusals(profile, precision=precision, flavour=flavour, input=input)
+        for precision in options.wanted
+        for reason in profiles.refusals(profile, precision=precision, flavour=profile.flavours[0], input=input)
     ]
+    for flavour in options.flavours:
+        reasons += profiles.refusals(profile, precision=Precision.FP16, flavour=flavour, input=input)
     if reasons:
         raise CompileError("; ".join(dict.fromkeys(reasons)))
 
@@ -370,8 +391,6 @@ def _torch_tensorrt_engines(
     from edge_backbones.build import torch_tensorrt
 
     found = cuda.gpus()
-    if not found:
-        raise CompileError(f"torch_tensorrt compiles on the GPU that will run the engine: {cuda.no_gpu_reason()}")
     half = [p for p in options.wanted if p in (Precision.FP32, Precision.FP16, Precision.BF16)]
     for precision in half or [Precision.FP16]:
         progress(f"compiling {precision} with torch_tensorrt", 0, None)
@@ -441,19 +460,6 @@ def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> n
         images = images.take(range(min(size, images.shape[axis])), axis=axis)
         padding[axis] = (0, size - images.shape[axis])
     return np.ascontiguousarray(np.pad(images, padding, mode="symmetric"))
-
-
-def _notes(
-    images: ImageSet, found: CalibrationFile | None, verdict: Decision | None, large: Sequence[str]
-) -> tuple[str, ...]:
-    """What was decided, and what is unusual, in a sentence each."""
-    from edge_backbones.build import calibrate
-
-    notes = [] if verdict is None else [verdict.sentence]
-    notes += [] if found is None else calibrate.notes(images, found)
-    if large:
-        notes.append(f"{len(large)} tensors come near what fp16 can hold ({large[0]} first): they stay in fp32")
-    return tuple(notes)
 
 
 def _calibration_record(folder: Path, found: CalibrationFile, *, reused: bool) -> CalibrationRecord:

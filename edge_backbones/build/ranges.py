@@ -4,7 +4,8 @@ What a range must not depend on is how the data was delivered. So every tensor i
 way in any order:
 
 - images are fed to the graph one static batch at a time (one image, where the batch is dynamic), whatever the size of
-  the batches that arrive, because a kernel may round differently at another batch size;
+  the batches that arrive, because a kernel may round differently at another batch size. Images that do not fill one are
+  repeated, all equally often, and what is counted of them is divided by that: no matter where a tensor has its images;
 - |x| is counted in bins whose width is a power of two. A value that does not fit doubles the width until it does, and
   neighbouring bins are merged. Scaling by a power of two is exact in floating point and floor(floor(v) / 2) is
   floor(v / 2), so the merged histogram is the one that the final width would have counted from the start.
@@ -49,6 +50,7 @@ def collect_magnitudes(
     tensors: Sequence[str],
     batches: Iterable[npt.NDArray[np.generic]],
     *,
+    largest: dict[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Magnitudes]:
     """Run an ONNX graph over calibration batches and count how large the values of each named tensor are.
@@ -56,8 +58,9 @@ def collect_magnitudes(
     Args:
         model_path: fp32 ONNX file with one input; its batch dimension is static or dynamic.
         tensors: names of float tensors in the graph; the graph's input and outputs may be among them.
-        batches: arrays of the input's dtype, shaped (N, ...) as the input is. N may differ from batch to batch; it must
-            be a multiple of the graph's batch size where that is static. Read once, never held.
+        batches: arrays of the input's dtype, shaped (N, ...) as the input is. N may differ from batch to batch; a multiple
+            of the graph's batch size takes the least time. Read once, never held.
+        largest: the largest |x| so far of further tensors, from `float_tensors`; raised to that of these batches.
         progress: called as (step text, images done, None) after every batch.
 
     Returns:
@@ -67,16 +70,23 @@ def collect_magnitudes(
         CalibrationError: an unknown tensor, no batches, a batch that does not fit the input, or a NaN or infinite
             activation (which names the tensor).
     """
-    if not tensors:
+    largest = {} if largest is None else largest
+    exposed = tuple(dict.fromkeys([*tensors, *largest]))
+    if not exposed:
         return {}
-    session = _session_with_outputs(model_path, tensors)
+    session = _session_with_outputs(model_path, exposed)
     magnitudes = {name: Magnitudes() for name in tensors}
     images = 0
     for batch in batches:
-        for chunk in _chunks(batch, session):
-            for name, values in _activations(session, tensors, chunk):
-                _count(magnitudes[name], values, name, range(images, images + len(chunk)))
-            images += len(chunk)
+        for chunk, repeats in chunks(batch, session):
+            distinct = len(chunk) // repeats
+            for name, values in _activations(session, exposed, chunk):
+                if name in magnitudes:
+                    _count(magnitudes[name], values, name, range(images, images + distinct), repeats)
+                if name in largest:
+                    reached = magnitudes[name].largest if name in magnitudes else _reached(values, name)
+                    largest[name] = max(largest[name], reached)
+            images += distinct
         progress("calibrating", images, None)
     if images == 0:
         raise CalibrationError(
@@ -98,28 +108,34 @@ def merge_magnitudes(first: Mapping[str, Magnitudes], second: Mapping[str, Magni
     return merged
 
 
-def tensors_beyond_half(model_path: Path, batches: Iterable[npt.NDArray[np.generic]]) -> tuple[str, ...]:
-    """Names of the float tensors in a graph whose values come near what fp16 can hold, in graph order.
-
-    Near is a quarter of 65504: other images will have larger values than these. Raises CalibrationError as
-    `collect_magnitudes` does, for a batch that does not fit or a value that is not finite.
-    """
+def float_tensors(model_path: Path) -> tuple[str, ...]:
+    """Names of the float tensors that a graph computes, in graph order."""
     import onnx
 
     model = onnx.shape_inference.infer_shapes(onnx.load(model_path, load_external_data=False))
     described = (*model.graph.value_info, *model.graph.output)
     floats = {v.name for v in described if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-    tensors = [name for node in model.graph.node for name in node.output if name in floats]
-    session = _session_with_outputs(model_path, tensors)
-    largest = dict.fromkeys(tensors, 0.0)
-    for batch in batches:
-        for chunk in _chunks(batch, session):
-            for name, values in _activations(session, tensors, chunk):
-                reached = float(np.abs(values).max(initial=0.0))
-                if not np.isfinite(reached):
-                    _refuse(name, reached)
-                largest[name] = max(largest[name], reached)
+    return tuple(name for node in model.graph.node for name in node.output if name in floats)
+
+
+def beyond_half(largest: Mapping[str, float]) -> tuple[str, ...]:
+    """Names of the tensors whose values come near what fp16 can hold.
+
+    Near is a quarter of 65504: other images will have larger values than these.
+    """
     return tuple(name for name, value in largest.items() if value > _NEAR_HALF_MAX)
+
+
+def tensors_beyond_half(
+    model_path: Path, batches: Iterable[npt.NDArray[np.generic]], *, progress: Progress = no_progress
+) -> tuple[str, ...]:
+    """`beyond_half` of all float tensors of a graph. Raises CalibrationError as `collect_magnitudes` does."""
+    largest = dict.fromkeys(float_tensors(model_path), 0.0)
+    step = "looking for values beyond fp16"
+    collect_magnitudes(
+        model_path, (), batches, largest=largest, progress=lambda _, done, total: progress(step, done, total)
+    )
+    return beyond_half(largest)
 
 
 def find_ranges(
@@ -168,19 +184,25 @@ def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxrunti
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _chunks(batch: npt.NDArray[np.generic], session: onnxruntime.InferenceSession) -> Iterator[npt.NDArray[np.generic]]:
+def chunks(
+    batch: npt.NDArray[np.generic], session: onnxruntime.InferenceSession
+) -> Iterator[tuple[npt.NDArray[np.generic], int]]:
+    """Any number of images in batches of the graph's size, and how often each image is in one."""
     expected = session.get_inputs()[0]
     fits = batch.ndim == len(expected.shape) and all(
         want == got for want, got in zip(expected.shape[1:], batch.shape[1:], strict=True) if isinstance(want, int)
     )
     size = expected.shape[0] if isinstance(expected.shape[0], int) else 1
-    if not fits or len(batch) % size:
+    if not fits:
         raise CalibrationError(
             f"a calibration batch is shaped {batch.shape}, the graph's input {expected.name!r} {tuple(expected.shape)};"
-            f" give batches of that shape, with a multiple of {size} images"
+            " give images of that shape"
         )
-    for start in range(0, len(batch), size):
-        yield np.ascontiguousarray(batch[start : start + size])
+    start = 0
+    while start < len(batch):
+        distinct = max(n for n in range(1, min(size, len(batch) - start) + 1) if size % n == 0)
+        yield np.repeat(batch[start : start + distinct], size // distinct, axis=0), size // distinct
+        start += distinct
 
 
 def _activations(
@@ -213,7 +235,8 @@ class Magnitudes:
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, dtype=np.int64))
 
 
-def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str, images: range) -> None:
+def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str, images: range, repeats: int) -> None:
+    """Count the activations of these images, each of which is there ``repeats`` times."""
     magnitudes = np.abs(values, dtype=np.float32).ravel()
     largest = float(magnitudes.max(initial=0.0))
     if not np.isfinite(largest):  # max() hands a NaN on
@@ -233,8 +256,17 @@ def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str, images:
     # ldexp in float64: a float32 scale would overflow or underflow for magnitudes near the ends of the float32 range.
     scale = np.ldexp(1.0, -seen.exponent)
     magnitudes *= np.float32(scale) if 1e-30 < scale < 1e30 else scale
-    seen.counts += np.bincount(magnitudes.astype(np.intp), minlength=_BINS)
-    seen.counts[0] -= magnitudes.size - np.count_nonzero(values)
+    counts = np.bincount(magnitudes.astype(np.intp), minlength=_BINS)
+    counts[0] -= magnitudes.size - np.count_nonzero(values)
+    seen.counts += (counts + repeats // 2) // repeats  # rounded: a kernel may differ in the last bit from copy to copy
+
+
+def _reached(values: npt.NDArray[np.generic], name: str) -> float:
+    """The largest |x|, without an array of them."""
+    reached = float(np.maximum(values.max(initial=0.0), -values.min(initial=0.0)))  # hands a NaN on
+    if not np.isfinite(reached):
+        _refuse(name, reached)
+    return reached
 
 
 def _refuse(name: str, largest: float) -> NoReturn:

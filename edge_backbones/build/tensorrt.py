@@ -24,7 +24,7 @@ from edge_backbones.errors import CompileError, InputError
 from edge_backbones.manifest import GpuKey
 from edge_backbones.profiles import FIRST_ARCHITECTURE
 from edge_backbones.runtime import cuda, plan
-from edge_backbones.runtime.tensorrt_library import load_library, logger_of
+from edge_backbones.runtime.tensorrt_library import against_driver, load_library, logger_of
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 from edge_backbones.system import read_system
 
@@ -278,6 +278,8 @@ def _agreed(
 ) -> tuple[Any, cuda.Gpu | None, tuple[str, ...], tuple[Shapes, ...]]:
     """The library, the GPU, the architectures and the profiles, if all of it goes together."""
     gpu = _gpu(flavour, device)
+    if gpu is not None and flavour == "tensorrt" and (old := against_driver(flavour, gpu.driver)):
+        raise CompileError(old)
     library = load_library(flavour)
     targets = _targets(library, flavour, precision, options, gpu)
     profiles = _profiles(input, options)

@@ -7,7 +7,7 @@ import copy
 import os
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_backbones.bundle import Bundle, read_current
 from edge_backbones.errors import EngineMismatchError, InputError
-from edge_backbones.manifest import Source
+from edge_backbones.manifest import EngineRecord, Source
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.cuda import MemoryBackend
 from edge_backbones.runtime.device_arrays import from_foreign, is_on_gpu, stream_pointer
@@ -120,6 +120,7 @@ class EdgeBackbone:
         *,
         device: str = "cpu",
         engine_name: str = "",
+        passed_over: Mapping[str, str] | None = None,
     ) -> None:
         self._spec = spec
         self._input = input
@@ -127,6 +128,7 @@ class EdgeBackbone:
         self._source = source
         self._device = device
         self._engine_name = engine_name
+        self._passed_over = dict(passed_over or {})
         self._out_indices = list(spec.out_indices)
         self._chosen = tuple(range(len(spec.out_features)))
         self._cls_tokens = tuple(spec.outputs.index(name) for name in spec.cls_tokens)
@@ -164,7 +166,7 @@ class EdgeBackbone:
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
-        def open_engine(bundle: Bundle) -> tuple[str, session.EngineSession]:
+        def open_engine(bundle: Bundle) -> tuple[EngineRecord, session.EngineSession]:
             record = session.choose_engine(bundle, host, engine, device=kind, allow_host_code=allow_host_code)
             opened = session.open_session(
                 bundle,
@@ -175,19 +177,28 @@ class EdgeBackbone:
                 cuda_graphs=cuda_graphs,
                 allow_host_code=allow_host_code,
             )
-            return record.name, opened
+            return record, opened
 
         host = compat.this_host(session.installed_versions(), device=gpu)
         try:
-            bundle, (name, opened) = read_current(path, open_engine)
+            bundle, (record, opened) = read_current(path, open_engine)
         except EngineMismatchError:
             if on_mismatch == "raise" or (gpu is not None and host.gpu is None):
                 raise
             session.compile_here(path, host, engine, device=gpu, allow_host_code=allow_host_code)
-            bundle, (name, opened) = read_current(path, open_engine)
+            bundle, (record, opened) = read_current(path, open_engine)
         place = "cpu" if gpu is None else f"cuda:{gpu}"
         manifest = bundle.manifest
-        return cls(manifest.backbone, manifest.input, opened, manifest.source, device=place, engine_name=name)
+        others = session.passed_over(bundle, record, host, engine, device=kind, allow_host_code=allow_host_code)
+        return cls(
+            manifest.backbone,
+            manifest.input,
+            opened,
+            manifest.source,
+            device=place,
+            engine_name=record.name,
+            passed_over=others,
+        )
 
     @property
     def input(self) -> InputSpec:
@@ -203,6 +214,11 @@ class EdgeBackbone:
     def engine(self) -> str:
         """The engine that was chosen, by its name in the manifest; empty for one that is of no bundle."""
         return self._engine_name
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """The other engines of the bundle by name, and why each does not run here."""
+        return dict(self._passed_over)
 
     @property
     def stage_names(self) -> list[str]:

@@ -79,12 +79,36 @@ def choose_engine(
     return min(enumerate(fitting), key=rank)[1]
 
 
+def passed_over(
+    bundle: Bundle,
+    chosen: EngineRecord,
+    host: compat.Host,
+    engine: str | None = None,
+    *,
+    device: str = "cpu",
+    allow_host_code: bool = False,
+) -> dict[str, str]:
+    """Why `choose_engine` did not take each of the other engines, a phrase by name."""
+    found = {}
+    for other in (e for e in bundle.manifest.engines if e.name != chosen.name):
+        reasons = [] if _is_meant(other, engine) else [f"engine={engine!r} was asked for"]
+        reasons = reasons or reasons_against(other, host, engine, device=device, code=allow_host_code)
+        if not reasons and None not in (other.milliseconds, chosen.milliseconds):
+            reasons = [f"takes {other.milliseconds:.2f} ms, the one that runs {chosen.milliseconds:.2f} ms"]
+        found[other.name] = "; ".join(reasons) or f"would run, and {chosen.name} is preferred"
+    return found
+
+
+def _is_meant(record: EngineRecord, engine: str | None) -> bool:
+    return engine is None or engine in (record.key.precision.value, record.key.flavour, record.name)
+
+
 def fitting_engines(
     bundle: Bundle, engine: str | None, reasons_against: Callable[[EngineRecord], list[str]], *, device: str = "cpu"
 ) -> list[EngineRecord]:
     """The engines that ``engine`` means and that nothing speaks against; raises EngineMismatchError when there is none."""
     engines = bundle.manifest.engines
-    wanted = [e for e in engines if engine is None or engine in (e.key.precision.value, e.key.flavour, e.name)]
+    wanted = [e for e in engines if _is_meant(e, engine)]
     if not wanted:
         held = ", ".join(e.name for e in engines) or "none"
         asked = "an engine" if engine is None else f"engine {engine!r}"

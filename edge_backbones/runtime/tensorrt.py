@@ -69,9 +69,14 @@ class TensorRtSession:
         reason = cuda.no_gpu_reason()
         if reason:
             raise EngineMismatchError(f"the {flavour} engine needs an NVIDIA GPU: {reason}")
-        count = len(cuda.gpus())
-        if not 0 <= device < count:
-            raise EngineMismatchError(f"there is no cuda:{device} here, {count} GPUs are visible: pass a smaller index")
+        found = cuda.gpus()
+        if not 0 <= device < len(found):
+            raise EngineMismatchError(
+                f"there is no cuda:{device} here, {len(found)} GPUs are visible: pass a smaller index"
+            )
+        old = tensorrt_library.against_driver(flavour, found[device].driver)
+        if old:
+            raise EngineMismatchError(old)
         library = tensorrt_library.load_library(flavour)
         gpu = cuda.open_memory(device, memory)
         with gpu:

@@ -6,7 +6,9 @@ Releases are told apart by what they have, never by a version string: names that
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import threading
 from collections import deque
 from typing import Any, Literal
@@ -51,6 +53,29 @@ def library_version(flavour: TensorRtFlavour) -> str | None:
         return str(load_library(flavour).__version__)
     except MissingDependencyError:
         return None
+
+
+def against_driver(flavour: TensorRtFlavour, driver: str) -> str:
+    """Why a driver that serves CUDA ``driver`` is too old for the installed library, with the way out; empty if it is not.
+
+    Only wheels say which CUDA they were made with. Under an older driver a Runtime is dead, and using it ends the process.
+    """
+    wheel, served = flavour.replace("_", "-"), int(driver.partition(".")[0])
+    made_with = [cuda for cuda in range(11, 20) if _is_installed(wheel, cuda)]
+    if not made_with or min(made_with) <= served:
+        return ""
+    return (
+        f"{flavour} here was made with CUDA {min(made_with)}, and the driver serves CUDA {driver}: update the driver, or "
+        f"install {wheel}-cu{served}"
+    )
+
+
+def _is_installed(wheel: str, cuda: int) -> bool:
+    for part in ("", "-bindings", "-libs"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(f"{wheel}-cu{cuda}{part}")
+            return True
+    return False
 
 
 def logger_of(library: Any) -> Any:

@@ -1,21 +1,33 @@
-"""Images from everywhere they may come from; what is no image of this network is refused, and memory stays small."""
+"""Images from everywhere they may come from, refusals, small memory; and calibration.json, which is made of them."""
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 import zipfile
 from pathlib import Path
 
+import msgspec
 import networks
 import numpy as np
+import onnx
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
+from edge_backbones.build.artifacts import ExportedGraph, no_progress
+from edge_backbones.build.calibrate import Feed, calibrate, check_fits
 from edge_backbones.build.calibration import ImageSet, gather_images, halves, split, stand_ins
-from edge_backbones.errors import CalibrationError
+from edge_backbones.build.export import export_onnx
+from edge_backbones.build.pipeline import BuildOptions, BuildResult, build_bundle
+from edge_backbones.build.prepare import prepare
+from edge_backbones.errors import CalibrationError, InputError, QuantizationError
 from edge_backbones.images import fit, open_image, to_input
+from edge_backbones.manifest import CalibrationFile, Gate
+from edge_backbones.spec import Precision
 
 FLOATS = networks.input_spec(48, 64)
 FRAMES = networks.input_spec(48, 64, name="image")
@@ -291,13 +303,11 @@ def test_synthetic_images_are_reproducible_and_look_like_photographs(gather, inp
 # ---- what comes out -------------------------------------------------------------------------------------------------
 
 
-def test_batches_hold_every_image_once_unless_they_are_filled(gather, finished):
+def test_batches_hold_every_image_once(gather, finished):
     images = gather(finished)
     batches = list(images.batches(2, [4, 0, 3]))
     assert [len(batch) for batch in batches] == [2, 1]
     np.testing.assert_array_equal(np.concatenate(batches), finished[[4, 0, 3]])
-    filled = list(images.batches(4, [1, 2, 0, 3, 4], fill=True))
-    np.testing.assert_array_equal(np.concatenate(filled), finished[[1, 2, 0, 3, 4, 4, 4, 4]])
 
 
 def test_a_taken_batch_is_a_copy(gather, finished):
@@ -374,3 +384,199 @@ def test_images_that_reach_far_stand_for_themselves_and_others_for_the_rest():
     assert max(np.diff(rest)) < 30  # spread over all of them
     assert stand_ins(indices, furthest, 100) == dict.fromkeys(indices, 1.0)
     assert sum(stand_ins(indices, [], 7).values()) == pytest.approx(100)
+
+
+# ---- what becomes of them -------------------------------------------------------------------------------------------
+
+METHODS = ("max", "percentile", "entropy", "mse", "auto")
+NETWORKS = {"test_resnet": (64, 96, (1, 2, 4)), "test_vit": (160, 160, (0, 1))}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def graphs(request, tmp_path_factory) -> dict[int, ExportedGraph]:
+    """One network at several fixed batch sizes."""
+    height, width, indices = NETWORKS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    loaded = networks.trained_like(request.param, out_indices=indices)
+    inputs = {batch: networks.input_spec(height, width, batch=batch) for batch in (1, 2, 4, 8)}
+    return {batch: export_onnx(prepare(loaded, one), folder / f"{batch}.onnx") for batch, one in inputs.items()}
+
+
+def calibrated(graph: ExportedGraph, photographs: list[np.ndarray], work: Path, method: str) -> CalibrationFile:
+    """On nine images, of which the last is the loudest."""
+    height, width, batch = graph.input.height.opt, graph.input.width.opt, graph.input.batch.opt
+    crops = networks.normalised(networks.crops(photographs, 9, height, width))
+    crops[8] *= 3
+    images = gather_images(crops, input=graph.input, config=networks.PLAIN, spool=work / "spool")
+    feed = Feed(images, list(range(9)), batch, fill=True)
+    options = {"percentile": 99.9, "config": networks.PLAIN, "work": work, "progress": no_progress}
+    return calibrate(graph, feed, method=method, **options)[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calibration_does_not_depend_on_the_batch_size(graphs, photographs, tmp_path, method):
+    found = [calibrated(graph, photographs, tmp_path, method) for graph in graphs.values()]
+    for one in found[1:]:
+        assert msgspec.structs.replace(one, network_sha256=found[0].network_sha256) == found[0]  # to the last bit
+
+
+def test_the_same_images_give_the_same_bytes(graphs, photographs, tmp_path):
+    first, second = (msgspec.json.encode(calibrated(graphs[4], photographs, tmp_path, "auto")) for _ in range(2))
+    assert first == second
+
+
+def test_another_percentile_is_refused_where_ranges_may_depend_on_it(graphs, photographs, tmp_path):
+    found = calibrated(graphs[1], photographs, tmp_path, "auto")
+
+    def check(percentile: float | None) -> None:
+        check_fits(found, graph=graphs[1], config=networks.PLAIN, images=None, method=None, percentile=percentile)
+
+    check(None)
+    check(99.9)
+    with pytest.raises(CalibrationError, match=r"percentile is 99\.9 there and 99\.5 here; calibrate again"):
+        check(99.5)
+
+
+class Small(nn.Module):
+    """Three convolutions, no batch norm: nothing is learnt from the images. The first writes values of about a thousand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first, self.second, self.third = nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)
+        with torch.no_grad():
+            for conv, scale in ((self.first, 200), (self.second, 1e-4), (self.third, 0.1)):
+                conv.weight.copy_(scale * torch.randn(conv.weight.shape, generator=generator))
+                conv.bias.normal_(0, 0.1, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.third(torch.relu(self.second(torch.relu(self.first(x))))),)
+
+
+def built(target: Path, images: np.ndarray | None, **options) -> BuildResult:
+    precisions = options.get("precisions", (Precision.INT8,))
+    options = {"cache": None, "torchscript": False, "golden": 2, "gates": {p: Gate() for p in precisions}, **options}
+    return build_bundle(networks.hand_made(Small()), target, images=images, options=BuildOptions(**options))
+
+
+def calibration_of(result: BuildResult) -> CalibrationFile:
+    return msgspec.json.decode((result.bundle.path / "calibration.json").read_bytes(), type=CalibrationFile)
+
+
+@pytest.fixture(scope="module")
+def quiet(photographs) -> np.ndarray:
+    return networks.normalised(networks.crops(photographs, 24, 64, 96))
+
+
+@pytest.fixture(scope="module")
+def int8(quiet, tmp_path_factory) -> BuildResult:
+    return built(tmp_path_factory.mktemp("int8") / "net.bundle", quiet, method="mse")
+
+
+def test_int8_ranges_serve_fp8_without_images(int8, tmp_path):
+    result = built(tmp_path / "fp8.bundle", None, precisions=(Precision.FP8,), calibration=int8.bundle.path)
+    found = calibration_of(result)
+    assert found == calibration_of(int8)
+    graph = onnx.load(result.bundle.path / "graphs" / "fp8.onnx").graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    scales = {
+        n.input[1].removesuffix(".scale.half"): stored[n.input[1]] for n in graph.node if n.op_type == "QuantizeLinear"
+    }
+    assert scales.keys() == found.largest.keys()
+    for name, scale in scales.items():
+        assert found.ranges[name] < found.largest[name] <= 448 * float(scale) <= 1.001 * found.largest[name]
+
+
+def test_parity_on_synthetic_images_is_said(int8, quiet, tmp_path):
+    said = "there were ranges but no images: parity was measured"
+    again = built(tmp_path / "without.bundle", None, calibration=int8.bundle.path)
+    assert [note for note in again.notes if note.startswith(said)]
+    again = built(tmp_path / "with.bundle", quiet, calibration=int8.bundle.path)
+    assert not [note for note in (*int8.notes, *again.notes) if note.startswith(said)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_few_images_are_said(int8, quiet, tmp_path, method):
+    result = built(tmp_path / "net.bundle", quiet[:1], method=method)
+    notes = " | ".join(result.notes)
+    assert "only 1 images: " in notes
+    assert "1 of the 1 golden images were calibrated on too" in notes
+    assert not [note for note in int8.notes if "golden" in note or note.startswith("only")]
+
+
+def test_golden_images_that_an_earlier_build_calibrated_on_are_said(int8, quiet, tmp_path):
+    result = built(tmp_path / "net.bundle", quiet, calibration=int8.bundle.path, golden=6)
+    assert any(note.startswith("4 of the 6 golden images were calibrated on too") for note in result.notes)
+
+
+@pytest.fixture
+def one_loud(quiet, monkeypatch) -> np.ndarray:
+    """One image of 24 drives values beyond fp16; it is none of the eight that are run again and again."""
+    monkeypatch.setattr("edge_backbones.build.calibrate._PIXELS", 0)
+    calibrating = split(24, 2)[0]
+    assert 13 in calibrating
+    assert 13 not in stand_ins(calibrating, (), 8)
+    images = quiet.copy()
+    images[13] *= 100
+    return images
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])
+def test_one_loud_image_is_enough_to_keep_a_tensor_in_fp32(int8, quiet, one_loud, tmp_path, precision):
+    result = built(tmp_path / "loud.bundle", one_loud, precisions=(precision,))
+    assert any("come near what fp16 can hold" in note for note in result.notes)
+    graphs = [onnx.load(result.bundle.path / "graphs" / f"{precision}.onnx").graph]
+    if precision is Precision.INT8:
+        assert len(calibration_of(result).large) >= 2  # what the first convolution and its relu write
+        again = built(tmp_path / "again.bundle", None, calibration=result.bundle.path)
+        assert any("come near what fp16 can hold" in note for note in again.notes)
+        graphs.append(onnx.load(again.bundle.path / "graphs" / "int8.onnx").graph)
+    for graph in graphs:
+        assert first_weight(graph) == onnx.TensorProto.FLOAT
+    quiet_one = built(tmp_path / "quiet.bundle", quiet, precisions=(precision,))
+    assert (
+        first_weight(onnx.load(quiet_one.bundle.path / "graphs" / f"{precision}.onnx").graph)
+        == onnx.TensorProto.FLOAT16
+    )
+
+
+def first_weight(graph: onnx.GraphProto) -> int:
+    """The type that the first convolution computes in: that of its bias."""
+    conv = next(node for node in graph.node if node.op_type == "Conv")
+    (bias,) = (tensor for tensor in graph.initializer if tensor.name == conv.input[2])
+    return bias.data_type
+
+
+def test_a_calibration_of_before_the_large_tensors_were_kept_is_read(int8, one_loud, tmp_path):
+    """They are looked for then, on the images that come with it."""
+    content = json.loads((int8.bundle.path / "calibration.json").read_bytes())
+    del content["large"]
+    content["data_sha256"] = calibration_of(built(tmp_path / "loud.bundle", one_loud)).data_sha256
+    (tmp_path / "calibration.json").write_text(json.dumps(content))
+    result = built(tmp_path / "net.bundle", one_loud, calibration=tmp_path / "calibration.json")
+    assert any("come near what fp16 can hold" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "max"}, {"percentile": 99.0}, {"calibration": Path("calibration.json")}, {"exclude": ("nonsense",)}],
+)
+@pytest.mark.parametrize("precisions", [(Precision.FP16,), (Precision.FP32, Precision.BF16)])
+def test_options_of_int8_are_refused_where_nothing_reads_them(quiet, tmp_path, options, precisions):
+    (name,) = options
+    advice = f"^{name} is of int8 and fp8, and {', '.join(precisions)} is what is built: leave {name} out, or add"
+    with pytest.raises(InputError, match=advice):
+        built(tmp_path / "x.bundle", quiet, precisions=precisions, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_percentile_is_refused_with_a_method_that_has_none():
+    with pytest.raises(InputError, match=r"percentile is 99\.0, which method mse does not read"):
+        BuildOptions(method="mse", percentile=99.0)
+    assert BuildOptions(percentile=99.0).method is None
+
+
+def test_an_exclude_pattern_that_means_nothing_is_refused_by_a_build(quiet, tmp_path):
+    with pytest.raises(QuantizationError, match="exclude 'nonsense' means no layer"):
+        built(tmp_path / "x.bundle", quiet, exclude=("nonsense",))
+    assert list(tmp_path.iterdir()) == []

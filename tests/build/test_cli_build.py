@@ -78,6 +78,7 @@ def test_compile_replaces_engines_without_touching_the_rest(built):
             ("resnet10t", "--weights", "nowhere.safetensors"),
             "neither 'pretrained', 'random:SEED' nor a file that exists",
         ),
+        (("resnet10t", "--precision", "fp16", "--exclude", "nonsense"), "exclude is of int8 and fp8, and fp16 is what"),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing(tmp_path, photographs, arguments, message):

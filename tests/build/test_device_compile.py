@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ import pytest
 
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, cli, compile_bundle, doctor
 from edge_backbones.build import device as module
+from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.tensorrt import PlanOptions
 from edge_backbones.errors import BundleError
 from edge_backbones.runtime import compat
@@ -73,6 +76,10 @@ def test_engines_of_a_device_are_timed_side_by_side_and_the_fastest_runs(bundle,
     assert {engine.key.precision: engine.milliseconds for engine in added} == {"fp16": 2.0, "fp32": 1.0}
     with EdgeBackbone.from_pretrained(bundle) as backbone:
         assert "-fp32-" in backbone.engine
+        [(name, why)] = backbone.passed_over.items()
+        assert ("-fp16-" in name, why) == (True, "takes 2.00 ms, the one that runs 1.00 ms")
+    with EdgeBackbone.from_pretrained(bundle, engine="fp16") as backbone:
+        assert list(backbone.passed_over.values()) == ["engine='fp16' was asked for"]
     assert said[-1] == "fp32 1.00 ms, fp16 2.00 ms (0.50x): runtimes take fp32 here"
     planted(monkeypatch, fp16=1.0, fp32=2.0)
     fp16 = next(engine for engine in Bundle.open(bundle).manifest.engines if engine.key.precision is Precision.FP16)
@@ -80,6 +87,36 @@ def test_engines_of_a_device_are_timed_side_by_side_and_the_fastest_runs(bundle,
     with EdgeBackbone.from_pretrained(bundle) as backbone:
         assert backbone.engine == fp16.name
     assert Bundle.open(bundle).remove_engine(fp16.name).manifest.engines[0].milliseconds == 2.0
+
+
+def test_what_tensorrt_measured_goes_with_the_bundle_and_into_the_next_compilation(bundle, monkeypatch):
+    """On a TensorRT that is made up: its plan is the engine of the CPU, its timing cache names what it was given."""
+    given: list[bytes | None] = []
+
+    def compile_for_gpu(graph, input, precision, *, options, **_):
+        given.append(options.timing_cache)
+        engine = compile_engine(graph, precision, cache=None)
+        measured = f"measured {len(given)}".encode()
+        return dataclasses.replace(engine, timing_cache=measured, layers='{"Layers": []}')
+
+    monkeypatch.setattr(module, "compile_for_gpu", compile_for_gpu)
+    monkeypatch.setattr(module, "_servable", lambda graphs, *_: list(graphs))
+    added = compile_bundle(bundle, flavour="tensorrt")
+    assert given == [None, b"measured 1"]  # the second precision starts from what the first has measured
+    opened = Bundle.open(bundle)
+    opened.check_files()
+    caches = [bytes(opened.read(engine.timing_cache)) for engine in added]
+    assert caches == [b"measured 1", b"measured 2"]
+    for engine in added:
+        assert engine.timing_cache.path.endswith(".cache")
+        assert engine.layers.path.endswith(".layers.json")
+        assert json.loads(opened.read(engine.layers)) == {"Layers": []}
+    (bundle / added[1].timing_cache.path).write_bytes(b"damaged")
+    compile_bundle(bundle, flavour="tensorrt", precisions=(added[0].key.precision,))
+    assert given[2] == b"measured 1"  # a damaged one only costs time
+    mine = PlanOptions(timing_cache=b"mine")
+    compile_bundle(bundle, flavour="tensorrt", plan=mine)
+    assert given[3:] == [b"mine", b"mine"]
 
 
 def test_a_damaged_engine_is_made_again(bundle):

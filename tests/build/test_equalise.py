@@ -42,6 +42,8 @@ NETWORKS = {
     "test_vit": ((0, 1), 160, 160, 0.0),  # Gemm or MatMul right behind a normalisation
     "test_convnext": ((0, 1, 2, 3), 64, 96, 1.0),  # pointwise layers behind it, with the channels last
     "test_convnext3": ((3,), 64, 96, 1.0),
+    "mobilenetv3_small_100": ((1, 2), 64, 96, 1.0),  # depthwise, ReLU, pointwise: twice
+    "mobilenetv3_large_100": ((0, 1), 64, 96, 1.0),  # three times
 }
 
 
@@ -81,7 +83,7 @@ def test_every_channel_is_divided_by_its_factor(case):
     axes = equalise.tensors_to_equalise(graph)
     for (name, factors), before, after in zip(found.items(), *values, strict=True):
         shape = [1] * before.ndim
-        shape[axes[name]] = -1
+        shape[axes[name].axis] = -1
         np.testing.assert_allclose(after * np.reshape(factors, shape), before, rtol=1e-4, atol=1e-5)
         assert np.abs(after).max() <= np.abs(before).max() * 1.0001  # nothing comes nearer to what half can hold
 
@@ -107,9 +109,9 @@ def test_what_does_not_help_is_left_alone(tmp_path, photographs):
     loaded = networks.trained_like("test_resnet", out_indices=(1, 4))
     graph = export_onnx(prepare(loaded, networks.input_spec(64, 96, batch=2)), tmp_path / "cnn.onnx")
     assert choose_factors(graph, [images[:2]], samples, work=tmp_path) == {}
-    assert equalise.factors(np.zeros(5)).tolist() == [1.0] * 5
-    assert equalise.factors(np.full(5, 3.0)).tolist() == [1.0] * 5
-    smallest = equalise.factors(np.array([0.0, 1.0]))  # silent on these images, perhaps not on others
+    assert equalise.factors(np.zeros(5), 0.75).tolist() == [1.0] * 5
+    assert equalise.factors(np.full(5, 3.0), 0.75).tolist() == [1.0] * 5
+    smallest = equalise.factors(np.array([0.0, 1.0]), 0.75)  # silent on these images, perhaps not on others
     assert smallest[0] == pytest.approx((1 / 256) ** 0.75)
 
 
@@ -120,6 +122,46 @@ def test_activations_that_are_not_finite_are_left_to_who_refuses_them(tmp_path):
     assert choose_factors(graph, [images], [Sample(images, np.ones(1))], work=tmp_path) == {}
     with pytest.raises(CalibrationError, match="holds"):
         collect_magnitudes(graph.path, tensors_to_calibrate(graph), [images])
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution and what stands between it and a pointwise layer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.stem = nn.Conv2d(3, 32, 4, stride=4)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=1 if kind == "full" else 32, bias=kind != "no bias")
+        self.pointwise = nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        before = self.depthwise(self.stem(x))
+        x = {"swish": nn.functional.hardswish, "relu6": nn.functional.relu6}.get(self.kind, torch.relu)(before)
+        if self.kind == "residual":
+            return (self.pointwise(x) + x,)
+        if self.kind == "gate":
+            return (self.pointwise(x * x.mean((2, 3), keepdim=True)),)
+        if self.kind == "read":
+            return (self.pointwise(x) + before,)
+        return (self.pointwise(x),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sites"),
+    [
+        ("relu", 1), ("no bias", 1), ("swish", 0), ("relu6", 0), ("residual", 0), ("gate", 0), ("read", 0), ("full", 0)
+    ],
+)  # fmt: skip
+def test_a_depthwise_convolution_is_scaled_through_a_relu_alone(tmp_path, photographs, kind, sites):
+    loaded = networks.hand_made(Depthwise(kind))
+    graph = export_onnx(prepare(loaded, networks.input_spec(64, 96)), tmp_path / "graph.onnx")
+    found = equalise.tensors_to_equalise(graph)
+    assert len(found) == sites
+    values = dict.fromkeys(found, np.random.default_rng(0).uniform(0.1, 1, 32))
+    equalised = equalise.write_equalised_graph(graph, values, tmp_path / "equalised.onnx")
+    images = networks.normalised(networks.crops(photographs, 2, 64, 96))
+    (expected,), (actual,) = (run(one, images, 1) for one in (graph, equalised))
+    assert networks.relative(actual, expected) < 1e-6
 
 
 class Shared(nn.Module):

@@ -17,6 +17,7 @@ from edge_backbones.build.ranges import (
     collect_magnitudes,
     find_ranges,
     merge_magnitudes,
+    tensors_beyond_half,
 )
 from edge_backbones.errors import CalibrationError
 
@@ -36,7 +37,11 @@ def one_node_graph(
         [first, helper.make_node("Neg", ["y"], ["out"])],
         "one_node",
         [helper.make_tensor_value_info("x", dtype, [batch, 3, 5, 7])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [batch, 3, 5, 7])],
+        [
+            helper.make_tensor_value_info(
+                "out", TensorProto.FLOAT, [batch, 3, 5, 7][:: -1 if op_type == "Transpose" else 1]
+            )
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, path)
@@ -122,12 +127,19 @@ def test_the_image_that_reaches_furthest_is_known(tmp_path: Path, batch: int | s
     assert collect_magnitudes(graph, ["y"], [-np.abs(images)])["y"].furthest is None
 
 
-def test_a_static_batch_is_fed_as_it_is(tmp_path: Path) -> None:
-    model = one_node_graph(tmp_path / "static.onnx", batch=4)
-    images = heavy_tailed(12)
-    assert collect_ranges(model, ["y"], [images]) == collect_ranges(model, ["y"], split(images, [4, 8]))
-    with pytest.raises(CalibrationError, match=r"\(6, 3, 5, 7\).*multiple of 4 images"):
-        collect_ranges(model, ["y"], [images[:6]])
+@pytest.mark.parametrize("batch", [2, 3, 4, 6, 8])
+def test_images_that_fill_no_static_batch_count_once(tmp_path: Path, batch: int) -> None:
+    """Wherever a tensor has its images: x has them first, y last."""
+    model = one_node_graph(tmp_path / "static.onnx", "Transpose", batch)
+    images = heavy_tailed(11)
+    images[10] *= 100  # one that is counted twice would be noticed
+    expected = collect_magnitudes(one_node_graph(tmp_path / "one.onnx", "Transpose", 1), ["x", "y"], [images])
+    for batches in ([images], split(images, [1, 7, 3]), split(images, [batch] * (11 // batch) + [11 % batch])):
+        seen = collect_magnitudes(model, ["x", "y"], batches)
+        for name, other in expected.items():
+            np.testing.assert_array_equal(seen[name].counts, other.counts)
+            assert (seen[name].largest, seen[name].exponent) == (other.largest, other.exponent)
+        assert seen["x"].furthest == expected["x"].furthest
 
 
 def test_camera_frames_are_counted_as_integers(tmp_path: Path) -> None:
@@ -191,6 +203,18 @@ def test_progress_counts_images(relu: Path) -> None:
     calls: list[tuple[str, int, int | None]] = []
     collect_magnitudes(relu, ["y"], split(heavy_tailed(7), [2, 5]), progress=lambda *call: calls.append(call))
     assert calls == [("calibrating", 2, None), ("calibrating", 7, None)]
+    del calls[:]
+    tensors_beyond_half(relu, split(heavy_tailed(7), [2, 5]), progress=lambda *call: calls.append(call))
+    assert calls == [("looking for values beyond fp16", 2, None), ("looking for values beyond fp16", 7, None)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_values_of_either_sign_are_found(tmp_path: Path, sign: int) -> None:
+    model = one_node_graph(tmp_path / "identity.onnx", "Identity", batch=4)
+    images = np.zeros((7, 3, 5, 7), np.float32)
+    assert tensors_beyond_half(model, [images]) == ()
+    images[5, 1, 2, 3] = sign * 20_000.0
+    assert tensors_beyond_half(model, [images]) == ("y", "out")
 
 
 def test_memory_does_not_grow_with_the_number_of_images(relu: Path) -> None:

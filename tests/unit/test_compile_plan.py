@@ -313,6 +313,12 @@ def test_what_cannot_be_is_refused(compiled, options, message):
         compiled(Library(), **options)
 
 
+def test_a_driver_older_than_the_library_is_told_before_anything_is_made(compiled, monkeypatch):
+    monkeypatch.setattr(tensorrt, "against_driver", lambda flavour, driver: f"too old: CUDA {driver}")
+    with pytest.raises(CompileError, match=r"too old: CUDA 12\.6"):
+        compiled(None)
+
+
 def test_a_setting_that_the_bindings_do_not_take_is_told(compiled):
     with pytest.raises(CompileError, match=r"does not take a setting of this plan.*incompatible function arguments"):
         compiled(Library(picky=True), workspace=1 << 28)

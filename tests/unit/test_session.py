@@ -76,6 +76,17 @@ def test_what_was_timed_side_by_side_is_chosen_by_speed():
     assert chosen(int8, fp16, engine(Precision.FP32)).key.precision == "int8"  # one that was not timed: no ranking
 
 
+def test_why_the_others_were_passed_over_is_told():
+    int8, fp16 = engine(Precision.INT8), engine(Precision.FP16)
+    elsewhere, pending = engine(Precision.FP16, architectures=("sm_87",)), engine(Precision.BF16, measured=False)
+    bundle = bundle_of(int8, fp16, elsewhere, pending)
+    others = session.passed_over(bundle, session.choose_engine(bundle, HOST, device="cuda"), HOST, device="cuda")
+    assert set(others) == {fp16.name, elsewhere.name, pending.name}
+    assert others[fp16.name] == f"would run, and {int8.name} is preferred"
+    assert others[elsewhere.name].startswith("compiled for sm_87; this GPU (NVIDIA L4) is sm_89")
+    assert others[pending.name].startswith("was compiled ahead of time and never measured")
+
+
 def changed_record(record: EngineRecord, **changes) -> EngineRecord:
     return msgspec.structs.replace(record, **changes)
 

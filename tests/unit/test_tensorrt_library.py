@@ -8,7 +8,7 @@ import types
 import pytest
 
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.runtime.tensorrt_library import FLAVOURS, library_version, load_library
+from edge_backbones.runtime.tensorrt_library import FLAVOURS, against_driver, library_version, load_library
 
 
 @pytest.fixture
@@ -64,3 +64,26 @@ def test_rtx_in_the_place_of_tensorrt_is_not_taken_for_it(modules):
     modules("tensorrt_rtx", "__version__ = '1.7.1'\nComputeCapability = object")
     assert library_version("tensorrt") is None
     assert library_version("tensorrt_rtx") == "1.7.1"
+
+
+def test_a_driver_that_is_older_than_the_wheel_is_told(tmp_path, monkeypatch):
+    """The lean runtime dies under it without a word: it must not be reached."""
+    for wheel in ("tensorrt_lean_cu13-11.4.0", "tensorrt_cu12_bindings-10.13.2", "tensorrt_cu13_bindings-10.13.2"):
+        folder = tmp_path / f"{wheel}.dist-info"
+        folder.mkdir()
+        name, _, version = wheel.partition("-")
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = against_driver("tensorrt_lean", "12.6")
+    assert told.startswith(
+        "tensorrt_lean here was made with CUDA 13, and the driver serves CUDA 12.6: update the driver"
+    )
+    assert told.endswith("install tensorrt-lean-cu12")
+    assert against_driver("tensorrt_lean", "13.0") == ""
+    assert against_driver("tensorrt", "12.6") == ""  # one of the two is for it
+    assert "made with CUDA 12" in against_driver("tensorrt", "11.8")
+
+
+def test_a_library_that_no_wheel_installed_is_tried(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    assert against_driver("tensorrt", "11.4") == ""

@@ -769,6 +769,15 @@ def test_close_goes_from_contexts_to_the_runtime_and_results_stay(machine):
     assert machine.left_over() == {}
 
 
+def test_nothing_of_tensorrt_is_made_under_an_old_driver(machine, monkeypatch):
+    monkeypatch.setattr(
+        tensorrt_library, "against_driver", lambda flavour, driver: f"too old: {flavour}, CUDA {driver}"
+    )
+    monkeypatch.setattr(machine.library, "Runtime", lambda *_: pytest.fail("it would be dead"))
+    with pytest.raises(EngineMismatchError, match=r"^too old: tensorrt, CUDA 13.0$"):
+        machine.open()
+
+
 def test_close_before_a_context_is_made_is_told(machine, monkeypatch):
     """Another thread closes between the choice of a context and its making."""
     session = machine.open()
