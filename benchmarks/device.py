@@ -56,7 +56,7 @@ def main() -> None:
     path = RESULTS / "device.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     readme_table.update()
-    print(f"wrote {path.relative_to(ROOT).as_posix()} and the table of README.md")
+    print(f"wrote {path.relative_to(ROOT).as_posix()} and the table of benchmarks/README.md")
     sys.exit(0 if all(row["reached"] for row in found["figures"]) else 1)
 
 

@@ -70,7 +70,7 @@ def main() -> None:
         print(model, json.dumps(figures), flush=True)
         RESULTS.write_text(json.dumps({"machine": machine(), "networks": found}, indent=1) + "\n", encoding="utf-8")
     readme_table.update()
-    print(f"wrote {RESULTS} and README.md")
+    print(f"wrote {RESULTS} and benchmarks/README.md")
 
 
 def trained_like(model: str, photographs: Path) -> Path:

@@ -1,15 +1,16 @@
-"""The figures in README.md, written from the results files and never typed."""
+"""The figures in README.md and benchmarks/README.md, written from the results files and never typed."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-_BLOCK = re.compile(r"<!-- figures of (?P<path>\S+) -->\n.*?<!-- end of figures -->\n", re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+_BLOCK = re.compile(r"<!-- (?P<kind>figures|summary) of (?P<path>\S+) -->\n.*?<!-- end of figures -->\n", re.DOTALL)
 _PEERS = {
     "torch": "torch",
     "torch-compile": "torch.compile",
@@ -20,24 +21,25 @@ _PEERS = {
 }
 
 
-def render(path: str) -> str:
-    """The block for a results file, ``path`` relative to the project."""
+def render(path: str, kind: str = "figures") -> str:
+    """The block for a results file, ``path`` relative to the project; ``kind``: all of its figures, or a ``summary``."""
     results = json.loads((ROOT / path).read_text(encoding="utf-8"))
-    lines = _TABLES.get(Path(path).stem, _bench)(results)
-    return "\n".join([f"<!-- figures of {path} -->", *lines, "<!-- end of figures -->"]) + "\n"
+    lines = _summary(results) if kind == "summary" else _TABLES.get(Path(path).stem, _bench)(results)
+    return "\n".join([f"<!-- {kind} of {path} -->", *lines, "<!-- end of figures -->"]) + "\n"
 
 
 def rendered(text: str) -> str:
-    """README's text with every block as its results file has it."""
-    return _BLOCK.sub(lambda block: render(block["path"]), text)
+    """A page's text with every block as its results file has it."""
+    return _BLOCK.sub(lambda block: render(block["path"], block["kind"]), text)
 
 
 def update(path: str | None = None) -> None:
-    """Write the blocks of README.md anew; ``path`` takes the place of the results of another machine."""
-    text = README.read_text(encoding="utf-8")
-    if path is not None:
-        text = _BLOCK.sub(lambda block: render(path) if _is_bench(block["path"]) else block[0], text)
-    README.write_text(rendered(text), encoding="utf-8")
+    """Write the blocks of the pages anew; ``path`` takes the place of the results of another machine."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if path is not None:
+            text = _BLOCK.sub(lambda block: render(path, block["kind"]) if _is_bench(block["path"]) else block[0], text)
+        page.write_text(rendered(text), encoding="utf-8")
 
 
 def _is_bench(path: str) -> bool:
@@ -58,6 +60,30 @@ def _bench(results: dict[str, Any]) -> list[str]:
         *(_compared(model, one, peers, results["rooflines"][model]) for model, one in comparisons.items()),
         "",
         *_figures(results),
+    ]
+
+
+def _summary(results: dict[str, Any]) -> list[str]:
+    """The medians of the ratios, and their geometric means."""
+    machine, comparisons = results["machine"], results["comparisons"]
+    names = [m["name"] for m in next(iter(comparisons.values()))["measurements"][1:]]
+    ratios = {model: {r["name"]: r["median"] for r in one["ratios"]} for model, one in comparisons.items()}
+    rows = []
+    for model, one in comparisons.items():
+        cells = [f"{ratios[model][name]:.1f}x" if name in ratios[model] else "absent" for name in names]
+        rows.append(f"| {model} | {one['measurements'][0]['median_ms']:.1f} ms | {' | '.join(cells)} |")
+    means = []
+    for name in names:
+        found = [of_model[name] for of_model in ratios.values() if name in of_model]
+        means.append(f"{math.exp(sum(map(math.log, found)) / len(found)):.1f}x" if found else "absent")
+    return [
+        f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), batch 1 at 224 x 224:",
+        "how many times our int8 engine's time each peer takes.",
+        "",
+        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in names)} |",
+        f"|---|---|{'---|' * len(names)}",
+        *rows,
+        f"| geometric mean | | {' | '.join(means)} |",
     ]
 
 

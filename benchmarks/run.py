@@ -108,7 +108,7 @@ def main() -> None:
     say("done")
     shown = path.relative_to(ROOT).as_posix()
     readme_table.update(shown)
-    print(f"wrote {shown} and the tables of README.md")
+    print(f"wrote {shown} and the tables of README.md and benchmarks/README.md")
     sys.exit(0 if all(row["reached"] for row in rows) else 1)
 
 

@@ -1,9 +1,12 @@
-"""README.md shows the figures of its results files, as they are."""
+"""README.md and benchmarks/README.md show the figures of their results files, as they are."""
+
+import pytest
 
 from benchmarks import readme_table
 
 
-def test_the_tables_are_the_results():
-    text = readme_table.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "blocks"), list(zip(readme_table.PAGES, (1, 4), strict=True)))
+def test_the_tables_are_the_results(page, blocks):
+    text = page.read_text(encoding="utf-8")
     assert readme_table.rendered(text) == text
-    assert len(readme_table._BLOCK.findall(text)) == 4
+    assert len(readme_table._BLOCK.findall(text)) == blocks
