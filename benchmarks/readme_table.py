@@ -77,8 +77,8 @@ def _summary(results: dict[str, Any]) -> list[str]:
         found = [of_model[name] for of_model in ratios.values() if name in of_model]
         means.append(f"{math.exp(sum(map(math.log, found)) / len(found)):.1f}x" if found else "absent")
     return [
-        f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), batch 1 at 224 x 224:",
-        "how many times our int8 engine's time each peer takes.",
+        f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), batch 1 at",
+        "224 x 224: how many times our int8 engine's time each peer takes.",
         "",
         f"| | ours | {' | '.join(_PEERS.get(name, name) for name in names)} |",
         f"|---|---|{'---|' * len(names)}",

@@ -362,8 +362,10 @@ def decode(data: bytes) -> Manifest:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of manifest.json, for readers in other languages."""
+    """JSON schema of manifest.json, for readers in other languages. What its fields mean is said here, in the structs."""
     schema: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Manifest)))  # tuples as lists
+    for struct in schema["$defs"].values():
+        struct.pop("description", None)
     return schema
 
 
