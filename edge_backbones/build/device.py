@@ -388,7 +388,10 @@ def explain_bundle(
         graph = bundle.manifest.onnx_graph(precision)
         if graph is None:
             raise BundleError(f"{bundle.path} has no {precision} graph, and without it an error cannot be explained")
-        found.append(explain(bundle.path / graph.file.path, report, golden, input.name, progress=progress))
+        fp32 = bundle.manifest.onnx_graph(Precision.FP32)
+        plain = None if fp32 is None or precision is Precision.FP32 else bundle.path / fp32.file.path
+        typed = bundle.path / graph.file.path
+        found.append(explain(typed, report, golden, input.name, plain=plain, progress=progress))
     return tuple(found)
 
 

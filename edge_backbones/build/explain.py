@@ -1,17 +1,19 @@
 """Where an error is born: an engine that left its gate, its typed graph, and the layer with which it begins.
 
-There are two causes, and they are told apart by running the typed graph in ONNX Runtime. If the graph holds the gate, the
-engine computes something else than it says: the graph is cut behind one layer after another, by bisection, until the first
-is found with which the engine's values differ. If the graph is outside too, the number format is to blame: every block is
-quantised alone, and the one that brings the most noise into the failing output is named. The bundle has no fp32 graph;
-its place takes the typed graph without the rounding of activations, so that what rounding the weights costs is told as a
-whole, as the noise that is left.
+There are two causes, and they are told apart by running the typed graph in ONNX Runtime, on every golden image: a gate is
+left by the worst of them. If the graph holds the gate, the engine computes something else than it says: the graph is cut
+behind one layer after another, by bisection, until the first is found with which the engine's values differ. If the graph is
+outside too, the number format is to blame: every block is quantised alone, and the one that brings the most noise into the
+failing output is named. The place of the fp32 graph, which a bundle need not have, takes the typed graph without the rounding
+of activations, so that what rounding the weights costs is told as a whole, as the noise that is left. A graph without
+rounding points (fp16) is searched for values that its format cannot hold, and compared with the fp32 graph where the bundle
+has it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,6 +22,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes import common as passes
 
+from edge_backbones.build import cpu_graph
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.build.parity import allowed_noise
 from edge_backbones.build.quantize import block_of
@@ -30,6 +33,7 @@ from edge_backbones.spec import Precision
 
 _LAYERS = frozenset({"Add", "Conv", "Gemm", "LayerNormalization", "MatMul", "Mul", "Relu", "Softmax"})
 _LOUDEST_SHOWN = 8
+_LARGEST = {Precision.FP16: float(np.finfo(np.float16).max)}
 
 
 class LayerNoise(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +48,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
     ``cause``: ``engine`` (it differs from its graph; ``layers`` are those that were compared, in graph order),
     ``activations`` or ``weights`` (rounding; ``layers`` are blocks, each quantised alone, the loudest first), or
-    ``format`` (a graph without Q/DQ pairs is outside by itself). ``born``: the first wrong layer, or the loudest block.
+    ``format`` (a graph without Q/DQ pairs is outside by itself; ``layers`` were compared with the fp32 graph, if there is
+    one). ``born``: the first wrong layer, or the loudest block; the stage, where neither can be told.
     """
 
     precision: Precision
@@ -62,24 +67,35 @@ def explain(
     golden: Mapping[str, np.ndarray],
     input_name: str,
     *,
+    plain: Path | None = None,
     progress: Progress = no_progress,
 ) -> Explanation:
-    """Explain a report that did not pass, on the golden images of opt size. ``graph``: the typed graph of the engine.
+    """Explain a report that did not pass. ``graph``: the typed graph of the engine; ``plain``: the fp32 graph, if any.
 
     Raises QuantizationError for bf16.
     """
     failing = next(stage.stage for stage in report.stages if not stage.passed)
     if report.precision is Precision.BF16:
         raise QuantizationError("bf16 cannot be explained: ONNX Runtime, which would be asked, does not compute in it")
-    images, expected = golden[f"opt/{input_name}"], golden[f"opt/{failing}"]
+    cases = [key.partition("/")[0] for key in golden if key.endswith(f"/{input_name}")]
+    inputs = {case: golden[f"{case}/{input_name}"] for case in cases}
     allowed = allowed_noise(report.gate)
     model = ir.load(graph)
     session = _session(model)
-    batch = _batch(session, images)
-    of_graph = _noise(_run(session, [failing], images, batch)[0], expected)
+    worst, of_graph = (cases[0], 0), -1.0
+    for case, images in inputs.items():
+        found = _run(session, [failing], images, _batch(session, images))[0]
+        for index, (actual, reference) in enumerate(zip(found, golden[f"{case}/{failing}"], strict=True)):
+            if (noise := _noise(actual, reference)) > of_graph:
+                worst, of_graph = (case, index), noise
     if of_graph <= allowed:
-        return _first_wrong_layer(model, report, failing, images, batch, allowed, progress)
-    return _loudest_block(model, report, failing, images, batch, expected, allowed, progress)
+        return _first_wrong_layer(model, report, failing, list(inputs.values()), allowed, progress)
+    case, index = worst
+    image, expected = (golden[f"{case}/{name}"][index : index + 1] for name in (input_name, failing))
+    batch = _batch(session, image)
+    if not _rounded(model.graph):
+        return _outside_by_itself(model, plain, report, failing, image, batch, of_graph, allowed, progress)
+    return _loudest_block(model, report, failing, image, batch, expected, allowed, progress)
 
 
 # ---- the engine differs from its graph ------------------------------------------------------------------------------
@@ -89,22 +105,15 @@ def _first_wrong_layer(
     model: ir.Model,
     report: ParityReport,
     failing: str,
-    images: np.ndarray,
-    batch: int,
+    inputs: Sequence[np.ndarray],
     allowed: float,
     progress: Progress,
 ) -> Explanation:
     """Bisection: what lies behind the first wrong layer is wrong too."""
-    layers = [node for node in _behind(model.graph, failing) if node.op_type in _LAYERS and _is_float(node.outputs[0])]
+    layers = _layers(model.graph, failing)
     limit = min(allowed, 0.01)  # rounding that falls to the other side is no difference
-    seen: dict[int, float] = {}
-    low, high = -1, len(layers)  # right up to low, wrong from high on (the output itself)
-    while high - low > 1:
-        middle = (low + high) // 2
-        progress("comparing layers", len(seen), math.ceil(math.log2(len(layers) + 1)))
-        seen[middle] = _difference_of_engine(model, layers[middle].outputs[0], images, batch)
-        low, high = (middle, high) if seen[middle] <= limit else (low, middle)
-    noise = tuple(LayerNoise(name=str(layers[i].name), sqnr_db=_db(seen[i])) for i in sorted(seen))
+    free = _with_rounding(model, None) if report.precision is Precision.INT8 else None
+    high, noise = _bisect(layers, lambda node: _difference_of_engine(model, free, node, inputs), limit, progress)
     if high < len(layers):
         born = str(layers[high].name)
         sentence = f"the engine library computes {born} otherwise than its graph says: report it, with this graph"
@@ -122,28 +131,134 @@ def _first_wrong_layer(
     )
 
 
-def _difference_of_engine(model: ir.Model, tensor: ir.Value, images: np.ndarray, batch: int) -> float:
-    """Noise of a tensor as the engine library computes it, against the graph's own value."""
+def _bisect(
+    layers: Sequence[ir.Node], difference: Callable[[ir.Node], float], limit: float, progress: Progress
+) -> tuple[int, tuple[LayerNoise, ...]]:
+    """The first layer that differs by more than ``limit`` (their number, if none does), and those that were compared."""
+    seen: dict[int, float] = {}
+    low, high = -1, len(layers)  # right up to low, wrong from high on (the output itself)
+    while high - low > 1:
+        middle = (low + high) // 2
+        progress("comparing layers", len(seen), math.ceil(math.log2(len(layers) + 1)))
+        seen[middle] = difference(layers[middle])
+        low, high = (middle, high) if seen[middle] <= limit else (low, middle)
+    return high, tuple(LayerNoise(name=str(layers[i].name), sqnr_db=_db(seen[i])) for i in sorted(seen))
+
+
+def _difference_of_engine(
+    model: ir.Model, free: ir.Model | None, layer: ir.Node, inputs: Sequence[np.ndarray]
+) -> float:
+    """Noise of a layer as the engine library computes it, against the graph's own value; of the worst batch.
+
+    int8 engines are made of an adapted graph, which rounds more finely. So it is how much further they are than the graph
+    from ``free``, where activations are not rounded; twice as far is still no difference.
+    """
+    name = str(layer.outputs[0].name)
+    cut = _cut_behind(model, name)
+    adapted = read_model(ir.to_proto(cut).SerializeToString())
+    if free is not None:
+        cpu_graph.adapt(adapted)
+    engine = OpenVinoSession(bytearray(compile_model(adapted)), outputs=("explained",))
+    own, unrounded = _session(cut), None if free is None else _session(_cut_behind(free, name))
+    worst = 0.0
+    try:
+        for images in inputs:
+            batch = _batch(own, images)
+            for start in range(0, len(images), batch):
+                chunk = np.ascontiguousarray(images[np.arange(start, start + batch) % len(images)])
+                actual, expected = engine.run(chunk)[0], _run(own, ["explained"], chunk, batch)[0]
+                if unrounded is None:
+                    noise = _noise(actual, expected)
+                else:
+                    reference = _run(unrounded, ["explained"], chunk, batch)[0]
+                    noise = _noise(actual, reference) - 2 * _noise(expected, reference)
+                worst = max(worst, math.inf if math.isnan(noise) else noise)
+    finally:
+        engine.close()
+    return worst
+
+
+def _cut_behind(model: ir.Model, name: str) -> ir.Model:
+    """A copy whose only output is that tensor, in float32 and under the name ``explained``."""
     cut = ir.from_proto(ir.to_proto(model))
-    [value] = [output for node in cut.graph for output in node.outputs if output.name == tensor.name]
+    [value] = [output for node in cut.graph for output in node.outputs if output.name == name]
     value = _as_float(cut.graph, value, "explained")
     del cut.graph.outputs[:]
     cut.graph.outputs.append(value)
     passes.RemoveUnusedNodesPass()(cut)
-    data = ir.to_proto(cut).SerializeToString()
-    session = OpenVinoSession(bytearray(compile_model(read_model(data))), outputs=("explained",))
-    try:
-        chunks = [images[start : start + batch] for start in range(0, len(images), batch)]
-        actual = np.concatenate(
-            [session.run(np.ascontiguousarray(chunk))[0] for chunk in chunks if len(chunk) == batch]
-        )
-    finally:
-        session.close()
-    expected = _run(_session(cut), ["explained"], images[: len(actual)], batch)[0]
-    return _noise(actual, expected)
+    return cut
 
 
 # ---- the number format ----------------------------------------------------------------------------------------------
+
+
+def _outside_by_itself(
+    model: ir.Model,
+    plain: Path | None,
+    report: ParityReport,
+    failing: str,
+    image: np.ndarray,
+    batch: int,
+    of_graph: float,
+    allowed: float,
+    progress: Progress,
+) -> Explanation:
+    """Without rounding points: the first layer with values that are not finite, or that is too far from the fp32 graph's."""
+    layers = _layers(model.graph, failing)
+    noise: tuple[LayerNoise, ...] = ()
+    needs = f"{failing} is left {_db(of_graph):.1f} dB of the {_db(allowed):.1f} dB that it needs"
+    beyond = _first_beyond(model, layers, _LARGEST.get(report.precision, math.inf), image, batch)
+    if beyond is not None:
+        born = str(beyond.name)
+        sentence = (
+            f"{born} is the first layer with values that {report.precision} cannot hold: build bf16 or fp32 instead"
+        )
+    elif plain is not None:
+        reference = ir.load(plain)
+        known = {str(node.name): node for node in reference.graph}
+        shared = [node for node in layers if str(node.name) in known]
+        high, noise = _bisect(
+            shared,
+            lambda node: _noise(
+                _value(model, node, image, batch), _value(reference, known[str(node.name)], image, batch)
+            ),
+            allowed,
+            progress,
+        )
+        born = str(shared[high].name) if high < len(shared) else failing
+        sentence = f"{needs}; {born} is the first layer that {report.precision} takes further from fp32 than that"
+    else:
+        born = failing
+        sentence = (
+            f"{needs}: {report.precision} is too coarse here. With an fp32 graph in the bundle the layer can be told"
+        )
+    return Explanation(
+        precision=report.precision,
+        stage=failing,
+        cause="format",
+        born=born,
+        sentence=sentence,
+        layers=noise,
+        limit_db=_db(allowed),
+    )
+
+
+def _first_beyond(
+    model: ir.Model, layers: Sequence[ir.Node], largest: float, image: np.ndarray, batch: int
+) -> ir.Node | None:
+    """The first layer with values that are larger, or not finite. ONNX Runtime computes half in float, and shows them."""
+    copy = ir.from_proto(ir.to_proto(model))
+    names = [str(layer.outputs[0].name) for layer in layers]
+    values = {output.name: output for node in copy.graph for output in node.outputs}
+    del copy.graph.outputs[:]
+    copy.graph.outputs.extend(_as_float(copy.graph, values[n], f"explained {i}") for i, n in enumerate(names))
+    found = _run(_session(copy), [f"explained {i}" for i in range(len(names))], image, batch)
+    inside = [bool(np.isfinite(value).all()) and float(np.abs(value).max()) <= largest for value in found]
+    return None if all(inside) else layers[inside.index(False)]
+
+
+def _value(model: ir.Model, layer: ir.Node, image: np.ndarray, batch: int) -> np.ndarray:
+    return _run(_session(_cut_behind(model, str(layer.outputs[0].name))), ["explained"], image, batch)[0]
 
 
 def _loudest_block(
@@ -169,7 +284,7 @@ def _loudest_block(
     found.sort(key=lambda layer: layer.sqnr_db)
     weights = f"rounding the weights alone leaves {_db(of_weights):.1f} dB"
     if not found or of_weights > allowed:
-        cause = "weights" if blocks else "format"
+        cause = "weights"
         sentence = f"{weights} of the {_db(allowed):.1f} dB that {failing} needs: {report.precision} is too coarse here"
         born = failing
     else:
@@ -250,6 +365,11 @@ def _behind(graph: ir.Graph, output: str) -> list[ir.Node]:
             found.append(node)
             wanted.update(value for value in node.inputs if value is not None)
     return found[::-1]
+
+
+def _layers(graph: ir.Graph, output: str) -> list[ir.Node]:
+    """Those that an output depends on and that compute floats, in graph order."""
+    return [node for node in _behind(graph, output) if node.op_type in _LAYERS and _is_float(node.outputs[0])]
 
 
 def _is_float(value: ir.Value) -> bool:

@@ -13,17 +13,20 @@ import onnx
 import pytest
 from msgspec import structs
 from onnx import numpy_helper
+from openvino import opset13 as ops
 from PIL import Image
 
-from edge_backbones.build import explain
+from edge_backbones.build import cpu_graph, explain
+from edge_backbones.build.artifacts import ExportedGraph
 from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.device import explain_bundle, verify_bundle
 from edge_backbones.build.explain import allowed_noise
 from edge_backbones.build.parity import measure_engine
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
+from edge_backbones.build.quantize import write_typed_graph
 from edge_backbones.bundle import Bundle, load_golden, record_bytes, record_file, write_manifest
 from edge_backbones.errors import ParityError, QuantizationError
-from edge_backbones.manifest import EngineRecord, Gate
+from edge_backbones.manifest import EngineRecord, Gate, ParityReport
 from edge_backbones.spec import Precision
 
 GATE = Gate(min_sqnr_db=16.0)
@@ -153,6 +156,88 @@ def test_a_format_without_rounding_points(bundle):
     with_engine(bundle, wrong, Precision.FP32, Gate(max_relative=1e-3))
     [found] = explain_bundle(bundle)
     assert (found.cause, found.layers) == ("format", ())
+
+
+def report_of(bundle: Path, precision: Precision, gate: Gate, failing: str = "layer4") -> ParityReport:
+    """One in which that stage failed."""
+    engine = Bundle.open(bundle).manifest.engines[0]
+    stages = tuple(structs.replace(stage, passed=stage.stage != failing) for stage in engine.parity.stages)
+    return ParityReport(precision=precision, gate=gate, stages=stages)
+
+
+@pytest.mark.parametrize("case", ["opt", "max"])
+def test_the_worst_image_of_any_case_is_explained(bundle, case):
+    """One image out of several is outside, in one of the sizes: over all of them the graph would hold its gate."""
+    golden = dict(load_golden(Bundle.open(bundle)))
+    golden |= {key.replace("opt/", f"{case}/"): value.copy() for key, value in golden.items()}
+    expected = golden[f"{case}/layer4"]
+    gate = Gate(min_sqnr_db=9.0)
+    noise = np.random.default_rng(0).standard_normal(expected[1].shape).astype(np.float32)
+    noise *= np.linalg.norm(expected[1]) / np.linalg.norm(noise) * 10 ** (-7.0 / 20)
+    expected[1] += noise
+    report = report_of(bundle, Precision.INT8, gate)
+    found = explain.explain(bundle / "graphs" / "int8.onnx", report, golden, "pixel_values")
+    assert found.cause == "weights"  # what the graph is held against was planted: without any rounding it is as far
+    del golden[f"{case}/layer4"], golden[f"{case}/pixel_values"]
+
+
+def test_an_error_of_the_adaptation_to_the_cpu(bundle, monkeypatch):
+    """The engine is made of an adapted graph: what goes wrong there is found like any other error of the engine."""
+    layer = "layer2.0.conv1/Conv"
+    model = load(bundle, "int8")
+    [output] = [node.output[0] for node in model.graph.node if node.name == layer]
+    right = cpu_graph.adapt
+
+    def wrong(opened):
+        right(opened)
+        for node in opened.get_ordered_ops():
+            if output in node.output(0).get_names() and node.get_type_name() != "Result":
+                readers = node.output(0).get_target_inputs()
+                factor = ops.convert(ops.constant(np.float32(-6)), node.output(0).get_element_type())
+                turned = ops.multiply(node.output(0), factor)
+                for reader in readers:
+                    reader.replace_source_output(turned.output(0))
+        opened.validate_nodes_and_infer_types()
+
+    monkeypatch.setattr(cpu_graph, "adapt", wrong)
+    with_engine(bundle, model, Precision.INT8, GATE)
+    [found] = explain_bundle(bundle, engine="int8")
+    assert found.cause == "engine"
+    assert found.born in (layer, next(node.name for node in model.graph.node if output in node.input))
+
+
+def fp16_of(bundle: Path, folder: Path) -> Path:
+    opened = Bundle.open(bundle)
+    plain = ExportedGraph(bundle / "graphs" / "fp32.onnx", opened.manifest.backbone, opened.manifest.input)
+    return write_typed_graph(plain, precision=Precision.FP16, path=folder / "fp16.onnx").path
+
+
+def test_values_that_fp16_cannot_hold(bundle, tmp_path):
+    graph = onnx.load(fp16_of(bundle, tmp_path))
+    layer = "layer2.0.conv1/Conv"
+    [node] = [node for node in graph.graph.node if node.name == layer]
+    [weights] = [tensor for tensor in graph.graph.initializer if tensor.name == node.input[1]]
+    scaled(graph, node.input[1], 6e4 / np.abs(numpy_helper.to_array(weights).astype(np.float32)).max())
+    onnx.save(graph, tmp_path / "wrong.onnx")
+    report = report_of(bundle, Precision.FP16, Gate(min_cosine=0.9999))
+    golden = load_golden(Bundle.open(bundle))
+    found = explain.explain(tmp_path / "wrong.onnx", report, golden, "pixel_values")
+    assert (found.cause, found.born) == ("format", layer)
+    assert "is the first layer with values that fp16 cannot hold: build bf16 or fp32" in found.sentence
+
+
+def test_a_format_that_is_too_coarse_for_a_layer(bundle, tmp_path):
+    graph = damaged(onnx.load(fp16_of(bundle, tmp_path)), "layer2.0.conv1/Conv")
+    onnx.save(graph, tmp_path / "wrong.onnx")
+    report = report_of(bundle, Precision.FP16, Gate(min_cosine=0.9999))
+    golden, fp32 = load_golden(Bundle.open(bundle)), bundle / "graphs" / "fp32.onnx"
+    found = explain.explain(tmp_path / "wrong.onnx", report, golden, "pixel_values", plain=fp32)
+    assert (found.cause, found.born) == ("format", "layer2.0.conv1/Conv")
+    assert "is the first layer that fp16 takes further from fp32 than that" in found.sentence
+    assert found.layers
+    alone = explain.explain(tmp_path / "wrong.onnx", report, golden, "pixel_values")
+    assert (alone.born, alone.layers) == ("layer4", ())
+    assert "With an fp32 graph in the bundle the layer can be told" in alone.sentence
 
 
 def test_bf16_is_not_explained(bundle):
