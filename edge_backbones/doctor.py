@@ -35,6 +35,7 @@ _DISTRIBUTIONS = (
 # A compilation of TensorRT takes about so much beside the plan itself, and the system some more.
 _MEMORY_TO_COMPILE = 2 << 30
 _OLDEST_TENSORRT = (10, 3)
+_FIRST_L4T = 36  # JetPack 6
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +48,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Python(msgspec.Struct, frozen=True, kw_only=True):
-    """The interpreter that runs this. ``system_packages``: it sees those of the system's Python."""
+    """The interpreter that runs this. ``system_packages``: it sees those of the system's Python, which is the one in /usr."""
 
     version: str
     executable: str
@@ -129,7 +130,9 @@ def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
         device = "cpu" if engine.key.gpu is None else "cuda"
         reasons = session.reasons_against(engine, machine.host, engine.name, device=device)
         told = "; ".join(reasons) or "runs here"
-        found.append(Finding(topic=f"engine {engine.name}", ok=not reasons, found=told))
+        fix = f"edge-backbones {'compile' if engine.parity.measured else 'verify'} {bundle.path}"
+        fix = "" if not reasons else fix if device == "cpu" else f"{fix} (on the machine with that GPU)"
+        found.append(Finding(topic=f"engine {engine.name}", ok=not reasons, found=told, fix=fix))
     if not found:
         fix = f"edge-backbones compile {bundle.path}"
         found.append(Finding(topic="engines", ok=False, found=f"{bundle.path} has none", fix=fix))
@@ -137,6 +140,8 @@ def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
 
 
 def _sees_system_packages() -> bool:
+    if sys.base_prefix != "/usr":  # pyenv's, conda's
+        return False
     if sys.prefix == sys.base_prefix:
         return True
     try:
@@ -244,10 +249,10 @@ def _gpu(machine: Machine) -> Finding:
         kernel = f"driver {machine.system.driver}, " if machine.system.driver else ""
         return Finding(topic=topic, ok=True, found=f"{listed}; {kernel}CUDA up to {machine.gpus[0].driver}")
     fix = ""
-    if machine.system.driver or machine.system.l4t:
+    if machine.system.driver or machine.system.l4t or "Jetson" in machine.system.board:
         fix = "the kernel has the driver and this process does not see it"
         fix += ": docker run --runtime nvidia (or --gpus all)" if machine.system.container else ": reboot, or see dmesg"
-    return Finding(topic=topic, ok=False, found=f"{machine.no_gpu}; CPU engines do not need one", fix=fix)
+    return Finding(topic=topic, ok=not fix, found=f"{machine.no_gpu}; CPU engines do not need one", fix=fix)
 
 
 def _cuda(machine: Machine) -> Finding:
@@ -261,7 +266,7 @@ def _cuda(machine: Machine) -> Finding:
     driver = machine.gpus[0].driver.partition(".")[0] if machine.gpus else ""
     return Finding(
         topic="reach the GPU's memory (CUDA)",
-        ok=bool(versions),
+        ok=not wanted,
         found=found,
         fix=f"pip install 'cuda-bindings=={driver}.*'" if wanted else "",
     )
@@ -269,8 +274,11 @@ def _cuda(machine: Machine) -> Finding:
 
 def why_not_the_gpu(machine: Machine) -> str:
     """Why engines for this machine's GPU cannot be compiled here, and what to do; empty where they can or there is none."""
+    if not machine.gpus:
+        seen = _gpu(machine)
+        return "" if seen.ok else f"there is a GPU, and it is not usable ({machine.no_gpu}): {seen.fix}"
     finding = _tensorrt(machine)
-    if not machine.gpus or finding.ok:
+    if finding.ok:
         return ""
     return f"{machine.gpus[0].name} is here, and TensorRT is not usable ({finding.found}): {finding.fix}"
 
@@ -279,15 +287,18 @@ def _tensorrt(machine: Machine) -> Finding:
     topic, version = "compile and run engines of this GPU (TensorRT)", machine.tensorrt.get("tensorrt")
     if version is not None:
         numbers = tuple(int(part) for part in version.split(".")[:2])
-        fix = (
-            ""
-            if numbers >= _OLDEST_TENSORRT
-            else "10.3 is the oldest that engines are made with: upgrade (JetPack 6.1)"
-        )
+        upgrade = "JetPack 6.2" if machine.system.l4t else "pip install --upgrade tensorrt"
+        old = f"10.3 is the oldest that engines are made with: upgrade ({upgrade})"
+        fix = "" if numbers >= _OLDEST_TENSORRT else old
         return Finding(topic=topic, ok=not fix, found=version, fix=fix)
     system, python = machine.system, machine.python
+    if not system.l4t and not machine.gpus:
+        return Finding(topic=topic, ok=True, found="not installed; there is no GPU here that would need it")
     if not system.l4t:
         return Finding(topic=topic, ok=False, found="missing", fix="pip install 'edge-backbones[tensorrt]'")
+    if int(system.l4t.partition(".")[0]) < _FIRST_L4T:
+        found = f"JetPack {system.jetpack} has an older one than engines are made with"
+        return Finding(topic=topic, ok=False, found=found, fix="flash JetPack 6.2 (Orin), or use the CPU engine")
     short = ".".join(python.version.split(".")[:2])
     if not system.tensorrt_pythons:
         return Finding(
@@ -320,8 +331,11 @@ def _optional(machine: Machine, flavour: str) -> Finding:
         ),
     }[flavour]
     version = machine.tensorrt.get(flavour)
-    fix = "" if version or machine.system.l4t else install
-    return Finding(topic=purpose, ok=version is not None, found=version or "missing", fix=fix)
+    if version is None and machine.system.l4t:
+        return Finding(topic=purpose, ok=True, found="not installed; nothing on a Jetson needs it")
+    return Finding(
+        topic=purpose, ok=version is not None, found=version or "missing", fix="" if version is not None else install
+    )
 
 
 def _profile(machine: Machine) -> DeviceProfile | None:

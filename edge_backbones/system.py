@@ -23,10 +23,9 @@ _CPU_FILES = {
     "cpu MHz at most": "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq",
     "turbo off": "sys/devices/system/cpu/intel_pstate/no_turbo",
     "boost": "sys/devices/system/cpu/cpufreq/boost",
-    "Jetson GPU MHz now": "sys/class/devfreq/17000000.gpu/cur_freq",
     "Jetson": "proc/device-tree/model",
 }
-_UNITS_PER_MHZ = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3, "Jetson GPU MHz now": 1e6}
+_UNITS_PER_MHZ = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3}
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,7 +76,12 @@ def read_system(root: Path = Path("/")) -> System:
         memory=_memory(_text(root / "proc/meminfo")),
         driver=driver.group(1) if driver else None,
         cuda=_cuda(_text(root / "usr/local/cuda/version.json")),
-        tensorrt_pythons=tuple(sorted(path.parts[-4].removeprefix("python") for path in packages)),
+        tensorrt_pythons=tuple(
+            sorted(
+                (path.parts[-4].removeprefix("python") for path in packages),
+                key=lambda python: [int(part) for part in re.findall(r"\d+", python)],
+            )
+        ),
         container=(root / ".dockerenv").exists() or (root / "run/.containerenv").exists(),
         settings=settings(root),
     )
@@ -91,6 +95,11 @@ def settings(root: Path = Path("/")) -> dict[str, str]:
         if text:
             unit = _UNITS_PER_MHZ.get(name)
             found[name] = f"{float(text) / unit:.0f}" if unit and text.isdigit() else text
+    # Xavier's, Orin's on JetPack 5 and 6, Thor's.
+    gpus = [p for p in (root / "sys/class/devfreq").glob("*") if re.search(r"\.(gv11b|ga10b|gpu)$|^gpu-gpc-0$", p.name)]
+    clocks = [text for path in gpus if (text := _text(path / "cur_freq")).isdigit()]
+    if clocks:
+        found["Jetson GPU MHz now"] = f"{int(clocks[0]) / 1e6:.0f}"
     status = _text(root / "var/lib/nvpmodel/status")
     if mode := re.search(r"pmode:(\d+)", status):
         names = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", _text(root / "etc/nvpmodel.conf"))

@@ -214,7 +214,10 @@ def test_doctor_names_every_extra_that_is_missing():
         "def missing(name): raise m.PackageNotFoundError(name)\n"
         "m.version = missing\n"
         "from edge_backbones.doctor import judge, look\n"
-        "print([f.fix for f in judge(look()) if not f.ok])"
+        "from edge_backbones.runtime.cuda import Gpu\n"
+        "import msgspec\n"
+        "gpu = Gpu(0, 'NVIDIA L4', 'sm_89', 24 << 30, '13.0', 58, False)\n"
+        "print([f.fix for f in judge(msgspec.structs.replace(look(), gpus=(gpu,))) if not f.ok])"
     )
     fixes = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for extra in ("cpu", "images", "report", "build", "tensorrt"):

@@ -182,6 +182,7 @@ def test_jetpack_5_is_told_what_it_lacks():
     jetpack = finding(found, "JetPack")
     assert not jetpack.ok
     assert "flash JetPack 6.2 (Orin), or use the CPU engine" in jetpack.fix
+    assert "flash JetPack 6.2" in finding(found, "compile and run engines").fix
     assert "no int8 dot product" in finding(found, "fast int8").fix
     assert "Jetson power mode 15W" in finding(found, "power mode").found
 
@@ -210,8 +211,6 @@ def test_a_thor():
     assert {f.topic for f in found if not f.ok} == {
         "draw feature maps and reports",
         "build bundles",
-        "run version-compatible plans (TensorRT lean)",
-        "compile for RTX GPUs, without one too (TensorRT-RTX)",
     }
 
 
@@ -253,6 +252,7 @@ def test_every_finding_is_a_plain_line(name):
     for one in found:
         assert one.found
         assert "\n" not in one.found + one.fix
+        assert one.ok or one.fix, one
         assert not re.search(r"None|\bsm_None|\(\)|\bdict\b", one.found + one.fix), one
     assert json.loads(msgspec.json.encode(found))[0]["topic"] == "machine"
 
@@ -278,6 +278,7 @@ def test_which_engines_of_a_bundle_run_there(tmp_path):
     assert "edge-backbones[cpu]" in found.found or "openvino" in found.found.lower()
     [found] = judge_engines(machine("jetpack6-orin-nano"), bundle)
     assert not found.ok
+    assert found.fix == f"edge-backbones compile {bundle.path}"
 
 
 def test_a_bundle_without_engines_is_told_how_to_get_one(tmp_path):
@@ -296,6 +297,35 @@ def test_a_gpu_that_no_profile_knows_is_said():
     assert not found.ok
     assert "none is known to be of NVIDIA B300 (sm_103" in found.found
     assert "--profile FILE.toml" in found.fix
+
+
+def test_the_clock_of_every_jetson_gpu_is_found():
+    shown = {name: read_system(MACHINES / name).settings.get("Jetson GPU MHz now") for name in ALL}
+    assert {name for name, clock in shown.items() if clock} == {name for name in ALL if name.startswith("jetpack")}
+    assert (shown["jetpack5-agx-xavier"], shown["jetpack7-agx-thor"]) == ("675", "1575")
+
+
+def test_pythons_are_in_the_order_of_their_numbers(tmp_path):
+    for python in ("3.8", "3.10", "3.9"):
+        (tmp_path / f"usr/lib/python{python}/dist-packages/tensorrt").mkdir(parents=True)
+        (tmp_path / f"usr/lib/python{python}/dist-packages/tensorrt/__init__.py").touch()
+    assert read_system(tmp_path).tensorrt_pythons == ("3.8", "3.9", "3.10")
+
+
+def test_a_server_with_an_old_tensorrt_is_not_told_of_jetpack():
+    found = finding(
+        judge(machine("server-h100", gpus=(H100,), tensorrt={"tensorrt": "8.6.1"})), "compile and run engines"
+    )
+    assert (found.ok, "JetPack" in found.fix, "pip install --upgrade tensorrt" in found.fix) == (False, False, True)
+
+
+def test_a_gpu_that_a_container_hides_is_not_passed_over():
+    """docker run without --runtime nvidia: not a machine without a GPU."""
+    seen = machine("jetpack6-orin-nano")
+    hidden = msgspec.structs.replace(seen.system, container=True)
+    why = doctor.why_not_the_gpu(msgspec.structs.replace(seen, system=hidden))
+    assert why.startswith("there is a GPU, and it is not usable")
+    assert "docker run --runtime nvidia" in why
 
 
 def test_why_a_gpu_is_not_compiled_for():
