@@ -82,7 +82,7 @@ def main() -> None:
         add_figures(rows, bundles, quick=arguments.quick)
     if "end_to_end" in wanted:
         say("camera frames to feature maps")
-        add_end_to_end(rows, rounds=3 if arguments.quick else 7)
+        add_end_to_end(rows, quick=arguments.quick)
     if "growth" in wanted:
         say("growth")
         laws = growth.measure(quick=arguments.quick)
@@ -122,6 +122,7 @@ def compare_model(model: str, bundle: Path, photographs: Path, arguments: argpar
         turns=3 if arguments.quick else arguments.turns,
         images=read_images(photographs, Bundle.open(bundle)),
         pythons={} if arguments.nncf is None else {"nncf": arguments.nncf},
+        repository=ROOT,
     )
     return compare(bundle, options)
 
@@ -166,10 +167,12 @@ def add_means(rows: list[dict[str, Any]], comparisons: Mapping[str, Comparison])
             add(rows, what, mean, target, "x", at_least=True)
 
 
-def add_end_to_end(rows: list[dict[str, Any]], *, rounds: int) -> None:
+def add_end_to_end(rows: list[dict[str, Any]], *, quick: bool) -> None:
     """Camera frame to feature maps: ours against timm's transforms and the same engine."""
-    found = end_to_end.measure(rounds=rounds)
-    (RESULTS / "end_to_end.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    models = [model for model in end_to_end.MODELS if not quick or model in QUICK]
+    found = end_to_end.measure(rounds=3 if quick else 7, models=models)
+    if not quick:
+        (RESULTS / "end_to_end.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for model, figure in found["models"].items():
         add(
             rows,

@@ -52,9 +52,12 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def _why(number: int, memory: Memory | None, *, for_memory: bool) -> str:
     if number != getattr(signal, "SIGKILL", None):
         name = signal.Signals(number).name
+        starved = (
+            " that may be for lack of memory: --workspace 256, one --shapes, more swap;" if name == "SIGABRT" else ""
+        )
         return (
-            f"compiling crashed in a library ({name}); the bundle holds what was finished before. Try another --precision, "
-            "and edge-backbones doctor; with --in-process the crash is this process's, for a debugger"
+            f"compiling crashed in a library ({name});{starved} the bundle holds what was finished before. Try another "
+            "--precision, and edge-backbones doctor; with --in-process the crash is this process's, for a debugger"
         )
     room = (
         "" if memory is None else f", {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available before"

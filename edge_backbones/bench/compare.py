@@ -68,7 +68,7 @@ class CompareOptions:
     """``engine``: as in `EdgeBackbone.from_pretrained`. ``vs``: names of `PEERS`. ``turns`` of every contender, each of at
     least ``seconds`` and ``calls``. ``images``: what NNCF calibrates on, inputs of the bundle's graph along the first axis;
     None for the golden samples. ``pythons``: the interpreter of a peer that lives in another environment,
-    which has this package too (of NNCF's only nncf is asked).
+    which has this package too (of NNCF's only nncf is asked). ``repository``: a git checkout whose commit is recorded.
     """
 
     engine: str | None = None
@@ -80,11 +80,15 @@ class CompareOptions:
     calls: int = 10
     images: np.ndarray | None = None
     pythons: Mapping[str, str] = field(default_factory=dict)
+    repository: Path | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.vs if name not in PEERS]
         if unknown or len(set(self.vs)) != len(self.vs):
             raise InputError(f"--vs takes {', '.join(PEERS)}, each once; got {', '.join(self.vs)}")
+        on_cpu = [name for name in self.vs if name in ("openvino", "nncf")]
+        if self.device != "cpu" and on_cpu:
+            raise InputError(f"{' and '.join(on_cpu)} run on the CPU, not on {self.device}: leave them out of --vs")
         if self.turns < 1 or self.calls < 1 or self.seconds < 0 or self.threads < 1:
             raise InputError(
                 f"turns, calls and threads must be at least 1 and seconds at least 0, got {self.turns}, {self.calls}, "
@@ -137,7 +141,7 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
         threads=options.threads,
         device=options.device,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        machine=machine.describe(),
+        machine=machine.describe(repository=options.repository),
         measurements=tuple(measured[name] for name in ("edge", *options.vs)),
         ratios=tuple(
             ratio_of(name, measured[name].turns, ours.turns) for name in options.vs if not measured[name].missing

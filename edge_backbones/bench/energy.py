@@ -55,12 +55,21 @@ def cpu_counters(root: Path = Path("/")) -> list[tuple[Callable[[], float], floa
         if folder.name.count(":") > 1:  # a part of a package, counted there already
             continue
         try:
+            if _name(folder) == "psys":  # the platform, with every package in it
+                continue
             _number(folder / "energy_uj")
             wrap = _number(folder / "max_energy_range_uj")
         except (OSError, ValueError):
             continue  # not for this user
         counters.append((lambda file=folder / "energy_uj": _number(file) / 1e6, wrap / 1e6))  # type: ignore[misc]
     return counters
+
+
+def _name(folder: Path) -> str:
+    try:
+        return (folder / "name").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def board_rail(root: Path = Path("/")) -> Callable[[], float] | None:

@@ -9,6 +9,8 @@ import msgspec
 
 from edge_backbones.errors import InputError
 
+_FEWEST_TURNS = 6  # below, the largest and the smallest ratio do not hold the median with 95 % confidence
+
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pass
@@ -62,16 +64,22 @@ class Measurement(_Strict, frozen=True):
 
 class Ratio(_Strict, frozen=True):
     """How many times the first contender's time another one takes, turn by turn. ``low`` to ``high``: where the median of the
-    turns lies with 95 % confidence (order statistics). Where 1 is inside, the machine does not tell which is faster."""
+    turns lies with 95 % confidence (order statistics), if there were ``turns`` enough to say that: six. Where there were not,
+    or 1 is inside, the machine does not tell which is faster."""
 
     name: str
     median: float
     low: float
     high: float
+    turns: int | None = None
+
+    @property
+    def is_sure(self) -> bool:
+        return self.turns is None or self.turns >= _FEWEST_TURNS
 
     @property
     def is_ranked(self) -> bool:
-        return not self.low <= 1 <= self.high
+        return self.is_sure and not self.low <= 1 <= self.high
 
 
 class Comparison(_Strict, frozen=True):
@@ -93,7 +101,7 @@ def ratio_of(name: str, theirs: Sequence[float], ours: Sequence[float]) -> Ratio
     """From medians of turns that were taken side by side, at least one of each."""
     ratios = sorted(their / our for their, our in zip(theirs, ours, strict=True))
     low, high = median_bounds(len(ratios))
-    return Ratio(name=name, median=_median(ratios), low=ratios[low], high=ratios[high])
+    return Ratio(name=name, median=_median(ratios), low=ratios[low], high=ratios[high], turns=len(ratios))
 
 
 def median_bounds(count: int) -> tuple[int, int]:
@@ -141,5 +149,5 @@ def regressions(now: Comparison, before: Comparison) -> list[str]:
         f"{ratio.name} takes {ratio.median:.2f} times our time ({ratio.low:.2f} to {ratio.high:.2f}), "
         f"{then.median:.2f} ({then.low:.2f} to {then.high:.2f}) on {before.date}"
         for ratio in now.ratios
-        if (then := earlier.get(ratio.name)) is not None and ratio.high < then.low
+        if (then := earlier.get(ratio.name)) is not None and ratio.is_sure and then.is_sure and ratio.high < then.low
     ]

@@ -367,6 +367,10 @@ def _refuse(
 ) -> None:
     """Raise CompileError for what this library lacks or would ignore."""
     name = f"{flavour} {library.__version__}"
+    if not hasattr(library, "IProgressMonitor"):  # JetPack 6.0 has 8.6
+        raise CompileError(
+            f"{name} is too old, 10.3 is the oldest that plans are made with: upgrade (on a Jetson, JetPack 6.2)"
+        )
     if flavour == "tensorrt_rtx":
         ignored = {
             "version compatibility": options.version_compatible,

@@ -119,6 +119,35 @@ def test_what_tensorrt_measured_goes_with_the_bundle_and_into_the_next_compilati
     assert given[3:] == [b"mine", b"mine"]
 
 
+KILLED = """
+import os, signal, sys
+from edge_backbones import compile_bundle
+from edge_backbones.build import device
+compile_engine, made = device.compile_engine, []
+def second_is_killed(*arguments, **options):
+    if made:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(1)
+    return compile_engine(*arguments, **options)
+device.compile_engine = second_is_killed
+compile_bundle(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")
+def test_a_compilation_that_was_killed_goes_on_behind_what_it_finished(bundle):
+    expected = names(bundle)
+    for engine in Bundle.open(bundle).manifest.engines:
+        Bundle.open(bundle).remove_engine(engine.name)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(bundle)], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    [finished] = Bundle.open(bundle).manifest.engines
+    Bundle.open(bundle).check_files()
+    [added] = compile_bundle(bundle, resume=True)
+    assert added.name != finished.name
+    assert names(bundle) == expected
+
+
 def test_a_damaged_engine_is_made_again(bundle):
     [first, _] = Bundle.open(bundle).manifest.engines
     (bundle / first.file.path).write_bytes(b"damaged")

@@ -49,6 +49,8 @@ def test_ratios_are_taken_within_turns():
     assert ratio.is_ranked
     noise = np.array([0.8, 1.3, 0.9, 1.2, 0.7, 1.1, 1.0, 0.95, 1.05])
     assert not ratio_of("torch", tuple(10 * noise), (10.0,) * 9).is_ranked
+    assert ratio_of("torch", (12.0,) * 6, (10.0,) * 6).is_ranked
+    assert not ratio_of("torch", (12.0,) * 5, (10.0,) * 5).is_ranked  # five turns do not say so with 95 % confidence
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_a_comparison_says_who_is_faster_and_by_how_much(made_up):
     noise = [9, 11, 10, 12, 8, 10.5, 9.5, 11.5, 8.5]
     result = made_up({"edge": {"ms": [10] * 9, "joules": 2}, "torch": {"ms": [35] * 9}, "torch-compile": {"ms": noise}})
     ratios = {ratio.name: ratio for ratio in result.ratios}
-    assert ratios["torch"] == Ratio(name="torch", median=3.5, low=3.5, high=3.5)
+    assert ratios["torch"] == Ratio(name="torch", median=3.5, low=3.5, high=3.5, turns=9)
     assert ratios["torch-compile"].median == 1
     assert not ratios["torch-compile"].is_ranked
     edge = measurement(result, "edge")
@@ -298,12 +300,17 @@ def test_cpu_packages_are_added_up_and_their_counters_wrap(tmp_path):
         f"{folder}0/max_energy_range_uj": "10000000\n",
         f"{folder}0:0/energy_uj": "5000000\n",  # the cores of package 0, in it already
         f"{folder}0:0/max_energy_range_uj": "10000000\n",
+        f"{folder}1/name": "package-1\n",
+        f"{folder}2/name": "psys\n",  # the whole platform, the packages in it
+        f"{folder}2/energy_uj": "0\n",
+        f"{folder}2/max_energy_range_uj": "90000000\n",
         f"{folder}1/energy_uj": "1000000\n",
         f"{folder}1/max_energy_range_uj": "10000000\n",
     }
     with energy.metered(tree(tmp_path, files)) as meter:
         assert meter.joules is None
-        tree(tmp_path, {f"{folder}0/energy_uj": "500000\n", f"{folder}1/energy_uj": "3500000\n"})
+        changed = {f"{folder}0/energy_uj": "500000\n", f"{folder}1/energy_uj": "3500000\n"}
+        tree(tmp_path, {**changed, f"{folder}2/energy_uj": "9000000\n"})
     assert meter.joules == pytest.approx(1.5 + 2.5)
 
 

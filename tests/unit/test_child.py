@@ -48,6 +48,8 @@ def test_a_killed_process_is_told_with_the_way_out(monkeypatch):
 def test_a_crash_is_told_by_its_signal():
     with pytest.raises(CompileError, match=r"crashed in a library \(SIGSEGV\)"):
         child.run([], killed_by("SIGSEGV"))
+    with pytest.raises(CompileError, match=r"\(SIGABRT\); that may be for lack of memory: .*more swap"):
+        child.run([], killed_by("SIGABRT"))  # an allocation that fails in C++
 
 
 def test_kills_are_read_where_the_kernel_counts_them(tmp_path):
