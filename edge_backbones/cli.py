@@ -708,11 +708,13 @@ def _drawable(by_stage: dict[str, np.ndarray], backbone: Any) -> dict[str, np.nd
 def bench(
     bundle: BundleArgument,
     vs: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Peers, each alone in its process: torch, torch-compile, torchscript, onnxruntime, openvino, nncf."
+            help="Peers, each alone in its process: torch, torch-compile, torchscript, onnxruntime, openvino, nncf (the last "
+            "two on the CPU only). By default torch,onnxruntime,openvino.",
+            show_default=False,
         ),
-    ] = "torch,onnxruntime,openvino",
+    ] = None,
     engine: EngineOption = None,
     device: Annotated[str, typer.Option(help="Where everybody runs: cpu, cuda or cuda:1.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.", show_default=False)] = None,
@@ -739,6 +741,7 @@ def bench(
     from edge_backbones.bench.results import decode, encode, regressions
 
     pythons = dict(entry.partition("=")[::2] for entry in peer_python or ())
+    vs = vs if vs is not None else "torch,onnxruntime,openvino" if device == "cpu" else "torch,onnxruntime"
     before = None if against is None else decode(against.read_bytes(), str(against))
     options: dict[str, Any] = {} if threads is None else {"threads": threads}
     chosen = CompareOptions(

@@ -96,7 +96,7 @@ def test_photographs_become_inputs(cnn, vit, photograph_folder):
 def test_the_command_line_compares_stores_and_notices_lost_ground(cnn, tmp_path):
     def run(*arguments) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "edge_backbones.cli", "bench", cnn.bundle.path, *arguments]
-        quick = ("--turns", "2", "--seconds", "0", "--threads", "1")
+        quick = ("--turns", "6", "--seconds", "0", "--threads", "1")
         return subprocess.run([*map(str, command), *quick], capture_output=True, text=True, check=False)
 
     stored = tmp_path / "results" / "today.json"
@@ -113,6 +113,10 @@ def test_the_command_line_compares_stores_and_notices_lost_ground(cnn, tmp_path)
     assert done.returncode == 4, done.stderr
     (phrase,) = json.loads(done.stdout)["regressions"]
     assert "900.00 (800.00 to 1000.00)" in phrase
+
+    done = run("--device", "cuda", "--vs", "openvino,nncf")
+    assert done.returncode == 1
+    assert "openvino and nncf run on the CPU, not on cuda: leave them out of --vs" in " ".join(done.stderr.split())
 
     done = run("--vs", "tensorflow")
     assert done.returncode == 1
