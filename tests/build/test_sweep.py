@@ -105,12 +105,12 @@ def test_a_network_that_is_refused_leaves_a_cause(tmp_path: Path) -> None:
 
 
 def test_other_precisions_are_built_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_backbones.build import ranges
+    from edge_backbones.build import calibrate
 
     def broken(*arguments: object, **options: object) -> None:
         raise IndexError("no\n  ranges")
 
-    monkeypatch.setattr(ranges, "collect_magnitudes", broken)
+    monkeypatch.setattr(calibrate, "calibrate", broken)
     result = sweep.measure("timm/lcnet_035", tmp_path)
     assert set(result["causes"]) == {"int8"}
     assert result["causes"]["int8"].startswith("IndexError: no ranges (test_sweep.py:")
