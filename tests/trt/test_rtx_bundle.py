@@ -109,7 +109,7 @@ def test_a_truncated_plan_is_named(bundle):
     [
         ({"targets": ("89",)}, "'89' is not an architecture: write sm_89"),
         ({"level": 6}, "builder level must be 0 to 5, got 6"),
-        ({"workspace": 0}, "workspace must be at least 1 byte, got 0"),
+        ({"workspace": 0}, r"workspace must be at least 1 byte and below 2\*\*63, got 0"),
         ({"embed_runtime": True}, "set version_compatible=True too"),
     ],
 )
