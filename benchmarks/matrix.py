@@ -3,7 +3,7 @@
 Six models in two precisions are built three times. Once one cell at a time on one core: half of the sum of those cells is
 what two processes would take that never wait and never disturb each other. Then with ``--jobs 2`` on two cores, into an empty
 folder and with no engine cache either time. And once more with nothing changed. What is divided is the wall clock of the
-whole command by that ideal. Gates of int8 are open, as in benchmarks/run.py: weights are random. Results:
+whole command by that ideal. Gates are open, as in benchmarks/run.py: weights are random. Results:
 benchmarks/results/matrix.json.
 """
 
@@ -33,7 +33,7 @@ MODELS = (
 )
 PHOTOGRAPHS = 8 + 4  # to calibrate on, and golden
 RATIO, SECONDS = 1.15, 5
-_OPTIONS = '{ weights = "random:0", method = "max", gates = { int8 = {} } }'
+_OPTIONS = '{ weights = "random:0", method = "max", gates = { int8 = {}, fp16 = {} } }'
 
 
 def main() -> None:

@@ -42,7 +42,18 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'edge_backbones' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        home = importlib.import_module(_HOMES[name])
+    except ImportError as error:
+        from edge_backbones.errors import BrokenLibraryError
+
+        try:  # whether it is for want of what everything here stands on
+            for library in ("msgspec", "numpy"):
+                importlib.import_module(library)
+        except ImportError as broken:
+            raise BrokenLibraryError(broken) from error
+        raise
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -141,8 +141,8 @@ class Bundle:
             _remove_unnamed(self.path, current.manifest, manifest)
         return Bundle.open(self.path)
 
-    def require_writable(self) -> None:
-        """Raise BundleError where an engine could not be added: the lock, the folder or its disk would refuse it.
+    def require_writable(self, *, room: int = 0) -> None:
+        """Raise BundleError where engines of ``room`` bytes could not be added: the lock, folder or disk would refuse.
 
         For who is about to spend minutes on an engine; waits for another writer as `add_engine` does.
         """
@@ -157,6 +157,12 @@ class Bundle:
                         f"{folder} cannot be written to ({error.strerror or error}): copy the bundle to where it can, and "
                         "compile there"
                     ) from error
+        free = shutil.disk_usage(self.path / "engines").free
+        if free < room:
+            raise BundleError(
+                f"engines of about {room / 1e6:.0f} MB have to go to {self.path}, and {free / 1e6:.0f} MB are free there: "
+                "make room, or copy it to where there is some"
+            )
 
     def remove_engine(self, name: str) -> Bundle:
         """Take an engine out of the bundle on disk, and return the bundle as it is then. Processes that opened it keep it.

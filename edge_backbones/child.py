@@ -17,6 +17,12 @@ from edge_backbones.system import Memory, read_system
 _FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+LESS_MEMORY = (
+    "Make room: add swap, stop the desktop (sudo systemctl isolate multi-user.target), or ask for less: --workspace 256, one "
+    "--shapes, one --precision. The bundle holds what was finished before: --resume goes on with the rest"
+)
+
+
 def run(arguments: Sequence[str], command: Sequence[str] = (sys.executable, "-m", "edge_backbones")) -> int:
     """Run ``edge-backbones`` with these arguments and return its exit code; what it prints is printed.
 
@@ -52,22 +58,17 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def _why(number: int, memory: Memory | None, *, for_memory: bool) -> str:
     if number != getattr(signal, "SIGKILL", None):
         name = signal.Signals(number).name
-        starved = (
-            " that may be for lack of memory: --workspace 256, one --shapes, more swap;" if name == "SIGABRT" else ""
-        )
+        if name == "SIGABRT":  # what an allocation that fails in C++ ends in
+            return f"compiling crashed in a library (SIGABRT), which may be for lack of memory. {LESS_MEMORY}"
         return (
-            f"compiling crashed in a library ({name});{starved} the bundle holds what was finished before. Try another "
+            f"compiling crashed in a library ({name}); the bundle holds what was finished before. Try another "
             "--precision, and edge-backbones doctor; with --in-process the crash is this process's, for a debugger"
         )
     room = (
         "" if memory is None else f", {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available before"
     )
     reason = "by the system, for lack of memory" if for_memory else "(SIGKILL), as the system does for lack of memory"
-    return (
-        f"compiling was killed {reason}{room}. Make room: add swap, stop the desktop (sudo systemctl isolate "
-        "multi-user.target), or ask for less: --workspace 256, one --shapes, one --precision. The bundle holds what was "
-        "finished before: --resume goes on with the rest"
-    )
+    return f"compiling was killed {reason}{room}. {LESS_MEMORY}"
 
 
 def _kills_for_memory(vmstat: Path = Path("/proc/vmstat")) -> int:

@@ -7,26 +7,24 @@ refusals (1 and 3) too.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
-import platform
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
 
+from edge_backbones.errors import BrokenLibraryError
+
 try:
     import msgspec
     import numpy as np
-except ImportError as broken:  # its binary part is for another processor or another Python
-    sys.exit(
-        f"edge-backbones: an installed library is not for this machine ({platform.machine()}, Python "
-        f"{platform.python_version()}): {' '.join(str(broken).split())[:200]}. An environment is made on the machine that "
-        f"runs it, not copied: python3 -m venv ENV, and ENV/bin/pip install 'edge-backbones[cli]'"
-    )
+except ImportError as broken:
+    sys.exit(f"edge-backbones: {BrokenLibraryError(broken)}")
 
 from edge_backbones import __version__
 from edge_backbones.bench.results import Comparison
@@ -300,7 +298,7 @@ def compile_(
         str | None,
         typer.Option(
             help="A device of `edge-backbones profiles`: refuse early what it cannot run, and keep to its workspace. Found "
-            "by itself where --flavour is not given.",
+            "by itself where an engine is for the GPU of this machine.",
             show_default=False,
         ),
     ] = None,
@@ -357,25 +355,25 @@ def compile_(
     """Add engines to a bundle, each verified first. Needs no torch. Ctrl-C stops and leaves the bundle as it was."""
     del in_process  # main() reads it, before anything is imported
     from edge_backbones.build.compile import default_cache
-    from edge_backbones.build.device import compile_bundle, flavour_here
+    from edge_backbones.build.device import compile_bundle, flavour_here, profile_here
     from edge_backbones.build.tensorrt import PlanOptions
+    from edge_backbones.runtime import cuda
 
     if timing_cache is not None and not timing_cache.is_file():
         raise InputError(f"{timing_cache} does not exist: --timing-cache is a .cache file of an earlier compilation")
     chosen: Flavour
     if flavour is not None:
         chosen = flavour.value
+        found = profile_here(chosen, target or (), gpu)
     else:
         chosen, found = flavour_here(gpu)
         if chosen == "openvino":
             _refuse_cpu_for_want_of_tensorrt()
-        elif found is None and profile is None:
-            _err.print(
-                "no profile is known to be of this GPU: compiling without its limits (--profile NAME or FILE.toml)"
-            )
-        profile = profile or (None if found is None else found.name)
-        if chosen == "tensorrt_rtx" and not target and found is not None and found.architecture is not None:
+        elif chosen == "tensorrt_rtx" and not target and found is not None and found.architecture is not None:
             target = [found.architecture]
+    if found is None and profile is None and (flavour is None or (chosen == "tensorrt" and cuda.gpus())):
+        _err.print("no profile is known to be of this GPU: compiling without its limits (--profile NAME or FILE.toml)")
+    profile = profile or (None if found is None else found.name)
     plan = PlanOptions(
         profiles=tuple(_shapes(text) for text in shapes or ()),
         targets=tuple(target or ()),
@@ -391,7 +389,7 @@ def compile_(
         gpu_fallback=gpu_fallback,
         timing_cache=None if timing_cache is None else timing_cache.read_bytes(),
     )
-    with _Steps(as_json) as progress:
+    with _memory_told(), _Steps(as_json) as progress:
         added = compile_bundle(
             bundle,
             precisions=None if not precision else tuple(precision),
@@ -415,6 +413,18 @@ def compile_(
         later = "" if engine.parity.measured else ", to be measured on the device: edge-backbones verify"
         speed = "" if engine.milliseconds is None else f", {engine.milliseconds:.2f} ms"
         _out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{speed}{later})")
+
+
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+    """An allocation that fails is a MemoryError, of libraries in C++ too; that it failed helps nobody."""
+    try:
+        yield
+    except MemoryError as error:
+        from edge_backbones.child import LESS_MEMORY
+
+        said = f" ({error})" if str(error) else ""
+        raise CompileError(f"compiling found no memory left{said}. {LESS_MEMORY}") from error
 
 
 def _refuse_cpu_for_want_of_tensorrt() -> None:

@@ -34,7 +34,6 @@ _DISTRIBUTIONS = (
 )
 # A compilation of TensorRT takes about so much beside the plan itself, and the system some more.
 _MEMORY_TO_COMPILE = 2 << 30
-_OLDEST_TENSORRT = (10, 3)
 _FIRST_L4T = 36  # JetPack 6
 
 
@@ -105,7 +104,7 @@ def judge(machine: Machine) -> list[Finding]:
     """Everything that decides what can be built and run there, in the order in which a person would ask."""
     profile = _profile(machine)
     findings = [_machine(machine), _memory(machine)]
-    findings += [_jetson(machine.system)] if machine.system.l4t or "Jetson" in machine.system.board else []
+    findings += [_jetson(machine.system)] if machine.system.jetson else []
     findings += [_python(machine), _int8(machine.host), _speed(machine)]
     for purpose, extra, names in (
         ("run on the CPU (OpenVINO)", "cpu", ("openvino",)),
@@ -118,7 +117,7 @@ def judge(machine: Machine) -> list[Finding]:
     findings += [_optional(machine, flavour) for flavour in ("tensorrt_lean", "tensorrt_rtx")]
     if machine.gpus:
         findings.append(_served(machine, profile))
-    if machine.system.l4t:
+    if machine.system.jetson:
         findings.append(_dla(profile))
     return findings
 
@@ -181,7 +180,7 @@ def _jetson(system: System) -> Finding:
         return Finding(
             topic="JetPack",
             ok=False,
-            found=f"{system.board}, and no /etc/nv_tegra_release",
+            found=f"{system.board or 'a Jetson'}, and no /etc/nv_tegra_release",
             fix="in a container mount it: docker run --runtime nvidia -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro",
         )
     jetpack = system.jetpack or ""
@@ -222,7 +221,7 @@ def _speed(machine: Machine) -> Finding:
     settings = machine.system.settings
     found = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "Jetson")
     fix = ""
-    if machine.system.l4t:
+    if machine.system.jetson:
         mode = settings.get("Jetson power mode")
         if mode is None:
             fix = "power mode not readable here: nvpmodel -q shows it, sudo jetson_clocks holds the clocks"
@@ -249,7 +248,7 @@ def _gpu(machine: Machine) -> Finding:
         kernel = f"driver {machine.system.driver}, " if machine.system.driver else ""
         return Finding(topic=topic, ok=True, found=f"{listed}; {kernel}CUDA up to {machine.gpus[0].driver}")
     fix = ""
-    if machine.system.driver or machine.system.l4t or "Jetson" in machine.system.board:
+    if machine.system.driver or machine.system.jetson:
         fix = "the kernel has the driver and this process does not see it"
         fix += ": docker run --runtime nvidia (or --gpus all)" if machine.system.container else ": reboot, or see dmesg"
     return Finding(topic=topic, ok=not fix, found=f"{machine.no_gpu}; CPU engines do not need one", fix=fix)
@@ -286,17 +285,14 @@ def why_not_the_gpu(machine: Machine) -> str:
 def _tensorrt(machine: Machine) -> Finding:
     topic, version = "compile and run engines of this GPU (TensorRT)", machine.tensorrt.get("tensorrt")
     if version is not None:
-        numbers = tuple(int(part) for part in version.split(".")[:2])
-        upgrade = "JetPack 6.2" if machine.system.l4t else "pip install --upgrade tensorrt"
-        old = f"10.3 is the oldest that engines are made with: upgrade ({upgrade})"
-        fix = "" if numbers >= _OLDEST_TENSORRT else old
+        fix = tensorrt_library.against_release("tensorrt", version, jetson=machine.system.jetson)
         return Finding(topic=topic, ok=not fix, found=version, fix=fix)
     system, python = machine.system, machine.python
-    if not system.l4t and not machine.gpus:
+    if not system.jetson and not machine.gpus:
         return Finding(topic=topic, ok=True, found="not installed; there is no GPU here that would need it")
-    if not system.l4t:
+    if not system.jetson:
         return Finding(topic=topic, ok=False, found="missing", fix="pip install 'edge-backbones[tensorrt]'")
-    if int(system.l4t.partition(".")[0]) < _FIRST_L4T:
+    if system.l4t and int(system.l4t.partition(".")[0]) < _FIRST_L4T:
         found = f"JetPack {system.jetpack} has an older one than engines are made with"
         return Finding(topic=topic, ok=False, found=found, fix="flash JetPack 6.2 (Orin), or use the CPU engine")
     short = ".".join(python.version.split(".")[:2])
@@ -313,8 +309,9 @@ def _tensorrt(machine: Machine) -> Finding:
         found = f"JetPack's TensorRT is for Python {theirs} and this is {short}"
         return Finding(topic=topic, ok=False, found=found, fix=f"use the system's Python: {remade}")
     if not python.system_packages:
-        found = "JetPack's TensorRT is installed, and this virtual environment does not see it"
-        fix = f"make it with the system's packages: {remade}"
+        blind = "this virtual environment" if python.virtual else f"{python.executable}, not the system's Python,"
+        found = f"JetPack's TensorRT is installed, and {blind} does not see it"
+        fix = f"make an environment of the system's Python and with its packages: {remade}"
         return Finding(topic=topic, ok=False, found=found, fix=fix)
     found = f"installed for Python {theirs}, and cannot be loaded"
     fix = "python3 -c 'import tensorrt' tells why; sudo apt install --reinstall python3-libnvinfer"
@@ -331,7 +328,7 @@ def _optional(machine: Machine, flavour: str) -> Finding:
         ),
     }[flavour]
     version = machine.tensorrt.get(flavour)
-    if version is None and machine.system.l4t:
+    if version is None and machine.system.jetson:
         return Finding(topic=purpose, ok=True, found="not installed; nothing on a Jetson needs it")
     return Finding(
         topic=purpose, ok=version is not None, found=version or "missing", fix="" if version is not None else install

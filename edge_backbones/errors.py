@@ -4,6 +4,7 @@
 
     EdgeBackbonesError
     ├── MissingDependencyError   an extra is not installed; the message is the command that installs it (also ImportError)
+    ├── BrokenLibraryError       numpy or msgspec do not load: made for another processor or Python (also ImportError)
     ├── SourceError              unknown model, bad stage selection, weights that do not fit
     │   └── HubUnreachableError  pretrained weights were asked for and the model hub did not answer
     ├── ExportError              the network cannot become an ONNX or TorchScript graph in the asked form
@@ -27,6 +28,7 @@ package (AttributeError, a bare RuntimeError of a library...) is a bug.
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,11 +40,23 @@ class EdgeBackbonesError(Exception):
 
 
 class MissingDependencyError(EdgeBackbonesError, ImportError):
-    """A library of an optional extra is not installed."""
+    """A library of an optional extra is not installed. ``fix``: what installs it where pip does not."""
 
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs the '{extra}' extra: pip install 'edge-backbones[{extra}]'")
+    def __init__(self, what: str, extra: str, *, fix: str = "") -> None:
+        pip = f"{what} needs the '{extra}' extra: pip install 'edge-backbones[{extra}]'"
+        super().__init__(f"{what}: {fix}" if fix else pip)
         self.extra = extra
+
+
+class BrokenLibraryError(EdgeBackbonesError, ImportError):
+    """numpy or msgspec do not load: their binary part is for another processor or another Python."""
+
+    def __init__(self, cause: ImportError) -> None:
+        super().__init__(
+            f"an installed library is not for this machine ({platform.machine()}, Python {platform.python_version()}): "
+            f"{' '.join(str(cause).split())[:200]}. An environment is made on the machine that runs it, not copied: python3 "
+            "-m venv ENV, and ENV/bin/pip install 'edge-backbones[cli]'"
+        )
 
 
 class SourceError(EdgeBackbonesError):

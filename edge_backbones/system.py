@@ -39,13 +39,14 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 class System(msgspec.Struct, frozen=True, kw_only=True):
     """What the files say; None or empty where they do not.
 
-    ``l4t``: Jetson Linux release, ``36.4.3``. ``driver``: NVIDIA's kernel module. ``cuda``: the toolkit in /usr/local/cuda.
-    ``tensorrt_pythons``: versions of Python (``3.10``) for which the system itself has a tensorrt package. ``settings``:
-    governor, clocks, power mode.
+    ``jetson``: see :func:`is_jetson`. ``l4t``: Jetson Linux release, ``36.4.3``. ``driver``: NVIDIA's kernel module.
+    ``cuda``: the toolkit in /usr/local/cuda. ``tensorrt_pythons``: versions of Python (``3.10``) for which the system
+    itself has a tensorrt package. ``settings``: governor, clocks, power mode.
     """
 
     name: str = ""
     board: str = ""
+    jetson: bool = False
     l4t: str | None = None
     memory: Memory | None = None
     driver: str | None = None
@@ -72,6 +73,7 @@ def read_system(root: Path = Path("/")) -> System:
     return System(
         name=release.group(1) if release else "",
         board=_text(root / "proc/device-tree/model"),
+        jetson=is_jetson(root),
         l4t=f"{l4t.group(1)}.{l4t.group(2)}" if l4t else None,
         memory=_memory(_text(root / "proc/meminfo")),
         driver=driver.group(1) if driver else None,
@@ -84,6 +86,16 @@ def read_system(root: Path = Path("/")) -> System:
         ),
         container=(root / ".dockerenv").exists() or (root / "run/.containerenv").exists(),
         settings=settings(root),
+    )
+
+
+def is_jetson(root: Path = Path("/")) -> bool:
+    """Whether JetPack serves this machine. In a container the chip alone tells: Docker hides the device tree, and has the
+    container's /etc."""
+    return (
+        _text(root / "sys/devices/soc0/family").startswith("Tegra")
+        or (root / "etc/nv_tegra_release").exists()
+        or "Jetson" in _text(root / "proc/device-tree/model")
     )
 
 

@@ -23,12 +23,17 @@ from edge_backbones.bundle import Bundle, load_golden, read_current, record_byte
 from edge_backbones.errors import BundleError, CompileError, IntegrityError, MissingDependencyError
 from edge_backbones.manifest import CalibrationFile, EngineRecord, Flavour, GraphRecord, ParityReport
 from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, board_name, load_profile, profile_of, refusals
-from edge_backbones.runtime import compat, session
+from edge_backbones.runtime import compat, session, tensorrt_library
 from edge_backbones.spec import InputSpec, Precision
 
 if TYPE_CHECKING:
     from edge_backbones.build.explain import Explanation
 
+# Engines by their graphs: the CPU computes fp16, bf16 and fp8 in fp32 and keeps such weights.
+_ENGINE_OVER_GRAPH = {
+    Precision.FP32: 1.1, Precision.FP16: 2.1, Precision.BF16: 2.1, Precision.INT8: 1.4, Precision.FP8: 3.8,
+}  # fmt: skip
+_KERNELS = 1 << 20
 _FORMS = {"onnx": "ONNX", "torchscript": "TorchScript"}
 
 
@@ -74,8 +79,6 @@ def compile_bundle(
         raise BundleError(f"{bundle.path} has no {asked}; its {_FORMS[form]} graphs: {names}")
     if resume:
         graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, flavour, plan or PlanOptions(), device)]
-    if graphs:
-        bundle.require_writable()
     golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
     options = plan or PlanOptions()
     if profile is not None:
@@ -91,6 +94,8 @@ def compile_bundle(
         )
     if flavour in ("tensorrt", "tensorrt_rtx") and precisions is None:
         graphs = _servable(graphs, input, flavour, options, device, progress)
+    if graphs:  # minutes of work would be lost otherwise
+        bundle.require_writable(room=_room(graphs, flavour))
     added: list[str] = []
     for graph in graphs:
         progress(f"compiling {graph.precision}", 0, None)
@@ -160,6 +165,13 @@ def _timed(bundle: Bundle, device: int | None, *, code: bool, progress: Progress
     return bundle
 
 
+def _room(graphs: Sequence[GraphRecord], flavour: Flavour) -> int:
+    """Bytes that the engines of these graphs take on disk, about."""
+    if flavour == "torchscript":  # the graph is the engine
+        return 0
+    return sum(int(_ENGINE_OVER_GRAPH[graph.precision] * graph.file.size) + _KERNELS for graph in graphs)
+
+
 def ranking(timed: Sequence[EngineRecord]) -> str:
     """Which of these engines runtimes take, and how much slower the others are, in a sentence."""
     first, *rest = sorted(timed, key=lambda engine: engine.milliseconds or 0)
@@ -174,15 +186,30 @@ def ranking(timed: Sequence[EngineRecord]) -> str:
 
 def flavour_here(device: int = 0) -> tuple[Flavour, DeviceProfile | None]:
     """What engines for this machine are compiled with when nothing is said, and its profile: TensorRT for the GPU ``device``,
-    else TensorRT-RTX, else OpenVINO for the CPU. The profile is None for a GPU that none describes."""
+    where its release makes plans, else TensorRT-RTX, else OpenVINO for the CPU. The profile is None for a GPU that none
+    describes."""
     host = compat.this_host(session.installed_versions(), device=device)
     if host.gpu is not None:
         profile = profile_of(host.gpu, board=board_name())
-        if "tensorrt" in host.versions:
+        version = host.versions.get("tensorrt")
+        if version is not None and not tensorrt_library.against_release("tensorrt", version, jetson=host.jetson):
             return "tensorrt", profile
         if "tensorrt_rtx" in host.versions and host.gpu.architecture in RTX_ARCHITECTURES:
             return "tensorrt_rtx", profile
     return "openvino", load_profile("cpu")
+
+
+def profile_here(flavour: Flavour, targets: Sequence[str] = (), device: int = 0) -> DeviceProfile | None:
+    """The profile of the GPU ``device``, where engines of a flavour are for it; None for a GPU that none describes.
+
+    Those of TensorRT-RTX are for it when ``targets`` name its architecture: others are compiled here for elsewhere.
+    """
+    if flavour not in ("tensorrt", "tensorrt_rtx"):
+        return None
+    gpu = compat.this_host({}, device=device).gpu
+    if gpu is None or (flavour == "tensorrt_rtx" and gpu.architecture not in targets):
+        return None
+    return profile_of(gpu, board=board_name())
 
 
 def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, plan: PlanOptions, device: int) -> bool:

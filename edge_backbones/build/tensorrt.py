@@ -24,9 +24,9 @@ from edge_backbones.errors import CompileError, InputError
 from edge_backbones.manifest import GpuKey
 from edge_backbones.profiles import FIRST_ARCHITECTURE
 from edge_backbones.runtime import cuda, plan
-from edge_backbones.runtime.tensorrt_library import against_driver, load_library, logger_of
+from edge_backbones.runtime.tensorrt_library import against_driver, against_release, load_library, logger_of
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from edge_backbones.system import read_system
+from edge_backbones.system import is_jetson, read_system
 
 PlanFlavour = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -281,6 +281,11 @@ def _agreed(
     if gpu is not None and flavour == "tensorrt" and (old := against_driver(flavour, gpu.driver)):
         raise CompileError(old)
     library = load_library(flavour)
+    version = str(library.__version__)
+    if old := against_release(
+        flavour, version, jetson=is_jetson()
+    ):  # JetPack 6.0 has 8.6, which lacks names used below
+        raise CompileError(f"{flavour} {version} is too old: {old}")
     targets = _targets(library, flavour, precision, options, gpu)
     profiles = _profiles(input, options)
     _refuse(library, flavour, options, profiles, precision, gpu, weak=weak)
@@ -367,10 +372,6 @@ def _refuse(
 ) -> None:
     """Raise CompileError for what this library lacks or would ignore."""
     name = f"{flavour} {library.__version__}"
-    if not hasattr(library, "IProgressMonitor"):  # JetPack 6.0 has 8.6
-        raise CompileError(
-            f"{name} is too old, 10.3 is the oldest that plans are made with: upgrade (on a Jetson, JetPack 6.2)"
-        )
     if flavour == "tensorrt_rtx":
         ignored = {
             "version compatibility": options.version_compatible,

@@ -13,6 +13,8 @@ from typing import Literal
 
 from edge_backbones.manifest import EngineKey, Flavour, GpuKey
 from edge_backbones.runtime.cuda import Gpu, gpus, no_gpu_reason
+from edge_backbones.runtime.tensorrt_library import FROM_JETPACK
+from edge_backbones.system import is_jetson
 
 # Instruction sets that change which kernels a CPU engine was compiled to, weakest first; the last one names the engine.
 _X86_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -36,7 +38,7 @@ class Host:
     """What compat needs to know of a machine.
 
     ``versions``: library version by flavour (``tensorrt_lean`` too), of those that can be imported. ``gpu``: the one to run
-    on, or None; ``no_gpu``: why there is none.
+    on, or None; ``no_gpu``: why there is none. ``jetson``: its TensorRT comes with JetPack.
     """
 
     architecture: str
@@ -45,6 +47,7 @@ class Host:
     versions: Mapping[str, str]
     gpu: Gpu | None = None
     no_gpu: str = ""
+    jetson: bool = False
 
 
 def cpu_features(cpuinfo: str, architecture: str) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ def this_host(versions: Mapping[str, str], *, device: int | None = None) -> Host
         found = gpus()
         gpu = found[device] if device < len(found) else None
         no_gpu = no_gpu_reason() or ("" if gpu else f"this machine has {len(found)} GPUs, and none is cuda:{device}")
-    return Host(architecture, cpu_features(cpuinfo, architecture), name, versions, gpu, no_gpu)
+    return Host(architecture, cpu_features(cpuinfo, architecture), name, versions, gpu, no_gpu, is_jetson())
 
 
 _COMPILE = "run edge-backbones compile here"
@@ -141,8 +144,11 @@ def _library_reasons(key: EngineKey, host: Host) -> list[str]:
             return []
         here = here or next(iter(found), None)
     if here is None:
-        extra = _EXTRAS[key.flavour]
-        return [f"needs {key.flavour}, which is not installed: pip install 'edge-backbones[{extra}]'"]
+        if host.jetson and key.flavour == "tensorrt_rtx":
+            return [f"needs {key.flavour}, which no Jetson has: {_COMPILE}"]
+        pip = f"pip install 'edge-backbones[{_EXTRAS[key.flavour]}]'"
+        way = FROM_JETPACK if host.jetson and key.flavour == "tensorrt" else pip
+        return [f"needs {key.flavour}, which is not installed: {way}"]
     if key.flavour == "torchscript":
         return []  # torch loads what older releases wrote
     if here != key.library_version:

@@ -538,7 +538,9 @@ def _cuda_bindings() -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise MissingDependencyError("memory on the GPU (cuda-bindings)", "tensorrt")
+    # Not the extra, which brings TensorRT too: on a Jetson, and beside TensorRT-RTX, that is the wrong one.
+    fix = "pip install 'cuda-bindings==12.*', or 13.* where the driver serves CUDA 13 (edge-backbones doctor tells)"
+    raise MissingDependencyError("memory on the GPU (cuda-bindings is missing)", "tensorrt", fix=fix)
 
 
 def _pycuda() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from edge_backbones.bundle import Bundle
-from edge_backbones.errors import EngineMismatchError
+from edge_backbones.errors import EngineMismatchError, MissingDependencyError
 from edge_backbones.manifest import EngineKey, EngineRecord
 from edge_backbones.runtime import compat, openvino, tensorrt_library
 from edge_backbones.runtime.cuda import MemoryBackend
@@ -170,15 +171,21 @@ def compile_here(
         )
     compiler = importlib.import_module("edge_backbones.build.device")  # a layer above: loaded only for who asks for it
     flavour = "openvino"
-    if device is not None:
+    if engine in _FLAVOURS:
+        flavour = engine
+    elif device is not None:
         flavour = "tensorrt" if "tensorrt" in host.versions else "tensorrt_rtx"
     precisions = (Precision(engine),) if engine in set(Precision) else None
     targets = (host.gpu.architecture,) if host.gpu is not None and flavour == "tensorrt_rtx" else ()
+    profile = None
+    with contextlib.suppress(MissingDependencyError):  # Python 3.10 reads profiles with the cli extra alone
+        profile = compiler.profile_here(flavour, targets, device or 0)
     compiler.compile_bundle(
         Path(path),
         precisions=precisions,
         plan=compiler.PlanOptions(targets=targets),
-        flavour=engine if engine in _FLAVOURS else flavour,
+        flavour=flavour,
+        profile=None if profile is None else profile.name,
         device=device or 0,
         allow_host_code=allow_host_code,
     )

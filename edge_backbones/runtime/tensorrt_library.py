@@ -9,30 +9,37 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import re
 import threading
 from collections import deque
 from typing import Any, Literal
 
 from edge_backbones.errors import MissingDependencyError
+from edge_backbones.system import is_jetson
 
 TensorRtFlavour = Literal["tensorrt", "tensorrt_rtx", "tensorrt_lean"]
 FLAVOURS: tuple[TensorRtFlavour, ...] = ("tensorrt", "tensorrt_rtx", "tensorrt_lean")
 
-# `tensorrt_rtx` re-exports `tensorrt_rtx_bindings`, which is all that some installations have.
+OLDEST = (10, 3)
+"""Of TensorRT, for plans: strongly typed networks, and what else compiling takes for granted."""
+FROM_JETPACK = (
+    "JetPack has it, pip has not: sudo apt install python3-libnvinfer, and an environment that sees it: "
+    "/usr/bin/python3 -m venv --system-site-packages ENV"
+)
+
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "tensorrt_lean": "tensorrt"}
 _loggers: dict[str, Any] = {}
 _making = threading.Lock()
 
 
 def load_library(flavour: TensorRtFlavour) -> Any:
-    """The module of a flavour; raises MissingDependencyError with the command that installs it.
+    """The module of a flavour; raises MissingDependencyError with the command that installs it, on a Jetson JetPack's.
 
     Importing needs no GPU and no driver. Making a Runtime or a Builder of `tensorrt` or `tensorrt_lean` without a driver
     ends the process: ask :func:`edge_backbones.runtime.cuda.gpus` first.
     """
     reason = "not installed"
-    if flavour == "tensorrt":
-        reason += "; on a Jetson: apt install python3-libnvinfer, and a virtual environment with --system-site-packages"
+    # `tensorrt_rtx` re-exports `tensorrt_rtx_bindings`, which is all that some installations have.
     for name in (flavour, f"{flavour}_bindings"):
         try:
             module = importlib.import_module(name)
@@ -44,7 +51,8 @@ def load_library(flavour: TensorRtFlavour) -> Any:
         # torch-tensorrt-rtx puts TensorRT-RTX in the place of `tensorrt`.
         if hasattr(module, "ComputeCapability") == (flavour == "tensorrt_rtx"):
             return module
-    raise MissingDependencyError(f"the {flavour} engine ({reason})", _EXTRAS[flavour])
+    fix = FROM_JETPACK if flavour == "tensorrt" and is_jetson() else ""
+    raise MissingDependencyError(f"the {flavour} engine ({reason})", _EXTRAS[flavour], fix=fix)
 
 
 def library_version(flavour: TensorRtFlavour) -> str | None:
@@ -53,6 +61,14 @@ def library_version(flavour: TensorRtFlavour) -> str | None:
         return str(load_library(flavour).__version__)
     except MissingDependencyError:
         return None
+
+
+def against_release(flavour: TensorRtFlavour, version: str, *, jetson: bool) -> str:
+    """Why plans are not made with this release of TensorRT, with the way out; empty if they are."""
+    if flavour != "tensorrt" or tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= OLDEST:
+        return ""
+    way = "to JetPack 6.2 or newer" if jetson else "with pip install --upgrade tensorrt"
+    return f"10.3 is the oldest that engines are made with: upgrade {way}"
 
 
 def against_driver(flavour: TensorRtFlavour, driver: str) -> str:

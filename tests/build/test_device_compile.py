@@ -14,11 +14,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, cli, compile_bundle, doctor
+from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, child, cli, compile_bundle, doctor
 from edge_backbones.build import device as module
 from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.tensorrt import PlanOptions
-from edge_backbones.errors import BundleError
+from edge_backbones.errors import BundleError, CompileError
+from edge_backbones.profiles import load_profile
 from edge_backbones.runtime import compat
 from edge_backbones.runtime.cuda import Gpu
 from edge_backbones.spec import Precision
@@ -120,8 +121,8 @@ def test_what_tensorrt_measured_goes_with_the_bundle_and_into_the_next_compilati
 
 
 KILLED = """
-import os, signal, sys
-from edge_backbones import compile_bundle
+import os, signal
+from edge_backbones import cli
 from edge_backbones.build import device
 compile_engine, made = device.compile_engine, []
 def second_is_killed(*arguments, **options):
@@ -130,7 +131,7 @@ def second_is_killed(*arguments, **options):
     made.append(1)
     return compile_engine(*arguments, **options)
 device.compile_engine = second_is_killed
-compile_bundle(sys.argv[1])
+cli.main()
 """
 
 
@@ -139,13 +140,44 @@ def test_a_compilation_that_was_killed_goes_on_behind_what_it_finished(bundle):
     expected = names(bundle)
     for engine in Bundle.open(bundle).manifest.engines:
         Bundle.open(bundle).remove_engine(engine.name)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(bundle)], capture_output=True, check=False)
-    assert done.returncode == -9, done.stderr
+    with pytest.raises(CompileError, match=r"compiling was killed.*--resume goes on with the rest"):
+        child.run(["compile", str(bundle), "--in-process"], (sys.executable, "-c", KILLED))
     [finished] = Bundle.open(bundle).manifest.engines
     Bundle.open(bundle).check_files()
-    [added] = compile_bundle(bundle, resume=True)
-    assert added.name != finished.name
+    assert child.run(["compile", str(bundle), "--resume", "--in-process"]) == 0
     assert names(bundle) == expected
+    assert finished.name in names(bundle)
+    assert finished.file in [engine.file for engine in Bundle.open(bundle).manifest.engines]
+
+
+def test_a_compilation_without_memory_is_told_what_to_do(bundle, monkeypatch, capsys):
+    def full(*_, **__):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(module, "compile_engine", full)
+    assert cli._run(["compile", str(bundle), "--flavour", "openvino", "--in-process"]) == 1
+    told = capsys.readouterr().err
+    assert "compiling found no memory left (std::bad_alloc). Make room: add swap" in told
+    assert len(told.strip().splitlines()) == 1
+
+
+def test_a_disk_without_room_is_refused_before_the_work(bundle, monkeypatch):
+    """And what is asked for is about what the engines take."""
+    engines = sum(engine.file.size for engine in Bundle.open(bundle).manifest.engines)
+    usage = shutil.disk_usage(bundle)
+    compiled = []
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=engines))
+        full.setattr(module, "compile_engine", lambda *_, **__: compiled.append(1))
+        with pytest.raises(BundleError, match=r"engines of about \d+ MB have to go to .*, and \d+ MB are free") as told:
+            compile_bundle(bundle)
+        assert not compiled
+        assert compile_bundle(bundle, resume=True) == ()  # what is there already needs no room
+    asked, left = (int(number) for number in re.findall(r"(\d+) MB", str(told.value)))
+    assert left == round(engines / 1e6)
+    assert engines / 1e6 < asked < 1.3 * engines / 1e6 + 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=(asked + 1) * 1_000_000))
+    assert len(compile_bundle(bundle)) == 2
 
 
 def test_a_damaged_engine_is_made_again(bundle):
@@ -227,11 +259,54 @@ def test_what_serves_a_machine(monkeypatch, gpu, board, versions, expected):
     if gpu is not None:
         name, architecture, gib, integrated = gpu
         found = Gpu(0, name, architecture, int(gib * 2**30), "13.0", 8, integrated)
-    host = compat.Host("aarch64", (), "cpu", dict.fromkeys(versions, "1"), found)
+    host = compat.Host("aarch64", (), "cpu", dict.fromkeys(versions, "10.3.0"), found)
     monkeypatch.setattr(compat, "this_host", lambda *_, **__: host)
     monkeypatch.setattr(module, "board_name", lambda: board)
     flavour, profile = module.flavour_here()
     assert (flavour, profile and profile.name) == expected
+
+
+@pytest.mark.parametrize(
+    ("flavour", "targets", "expected"),
+    [
+        ("tensorrt", (), "rtx-40"),
+        ("tensorrt_rtx", ("sm_86", "sm_89"), "rtx-40"),
+        ("tensorrt_rtx", ("sm_120",), None),  # for another machine
+        ("tensorrt_rtx", (), None),  # for many
+        ("openvino", (), None),
+    ],
+)
+def test_the_profile_where_a_flavour_is_given(monkeypatch, flavour, targets, expected):
+    found = Gpu(0, "NVIDIA GeForce RTX 4090", "sm_89", 24 << 30, "13.0", 128, False)
+    monkeypatch.setattr(compat, "this_host", lambda *_, **__: compat.Host("x86_64", (), "cpu", {}, found))
+    profile = module.profile_here(flavour, targets)
+    assert (profile and profile.name) == expected
+    monkeypatch.setattr(compat, "this_host", lambda *_, **__: compat.Host("x86_64", (), "cpu", {}))
+    assert module.profile_here(flavour, targets) is None
+
+
+def test_the_profile_of_the_board_holds_where_a_flavour_is_given_too(bundle, monkeypatch, capsys):
+    seen = {}
+
+    def compiled(*_, **options):
+        seen.update(options)
+        return ()
+
+    monkeypatch.setattr(module, "compile_bundle", compiled)
+    monkeypatch.setattr(module, "profile_here", lambda *_: load_profile("jetson-orin-nano"))
+    assert cli._run(["compile", str(bundle), "--flavour", "tensorrt", "--in-process"]) == 0
+    assert (seen["flavour"], seen["profile"]) == ("tensorrt", "jetson-orin-nano")
+    assert capsys.readouterr().err == ""
+    assert cli._run(["compile", str(bundle), "--flavour", "tensorrt", "--profile", "t4", "--in-process"]) == 0
+    assert seen["profile"] == "t4"
+
+
+def test_a_tensorrt_too_old_for_plans_is_passed_over(monkeypatch):
+    """JetPack 6.0: the command line says what to upgrade, and compiles for the CPU where it can."""
+    host = compat.Host("aarch64", (), "cpu", {"tensorrt": "8.6.2", "openvino": "2026.4.1"}, ORIN, jetson=True)
+    monkeypatch.setattr(compat, "this_host", lambda *_, **__: host)
+    flavour, profile = module.flavour_here()
+    assert (flavour, profile.name) == ("openvino", "cpu")
 
 
 def test_the_workspace_is_the_profiles_unless_another_is_said(bundle, monkeypatch):
@@ -265,18 +340,27 @@ ORIN = Gpu(0, "Orin", "sm_87", int(7.4 * 2**30), "12.6", 8, True)
 
 
 @pytest.mark.parametrize("has_openvino", [True, False])
-def test_a_gpu_without_tensorrt_is_never_passed_over_in_silence(bundle, monkeypatch, capsys, has_openvino):
-    """JetPack without python3-libnvinfer: the CPU engine where there can be one, and always the way to the GPU."""
+@pytest.mark.parametrize(
+    ("tensorrt", "way"),
+    [
+        ({}, "TensorRT is not usable (missing: JetPack's TensorRT has no Python package here): sudo apt install "),
+        ({"tensorrt": "8.6.2"}, "TensorRT is not usable (8.6.2): 10.3 is the oldest that engines are made with: upgrade"),
+    ],
+)
+def test_a_gpu_without_tensorrt_is_never_passed_over_in_silence(
+    bundle, monkeypatch, capsys, has_openvino, tensorrt, way
+):
+    """JetPack without python3-libnvinfer, JetPack 6.0: the CPU engine where there can be one, and always the way to the
+    GPU."""
     machine = doctor.look()
     libraries = {name: version for name, version in machine.libraries.items() if name != "openvino" or has_openvino}
-    system = msgspec.structs.replace(machine.system, l4t="36.4.3", tensorrt_pythons=())
-    seen = msgspec.structs.replace(machine, gpus=(ORIN,), tensorrt={}, libraries=libraries, system=system)
+    system = msgspec.structs.replace(machine.system, l4t="36.4.3", jetson=True, tensorrt_pythons=())
+    seen = msgspec.structs.replace(machine, gpus=(ORIN,), tensorrt=tensorrt, libraries=libraries, system=system)
     monkeypatch.setattr(doctor, "look", lambda: seen)
     code = cli._run(["compile", str(bundle), "--precision", "fp16", "--in-process"])
     told = capsys.readouterr().err
     assert code == (0 if has_openvino else 1)
-    assert "Orin is here, and TensorRT is not usable" in told
-    assert "sudo apt install python3-libnvinfer" in told
+    assert f"Orin is here, and {way}" in told
 
 
 def test_a_gpu_that_no_profile_knows_is_compiled_for_and_told(bundle, monkeypatch, capsys):

@@ -261,6 +261,13 @@ def test_an_environment_of_another_machine_is_told(image, tmp_path):
     assert done.returncode == 1
     assert "an installed library is not for this machine" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    done = subprocess.run(
+        [str(copy / "bin" / "python"), "-c", "from edge_backbones import EdgeBackbone"],
+        capture_output=True, text=True, check=False, env=environment(),
+    )  # fmt: skip
+    *_, last = done.stderr.strip().splitlines()
+    assert last.startswith("edge_backbones.errors.BrokenLibraryError: an installed library is not for this machine")
+    assert "python3 -m venv ENV" in last
 
 
 def test_the_noise_is_what_the_bundle_takes(bundle):

@@ -196,6 +196,14 @@ def test_a_plan_without_weights_needs_a_library_that_reads_graphs():
     assert "needs tensorrt" in reason
 
 
+def test_on_a_jetson_tensorrt_is_jetpacks():
+    (reason,) = reasons_against(PLAN, host(versions={}, jetson=True))
+    assert "sudo apt install python3-libnvinfer" in reason
+    assert "pip install" not in reason
+    rtx = key(flavour="tensorrt_rtx", library_version="1.7.1", architectures=("sm_87",))
+    assert "which no Jetson has: run edge-backbones compile here" in reasons_against(rtx, host(jetson=True))[0]
+
+
 def test_the_lean_runtime_takes_over_for_newer_plans_only():
     compatible = key(version_compatible=True, host_code=True)
     assert flavour_to_load(compatible, host()) == "tensorrt"

@@ -319,11 +319,10 @@ def test_a_driver_older_than_the_library_is_told_before_anything_is_made(compile
         compiled(None)
 
 
-def test_the_tensorrt_of_jetpack_6_0_is_told(compiled):
-    old = Library()
-    old.__version__ = "8.6.2"
-    del old.IProgressMonitor
-    with pytest.raises(CompileError, match=r"tensorrt 8\.6\.2 is too old, 10\.3 is the oldest .*JetPack 6\.2"):
+def test_the_tensorrt_of_jetpack_6_0_is_told_before_anything_is_made_of_it(compiled, monkeypatch):
+    monkeypatch.setattr(tensorrt, "is_jetson", lambda: True)
+    old = types.SimpleNamespace(__version__="8.6.2")
+    with pytest.raises(CompileError, match=r"tensorrt 8\.6\.2 is too old: 10\.3 is the oldest .*JetPack 6\.2"):
         compiled(old)
 
 

@@ -391,7 +391,9 @@ def test_a_module_that_is_missing_is_named_with_its_command(monkeypatch):
     cuda._opened.cache_clear()
     for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.cuda", "pycuda", "pycuda.driver"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingDependencyError, match=r"cuda-bindings.*pip install 'edge-backbones\[tensorrt\]'"):
+    with pytest.raises(
+        MissingDependencyError, match=r"cuda-bindings is missing\): pip install 'cuda-bindings==12\.\*'"
+    ):
         cuda.open_memory(0)
     with pytest.raises(MissingDependencyError, match=r"pip install 'edge-backbones\[pycuda\]'"):
         cuda.open_memory(0, "pycuda")

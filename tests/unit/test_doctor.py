@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -35,7 +36,7 @@ def machine(
     *,
     python: str = "3.10.12",
     virtual: bool = True,
-    system_packages: bool = False,
+    system_packages: bool | None = None,
     libraries: dict[str, str] = RUNTIME,
     tensorrt: dict[str, str] | None = None,
     gpus: tuple[Gpu, ...] = (),
@@ -51,6 +52,7 @@ def machine(
         {"openvino": libraries["openvino"]} if "openvino" in libraries else {},
         gpus[0] if gpus else None,
         "" if gpus else no_gpu,
+        read_system(root).jetson,
     )
     return Machine(
         system=read_system(root),
@@ -60,7 +62,7 @@ def machine(
             version=python,
             executable="/env/bin/python",
             virtual=virtual,
-            system_packages=system_packages or not virtual,
+            system_packages=not virtual if system_packages is None else system_packages,
         ),
         libraries=libraries,
         tensorrt=tensorrt or {},
@@ -161,6 +163,11 @@ def test_an_orin_nano_as_it_should_be():
         ({}, "does not see it", "/usr/bin/python3.10 -m venv --system-site-packages"),
         ({"python": "3.12.3"}, "is for Python 3.10 and this is 3.12", "/usr/bin/python3.10 -m venv"),
         ({"virtual": False}, "cannot be loaded", "tells why"),
+        (
+            {"virtual": False, "system_packages": False},
+            "/env/bin/python, not the system's Python, does not see it",
+            "/usr/bin/python3.10 -m venv --system-site-packages",
+        ),
         ({"tensorrt": {"tensorrt": "8.6.2"}}, "8.6.2", "10.3 is the oldest"),
     ],
 )
@@ -220,6 +227,22 @@ def test_a_jetson_in_a_container_that_hides_what_it_is():
     found = judge(msgspec.structs.replace(seen, system=hidden))
     assert "-v /etc/nv_tegra_release" in finding(found, "JetPack").fix
     assert "--runtime nvidia" in finding(found, "NVIDIA GPU").fix
+    bare = msgspec.structs.replace(hidden, tensorrt_pythons=())
+    missing = finding(judge(msgspec.structs.replace(seen, system=bare)), "compile and run engines")
+    assert missing.fix == "sudo apt install python3-libnvinfer"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_container_hides_the_device_tree_and_not_the_chip(tmp_path, name):
+    """Docker masks /sys/firmware, where /proc/device-tree leads, and its /etc is the image's."""
+    tree = Path(shutil.copytree(MACHINES / name, tmp_path / name))
+    shutil.rmtree(tree / "proc/device-tree", ignore_errors=True)
+    (tree / "etc/nv_tegra_release").unlink(missing_ok=True)
+    (tree / ".dockerenv").touch()
+    system = read_system(tree)
+    assert (system.jetson, system.board, system.l4t) == (name.startswith("jetpack"), "", None)
+    seen = msgspec.structs.replace(machine(name), system=system)
+    assert ("--runtime nvidia" in doctor.why_not_the_gpu(seen)) == (name not in ("laptop", "bare"))
 
 
 # ---- others
@@ -245,9 +268,16 @@ def test_a_laptop_and_a_bare_machine():
     assert not finding(bare, "memory").ok
 
 
+GPUS = {"jetpack6-orin-nano": ORIN_NANO, "jetpack7-agx-thor": THOR, "server-h100": H100}
+
+
+@pytest.mark.parametrize("tensorrt", [{}, {"tensorrt": "8.6.2"}, {"tensorrt": "10.3.0"}])
+@pytest.mark.parametrize("python", ["3.10.12", "3.12.3"])
+@pytest.mark.parametrize("gpus", [True, False])
 @pytest.mark.parametrize("name", ALL)
-def test_every_finding_is_a_plain_line(name):
-    found = judge(machine(name))
+def test_every_finding_is_a_plain_line(name, gpus, python, tensorrt):
+    seen = (GPUS[name],) if gpus and name in GPUS else ()
+    found = judge(machine(name, gpus=seen, python=python, tensorrt=tensorrt))
     assert len({f.topic for f in found}) == len(found)
     for one in found:
         assert one.found

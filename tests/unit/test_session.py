@@ -8,9 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_backbones.errors import EngineMismatchError
+from edge_backbones.errors import EngineMismatchError, MissingDependencyError
 from edge_backbones.manifest import EngineKey, EngineRecord, FileRecord, GpuKey, ParityReport, StageParity
 from edge_backbones.manifest import Gate as Bounds
+from edge_backbones.profiles import profile_of
 from edge_backbones.runtime import session
 from edge_backbones.runtime.compat import Host
 from edge_backbones.runtime.cuda import Gpu
@@ -111,7 +112,9 @@ def test_what_was_never_measured_is_passed_over():
 def test_compiling_on_the_spot_is_for_the_gpu_at_hand(monkeypatch):
     asked = []
     compiler = types.SimpleNamespace(
-        PlanOptions=lambda targets: targets, compile_bundle=lambda path, **options: asked.append(options)
+        PlanOptions=lambda targets: targets,
+        compile_bundle=lambda path, **options: asked.append(options),
+        profile_here=lambda flavour, targets, device: profile_of(L4) if flavour == "tensorrt" else None,
     )
     monkeypatch.setattr(session.importlib, "import_module", lambda name: compiler)
     session.compile_here("b.bundle", HOST, "int8", device=0)
@@ -120,11 +123,28 @@ def test_compiling_on_the_spot_is_for_the_gpu_at_hand(monkeypatch):
     session.compile_here("b.bundle", HOST, None, device=None)
     with pytest.raises(EngineMismatchError, match=r"cannot be made here: its name is of the machine.*engine='int8'"):
         session.compile_here("b.bundle", HOST, "tensorrt-10.3.0-sm_87-int8-0a1b2c3d", device=0)
-    assert [(o["flavour"], o["precisions"], o["plan"]) for o in asked] == [
-        ("tensorrt", ("int8",), ()),
-        ("tensorrt_rtx", None, ("sm_120",)),
-        ("openvino", None, ()),
+    assert [(o["flavour"], o["precisions"], o["plan"], o["profile"]) for o in asked] == [
+        ("tensorrt", ("int8",), (), "l4"),
+        ("tensorrt_rtx", None, ("sm_120",), None),
+        ("openvino", None, (), None),
     ]
+
+
+def test_compiling_on_the_spot_needs_no_profiles(monkeypatch):
+    """Python 3.10 without the cli extra has no TOML reader."""
+
+    def unreadable(*_):
+        raise MissingDependencyError("reading device profiles on this Python", "cli")
+
+    asked = []
+    compiler = types.SimpleNamespace(
+        PlanOptions=lambda targets: targets,
+        compile_bundle=lambda path, **options: asked.append(options),
+        profile_here=unreadable,
+    )
+    monkeypatch.setattr(session.importlib, "import_module", lambda name: compiler)
+    session.compile_here("b.bundle", HOST, "tensorrt_rtx", device=0)
+    assert [(o["flavour"], o["plan"], o["profile"]) for o in asked] == [("tensorrt_rtx", ("sm_89",), None)]
 
 
 def changed(gpu: Gpu, **changes) -> Gpu:

@@ -8,7 +8,14 @@ import types
 import pytest
 
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.runtime.tensorrt_library import FLAVOURS, against_driver, library_version, load_library
+from edge_backbones.runtime import tensorrt_library
+from edge_backbones.runtime.tensorrt_library import (
+    FLAVOURS,
+    against_driver,
+    against_release,
+    library_version,
+    load_library,
+)
 
 
 @pytest.fixture
@@ -35,12 +42,35 @@ def modules(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
-def test_a_library_that_is_missing_is_named_with_its_extra(modules):
-    with pytest.raises(MissingDependencyError, match=r"on a Jetson: apt install.*edge-backbones\[tensorrt\]"):
+def test_a_library_that_is_missing_is_named_with_its_extra(modules, monkeypatch):
+    monkeypatch.setattr(tensorrt_library, "is_jetson", lambda: False)
+    with pytest.raises(MissingDependencyError, match=r"\(not installed\) .*pip install 'edge-backbones\[tensorrt\]'"):
         load_library("tensorrt")
     with pytest.raises(MissingDependencyError, match=r"tensorrt_rtx engine \(not installed\).*edge-backbones\[rtx\]"):
         load_library("tensorrt_rtx")
     assert [library_version(flavour) for flavour in FLAVOURS] == [None] * 3
+
+
+def test_on_a_jetson_pip_is_not_where_tensorrt_comes_from(modules, monkeypatch):
+    monkeypatch.setattr(tensorrt_library, "is_jetson", lambda: True)
+    with pytest.raises(MissingDependencyError, match=r"apt install python3-libnvinfer.*--system-site-packages") as told:
+        load_library("tensorrt")
+    assert "pip install" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "version", "jetson", "way"),
+    [
+        ("tensorrt", "8.6.2", True, "upgrade to JetPack 6.2 or newer"),
+        ("tensorrt", "10.2.0.post1", False, "pip install --upgrade tensorrt"),
+        ("tensorrt", "10.3.0", True, None),
+        ("tensorrt", "11.4.0.106", False, None),
+        ("tensorrt_rtx", "1.7.1", False, None),
+    ],
+)
+def test_the_oldest_release(flavour, version, jetson, way):
+    told = against_release(flavour, version, jetson=jetson)
+    assert (way in told and told.startswith("10.3 is the oldest")) if way else told == ""
 
 
 def test_a_library_that_cannot_be_loaded_says_why(modules):
