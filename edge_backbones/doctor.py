@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 
 from edge_backbones.bundle import Bundle
-from edge_backbones.profiles import DeviceProfile, profile_of
+from edge_backbones.manifest import EngineRecord
+from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, profile_of
 from edge_backbones.runtime import compat, cuda, session, tensorrt_library
 from edge_backbones.system import System, read_system
 
@@ -129,13 +130,23 @@ def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
         device = "cpu" if engine.key.gpu is None else "cuda"
         reasons = session.reasons_against(engine, machine.host, engine.name, device=device)
         told = "; ".join(reasons) or "runs here"
-        fix = f"edge-backbones {'compile' if engine.parity.measured else 'verify'} {bundle.path}"
-        fix = "" if not reasons else fix if device == "cpu" else f"{fix} (on the machine with that GPU)"
+        fix = _way_to_run(machine, engine, bundle.path, reasons) if reasons else ""
         found.append(Finding(topic=f"engine {engine.name}", ok=not reasons, found=told, fix=fix))
     if not found:
         fix = f"edge-backbones compile {bundle.path}"
         found.append(Finding(topic="engines", ok=False, found=f"{bundle.path} has none", fix=fix))
     return found
+
+
+def _way_to_run(machine: Machine, engine: EngineRecord, path: Path, reasons: Sequence[str]) -> str:
+    compile_it = f"edge-backbones compile {path}"
+    if engine.key.gpu is not None and not machine.gpus:
+        return _gpu(machine).fix or f"it is for a machine with that GPU; {compile_it} makes one for this CPU"
+    if not engine.parity.measured:
+        return f"edge-backbones verify {path}"
+    if any(compat.COMPILE in reason for reason in reasons):
+        return compile_it
+    return "; ".join(reason.rpartition(": ")[2] for reason in reasons)  # each ends with its way out
 
 
 def _sees_system_packages() -> bool:
@@ -322,17 +333,17 @@ def _optional(machine: Machine, flavour: str) -> Finding:
     """A flavour that few need: nothing to fix where it is absent, unless this is the machine for it."""
     purpose, install = {
         "tensorrt_lean": ("run version-compatible plans (TensorRT lean)", "pip install tensorrt-lean"),
-        "tensorrt_rtx": (
-            "compile for RTX GPUs, without one too (TensorRT-RTX)",
-            "pip install 'edge-backbones[rtx]'",
-        ),
+        "tensorrt_rtx": ("compile for RTX GPUs, without one too (TensorRT-RTX)", "pip install 'edge-backbones[rtx]'"),
     }[flavour]
     version = machine.tensorrt.get(flavour)
-    if version is None and machine.system.jetson:
+    if version is not None:
+        return Finding(topic=purpose, ok=True, found=version)
+    if machine.system.jetson:
         return Finding(topic=purpose, ok=True, found="not installed; nothing on a Jetson needs it")
-    return Finding(
-        topic=purpose, ok=version is not None, found=version or "missing", fix="" if version is not None else install
-    )
+    architectures = {gpu.architecture for gpu in machine.gpus}
+    if flavour == "tensorrt_rtx" and architectures & set(RTX_ARCHITECTURES) and "tensorrt" not in machine.tensorrt:
+        return Finding(topic=purpose, ok=False, found="missing", fix=install)
+    return Finding(topic=purpose, ok=True, found=f"not installed; where it is wanted: {install}")
 
 
 def _profile(machine: Machine) -> DeviceProfile | None:

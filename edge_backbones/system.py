@@ -99,6 +99,11 @@ def is_jetson(root: Path = Path("/")) -> bool:
     )
 
 
+def kernel_has_driver(root: Path = Path("/")) -> bool:
+    """Whether there is an NVIDIA GPU under this kernel, seen from here or not: containers see one when they ask for it."""
+    return is_jetson(root) or (root / "proc/driver/nvidia/version").exists()
+
+
 def settings(root: Path = Path("/")) -> dict[str, str]:
     """Governor, turbo, clocks and a Jetson's power mode, as far as they are shown: what decides how fast it is today."""
     found = {}

@@ -83,7 +83,7 @@ def this_host(versions: Mapping[str, str], *, device: int | None = None) -> Host
     return Host(architecture, cpu_features(cpuinfo, architecture), name, versions, gpu, no_gpu, is_jetson())
 
 
-_COMPILE = "run edge-backbones compile here"
+COMPILE = "run edge-backbones compile here"
 
 
 def reasons_against(key: EngineKey, host: Host) -> list[str]:
@@ -96,10 +96,10 @@ def _reasons_on_cpu(key: EngineKey, host: Host) -> list[str]:
     if key.flavour == "torchscript":
         return reasons  # code that torch compiles where it runs
     if key.architecture != host.architecture:
-        reasons.append(f"compiled for {key.architecture}; this machine is {host.architecture}: {_COMPILE}")
+        reasons.append(f"compiled for {key.architecture}; this machine is {host.architecture}: {COMPILE}")
     elif missing := [feature for feature in key.cpu_features if feature not in host.cpu_features]:
         lacking = ", ".join(missing)
-        reasons.append(f"compiled for a CPU with {lacking}; this one ({host.device_name}) has none: {_COMPILE}")
+        reasons.append(f"compiled for a CPU with {lacking}; this one ({host.device_name}) has none: {COMPILE}")
     return reasons
 
 
@@ -111,20 +111,20 @@ def _reasons_on_gpu(key: EngineKey, asked: GpuKey, host: Host) -> list[str]:
             "tensorrt"
         )
     if key.flavour in ("tensorrt", "torch_tensorrt") and key.architecture != host.architecture:
-        reasons.append(f"compiled on {key.architecture}; this machine is {host.architecture}: {_COMPILE}")
+        reasons.append(f"compiled on {key.architecture}; this machine is {host.architecture}: {COMPILE}")
     gpu = host.gpu
     if gpu is None:
         return [*reasons, f"needs an NVIDIA GPU: {host.no_gpu or 'none was asked for (device=cuda)'}"]
     if not _architecture_fits(asked, gpu):
         there = ", ".join(asked.architectures)
-        reasons.append(f"compiled for {there}; this GPU ({gpu.name}) is {gpu.architecture}: {_COMPILE}")
+        reasons.append(f"compiled for {there}; this GPU ({gpu.name}) is {gpu.architecture}: {COMPILE}")
     elif key.flavour == "tensorrt" and asked.hardware_compatibility == "none":
         # All modules of Jetson Orin have one name.
         there, here = f"{key.device_name} ({asked.multiprocessors} SMs)", f"{gpu.name} ({gpu.multiprocessors} SMs)"
         if key.device_name != gpu.name or asked.multiprocessors not in (None, gpu.multiprocessors):
             reasons.append(
                 f"compiled for the kernels of {there}; this GPU is {here}, and only plans with --hardware-compatibility move "
-                f"between models: {_COMPILE}"
+                f"between models: {COMPILE}"
             )
     if asked.driver is not None and _major(gpu.driver) < _major(asked.driver):
         reasons.append(
@@ -145,7 +145,7 @@ def _library_reasons(key: EngineKey, host: Host) -> list[str]:
         here = here or next(iter(found), None)
     if here is None:
         if host.jetson and key.flavour == "tensorrt_rtx":
-            return [f"needs {key.flavour}, which no Jetson has: {_COMPILE}"]
+            return [f"needs {key.flavour}, which no Jetson has: {COMPILE}"]
         pip = f"pip install 'edge-backbones[{_EXTRAS[key.flavour]}]'"
         way = FROM_JETPACK if host.jetson and key.flavour == "tensorrt" else pip
         return [f"needs {key.flavour}, which is not installed: {way}"]
@@ -154,7 +154,7 @@ def _library_reasons(key: EngineKey, host: Host) -> list[str]:
     if here != key.library_version:
         newest = " or newer" if key.gpu is not None and key.gpu.host_code else ""
         return [
-            f"compiled with {key.flavour} {key.library_version}{newest}; here {here}: {_COMPILE}, or install that release"
+            f"compiled with {key.flavour} {key.library_version}{newest}; here {here}: {COMPILE}, or install that release"
         ]
     return []
 

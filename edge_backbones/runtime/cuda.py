@@ -26,6 +26,7 @@ import numpy as np
 from edge_backbones.errors import DeviceError, InputError, MissingDependencyError, OutOfMemoryError
 from edge_backbones.runtime import plan
 from edge_backbones.runtime.plan import StreamKey
+from edge_backbones.system import kernel_has_driver
 
 MemoryBackend = Literal["cuda-bindings", "pycuda"]
 
@@ -78,6 +79,8 @@ def _probe(load: Callable[[], Any]) -> tuple[CtypesDriver | None, int, str]:
     except OSError as error:
         missing = "No such file" in str(error) or "not find module" in str(error)
         why = f"{_LIBRARY} is missing" if missing else f"{_LIBRARY} cannot be loaded: {error}"
+        if kernel_has_driver():
+            why += "; the kernel has the driver, which a container sees with docker run --runtime nvidia"
         return None, 0, f"no NVIDIA driver ({why})"
     (code,) = driver.cuInit(0)
     if code:

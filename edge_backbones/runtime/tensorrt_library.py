@@ -23,8 +23,8 @@ FLAVOURS: tuple[TensorRtFlavour, ...] = ("tensorrt", "tensorrt_rtx", "tensorrt_l
 OLDEST = (10, 3)
 """Of TensorRT, for plans: strongly typed networks, and what else compiling takes for granted."""
 FROM_JETPACK = (
-    "JetPack has it, pip has not: sudo apt install python3-libnvinfer, and an environment that sees it: "
-    "/usr/bin/python3 -m venv --system-site-packages ENV"
+    "sudo apt install python3-libnvinfer, in an environment made by /usr/bin/python3 -m venv --system-site-packages ENV "
+    "(JetPack has it, pip has not)"
 )
 
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "tensorrt_lean": "tensorrt"}

@@ -344,7 +344,10 @@ ORIN = Gpu(0, "Orin", "sm_87", int(7.4 * 2**30), "12.6", 8, True)
     ("tensorrt", "way"),
     [
         ({}, "TensorRT is not usable (missing: JetPack's TensorRT has no Python package here): sudo apt install "),
-        ({"tensorrt": "8.6.2"}, "TensorRT is not usable (8.6.2): 10.3 is the oldest that engines are made with: upgrade"),
+        (
+            {"tensorrt": "8.6.2"},
+            "TensorRT is not usable (8.6.2): 10.3 is the oldest that engines are made with: upgrade",
+        ),
     ],
 )
 def test_a_gpu_without_tensorrt_is_never_passed_over_in_silence(

@@ -26,6 +26,7 @@ from edge_backbones import Bundle
 from edge_backbones.profiles import load_profile
 
 ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "Dockerfile.jetson"
 JETSON = ROOT / "build_scripts" / "jetson"
 JETPACKS = {"6": ("3.10", "manylinux_2_35", "jetson-orin-nano"), "7": ("3.12", "manylinux_2_39", "jetson-thor")}
 OPENVINO = openvino.__version__.partition("-")[0]
@@ -33,7 +34,7 @@ OPENVINO = openvino.__version__.partition("-")[0]
 
 def stages() -> list[tuple[str, list[tuple[str, str]]]]:
     """Every stage of the Dockerfile: what it starts from, and its instructions."""
-    parser = DockerfileParser(fileobj=io.BytesIO((ROOT / "Dockerfile.jetson").read_bytes()))
+    parser = DockerfileParser(fileobj=io.BytesIO(DOCKERFILE.read_bytes()))
     found: list[tuple[str, list[tuple[str, str]]]] = []
     for step in parser.structure:
         if step["instruction"] == "FROM":
@@ -166,7 +167,16 @@ def test_everything_that_is_copied_is_sent_to_the_builder():
 def test_nobody_is_root_at_the_end():
     assert stages()[-1][1][-1][0] == "CMD"
     assert [value for name, value in stages()[-1][1] if name == "USER"] == ["${UID}"]
-    assert {source.split()[0] for source, _ in stages()[:2]} == {"ubuntu:jammy-20251001", "ubuntu:noble-20251001"}
+    [made] = [value for name, value in stages()[-1][1] if name == "RUN"]
+    assert made.endswith('useradd --uid "${UID}" --groups video --create-home robot')
+    assert "HOME=/home/robot" in " ".join(value for name, value in stages()[-1][1] if name == "ENV")
+
+
+def test_the_images_that_it_starts_from_have_their_dates_and_can_be_given_by_digest():
+    given = dict(value.split("=") for value in re.findall(r"^ARG (\w+=\S+)$", DOCKERFILE.read_text(), re.MULTILINE))
+    assert [source for source, _ in stages()[:2]] == ["${JAMMY} AS jetpack-6", "${NOBLE} AS jetpack-7"]
+    for name in ("JAMMY", "NOBLE"):
+        assert re.fullmatch(rf"ubuntu:{name.lower()}-\d{{8}}", given[name])
 
 
 # ---- compose, systemd, the application

@@ -122,9 +122,16 @@ def refusing(message):
         (lambda: libcuda(0), "driver present, no GPU is visible to this process (CUDA_VISIBLE_DEVICES?)"),
     ],
 )
-def test_no_gpu_has_a_reason(load, reason):
+def test_no_gpu_has_a_reason(monkeypatch, load, reason):
+    monkeypatch.setattr(cuda, "kernel_has_driver", lambda: False)
     assert cuda.no_gpu_reason(load) == reason
     assert cuda.gpus(load) == ()
+
+
+def test_a_container_that_did_not_ask_for_the_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(cuda, "kernel_has_driver", lambda: True)
+    reason = cuda.no_gpu_reason(refusing("libcuda.so.1: cannot open shared object file: No such file or directory"))
+    assert "is missing; the kernel has the driver, which a container sees with docker run --runtime nvidia" in reason
 
 
 @pytest.mark.parametrize(

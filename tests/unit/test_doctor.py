@@ -11,7 +11,9 @@ import msgspec
 import pytest
 
 from edge_backbones import doctor
+from edge_backbones.bundle import Bundle
 from edge_backbones.doctor import Finding, Machine, Python, judge, judge_engines
+from edge_backbones.manifest import GpuKey
 from edge_backbones.runtime import compat
 from edge_backbones.runtime.cuda import Gpu
 from edge_backbones.system import read_system
@@ -49,7 +51,7 @@ def machine(
         architecture,
         compat.cpu_features(cpuinfo, architecture),
         compat.device_name(cpuinfo) or architecture,
-        {"openvino": libraries["openvino"]} if "openvino" in libraries else {},
+        {**({"openvino": libraries["openvino"]} if "openvino" in libraries else {}), **(tensorrt or {})},
         gpus[0] if gpus else None,
         "" if gpus else no_gpu,
         read_system(root).jetson,
@@ -257,6 +259,16 @@ def test_a_server():
     assert not any(f.topic in ("JetPack", "DLA") for f in found)
 
 
+def test_what_few_need_is_asked_for_where_it_serves():
+    topics = ("run version-compatible plans", "compile for RTX GPUs")
+    server = judge(machine("server-h100", gpus=(H100,)))
+    assert all(finding(server, topic).ok and "pip install" in finding(server, topic).found for topic in topics)
+    card = gpu("NVIDIA GeForce RTX 4090", "sm_89", 24, "13.0")
+    assert finding(judge(machine("laptop", gpus=(card,))), topics[1]).fix == "pip install 'edge-backbones[rtx]'"
+    assert finding(judge(machine("laptop", gpus=(card,), tensorrt={"tensorrt": "10.13.0"})), topics[1]).ok
+    assert finding(judge(machine("jetpack6-orin-nano")), topics[0]).found.endswith("nothing on a Jetson needs it")
+
+
 def test_a_laptop_and_a_bare_machine():
     laptop, bare = judge(machine("laptop")), judge(machine("bare", libraries={}))
     assert "cpupower" in finding(laptop, "power mode").fix
@@ -303,12 +315,54 @@ def test_which_engines_of_a_bundle_run_there(tmp_path):
     here = msgspec.structs.replace(machine("laptop"), host=compat.this_host({"openvino": engine.key.library_version}))
     [found] = judge_engines(here, bundle)
     assert (found.ok, found.found, found.topic) == (True, "runs here", f"engine {engine.name}")
-    [found] = judge_engines(machine("laptop", libraries={}), bundle)
-    assert not found.ok
-    assert "edge-backbones[cpu]" in found.found or "openvino" in found.found.lower()
+    bare = machine("laptop", libraries={})
+    [found] = judge_engines(bare, with_key(bundle, architecture="x86_64", cpu_features=()))
+    assert (found.ok, found.fix) == (False, "pip install 'edge-backbones[cpu]'")
     [found] = judge_engines(machine("jetpack6-orin-nano"), bundle)
     assert not found.ok
     assert found.fix == f"edge-backbones compile {bundle.path}"
+
+
+def with_key(bundle: Bundle, *, measured: bool = True, **changes) -> Bundle:
+    """A bundle whose one engine has another key."""
+    [engine] = bundle.manifest.engines
+    parity = engine.parity if measured else msgspec.structs.replace(engine.parity, stages=())
+    engine = msgspec.structs.replace(engine, key=msgspec.structs.replace(engine.key, **changes), parity=parity)
+    return Bundle(path=bundle.path, manifest=msgspec.structs.replace(bundle.manifest, engines=(engine,)))
+
+
+@pytest.mark.parametrize(
+    ("where", "changes", "fix"),
+    [
+        ({}, {}, "it is for a machine with that GPU; edge-backbones compile {} makes one for this CPU"),
+        ({"name": "server-h100"}, {}, "the kernel has the driver .* docker run --runtime nvidia"),
+        ({"name": "server-h100", "gpus": (H100,)}, {}, "edge-backbones compile {}$"),
+        ({"name": "server-h100", "gpus": (H100,)}, {"measured": False}, "edge-backbones verify {}$"),
+        (
+            {"name": "jetpack6-orin-nano", "gpus": (ORIN_NANO,)},
+            {},
+            "sudo apt install python3-libnvinfer, .*--system-site-packages ENV",
+        ),
+        (
+            {"name": "jetpack6-orin-nano", "gpus": (ORIN_NANO,), "tensorrt": {"tensorrt": "10.3.0"}},
+            {"gpu": GpuKey(architectures=("sm_87",), driver="13.0")},
+            "update the driver$",
+        ),
+    ],
+)
+def test_the_way_to_run_an_engine_of_a_gpu(tmp_path, where, changes, fix):
+    asked = {
+        "flavour": "tensorrt",
+        "library_version": "10.3.0",
+        "architecture": "aarch64",
+        "device_name": "Orin",
+        "gpu": GpuKey(architectures=("sm_87",)),
+        **changes,
+    }
+    bundle = with_key(make_bundle(tmp_path / "net.bundle"), **asked)
+    [found] = judge_engines(machine(**{"name": "laptop", **where}), bundle)
+    assert not found.ok
+    assert re.match(fix.format(re.escape(str(bundle.path))), found.fix), found
 
 
 def test_a_bundle_without_engines_is_told_how_to_get_one(tmp_path):

@@ -51,6 +51,17 @@ def test_device_modules_import_without_the_workstation_libraries(module):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_library_that_does_not_load_is_told_with_the_way_out():
+    """numpy of another processor, in an environment that was copied."""
+    done = run_without(("numpy",), "from edge_backbones import EdgeBackbone")
+    *_, last = done.stderr.strip().splitlines()
+    assert last.startswith("edge_backbones.errors.BrokenLibraryError: an installed library is not for this machine")
+    assert "python3 -m venv ENV" in last
+    other = run_without(("edge_backbones.bundle",), "from edge_backbones import EdgeBackbone")
+    assert "BrokenLibraryError" not in other.stderr
+    assert "edge_backbones.bundle" in other.stderr
+
+
 @pytest.mark.parametrize("module", ON_DEVICE)
 def test_device_modules_import_without_any_extra(module):
     extras = (
