@@ -208,7 +208,7 @@ def emulate(bundle: Path | None, root: Path, cpu: str) -> dict[str, Any]:
     """Install, compile, run and compare; prints what it finds and returns what goes into the results."""
     network(root)
     write_cpuinfo(root, cpu)
-    work = root / "work"
+    work = root / "data"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     qemu = command("qemu-aarch64-static", "--version").splitlines()[0]
@@ -220,7 +220,7 @@ def emulate(bundle: Path | None, root: Path, cpu: str) -> dict[str, Any]:
         install(root, cpu, work)
         print("compiling there", flush=True)
         try:
-            inside(root, cpu, _PYTHON, "-m", "edge_backbones", "compile", "/work/net.bundle")
+            inside(root, cpu, _PYTHON, "-m", "edge_backbones", "compile", "/data/net.bundle")
         except EmulationError as error:
             print(f"FAILED: {error}")
             versions = {"openvino": openvino.__version__, "edge-backbones": edge_backbones.__version__}
@@ -228,7 +228,7 @@ def emulate(bundle: Path | None, root: Path, cpu: str) -> dict[str, Any]:
         there, here = work / "there", work / "here"
         there.mkdir()
         here.mkdir()
-        run = ("-c", _RUN, "/work/net.bundle", "/work/there", *precisions)
+        run = ("-c", _RUN, "/data/net.bundle", "/data/there", *precisions)
         device = json.loads(inside(root, cpu, _PYTHON, *run).splitlines()[-1])
         if device.pop("torch") or device["architecture"] != "aarch64":
             raise EmulationError(f"the device was not bare or not ARM: {device}")
@@ -330,7 +330,7 @@ def install(root: Path, cpu: str, work: Path) -> None:
     print("installing there: minutes the first time", flush=True)
     if not (root / _PYTHON.lstrip("/")).is_symlink():
         inside(root, cpu, "/usr/bin/python3", "-m", "venv", "/opt/env")
-    wheel = f"/work/{build_wheel(work).name}"
+    wheel = f"/data/{build_wheel(work).name}"
     release = openvino.__version__.partition("-")[0]  # maps of the same release are compared
     pip = (_PYTHON, "-m", "pip", "install", "--no-compile")
     inside(root, cpu, *pip, "--force-reinstall", "--no-deps", wheel)
