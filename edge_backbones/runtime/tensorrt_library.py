@@ -15,7 +15,6 @@ from collections import deque
 from typing import Any, Literal
 
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.system import is_jetson
 
 TensorRtFlavour = Literal["tensorrt", "tensorrt_rtx", "tensorrt_lean"]
 FLAVOURS: tuple[TensorRtFlavour, ...] = ("tensorrt", "tensorrt_rtx", "tensorrt_lean")
@@ -51,6 +50,8 @@ def load_library(flavour: TensorRtFlavour) -> Any:
         # torch-tensorrt-rtx puts TensorRT-RTX in the place of `tensorrt`.
         if hasattr(module, "ComputeCapability") == (flavour == "tensorrt_rtx"):
             return module
+    from edge_backbones.system import is_jetson  # the bindings of every release are asked without msgspec
+
     fix = FROM_JETPACK if flavour == "tensorrt" and is_jetson() else ""
     raise MissingDependencyError(f"the {flavour} engine ({reason})", _EXTRAS[flavour], fix=fix)
 

@@ -43,7 +43,7 @@ def modules(monkeypatch, tmp_path):
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(modules, monkeypatch):
-    monkeypatch.setattr(tensorrt_library, "is_jetson", lambda: False)
+    monkeypatch.setattr(system, "is_jetson", lambda: False)
     with pytest.raises(MissingDependencyError, match=r"\(not installed\) .*pip install 'edge-backbones\[tensorrt\]'"):
         load_library("tensorrt")
     with pytest.raises(MissingDependencyError, match=r"tensorrt_rtx engine \(not installed\).*edge-backbones\[rtx\]"):
@@ -52,7 +52,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(modules, monkeypatch)
 
 
 def test_on_a_jetson_pip_is_not_where_tensorrt_comes_from(modules, monkeypatch):
-    monkeypatch.setattr(tensorrt_library, "is_jetson", lambda: True)
+    monkeypatch.setattr(system, "is_jetson", lambda: True)
     with pytest.raises(MissingDependencyError, match=r"apt install python3-libnvinfer.*--system-site-packages") as told:
         load_library("tensorrt")
     assert "pip install" not in str(told.value)
