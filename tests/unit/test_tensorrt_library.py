@@ -7,8 +7,8 @@ import types
 
 import pytest
 
+from edge_backbones import system
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.runtime import tensorrt_library
 from edge_backbones.runtime.tensorrt_library import (
     FLAVOURS,
     against_driver,
