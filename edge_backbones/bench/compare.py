@@ -26,7 +26,7 @@ import numpy as np
 
 from edge_backbones.bench import machine
 from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, load_network
-from edge_backbones.bench.results import Comparison, Measurement, ratio_of
+from edge_backbones.bench.results import FEWEST_TURNS, Comparison, Measurement, ratio_of
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.bundle import Bundle, load_golden
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, MissingDependencyError
@@ -340,9 +340,11 @@ def _ending(code: int) -> str:
 
 
 def calm_turns(stolen: Sequence[float]) -> list[int]:
-    """The turns that count: those in which other guests took little, and at least the calmer half, in order."""
+    """The turns that count: those in which other guests took little, and at least the calmer half: of enough turns to rank
+    a ratio, enough. In order."""
     calmest = sorted(range(len(stolen)), key=lambda number: stolen[number])
-    least = (len(stolen) + 1) // 2
+    half = (len(stolen) + 1) // 2
+    least = half if len(stolen) < FEWEST_TURNS else max(half, FEWEST_TURNS)
     return sorted(number for place, number in enumerate(calmest) if place < least or stolen[number] <= _CALM)
 
 

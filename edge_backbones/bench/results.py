@@ -9,7 +9,7 @@ import msgspec
 
 from edge_backbones.errors import InputError
 
-_FEWEST_TURNS = 6  # below, the largest and the smallest ratio do not hold the median with 95 % confidence
+FEWEST_TURNS = 6  # below, the largest and the smallest ratio do not hold the median with 95 % confidence
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -75,7 +75,7 @@ class Ratio(_Strict, frozen=True):
 
     @property
     def is_sure(self) -> bool:
-        return self.turns is None or self.turns >= _FEWEST_TURNS
+        return self.turns is None or self.turns >= FEWEST_TURNS
 
     @property
     def is_ranked(self) -> bool:
