@@ -3,12 +3,12 @@
 SmoothQuant (Xiao et al. 2022, section 4): x W = (x / s)(s W), and a LayerNormalization divides for nothing, by its own
 scale and bias. On a transformer and a ConvNeXt trained on digits this brings 1 to 2 dB to the feature maps.
 
-A depthwise convolution divides for nothing too, and ReLU(x / s) = ReLU(x) / s (cross-layer equalisation, Nagel et al. 2019,
-section 4.1): what a pointwise layer reads of it in the early blocks of a MobileNetV3, where there is no gate and no hard
-swish, which take no scale. With random weights that brings 1 to 4 dB to the stages of these blocks (asked for in
-tests/build/test_equalise.py), trained on digits 0.7 to 1 dB. Other convolutions before a ReLU are left alone: eight of
-them in mobilenetv3_small_100 brought nothing that could be measured, and neither did those of resnet18, whose noise is that
-of the residual stream, which takes no scale.
+A convolution divides for nothing too, and ReLU(x / s) = ReLU(x) / s (cross-layer equalisation, Nagel et al. 2019, section
+4.1): what a depthwise convolution reads and what is read of it in the early blocks of a MobileNetV3, where there is no
+hard swish and mostly no gate, which take no scale. With random weights that brings 1 to 4 dB to the stages of these blocks
+(asked for in tests/build/test_equalise.py), and it is what lets `quantize` round the input of these layers at all. Where
+neither layer is depthwise they are left alone: eight of them in mobilenetv3_small_100 brought nothing that could be
+measured, and neither did those of resnet18, whose noise is that of the residual stream, which takes no scale.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edge_backbones.build.artifacts import ExportedGraph
-from edge_backbones.build.quantize import add_constant, constant_of, input_channel_axis, load_graph, quantized_layers
+from edge_backbones.build.quantize import (
+    add_constant,
+    constant_of,
+    input_channel_axis,
+    is_depthwise,
+    load_graph,
+    quantized_layers,
+)
 
 # s = (largest of a channel / largest of all) to this power: of 0.5, 0.75, 0.9 and 1 the best on vit and convnext, and of
 # 0.5 and 0.75 on mobilenetv3, small and large.
@@ -94,11 +101,13 @@ def _sites(model: ir.Model, graph: ExportedGraph) -> list[_Site]:
     for node in model.graph:
         if _is_affine_norm(node):
             tensor, axis = _behind_permutations(node.outputs[0])
-        elif _is_depthwise(node) and (relu := _only_reader(node.outputs[0])) is not None and relu.op_type == "Relu":
+        elif _is_conv(node) and (relu := _only_reader(node.outputs[0])) is not None and relu.op_type == "Relu":
             tensor, axis = relu.outputs[0], 1
         else:
             continue
         readers = tuple(use.node for use in tensor.uses())
+        if node.op_type == "Conv" and not (is_depthwise(node) or all(is_depthwise(reader) for reader in readers)):
+            continue
         channels = len(constant_of(node.inputs[1]))
         if (
             readers
@@ -109,6 +118,10 @@ def _sites(model: ir.Model, graph: ExportedGraph) -> list[_Site]:
     return found
 
 
+def _is_conv(node: ir.Node) -> bool:
+    return node.op_type == "Conv" and all(value is None or value.is_initializer() for value in node.inputs[1:])
+
+
 def _is_affine_norm(node: ir.Node) -> bool:
     constants = node.inputs[1:3]
     return (
@@ -117,12 +130,6 @@ def _is_affine_norm(node: ir.Node) -> bool:
         and node.outputs[0].shape is not None
         and all(value is not None and value.is_initializer() and constant_of(value).ndim == 1 for value in constants)
     )
-
-
-def _is_depthwise(node: ir.Node) -> bool:
-    if node.op_type != "Conv" or not all(value is None or value.is_initializer() for value in node.inputs[1:]):
-        return False
-    return bool(constant_of(node.inputs[1]).shape[1] == 1)
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:

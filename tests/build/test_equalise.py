@@ -42,7 +42,7 @@ NETWORKS = {
     "test_vit": ((0, 1), 160, 160, 0.0),  # Gemm or MatMul right behind a normalisation
     "test_convnext": ((0, 1, 2, 3), 64, 96, 1.0),  # pointwise layers behind it, with the channels last
     "test_convnext3": ((3,), 64, 96, 1.0),
-    "mobilenetv3_small_100": ((1, 2), 64, 96, 1.0),  # depthwise, ReLU, pointwise: twice
+    "mobilenetv3_small_100": ((1, 2), 64, 96, 1.0),  # pointwise, ReLU, depthwise, ReLU, pointwise: twice
     "mobilenetv3_large_100": ((0, 1), 64, 96, 1.0),  # three times
 }
 
@@ -125,7 +125,7 @@ def test_activations_that_are_not_finite_are_left_to_who_refuses_them(tmp_path):
 
 
 class Depthwise(nn.Module):
-    """A depthwise convolution and what stands between it and a pointwise layer."""
+    """A depthwise convolution and what stands before it, and between it and a pointwise layer."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -135,7 +135,12 @@ class Depthwise(nn.Module):
         self.pointwise = nn.Conv2d(32, 32, 1)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        before = self.depthwise(self.stem(x))
+        x = self.stem(x)
+        if self.kind in ("both", "both read"):
+            x = x.relu()
+        before = self.depthwise(x)
+        if self.kind == "both read":
+            return (self.pointwise(before.relu()) + x,)
         x = {"swish": nn.functional.hardswish, "relu6": nn.functional.relu6}.get(self.kind, torch.relu)(before)
         if self.kind == "residual":
             return (self.pointwise(x) + x,)
@@ -149,14 +154,17 @@ class Depthwise(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "sites"),
     [
-        ("relu", 1), ("no bias", 1), ("swish", 0), ("relu6", 0), ("residual", 0), ("gate", 0), ("read", 0), ("full", 0)
+        ("relu", 1), ("both", 2), ("both read", 1), ("no bias", 1), ("swish", 0), ("relu6", 0), ("residual", 0), ("gate", 0),
+        ("read", 0), ("full", 0),
     ],
 )  # fmt: skip
-def test_a_depthwise_convolution_is_scaled_through_a_relu_alone(tmp_path, photographs, kind, sites):
+def test_a_depthwise_convolution_is_scaled_through_relus_alone(tmp_path, photographs, kind, sites):
     loaded = networks.hand_made(Depthwise(kind))
     graph = export_onnx(prepare(loaded, networks.input_spec(64, 96)), tmp_path / "graph.onnx")
     found = equalise.tensors_to_equalise(graph)
     assert len(found) == sites
+    quantized = {layer.name: layer.tensor for layer in quantized_layers(graph)}
+    assert ("depthwise/Conv" in quantized) == (kind.startswith("both") or kind == "full")
     values = dict.fromkeys(found, np.random.default_rng(0).uniform(0.1, 1, 32))
     equalised = equalise.write_equalised_graph(graph, values, tmp_path / "equalised.onnx")
     images = networks.normalised(networks.crops(photographs, 2, 64, 96))
