@@ -1,9 +1,11 @@
 """``python -m benchmarks.matrix``: how much of two cores the build matrix uses, and what a run costs that has nothing to do.
 
-Six models in two precisions are built three times. Once one cell at a time on one core: half of the sum of those cells is
-what two processes would take that never wait and never disturb each other. Then with ``--jobs 2`` on two cores, into an empty
-folder and with no engine cache either time. And once more with nothing changed. What is divided is the wall clock of the
-whole command by that ideal. Gates are open, as in benchmarks/run.py: weights are random. Results:
+Six models in two precisions are built with ``--jobs 2`` on two cores, and the wall clock of the whole command is divided by
+what two ideal processes would take there, which never wait for each other: three of the models are built one cell at a time
+on one core while the others are on the other core, by commands that know nothing of each other, and the ideal is half of the
+sum of these cells. Cells alone on a machine whose other core is idle are measured too: cores share caches, memory and often
+more, and how much slower cells are beside others is a matter of the machine. Folders are empty and engines not cached,
+but for a last run with nothing changed. Gates are open, as in benchmarks/run.py: weights are random. Results:
 benchmarks/results/matrix.json.
 """
 
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +60,33 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
         run(Path(work) / "warm-up", models[:1], cores[:1])
         say("one cell at a time on one core")
         alone, _ = run(Path(work) / "alone", models, cores[:1])
+        say("one at a time on either core")
+        with ThreadPoolExecutor(2) as pool:
+            halves = [
+                pool.submit(run, Path(work) / f"half{core}", models[start::2], [core])
+                for start, core in enumerate(cores)
+                if models[start::2]
+            ]
+        beside = {name: seconds for half in halves for name, seconds in half.result()[0].items()}
         say("two at a time on two cores")
         together, wall = run(Path(work) / "together", models, cores)
         say("again, with nothing changed")
         _, again = run(Path(work) / "together", models, cores, status="there")
-    total = sum(alone.values())
+    ideal, total = sum(beside.values()) / 2, sum(alone.values())
     rows: list[dict[str, Any]] = []
     what = f"{len(alone)} cells of a build matrix on 2 cores: time over that of two ideal processes"
-    add(rows, what, wall / (total / 2), RATIO, "x")
+    add(rows, what, wall / ideal, RATIO, "x")
     add(rows, "the same again, with nothing changed", again, SECONDS, "s")
-    print(f"     cells alone {total:.1f} s, half of it {total / 2:.1f} s; together {wall:.1f} s")
+    print(f"     ideal {ideal:.1f} s, together {wall:.1f} s; cells alone {total:.1f} s, half of it {total / 2:.1f} s")
     return {
         "machine": machine(),
         "cells_alone_s": alone,
+        "cells_beside_s": beside,
         "cells_together_s": together,
-        "ideal_s": total / 2,
+        "ideal_s": ideal,
         "wall_s": wall,
-        "ratio": wall / (total / 2),
+        "ratio": wall / ideal,
+        "slower_beside_others": sum(beside.values()) / total,
         "again_s": again,
         "figures": rows,
     }

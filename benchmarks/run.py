@@ -222,12 +222,17 @@ def say(what: str) -> None:
 
 
 def refreshed(bundle: Path) -> bool:
-    """Compile a bundle's engines with the code that is measured; False where there is no bundle, or one of another format."""
+    """Compile a bundle's engines with the code that is measured; False where there is no bundle, or one whose graphs older
+    code wrote."""
+    from edge_backbones import build as code
     from edge_backbones.build.device import compile_bundle
 
     try:
-        Bundle.open(bundle)
+        graphs = [bundle / graph.file.path for graph in Bundle.open(bundle).manifest.graphs]
     except BundleError:
+        return False
+    changed = max(file.stat().st_mtime for file in Path(code.__path__[0]).rglob("*.py"))
+    if min(graph.stat().st_mtime for graph in graphs) < changed:
         return False
     compile_bundle(bundle)
     return True

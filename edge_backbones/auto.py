@@ -121,7 +121,7 @@ def _open(
 ) -> EdgeBackbone:
     if engine not in [precision.value for precision in Precision]:
         raise InputError(f"engine must be one of {', '.join(p.value for p in Precision)}; got {engine!r}")
-    if engine in (Precision.INT8, Precision.FP8) and images is None and options.calibration is None:
+    if Precision(engine).is_calibrated and images is None and options.calibration is None:
         raise CalibrationError(f"{engine} needs calibration images: pass images=FOLDER, or engine='fp16'")
     if out_indices is not None or out_features is not None:
         options = dataclasses.replace(

@@ -97,6 +97,11 @@ class TorchFlavour(str, enum.Enum):
     TORCH_TENSORRT = "torch_tensorrt"
 
 
+class Program(str, enum.Enum):
+    TORCHSCRIPT = "torchscript"
+    EXPORTED_PROGRAM = "exported_program"
+
+
 class Compatibility(str, enum.Enum):
     NONE = "none"
     AMPERE_PLUS = "ampere_plus"
@@ -204,6 +209,9 @@ def build(
             show_default=False,
         ),
     ] = None,
+    program: Annotated[
+        Program, typer.Option(help="What torch_tensorrt writes: for torch.jit.load, or for torch.export.load.")
+    ] = Program.TORCHSCRIPT,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is verified.")
     ] = False,
@@ -242,6 +250,7 @@ def build(
         golden=golden,
         torchscript=torchscript,
         flavours=tuple(one.value for one in flavour or ()),
+        program=program.value,
         profile=profile,
     )
     with _Steps(as_json) as progress:

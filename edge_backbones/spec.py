@@ -37,6 +37,11 @@ class Precision(str, enum.Enum):
     def __str__(self) -> str:
         return self.value
 
+    @property
+    def is_calibrated(self) -> bool:
+        """True of the formats that have ranges, found on calibration images."""
+        return self in (Precision.INT8, Precision.FP8)
+
 
 class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sizes that one axis may take: TensorRT's optimisation profile for that axis. Fixed when min == opt == max."""

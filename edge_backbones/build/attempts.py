@@ -1,7 +1,7 @@
-"""Engines that are tried for a bundle: each compiled and measured, int8 loosened until its gate holds, the best kept.
+"""Engines that are tried for a bundle: each compiled and measured, int8 and fp8 loosened until they hold their gates.
 
-A precision is one attempt. int8 that is outside its gate is tried again with the noisiest blocks left in half, as many as
-the measured noise of each block says (`choose.noise_of_blocks`), until it holds or no block is left.
+A precision is one attempt. int8 (or fp8) that is outside its gate is tried again with the noisiest blocks left in half,
+as many as the measured noise of each block says (`choose.noise_of_blocks`), until it holds or no block is left.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ class Workshop:
     progress: Progress
 
     def attempt(self, precision: Precision, gate: Gate, *, blocks: Sequence[str] = ()) -> Attempt:
-        """Write, compile and measure one typed graph; int8 leaves ``blocks`` (see `quantize.select_layers`) alone."""
+        """Write, compile and measure one typed graph; int8 and fp8 leave ``blocks`` (of `choose.noise_of_blocks`) alone."""
         self.progress(f"typing the {precision} graph", 0, None)
         path = self.work / f"{precision}-{len(blocks)}.onnx"
         graph, ranges, shifts, excluded = self.graph, None, None, frozenset[str]()
-        if self.calibration is not None and precision in (Precision.INT8, Precision.FP8):
+        if self.calibration is not None and precision.is_calibrated:
             graph, excluded = self.equalised, self.without(blocks)
             ranges = self.calibration.ranges if precision is Precision.INT8 else self.calibration.largest
             shifts = self.calibration.shifts
@@ -132,8 +132,9 @@ def decide(
     noise: dict[str, choose.Noise] = {}
     for precision in wanted:
         gate = gates.get(precision, DEFAULT_GATES[precision])
-        if precision is Precision.INT8:
-            of_precision, noise = try_int8(shop, gate, fallback=fallback, compare=auto)
+        if precision.is_calibrated:
+            of_precision, measured = try_quantized(shop, precision, gate, fallback=fallback, compare=auto)
+            noise = noise or measured
         else:
             of_precision = [shop.attempt(precision, gate)]
         if not auto or precision is Precision.FP32:
@@ -150,46 +151,48 @@ def decide(
         spare = [a for a in chosen if a.passed and a.precision not in (best.precision, Precision.FP32)]
         return Verdict([best], spare, decision(sentence, tried, noise))
     if len(tried) > len(chosen):
-        sentence = loosened([attempt for attempt in tried if attempt.precision is Precision.INT8])
+        by_precision = [[a for a in tried if a.precision is one.precision] for one in chosen]
+        sentence = "; ".join(loosened(of_precision) for of_precision in by_precision if len(of_precision) > 1)
         return Verdict(chosen, [], decision(sentence, tried, noise))
     return Verdict(chosen, [], None)
 
 
-def try_int8(
-    shop: Workshop, gate: Gate, *, fallback: bool, compare: bool
+def try_quantized(
+    shop: Workshop, precision: Precision, gate: Gate, *, fallback: bool, compare: bool
 ) -> tuple[list[Attempt], dict[str, choose.Noise]]:
-    """int8 with everything quantised that may be; then without the skip branches; then with ever fewer blocks.
+    """int8 or fp8 with everything quantised that may be; then without the skip branches; then with ever fewer blocks.
 
     The last one counts. With ``fallback`` the steps go on until the gate holds; what was measured of each block alone comes
     with them then. With ``compare`` the second is taken anyway: without skips int8 is a good deal more accurate, and on some
     devices as fast.
     """
-    assert shop.calibration is not None  # the pipeline calibrates before it asks for int8
+    assert shop.calibration is not None  # the pipeline calibrates before it asks for either
     layers = quantize.quantized_layers(shop.equalised)
     has_skips = any(layer.op_type == "Add" and layer.name not in shop.excluded for layer in layers)
-    attempts = [shop.attempt(Precision.INT8, gate)]
+    attempts = [shop.attempt(precision, gate)]
     out: list[str] = []
     if has_skips and (compare or (fallback and not attempts[-1].passed)):
         out = [SKIPS]
-        attempts.append(shop.attempt(Precision.INT8, gate, blocks=out))
+        attempts.append(shop.attempt(precision, gate, blocks=out))
     noise: dict[str, choose.Noise] = {}
     while fallback and not any(attempt.passed for attempt in attempts):
         if not noise:
             noise = choose.noise_of_blocks(
                 shop.equalised,
-                shop.calibration.ranges,
+                shop.calibration.ranges if precision is Precision.INT8 else shop.calibration.largest,
                 shop.deciding,
+                precision=precision,
                 excluded=shop.without(out),
                 work=shop.work,
                 progress=shop.progress,
             )
         left = {block: of_block for block, of_block in noise.items() if block not in out}
         gate_asks = {stage.stage: _MARGIN * excess_noise(stage, gate) for stage in attempts[-1].report.stages}
-        loudest = choose.blocks_to_exclude(left, gate_asks) or list(left)[:1]
+        loudest = choose.blocks_to_exclude(left, gate_asks) or [max(left, key=lambda block: max(left[block].values()))]
         if len(loudest) == len(left):
             break  # nothing would be quantised: that is fp16
         out = [*out, *loudest]
-        attempts.append(shop.attempt(Precision.INT8, gate, blocks=out))
+        attempts.append(shop.attempt(precision, gate, blocks=out))
     return attempts, noise
 
 
@@ -205,19 +208,23 @@ def timed(attempts: Sequence[Attempt], progress: Progress) -> list[Attempt]:
 
 
 def fastest(attempts: Sequence[Attempt]) -> tuple[Attempt, str]:
-    """The fastest attempt that is inside its gate, and why it is that one in a sentence. One of them must be inside."""
+    """The fastest attempt that is inside its gate, and why it is that one in a sentence. One of them must be inside.
+
+    Of those that timing cannot tell apart it is one without rounding to 8 bits, else the most accurate.
+    """
     passed = [attempt for attempt in attempts if attempt.passed]
     first = min(passed, key=_latency)
-    others = [_latency(attempt) for attempt in passed if attempt.precision is not first.precision]
-    limit = min([_TIE * _latency(first), *others])
-    tied = [a for a in passed if a.precision is first.precision and _latency(a) <= limit]
-    best = max(tied, key=_worst_sqnr)
+    tied = [a for a in passed if _latency(a) <= _TIE * _latency(first)]
+    floats = [a for a in tied if not a.precision.is_calibrated]
+    alike = [a for a in tied if a.precision is first.precision]
+    # int8 that is not measured to be faster is not shipped.
+    best = min(floats, key=_latency) if floats else max(alike, key=_worst_sqnr)
     rest = sorted((a for a in passed if a is not best), key=_latency)
     times = ", ".join(f"{_label(a)} {a.milliseconds:.2f} ms" for a in (best, *rest))
     failed = [a for a in attempts if a.precision not in {p.precision for p in passed}]
     reasons = [f"{_label(a)} is outside its gate ({a.failures()})" for a in failed[-1:]]
     slow = next((a for a in rest if a.precision is Precision.INT8 and best.precision is not Precision.INT8), None)
-    if slow is not None:
+    if slow is not None and best is first:
         reasons.append(f"{_label(slow)} is {_latency(best) / _latency(slow):.2f}x {_label(best)} here")
     if best is not first:
         gain = _worst_sqnr(best) - _worst_sqnr(first)
@@ -226,10 +233,10 @@ def fastest(attempts: Sequence[Attempt]) -> tuple[Attempt, str]:
 
 
 def loosened(attempts: Sequence[Attempt]) -> str:
-    """What the gate of int8 cost, in a sentence."""
+    """What the gate of int8 or fp8 cost, in a sentence."""
     first, last = attempts[0], attempts[-1]
     return (
-        f"int8 is outside its gate ({first.failures()}): shipping it with {len(last.blocks)} parts in half "
+        f"{first.precision} is outside its gate ({first.failures()}): shipping it with {len(last.blocks)} parts in half "
         f"({', '.join(last.blocks[:5])}{', ...' if len(last.blocks) > 5 else ''})"
     )
 

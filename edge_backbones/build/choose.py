@@ -171,6 +171,7 @@ def noise_of_blocks(
     ranges: Mapping[str, float],
     samples: Sequence[Sample],
     *,
+    precision: Precision = Precision.INT8,
     excluded: Collection[str],
     work: Path,
     progress: Progress = no_progress,
@@ -183,7 +184,7 @@ def noise_of_blocks(
     for done, block in enumerate(blocks):
         progress("measuring blocks", done, len(blocks))
         others = {layer.name for layer in layers if layer.block != block or layer.name in excluded}
-        session = _simulation(graph, ranges, work, excluded=others)
+        session = _simulation(graph, ranges, work, precision=precision, excluded=others)
         found[block] = _noise([(session, samples, references, {})], graph.spec.outputs)
     return found
 
@@ -278,13 +279,14 @@ def _simulation(
     ranges: Mapping[str, float],
     work: Path,
     *,
+    precision: Precision = Precision.INT8,
     excluded: Collection[str] = (),
     shifts: Mapping[str, Sequence[float]] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session over the int8 graph with fp32 around it, whose ranges may be fed with every run."""
+    """A session over the int8 (or fp8) graph with fp32 around it, whose ranges may be fed with every run."""
     path = work / "simulation.onnx"
     write_typed_graph(
-        graph, precision=Precision.INT8, path=path, ranges=ranges, excluded=excluded, shifts=shifts, half=False
+        graph, precision=precision, path=path, ranges=ranges, excluded=excluded, shifts=shifts, half=False
     )
     model = onnx.load(path)
     scales = {activation_scale(tensor, threshold)[0] for tensor, threshold in ranges.items()}

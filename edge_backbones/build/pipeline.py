@@ -64,8 +64,8 @@ if TYPE_CHECKING:
     from edge_backbones.build.sources.load import ModuleSource
 
 METHODS = ("auto", "max", "percentile", "entropy", "mse")
+PROGRAMS = ("torchscript", "exported_program")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
-CALIBRATED = (Precision.INT8, Precision.FP8)
 OF_CALIBRATED = ("method", "percentile", "calibration", "exclude")
 """Options that mean nothing to other precisions."""
 
@@ -87,9 +87,9 @@ class BuildOptions:
     `compile_bundle` can weigh them again on another device. ``gates`` replace the default gate of a precision. ``golden``:
     images that parity is measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside
     those of OpenVINO: that module itself, or the network compiled by torch-tensorrt for this machine's GPU (fp32, fp16 or
-    bf16 as in ``precisions``, fp16 where they have none of these). TensorRT's own are added to a finished bundle by
-    `compile_bundle`. ``profile``: the device that the bundle is for (:mod:`edge_backbones.profiles`): what it cannot run is
-    refused before it is built.
+    bf16 as in ``precisions``, fp16 where they have none of these), as what ``program`` says. TensorRT's own are added to a
+    finished bundle by `compile_bundle`. ``profile``: the device that the bundle is for (:mod:`edge_backbones.profiles`): what
+    it cannot run is refused before it is built.
     ``cache``: folder of compiled engines, None for no cache.
 
     int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
@@ -123,6 +123,7 @@ class BuildOptions:
     golden: int = 4
     torchscript: bool = True
     flavours: tuple[Literal["torchscript", "torch_tensorrt"], ...] = ()
+    program: Literal["torchscript", "exported_program"] = "torchscript"
     cache: Path | None = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:
@@ -151,6 +152,12 @@ class BuildOptions:
                 raise InputError(f"batch, height and width must be at least 1, got {size}")
         if "torchscript" in self.flavours and not self.torchscript:
             raise InputError("flavour torchscript is the file graphs/fp32.ts: leave torchscript=True")
+        if self.program not in PROGRAMS:
+            raise InputError(f"program must be {' or '.join(PROGRAMS)}, got {self.program!r}")
+        if self.program != PROGRAMS[0] and "torch_tensorrt" not in self.flavours:
+            raise InputError(
+                f"program {self.program} is of flavour torch_tensorrt, which is not built: add it, or leave it"
+            )
         if self.golden < 1:
             raise InputError(f"golden must be at least 1 image, got {self.golden}")
         if (self.height is None) != (self.width is None):
@@ -163,7 +170,7 @@ class BuildOptions:
 
     @property
     def needs_ranges(self) -> bool:
-        return any(precision in CALIBRATED for precision in self.wanted)
+        return any(precision.is_calibrated for precision in self.wanted)
 
     def source_options(self) -> SourceOptions:
         """The part that says how to make the network."""
@@ -395,9 +402,13 @@ def _torch_tensorrt_engines(
     for precision in half or [Precision.FP16]:
         progress(f"compiling {precision} with torch_tensorrt", 0, None)
         program = torch_tensorrt.compile_torch_tensorrt(
-            prepared.module, prepared.input, precision=precision, device=f"cuda:{found[0].index}"
+            prepared.module,
+            prepared.input,
+            precision=precision,
+            output_format=options.program,
+            device=f"cuda:{found[0].index}",
         )
-        yield engine_of_torch_tensorrt(program, torch_tensorrt.SUFFIXES["torchscript"], precision, found[0])
+        yield engine_of_torch_tensorrt(program, torch_tensorrt.SUFFIXES[options.program], precision, found[0])
 
 
 def _measured(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 
 import msgspec
+import networks
 import numpy as np
 import pytest
 
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, compile_bundle, verify_bundle
+from edge_backbones.build import pipeline, torch_tensorrt
+from edge_backbones.build.artifacts import no_progress
+from edge_backbones.build.prepare import prepare
 from edge_backbones.bundle import record_bytes, write_manifest
 from edge_backbones.cli import _run
 from edge_backbones.errors import CompileError, EngineMismatchError, InputError
@@ -82,6 +86,30 @@ def test_what_cannot_be_compiled_here_leaves_nothing(built, tmp_path, capsys):
         ):
             build_bundle("test_resnet", target, options=BuildOptions(**OPTIONS, flavours=("torch_tensorrt",)))
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("program", "suffix"), [("torchscript", ".ts"), ("exported_program", ".pt2")])
+def test_torch_tensorrt_writes_the_program_that_was_asked_for(monkeypatch, program, suffix):
+    """What comes of the options where a GPU is; the GPU and torch_tensorrt are made up."""
+    gpu = cuda.Gpu(1, "Made-up", "sm_87", 1 << 30, "12.6", 8, integrated=True)
+    asked = []
+
+    def compiled(module, input, **options):
+        asked.append(options)
+        return options["output_format"].encode()
+
+    monkeypatch.setattr(cuda, "gpus", lambda: [gpu])
+    monkeypatch.setattr(torch_tensorrt, "compile_torch_tensorrt", compiled)
+    wanted = {**OPTIONS, "precisions": (Precision.FP32, Precision.BF16), "flavours": ("torch_tensorrt",)}
+    prepared = prepare(networks.trained_like("test_resnet", out_indices=(1, 4)), networks.input_spec(64, 96))
+    engines = list(pipeline._torch_tensorrt_engines(prepared, BuildOptions(**wanted, program=program), no_progress))
+    assert [(engine.data, engine.suffix) for engine in engines] == [(program.encode(), suffix)] * 2
+    assert [engine.key.precision for engine in engines] == [Precision.FP32, Precision.BF16]
+    assert {options["device"] for options in asked} == {"cuda:1"}
+    with pytest.raises(InputError, match="program must be torchscript or exported_program, got 'onnx'"):
+        BuildOptions(**wanted, program="onnx")
+    with pytest.raises(InputError, match="exported_program is of flavour torch_tensorrt, which is not built"):
+        BuildOptions(**OPTIONS, program="exported_program")
 
 
 def test_the_command_line(built, capsys):
