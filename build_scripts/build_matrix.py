@@ -382,7 +382,7 @@ def _longest_first(
     def length(row: tuple[Task, list[Task]]) -> tuple[float, bool]:
         build, engines = row
         known = (seconds(build) or math.inf) + sum(seconds(engine) for engine in engines)
-        return known, build.precision in (Precision.INT8, Precision.FP8)
+        return known, build.precision.is_calibrated
 
     rows = [(build, sorted(engines, key=seconds, reverse=True)) for build, engines in todo]
     return sorted(rows, key=length, reverse=True)
@@ -439,9 +439,9 @@ def carry_out(task: Task, bundle: Path) -> tuple[str, ...]:
 
 def build_options(task: Task) -> BuildOptions:
     """Raises InputError that names the option."""
-    from edge_backbones.build.pipeline import CALIBRATED, OF_CALIBRATED, BuildOptions
+    from edge_backbones.build.pipeline import OF_CALIBRATED, BuildOptions
 
-    elsewhere = () if task.precision in CALIBRATED else OF_CALIBRATED  # what the cells beside this one are told
+    elsewhere = () if task.precision.is_calibrated else OF_CALIBRATED  # what the cells beside this one are told
     options = {name: value for name, value in task.options.items() if name not in elsewhere}
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     for name in given.keys() & _STRUCTURED.keys():
