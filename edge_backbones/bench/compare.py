@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,9 +57,8 @@ WHAT = {
 }
 PEERS = tuple(name for name in MAKERS if name not in ("edge", "graph"))
 _RUN_GRAPHS = ("onnxruntime", "openvino", "nncf")
-_STOPS = (
-    sys.platform != "win32"
-)  # there the others wait for their turn in a read, which their thread pools may not know
+# Elsewhere (Windows, macOS) the others wait for their turn in a read, which their thread pools may not know.
+_STOPS = hasattr(os, "waitid")
 _CALM = 0.02  # share of machine time that other guests may take in a turn that counts
 _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 
@@ -68,7 +68,8 @@ class CompareOptions:
     """``engine``: as in `EdgeBackbone.from_pretrained`. ``vs``: names of `PEERS`. ``turns`` of every contender, each of at
     least ``seconds`` and ``calls``. ``images``: what NNCF calibrates on, inputs of the bundle's graph along the first axis;
     None for the golden samples. ``pythons``: the interpreter of a peer that lives in another environment,
-    which has this package too (of NNCF's only nncf is asked). ``repository``: a git checkout whose commit is recorded.
+    which has this package too (of NNCF's only nncf is asked). ``patience``: seconds in which a contender has to load, and to
+    end a turn. ``repository``: a git checkout whose commit is recorded.
     """
 
     engine: str | None = None
@@ -80,6 +81,7 @@ class CompareOptions:
     calls: int = 10
     images: np.ndarray | None = None
     pythons: Mapping[str, str] = field(default_factory=dict)
+    patience: float = 900.0
     repository: Path | None = None
 
     def __post_init__(self) -> None:
@@ -172,7 +174,7 @@ def measure(
             progress(f"loading {name}", 0, None)
             try:
                 python = sys.executable if task.peer == "nncf" else options.pythons.get(task.peer, sys.executable)
-                contenders[name] = stack.enter_context(_running(task, python))
+                contenders[name] = stack.enter_context(_running(task, python, options.patience))
                 turns[name] = []
             except EdgeBackbonesError as error:
                 give_up(name, error)
@@ -209,24 +211,37 @@ def read_images(folder: Path, bundle: Bundle, count: int = 64) -> np.ndarray:
 class _Contender:
     """A running process, stopped between its turns."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes], name: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes], name: str, patience: float) -> None:
         self._process = process
         self._log = log
         self._name = name
+        self._patience = patience
         self.start: Start
 
     def ask(self, question: msgspec.Struct, answer: type[_Answer]) -> _Answer:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._let_run()
+        is_late = threading.Event()
+
+        def give_up() -> None:
+            is_late.set()
+            self._process.kill()
+
+        timer = threading.Timer(self._patience, give_up)
+        timer.start()
         try:
             self._process.stdin.write(msgspec.json.encode(question) + b"\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = b""
+        finally:
+            timer.cancel()
         if not line:
             code = self._process.wait()
+            if is_late.is_set():
+                raise InferenceError(f"{self._name} did not answer within {self._patience:g} s: {self._last_words()}")
             raise InferenceError(f"{self._name} ended ({_ending(code)}): {self._last_words()}")
         self._stop()
         with contextlib.suppress(msgspec.ValidationError):
@@ -257,7 +272,7 @@ class _Contender:
 
 
 @contextlib.contextmanager
-def _running(task: Task, python: str) -> Iterator[_Contender]:
+def _running(task: Task, python: str, patience: float) -> Iterator[_Contender]:
     """A contender that has loaded; InferenceError or InputError with its message for one that has not."""
     command = [python, "-m", "edge_backbones.bench.contender"]
     # Not to another interpreter: it would import compiled modules of this one.
@@ -270,7 +285,7 @@ def _running(task: Task, python: str) -> Iterator[_Contender]:
             stderr=log,
             env={**os.environ, **ours},
         )
-        contender = _Contender(process, log, task.peer)
+        contender = _Contender(process, log, task.peer, patience)
         try:
             contender.start = contender.ask(task, Start)
             yield contender

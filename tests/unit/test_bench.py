@@ -90,6 +90,9 @@ for number, line in enumerate(sys.stdin):
             state = status.read_text().rpartition(")")[2].split()[0]
             if state not in "TZ":
                 print(json.dumps({{"failed": f"{{other.name}} was {{state}} meanwhile"}}), flush=True)
+    if behaviour.get("hangs_at") == number:
+        print("waiting for a lock", file=sys.stderr, flush=True)
+        sys.stdin.readline()
     if behaviour.get("dies_at") == number:
         print("a fault of its own", file=sys.stderr, flush=True)
         os.kill(os.getpid(), 9)
@@ -163,6 +166,13 @@ def test_a_peer_that_fails_is_in_the_result_with_its_message(made_up):
     assert measurement(result, "torch").missing == "torch ended (killed by SIGKILL): a fault of its own"
     assert measurement(result, "torch-compile").missing == "no such operation"
     assert measurement(result, "torch").median_ms is None
+    assert [ratio.name for ratio in result.ratios] == ["torchscript"]
+
+
+def test_a_peer_that_hangs_is_given_up(made_up):
+    behaviour = {"edge": {"ms": [10] * 2}, "torch": {"ms": [20] * 2, "hangs_at": 1}, "torchscript": {"ms": [30] * 2}}
+    result = made_up(behaviour, turns=2, patience=3)
+    assert measurement(result, "torch").missing == "torch did not answer within 3 s: waiting for a lock"
     assert [ratio.name for ratio in result.ratios] == ["torchscript"]
 
 
