@@ -379,7 +379,7 @@ def test_paths_are_relative_to_the_matrix(folder, monkeypatch):
 def test_gates_and_size_ranges_are_tables():
     task = Task(
         model="m",
-        precision="int8",
+        precision=Precision.INT8,
         options={"gates": {"int8": {"min_cosine": 0.9}, "fp16": {}}, "batch": {"min": 1, "opt": 2, "max": 4}, "width": 64,
                  "height": 32, "out_indices": [1, 2]},
     )  # fmt: skip
