@@ -111,8 +111,9 @@ def measure(name: str, seed: int, pythons: Mapping[str, str]) -> dict[str, Any]:
                 ),
             )
             with EdgeBackbone.from_pretrained(bundle) as backbone:
-                maps, precision = backbone.run(images), backbone.precision
-            record = next(graph for graph in result.bundle.manifest.graphs if graph.precision is precision)
+                maps = backbone.run(images)
+            (engine,) = result.bundle.manifest.engines
+            record = result.bundle.manifest.onnx_graph(engine.key.precision)
             judge(variant, maps, shipped=record.precision.value, excluded=len(record.excluded), notes=result.notes)
         np.savez(work / "images.npz", calibration=calibration, test=images)
         for kind in accuracy_peers.KINDS:
