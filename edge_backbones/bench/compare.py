@@ -229,6 +229,7 @@ class _Contender:
             self._process.kill()
 
         timer = threading.Timer(self._patience, give_up)
+        timer.daemon = True  # Ctrl-C may come before the try
         timer.start()
         try:
             self._process.stdin.write(msgspec.json.encode(question) + b"\n")
