@@ -14,7 +14,7 @@ input and weight of Conv,     yes        the int8 kernels; the Q of the next lay
 Gemm, MatMul(x, constant)
 the same, depthwise           behind a   the error of the others reaches every later stage. Trained, worst stage: 9.9 dB
                               ReLU       with all of them quantised (cosine 0.948), 16.7 dB without (0.989). Behind a ReLU
-                                         channels can be scaled alike first (`equalise`): the same dB as without, and
+                                         channels can be scaled alike first (`equalise`): within 1 dB of without, and
                                          mobilenetv3 is a tenth faster on AMX cores, which write these large tensors as
                                          8 bits
 the same, few channels (stem  no         the same: at least 16 channels or 32 products in a sum are asked for. A 3x3 stem
