@@ -945,17 +945,19 @@ def _print_comparison(result: Comparison) -> None:
     shown = [m for m in result.measurements if not m.missing]
     speed = Table("", title=title, title_justify="left")
     cost = Table("")
-    for column in ("ms", "times ours", "p99 ms", "images/s", "SQNR dB"):
+    for column in ("ms", "times ours", "p90 ms", "p99 ms", "jitter", "images/s", "SQNR dB"):
         speed.add_column(column, justify="right", no_wrap=True)
-    for column in ("load s", "first call ms", "MB", "file MB", "J/image"):
+    for column in ("load s", "first call ms", "MB", "device MB", "file MB", "J/image"):
         cost.add_column(column, justify="right", no_wrap=True)
     for m in shown:
         ratio = ratios.get(m.name)
         told = "1" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+        times = (_figure(m.p90_ms), _figure(m.p99_ms), "" if m.jitter is None else f"{m.jitter:.0%}")
         speed.add_row(
-            m.name, _figure(m.median_ms), told, *map(_figure, (m.p99_ms, m.images_per_second, m.worst_sqnr_db))
+            m.name, _figure(m.median_ms), told, *times, _figure(m.images_per_second), _figure(m.worst_sqnr_db)
         )
-        cost.add_row(m.name, *map(_figure, (m.load_s, m.first_call_ms, m.resident_mb, m.file_mb, m.joules)))
+        costs = (m.load_s, m.first_call_ms, m.resident_mb, m.device_mb, m.file_mb, m.joules)
+        cost.add_row(m.name, *map(_figure, costs))
     _out.print(speed)
     _out.print(cost)
     for m in shown:

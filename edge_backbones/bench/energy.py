@@ -1,9 +1,10 @@
 """Energy and device memory, from the meters that a machine has.
 
 - RAPL (``/sys/class/powercap``): energy counters of Intel's and AMD's CPU packages; Linux lets root read them.
-- INA3221 (``hwmon``): the power monitor on Jetson boards. Its rail for the whole board is read 20 times a second; it shows
-  milliamperes and millivolts.
-- NVML (nvidia-ml-py): energy counters and memory of NVIDIA GPUs.
+- INA3221 and INA238 (``hwmon``): power monitors on Jetson boards, read 20 times a second. Orin Nano, Orin NX and Thor have
+  a rail for the whole board. AGX Orin and AGX Xavier have none: all their rails are added up, as jetson_stats does, which is
+  less than a meter at the plug shows.
+- NVML (nvidia-ml-py): energy counters, memory and clocks of NVIDIA GPUs.
 
 What a machine lacks is None, never a guess.
 """
@@ -11,6 +12,7 @@ What a machine lacks is None, never a guess.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import time
@@ -19,8 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_backbones.runtime import cuda
+from edge_backbones.system import is_jetson
+
 _SAMPLES_PER_SECOND = 20
-_BOARD_RAILS = ("VDD_IN", "POM_5V_IN", "VIN", "VIN_SYS_5V0")  # what Jetson boards call the input of the whole module
+_INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")  # what Jetson boards call the input of the whole module
+_NO_RAILS = ("NC", "sum of shunt voltages")  # channels that are not connected, and the kernel's own sum
 
 
 @dataclass
@@ -32,11 +38,11 @@ class Metered:
 
 @contextlib.contextmanager
 def metered(root: Path = Path("/")) -> Iterator[Metered]:
-    """Meter what is done inside. Jetson's board rail counts alone; elsewhere the CPU packages and GPUs are added up."""
+    """Meter what is done inside. A Jetson's board counts as one; elsewhere the CPU packages and GPUs are added up."""
     found = Metered()
-    rail = board_rail(root)
-    if rail is not None:
-        with _sampled(rail) as samples:
+    board = board_power(root)
+    if board is not None:
+        with _sampled(board) as samples:
             yield found
         found.joules = _integral(samples)
         return
@@ -72,19 +78,31 @@ def _name(folder: Path) -> str:
         return ""
 
 
-def board_rail(root: Path = Path("/")) -> Callable[[], float] | None:
-    """Watts of a Jetson board, from its INA3221; None elsewhere."""
+def board_power(root: Path = Path("/")) -> Callable[[], float] | None:
+    """Watts of a Jetson board: of its input, or of all its rails where that has no monitor; None elsewhere."""
+    for chip in sorted((root / "sys/class/hwmon").glob("hwmon*")):
+        if is_jetson(root) and _name(chip) == "ina238":  # Thor; microwatts of what comes in at the plug
+            with contextlib.suppress(OSError, ValueError):
+                _number(chip / "power1_input")
+                return lambda: _number(chip / "power1_input") / 1e6
+    rails: dict[str, Callable[[], float]] = {}
     for label in sorted((root / "sys/bus/i2c/drivers/ina3221").glob("*/hwmon/hwmon*/in*_label")):
-        if label.read_text(encoding="ascii").strip() not in _BOARD_RAILS:
-            continue
+        rail = label.read_text(encoding="ascii").strip()
         number = label.name.removeprefix("in").removesuffix("_label")
         volts, amperes = label.with_name(f"in{number}_input"), label.with_name(f"curr{number}_input")
         try:
             _number(volts), _number(amperes)
         except (OSError, ValueError):
             continue
-        return lambda: _number(volts) * _number(amperes) / 1e6
-    return None
+        if rail not in _NO_RAILS:
+            rails[rail] = functools.partial(_watts, volts, amperes)
+    of_input = [watts for rail, watts in rails.items() if rail in _INPUT_RAILS]
+    counted = of_input[:1] or list(rails.values())
+    return (lambda: sum(watts() for watts in counted)) if counted else None
+
+
+def _watts(millivolts: Path, milliamperes: Path) -> float:
+    return _number(millivolts) * _number(milliamperes) / 1e6
 
 
 def gpu_counters() -> list[tuple[Callable[[], float], float]]:
@@ -108,8 +126,34 @@ def device_memory_mb(device: str) -> float | None:
     library = _nvml() if device != "cpu" else None
     if library is None:
         return None
-    handle = library.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
-    return float(library.nvmlDeviceGetMemoryInfo(handle).used) / 1e6
+    try:
+        handle = _handle(library, cuda.gpus()[int(device.partition(":")[2] or 0)])
+        return float(library.nvmlDeviceGetMemoryInfo(handle).used) / 1e6
+    except library.NVMLError:
+        return None  # a Jetson's GPU, which has no memory of its own
+
+
+def gpu_settings() -> dict[str, str]:
+    """Clocks and power limit of the first GPU that this process may use, as far as NVML shows them."""
+    library, gpus = _nvml(), cuda.gpus()
+    if library is None or not gpus:
+        return {}
+    asked: dict[str, Callable[[Any], float]] = {
+        "GPU MHz now": lambda gpu: library.nvmlDeviceGetClockInfo(gpu, library.NVML_CLOCK_SM),
+        "GPU MHz at most": lambda gpu: library.nvmlDeviceGetMaxClockInfo(gpu, library.NVML_CLOCK_SM),
+        "GPU memory MHz now": lambda gpu: library.nvmlDeviceGetClockInfo(gpu, library.NVML_CLOCK_MEM),
+        "GPU watts at most": lambda gpu: library.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1e3,
+    }
+    found = {}
+    for name, ask in asked.items():
+        with contextlib.suppress(library.NVMLError):  # not every GPU has every sensor
+            found[name] = f"{ask(_handle(library, gpus[0])):.0f}"
+    return found
+
+
+def _handle(library: Any, gpu: cuda.Gpu) -> Any:
+    """NVML's own order is not CUDA's, and it does not know CUDA_VISIBLE_DEVICES: the bus address is the same in both."""
+    return library.nvmlDeviceGetHandleByPciBusId(gpu.bus_address.encode())
 
 
 def _nvml() -> Any:

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+from edge_backbones.bench import energy
 from edge_backbones.bench.results import Machine
 from edge_backbones.errors import EdgeBackbonesError
 from edge_backbones.runtime import compat, cuda
@@ -16,8 +17,10 @@ from edge_backbones.system import settings
 def describe(*, root: Path = Path("/"), repository: Path | None = None) -> Machine:
     """This machine. ``repository``: a git checkout whose commit is recorded."""
     host = compat.this_host({})
+    gpu_clocks: dict[str, str] = {}
     try:
         gpu = next((f"{g.name} ({g.architecture}), driver for CUDA {g.driver}" for g in cuda.gpus()), None)
+        gpu_clocks = energy.gpu_settings()
     except EdgeBackbonesError as error:
         gpu = str(error)
     return Machine(
@@ -29,7 +32,7 @@ def describe(*, root: Path = Path("/"), repository: Path | None = None) -> Machi
         system=platform.platform(),
         python=platform.python_version(),
         gpu=gpu,
-        settings=settings(root),
+        settings={**settings(root), **gpu_clocks},
         commit=None if repository is None else _commit(repository),
     )
 

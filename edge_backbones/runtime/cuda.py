@@ -41,7 +41,8 @@ class Gpu:
     """One GPU as the driver describes it.
 
     ``architecture``: ``sm_90`` for compute capability 9.0. ``driver``: newest CUDA that the driver serves, ``13.0``.
-    ``integrated``: it shares the memory of the CPU, as on Jetson.
+    ``integrated``: it shares the memory of the CPU, as on Jetson. ``bus_address``: on PCI, ``0000:3b:00.0``; empty where
+    the driver does not tell.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Gpu:
     driver: str
     multiprocessors: int
     integrated: bool
+    bus_address: str = ""
 
 
 def load_driver() -> Any:
@@ -107,6 +109,7 @@ def _describe(driver: CtypesDriver, index: int) -> Gpu:
         driver=f"{version // 1000}.{version % 1000 // 10}",
         multiprocessors=attribute(_MULTIPROCESSORS),
         integrated=bool(attribute(_INTEGRATED)),
+        bus_address=driver.cuDeviceGetPCIBusId(handle)[1],
     )
 
 
@@ -199,7 +202,7 @@ class CtypesDriver:
         except AttributeError as error:
             raise DeviceError(f"the NVIDIA driver has no {symbol}: update the driver") from error
 
-    # The three that do not return through their first arguments.
+    # The four that do not return through their first arguments.
 
     def cuGetErrorName(self, code: int) -> tuple[int, bytes | None]:  # noqa: N802
         name = ctypes.c_char_p()
@@ -208,6 +211,10 @@ class CtypesDriver:
     def cuDeviceGetName(self, device: int) -> tuple[int, str]:  # noqa: N802
         name = ctypes.create_string_buffer(256)
         return self._function("cuDeviceGetName")(name, 256, device), name.value.decode(errors="replace")
+
+    def cuDeviceGetPCIBusId(self, device: int) -> tuple[int, str]:  # noqa: N802
+        address = ctypes.create_string_buffer(32)
+        return self._function("cuDeviceGetPCIBusId")(address, 32, device), address.value.decode(errors="replace")
 
     def cuStreamEndCapture(self, stream: int) -> tuple[int, int]:  # noqa: N802
         graph = ctypes.c_void_p()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -21,6 +24,7 @@ from edge_backbones.bench import energy, machine
 from edge_backbones.bench.compare import CompareOptions, calm_turns, compare, read_images
 from edge_backbones.bench.results import Comparison, Ratio, decode, encode, median_bounds, ratio_of, regressions
 from edge_backbones.errors import EngineMismatchError, InferenceError, InputError
+from edge_backbones.runtime.cuda import Gpu
 from edge_backbones.testing import make_bundle, pooling_input
 
 # ---- what the figures mean
@@ -339,12 +343,75 @@ def test_the_board_of_a_jetson_is_metered_by_its_input_rail(tmp_path):
         "sys/class/powercap/intel-rapl:0/max_energy_range_uj": "2\n",
     }
     root = tree(tmp_path, files)
-    assert energy.board_rail(root)() == 10
+    assert energy.board_power(root)() == 10
     begin = time.perf_counter()
     with energy.metered(root) as meter:
         time.sleep(0.2)
     inside = time.perf_counter() - begin
     assert 10 * 0.2 <= meter.joules <= 10 * inside
+
+
+def test_a_board_without_an_input_rail_is_the_sum_of_its_rails(tmp_path):
+    first, second = (f"sys/bus/i2c/drivers/ina3221/1-004{n}/hwmon/hwmon{n + 3}/" for n in (0, 1))  # AGX Orin's
+    rails = {
+        f"{first}in1": ("VDD_GPU_SOC", "20000", "500"),
+        f"{first}in2": ("VDD_CPU_CV", "20000", "250"),
+        f"{first}in3": ("VIN_SYS_5V0", "5000", "800"),
+        f"{first}in7": ("sum of shunt voltages", "760", "1"),
+        f"{second}in1": ("NC", "20000", "9"),
+        f"{second}in2": ("VDDQ_VDD2_1V8AO", "5000", "100"),
+    }
+    files = {}
+    for place, (label, volts, amperes) in rails.items():
+        current = "/curr".join(place.rsplit("/in", 1))
+        files |= {f"{place}_label": label, f"{place}_input": volts, f"{current}_input": amperes}
+    assert energy.board_power(tree(tmp_path, files))() == 10 + 5 + 4 + 0.5
+    files = {"proc/device-tree/model": "NVIDIA Jetson AGX Thor Developer Kit\x00", **files}
+    files |= {"sys/class/hwmon/hwmon1/name": "ina238\n", "sys/class/hwmon/hwmon1/power1_input": "30500000\n"}
+    assert energy.board_power(tree(tmp_path, files))() == 30.5  # Thor's monitor of what comes in at the plug
+
+
+class Nvml:
+    """nvidia-ml-py on a machine with two GPUs, in an order that is not CUDA's."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+    GPUS: ClassVar = {b"0000:02:00.0": "first in CUDA", b"0000:01:00.0": "second in CUDA"}
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetHandleByPciBusId(self, address):
+        if address not in self.GPUS:
+            raise self.NVMLError("not found")
+        return self.GPUS[address]
+
+    def nvmlDeviceGetMemoryInfo(self, gpu):
+        return SimpleNamespace(used={"first in CUDA": 3e9, "second in CUDA": 5e9}[gpu])
+
+    def nvmlDeviceGetClockInfo(self, gpu, clock):
+        return {("first in CUDA", 1): 1410, ("first in CUDA", 2): 1593}[gpu, clock]
+
+    def nvmlDeviceGetMaxClockInfo(self, gpu, clock):
+        return 1980
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, gpu):
+        raise self.NVMLError("not supported")
+
+
+def test_nvml_is_asked_for_the_gpu_that_cuda_means(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    gpus = tuple(Gpu(i, "NVIDIA L4", "sm_89", 24 << 30, "13.0", 58, False, f"0000:0{2 - i}:00.0") for i in (0, 1))
+    monkeypatch.setattr(energy.cuda, "gpus", lambda: gpus)
+    assert [energy.device_memory_mb(name) for name in ("cuda", "cuda:0", "cuda:1")] == [3000, 3000, 5000]
+    clocks = {"GPU MHz now": "1410", "GPU MHz at most": "1980", "GPU memory MHz now": "1593"}
+    assert energy.gpu_settings() == clocks
+    assert clocks.items() <= machine.describe().settings.items()
+    monkeypatch.setattr(energy.cuda, "gpus", lambda: (dataclasses.replace(gpus[0], bus_address="0000:00:00.0"),))
+    assert energy.device_memory_mb("cuda") is None  # a Jetson's, which NVML does not have
+    assert energy.gpu_settings() == {}
 
 
 def test_a_machine_without_a_meter_guesses_nothing(tmp_path):

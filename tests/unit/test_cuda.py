@@ -40,6 +40,9 @@ def libcuda(devices=1, *, fails=None, missing=()) -> SimpleNamespace:
         into._obj.value = NAMES[code]
         return 0
 
+    def bus_address(into, size, device):
+        into.value = f"0000:{device + 1:02x}:00.0".encode()
+
     def attribute(into, number, device):
         into._obj.value = attributes[number]
 
@@ -55,6 +58,7 @@ def libcuda(devices=1, *, fails=None, missing=()) -> SimpleNamespace:
         "cuDeviceGetCount": returning(devices),
         "cuDeviceGet": device,
         "cuDeviceGetName": name,
+        "cuDeviceGetPCIBusId": bus_address,
         "cuDeviceGetAttribute": attribute,
         "cuDeviceTotalMem_v2": returning(80 << 30),
         "cuMemGetInfo_v2": returning(1 << 20, 8 << 30),
@@ -90,8 +94,9 @@ def test_gpus_are_described_through_the_driver_alone():
         driver="12.9",
         multiprocessors=132,
         integrated=False,
+        bus_address="0000:01:00.0",
     )
-    assert (second.index, second.name) == (1, "Fake GPU 1")
+    assert (second.index, second.name, second.bus_address) == (1, "Fake GPU 1", "0000:02:00.0")
     assert cuda.no_gpu_reason(lambda: libcuda(2)) == ""
 
 
