@@ -944,20 +944,29 @@ def _print_comparison(result: Comparison) -> None:
     ratios = {ratio.name: ratio for ratio in result.ratios}
     shown = [m for m in result.measurements if not m.missing]
     speed = Table("", title=title, title_justify="left")
-    cost = Table("")
-    for column in ("ms", "times ours", "p90 ms", "p99 ms", "jitter", "images/s", "SQNR dB"):
+    for column in ("ms", "times ours", "p90 ms", "p99 ms", "jitter"):
         speed.add_column(column, justify="right", no_wrap=True)
-    for column in ("load s", "first call ms", "MB", "device MB", "file MB", "J/image"):
-        cost.add_column(column, justify="right", no_wrap=True)
     for m in shown:
         ratio = ratios.get(m.name)
         told = "1" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-        times = (_figure(m.p90_ms), _figure(m.p99_ms), "" if m.jitter is None else f"{m.jitter:.0%}")
-        speed.add_row(
-            m.name, _figure(m.median_ms), told, *times, _figure(m.images_per_second), _figure(m.worst_sqnr_db)
-        )
-        costs = (m.load_s, m.first_call_ms, m.resident_mb, m.device_mb, m.file_mb, m.joules)
-        cost.add_row(m.name, *map(_figure, costs))
+        jitter = "" if m.jitter is None else f"{m.jitter:.0%}"
+        speed.add_row(m.name, _figure(m.median_ms), told, _figure(m.p90_ms), _figure(m.p99_ms), jitter)
+    costs = {
+        "SQNR dB": [m.worst_sqnr_db for m in shown],
+        "images/s": [m.images_per_second for m in shown],
+        "load s": [m.load_s for m in shown],
+        "first call ms": [m.first_call_ms for m in shown],
+        "MB": [m.resident_mb for m in shown],
+        "device MB": [m.device_mb for m in shown],
+        "file MB": [m.file_mb for m in shown],
+        "J/image": [m.joules for m in shown],
+    }
+    costs = {head: figures for head, figures in costs.items() if any(figure is not None for figure in figures)}
+    cost = Table("")
+    for head in costs:
+        cost.add_column(head, justify="right", no_wrap=True)
+    for m, figures in zip(shown, zip(*costs.values(), strict=True), strict=False):
+        cost.add_row(m.name, *map(_figure, figures))
     _out.print(speed)
     _out.print(cost)
     for m in shown:

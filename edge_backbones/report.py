@@ -617,6 +617,7 @@ _COLUMNS = (
     ("fastest ms", "fastest_ms", 2, False),
     ("p90 ms", "p90_ms", 2, False),
     ("p99 ms", "p99_ms", 2, False),
+    ("jitter", "jitter", 2, False),
     ("images / s", "images_per_second", 1, False),
     ("memory MB", "resident_mb", 0, False),
     ("device MB", "device_mb", 0, False),

@@ -722,6 +722,21 @@ _CONTRASTS = """
 """
 
 
+# Of each layer in the strips: its format, its height, and the contrast of its colour with the page.
+_DRAWN = """
+(() => {
+  const luminance = colour => colour.match(/[\\d.]+/g).map(Number).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0) + 0.05;
+  const page = luminance(getComputedStyle(document.body).backgroundColor);
+  return [...document.querySelectorAll(".strip rect")].map(rect => {
+    const [dark, light] = [luminance(getComputedStyle(rect).fill), page].sort((a, b) => a - b);
+    return [rect.getAttribute("class"), rect.getAttribute("height"), light / dark];
+  });
+})()
+"""
+
+
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_the_page_without_complaint(browser, shown, scheme, width):
@@ -737,6 +752,10 @@ def test_a_browser_shows_the_page_without_complaint(browser, shown, scheme, widt
     contrasts = browser.evaluate(_CONTRASTS)
     assert len(contrasts) > 80
     assert [(text, ratio) for text, ratio in contrasts if ratio < 4.5] == []
+    drawn = browser.evaluate(_DRAWN)
+    assert len({kind for kind, _, _ in drawn}) >= (1 if shown.name == "vit.html" else 2)
+    assert [(kind, ratio) for kind, _, ratio in drawn if ratio < 3] == []  # WCAG 2, 1.4.11
+    assert len({height for _, height, _ in drawn}) == len({kind for kind, _, _ in drawn})  # seen without colours too
     papers = browser.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (sum(papers) > 600) if scheme == "light" else (sum(papers) < 150)
     requested = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
