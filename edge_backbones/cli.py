@@ -153,7 +153,9 @@ def build(
     input: Annotated[
         InputName, typer.Option(help="pixel_values: float NCHW, normalised. image: uint8 NHWC camera frames.")
     ] = InputName.PIXEL_VALUES,
-    batch: Annotated[str, typer.Option(help="Batch size, or MIN:OPT:MAX.")] = "1",
+    batch: Annotated[
+        str | None, typer.Option(help="Batch size, or MIN:OPT:MAX.  [default: that of --profile, or 1]")
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(help="HxW, or HxW:HxW:HxW as min:opt:max. The network's own by default.", show_default=False),
@@ -199,7 +201,8 @@ def build(
     profile: Annotated[
         str | None,
         typer.Option(
-            help="The device it is for, of `edge-backbones profiles`: refuse what it cannot run.", show_default=False
+            help="The device it is for, of `edge-backbones profiles`: refuse what it cannot run, take its usual batch.",
+            show_default=False,
         ),
     ] = None,
     flavour: Annotated[
@@ -238,7 +241,7 @@ def build(
         out_indices=None if out_indices is None else _integers(out_indices, "--out-indices"),
         out_features=None if out_features is None else tuple(name.strip() for name in out_features.split(",")),
         input=input.value,
-        batch=_range(batch, "--batch"),
+        batch=None if batch is None else _range(batch, "--batch"),
         height=height,
         width=width,
         precisions=_precisions(precision or [Wanted.INT8]),

@@ -57,7 +57,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What to build with when nothing else is said. ``size``: height and width; ``workspace_bytes``: see PlanOptions."""
+    """What to build with when nothing else is said. ``size``: height and width, for networks that know none;
+    ``workspace_bytes``: see PlanOptions."""
 
     batch: ShapeRange
     size: Annotated[int, msgspec.Meta(ge=1)]

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from edge_backbones.build.calibration import ImageSource
     from edge_backbones.build.sources.common import SourceOptions
     from edge_backbones.build.sources.load import ModuleSource
+    from edge_backbones.profiles import DeviceProfile
 
 METHODS = ("auto", "max", "percentile", "entropy", "mse")
 PROGRAMS = ("torchscript", "exported_program")
@@ -79,8 +80,8 @@ class BuildOptions:
     The network: ``weights``, ``num_channels``, ``output_stride``, ``out_indices``, ``out_features``, ``hidden_states``
     and ``dataset_index`` as in :class:`edge_backbones.build.sources.common.SourceOptions`; ``from_model``: the source is
     a whole model, of which the backbone is taken. The input: ``input`` is ``"pixel_values"`` (float NCHW) or
-    ``"image"`` (uint8 NHWC, preprocessing in the graph); ``batch``, ``height`` and ``width`` are sizes or ranges, None
-    for the network's own size.
+    ``"image"`` (uint8 NHWC, preprocessing in the graph); ``batch``, ``height`` and ``width`` are sizes or ranges. None:
+    the batch of ``profile``, 1 without one; the network's own size, that of ``profile`` where it knows none.
 
     The engines: ``precisions``, one graph and one engine each, of which runtimes take the fastest; or ``"auto"``: the fastest
     of fp32, fp16 and int8 on this machine that is inside its gate, with the graphs of int8 and fp16, so that
@@ -89,7 +90,7 @@ class BuildOptions:
     those of OpenVINO: that module itself, or the network compiled by torch-tensorrt for this machine's GPU (fp32, fp16 or
     bf16 as in ``precisions``, fp16 where they have none of these), as what ``program`` says. TensorRT's own are added to a
     finished bundle by `compile_bundle`. ``profile``: the device that the bundle is for (:mod:`edge_backbones.profiles`): what
-    it cannot run is refused before it is built.
+    it cannot run is refused before it is built, and sizes that nobody asked for are those that suit it.
     ``cache``: folder of compiled engines, None for no cache.
 
     int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
@@ -109,7 +110,7 @@ class BuildOptions:
     hidden_states: bool = False
     dataset_index: int = 0
     input: str = "pixel_values"
-    batch: int | ShapeRange = 1
+    batch: int | ShapeRange | None = None
     height: int | ShapeRange | None = None
     width: int | ShapeRange | None = None
     precisions: tuple[Precision, ...] | Literal["auto"] = (Precision.INT8,)
@@ -172,11 +173,12 @@ class BuildOptions:
     def needs_ranges(self) -> bool:
         return any(precision.is_calibrated for precision in self.wanted)
 
-    def source_options(self) -> SourceOptions:
-        """The part that says how to make the network."""
+    def source_options(self, profile: DeviceProfile | None = None) -> SourceOptions:
+        """The part that says how to make the network; ``profile``: of the device that it is for."""
         from edge_backbones.build.sources.common import SourceOptions
 
         return SourceOptions(
+            **({} if profile is None else {"default_size": profile.defaults.size}),
             weights=self.weights,
             num_channels=self.num_channels,
             img_size=_opt_size(self),
@@ -230,6 +232,7 @@ def build_bundle(
         from edge_backbones.build.sources.load import load_source
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
+    profile = None if options.profile is None else profiles.load_profile(options.profile)
     reused = None if options.calibration is None else calibrate.read_calibration(options.calibration)
 
     with new_bundle(target, overwrite=overwrite) as folder, _work_folder(folder) as work_name:
@@ -237,12 +240,12 @@ def build_bundle(
         progress("loading the network", 0, None)
         loaded = load_source(
             source,
-            options.source_options(),
+            options.source_options(profile),
             from_model=options.from_model,
         )
-        input = _input_spec(options, loaded)
-        if options.profile is not None:
-            _refuse_for(profiles.load_profile(options.profile), options, input)
+        input = _input_spec(options, loaded, profile)
+        if profile is not None:
+            _refuse_for(profile, options, input)
         image_set = calibration.gather_images(
             images, input=input, config=loaded.image_config, spool=work / "images", progress=progress
         )
@@ -379,7 +382,7 @@ def build_bundle(
     return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, tuple(notes))
 
 
-def _refuse_for(profile: profiles.DeviceProfile, options: BuildOptions, input: InputSpec) -> None:
+def _refuse_for(profile: DeviceProfile, options: BuildOptions, input: InputSpec) -> None:
     """Raise CompileError for what the device cannot run, before images are read, and anything is calibrated or compiled."""
     reasons = [
         reason
@@ -436,8 +439,9 @@ def _as_range(size: int | ShapeRange) -> ShapeRange:
     return size if isinstance(size, ShapeRange) else ShapeRange.fixed(size)
 
 
-def _input_spec(options: BuildOptions, loaded: LoadedBackbone) -> InputSpec:
+def _input_spec(options: BuildOptions, loaded: LoadedBackbone, profile: DeviceProfile | None) -> InputSpec:
     """The graph's input; axes of variable size go in steps of the deepest kept stride."""
+    batch = options.batch or (1 if profile is None else profile.defaults.batch)
     heights, widths = _as_range(options.height or loaded.height), _as_range(options.width or loaded.width)
     step = 1 if heights.is_fixed and widths.is_fixed else max(n for stride in loaded.spec.strides for n in stride)
     for axis, sizes in (("height", heights), ("width", widths)):
@@ -448,7 +452,7 @@ def _input_spec(options: BuildOptions, loaded: LoadedBackbone) -> InputSpec:
     return InputSpec(
         name="image" if options.input == "image" else "pixel_values",
         channels=loaded.channels_in,
-        batch=_as_range(options.batch),
+        batch=_as_range(batch),
         height=heights,
         width=widths,
         size_multiple=step,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import msgspec
 import networks
 import numpy as np
 import pytest
+from transformers import ResNetConfig
 
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, compile_bundle, verify_bundle
 from edge_backbones.build import pipeline, torch_tensorrt
@@ -16,9 +19,11 @@ from edge_backbones.build.prepare import prepare
 from edge_backbones.bundle import record_bytes, write_manifest
 from edge_backbones.cli import _run
 from edge_backbones.errors import CompileError, EngineMismatchError, InputError
+from edge_backbones.profiles import load_profile
 from edge_backbones.runtime import cuda
 from edge_backbones.spec import Precision
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = {"weights": "random:0", "precisions": (Precision.FP32,), "height": 64, "width": 96, "batch": 2, "golden": 2}
 
 
@@ -58,6 +63,23 @@ def test_torchscript_is_added_to_a_finished_bundle(built, tmp_path):
     again = compile_bundle(target, flavour="torchscript")  # replaces itself, and its file stays
     assert len(again) == 1
     Bundle.open(target).check_files()
+
+
+def test_a_profile_has_the_sizes_that_nobody_asked_for(tmp_path):
+    options = {name: value for name, value in OPTIONS.items() if name != "batch"}
+    profile = load_profile("jetson-orin-nx")
+    assert not profile.defaults.batch.is_fixed
+    made = build_bundle("test_resnet", tmp_path / "a.bundle", options=BuildOptions(**options, profile="jetson-orin-nx"))
+    assert made.bundle.manifest.input.batch == profile.defaults.batch
+    asked = BuildOptions(**OPTIONS, profile="jetson-orin-nx")
+    assert build_bundle("test_resnet", tmp_path / "b.bundle", options=asked).bundle.manifest.input.batch.max == 2
+    mine = tmp_path / "cpu.toml"
+    text = next((ROOT / "profiles").glob("cpu.toml")).read_text()
+    mine.write_text(re.sub(r"size = \d+", "size = 96", text))
+    del options["height"], options["width"]
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")  # knows no size
+    sized = build_bundle(config, tmp_path / "c.bundle", options=BuildOptions(**options, profile=mine))
+    assert sized.bundle.manifest.input.opt_shape == (1, 3, 96, 96)
 
 
 def test_what_cannot_be_compiled_here_leaves_nothing(built, tmp_path, capsys):

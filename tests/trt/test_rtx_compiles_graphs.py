@@ -47,9 +47,18 @@ def input_spec(batch: ShapeRange, *, camera_frames: bool = False) -> InputSpec:
     )
 
 
-# A residual CNN with a batch of 2 to 8, mobile CNNs with squeeze-excite (swish, hard swish), a transformer on camera frames.
+# A residual CNN with a batch of 2 to 8, a CNN of any size, mobile CNNs with squeeze-excite (swish, hard swish), a transformer
+# on camera frames.
 NETWORKS = {
     "test_resnet": input_spec(ShapeRange(min=2, opt=4, max=8)),
+    "test_convnext": InputSpec(
+        name="pixel_values",
+        channels=3,
+        batch=ShapeRange(min=1, opt=1, max=4),
+        height=ShapeRange(min=32, opt=HEIGHT, max=128),
+        width=ShapeRange(min=32, opt=WIDTH, max=160),
+        size_multiple=32,
+    ),
     "test_efficientnet": input_spec(ShapeRange.fixed(2)),
     "lcnet_035": input_spec(ShapeRange.fixed(1)),
     "test_vit": input_spec(ShapeRange.fixed(1), camera_frames=True),
@@ -252,6 +261,31 @@ def test_several_profiles(case: Case, tmp_path: Path) -> None:
         compiled(graph, profiles=(Shapes(batch=small, **fixed),))
     with pytest.raises(CompileError, match=r"a profile asks for batch 1\.\.9, the graph has 2\.\.8"):
         compiled(graph, profiles=(Shapes(batch=ShapeRange(min=1, opt=4, max=9), **fixed),))
+
+
+@pytest.mark.parametrize("case", ["test_convnext"], indirect=True)
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])
+def test_profiles_of_several_sizes(case: Case, precision: Precision, tmp_path: Path) -> None:
+    """One engine for small and for large images: height and width vary, and each profile is tuned for its own."""
+    graph = typed(case, precision, tmp_path)
+    whole = compiled(graph, targets=("sm_89",))
+    assert whole.gpu.profiles == (((1, 3, 32, 32), (1, 3, HEIGHT, WIDTH), (4, 3, 128, 160)),)
+    alone, several = ShapeRange.fixed(1), ShapeRange(min=1, opt=4, max=4)
+    small = Shapes(batch=several, height=ShapeRange(min=32, opt=64, max=64), width=ShapeRange(min=32, opt=96, max=96))
+    large = Shapes(
+        batch=several, height=ShapeRange(min=32, opt=128, max=128), width=ShapeRange(min=32, opt=160, max=160)
+    )
+    plan = compiled(graph, targets=("sm_89",), profiles=(small, large))
+    assert plan.gpu.profiles == (
+        ((1, 3, 32, 32), (4, 3, 64, 96), (4, 3, 64, 96)),
+        ((1, 3, 32, 32), (4, 3, 128, 160), (4, 3, 128, 160)),
+    )
+    assert reasons_in_plan(key_of(plan, precision), plan.data) == []
+    with pytest.raises(CompileError, match=r"no profile holds \(1, 3, 32, 128\), and the bundle promises"):
+        compiled(graph, targets=("sm_89",), profiles=(small,))
+    too_tall = Shapes(batch=alone, height=ShapeRange(min=32, opt=64, max=256), width=ShapeRange.fixed(96))
+    with pytest.raises(CompileError, match=r"a profile asks for height 32\.\.256, the graph has 32\.\.128"):
+        compiled(graph, targets=("sm_89",), profiles=(too_tall, large))
 
 
 @pytest.mark.parametrize("case", ["test_vit"], indirect=True)

@@ -33,7 +33,8 @@ class SourceOptions:
 
     ``weights``: ``"pretrained"`` (of a live module: its own), ``"random:SEED"``, or the path of a checkpoint
     (.safetensors, or .pth / .pt / .bin that ``torch.load(weights_only=True)`` accepts). ``num_channels``: None for the
-    network's own. ``img_size``: (height, width), None for the network's own. ``out_indices`` / ``out_features``: the
+    network's own. ``img_size``: (height, width), None for the network's own, or ``default_size`` of one
+    that knows none (convolutional ones of transformers). ``out_indices`` / ``out_features``: the
     kept stages by transformers' rules; when neither is given, what the source has chosen, or the last stage.
     ``hidden_states``: also return every hidden state. ``dataset_index``: the expert of a VitPose with several.
     """
@@ -41,6 +42,7 @@ class SourceOptions:
     weights: str = "pretrained"
     num_channels: int | None = None
     img_size: tuple[int, int] | None = None
+    default_size: int = 224
     output_stride: int | None = None
     out_indices: tuple[int, ...] | None = None
     out_features: tuple[str, ...] | None = None

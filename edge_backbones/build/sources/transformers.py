@@ -43,7 +43,6 @@ from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import Source
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
 
-_DEFAULT_SIZE = 224
 _PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
@@ -131,7 +130,7 @@ def load_module(
     features, indices = kept_stages(stage_names, options, tuple(net.out_indices))
     if list(features) != list(net.out_features):
         net.out_features = list(features)
-    height, width = options.img_size or _image_size(net.config)
+    height, width = options.img_size or _pair(getattr(net.config, "image_size", None) or options.default_size)
     module = _Stages(net, options)
     spec = _measured(module, stage_names, features, indices, torch.zeros(1, channels_in, height, width))
     config = {**_json_of(net.config), "out_features": list(features), "out_indices": list(indices)}
@@ -390,10 +389,6 @@ def _refuse_timm_options(options: SourceOptions) -> None:
 
 def _channels_in(config: Any) -> int:
     return int(getattr(config, "num_channels", None) or getattr(config, "stem_num_channels", None) or 3)
-
-
-def _image_size(config: Any) -> tuple[int, int]:
-    return _pair(getattr(config, "image_size", None) or _DEFAULT_SIZE)
 
 
 def _pair(value: Any) -> tuple[int, int]:
