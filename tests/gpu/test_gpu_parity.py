@@ -84,14 +84,19 @@ def test_torch_tensorrt(gpu, model, shape, precision):
 
 
 @pytest.mark.parametrize("flavour", gpu_engines.each(("tensorrt", "tensorrt_rtx")))
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("model", gpu_suite.PARITY_MODELS)
 def test_plans_of_prepared_bundles(gpu, bundles, tmp_path, flavour, model, precision):
     """Compiled on this GPU for a range of sizes and for batches from 1 to 32; golden maps are those of the fp32 network."""
     from edge_backbones import Bundle, EdgeBackbone, compile_bundle
     from edge_backbones.build.parity import compare
     from edge_backbones.bundle import load_golden
+    from edge_backbones.profiles import FIRST_ARCHITECTURE
+    from edge_backbones.runtime.cuda import gpus
 
+    needed = FIRST_ARCHITECTURE.get(precision, 0)
+    if int(gpus()[gpu].architecture.removeprefix("sm_")) < needed:
+        pytest.skip(f"{gpus()[gpu].name} has no {precision}, which came with sm_{needed}")
     if flavour == "tensorrt_rtx" and gpu_engines.rtx_refusal(gpu):
         pytest.skip(gpu_engines.rtx_refusal(gpu))
     if bundles is None or not (bundles / f"parity-{model}-{precision}.bundle").is_dir():
