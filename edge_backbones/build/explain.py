@@ -6,8 +6,9 @@ behind one layer after another, by bisection, until the first is found with whic
 outside too, the number format is to blame: every block is quantised alone, and the one that brings the most noise into the
 failing output is named. The place of the fp32 graph, which a bundle need not have, takes the typed graph without the rounding
 of activations, so that what rounding the weights costs is told as a whole, as the noise that is left. A graph without
-rounding points (fp16) is searched for values that its format cannot hold, and compared with the fp32 graph where the bundle
-has it.
+rounding points (fp16, bf16) is searched for values that its format cannot hold, and compared with the fp32 graph where the
+bundle has it. ONNX Runtime has no kernels for bf16: there every value is computed in float32 and rounded where the graph has
+it so.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from edge_backbones.build import cpu_graph
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.build.parity import allowed_noise
 from edge_backbones.build.quantize import block_of
-from edge_backbones.errors import QuantizationError
 from edge_backbones.manifest import ParityReport
 from edge_backbones.runtime.openvino import OpenVinoSession, compile_model, read_model
 from edge_backbones.spec import Precision
@@ -70,13 +70,8 @@ def explain(
     plain: Path | None = None,
     progress: Progress = no_progress,
 ) -> Explanation:
-    """Explain a report that did not pass. ``graph``: the typed graph of the engine; ``plain``: the fp32 graph, if any.
-
-    Raises QuantizationError for bf16.
-    """
+    """Explain a report that did not pass. ``graph``: the typed graph of the engine; ``plain``: the fp32 graph, if any."""
     failing = next(stage.stage for stage in report.stages if not stage.passed)
-    if report.precision is Precision.BF16:
-        raise QuantizationError("bf16 cannot be explained: ONNX Runtime, which would be asked, does not compute in it")
     cases = [key.partition("/")[0] for key in golden if key.endswith(f"/{input_name}")]
     inputs = {case: golden[f"{case}/{input_name}"] for case in cases}
     allowed = allowed_noise(report.gate)
@@ -336,8 +331,34 @@ def _session(model: ir.Model) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3  # errors only: these come back as exceptions
-    data = ir.to_proto(model).SerializeToString()
+    data = ir.to_proto(_without_bf16(model)).SerializeToString()
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def _without_bf16(model: ir.Model) -> ir.Model:
+    """A copy that computes in float32 what the graph has in bf16, and rounds every such value to it; as accelerators do."""
+    if not any(output.dtype is ir.DataType.BFLOAT16 for node in model.graph for output in node.outputs):
+        return model
+    copy = ir.from_proto(ir.to_proto(model))
+    for weight in copy.graph.initializers.values():
+        if weight.dtype is ir.DataType.BFLOAT16 and weight.const_value is not None:
+            weight.const_value = ir.tensor(weight.const_value.numpy().astype(np.float32), name=weight.name)
+            weight.dtype = ir.DataType.FLOAT
+    for node in tuple(copy.graph):
+        for output in node.outputs:
+            if output.dtype is not ir.DataType.BFLOAT16:
+                continue
+            readers = tuple(output.uses())
+            added = []
+            if node.op_type != "Cast":  # a Cast rounds already
+                output.dtype = ir.DataType.FLOAT
+                added.append(ir.node("Cast", [output], {"to": int(ir.DataType.BFLOAT16)}, name=f"{output.name}:round"))
+            rounded = added[-1].outputs[0] if added else output
+            added.append(ir.node("Cast", [rounded], {"to": int(ir.DataType.FLOAT)}, name=f"{output.name}:widen"))
+            for reader, index in readers:
+                reader.replace_input_with(index, added[-1].outputs[0])
+            copy.graph.insert_after(node, added)
+    return copy
 
 
 def _batch(session: onnxruntime.InferenceSession, images: np.ndarray) -> int:

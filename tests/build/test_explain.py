@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+import torch
 from msgspec import structs
 from onnx import numpy_helper
 from openvino import opset13 as ops
@@ -25,7 +28,7 @@ from edge_backbones.build.parity import measure_engine
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.build.quantize import write_typed_graph
 from edge_backbones.bundle import Bundle, load_golden, record_bytes, record_file, write_manifest
-from edge_backbones.errors import ParityError, QuantizationError
+from edge_backbones.errors import ParityError
 from edge_backbones.manifest import EngineRecord, Gate, ParityReport
 from edge_backbones.spec import Precision
 
@@ -240,10 +243,49 @@ def test_a_format_that_is_too_coarse_for_a_layer(bundle, tmp_path):
     assert "With an fp32 graph in the bundle the layer can be told" in alone.sentence
 
 
-def test_bf16_is_not_explained(bundle):
+def test_a_layer_of_a_bf16_engine_that_is_not_that_of_its_graph(bundle):
     with_engine(bundle, damaged(load(bundle, "bf16"), "layer2.0.conv1/Conv"), Precision.BF16, GATE)
-    with pytest.raises(QuantizationError, match="bf16 cannot be explained"):
-        explain_bundle(bundle)
+    with pytest.raises(ParityError):
+        verify_bundle(bundle)
+    [found] = explain_bundle(bundle)
+    # Compiled by itself every layer of the graph is right: the engine that lies in the bundle is of another graph.
+    assert (found.precision, found.cause, found.born) == (Precision.BF16, "engine", "layer2")
+
+
+def test_bf16_that_is_too_coarse(bundle):
+    report, graph = report_of(bundle, Precision.BF16, Gate(min_cosine=0.9999)), bundle / "graphs" / "bf16.onnx"
+    golden, fp32 = load_golden(Bundle.open(bundle)), bundle / "graphs" / "fp32.onnx"
+    damaged_graph = bundle / "graphs" / "damaged.onnx"
+    onnx.save(damaged(onnx.load(graph), "layer2.0.conv1/Conv"), damaged_graph)
+    found = explain.explain(damaged_graph, report, golden, "pixel_values", plain=fp32)
+    assert (found.cause, found.born) == ("format", "layer2.0.conv1/Conv")
+
+
+def test_bf16_is_computed_as_torch_computes_it():
+    """Products are added up in float32 and every result is rounded, against PyTorch's own bf16."""
+    random = np.random.default_rng(0)
+    image, weights = random.standard_normal((2, 8, 9, 11)), random.standard_normal((16, 8, 3, 3)) / 8
+    weights, bias = weights.astype(np.float32), random.standard_normal(16).astype(np.float32)
+    graph = onnx.parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["": 22]>
+        net (float[2, 8, 9, 11] x, bfloat16[16, 8, 3, 3] w, bfloat16[16] b) => (float[2, 16, 7, 9] y)
+        <bfloat16[2, 8, 9, 11] h, bfloat16[2, 16, 7, 9] c, bfloat16[2, 16, 7, 9] r, bfloat16[2, 16, 7, 9] t>
+        { h = Cast<to=16>(x) c = Conv(h, w, b) r = Relu(c) t = Mul(r, r) y = Cast<to=1>(t) }
+        """
+    )
+    for name, value in (("w", weights), ("b", bias)):
+        tensor = ir.serde.serialize_tensor(ir.tensor(value.astype(ml_dtypes.bfloat16), name=name))
+        graph.graph.initializer.append(tensor)
+        graph.graph.input.remove(next(i for i in graph.graph.input if i.name == name))
+    session = explain._session(ir.from_proto(graph))
+    [actual] = session.run(None, {"x": image.astype(np.float32)})
+    x, w, b = (torch.from_numpy(np.asarray(v, np.float32)).bfloat16() for v in (image, weights, bias))
+    expected = torch.relu(torch.nn.functional.conv2d(x, w, b)).square().float().numpy()
+    np.testing.assert_array_equal(actual, actual.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_allclose(actual, expected, rtol=2**-6, atol=2**-9)
+    exact = torch.relu(torch.nn.functional.conv2d(x.float(), w.float(), b.float())).square().numpy()
+    assert not np.array_equal(exact, actual)
 
 
 def test_nothing_to_explain(bundle):
