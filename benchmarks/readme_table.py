@@ -147,8 +147,10 @@ def _row(figure: dict[str, Any]) -> str:
     digits = 0 if figure["value"] >= 100 else 2
     unit = "" if figure["unit"] in ("x", "%") else " "
     value = f"{figure['value']:.{digits}f}{unit}{figure['unit']}"
+    if "low" in figure:
+        value += f" ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
     miss = "" if figure["reached"] else " (missed)"
     return f"| {figure['what']} | {value}{miss} | {bound} {figure['target']:g}{unit}{figure['unit']} |"
 
 
-_TABLES = {"accuracy": _accuracy, "int8_graphs": _int8_graphs, "device": _figures}
+_TABLES = {"accuracy": _accuracy, "int8_graphs": _int8_graphs, "device": _figures, "matrix": _figures}

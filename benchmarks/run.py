@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from benchmarks import end_to_end, figures, growth, readme_table, roofline
 from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, regressions
 from edge_backbones.bundle import Bundle
-from edge_backbones.errors import BundleError
+from edge_backbones.errors import BundleError, InputError
 from edge_backbones.runtime.compat import this_host
 
 ROOT = Path(__file__).parents[1]
@@ -136,8 +137,12 @@ def show(comparison: Comparison, stored: dict[str, Any] | None) -> None:
         quality = "" if m.worst_sqnr_db is None else f", SQNR {m.worst_sqnr_db:.1f} dB"
         print(f"  {m.name}: {m.missing or f'{m.median_ms:.2f} ms{told}{quality}'}", flush=True)
     if stored is not None:
-        for phrase in regressions(comparison, msgspec.convert(stored, Comparison)):
-            print(f"  LOST {phrase}", flush=True)
+        try:
+            lost = regressions(comparison, msgspec.convert(stored, Comparison))
+        except (InputError, msgspec.ValidationError) as error:  # what was measured is kept all the same
+            print(f"  not compared with the stored results: {error}", flush=True)
+        else:
+            print("".join(f"  LOST {phrase}\n" for phrase in lost), end="", flush=True)
 
 
 def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Path]) -> dict[str, Any]:
@@ -158,13 +163,17 @@ def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Pat
 
 
 def add_means(rows: list[dict[str, Any]], comparisons: Mapping[str, Comparison]) -> None:
-    """Geometric means over the networks of how many times our time a peer takes."""
+    """Geometric means over the networks of how many times our time a peer takes; ``low`` and ``high`` are those of the
+    bounds of every network, which lie further apart than bounds of the mean would."""
     for peer, target in TARGETS.items():
-        found = [ratio.median for c in comparisons.values() for ratio in c.ratios if ratio.name == peer]
+        found = [ratio for c in comparisons.values() for ratio in c.ratios if ratio.name == peer]
         if found:
-            mean = math.exp(sum(math.log(ratio) for ratio in found) / len(found))
+            bounds = {
+                name: math.exp(statistics.mean(math.log(getattr(ratio, name)) for ratio in found))
+                for name in ("median", "low", "high")
+            }
             what = f"{peer}: its time over ours, geometric mean of {len(found)} networks"
-            add(rows, what, mean, target, "x", at_least=True)
+            add(rows, what, bounds.pop("median"), target, "x", at_least=True, **bounds)
 
 
 def add_end_to_end(rows: list[dict[str, Any]], *, quick: bool) -> None:
