@@ -10,5 +10,5 @@ from edge_backbones import manifest
 PATH = Path(manifest.__file__).with_name("manifest.schema.json")
 
 if __name__ == "__main__":
-    PATH.write_text(json.dumps(manifest.json_schema(), indent=1) + "\n", encoding="utf-8")
+    PATH.write_text(json.dumps(manifest.json_schema(), separators=(",", ":")) + "\n", encoding="utf-8")
     print(f"wrote {PATH}")

@@ -940,6 +940,12 @@ def _print_parity(reports: Iterable[ParityReport], console: Console | None = Non
         (console or _out).print(table)
 
 
+_COSTS = (
+    ("SQNR dB", "worst_sqnr_db"), ("images/s", "images_per_second"), ("load s", "load_s"), ("first call ms", "first_call_ms"),
+    ("MB", "resident_mb"), ("device MB", "device_mb"), ("file MB", "file_mb"), ("J/image", "joules"),
+)  # fmt: skip
+
+
 def _print_comparison(result: Comparison) -> None:
     """How fast, and at what cost, a row per contender; then in words what tables cannot say."""
     shape = "x".join(str(size) for size in result.input_shape)
@@ -954,22 +960,12 @@ def _print_comparison(result: Comparison) -> None:
         told = "1" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
         jitter = "" if m.jitter is None else f"{m.jitter:.0%}"
         speed.add_row(m.name, _figure(m.median_ms), told, _figure(m.p90_ms), _figure(m.p99_ms), jitter)
-    costs = {
-        "SQNR dB": [m.worst_sqnr_db for m in shown],
-        "images/s": [m.images_per_second for m in shown],
-        "load s": [m.load_s for m in shown],
-        "first call ms": [m.first_call_ms for m in shown],
-        "MB": [m.resident_mb for m in shown],
-        "device MB": [m.device_mb for m in shown],
-        "file MB": [m.file_mb for m in shown],
-        "J/image": [m.joules for m in shown],
-    }
-    costs = {head: figures for head, figures in costs.items() if any(figure is not None for figure in figures)}
+    measured = [(head, field) for head, field in _COSTS if any(getattr(m, field) is not None for m in shown)]
     cost = Table("")
-    for head in costs:
+    for head, _ in measured:
         cost.add_column(head, justify="right", no_wrap=True)
-    for m, figures in zip(shown, zip(*costs.values(), strict=True), strict=False):
-        cost.add_row(m.name, *map(_figure, figures))
+    for m in shown:
+        cost.add_row(m.name, *(_figure(getattr(m, field)) for _, field in measured))
     _out.print(speed)
     _out.print(cost)
     for m in shown:

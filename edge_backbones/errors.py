@@ -3,24 +3,24 @@
 ::
 
     EdgeBackbonesError
-    ├── MissingDependencyError   an extra is not installed; the message is the command that installs it (also ImportError)
-    ├── BrokenLibraryError       numpy or msgspec do not load: made for another processor or Python (also ImportError)
-    ├── SourceError              unknown model, bad stage selection, weights that do not fit
-    │   └── HubUnreachableError  pretrained weights were asked for and the model hub did not answer
-    ├── ExportError              the network cannot become an ONNX or TorchScript graph in the asked form
-    ├── CalibrationError         calibration data that is missing, unreadable or would give a useless range
-    ├── QuantizationError        a typed graph cannot be made from this graph and these ranges
-    ├── CompileError             an engine library refused a graph; carries what it said
-    ├── ParityError              a feature map left its gate; carries the ParityReport
-    ├── BundleError              a bundle cannot be read or written
-    │   ├── ManifestError        manifest.json is not what bundle.py specifies
-    │   └── IntegrityError       a file is missing, truncated, changed or outside the folder
-    ├── EngineMismatchError      no engine of the bundle can run here; the message lists the reason of each
-    ├── ClientMismatchError      a bundle cannot take the place of a model's backbone; the model is as it was
-    ├── InferenceError           a loaded engine failed while it ran
-    │   └── DeviceError          CUDA refused; carries the name that CUDA has for it
-    │       └── OutOfMemoryError the device has no memory left for what was asked
-    └── InputError               an input array or a stage selection that the engine cannot take (also ValueError)
+    ├── MissingDependencyError
+    ├── BrokenLibraryError
+    ├── SourceError
+    │   └── HubUnreachableError
+    ├── ExportError
+    ├── CalibrationError
+    ├── QuantizationError
+    ├── CompileError
+    ├── ParityError
+    ├── BundleError
+    │   ├── ManifestError
+    │   └── IntegrityError
+    ├── EngineMismatchError
+    ├── ClientMismatchError
+    ├── InferenceError
+    │   └── DeviceError
+    │       └── OutOfMemoryError
+    └── InputError
 
 A message says what was wrong with both values and how to fix it, in one line. Anything else that escapes from this
 package (AttributeError, a bare RuntimeError of a library...) is a bug.

@@ -1,10 +1,9 @@
 """Energy and device memory, from the meters that a machine has.
 
-- RAPL (``/sys/class/powercap``): energy counters of Intel's and AMD's CPU packages; Linux lets root read them.
-- INA3221 and INA238 (``hwmon``): power monitors on Jetson boards, read 20 times a second. Orin Nano, Orin NX and Thor have
-  a rail for the whole board. AGX Orin and AGX Xavier have none: all their rails are added up, as jetson_stats does, which is
-  less than a meter at the plug shows.
-- NVML (nvidia-ml-py): energy counters, memory and clocks of NVIDIA GPUs.
+- RAPL (``/sys/class/powercap``): counters of CPU packages; Linux lets root read them.
+- INA3221 and INA238 (``hwmon``): monitors of Jetson boards, read 20 times a second. AGX Orin and AGX Xavier have no rail for
+  the whole board: theirs are added up, as jetson_stats does, which is less than a meter at the plug shows.
+- NVML (nvidia-ml-py): energy, memory and clocks of NVIDIA GPUs.
 
 What a machine lacks is None, never a guess.
 """

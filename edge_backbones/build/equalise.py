@@ -5,10 +5,9 @@ scale and bias. On a transformer and a ConvNeXt trained on digits this brings 1 
 
 A convolution divides for nothing too, and ReLU(x / s) = ReLU(x) / s (cross-layer equalisation, Nagel et al. 2019, section
 4.1): what a depthwise convolution reads and what is read of it in the early blocks of a MobileNetV3, where there is no
-hard swish and mostly no gate, which take no scale. With random weights that brings 1 to 4 dB to the stages of these blocks
-(asked for in tests/build/test_equalise.py), to mobilenetv3_large_100 trained on digits 3 dB in the last stage. Where neither
-layer is depthwise they are left alone: eight of them in mobilenetv3_small_100 brought nothing that could be
-measured, and neither did those of resnet18, whose noise is that of the residual stream, which takes no scale.
+hard swish and mostly no gate, which take no scale. With random weights that brings 1 to 4 dB to the stages of these blocks,
+to mobilenetv3_large_100 trained on digits 3 dB in the last stage. Where neither layer is depthwise they are left alone:
+there it brought nothing that could be measured.
 """
 
 from __future__ import annotations

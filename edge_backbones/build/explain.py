@@ -1,14 +1,12 @@
 """Where an error is born: an engine that left its gate, its typed graph, and the layer with which it begins.
 
-There are two causes, and they are told apart by running the typed graph in ONNX Runtime, on every golden image: a gate is
-left by the worst of them. If the graph holds the gate, the engine computes something else than it says: the graph is cut
-behind one layer after another, by bisection, until the first is found with which the engine's values differ. If the graph is
-outside too, the number format is to blame: every block is quantised alone, and the one that brings the most noise into the
-failing output is named. The place of the fp32 graph, which a bundle need not have, takes the typed graph without the rounding
-of activations, so that what rounding the weights costs is told as a whole, as the noise that is left. A graph without
-rounding points (fp16, bf16) is searched for values that its format cannot hold, and compared with the fp32 graph where the
-bundle has it. ONNX Runtime has no kernels for bf16: there every value is computed in float32 and rounded where the graph has
-it so.
+Two causes are told apart by running the typed graph in ONNX Runtime on every golden image. If the graph holds the gate, the
+engine computes something else than it says: the first layer with which it differs is found by bisection. If the graph is
+outside too, the number format is to blame: every block is quantised alone, and the loudest is named. There the typed graph
+without the rounding of activations takes the place of the fp32 graph, which a bundle need not have; what rounding the weights
+costs is told as a whole. A graph without rounding points (fp16, bf16) is searched for values that its format cannot hold, and
+compared with the fp32 graph where the bundle has it. ONNX Runtime has no kernels for bf16: there every value is computed in
+float32 and rounded where the graph has it so.
 """
 
 from __future__ import annotations

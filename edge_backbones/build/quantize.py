@@ -3,38 +3,31 @@
 The number format of every tensor is written in the graph, so one file per precision serves every engine. The form is
 the one that TensorRT asks for (it refuses others); OpenVINO runs it at full int8 speed (after `cpu_graph`).
 
-What int8 quantises, and why. Times are OpenVINO's on two busy AVX512-VNNI cores (under 5 % is noise), dB the SQNR of
-feature maps; "trained" is mobilenetv3_large_100 taught to read digits, the hardest of what was measured (resnet50,
-convnext_tiny, vit_small too). TensorRT reasons are its documented fusion rules: no GPU timed them.
+What int8 quantises, and why. Times are OpenVINO's on two AVX512-VNNI cores (under 5 % is noise), dB the SQNR of feature
+maps; "trained" is mobilenetv3_large_100 taught to read digits, the hardest that was measured. TensorRT reasons are its
+documented fusion rules: no GPU timed them.
 
 ============================  =========  ==============================================================================
 tensor                        quantised  why
 ============================  =========  ==============================================================================
 input and weight of Conv,     yes        the int8 kernels; the Q of the next layer fuses into the epilogue of this one
 Gemm, MatMul(x, constant)
-the same, depthwise           behind a   the error of the others reaches every later stage. Trained, worst stage: 9.9 dB
-                              ReLU       with all of them quantised (cosine 0.948), 16.7 dB without (0.989). Behind a ReLU
-                                         channels can be scaled alike first (`equalise`): within 1 dB of without, and
-                                         mobilenetv3 is a tenth faster on AMX cores, which write these large tensors as
-                                         8 bits
-the same, few channels (stem  no         the same: at least 16 channels or 32 products in a sum are asked for. A 3x3 stem
-3x3)                                     is no faster and costs an fp8 resnet 1 to 2 dB; 1x1 layers of 16 and 24 channels
-                                         make mobilenetv3 a tenth faster for under 1 dB in its last stage
-squeeze-excite Conv           yes        4 to 8 % faster, a third less file for mobilenetv3; costs 0.1 dB
-skip branch of a residual     yes        TensorRT fuses Conv+Add when the other addend is int8 (its placement rule);
-Add                                      OpenVINO: resnet18 at 32 x 32 is 15 % faster, large networks no different. Costs
-                                         0.7 to 1 dB with random weights, trained 2 to 12 dB: what a gate or --precision
-                                         auto gives up first
+the same, depthwise           behind a   all of them cost 7 dB (trained). Behind a ReLU channels are scaled alike first
+                              ReLU       (`equalise`): within 1 dB of none, and a tenth faster on AMX cores
+the same, few channels (stem  no         at least 16 channels or 32 products in a sum are asked for. A 3x3 stem is no faster
+3x3)                                     and costs an fp8 resnet 1 to 2 dB; 1x1 layers of 16 and 24 channels make
+                                         mobilenetv3 a tenth faster for under 1 dB in its last stage
+squeeze-excite Conv           yes        mobilenetv3 is 4 to 8 % faster, its file a third smaller; costs 0.1 dB
+skip branch of a residual     yes        TensorRT fuses Conv+Add when the other addend is int8; OpenVINO: resnet18 at 32 x 32
+Add                                      is 15 % faster, large networks no different. Costs 1 dB with random weights, trained
+                                         2 to 12 dB: what a gate or --precision auto gives up first
 Conv branch of that Add       no         a Q between Conv and Add undoes that fusion; no faster on OpenVINO
-Add behind a MatMul           no         would round the residual stream of a transformer at every block: -10 dB on
-                                         vit_small, no faster
-attention MatMul(x, y), both  yes        vit_small 8 % faster (ModelOpt does the same). Free there with random weights, 1.3
-inputs                                   dB on a ViT trained on digits, as long as softmax is scaled for the range that it
-                                         has on images (-23 dB for its full range of 1)
+Add behind a MatMul           no         would round a transformer's residual stream at every block: -10 dB on vit_small
+attention MatMul(x, y), both  yes        vit_small 8 % faster (ModelOpt does the same); 1.3 dB on a trained ViT, as long as
+inputs                                   softmax is scaled for its range on images (-23 dB for its full range of 1)
 Concat                        in parts   each part gets the Q and scale of the whole: they join as int8
-MaxPool, Transpose, Reshape   no         rounding commutes with them and engines move Q and DQ through them (`cpu_graph`
-                                         does for a MaxPool what OpenVINO does not); a Q moved above a Transpose by
-                                         hand made convnext and vit 9 % slower
+MaxPool, Transpose, Reshape   no         rounding commutes with them and engines move Q and DQ through them (`cpu_graph` a
+                                         MaxPool); a Q moved above a Transpose by hand made convnext and vit 9 % slower
 feature outputs               no         they stay the tensor before the Q: 8-bit steps never show in a result
 bias                          no         TensorRT refuses int32 DequantizeLinear; fp16, added to the accumulator
                                          (and corrected by the mean error that rounding leaves in each channel)

@@ -1,14 +1,12 @@
 """How far each activation reaches: |x| counted over a stream of calibration batches, and where to clip it.
 
-What a range must not depend on is how the data was delivered. So every tensor is reduced to counts that add up the same
-way in any order:
+A range must not depend on how the data was delivered. So every tensor is reduced to counts that add up in any order:
 
-- images are fed to the graph one static batch at a time (one image, where the batch is dynamic), whatever the size of
-  the batches that arrive, because a kernel may round differently at another batch size. Images that do not fill one are
-  repeated, all equally often, and what is counted of them is divided by that: no matter where a tensor has its images;
-- |x| is counted in bins whose width is a power of two. A value that does not fit doubles the width until it does, and
-  neighbouring bins are merged. Scaling by a power of two is exact in floating point and floor(floor(v) / 2) is
-  floor(v / 2), so the merged histogram is the one that the final width would have counted from the start.
+- images are fed one static batch at a time (one image, where the batch is dynamic), whatever arrives, because a kernel may
+  round differently at another batch size. Images that do not fill one are repeated, all equally often, and what is counted
+  of them is divided by that;
+- |x| is counted in bins whose width is a power of two. A value that does not fit doubles the width, and neighbouring bins
+  are merged: exactly the histogram that the final width would have counted from the start.
 
 Memory is one batch of activations and 32 KiB per tensor, whatever the number of images.
 
