@@ -88,8 +88,9 @@ class BuildOptions:
     `compile_bundle` can weigh them again on another device. ``gates`` replace the default gate of a precision. ``golden``:
     images that parity is measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside
     those of OpenVINO: that module itself, or the network compiled by torch-tensorrt for this machine's GPU (fp32, fp16 or
-    bf16 as in ``precisions``, fp16 where they have none of these), as what ``program`` says. ``profile``: the device that the bundle is for (:mod:`edge_backbones.profiles`): what
-    it cannot run is refused before it is built, and sizes that nobody asked for are those that suit it.
+    bf16 as in ``precisions``, fp16 where they have none of these), as what ``program`` says. ``profile``: the device that the
+    bundle is for (:mod:`edge_backbones.profiles`): what it cannot run is refused before it is built, and sizes that nobody
+    asked for are those that suit it.
     ``cache``: folder of compiled engines, None for no cache.
 
     int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
