@@ -1,8 +1,8 @@
 """``python -m benchmarks.int8_graphs --modelopt PYTHON``: the int8 graphs of large networks against others, and in TensorRT.
 
 Two questions of the placement of Q/DQ pairs. Is OpenVINO as fast on our graph as on that of ModelOpt, which places them for
-TensorRT too? Both are compiled alike and take turns, each alone in its process, and every round starts new processes: where
-its memory comes to lie makes one of them 5 % faster than another of the same graph, for as long as it lives. And does
+TensorRT too? Both are compiled alike and take turns, each alone in its process, and every round starts new processes: one is
+some percent faster than another of the same graph for as long as it lives (where its memory lies, we suppose). And does
 TensorRT-RTX compile our graphs for every architecture that has the format (no GPU is needed for that)? Results:
 benchmarks/results/int8_graphs.json.
 """
