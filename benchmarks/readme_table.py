@@ -14,6 +14,7 @@ _BLOCK = re.compile(r"<!-- (?P<kind>figures|summary) of (?P<path>\S+) -->\n.*?<!
 _PEERS = {
     "torch": "torch",
     "torch-compile": "torch.compile",
+    "torchscript": "TorchScript",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO fp32",
     "nncf": "NNCF",
@@ -55,7 +56,7 @@ def _bench(results: dict[str, Any]) -> list[str]:
         'and the bounds of that median with 95 % confidence; "=" where this machine does not tell which is faster. SQNR is',
         "that of the worst feature map, for networks with random weights.",
         "",
-        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in peers)} | SQNR: ours, NNCF's | of the roofline |",
+        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in peers)} | SQNR: ours, NNCF's | roofline: int8, fp32 |",
         f"|---|---|{'---|' * len(peers)}---|---|",
         *(_compared(model, one, peers, results["rooflines"][model]) for model, one in comparisons.items()),
         "",
@@ -100,7 +101,7 @@ def _compared(model: str, comparison: dict[str, Any], peers: list[str], roofline
         cells.append(f"{ratio['median']:.2f}x{same} ({ratio['low']:.2f} to {ratio['high']:.2f})")
     decibels = [measurements[name].get("worst_sqnr_db") for name in ("edge", "nncf") if name in measurements]
     quality = ", ".join("-" if value is None else f"{value:.1f} dB" for value in decibels)
-    reached = f"{100 * roofline['fraction']:.0f} % ({roofline['bound']})"
+    reached = ", ".join(f"{100 * one['fraction']:.0f} % ({one['bound']})" for one in roofline.values())
     return f"| {model} | {measurements['edge']['median_ms']:.1f} ms | {' | '.join(cells)} | {quality} | {reached} |"
 
 

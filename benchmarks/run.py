@@ -46,7 +46,8 @@ MODELS = {  # and the stages that are kept
 }
 QUICK = ("mobilenetv3_large_100", "efficientnet_b0")
 TARGETS = {"torch": 3.5, "torch-compile": 2.0, "onnxruntime": 2.0, "nncf": 1.0}  # of the geometric means
-PEERS = ("torch", "torch-compile", "onnxruntime", "openvino", "nncf")
+PEERS = ("torch", "torch-compile", "torchscript", "onnxruntime", "openvino", "nncf")
+ENGINES = {"int8": "edge", "fp32": "openvino"}  # what runs a bundle's graphs
 PARTS = ("figures", "growth", "end_to_end")
 PHOTOGRAPHS = 32 + 4  # of a bundle: to calibrate on, and golden
 _BEGIN = time.monotonic()
@@ -146,19 +147,24 @@ def show(comparison: Comparison, stored: dict[str, Any] | None) -> None:
 
 
 def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Path]) -> dict[str, Any]:
-    """How much of what this machine can do each int8 engine reaches, by the work in its graph."""
+    """How much of what this machine can do OpenVINO reaches with each graph of a bundle, by the work in that graph."""
     if not comparisons:
         return {}
     ceilings = roofline.measure_ceilings(2)
-    found = {}
+    found: dict[str, Any] = {}
     for model, comparison in comparisons.items():
-        work = roofline.count_graph(bundles[model] / "graphs" / "int8.onnx", comparison.input_shape)
-        milliseconds = comparison.measurements[0].median_ms
-        assert milliseconds is not None  # a comparison without its engine raises
-        reached = roofline.roofline(work, ceilings, milliseconds, comparison.input_shape[0])
-        found[model] = {"work": msgspec.to_builtins(work), "ceilings": msgspec.to_builtins(ceilings)}
-        found[model] |= msgspec.to_builtins(reached)
-        print(f"{model}: {100 * reached.fraction:.0f} % of the roofline, bound by {reached.bound}", flush=True)
+        batch = comparison.input_shape[0]
+        measured = {m.name: m.median_ms for m in comparison.measurements}
+        of_model = found.setdefault(model, {})
+        for precision, name in ENGINES.items():
+            if (milliseconds := measured[name]) is None:
+                continue  # that contender failed, and its line says so
+            work = roofline.count_graph(bundles[model] / "graphs" / f"{precision}.onnx", comparison.input_shape)
+            reached = roofline.roofline(work, ceilings, milliseconds, batch)
+            of_model[precision] = {"work": msgspec.to_builtins(work), "ceilings": msgspec.to_builtins(ceilings)}
+            of_model[precision] |= msgspec.to_builtins(reached)
+            percent = 100 * reached.fraction
+            print(f"{model} {precision}: {percent:.0f} % of the roofline, bound by {reached.bound}", flush=True)
     return found
 
 
@@ -253,7 +259,7 @@ def refreshed(bundle: Path) -> bool:
 
 
 def build(model: str, photographs: Path, *, rebuild: bool) -> Path:
-    """A bundle with the int8 engine and the fp32 graph that ONNX Runtime runs."""
+    """A bundle with the int8 engine, the fp32 graph that ONNX Runtime runs, and the frozen module of PyTorch."""
     target = CACHE / f"{model}.bundle"
     if rebuild or not refreshed(target):
         from edge_backbones import BuildOptions, build_bundle
@@ -267,7 +273,6 @@ def build(model: str, photographs: Path, *, rebuild: bool) -> Path:
             out_indices=indices,
             precisions=(Precision.INT8, Precision.FP32),
             gates={Precision.INT8: Gate()},
-            torchscript=False,
         )
         result = build_bundle(model, target, images=photographs, options=options, overwrite=True)
         print(

@@ -71,43 +71,7 @@ AllowHostCode = Annotated[
 ]
 
 
-class InputName(str, enum.Enum):
-    PIXEL_VALUES = "pixel_values"
-    IMAGE = "image"
-
-
-class Method(str, enum.Enum):
-    AUTO = "auto"
-    MAX = "max"
-    PERCENTILE = "percentile"
-    ENTROPY = "entropy"
-    MSE = "mse"
-
-
-class FlavourName(str, enum.Enum):
-    OPENVINO = "openvino"
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt_rtx"
-    TORCHSCRIPT = "torchscript"
-    TORCH_TENSORRT = "torch_tensorrt"
-
-
-class TorchFlavour(str, enum.Enum):
-    TORCHSCRIPT = "torchscript"
-    TORCH_TENSORRT = "torch_tensorrt"
-
-
-class Program(str, enum.Enum):
-    TORCHSCRIPT = "torchscript"
-    EXPORTED_PROGRAM = "exported_program"
-
-
-class Compatibility(str, enum.Enum):
-    NONE = "none"
-    AMPERE_PLUS = "ampere_plus"
-    SAME_COMPUTE_CAPABILITY = "same_compute_capability"
-
-
+# Typer takes a Literal where there is one value, and where there may be several an Enum only.
 class Wanted(str, enum.Enum):
     AUTO = "auto"
     FP32 = "fp32"
@@ -115,6 +79,11 @@ class Wanted(str, enum.Enum):
     BF16 = "bf16"
     INT8 = "int8"
     FP8 = "fp8"
+
+
+class TorchFlavour(str, enum.Enum):
+    TORCHSCRIPT = "torchscript"
+    TORCH_TENSORRT = "torch_tensorrt"
 
 
 @app.command()
@@ -151,8 +120,9 @@ def build(
         str, typer.Option(help="pretrained, random:SEED, or a checkpoint (.safetensors first; .pth without code).")
     ] = "pretrained",
     input: Annotated[
-        InputName, typer.Option(help="pixel_values: float NCHW, normalised. image: uint8 NHWC camera frames.")
-    ] = InputName.PIXEL_VALUES,
+        Literal["pixel_values", "image"],
+        typer.Option(help="pixel_values: float NCHW, normalised. image: uint8 NHWC camera frames."),
+    ] = "pixel_values",
     batch: Annotated[
         str | None, typer.Option(help="Batch size, or MIN:OPT:MAX.  [default: that of --profile, or 1]")
     ] = None,
@@ -175,7 +145,7 @@ def build(
         int | None, typer.Option(help="8 or 16: dilate the last stages (where timm can).", show_default=False)
     ] = None,
     method: Annotated[
-        Method | None,
+        Literal["auto", "max", "percentile", "entropy", "mse"] | None,
         typer.Option(help="Range estimator of int8. auto: per stage, the one with the least noise.  [default: auto]"),
     ] = None,
     percentile: Annotated[
@@ -213,8 +183,9 @@ def build(
         ),
     ] = None,
     program: Annotated[
-        Program, typer.Option(help="What torch_tensorrt writes: for torch.jit.load, or for torch.export.load.")
-    ] = Program.TORCHSCRIPT,
+        Literal["torchscript", "exported_program"],
+        typer.Option(help="What torch_tensorrt writes: for torch.jit.load, or for torch.export.load."),
+    ] = "torchscript",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is verified.")
     ] = False,
@@ -240,12 +211,12 @@ def build(
         output_stride=output_stride,
         out_indices=None if out_indices is None else _integers(out_indices, "--out-indices"),
         out_features=None if out_features is None else tuple(name.strip() for name in out_features.split(",")),
-        input=input.value,
+        input=input,
         batch=None if batch is None else _range(batch, "--batch"),
         height=height,
         width=width,
         precisions=_precisions(precision or [Wanted.INT8]),
-        method=None if method is None else method.value,
+        method=method,
         percentile=percentile,
         calibration=calibration,
         exclude=tuple(exclude or ()),
@@ -253,7 +224,7 @@ def build(
         golden=golden,
         torchscript=torchscript,
         flavours=tuple(one.value for one in flavour or ()),
-        program=program.value,
+        program=program,
         profile=profile,
     )
     with _Steps(as_json) as progress:
@@ -299,7 +270,7 @@ def compile_(
         list[Precision] | None, typer.Option(help="Only these graphs; all by default.", show_default=False)
     ] = None,
     flavour: Annotated[
-        FlavourName | None,
+        Flavour | None,
         typer.Option(
             help="openvino: this CPU. tensorrt: this GPU. tensorrt_rtx: the GPUs of --target, without one here. "
             "torchscript, torch_tensorrt: programs for torch. By default what serves this machine: its GPU, else its CPU.",
@@ -336,8 +307,9 @@ def compile_(
         typer.Option(min=0, max=5, help="Builder optimisation level: 5 searches longest.", show_default=False),
     ] = None,
     hardware_compatibility: Annotated[
-        Compatibility, typer.Option(help="GPUs beside this model that run the plan, slower.")
-    ] = Compatibility.NONE,
+        Literal["none", "ampere_plus", "same_compute_capability"],
+        typer.Option(help="GPUs beside this model that run the plan, slower."),
+    ] = "none",
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="The lean runtime of the same release runs the plan too.")
     ] = False,
@@ -375,7 +347,7 @@ def compile_(
         raise InputError(f"{timing_cache} does not exist: --timing-cache is a .cache file of an earlier compilation")
     chosen: Flavour
     if flavour is not None:
-        chosen = flavour.value
+        chosen = flavour
         found = profile_here(chosen, target or (), gpu)
     else:
         chosen, found = flavour_here(gpu)
@@ -391,7 +363,7 @@ def compile_(
         targets=tuple(target or ()),
         workspace=None if workspace is None else workspace << 20,
         level=level,
-        hardware_compatibility=hardware_compatibility.value,
+        hardware_compatibility=hardware_compatibility,
         version_compatible=version_compatible,
         embed_runtime=embed_runtime,
         refit=refit,

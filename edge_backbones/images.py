@@ -1,4 +1,4 @@
-"""Photographs to network input, the same way at build time and on the device, with Pillow and numpy alone.
+"""Photographs to network input, the same way at build time and on the device: files with Pillow, camera frames with numpy.
 
 :func:`fit` repeats the evaluation transform of timm (``timm.data.create_transform(is_training=False)``) bit for bit, so
 that a device without torch sees what the network was trained on; a test compares the two.
@@ -6,12 +6,13 @@ that a device without torch sees what the network was trained on; a test compare
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,12 +23,12 @@ from edge_backbones.spec import InputSpec
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+_BITS = 22
+_PIXELS = 8  # of a block: the more, the more of its weights are 0
+_ROWS = 128  # that are taken at a time: they stay in the cache, and OpenBLAS leaves them to the thread that asks
+_BAND_PIXELS = 250_000  # of the source, for which a thread is worth its start
 
-# A thread is worth its start for this many pixels of the source: a fifth of a millisecond against two.
-_BAND_PIXELS = 250_000
-# Filters that end at 0, and where: a neighbour that rounding adds or leaves out at their edge has no weight.
-_TAPERED = {"BILINEAR": 1, "HAMMING": 1, "BICUBIC": 2, "LANCZOS": 3}
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
 
 class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,8 +81,6 @@ def fit(
     ``image``: a picture of Pillow, or a camera frame as uint8 (rows, columns, channels). ``threads`` share a large one, by
     default as many as there are cores; the pixels do not depend on them. Raises InputError for an array that is no frame.
     """
-    from PIL import Image
-
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, got {threads}")
     if isinstance(image, np.ndarray):
@@ -91,7 +90,6 @@ def fit(
         source_h, source_w = image.shape[:2]
     else:
         source_w, source_h = image.size
-    resample = Image.Resampling[config.interpolation.upper()]
     scaled_h, scaled_w = math.floor(height / config.crop_pct), math.floor(width / config.crop_pct)
     if config.crop_mode == "squash":
         size = (scaled_h, scaled_w)
@@ -103,110 +101,35 @@ def fit(
         ratios = (source_h / scaled_h, source_w / scaled_w)
         ratio = max(ratios) if config.crop_mode == "border" else min(ratios)
         size = (max(1, round(source_h / ratio)), max(1, round(source_w / ratio)))  # timm fails on a strip
-    source = (source_h, source_w)
-    return _padded(_resized_centre(image, source, size, (height, width), resample, threads), config, height, width)
+    return _padded(_resized_centre(image, size, (height, width), config, threads), config, height, width)
 
 
 def _resized_centre(
     image: Image.Image | np.ndarray,
-    source: tuple[int, int],
     size: tuple[int, int],
     wanted: tuple[int, int],
-    resample: Image.Resampling,
+    config: ImageConfig,
     threads: int | None,
 ) -> np.ndarray:
-    """The middle ``wanted`` rows and columns of the picture resized to ``size``; all of them where it has fewer.
+    """The middle ``wanted`` rows and columns of the picture resized to ``size``; all of them where it has fewer."""
+    rows, columns = kept = _middle(size[0], wanted[0]), _middle(size[1], wanted[1])
+    pixels = np.atleast_3d(np.asarray(image))
+    source = pixels.shape[:2]
+    if size != source:
+        is_plain = isinstance(image, np.ndarray) or image.mode in ("L", "RGB")  # neither a palette nor transparency
+        if is_plain and config.interpolation in _FILTERS and _widths_first(source, size):
+            return _resample(pixels, size, kept, config.interpolation, threads or os.cpu_count() or 1)
+        from PIL import Image
 
-    Pillow lets other threads run while it resizes: each makes a band of rows.
-    """
-    from PIL import Image
-
-    if size == source:
-        top, left = _middle(size[0], wanted[0]).start, _middle(size[1], wanted[1]).start
-        return np.atleast_3d(np.array(image))[top : top + wanted[0], left : left + wanted[1]]
-    bands = max(1, min(threads or os.cpu_count() or 1, source[0] * source[1] // _BAND_PIXELS))
-    support = _TAPERED.get(resample.name)
-    whole = [0, size[0]], (0, size[1])
-    edges, (first, last) = whole if support is None else _split(size, source, wanted, bands, support)
-
-    def resized(start: int, stop: int) -> np.ndarray:
-        rows, columns = range(source[0]), range(source[1])
-        if isinstance(image, np.ndarray):  # Pillow copies what it takes: no more than this band reads
-            rows, columns = _read_by(((start, stop), (first, last)), size, source, support or 0)
-            part = Image.fromarray(image[rows.start : rows.stop, columns.start : columns.stop])
-        else:
-            part = image
-        box = (
-            first * source[1] / size[1] - columns.start,
-            start * source[0] / size[0] - rows.start,
-            last * source[1] / size[1] - columns.start,
-            stop * source[0] / size[0] - rows.start,
-        )
-        return np.atleast_3d(np.array(part.resize((last - first, stop - start), resample, box)))
-
-    if not isinstance(image, np.ndarray):
-        image.load()  # here, before every thread does
-    if len(edges) == 2:
-        pixels = resized(*edges)
-    else:
-        with ThreadPoolExecutor(len(edges) - 1) as pool:
-            pixels = np.concatenate(list(pool.map(resized, edges, edges[1:])))
-    rows, columns = _middle(size[0], wanted[0]), _middle(size[1], wanted[1])
-    return pixels[rows.start - edges[0] : rows.stop - edges[0], columns.start - first : columns.stop - first]
-
-
-def _split(
-    size: tuple[int, int], source: tuple[int, int], wanted: tuple[int, int], bands: int, support: int
-) -> tuple[list[int], tuple[int, int]]:
-    """Rows of the resized picture at which bands begin and end, and its first and one past its last column that are made:
-    no more than the crop keeps, but for what it takes to begin and end where :func:`_exact_step` says.
-
-    Fewer bands, or all of it in one piece, where Pillow could begin with one side in a part and with the other in the whole:
-    it rounds in between.
-    """
-    rows, columns = (_middle(*sides) for sides in zip(size, wanted, strict=True))
-    step, column_step = (_exact_step(*sides) for sides in zip(size, source, strict=True))
-    first = columns.start // column_step * column_step
-    last = min(size[1], -(-columns.stop // column_step) * column_step)
-    begin, steps = rows.start // step, -(-rows.stop // step) - rows.start // step
-    for count in range(min(bands, steps), 0, -1):
-        edges = [min(size[0], (begin + steps * band // count) * step) for band in range(count + 1)]
-        resized = [(size, source)]
-        for start, stop in pairwise(edges):
-            rows_read, columns_read = _read_by(((start, stop), (first, last)), size, source, support)
-            part = (stop - start, last - first)
-            resized += [(part, source), (part, (len(rows_read), len(columns_read)))]
-        if all(_widths_first(of, to) for to, of in resized):
-            return edges, (first, last)
-    return [0, size[0]], (0, size[1])
-
-
-def _read_by(
-    part: tuple[tuple[int, int], tuple[int, int]], size: tuple[int, int], source: tuple[int, int], support: int
-) -> tuple[range, range]:
-    """Rows and columns of the source that the filter reads for a part of the resized picture."""
-    found = []
-    for (start, stop), of, read in zip(part, size, source, strict=True):
-        margin = support * max(1.0, read / of) + 1
-        found.append(
-            range(max(0, math.floor(start * read / of - margin)), min(read, math.ceil(stop * read / of + margin)))
-        )
-    return found[0], found[1]
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        pixels = np.atleast_3d(np.asarray(picture.resize(size[::-1], Image.Resampling[config.interpolation.upper()])))
+    return pixels[rows.start : rows.stop, columns.start : columns.stop].copy()
 
 
 def _middle(length: int, wanted: int) -> range:
     """Where a centre crop lies on a side, rounded as torchvision does; the whole side where it is too short."""
     start = round((length - wanted) / 2.0)
     return range(start, start + wanted) if length > wanted else range(length)
-
-
-def _exact_step(length: int, source: int) -> int:
-    """Resized pixels from one place to the next where a part can begin: Pillow takes the box of a part as float32, and there
-    it is exact, a whole pixel of the source or a binary fraction of one."""
-    step = denominator = length // math.gcd(length, source)
-    while step % 2 == 0 and source * (2 * denominator // step) < 1 << 24:
-        step //= 2
-    return step
 
 
 def _widths_first(source: tuple[int, int], size: tuple[int, int]) -> bool:
@@ -240,3 +163,111 @@ def _normalised(images: np.ndarray, config: ImageConfig) -> np.ndarray:
     mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
     scaled = (images.astype(np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+# ---- Resampling as Pillow's Resample.c does it, bit for bit, of the pixels that a crop keeps and no others
+#
+# It adds products of pixels and 22-bit weights in integers. In float64 such sums are exact in any order, and BLAS may add:
+# neighbouring pixels times a matrix of weights, first along rows, then along columns.
+
+
+class _Block(NamedTuple):
+    """Resized pixels ``place`` along a side: those of the source in ``read`` times ``weights``, (read, place)."""
+
+    read: slice
+    weights: np.ndarray
+    place: slice
+
+
+def _resample(
+    pixels: np.ndarray, size: tuple[int, int], kept: tuple[range, range], filter: str, threads: int
+) -> np.ndarray:
+    """The rows and columns ``kept`` of ``pixels`` resized to ``size``: uint8 (rows, columns, channels), like ``pixels``.
+
+    ``filter``: a name of `_FILTERS`. ``threads`` share a large picture, a band of rows each.
+    """
+    height, width, channels = pixels.shape
+    down, across = _blocks(height, size[0], kept[0], filter), _blocks(width, size[1], kept[1], filter)
+    resized = np.empty((len(kept[0]), len(kept[1]), channels), np.uint8)
+    bands = max(1, min(threads, len(down), height * width // _BAND_PIXELS))
+    edges = [len(down) * band // bands for band in range(bands + 1)]
+
+    def make(band: int) -> None:
+        _resample_band(pixels, down[edges[band] : edges[band + 1]], across, resized)
+
+    if bands == 1:
+        make(0)
+    else:
+        with ThreadPoolExecutor(bands) as pool:
+            list(pool.map(make, range(bands)))
+    return resized
+
+
+def _resample_band(pixels: np.ndarray, down: list[_Block], across: list[_Block], resized: np.ndarray) -> None:
+    """The rows of ``resized`` that the blocks ``down`` make. Channels come first in here: each is a matrix."""
+    top, bottom = down[0].read.start, max(block.read.stop for block in down)
+    left, right = across[0].read.start, max(block.read.stop for block in across)
+    planes = pixels[top:bottom, left:right].transpose(2, 0, 1)
+    narrow = np.empty((*planes.shape[:2], resized.shape[1]), np.uint8)
+    some, sums = (np.empty((len(planes), _ROWS, columns)) for columns in (right - left, resized.shape[1]))
+    for start in range(0, bottom - top, _ROWS):
+        stop = min(bottom - top, start + _ROWS)
+        rows, made = some[:, : stop - start], sums[:, : stop - start]
+        rows[...] = planes[:, start:stop]
+        for read, weights, place in across:
+            np.matmul(rows[..., read.start - left : read.stop - left], weights, out=made[..., place])
+        narrow[:, start:stop] = _in_range(made)
+    for read, weights, place in down:
+        found = weights.T @ narrow[:, read.start - top : read.stop - top].astype(np.float64)
+        resized[place] = _in_range(found).transpose(1, 2, 0)
+
+
+def _in_range(sums: np.ndarray) -> np.ndarray:
+    """Round, in place, what is about to be cut to 8 bits; ties go up."""
+    sums += 0.5
+    return np.clip(sums, 0, 255, out=sums)
+
+
+@functools.lru_cache(8)  # a camera's frames are all of one size
+def _blocks(source: int, size: int, kept: range, filter: str) -> list[_Block]:
+    """What makes the pixels ``kept`` of a side of ``source`` pixels resized to ``size``."""
+    first, weights = _weights(source, size, kept, filter)
+    found = []
+    for begin in range(0, len(kept), _PIXELS):
+        place = slice(begin, min(len(kept), begin + _PIXELS))
+        read = slice(int(first[begin]), min(source, int(first[place][-1]) + weights.shape[1]))
+        matrix = np.zeros((source, place.stop - begin))
+        for column, (start, of_one) in enumerate(zip(first[place], weights[place], strict=True)):
+            matrix[start : start + len(of_one), column] = of_one[: source - start]  # those past the end are 0
+        found.append(_Block(read, matrix[read].copy(), place))
+    return found
+
+
+def _weights(source: int, size: int, kept: range, filter: str) -> tuple[np.ndarray, np.ndarray]:
+    """For every pixel kept: the first that it reads, and the weights of that and those behind it; by the same steps."""
+    shape, support = _FILTERS[filter]
+    scale = source / size
+    stretch = max(scale, 1.0)
+    centres = (np.array(kept) + 0.5) * scale
+    first = np.maximum(0, (centres - support * stretch + 0.5).astype(int))
+    stop = np.minimum(source, (centres + support * stretch + 0.5).astype(int))
+    read = first[:, None] + np.arange((stop - first).max())
+    weights = np.where(read < stop[:, None], shape((read - centres[:, None] + 0.5) * (1 / stretch)), 0.0)
+    weights /= np.cumsum(weights, axis=1)[:, -1:]  # added one by one, as there
+    weights *= 1 << _BITS
+    return first, np.trunc(weights + np.copysign(0.5, weights)) / (1 << _BITS)
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    x, a = np.abs(x), -0.5
+    near, far = ((a + 2.0) * x - (a + 3.0)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+_FILTERS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    "box": (lambda x: (x > -0.5) & (x <= 0.5), 0.5),
+    "bilinear": (lambda x: 1.0 - np.minimum(np.abs(x), 1.0), 1.0),
+    "hamming": (lambda x: (np.abs(x) < 1) * np.sinc(x) * (0.54 + 0.46 * np.cos(np.pi * x)), 1.0),
+    "bicubic": (_bicubic, 2.0),
+    "lanczos": (lambda x: ((x >= -3) & (x < 3)) * np.sinc(x) * np.sinc(x / 3), 3.0),
+}

@@ -41,7 +41,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
     batch = max(2, input.batch.opt) if not input.batch.is_fixed else input.batch.opt
     example = _example(input, batch)
     try:
-        with _quiet_exporter(), torch.no_grad():
+        with quiet(), torch.no_grad():
             # Left to itself torch.onnx falls back on a draft that leaves out what the code says of sizes: a transformer
             # of fixed size would become a graph with dynamic axes that runs at one size only.
             dynamic_shapes = (axes,) if axes else None
@@ -240,8 +240,8 @@ def _strip_debug_information(model: onnx.ModelProto) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter warns and logs about its own internals; errors are raised all the same."""
+def quiet() -> Iterator[None]:
+    """For libraries that warn and log about their own internals; errors are raised all the same."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

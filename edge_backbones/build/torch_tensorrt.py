@@ -7,18 +7,16 @@ options for weak typing went away in 2.13: number formats are in the network her
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from edge_backbones.build.export import quiet
 from edge_backbones.build.torchscript import DTYPES, TypedModule, example_of
 from edge_backbones.errors import CompileError, ExportError, InputError
 from edge_backbones.runtime.torchscript import load_torch_tensorrt, require_gpu
@@ -75,7 +73,7 @@ def compile_torch_tensorrt(
     target = torch.device(device if device == "cpu" else f"cuda:{require_gpu(device, CompileError)}")
     home = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             typed = module if precision is Precision.FP32 else TypedModule(module, DTYPES[precision])
             program = _export(typed.to(target), input, target)
             options = _options(library.dynamo.compile, target, precision, workspace, level, allow_torch)
@@ -184,19 +182,6 @@ def _saved(
         path = Path(folder) / f"engine{SUFFIXES[output_format]}"
         library.save(compiled, str(path), output_format=output_format, arg_inputs=[given])
         return path.read_bytes()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch_tensorrt warns and logs about its own internals; errors are raised all the same."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _last_line(error: BaseException) -> str:
