@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import timm
 import torch
+from PIL import Image
 from transformers import DetrConfig, DetrForObjectDetection, TimmBackboneConfig
 
 from build_scripts.photographs import write_crops
+from edge_backbones import BuildOptions, build_bundle
+from edge_backbones.spec import Precision
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -29,6 +35,26 @@ def test_the_python_example_runs_and_prints_what_it_says(tmp_path, monkeypatch, 
         "layer3 (2, 256, 14, 14)",
         "layer4 (2, 512, 7, 7)",
     ]
+
+
+def test_the_example_with_a_camera_takes_its_frames_as_they_come(tmp_path, monkeypatch):
+    (code,) = (example for example in python_examples() if "for frame in frames" in example)
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet", features_only=True).eval()
+    options = BuildOptions(input="image", precisions=(Precision.FP32,), torchscript=False)
+    build_bundle(net, tmp_path / "camera.bundle", options=options)
+    monkeypatch.chdir(tmp_path)
+    frame = np.random.default_rng(0).integers(0, 256, (1080, 1920, 3), dtype=np.uint8)
+    found: dict[str, Any] = {"frames": [frame]}
+    exec(compile(code, "README.md", "exec"), found)
+    transform = timm.data.create_transform(
+        **timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg("test_resnet").to_dict())
+    )
+    with torch.no_grad():
+        expected = net(transform(Image.fromarray(frame))[None])
+    assert len(found["feature_maps"]) == len(expected) > 1
+    for one, of_torch in zip(found["feature_maps"], expected, strict=True):
+        np.testing.assert_allclose(one, of_torch.numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_example_with_a_whole_model_runs_on_a_small_one(tmp_path, monkeypatch):
