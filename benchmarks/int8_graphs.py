@@ -137,7 +137,7 @@ def speed(bundle: Path, theirs: Path, threads: int, rounds: int) -> dict[str, An
     milliseconds: dict[str, list[float | None]] = {name: [] for name in tasks}
     ratios: list[float] = []
     for number in range(rounds):
-        # Of two processes of one graph that which is loaded second is some percent faster: each is it in turn.
+        # What is loaded second may be faster for that alone: each is it in turn.
         order = list(tasks) if number % 2 else list(reversed(tasks))
         found = measure({name: tasks[name] for name in order}, CompareOptions(turns=20, calls=4, seconds=0.1))
         if found["modelopt"].missing:
