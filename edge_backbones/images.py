@@ -244,7 +244,7 @@ def _blocks(source: int, size: int, kept: range, filter: str) -> list[_Block]:
 
 
 def _weights(source: int, size: int, kept: range, filter: str) -> tuple[np.ndarray, np.ndarray]:
-    """For every pixel kept: the first that it reads, and the weights of that and those behind it; by the same steps."""
+    """For every pixel kept: the first that it reads, and the weights of that and those behind it, step by step as there."""
     shape, support = _FILTERS[filter]
     scale = source / size
     stretch = max(scale, 1.0)
