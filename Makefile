@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OLD_TRANSFORMERS = $(VENV)/transformers-4.44
+# A process for every core; more than four would need more memory than a laptop has.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DELETE_ON_ERROR:
 .PHONY: demo test lint bench gpu coverage schema clean
@@ -19,9 +21,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.installed
 	$(BIN)/python -m build_scripts.fetch_bindings
 	$(BIN)/python -m build_scripts.fetch_chromium
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	@if [ -d $(OLD_TRANSFORMERS)/transformers ]; then \
-	  set -x; PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest tests/transformers; \
+	  set -x; PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) tests/transformers; \
 	else echo "transformers 4.44 has no wheels for this Python (3.10 to 3.12 have): its tests were left out"; fi
 
 lint: $(VENV)/.dev

@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=digits.TRAINING, default=list(digits.TRAINING))
+    parser.add_argument("--only", nargs="+", choices=digits.STAGES, default=list(digits.STAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(digits.SEEDS))
     parser.add_argument("--nncf", default=sys.executable, help="Python that has NNCF")
     parser.add_argument("--modelopt", default=sys.executable, help="Python that has ModelOpt")

@@ -21,8 +21,9 @@ from typing import Any
 
 import openvino
 
-from benchmarks import growth, readme_table
-from benchmarks.run import PHOTOGRAPHS, RESULTS, ROOT, add, build, machine
+from benchmarks import readme_table
+from benchmarks.networks import bundle_of
+from benchmarks.run import RESULTS, ROOT, add, machine
 from build_scripts.device_install import build_wheel, find_oldest_python
 
 MODEL = "mobilenetv3_large_100"
@@ -62,7 +63,7 @@ def main() -> None:
 
 def measure(rounds: int) -> dict[str, Any]:
     """Medians of the seconds over all rounds, and the most memory that any process had."""
-    bundle = build(MODEL, growth.photograph_folder(PHOTOGRAPHS), rebuild=False)
+    bundle = bundle_of(MODEL)
     python = find_oldest_python() or sys.executable
     with tempfile.TemporaryDirectory() as folder:
         wheel = build_wheel(Path(folder))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -31,8 +32,10 @@ TRAINING = {
     "mobilenetv3_small_100": (30, 4e-3),
     "convnext_atto": (24, 1e-3),
     "vit_small": (30, 1e-3),
+    "mobilenetv3_large_100": (20, 4e-3),
+    "efficientnet_b0": (20, 4e-3),
 }
-STAGES = {
+STAGES = {  # of those whose accuracy is measured; the others are timed
     "resnet18": (1, 2, 3, 4),
     "mobilenetv3_small_100": (1, 2, 3, 4),
     "convnext_atto": (0, 1, 2, 3),
@@ -62,17 +65,36 @@ def images() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def trained(name: str, seed: int) -> Any:
-    """The trained network in eval mode, from the cache or trained now."""
+    """The trained network in eval mode."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         net = make(name)
-        path = CACHE / f"{name}.{seed}.pt"
-        if not path.exists():
-            train(net, f"{name}, seed {seed}", *TRAINING[name])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(net.state_dict(), path)
-    net.load_state_dict(torch.load(path, weights_only=True))
+    net.load_state_dict(torch.load(checkpoint(name, seed), weights_only=True))
     return net.eval()
+
+
+def checkpoint(name: str, seed: int) -> Path:
+    """The file with the trained weights, from the cache or trained now."""
+    path = CACHE / f"{name}.{seed}.pt"
+    if not path.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = make(name)
+            train(net, f"{name}, seed {seed}", *TRAINING[name])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(net.state_dict(), path)
+    return path
+
+
+def image_folder(count: int, side: int) -> Path:
+    """A folder with so many of the training images as PNG files, enlarged to ``side`` x ``side``."""
+    folder = CACHE / f"images_{count}_{side}"
+    if len(list(folder.glob("*.png"))) != count:
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels, _, _, _ = images()
+        for index, image in enumerate(((pixels[:count, 0] + 1) * 127.5).round().to(torch.uint8).numpy()):
+            enlarged = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+            enlarged.convert("RGB").save(folder / f"{index:03d}.png", compress_level=1)
+    return folder
 
 
 def train(net: nn.Module, name: str, epochs: int, rate: float) -> None:
@@ -120,7 +142,7 @@ def logits(net: Any, feature_map: np.ndarray) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=TRAINING, default=list(TRAINING))
+    parser.add_argument("--only", nargs="+", choices=TRAINING, default=list(STAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     arguments = parser.parse_args()
     _, _, pixels, digits = images()

@@ -160,7 +160,7 @@ def _in_turn(
 
 def timing_bundle(model: str, name: str, **options: Any) -> Path:
     """A bundle for timing only, built once: seeded weights, few calibration images, open gates."""
-    from benchmarks.run import refreshed
+    from benchmarks.networks import refreshed
     from edge_backbones import build_bundle
 
     target = CACHE / "growth" / f"{name}.bundle"

@@ -22,15 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
-import torch
-from torch import nn
 
 from benchmarks import accuracy_peers, readme_table
-from benchmarks.growth import photograph_folder
-from benchmarks.run import CACHE, PHOTOGRAPHS, build, machine, refreshed
-from benchmarks.run import MODELS as STAGES
-from edge_backbones import BuildOptions, Bundle, build_bundle
+from benchmarks.networks import CACHE, bundle_of, images_of
+from benchmarks.run import machine
+from edge_backbones import Bundle
 from edge_backbones.bench.compare import CompareOptions, measure
 from edge_backbones.bench.contender import Task
 from edge_backbones.bench.results import ratio_of
@@ -41,14 +37,12 @@ from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.quantize import write_typed_graph
 from edge_backbones.build.tensorrt import PlanOptions, compile_plan
 from edge_backbones.errors import CompileError
-from edge_backbones.manifest import Gate
 from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.spec import Precision
 
 RESULTS = Path(__file__).parent / "results" / "int8_graphs.json"
 MODELS = ("resnet50", "mobilenetv3_large_100", "convnext_tiny", "vit_small_patch16_224")
 CALIBRATION = 16
-NORMALISED = ("convnext_tiny", "vit_small_patch16_224")  # batch norm is folded, layer norm stays in the graph
 THREADS = (2, 1)  # two wait for each other, and on a busy machine that is most of what a median shows
 _WARM_UP, _CALLS = 3, 30
 TARGETS = {
@@ -65,13 +59,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--skip", choices=("speed", "targets"), help="keep the figures that there are of it")
     arguments = parser.parse_args()
-    photographs = photograph_folder(PHOTOGRAPHS)
     found = json.loads(RESULTS.read_text(encoding="utf-8"))["networks"] if RESULTS.exists() else {}
     for model in arguments.only:
-        bundle = trained_like(model, photographs) if model in NORMALISED else build(model, photographs, rebuild=False)
+        bundle = bundle_of(model)
         figures = found.setdefault(model, {})
         if arguments.skip != "speed":
-            theirs = modelopt_graph(bundle, photographs, arguments.modelopt)
+            theirs = modelopt_graph(model, bundle, arguments.modelopt)
             figures["speed"] = {str(threads): speed(bundle, theirs, threads, arguments.rounds) for threads in THREADS}
             figures["call_by_call"] = call_by_call(bundle, theirs, arguments.rounds)
         if arguments.skip != "targets":
@@ -82,41 +75,14 @@ def main() -> None:
     print(f"wrote {RESULTS} and benchmarks/README.md")
 
 
-def trained_like(model: str, photographs: Path) -> Path:
-    """A bundle from random weights whose normalisations scale and shift, and whose branches count, as in trained networks.
-
-    timm starts normalisations at 1 and 0, layer scales at 1e-6, and OpenVINO leaves out what does nothing: it would flatter a
-    graph that keeps them so. ModelOpt's graph of convnext_tiny lost a whole block.
-    """
-    target = CACHE / f"{model}.trained-like.bundle"
-    if not refreshed(target):
-        print(f"building {target.name}", flush=True)
-        indices = tuple(int(index) for index in STAGES[model].split(","))
-        torch.manual_seed(0)
-        net = timm.create_model(model, features_only=True, out_indices=indices).eval()
-        with torch.no_grad():
-            for module in net.modules():
-                if isinstance(module, nn.LayerNorm):
-                    module.weight.uniform_(0.5, 1.5)
-                    module.bias.normal_(0, 0.1)
-            for name, parameter in net.named_parameters():
-                if name.endswith("gamma"):
-                    parameter.uniform_(0.1, 0.5)
-        options = BuildOptions(
-            precisions=(Precision.INT8, Precision.FP32), gates={Precision.INT8: Gate()}, torchscript=False
-        )
-        build_bundle(net, target, images=photographs, options=options, overwrite=True)
-    return target
-
-
-def modelopt_graph(bundle: Path, photographs: Path, python: str) -> Path:
+def modelopt_graph(model: str, bundle: Path, python: str) -> Path:
     """What ModelOpt makes of the bundle's fp32 graph, with its own way to find ranges."""
     theirs = CACHE / f"{bundle.stem}.modelopt.onnx"
     if not theirs.exists():
         manifest = Bundle.open(bundle).manifest
         with tempfile.TemporaryDirectory() as folder:
             npz, spool = Path(folder) / "images.npz", Path(folder) / "images"
-            images = gather_images(photographs, input=manifest.input, config=manifest.image, spool=spool)
+            images = gather_images(images_of(model), input=manifest.input, config=manifest.image, spool=spool)
             np.savez(npz, calibration=images.take(range(CALIBRATION)), test=images.take([0]))
             graph = bundle / "graphs" / "fp32.onnx"
             command = [python, accuracy_peers.__file__, "modelopt max", str(graph), str(npz), str(theirs)]

@@ -5,7 +5,7 @@ would take that never wait and never disturb each other. Then with ``--jobs 2`` 
 changed. What is divided is the wall clock of the whole command by that ideal. To tell waiting from disturbance, which is the
 machine's (cores share caches, memory and often more), half of the models are also built cell by cell on either core at the
 same time, by commands that know nothing of each other: that ratio is stored and has no target. Folders are empty and engines
-not cached. Gates are open, as in benchmarks/run.py: weights are random. Results: benchmarks/results/matrix.json.
+not cached. Gates are open: weights are random. Results: benchmarks/results/matrix.json.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """``make bench``: every figure with its target, printed and written to benchmarks/results/<machine>.json.
 
-Bundles are built once from seeded random weights (speed does not depend on the values) and kept in .cache/bench; every
-run compiles their engines anew. Their int8 gates are open: these bundles are for timing, and random weights of some
-architectures do not survive 8 bits. Their int8 engine is the one that ``--precision auto`` ships wherever it is faster than
-fp32, which is among the contenders ("openvino").
+The networks and their bundles are those of benchmarks/networks.py.
 """
 
 from __future__ import annotations
@@ -25,37 +22,27 @@ from typing import Any
 
 import msgspec
 
-from benchmarks import end_to_end, figures, growth, readme_table, roofline
+from benchmarks import end_to_end, figures, growth, networks, readme_table, roofline
 from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, regressions
 from edge_backbones.bundle import Bundle
-from edge_backbones.errors import BundleError, InputError
+from edge_backbones.errors import InputError
 from edge_backbones.runtime.compat import this_host
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-CACHE = ROOT / ".cache" / "bench"
-
-MODELS = {  # and the stages that are kept
-    "resnet50": "1,2,3,4",
-    "mobilenetv3_large_100": "0,1,2,3,4",
-    "efficientnet_b0": "0,1,2,3,4",
-    "convnext_tiny": "0,1,2,3",
-    "vit_small_patch16_224": "2,5,8,11",
-    "swin_tiny_patch4_window7_224": "0,1,2,3",
-}
+MODELS = tuple(networks.STAGES)
 QUICK = ("mobilenetv3_large_100", "efficientnet_b0")
 TARGETS = {"torch": 3.5, "torch-compile": 2.0, "onnxruntime": 2.0, "nncf": 1.0}  # of the geometric means
 PEERS = ("torch", "torch-compile", "torchscript", "onnxruntime", "openvino", "nncf")
 ENGINES = {"int8": "edge", "fp32": "openvino"}  # what runs a bundle's graphs
 PARTS = ("figures", "growth", "end_to_end")
-PHOTOGRAPHS = 32 + 4  # of a bundle: to calibrate on, and golden
 _BEGIN = time.monotonic()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=9, help="turns of every contender")
+    parser.add_argument("--turns", type=int, default=15, help="turns of every contender")
     parser.add_argument(
         "--only", nargs="+", choices=(*MODELS, *PARTS), help="measure these, and keep the other figures"
     )
@@ -67,15 +54,14 @@ def main() -> None:
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # what --only does not measure stays
     wanted = arguments.only or ([*QUICK, *PARTS] if arguments.quick else [*MODELS, *PARTS])
 
-    photographs = growth.photograph_folder(PHOTOGRAPHS)
     needed = [m for m in MODELS if m in wanted or ("figures" in wanted and m in ("resnet50", "mobilenetv3_large_100"))]
     if arguments.quick:
         needed = [m for m in needed if m in QUICK]
-    bundles = {model: build(model, photographs, rebuild=arguments.rebuild) for model in needed}
+    bundles = {model: networks.bundle_of(model, rebuild=arguments.rebuild) for model in needed}
 
     comparisons: dict[str, Comparison] = {}
     for model in (m for m in MODELS if m in wanted):
-        comparisons[model] = compare_model(model, bundles[model], photographs, arguments)
+        comparisons[model] = compare_model(model, bundles[model], arguments)
         show(comparisons[model], stored.get("comparisons", {}).get(model))
     rooflines = roofline_of(comparisons, bundles)
     rows: list[dict[str, Any]] = []
@@ -114,15 +100,17 @@ def main() -> None:
     sys.exit(0 if all(row["reached"] for row in rows) else 1)
 
 
-def compare_model(model: str, bundle: Path, photographs: Path, arguments: argparse.Namespace) -> Comparison:
+def compare_model(model: str, bundle: Path, arguments: argparse.Namespace) -> Comparison:
     """The int8 engine beside every peer, batch 1, two threads."""
     say(f"comparing {model}")
     options = CompareOptions(
         engine="int8",
         vs=PEERS,
         threads=2,
-        turns=3 if arguments.quick else arguments.turns,
-        images=read_images(photographs, Bundle.open(bundle)),
+        turns=7 if arguments.quick else arguments.turns,
+        seconds=0.4,  # short: a machine changes its pace, and contenders of one turn should meet the same
+        calls=4,
+        images=read_images(networks.images_of(model), Bundle.open(bundle)),
         pythons={} if arguments.nncf is None else {"nncf": arguments.nncf},
         repository=ROOT,
     )
@@ -224,7 +212,7 @@ def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], *, quick: 
     add(rows, "resnet50: python to first feature maps", start["seconds"], 1.0, "s")
     add(rows, "resnet50: resident memory of that process", start["peak_mb"], 230, "MB")
     photographs = growth.photograph_folder(64 + 4)
-    built = figures.resnet50_build(photographs, CACHE / "timed.bundle")
+    built = figures.resnet50_build(photographs, growth.CACHE / "timed.bundle")
     images = int(built["calibration_images"])
     add(rows, f"resnet50: int8 build with {images} calibration images, after imports", built["seconds"], 120, "s")
     add(rows, "resnet50: resident memory of that build", built["peak_mb"], 4000, "MB")
@@ -239,46 +227,6 @@ def say(what: str) -> None:
     """What begins now, and the minutes and seconds that have gone."""
     minutes, seconds = divmod(int(time.monotonic() - _BEGIN), 60)
     print(f"[{minutes}:{seconds:02}] {what}", flush=True)
-
-
-def refreshed(bundle: Path) -> bool:
-    """Compile a bundle's engines with the code that is measured; False where there is no bundle, or one whose graphs older
-    code wrote."""
-    from edge_backbones import build as code
-    from edge_backbones.build.device import compile_bundle
-
-    try:
-        graphs = [bundle / graph.file.path for graph in Bundle.open(bundle).manifest.graphs]
-    except BundleError:
-        return False
-    changed = max(file.stat().st_mtime for file in Path(code.__path__[0]).rglob("*.py"))
-    if min(graph.stat().st_mtime for graph in graphs) < changed:
-        return False
-    compile_bundle(bundle)
-    return True
-
-
-def build(model: str, photographs: Path, *, rebuild: bool) -> Path:
-    """A bundle with the int8 engine, the fp32 graph that ONNX Runtime runs, and the frozen module of PyTorch."""
-    target = CACHE / f"{model}.bundle"
-    if rebuild or not refreshed(target):
-        from edge_backbones import BuildOptions, build_bundle
-        from edge_backbones.manifest import Gate
-        from edge_backbones.spec import Precision
-
-        say(f"building {target.name}")
-        indices = tuple(int(index) for index in MODELS[model].split(","))
-        options = BuildOptions(
-            weights="random:0",
-            out_indices=indices,
-            precisions=(Precision.INT8, Precision.FP32),
-            gates={Precision.INT8: Gate()},
-        )
-        result = build_bundle(model, target, images=photographs, options=options, overwrite=True)
-        print(
-            "\n".join(f"  {s.stage}: cosine {s.cosine:.4f}, SQNR {s.sqnr_db:.1f} dB" for s in result.reports[0].stages)
-        )
-    return target
 
 
 def add(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.run import CACHE, build
-from build_scripts.photographs import photographs, write_crops
+from benchmarks.networks import bundle_of
+from build_scripts.photographs import photographs
 from edge_backbones import EdgeBackbone
 from edge_backbones.images import fit, to_input
 
@@ -16,10 +16,7 @@ pytestmark = pytest.mark.benchmark(min_rounds=20, warmup=True, warmup_iterations
 
 @pytest.fixture(scope="module")
 def bundle():
-    folder = CACHE / "photographs"
-    if not folder.exists():
-        write_crops(folder, 68)
-    return build("mobilenetv3_large_100", folder, rebuild=False)
+    return bundle_of("mobilenetv3_large_100")
 
 
 @pytest.fixture(scope="module")

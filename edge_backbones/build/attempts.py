@@ -1,7 +1,8 @@
 """Engines that are tried for a bundle: each compiled and measured, int8 and fp8 loosened until they hold their gates.
 
 A precision is one attempt. int8 (or fp8) that is outside its gate is tried again with the noisiest blocks left in half,
-as many as the measured noise of each block says (`choose.noise_of_blocks`), until it holds or no block is left.
+as many as the measured noise of each block says (`choose.noise_of_blocks`), until it holds or no block is left; of
+those as few as it needs.
 """
 
 from __future__ import annotations
@@ -191,9 +192,26 @@ def try_quantized(
         loudest = choose.blocks_to_exclude(left, gate_asks) or [max(left, key=lambda block: max(left[block].values()))]
         if len(loudest) == len(left):
             break  # nothing would be quantised: that is fp16
+        attempts.append(shop.attempt(precision, gate, blocks=[*out, *loudest]))
+        if attempts[-1].passed:
+            attempts += fewest_blocks(shop, attempts.pop(), gate, least=len(out))
         out = [*out, *loudest]
-        attempts.append(shop.attempt(precision, gate, blocks=out))
     return attempts, noise
+
+
+def fewest_blocks(shop: Workshop, passed: Attempt, gate: Gate, *, least: int) -> list[Attempt]:
+    """By bisection: attempts with fewer blocks, the last one inside the gate with the fewest; ``least`` are too few."""
+    tried: list[Attempt] = []
+    while len(passed.blocks) - least > 1:
+        middle = (least + len(passed.blocks)) // 2
+        attempt = shop.attempt(passed.precision, gate, blocks=passed.blocks[:middle])
+        if attempt.passed:
+            tried.append(passed)
+            passed = attempt
+        else:
+            tried.append(attempt)
+            least = middle
+    return [*tried, passed]
 
 
 def timed(attempts: Sequence[Attempt], progress: Progress) -> list[Attempt]:

@@ -307,6 +307,8 @@ def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_fold
     record = manifest.onnx_graph(Precision.INT8)
     assert record.excluded
     assert last.blocks[0] == "op:Add"  # the skip branches go first
+    one_fewer = [trial for trial in manifest.decision.trials if trial.blocks == last.blocks[:-1]]
+    assert [trial.passed for trial in one_fewer] == [False]
     without_skips = {name.partition("/")[0] for name in record.excluded if "/Add" not in name}
     assert all(any(layer.startswith(block) for block in last.blocks) for layer in without_skips)
     graph = onnx.load(result.bundle.path / record.file.path).graph
@@ -340,6 +342,9 @@ def test_fp8_outside_its_gate_is_loosened_like_int8(photograph_folder, tmp_path)
     assert trials[Precision.FP8][0].sqnr_db < 25.0 <= trials[Precision.FP8][-1].sqnr_db
     assert len(trials[Precision.FP8][-1].blocks) > len(trials[Precision.INT8][-1].blocks)  # three bits are fewer
     assert result.notes[0].count("shipping it with") == 2
+    for of_precision in trials.values():
+        one_fewer = [trial for trial in of_precision if trial.blocks == of_precision[-1].blocks[:-1]]
+        assert [trial.passed for trial in one_fewer] == [False]
     for precision in trials:
         record = manifest.onnx_graph(precision)
         assert record.excluded

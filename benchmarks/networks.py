@@ -1,0 +1,101 @@
+"""The networks that are timed, and their bundles: built once, kept in .cache/bench, compiled anew by every benchmark.
+
+No package carries trained weights, so they are made here. Those of resnet50 and of networks with layer norms are random,
+with norms and branches that count as in trained networks: OpenVINO leaves out what does nothing. Random inverted residuals
+do not survive 8 bits, so those networks are trained, on digits. Every int8 engine holds its default gate: it is what
+``--precision auto`` ships wherever it is faster than fp32, which is among the contenders of `benchmarks.run`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import digits
+from benchmarks.growth import CACHE, photograph_folder
+from edge_backbones import BuildOptions, Bundle, build_bundle
+from edge_backbones import build as build_code
+from edge_backbones.build.device import compile_bundle
+from edge_backbones.errors import BundleError
+from edge_backbones.spec import Precision
+
+STAGES = {  # that are kept
+    "resnet50": (1, 2, 3, 4),
+    "mobilenetv3_large_100": (0, 1, 2, 3, 4),
+    "efficientnet_b0": (0, 1, 2, 3, 4),
+    "convnext_tiny": (0, 1, 2, 3),
+    "vit_small_patch16_224": (2, 5, 8, 11),
+    "swin_tiny_patch4_window7_224": (0, 1, 2, 3),
+}
+_TRAINED = ("mobilenetv3_large_100", "efficientnet_b0")
+_NORMALISED = (
+    "convnext_tiny",
+    "vit_small_patch16_224",
+    "swin_tiny_patch4_window7_224",
+)  # layer norm stays in the graph
+_IMAGES, _SIDE = 32 + 4, 224  # to calibrate on, and golden
+
+
+def bundle_of(model: str, *, rebuild: bool = False) -> Path:
+    """A bundle with the int8 engine, the fp32 graph that ONNX Runtime runs, and the frozen module of PyTorch."""
+    target = CACHE / f"{model}.bundle"
+    if rebuild or not refreshed(target):
+        print(f"building {target.name}", flush=True)
+        options = BuildOptions(
+            weights=weights_of(model), out_indices=STAGES[model], precisions=(Precision.INT8, Precision.FP32)
+        )
+        result = build_bundle(model, target, images=images_of(model), options=options, overwrite=True)
+        for stage in result.reports[0].stages:
+            print(f"  {stage.stage}: cosine {stage.cosine:.4f}, SQNR {stage.sqnr_db:.1f} dB")
+    return target
+
+
+def images_of(model: str) -> Path:
+    """The folder of images that a network is calibrated and judged on."""
+    return digits.image_folder(_IMAGES, _SIDE) if model in _TRAINED else photograph_folder(_IMAGES)
+
+
+def weights_of(model: str) -> str:
+    """As `BuildOptions` takes them."""
+    if model in _TRAINED:
+        return str(digits.checkpoint(model, 0))
+    return str(normalising_checkpoint(model)) if model in _NORMALISED else "random:0"
+
+
+def normalising_checkpoint(model: str) -> Path:
+    """Random weights of a network whose layer norms scale and shift, and whose branches count, as in trained networks.
+
+    timm starts norms at 1 and 0 and layer scales at 1e-6, which would flatter a graph that keeps them so.
+    """
+    import timm
+    import torch
+    from torch import nn
+
+    path = CACHE / f"{model}.pt"
+    if not path.exists():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            net = timm.create_model(model)
+            for module in net.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.normal_(0, 0.1)
+            for name, parameter in net.named_parameters():
+                if name.endswith("gamma"):
+                    parameter.uniform_(0.1, 0.5)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(net.state_dict(), path)
+    return path
+
+
+def refreshed(bundle: Path) -> bool:
+    """Compile a bundle's engines with the code that is measured; False where there is no bundle, or one whose graphs older
+    code wrote."""
+    try:
+        graphs = [bundle / graph.file.path for graph in Bundle.open(bundle).manifest.graphs]
+    except BundleError:
+        return False
+    changed = max(file.stat().st_mtime for file in Path(build_code.__path__[0]).rglob("*.py"))
+    if min(graph.stat().st_mtime for graph in graphs) < changed:
+        return False
+    compile_bundle(bundle)
+    return True
