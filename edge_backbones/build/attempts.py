@@ -188,10 +188,12 @@ def try_quantized(
                 progress=shop.progress,
             )
         left = {block: of_block for block, of_block in noise.items() if block not in out}
-        gate_asks = {stage.stage: _MARGIN * excess_noise(stage, gate) for stage in attempts[-1].report.stages}
+        excess = {stage.stage: excess_noise(stage, gate) for stage in attempts[-1].report.stages}
+        gate_asks = {output: _MARGIN * times if times > 1 else 1.0 for output, times in excess.items()}
         loudest = choose.blocks_to_exclude(left, gate_asks) or [max(left, key=lambda block: max(left[block].values()))]
-        if len(loudest) == len(left):
-            break  # nothing would be quantised: that is fp16
+        loudest = loudest[: len(left) - 1]  # with nothing quantised it would be fp16
+        if not loudest:
+            break
         attempts.append(shop.attempt(precision, gate, blocks=[*out, *loudest]))
         if attempts[-1].passed:
             attempts += fewest_blocks(shop, attempts.pop(), gate, least=len(out))

@@ -294,12 +294,20 @@ def test_a_pattern_that_means_nothing_is_refused(case, pattern):
 # ---- builds ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_folder, tmp_path):
+def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_folder, tmp_path, monkeypatch):
+    asked: list[dict[str, float]] = []
+    monkeypatch.setattr(
+        attempts.choose,
+        "blocks_to_exclude",
+        lambda noise, excess: asked.append(excess) or blocks_to_exclude(noise, excess),
+    )
     gate = Gate(min_sqnr_db=25.0)
     options = BuildOptions(**SMALL, gates={Precision.INT8: gate})
     result = build_bundle("test_resnet", tmp_path / "mixed.bundle", images=photograph_folder, options=options)
     manifest = result.bundle.manifest
     first, *_, last = manifest.decision.trials
+    assert {times > 1 for times in asked[0].values()} == {True, False}  # maps inside the gate cost nothing
+    assert min(times for times in asked[0].values() if times > 1) > 1.25
     assert (first.passed, first.blocks, last.passed) == (False, (), True)
     # What is decided is decided by the graph as it is written; its engine is a little better.
     assert min(stage.sqnr_db for stage in result.reports[0].stages) > last.sqnr_db >= 25.0 > first.sqnr_db
