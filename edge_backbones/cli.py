@@ -614,8 +614,9 @@ def profiles(
     as_json: JsonFlag = False,
 ) -> None:
     """Devices that engines are compiled for: what they have, which library serves them, which precisions pay."""
-    from edge_backbones.profiles import board_name, explain, list_profiles, load_profile, profile_of
+    from edge_backbones.profiles import explain, list_profiles, load_profile, profile_of
     from edge_backbones.runtime.cuda import gpus
+    from edge_backbones.system import board_name
 
     found = list_profiles() if name is None else (load_profile(name),)
     if as_json:

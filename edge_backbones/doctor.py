@@ -36,6 +36,7 @@ _DISTRIBUTIONS = (
 # A compilation of TensorRT takes about so much beside the plan itself, and the system some more.
 _MEMORY_TO_COMPILE = 2 << 30
 _FIRST_L4T = 36  # JetPack 6
+_BOARD = "-v /proc/device-tree/model:/tmp/nv_jetson_model:ro"  # where system.board_name looks for it
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +193,8 @@ def _jetson(system: System) -> Finding:
             topic="JetPack",
             ok=False,
             found=f"{system.board or 'a Jetson'}, and no /etc/nv_tegra_release",
-            fix="in a container mount it: docker run --runtime nvidia -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro",
+            fix="in a container mount it: docker run --runtime nvidia -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro "
+            + _BOARD,
         )
     jetpack = system.jetpack or ""
     found = f"JetPack {jetpack} (Jetson Linux {system.l4t})"
@@ -353,11 +355,13 @@ def _profile(machine: Machine) -> DeviceProfile | None:
 def _served(machine: Machine, profile: DeviceProfile | None) -> Finding:
     if profile is None:
         gpu = machine.gpus[0]
+        hidden = machine.system.jetson and not machine.system.board
         return Finding(
             topic="device profile",
             ok=False,
             found=f"none is known to be of {gpu.name} ({gpu.architecture}, {_gib(gpu.memory_bytes)})",
-            fix="compile --profile NAME (edge-backbones profiles lists them) or --profile FILE.toml, your own; without one "
+            fix=(f"in a container docker run {_BOARD} shows the board; or " if hidden else "")
+            + "compile --profile NAME (edge-backbones profiles lists them) or --profile FILE.toml, your own; without one "
             "engines are compiled all the same, and TensorRT alone says what it cannot run",
         )
     pays = ", ".join(profile.pays)

@@ -139,8 +139,8 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
 def profile_of(gpu: DetectedGpu | None, *, board: str = "") -> DeviceProfile | None:
     """The profile of a detected GPU, of the CPU for None; None where nothing here fits, or several do.
 
-    ``board``: what :func:`board_name` says. Orin Nano and Orin NX of 8 GB are alike to CUDA: the board alone tells them
-    apart.
+    ``board``: what :func:`edge_backbones.system.board_name` says. Orin Nano and Orin NX of 8 GB are alike to CUDA: the board
+    alone tells them apart.
     """
     if gpu is None:
         return load_profile("cpu")
@@ -154,14 +154,6 @@ def profile_of(gpu: DetectedGpu | None, *, board: str = "") -> DeviceProfile | N
     if not found and gpu.integrated:  # a carrier board of another maker
         found = [profile for profile in same if any(_fits(gpu.memory_bytes, module) for module in profile.modules)]
     return found[0] if len(found) == 1 else None
-
-
-def board_name(path: Path = Path("/proc/device-tree/model")) -> str:
-    """What a Jetson's device tree calls its board; empty on other machines, and in containers that hide it."""
-    try:
-        return path.read_bytes().decode("utf-8", "replace").strip("\0 \n")
-    except OSError:
-        return ""
 
 
 def refusals(

@@ -23,7 +23,6 @@ _CPU_FILES = {
     "cpu MHz at most": "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq",
     "turbo off": "sys/devices/system/cpu/intel_pstate/no_turbo",
     "boost": "sys/devices/system/cpu/cpufreq/boost",
-    "Jetson": "proc/device-tree/model",
 }
 _UNITS_PER_MHZ = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3}
 
@@ -72,7 +71,7 @@ def read_system(root: Path = Path("/")) -> System:
     packages = (root / "usr/lib").glob("python3*/dist-packages/tensorrt/__init__.py")
     return System(
         name=release.group(1) if release else "",
-        board=_text(root / "proc/device-tree/model"),
+        board=board_name(root),
         jetson=is_jetson(root),
         l4t=f"{l4t.group(1)}.{l4t.group(2)}" if l4t else None,
         memory=_memory(_text(root / "proc/meminfo")),
@@ -87,6 +86,12 @@ def read_system(root: Path = Path("/")) -> System:
         container=(root / ".dockerenv").exists() or (root / "run/.containerenv").exists(),
         settings=settings(root),
     )
+
+
+def board_name(root: Path = Path("/")) -> str:
+    """What a Jetson's device tree calls its board, or where Docker hides that, the copy of it that containers for Jetson are
+    given (a custom of jetson-containers); empty on other machines."""
+    return _text(root / "proc/device-tree/model") or _text(root / "tmp/nv_jetson_model")
 
 
 def is_jetson(root: Path = Path("/")) -> bool:
@@ -112,6 +117,8 @@ def settings(root: Path = Path("/")) -> dict[str, str]:
         if text:
             unit = _UNITS_PER_MHZ.get(name)
             found[name] = f"{float(text) / unit:.0f}" if unit and text.isdigit() else text
+    if board := board_name(root):
+        found["Jetson"] = board
     # Xavier's, Orin's on JetPack 5 and 6, Thor's.
     gpus = [p for p in (root / "sys/class/devfreq").glob("*") if re.search(r"\.(gv11b|ga10b|gpu)$|^gpu-gpc-0$", p.name)]
     clocks = [text for path in gpus if (text := _text(path / "cur_freq")).isdigit()]

@@ -22,9 +22,10 @@ from edge_backbones.build.timing import time_engines
 from edge_backbones.bundle import Bundle, load_golden, read_current, record_bytes
 from edge_backbones.errors import BundleError, CompileError, IntegrityError, MissingDependencyError
 from edge_backbones.manifest import CalibrationFile, EngineRecord, Flavour, GraphRecord, ParityReport
-from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, board_name, load_profile, profile_of, refusals
+from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, load_profile, profile_of, refusals
 from edge_backbones.runtime import compat, session, tensorrt_library
 from edge_backbones.spec import InputSpec, Precision
+from edge_backbones.system import board_name
 
 if TYPE_CHECKING:
     from edge_backbones.build.explain import Explanation

@@ -228,6 +228,7 @@ def test_a_jetson_in_a_container_that_hides_what_it_is():
     hidden = msgspec.structs.replace(seen.system, l4t=None, container=True)
     found = judge(msgspec.structs.replace(seen, system=hidden))
     assert "-v /etc/nv_tegra_release" in finding(found, "JetPack").fix
+    assert "-v /proc/device-tree/model:/tmp/nv_jetson_model:ro" in finding(found, "JetPack").fix
     assert "--runtime nvidia" in finding(found, "NVIDIA GPU").fix
     bare = msgspec.structs.replace(hidden, tensorrt_pythons=())
     missing = finding(judge(msgspec.structs.replace(seen, system=bare)), "compile and run engines")
@@ -245,6 +246,30 @@ def test_a_container_hides_the_device_tree_and_not_the_chip(tmp_path, name):
     assert (system.jetson, system.board, system.l4t) == (name.startswith("jetpack"), "", None)
     seen = msgspec.structs.replace(machine(name), system=system)
     assert ("--runtime nvidia" in doctor.why_not_the_gpu(seen)) == (name not in ("laptop", "bare"))
+
+
+def test_a_container_that_is_shown_the_board_knows_it(tmp_path):
+    tree = Path(shutil.copytree(MACHINES / "jetpack6-orin-nano", tmp_path / "machine"))
+    board = read_system(tree).board
+    (tree / "tmp").mkdir()
+    (tree / "proc/device-tree/model").rename(tree / "tmp/nv_jetson_model")
+    assert "Orin Nano" in board
+    system = read_system(tree)
+    assert (system.board, system.settings["Jetson"]) == (board, board)
+    (tree / "proc/device-tree/model").write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
+    assert read_system(tree).board == "NVIDIA Jetson AGX Orin Developer Kit"  # the device tree itself comes first
+
+
+def test_a_module_that_only_its_board_tells_apart():
+    """Orin Nano and Orin NX of 8 GB, seen by CUDA as one: in a container without the board nothing tells them apart."""
+    seen = machine("jetpack6-orin-nano", gpus=(ORIN_NANO,))
+    assert finding(judge(seen), "device profile").found.startswith("jetson-orin-nano")
+    hidden = msgspec.structs.replace(seen, system=msgspec.structs.replace(seen.system, board="", container=True))
+    found = finding(judge(hidden), "device profile")
+    assert not found.ok
+    assert found.fix.startswith(
+        "in a container docker run -v /proc/device-tree/model:/tmp/nv_jetson_model:ro shows the board"
+    )
 
 
 # ---- others

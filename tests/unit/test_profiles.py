@@ -13,7 +13,6 @@ from edge_backbones.errors import InputError
 from edge_backbones.profiles import (
     FIRST_ARCHITECTURE,
     RTX_ARCHITECTURES,
-    board_name,
     explain,
     list_profiles,
     load_profile,
@@ -226,12 +225,6 @@ def test_an_unknown_name_is_answered_with_close_ones(name, hint):
 def test_a_detected_gpu_has_its_profile(gpu, board, name):
     found = profile_of(gpu, board=board)
     assert (found.name if found else None) == name
-
-
-def test_the_board_is_read_from_the_device_tree(tmp_path):
-    (tmp_path / "model").write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
-    assert board_name(tmp_path / "model") == "NVIDIA Jetson AGX Orin Developer Kit"
-    assert board_name(tmp_path / "none") == ""
 
 
 def fixed(*, batch: int = 1, height: int = 224) -> InputSpec:
