@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import importlib.util
 import os
+import platform
 import signal
 import statistics
 import subprocess
@@ -25,16 +26,17 @@ from typing import IO, Any, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from edge_backbones.bench import machine
+from edge_backbones.bench import energy
 from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, load_network
-from edge_backbones.bench.results import FEWEST_TURNS, Comparison, Measurement, ratio_of
+from edge_backbones.bench.results import FEWEST_TURNS, Comparison, Machine, Measurement, ratio_of
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.bundle import Bundle, load_golden
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, MissingDependencyError
 from edge_backbones.images import fit, list_images, open_image, to_input
-from edge_backbones.runtime import compat, session
+from edge_backbones.runtime import compat, cuda, session
 from edge_backbones.runtime.backbone import parse_device
 from edge_backbones.spec import Precision
+from edge_backbones.system import settings
 
 _MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # what a peer imports, where that is not its name
 _INSTALL = {
@@ -143,7 +145,7 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
         threads=options.threads,
         device=options.device,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        machine=machine.describe(repository=options.repository),
+        machine=this_machine(repository=options.repository),
         measurements=tuple(measured[name] for name in ("edge", *options.vs)),
         ratios=tuple(
             ratio_of(name, measured[name].turns, ours.turns) for name in options.vs if not measured[name].missing
@@ -390,3 +392,38 @@ def _measurement(name: str, what: str, start: Start, turns: Sequence[Calls]) -> 
         worst_cosine=start.worst_cosine,
         worst_sqnr_db=start.worst_sqnr_db,
     )
+
+
+# ---- the machine, and what decides how fast it is today
+
+
+def this_machine(*, root: Path = Path("/"), repository: Path | None = None) -> Machine:
+    """This machine. ``repository``: a git checkout whose commit is recorded."""
+    host = compat.this_host({})
+    gpu_clocks: dict[str, str] = {}
+    try:
+        gpu = next((f"{g.name} ({g.architecture}), driver for CUDA {g.driver}" for g in cuda.gpus()), None)
+        gpu_clocks = energy.gpu_settings()
+    except EdgeBackbonesError as error:
+        gpu = str(error)
+    return Machine(
+        name=host.device_name,
+        architecture=host.architecture,
+        cpu_features=host.cpu_features,
+        cores=os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0,
+        system=platform.platform(),
+        python=platform.python_version(),
+        gpu=gpu,
+        settings={**settings(root), **gpu_clocks},
+        commit=None if repository is None else _commit(repository),
+    )
+
+
+def _commit(repository: Path) -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,7 +1,9 @@
-"""What OpenVINO is given instead of two things that an int8 graph says the way TensorRT wants them.
+"""What OpenVINO is given instead of three things that an int8 graph says the way TensorRT wants them.
 
 - TensorRT takes signed 8-bit tensors alone. Behind a ReLU half of their levels lie idle; unsigned, all 256 serve the same
   range and the noise of rounding is a quarter. resnet50: 2.5 dB in its last stage, and 6 % faster.
+- What rounds to unsigned 8 bits cuts off what is negative: a ReLU that nobody else reads is left out in front of it. resnet50
+  has 49, which cost 2 %.
 - Where a Q follows a max pooling, TensorRT moves it in front of it by itself. OpenVINO does not: there the convolution
   would write floats, and the pooling read them. The values are the same, for rounding keeps the order. resnet50: 4 %.
 
@@ -67,11 +69,20 @@ def _use_all_levels(model: openvino.Model) -> None:
             continue
         step = scale * 127 / 255
         bounds = [ops.constant(np.array(value, np.float32)) for value in (0, 255 * step, 0, 255)]
-        levels = ops.fake_quantize(ops.convert(quantize.input_value(0), "f32"), *bounds, 256)
+        levels = ops.fake_quantize(ops.convert(_before_relu(quantize), "f32"), *bounds, 256)
         values = ops.multiply(ops.convert(ops.convert(levels, "u8"), "f32"), ops.constant(np.array(step, np.float32)))
         replacement = ops.convert(values, last.output(0).get_element_type()).output(0)
         for reader in readers:
             reader.replace_source_output(replacement)
+
+
+def _before_relu(quantize: Any) -> Any:
+    """What this node would read without the ReLU in front of it, where that serves it alone."""
+    node = quantize.input_value(0).get_node()
+    if node.get_type_name() == "Convert" and _only_reader(node) is not None:
+        node = node.input_value(0).get_node()
+    alone = node.get_type_name() == "Relu" and _only_reader(node) is not None
+    return node.input_value(0) if alone else quantize.input_value(0)
 
 
 def _pairs(model: openvino.Model) -> list[_Pair]:

@@ -62,6 +62,18 @@ class PooledFeature(nn.Module):
         return pooled, self.next(pooled)
 
 
+class ReluFeature(nn.Module):
+    """A ReLU whose result is a feature map too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.next = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        positive = torch.relu(self.stem(x))
+        return positive, self.next(positive)
+
+
 def typed_graph(net: nn.Module, folder: Path, images: np.ndarray, *, stages: int = 1, batch=(1, 2, 4)) -> bytes:
     torch.manual_seed(1)
     for parameter in net.parameters():
@@ -155,6 +167,21 @@ def test_pooling_reads_what_was_rounded_before_it(photographs, tmp_path):
     eight_bits = [[kind in ("i8", "u8") for kind in kernels(graph, "Convolution", adapted=a)] for a in (True, False)]
     assert eight_bits[0] == eight_bits[1]
     assert sum(eight_bits[0]) >= 4
+
+
+@pytest.mark.parametrize(("net", "stages", "left"), [(Residual, 1, 0), (ReluFeature, 2, 1), (PooledFeature, 2, 1)])
+def test_a_relu_that_rounding_does_is_left_out(photographs, tmp_path, net, stages, left):
+    images = networks.normalised(networks.crops(photographs, 2, 32, 48))
+    module = net()
+    graph = typed_graph(module, tmp_path, images, stages=stages)
+    model = read_model(graph)
+    assert "Relu" in {node.get_type_name() for node in model.get_ops()}
+    cpu_graph.adapt(model)
+    assert [node.get_type_name() for node in model.get_ops()].count("Relu") == left
+    names = [f"stage{index}" for index in range(stages)]
+    for found, reference in zip(run(graph, images, outputs=names), networks.maps_of(module, images), strict=True):
+        assert sqnr(reference, found) > 25
+        assert reference.min() < 0 or found.min() == 0
 
 
 def test_a_pooled_feature_map_stays_unrounded(photographs, tmp_path):

@@ -20,11 +20,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_backbones.bench import energy, machine
-from edge_backbones.bench.compare import CompareOptions, calm_turns, compare, read_images
+from edge_backbones.bench import energy
+from edge_backbones.bench.compare import CompareOptions, calm_turns, compare, read_images, this_machine
 from edge_backbones.bench.results import Comparison, Ratio, decode, encode, median_bounds, ratio_of, regressions
 from edge_backbones.errors import EngineMismatchError, InferenceError, InputError
 from edge_backbones.runtime.cuda import Gpu
+from edge_backbones.system import settings
 from edge_backbones.testing import make_bundle, pooling_input
 
 # ---- what the figures mean
@@ -408,7 +409,7 @@ def test_nvml_is_asked_for_the_gpu_that_cuda_means(monkeypatch):
     assert [energy.device_memory_mb(name) for name in ("cuda", "cuda:0", "cuda:1")] == [3000, 3000, 5000]
     clocks = {"GPU MHz now": "1410", "GPU MHz at most": "1980", "GPU memory MHz now": "1593"}
     assert energy.gpu_settings() == clocks
-    assert clocks.items() <= machine.describe().settings.items()
+    assert clocks.items() <= this_machine().settings.items()
     monkeypatch.setattr(energy.cuda, "gpus", lambda: (dataclasses.replace(gpus[0], bus_address="0000:00:00.0"),))
     assert energy.device_memory_mb("cuda") is None  # a Jetson's, which NVML does not have
     assert energy.gpu_settings() == {}
@@ -428,11 +429,11 @@ def test_what_decides_the_speed_is_recorded(tmp_path):
         "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\x00",
         "var/lib/nvpmodel/status": "pmode:0001\n",
     }
-    assert machine.settings(tree(tmp_path, files)) == {
+    assert settings(tree(tmp_path, files)) == {
         "cpu governor": "schedutil",
         "cpu MHz now": "730",
         "Jetson": "NVIDIA Jetson Orin Nano Developer Kit",
         "Jetson power mode": "1",
     }
-    assert machine.settings(tmp_path / "nothing") == {}
-    assert machine.describe(repository=tmp_path).commit is None
+    assert settings(tmp_path / "nothing") == {}
+    assert this_machine(repository=tmp_path).commit is None
