@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ from edge_backbones import Bundle
 from edge_backbones.bench.compare import CompareOptions, measure
 from edge_backbones.bench.contender import Task
 from edge_backbones.bench.results import ratio_of
-from edge_backbones.build import calibrate
+from edge_backbones.build import calibrate, cpu_graph
 from edge_backbones.build.artifacts import ExportedGraph, TypedGraph
 from edge_backbones.build.calibration import gather_images
 from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.quantize import write_typed_graph
 from edge_backbones.build.tensorrt import PlanOptions, compile_plan
 from edge_backbones.errors import CompileError
+from edge_backbones.runtime import openvino
 from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.spec import Precision
 
@@ -61,7 +63,9 @@ def main() -> None:
     parser.add_argument("--skip", choices=("speed", "targets"), help="keep the figures that there are of it")
     arguments = parser.parse_args()
     if arguments.rounds < 2 or arguments.rounds % 2:
-        parser.error(f"--rounds must be even, got {arguments.rounds}: either graph is loaded first as often as the other")
+        parser.error(
+            f"--rounds must be even, got {arguments.rounds}: either graph is loaded first as often as the other"
+        )
     found = json.loads(RESULTS.read_text(encoding="utf-8"))["networks"] if RESULTS.exists() else {}
     for model in arguments.only:
         bundle = bundle_of(model)
@@ -70,6 +74,7 @@ def main() -> None:
             theirs = modelopt_graph(model, bundle, arguments.modelopt)
             figures["speed"] = {str(threads): speed(bundle, theirs, threads, arguments.rounds) for threads in THREADS}
             figures["call_by_call"] = call_by_call(bundle, theirs, arguments.rounds)
+            figures["kernels"] = compared_kernels(bundle, theirs)
         if arguments.skip != "targets":
             figures["targets"] = targets(bundle)
         print(model, json.dumps(figures), flush=True)
@@ -157,6 +162,33 @@ def call_by_call(bundle: Path, theirs: Path, rounds: int) -> dict[str, Any]:
         }
         for name, ratio in found.items()
     }
+
+
+def compared_kernels(bundle: Path, theirs: Path) -> dict[str, int]:
+    """How many nodes OpenVINO runs of each graph, and how many of those have no like in the other's."""
+    ours, others = (kernels(file) for file in (bundle / "graphs" / "int8.onnx", theirs))
+    return {
+        "ours": ours.total(),
+        "modelopt": others.total(),
+        "ours_only": (ours - others).total(),
+        "modelopt_only": (others - ours).total(),
+    }
+
+
+def kernels(file: Path) -> Counter[tuple[str, ...]]:
+    """What OpenVINO runs: implementation, number formats, layouts and shapes of every node but constants."""
+    model = openvino.read_model(file.read_bytes())
+    cpu_graph.adapt(model)
+    nodes = openvino.core().compile_model(model, "CPU", openvino.settings(1)).get_runtime_model().get_ops()
+    found: Counter[tuple[str, ...]] = Counter()
+    for node in nodes:
+        about = node.get_rt_info()
+        kind = about["layerType"].value
+        if kind not in ("Const", "Input", "Output"):
+            said = (about[name].value for name in ("primitiveType", "outputPrecisions", "outputLayouts"))
+            shapes = (str(port.get_partial_shape()) for port in (*node.inputs(), *node.outputs()))
+            found[(kind, *said, *shapes)] += 1
+    return found
 
 
 def targets(bundle: Path) -> dict[str, dict[str, str]]:
