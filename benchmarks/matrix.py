@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth
+from benchmarks import growth, readme_table
 from benchmarks.run import RESULTS, ROOT, add, machine, say
 
 MODELS = (
@@ -46,7 +46,8 @@ def main() -> None:
     if not arguments.only:
         path = RESULTS / "matrix.json"
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {path.relative_to(ROOT).as_posix()}")
+        readme_table.update()
+        print(f"wrote {path.relative_to(ROOT).as_posix()} and the table of benchmarks/README.md")
     sys.exit(0 if all(row["reached"] for row in found["figures"]) else 1)
 
 
