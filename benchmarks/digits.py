@@ -147,7 +147,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     arguments = parser.parse_args()
     for name in arguments.only:
-        _, _, pixels, digits = images(TRAINING[name][2])
+        _, _, size = TRAINING[name]
+        _, _, pixels, digits = images(size)
         for seed in arguments.seeds:
             started = time.perf_counter()
             net = trained(name, seed)

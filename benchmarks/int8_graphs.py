@@ -4,8 +4,9 @@ Two questions of the placement of Q/DQ pairs. Is OpenVINO as fast on our graph a
 TensorRT too? Both are compiled alike. First each alone in its process, in turns, and every round starts new processes: one is
 some percent faster than another of the same graph for as long as it lives (where its memory lies, we suppose), and from turn
 to turn the machine changes its pace. Then, to see less than that, call by call in one process on one thread, where no pools
-of threads disturb each other, loaded anew for every round, with our own graph a second time to show what is noise. And does
-TensorRT-RTX compile our graphs for every architecture that has the format (no GPU is needed for that)? Results:
+of threads disturb each other, loaded anew for every round, with our own graph a second time to show what is noise. Last, the
+kernels that OpenVINO runs of either are compared: where they are the same, what differs is chance. And does TensorRT-RTX
+compile our graphs for every architecture that has the format (no GPU is needed for that)? Results:
 benchmarks/results/int8_graphs.json.
 """
 

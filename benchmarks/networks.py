@@ -27,11 +27,8 @@ STAGES = {  # that are kept
     "swin_tiny_patch4_window7_224": (0, 1, 2, 3),
 }
 _TRAINED = ("mobilenetv3_large_100", "efficientnet_b0")
-_NORMALISED = (
-    "convnext_tiny",
-    "vit_small_patch16_224",
-    "swin_tiny_patch4_window7_224",
-)  # layer norm stays in the graph
+# Layer norms stay in the graph, where batch norms are folded.
+_NORMALISED = ("convnext_tiny", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 _IMAGES, _SIDE = 32 + 4, 224  # to calibrate on, and golden
 
 

@@ -1,8 +1,8 @@
 """Engines that are tried for a bundle: each compiled and measured, int8 and fp8 loosened until they hold their gates.
 
 A precision is one attempt. int8 (or fp8) that is outside its gate is tried again with the noisiest blocks left in half,
-as many as the measured noise of each block says (`choose.noise_of_blocks`), until it holds or no block is left; of
-those as few as it needs.
+as many as the measured noise of each block says (`choose.noise_of_blocks`), until it holds or one block alone is 8 bits;
+of those as few as it needs.
 """
 
 from __future__ import annotations
