@@ -326,9 +326,9 @@ def _clear_after_dead_writers(bundle: Bundle) -> None:
 
 
 def _write_file(path: Path, data: bytes | bytearray) -> None:
-    """Write beside, flush to disk, rename. BundleError where the disk does not take it; nothing is left then."""
+    """BundleError where the disk does not take it; nothing is left then."""
     try:
-        _write_beside_and_rename(path, data)
+        write_beside_and_rename(path, data)
     except OSError as error:
         reason = error.strerror or str(error)
         room = ""
@@ -340,7 +340,8 @@ def _write_file(path: Path, data: bytes | bytearray) -> None:
         ) from error
 
 
-def _write_beside_and_rename(path: Path, data: bytes | bytearray) -> None:
+def write_beside_and_rename(path: Path, data: bytes | bytearray) -> None:
+    """Write beside, flush to disk, rename: readers find the old file or the new one, whole. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}{_BEGUN}", dir=path.parent)
     try:

@@ -7,11 +7,9 @@ golden samples. How it looks is in report.html.jinja. Names in a bundle are a st
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -22,7 +20,7 @@ import msgspec
 import numpy as np
 
 from edge_backbones.bench.results import Comparison, Measurement, Ratio
-from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.bundle import Bundle, load_golden, write_beside_and_rename
 from edge_backbones.errors import (
     EngineMismatchError,
     InferenceError,
@@ -85,7 +83,10 @@ def write_report(
             f"{target} is inside {folder}, which holds what its manifest names: write the report beside it"
         )
     page = _render(opened, folder.name, comparisons, engine)
-    _replace(target, page.encode("utf-8", "backslashreplace"))
+    try:
+        write_beside_and_rename(target, page.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}): choose another place with --out") from error
     return target
 
 
@@ -125,24 +126,6 @@ def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine
         comparisons=[_comparison(one) for one in comparisons],
         gpu_facts=[(e.name, _gpu_facts(e)) for e in manifest.engines if e.key.gpu is not None],
     )
-
-
-def _replace(target: Path, data: bytes) -> None:
-    """Write beside, rename."""
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror}): choose another place with --out") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
 
 
 # ---- what the bundle is ---------------------------------------------------------------------------------------------

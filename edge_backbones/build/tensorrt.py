@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def compile_plan(
         with _refusals_explained(log):
             _configure(library, builder, config, options, targets)
             if ranges is not None:
-                _set_ranges(library, network, config, ranges)
+                _quantise_implicitly(library, network, config, ranges)
             if options.dla_core is not None:  # behind the number formats: a DLA core runs nothing in fp32
                 coverage = _place_on_dla(library, builder, network, config, options)
                 progress(str(coverage), 0, None)
@@ -482,8 +483,8 @@ def _place_on_dla(library: Any, builder: Any, network: Any, config: Any, options
     return coverage
 
 
-def _set_ranges(library: Any, network: Any, config: Any, ranges: Mapping[str, float]) -> None:
-    """Implicit int8: a tensor with a range may be computed in int8, everything else in fp16."""
+def _quantise_implicitly(library: Any, network: Any, config: Any, ranges: Mapping[str, float]) -> None:
+    """Weak typing: a tensor with a scale may be computed in int8, everything else in fp16."""
     if not hasattr(library.BuilderFlag, "INT8"):
         raise CompileError(f"TensorRT {library.__version__} has no weak typing left: compile the typed int8 graph")
     config.set_flag(library.BuilderFlag.INT8)
@@ -492,12 +493,38 @@ def _set_ranges(library: Any, network: Any, config: Any, ranges: Mapping[str, fl
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         tensors += [layer.get_output(i) for i in range(layer.num_outputs)]
-    named = [tensor for tensor in tensors if tensor.name in ranges]
-    if not named:
+    known = {tensor.name: ranges[tensor.name] for tensor in tensors if ranges.get(tensor.name, 0) > 0}
+    if not known:
         raise CompileError("none of the calibrated tensors is in this graph: calibrate again for it")
-    for tensor in named:
-        if not tensor.set_dynamic_range(-ranges[tensor.name], ranges[tensor.name]):
-            raise CompileError(f"TensorRT refused the range {ranges[tensor.name]:g} of {tensor.name}")
+    config.int8_calibrator = _calibrator(library, calibration_cache(str(library.__version__), known))
+
+
+def calibration_cache(version: str, ranges: Mapping[str, float]) -> bytes:
+    """What TensorRT of this version would have written after calibrating: range / 127 of each tensor, as the hexadecimal
+    digits of a big-endian float32. TensorRT leaves a table of another version or algorithm unread."""
+    major, minor, patch = map(int, version.split(".")[:3])
+    lines = [f"TRT-{major * 10000 + minor * 100 + patch}-EntropyCalibration2"]
+    lines += [f"{name}: {struct.pack('>f', value / 127).hex()}" for name, value in ranges.items()]
+    return "\n".join([*lines, ""]).encode()
+
+
+def _calibrator(library: Any, cache: bytes) -> Any:
+    class Calibrator(library.IInt8EntropyCalibrator2):  # type: ignore[misc,name-defined]
+        """The one that DLA takes. It has no images: the bundle's ranges were measured on them."""
+
+        def get_batch_size(self) -> int:
+            return 1
+
+        def get_batch(self, names: Sequence[str]) -> None:
+            return None
+
+        def read_calibration_cache(self) -> bytes:
+            return cache
+
+        def write_calibration_cache(self, cache: bytes) -> None:
+            pass
+
+    return Calibrator()
 
 
 def _add_profile(builder: Any, config: Any, input: InputSpec, shapes: Shapes, number: int, log: Any) -> None:

@@ -43,6 +43,7 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         "IProgressMonitor LayerInformationFormat MemoryPoolType ProfilingVerbosity Refitter Runtime",
         BUILDERS: "Builder EngineInspector NetworkDefinitionCreationFlag OnnxParser OnnxParserRefitter",
         (RTX,): "ComputeCapability",
+        WEAKLY_TYPED: "IInt8EntropyCalibrator2",
     },
     "Builder": {
         BUILDERS: "build_serialized_network create_builder_config create_network create_optimization_profile num_DLA_cores"
@@ -61,6 +62,7 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         "default_device_type get_timing_cache hardware_compatibility_level profiling_verbosity progress_monitor set_flag "
         "set_memory_pool_limit set_timing_cache",
         (RTX,): "num_compute_capabilities set_compute_capability",
+        WEAKLY_TYPED: "int8_calibrator",
     },
     "ICudaEngine": {
         EVERYWHERE: "create_engine_inspector create_execution_context device_memory_size_v2 get_tensor_dtype get_tensor_mode "
@@ -77,7 +79,10 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     "INetworkDefinition": {BUILDERS: "get_input get_layer num_inputs num_layers"},
     "IOptimizationProfile": {EVERYWHERE: "set_shape"},
     "IProgressMonitor": {EVERYWHERE: "phase_finish phase_start step_complete"},
-    "ITensor": {BUILDERS: "dtype name shape", WEAKLY_TYPED: "set_dynamic_range"},
+    "IInt8EntropyCalibrator2": {
+        WEAKLY_TYPED: "get_batch get_batch_size read_calibration_cache write_calibration_cache"
+    },
+    "ITensor": {BUILDERS: "dtype name shape"},
     "ITimingCache": {EVERYWHERE: "serialize"},
     "LayerInformationFormat": {EVERYWHERE: "JSON"},
     "LayerType": {BUILDERS: "name"},
@@ -265,6 +270,9 @@ found["in its place"] = {name: library_version(name) for name in FLAVOURS}
 if flavour != "tensorrt_lean":
     from edge_backbones.build import tensorrt
     found["flags"] = [tensorrt._network_flags(library, weak=weak) for weak in (False, True)]
+    if hasattr(library.BuilderFlag, "INT8"):
+        calibrator = tensorrt._calibrator(library, b"scales")
+        found["calibrator"] = [calibrator.get_algorithm().name, calibrator.read_calibration_cache().decode()]
 if flavour == "tensorrt_rtx":  # the one that needs no GPU to begin
     from edge_backbones.errors import CompileError
     from edge_backbones.spec import InputSpec, Precision, ShapeRange
@@ -292,6 +300,8 @@ def test_our_functions_with_a_library_of_each_release(release: Release) -> None:
     assert (found["in its place"]["tensorrt"] is None) == (release.flavour == "tensorrt_rtx")
     if str(release) in BUILDERS:
         # The value of STRONGLY_TYPED: 1 beside EXPLICIT_BATCH, 0 since that is gone.
+        calibrator = ["ENTROPY_CALIBRATION_2", "scales"] if str(release) in WEAKLY_TYPED else None
+        assert found.get("calibrator") == calibrator
         assert found["flags"] == [2 if str(release) in WEAKLY_TYPED else 1, 0]
     # A null pointer comes as a TypeError of pybind11, and has to leave as our error.
     assert "nullptr" in found["null"]

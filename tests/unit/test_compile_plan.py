@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import struct
 import threading
 import types
 from typing import ClassVar
@@ -10,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from edge_backbones.build import tensorrt
-from edge_backbones.build.tensorrt import DlaCoverage, PlanOptions, Shapes, compile_plan
+from edge_backbones.build.tensorrt import DlaCoverage, PlanOptions, Shapes, calibration_cache, compile_plan
 from edge_backbones.errors import CompileError, InputError
 from edge_backbones.runtime.cuda import Gpu
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
@@ -32,12 +33,8 @@ def input_spec(batch: ShapeRange | int = 1, width: int = 96) -> InputSpec:
 
 class Tensor:
     def __init__(self, name, shape, itemsize=4):
-        self.name, self.shape, self.range = name, shape, None
+        self.name, self.shape = name, shape
         self.dtype = types.SimpleNamespace(itemsize=itemsize)
-
-    def set_dynamic_range(self, low, high):
-        self.range = (low, high)
-        return high > 0
 
 
 class Layer:
@@ -151,6 +148,7 @@ class Library(types.SimpleNamespace):
             Runtime=Runtime,
             EngineInspector=object,
             IProgressMonitor=object,
+            IInt8EntropyCalibrator2=object,
             OnnxParser=lambda network, log: types.SimpleNamespace(parse=lambda graph: True),
             BuilderFlag=flags("BuilderFlag", changes.get("flags", names)),
             NetworkDefinitionCreationFlag=flags("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH STRONGLY_TYPED"),
@@ -339,15 +337,22 @@ def test_int8_on_the_dla_of_jetpack_6_takes_ranges(compiled):
     assert plan.coverage == DlaCoverage(2, ("softmax",))  # asked for with int8 and fp16 allowed
     assert library.asked["network"] == 0  # weakly typed
     assert library.asked["flags"] == {"INT8", "FP16", "GPU_FALLBACK"}
-    assert library.tensors["conv"].range == (-2.5, 2.5)
-    assert library.tensors["soft"].range is None
+    calibrator = library.asked["config"].int8_calibrator
+    assert calibrator.get_batch(["pixel_values"]) is None  # it has no images: all that it knows is in the cache
+    cache = calibrator.read_calibration_cache()
+    assert cache == b"TRT-100300-EntropyCalibration2\nconv: " + struct.pack(">f", 2.5 / 127).hex().encode() + b"\n"
     with pytest.raises(CompileError, match="none of the calibrated tensors is in this graph"):
-        compiled(Library(), precision=Precision.INT8, dla_core=0, ranges={"elsewhere": 1.0})
-    with pytest.raises(CompileError, match="TensorRT refused the range -1 of conv"):
-        compiled(Library(), precision=Precision.INT8, dla_core=0, ranges={"conv": -1.0})
+        compiled(Library(), precision=Precision.INT8, dla_core=0, ranges={"elsewhere": 1.0, "conv": 0.0})
     newer = Library(flags="VERSION_COMPATIBLE GPU_FALLBACK TF32")
     with pytest.raises(CompileError, match="has no weak typing left"):
         compiled(newer, precision=Precision.INT8, dla_core=0, ranges={"conv": 1.0})
+
+
+def test_a_calibration_cache_is_what_tensorrt_writes():
+    # Its entropy calibration takes the middle of the last of 2048 bins: for values up to 1 it writes 3c010a14.
+    up_to_one = calibration_cache("10.3.0", {"input_1:0": 2048.5 / 2048})
+    assert up_to_one == b"TRT-100300-EntropyCalibration2\ninput_1:0: 3c010a14\n"
+    assert calibration_cache("10.13.3.9", {}).startswith(b"TRT-101303-")
 
 
 def test_a_failed_build_says_why_and_what_to_do(compiled):
