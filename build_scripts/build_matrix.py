@@ -46,6 +46,7 @@ import importlib.metadata
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -67,6 +68,8 @@ from edge_backbones.runtime import compat, cuda, session
 from edge_backbones.spec import Precision, ShapeRange
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from edge_backbones.build.pipeline import BuildOptions
 
 _LIBRARIES = (
@@ -87,8 +90,13 @@ _STRUCTURED = {  # options that are no plain values
     "height": int | ShapeRange,
     "width": int | ShapeRange,
 }
+# Cells are forked from a server that has imported what takes seconds and starts no thread (OpenVINO and ONNX Runtime do).
+_PRELOADED = ["build_scripts.build_matrix", "timm", "onnxscript"]
+_PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 _POLL = 3.0  # seconds between two looks at what a cluster offers
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+_PROCESSES.set_forkserver_preload(_PRELOADED)
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -479,50 +487,52 @@ def cores() -> int:
 
 
 def here(jobs: int) -> Run:
-    """So many processes at a time, which share the cores; one at a time on a GPU, whose kernels it times."""
-    free, threads = asyncio.Semaphore(jobs), max(1, cores() // jobs)
+    """So many processes at a time; one at a time on a GPU, whose kernels it times."""
+    free = asyncio.Semaphore(jobs)
     devices: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
 
     async def run(task: Task, bundle: Path) -> tuple[float, tuple[str, ...]]:
         device = contextlib.nullcontext() if task.resource is None else devices[task.resource]
         async with device, free:  # the device first: who waits for it leaves the place to others
             begin = time.monotonic()
-            engines = await run_child(task, bundle, threads)
+            engines = await run_child(task, bundle)
             return time.monotonic() - begin, engines
 
     return run
 
 
-async def run_child(task: Task, bundle: Path, threads: int = 1) -> tuple[str, ...]:
+async def run_child(task: Task, bundle: Path) -> tuple[str, ...]:
     """In a process of its own: a cell that crashes, or is killed, takes no other along."""
-    command = ("-m", "build_scripts.build_matrix", "--child", msgspec.json.encode(task).decode(), str(bundle))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )
-    try:
-        printed, told = await process.communicate()
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
+    receiver, sender = _PROCESSES.Pipe(duplex=False)
+    with receiver:
+        with sender:  # the process has its own: what it leaves unsaid ends the reading
+            process = _PROCESSES.Process(target=child, args=(msgspec.json.encode(task), str(bundle), sender))
+            process.start()
+        try:
+            engines, why = await asyncio.to_thread(receiver.recv)
+        except EOFError:
+            process.join()
+            code = process.exitcode or 0
+            raise EdgeBackbonesError(f"died of signal {-code}" if code < 0 else f"exit code {code}") from None
+        except BaseException:
             process.kill()
-        raise
-    if process.returncode:
-        lines = [line for line in told.decode(errors="replace").splitlines() if line.strip()]
-        died = f"died of signal {-process.returncode}" if process.returncode < 0 else ""
-        raise EdgeBackbonesError(died or (lines[-1] if lines else f"exit code {process.returncode}"))
-    return msgspec.json.decode(printed.splitlines()[-1], type=tuple[str, ...])  # libraries print before it
+            raise
+        finally:
+            await asyncio.to_thread(process.join)
+    if why:
+        raise EdgeBackbonesError(why)
+    return tuple(engines)
 
 
-def child(text: str, bundle: str) -> None:
-    """Carry out a task, and print the names of its engines."""
+def child(text: bytes, bundle: str, sender: Connection) -> None:
+    """Carry out a task, and send the names of its engines, or why there are none. What libraries print is dropped."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nowhere, stream)
     try:
-        print(json.dumps(carry_out(msgspec.json.decode(text, type=Task), Path(bundle))), flush=True)
+        sender.send((carry_out(msgspec.json.decode(text, type=Task), Path(bundle)), ""))
     except Exception as error:
-        sys.exit(_words(error))
+        sender.send(((), _words(error)))
 
 
 # ---- a Ray cluster --------------------------------------------------------------------------------------------------
@@ -638,6 +648,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text, flush=True)
 
     try:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // given.jobs))  # of a cell: they share the cores
         run, resources = here(given.jobs), local_resources()
         if given.ray:
             run, resources = on_ray(given.ray, run)
@@ -676,7 +687,4 @@ def show(endings: Mapping[str, Ending]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:])
-    else:
-        sys.exit(main())
+    sys.exit(main())

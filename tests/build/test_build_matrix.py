@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -292,10 +293,14 @@ def test_a_state_that_cannot_be_written_stops_no_cell(folder):
 
 def test_a_process_that_cannot_be_started_fails_alone(folder, monkeypatch):
     path = write(folder)
-    monkeypatch.setattr(module.sys, "executable", str(folder / "nothing"))
+
+    def refused(**_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(module._PROCESSES, "Process", refused)
     endings, _ = carry_out(path, module.here(2))
     assert {ending.status for ending in endings.values()} == {"failed"}
-    assert endings["test_resnet.fp32"].why.startswith("FileNotFoundError: ")
+    assert endings["test_resnet.fp32"].why == "BlockingIOError: [Errno 11] Resource temporarily unavailable"
 
 
 def test_the_longest_cells_start_first(folder):
@@ -452,13 +457,42 @@ def test_a_small_matrix_here(folder):
     assert {ending["status"] for ending in json.loads(again.stdout).values()} == {"there"}
 
 
-def test_a_cell_that_is_killed_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(module.sys, "executable", str(tmp_path / "killed"))
-    (tmp_path / "killed").write_text("#!/bin/sh\nkill -9 $$\n")
-    (tmp_path / "killed").chmod(0o755)
-    task = Task(model="m", precision="fp32")
-    with pytest.raises(EdgeBackbonesError, match="died of signal 9"):
-        asyncio.run(module.run_child(task, tmp_path / "x.bundle"))
+def test_a_cell_that_is_killed_is_told(tmp_path):
+    async def killed() -> None:
+        cell = asyncio.create_task(
+            module.run_child(Task(model="m", precision="fp32", source="resnet50"), tmp_path / "x")
+        )
+        while not (running := multiprocessing.active_children()):
+            await asyncio.sleep(0.01)
+        running[0].kill()
+        with pytest.raises(EdgeBackbonesError, match="died of signal 9"):
+            await cell
+
+    asyncio.run(killed())
+    assert not multiprocessing.active_children()
+
+
+def test_a_run_that_ends_early_leaves_no_cell_behind(tmp_path):
+    async def cancelled() -> None:
+        cell = asyncio.create_task(
+            module.run_child(Task(model="m", precision="fp32", source="resnet50"), tmp_path / "x")
+        )
+        while not multiprocessing.active_children():
+            await asyncio.sleep(0.01)
+        cell.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cell
+
+    asyncio.run(cancelled())
+    assert not multiprocessing.active_children()
+
+
+def test_what_cells_are_forked_from_has_no_threads():
+    """A lock that a thread holds at the fork is never given back."""
+    code = f"import os, {', '.join(module._PRELOADED)}; print(len(os.listdir('/proc/self/task')))"
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads of OpenBLAS know of forks
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=one, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
 
 
 def test_no_more_processes_than_jobs_run_at_a_time(monkeypatch, tmp_path):

@@ -150,7 +150,59 @@ def test_tensorrt_is_one_that_the_board_runs(jetpack):
     assert any(span[0] <= version and version[: len(span[-1])] <= span[-1] for span in spans), (version, ranges)
     sources = (JETSON / f"jetpack-{jetpack}" / "nvidia.list").read_text()
     keys = {value.split()[-1] for value in instructions("ADD")}
-    assert keys == {re.search(r"signed-by=([^\] ]+)", sources)[1]}
+    key, fingerprint = re.search(r"signed-by=([^\] ,]+),([0-9A-F]{40})\]", sources).groups()
+    assert key in keys
+    if jetpack == "7":  # CUDA's file is named after the end of its fingerprint
+        assert fingerprint.endswith("3bf863cc".upper())
+        assert any(value.split()[-2].endswith("/3bf863cc.pub") for value in instructions("ADD"))
+
+
+@pytest.mark.skipif(not (shutil.which("apt-get") and shutil.which("gpg")), reason="a system without apt")
+def test_a_repository_that_another_key_signed_is_refused(tmp_path):
+    """What the line with a fingerprint says is what apt does: here with a repository, and a key, of our own."""
+    tmp_path.chmod(0o755)
+    home, repository, lists = (tmp_path / name for name in ("gpg", "repository", "lists"))
+    home.mkdir(mode=0o700)
+    gpg = ["gpg", "--homedir", str(home), "--quiet", "--batch", "--yes"]
+    subprocess.run([*gpg, "--passphrase", "", "--quick-gen-key", "a key", "rsa2048", "sign", "never"], check=True)
+    told = subprocess.run([*gpg, "--with-colons", "--list-keys"], capture_output=True, text=True, check=True).stdout
+    ours = re.search(r"^fpr:+([0-9A-F]{40}):", told, re.MULTILINE)[1]
+    key = tmp_path / "key.asc"
+    subprocess.run([*gpg, "--armor", "--output", str(key), "--export"], check=True)
+    repository.mkdir()
+    (repository / "Packages").touch()
+    nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    date = time.strftime("%a, %d %b %Y %H:%M:%S UTC", time.gmtime())
+    (tmp_path / "Release").write_text(f"Origin: ours\nDate: {date}\nSHA256:\n {nothing} 0 Packages\n")
+    subprocess.run(
+        [*gpg, "--output", str(repository / "InRelease"), "--clearsign", str(tmp_path / "Release")], check=True
+    )
+    line = (JETSON / "jetpack-6" / "nvidia.list").read_text()
+    theirs = re.search(r",([0-9A-F]{40})\]", line)[1]
+    at_home = (
+        re.sub(r"arch=arm64 signed-by=[^,]+", f"signed-by={key}", line).partition("http")[0] + f"file:{repository} ./"
+    )
+    for path in tmp_path.rglob("*"):  # apt reads as a user of its own
+        if not path.is_relative_to(home):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+    def update(sources: str) -> str:
+        shutil.rmtree(lists, ignore_errors=True)
+        (lists / "partial").mkdir(parents=True)
+        (tmp_path / "sources.list").write_text(sources + "\n")
+        places = {
+            "Etc::sourcelist": tmp_path / "sources.list", "Etc::sourceparts": "-", "State::lists": lists,
+            "Cache": tmp_path / "cache",
+        }  # fmt: skip
+        options = [option for name, place in places.items() for option in ("-o", f"Dir::{name}={place}")]
+        # As whoever runs the tests: the folders of a test are closed to apt's user.
+        command = ["apt-get", "-o", "APT::Sandbox::User=", *options, "update"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    assert "is not signed" in update(at_home)
+    assert "is not signed" not in update(at_home.replace(theirs, ours))
+    assert list(lists.glob("*InRelease"))
 
 
 def test_everything_that_is_copied_is_sent_to_the_builder():
