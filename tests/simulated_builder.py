@@ -125,7 +125,10 @@ class Library(types.SimpleNamespace):
             EngineInspector=object,
             IProgressMonitor=object,
             IInt8EntropyCalibrator2=object,
-            OnnxParser=lambda network, log: types.SimpleNamespace(parse=lambda graph: True),
+            OnnxParser=lambda network, log: types.SimpleNamespace(
+                parse=lambda graph: True, set_flag=lambda flag: asked.setdefault("parser", []).append(flag.name)
+            ),
+            OnnxParserFlag=flags("OnnxParserFlag", changes.get("parser_flags", "NATIVE_INSTANCENORM")),
             BuilderFlag=flags("BuilderFlag", changes.get("flags", names)),
             NetworkDefinitionCreationFlag=flags("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH STRONGLY_TYPED"),
             HardwareCompatibilityLevel=flags("HardwareCompatibilityLevel", "NONE AMPERE_PLUS"),

@@ -280,6 +280,8 @@ class NumpyGpu:
 
     def cuCtxSynchronize(self):
         code = self.code("cuCtxSynchronize")
+        if self.capturing:
+            self.violations.append("the context was waited for while a stream of it captures")
         if not code:
             for stream in list(self.streams):
                 self.drain(stream)

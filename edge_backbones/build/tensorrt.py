@@ -143,14 +143,22 @@ def compile_plan(
     log.clear()
     log.warnings.clear()
     # TensorRT times kernels on the GPU whose context is current, in the thread that builds too.
-    current = contextlib.nullcontext() if flavour == "tensorrt_rtx" or gpu is None else cuda.open_memory(gpu.index)
+    times = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs the GPU for these alone
+    current = cuda.open_memory(gpu.index) if times and gpu is not None else contextlib.nullcontext()
     with current:
         with _null_pointers_explained(log):
             builder = _made(library.Builder(log), "a builder", log)
+            cores = builder.num_DLA_cores
+            if options.dla_core is not None and not 0 <= options.dla_core < cores:
+                raise CompileError(
+                    f"there is no DLA core {options.dla_core} here, which has {cores}: leave --dla-core out"
+                )
             network = _made(builder.create_network(_network_flags(library, weak=ranges is not None)), "a network", log)
             parser = _made(
                 library.OnnxParser(network, log), "a parser", log
             )  # owns the weights: it stays until the end
+        if options.dla_core is not None and hasattr(library.OnnxParserFlag, "ADJUST_FOR_DLA"):
+            parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
         progress("reading the graph", 0, None)
         if not parser.parse(graph):
             errors = [
@@ -295,7 +303,7 @@ def _agreed(
 
 def _gpu(flavour: PlanFlavour, device: int) -> cuda.Gpu | None:
     found = cuda.gpus()
-    if device < len(found):
+    if 0 <= device < len(found):
         return found[device]
     if flavour == "tensorrt":  # without a driver its Builder ends the process
         reason = cuda.no_gpu_reason() or f"this machine has {len(found)} GPUs, device {device} is none of them"
@@ -458,6 +466,7 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
         if set_it:
             config.set_flag(getattr(flags, name))
     if hasattr(library, "ComputeCapability"):
+        config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)  # no graph captures a call that allocates
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             capability = getattr(library.ComputeCapability, target.upper().replace("_", ""))
@@ -468,8 +477,6 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
 def _place_on_dla(library: Any, builder: Any, network: Any, config: Any, options: PlanOptions) -> DlaCoverage:
     core = options.dla_core
     assert core is not None  # the caller asks for DLA
-    if not 0 <= core < builder.num_DLA_cores:
-        raise CompileError(f"there is no DLA core {core} here, which has {builder.num_DLA_cores}: leave --dla-core out")
     config.default_device_type = library.DeviceType.DLA
     config.DLA_core = core
     if options.gpu_fallback:

@@ -78,7 +78,7 @@ def this_host(versions: Mapping[str, str], *, device: int | None = None) -> Host
     gpu, no_gpu = None, ""
     if device is not None:
         found = gpus()
-        gpu = found[device] if device < len(found) else None
+        gpu = found[device] if 0 <= device < len(found) else None
         no_gpu = no_gpu_reason() or ("" if gpu else f"this machine has {len(found)} GPUs, and none is cuda:{device}")
     return Host(architecture, cpu_features(cpuinfo, architecture), name, versions, gpu, no_gpu, is_jetson())
 

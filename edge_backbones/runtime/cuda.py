@@ -34,6 +34,8 @@ _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _INVALID_VALUE, _OUT_OF_MEMORY = 1, 2
 _MULTIPROCESSORS, _INTEGRATED, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 18, 75, 76
 _PORTABLE, _NON_BLOCKING, _DISABLE_TIMING = 1, 1, 2
+# While a stream captures, its context must not be waited for (CUDA programming guide, "Prohibited and Unhandled Operations").
+_capturing = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -448,7 +450,8 @@ class Memory:
 
     def wait_for_all(self) -> None:
         """Block until every stream of the context is done."""
-        self._check(self._driver.cuCtxSynchronize(), "waiting for every stream of the GPU")
+        with _capturing:
+            self._check(self._driver.cuCtxSynchronize(), "waiting for every stream of the GPU")
 
     def new_event(self) -> int:
         return int(self._check(self._driver.cuEventCreate(_DISABLE_TIMING), "cuEventCreate"))
@@ -477,16 +480,19 @@ class Memory:
 
         Raises what ``enqueue`` raises, and DeviceError for what cannot be captured; the stream is usable afterwards.
         """
-        # Relaxed: memory that is freed meanwhile, by this thread's garbage collection or another thread, breaks nothing.
-        self._check(self._driver.cuStreamBeginCapture(stream, self._relaxed), "cuStreamBeginCapture")
-        try:
-            enqueue()
-        except BaseException:
-            code, graph = self._driver.cuStreamEndCapture(stream)  # which fails as a rule: the capture was broken off
-            if not int(code) and int(graph):
-                self._driver.cuGraphDestroy(graph)
-            raise
-        graph = self._check(self._driver.cuStreamEndCapture(stream), "cuStreamEndCapture")
+        with _capturing:
+            # Relaxed: memory that is freed meanwhile, by this thread's garbage collection or another thread, breaks nothing.
+            self._check(self._driver.cuStreamBeginCapture(stream, self._relaxed), "cuStreamBeginCapture")
+            try:
+                enqueue()
+            except BaseException:
+                code, graph = self._driver.cuStreamEndCapture(
+                    stream
+                )  # which fails as a rule: the capture was broken off
+                if not int(code) and int(graph):
+                    self._driver.cuGraphDestroy(graph)
+                raise
+            graph = self._check(self._driver.cuStreamEndCapture(stream), "cuStreamEndCapture")
         try:
             executable = self._check(self._instantiate(graph, 0), "cuGraphInstantiate")
         except DeviceError:
@@ -514,7 +520,9 @@ class Memory:
         return int(self._check(result, "cuPointerGetAttribute of %#x", pointer))
 
     def _check(self, result: Any, what: str, *values: object) -> Any:
-        return result[1] if not result[0] and len(result) > 1 else _checked(self._driver, result, what, *values)
+        if result[0]:
+            _checked(self._driver, result, what, *values)
+        return result[1] if len(result) > 1 else None
 
 
 def open_memory(device: int, backend: MemoryBackend | None = None) -> Memory:

@@ -138,6 +138,13 @@ class DeviceArray:
     def __repr__(self) -> str:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self.device})"
 
+    def order(self, consumer: int) -> None:
+        """Make the stream ``consumer`` (as DLPack has it; -1 does not wait) wait for the values."""
+        # Every thread has a per-thread default stream of its own: two of them are not the same stream.
+        same = consumer == (self.stream or _LEGACY) != _PER_THREAD
+        if self.synchronize is not None and not same and consumer != _DO_NOT_WAIT:
+            self.synchronize(consumer)
+
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """CUDA Array Interface, version 3: a consumer makes its stream wait for the one under ``stream``."""
@@ -176,11 +183,7 @@ class DeviceArray:
                 f"DLPack device {tuple(map(int, dl_device))} does not fit: {self!r} is on {self.__dlpack_device__()}; "
                 "take it there and copy it"
             )
-        consumer = _consumer_stream(stream)
-        # Every thread has a per-thread default stream of its own: two of them are not the same stream.
-        same = consumer == (self.stream or _LEGACY) != _PER_THREAD
-        if self.synchronize is not None and not same and consumer != _DO_NOT_WAIT:
-            self.synchronize(consumer)
+        self.order(_consumer_stream(stream))
         return _make_capsule(
             self.pointer,
             self.shape,
@@ -244,6 +247,9 @@ def from_foreign(values: Any, *, stream: int) -> ForeignArray:
     Raises InputError for host arrays, dtypes that numpy lacks (bfloat16, float8), masks, and what the other library
     refuses to export, such as a torch tensor that requires grad.
     """
+    if type(values) is DeviceArray:  # a frame's maps, into the next engine: without a capsule
+        values.order(_consumer_stream(stream))
+        return ForeignArray(values.pointer, values.shape, values.dtype, values.device, True, False, values.owner)
     device = _dlpack_device(values)
     if device is not None:
         if device[0] not in _ON_GPU:

@@ -14,6 +14,7 @@ import numpy as np
 from edge_backbones.bundle import Bundle
 from edge_backbones.errors import EngineMismatchError, MissingDependencyError
 from edge_backbones.manifest import EngineKey, EngineRecord
+from edge_backbones.profiles import RTX_ARCHITECTURES
 from edge_backbones.runtime import compat, openvino, tensorrt_library
 from edge_backbones.runtime.cuda import MemoryBackend
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
@@ -161,8 +162,8 @@ def compile_here(
 ) -> None:
     """Add the engine that ``engine`` means (all precisions by default) to a bundle, for this machine's CPU or GPU ``device``.
 
-    On a GPU that is TensorRT's where it is installed, else TensorRT-RTX's. Raises what `compile_bundle` raises, and
-    EngineMismatchError for an engine by its whole name, which is of one machine and one release.
+    On a GPU that is TensorRT's, or TensorRT-RTX's where it alone is installed and knows the GPU. Raises what
+    `compile_bundle` raises, and EngineMismatchError for an engine by its whole name, which is of one machine and release.
     """
     if engine is not None and engine not in (*Precision, *_FLAVOURS):
         raise EngineMismatchError(
@@ -174,7 +175,9 @@ def compile_here(
     if engine in _FLAVOURS:
         flavour = engine
     elif device is not None:
-        flavour = "tensorrt" if "tensorrt" in host.versions else "tensorrt_rtx"
+        known = host.gpu is not None and host.gpu.architecture in RTX_ARCHITECTURES
+        is_rtx = known and "tensorrt" not in host.versions and "tensorrt_rtx" in host.versions
+        flavour = "tensorrt_rtx" if is_rtx else "tensorrt"
     precisions = (Precision(engine),) if engine in set(Precision) else None
     targets = (host.gpu.architecture,) if host.gpu is not None and flavour == "tensorrt_rtx" else ()
     profile = None

@@ -275,11 +275,20 @@ class _Engine:
     profiles: tuple[Profile, ...]
 
     def new_context(self) -> Any:
-        """An execution context whose memory is that of its profile, where TensorRT can do so."""
+        """An execution context whose memory is that of its profile, where TensorRT can do so, and whose kernels stay as they
+        are: TensorRT-RTX would begin with spare ones and compile others beside, which nobody has measured."""
         self.logger.clear()
         strategies = getattr(self.library, "ExecutionContextAllocationStrategy", None)
         on_change = getattr(strategies, "ON_PROFILE_CHANGE", None)
         chosen = [on_change] if on_change is not None and len(self.profiles) > 1 else []
+        if hasattr(self.library, "DynamicShapesKernelSpecializationStrategy"):
+            config = self.handle.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                self.library.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            for strategy in chosen:
+                config.set_execution_context_allocation_strategy(strategy)
+            chosen = [config]
         context = self.handle.create_execution_context(*chosen)
         if context is None:
             needed = int(self.handle.device_memory_size_v2)

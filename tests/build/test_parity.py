@@ -13,7 +13,9 @@ from edge_backbones.bundle import Bundle, load_golden
 from edge_backbones.errors import IntegrityError
 from edge_backbones.manifest import Gate
 from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.runtime.plan import Profile
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
+from edge_backbones.testing import SPEC, NumpySession, pooled, pooling_input
 
 OPEN = Gate()
 
@@ -171,3 +173,30 @@ def test_golden_samples_that_lack_a_stage_are_refused(cnn):
     promising = Bundle(cnn.bundle.path, structs.replace(manifest, golden=golden))
     with pytest.raises(IntegrityError, match=r"golden\.npz lacks max/pixel_values, max/blocks\.1, max/blocks\.3"):
         load_golden(promising)
+
+
+def test_every_optimisation_profile_is_measured():
+    """Each has kernels of its own: an engine that is wrong in one of them is an engine that is wrong."""
+    input = pooling_input(ShapeRange(min=1, opt=2, max=8))
+    images = np.random.default_rng(0).standard_normal((2, 3, 32, 48)).astype(np.float32)
+    golden = {"opt/pixel_values": images, **{f"opt/{n}": m for n, m in zip(SPEC.outputs, pooled(images), strict=True)}}
+    shapes = [[(batch, 3, 32, 48) for batch in span] for span in ((1, 1, 1), (1, 2, 4), (1, 2, 8), (2, 2, 2))]
+    profiles = [Profile(number, *span) for number, span in enumerate(shapes)]
+    large = Profile(4, (1, 3, 64, 64), (1, 3, 64, 64), (1, 3, 64, 64))  # no golden image has its size
+
+    class Wrong(NumpySession):
+        def run(self, array):
+            return [m * (1.1 if len(array) == self.wrong_at else 1.0) for m in super().run(array)]
+
+    def measured(wrong_at, *profiles):
+        session = Wrong(input)
+        session.wrong_at = wrong_at
+        with EdgeBackbone(SPEC, input, session) as backbone:
+            report = measure_parity(backbone, golden, Precision.FP32, Gate(max_relative=1e-3), profiles)
+        return report.passed, session.batches
+
+    assert measured(None) == (True, [2])
+    assert measured(None, *profiles, large) == (True, [2, 1, 4, 8])  # 2 falls to the last one, which holds nothing else
+    for batch in (1, 4, 8):
+        assert measured(batch, *profiles)[0] is False
+        assert measured(batch)[0] is True

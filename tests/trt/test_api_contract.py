@@ -26,6 +26,7 @@ RTX, LEAN = "tensorrt_rtx-1.7", "tensorrt_lean-11.4"
 WEAKLY_TYPED = ("tensorrt-10.3", "tensorrt-10.13", "tensorrt-10.16")
 BUILDERS = (*WEAKLY_TYPED, "tensorrt-11.4", RTX)
 EVERYWHERE = (*BUILDERS, LEAN)
+NEWER = tuple(release for release in EVERYWHERE if release != "tensorrt-10.3")
 
 # The releases that each of our modules runs with.
 MODULES = {
@@ -41,8 +42,8 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     MODULE: {
         EVERYWHERE: "BuilderFlag DeviceType ExecutionContextAllocationStrategy HardwareCompatibilityLevel ILogger "
         "IProgressMonitor LayerInformationFormat MemoryPoolType ProfilingVerbosity Refitter Runtime",
-        BUILDERS: "Builder EngineInspector NetworkDefinitionCreationFlag OnnxParser OnnxParserRefitter",
-        (RTX,): "ComputeCapability",
+        BUILDERS: "Builder EngineInspector NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag OnnxParserRefitter",
+        (RTX,): "ComputeCapability DynamicShapesKernelSpecializationStrategy",
         WEAKLY_TYPED: "IInt8EntropyCalibrator2",
     },
     "Builder": {
@@ -51,9 +52,11 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     "BuilderFlag": {
         EVERYWHERE: "EXCLUDE_LEAN_RUNTIME GPU_FALLBACK REFIT SPARSE_WEIGHTS STRIP_PLAN TF32 VERSION_COMPATIBLE",
         WEAKLY_TYPED: "FP16 INT8",
+        (RTX,): "REQUIRE_USER_ALLOCATION",
     },
     "DataType": {EVERYWHERE: "itemsize name"},
     "DeviceType": {EVERYWHERE: "DLA"},
+    "DynamicShapesKernelSpecializationStrategy": {(RTX,): "EAGER"},
     "EngineInspector": {BUILDERS: "get_engine_information"},
     "ExecutionContextAllocationStrategy": {EVERYWHERE: "ON_PROFILE_CHANGE"},
     "IBuilderConfig": {
@@ -67,6 +70,7 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     "ICudaEngine": {
         EVERYWHERE: "create_engine_inspector create_execution_context device_memory_size_v2 get_tensor_dtype get_tensor_mode "
         "get_tensor_name get_tensor_profile_shape get_tensor_shape num_io_tensors num_optimization_profiles",
+        NEWER: "create_runtime_config",
     },
     "IExecutionContext": {
         EVERYWHERE: "execute_async_v3 get_tensor_shape infer_shapes set_input_shape set_optimization_profile_async "
@@ -82,13 +86,18 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     "IInt8EntropyCalibrator2": {
         WEAKLY_TYPED: "get_batch get_batch_size read_calibration_cache write_calibration_cache"
     },
+    "IRuntimeConfig": {
+        NEWER: "set_execution_context_allocation_strategy",
+        (RTX,): "dynamic_shapes_kernel_specialization_strategy",
+    },
     "ITensor": {BUILDERS: "dtype name shape"},
     "ITimingCache": {EVERYWHERE: "serialize"},
     "LayerInformationFormat": {EVERYWHERE: "JSON"},
     "LayerType": {BUILDERS: "name"},
     "MemoryPoolType": {EVERYWHERE: "WORKSPACE"},
     "NetworkDefinitionCreationFlag": {BUILDERS: "STRONGLY_TYPED"},
-    "OnnxParser": {BUILDERS: "get_error num_errors parse"},
+    "OnnxParser": {BUILDERS: "get_error num_errors parse set_flag"},
+    "OnnxParserFlag": {("tensorrt-10.16", "tensorrt-11.4", RTX): "ADJUST_FOR_DLA"},
     "ParserError": {BUILDERS: "desc node_operator"},
     "ProfilingVerbosity": {EVERYWHERE: "DETAILED"},
     "OnnxParserRefitter": {BUILDERS: "refit_from_bytes"},
@@ -102,7 +111,7 @@ AS_TEXT: dict[str, dict[tuple[str, ...], str]] = {
     "ComputeCapability": {(RTX,): "SM80 SM86 SM89 SM120"},
     "HardwareCompatibilityLevel": {
         EVERYWHERE: "AMPERE_PLUS",
-        ("tensorrt-10.13", "tensorrt-10.16", "tensorrt-11.4", RTX, LEAN): "SAME_COMPUTE_CAPABILITY",
+        NEWER: "SAME_COMPUTE_CAPABILITY",
     },
     "DataType": {EVERYWHERE: "FLOAT UINT8"},
     "LayerType": {BUILDERS: "CONSTANT SHAPE"},

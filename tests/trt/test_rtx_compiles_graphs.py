@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -192,6 +193,7 @@ def test_rtx_itself_writes_no_plan_without_weights_here(
     """What is refused on a machine without a GPU before it is tried, the library cannot do there; its words come through."""
     pretended = Gpu(0, "no GPU", "sm_89", 24 << 30, "13.0", 58, False)
     monkeypatch.setattr(compiler.cuda, "gpus", lambda: (pretended,))
+    monkeypatch.setattr(compiler.cuda, "open_memory", lambda device: contextlib.nullcontext())
     with pytest.raises(CompileError, match=r"cannot compile this graph: .*CUDA_SUCCESS.*edge-backbones doctor"):
         compiled(typed(case, Precision.FP32, tmp_path), strip=True, targets=("sm_89",))
 

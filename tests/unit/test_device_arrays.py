@@ -747,7 +747,8 @@ def test_threads_export_and_take_one_array_at_once():
     array = on_gpu(owner=owner, synchronize=waited.append, stream=5)
 
     def take(array, stream):
-        return [from_foreign(array, stream=stream).shape for _ in range(500)]
+        foreign = SimpleNamespace(__dlpack__=array.__dlpack__, __dlpack_device__=array.__dlpack_device__)
+        return [from_foreign(foreign, stream=stream).shape for _ in range(500)]
 
     with ThreadPoolExecutor(8) as threads:
         taken = list(threads.map(take, [array] * 8, range(10, 18)))
@@ -776,8 +777,15 @@ def test_threads_export_and_take_one_array_at_once():
 )
 def test_the_consumers_stream_waits_for_the_values(ours, consumer, waited):
     calls = []
-    on_gpu(stream=ours, synchronize=calls.append).__dlpack__(stream=consumer)
+    array = on_gpu(stream=ours, synchronize=calls.append, owner=Owner())
+    array.__dlpack__(stream=consumer)
     assert calls == waited
+    if consumer is not None:  # and that of our own next engine, without a capsule
+        taken = from_foreign(array, stream=consumer)
+        assert calls == 2 * waited
+        assert (taken.pointer, taken.shape, taken.dtype, taken.device) == (ADDRESS, (2, 3), np.float32, 0)
+        assert taken.contiguous
+        assert taken.owner is array.owner
 
 
 def test_values_that_are_there_are_not_waited_for():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -467,6 +468,36 @@ def test_what_cannot_be_captured_runs_and_says_why(machine, on_gpu):
     assert list(session.graph_refusals) == [(2, 3, 32, 48)]
     assert machine.counted("cuStreamBeginCapture") == 1
     assert machine.counted("cuGraphLaunch") == 0
+
+
+def test_nobody_waits_for_a_context_while_a_stream_of_it_captures(machine, monkeypatch):
+    """CUDA refuses that wait, and breaks the capture off."""
+    session, execute = machine.open(cuda_graphs=True), Context.execute_async_v3
+    inside, go_on, waited = threading.Event(), threading.Event(), threading.Event()
+
+    def slowly(context, stream):
+        if stream in machine.gpu.capturing:
+            inside.set()
+            assert go_on.wait(10)
+        return execute(context, stream)
+
+    def wait() -> None:
+        with machine.memory as memory:
+            memory.wait_for_all()
+        waited.set()
+
+    images = pixels(2)
+    session.run(images)
+    monkeypatch.setattr(Context, "execute_async_v3", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        call = pool.submit(session.run, images)
+        assert inside.wait(10)
+        waiting = pool.submit(wait)
+        assert not waited.wait(0.1)
+        go_on.set()
+        check(call.result(10), images)
+        waiting.result(10)
+    assert session.graph_refusals == {}
 
 
 def test_many_shapes_do_not_capture_without_end(machine):
