@@ -110,11 +110,15 @@ class Bundle:
 
         ``contents``: the bytes of each of ``engine.files`` that the bundle does not hold already, by path. They are on disk
         before the manifest that names them appears; files of the engine that it replaces go after that. Writers take
-        turns; BundleError when one has held the bundle for a minute, or has taken out a file that is not in ``contents``.
+        turns; BundleError when one has held the bundle for a minute, or has taken out a file that is not in ``contents`` or
+        the graph that the engine was made of: a bundle that was built anew has no use for it.
         """
         with _lock(self.path, patience=_PATIENCE):
             current = Bundle.open(self.path)
             _clear_after_dead_writers(current)
+            graphs = {graph.file.sha256 for graph in current.manifest.graphs}
+            if graphs and engine.key.graph_sha256 not in graphs and engine.key.flavour != "torch_tensorrt":
+                raise BundleError(f"{self.path} was built anew since {engine.name} was begun: compile it again")
             held = current.manifest.files()
             gone = [file.path for file in engine.files if file.path not in contents and file not in held]
             if gone:
@@ -184,14 +188,16 @@ class Bundle:
 
 def read_current(path: str | os.PathLike[str], read: Callable[[Bundle], _Read]) -> tuple[Bundle, _Read]:
     """A bundle and what ``read`` reads of it, though others add engines to it, take some out or replace it meanwhile."""
-    bundle = Bundle.open(path)
+    bundle, again = Bundle.open(path), True
     while True:
         try:
             return bundle, read(bundle)
         except IntegrityError:
             replacement = Bundle.open(path)
-            if replacement.manifest.digest == bundle.manifest.digest:
-                raise
+            if replacement.manifest.digest == bundle.manifest.digest:  # or taken out, and added again since
+                if not again:
+                    raise
+                again = False
             bundle = replacement
 
 

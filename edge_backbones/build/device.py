@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, compile_for_gpu, engine_of_torchscript
@@ -20,8 +21,15 @@ from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
 from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, check_plan, has_weak_typing
 from edge_backbones.build.timing import time_engines
 from edge_backbones.bundle import Bundle, load_golden, read_current, record_bytes
-from edge_backbones.errors import BundleError, CompileError, IntegrityError, MissingDependencyError
-from edge_backbones.manifest import CalibrationFile, EngineRecord, Flavour, GraphRecord, ParityReport
+from edge_backbones.errors import (
+    BundleError,
+    CompileError,
+    EdgeBackbonesError,
+    IntegrityError,
+    MissingDependencyError,
+    ParityError,
+)
+from edge_backbones.manifest import CalibrationFile, EngineKey, EngineRecord, Flavour, Gate, GraphRecord, ParityReport
 from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, load_profile, profile_of, refusals
 from edge_backbones.runtime import compat, session, tensorrt_library
 from edge_backbones.spec import InputSpec, Precision
@@ -57,13 +65,15 @@ def compile_bundle(
     ``device``; ``tensorrt_rtx`` for the architectures of ``plan.targets``, no GPU needed: without one that fits, the engine
     is added unmeasured, and `verify_bundle` on the device has to measure it before a runtime takes it; ``torchscript``:
     the frozen module of the bundle. ``profile``: the device that it is for (:mod:`edge_backbones.profiles`): what it
-    cannot run is refused at once, and its workspace is the default. ``allow_host_code``: a version-compatible plan may run
+    cannot run is left out, and its workspace is the default. ``allow_host_code``: a version-compatible plan may run
     the code that it carries. ``resume``: leave out what was compiled before for this machine, whatever its settings.
 
     Every engine that this machine can run is timed then, side by side: runtimes take the fastest, whatever its precision.
 
-    The bundle is unchanged for a precision that fails: its gate is the one the bundle was built with. Raises BundleError,
-    CompileError, ParityError, MissingDependencyError.
+    The bundle is unchanged for a precision that fails: its gate is the one the bundle was built with. Where none was asked
+    for by name the others go on without it, and ``progress`` is told why; its error is raised when nothing was added (and,
+    with ``resume``, nothing that was there before runs). Raises BundleError, CompileError, ParityError,
+    MissingDependencyError.
     """
     if flavour == "torch_tensorrt":
         raise CompileError(
@@ -80,90 +90,159 @@ def compile_bundle(
         raise BundleError(f"{bundle.path} has no {asked}; its {_FORMS[form]} graphs: {names}")
     if resume:
         graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, flavour, plan or PlanOptions(), device)]
-    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
+    golden, input = load_golden(bundle), bundle.manifest.input
     options = plan or PlanOptions()
+    failed: list[CompileError | ParityError] | None = [] if precisions is None else None
     if profile is not None:
         described = load_profile(profile)
         if options.workspace is None:
             options = dataclasses.replace(options, workspace=described.defaults.workspace_bytes)
-        _refuse_for(described, graphs, flavour, options, input)
+        allowed = functools.partial(_refuse_for, described, flavour=flavour, plan=options, input=input)
+        graphs = _passing(graphs, allowed, failed, progress)
         if flavour == "tensorrt" and described.architecture is not None:  # TensorRT compiles for the GPU at hand
             options = dataclasses.replace(options, targets=(described.architecture,))
     if options.embed_runtime and not allow_host_code:
         raise CompileError(
             "a plan with its own runtime is measured by running it: allow_host_code=True (--allow-host-code)"
         )
-    if flavour in ("tensorrt", "tensorrt_rtx") and precisions is None:
-        graphs = _servable(graphs, input, flavour, options, device, progress)
+    if flavour in ("tensorrt", "tensorrt_rtx"):
+        served = functools.partial(_refuse_plan, flavour=flavour, plan=options, input=input, device=device)
+        graphs = _passing(graphs, served, failed, progress)
     if graphs:  # minutes of work would be lost otherwise
         bundle.require_writable(room=_room(graphs, flavour))
     added: list[str] = []
-    for graph in graphs:
-        progress(f"compiling {graph.precision}", 0, None)
-        if flavour == "openvino":
-            engine = compile_engine(bytes(bundle.read(graph.file)), graph.precision, cache=cache)
-        elif flavour == "torchscript":
-            engine = engine_of_torchscript(bytes(bundle.read(graph.file)))
-        else:
-            source, ranges = _graph_for_gpu(bundle, graph, flavour, options)
-            measured = options.timing_cache
-            if flavour == "tensorrt" and measured is None:  # what this loop has measured before, too
-                measured = _latest_timing_cache(bundle)
-            engine = compile_for_gpu(
-                source,
-                input,
-                graph.precision,
-                flavour=flavour,
-                options=dataclasses.replace(options, timing_cache=measured),
-                device=device,
-                ranges=ranges,
-                progress=progress,
-            )
-        for note in engine.notes:
-            progress(note, 0, None)
-        gate = graph.gate or DEFAULT_GATES[graph.precision]
-        report = ParityReport(precision=graph.precision, gate=gate, stages=())
-        host = compat.this_host(session.installed_versions(), device=None if engine.key.gpu is None else device)
-        if engine.key.gpu is None or not compat.reasons_against(engine.key, host):
-            progress(f"verifying {graph.precision}", 0, None)
-            on = None if engine.key.gpu is None else device
-            report = require(
-                measure_engine(
-                    engine.key,
-                    engine.data,
-                    spec,
-                    input,
-                    golden,
-                    gate,
-                    device=on,
-                    allow_host_code=allow_host_code,
-                    weights=session.weights_of(bundle, engine.key),
-                )
-            )
-        record, contents = _engine_record(engine, report, graph)
+
+    def add(graph: GraphRecord) -> None:
+        nonlocal bundle
+        record, contents = _compiled(
+            bundle, graph, golden, flavour, options, device, code=allow_host_code, cache=cache, progress=progress
+        )
         bundle = bundle.add_engine(record, contents)
         added.append(record.name)
-    if added:
-        bundle = _timed(bundle, None if flavour == "openvino" else device, code=allow_host_code, progress=progress)
+
+    _passing(graphs, add, failed, progress)
+    on = None if flavour == "openvino" else device
+    bundle, here = _timed(bundle, on, code=allow_host_code, anew=bool(added), progress=progress)
+    if failed and not added and not (resume and here):
+        raise failed[0]
     return tuple(record for record in bundle.manifest.engines if record.name in added)
 
 
-def _timed(bundle: Bundle, device: int | None, *, code: bool, progress: Progress) -> Bundle:
-    """The bundle with the latency of every engine that can run here, where there are several: timed side by side."""
+def _passing(
+    graphs: Sequence[GraphRecord],
+    step: Callable[[GraphRecord], None],
+    failed: list[CompileError | ParityError] | None,
+    progress: Progress,
+) -> list[GraphRecord]:
+    """The graphs that a step does not refuse. Why it refuses the others is told and appended to ``failed``; raised where
+    that is None, because they were asked for by name."""
+    left = []
+    for graph in graphs:
+        try:
+            step(graph)
+        except (CompileError, ParityError) as error:
+            if failed is None:
+                raise
+            failed.append(error)
+            progress(f"leaving {graph.precision} out: {error}", 0, None)
+        else:
+            left.append(graph)
+    return left
+
+
+def _compiled(
+    bundle: Bundle,
+    graph: GraphRecord,
+    golden: Mapping[str, np.ndarray],
+    flavour: Flavour,
+    options: PlanOptions,
+    device: int,
+    *,
+    code: bool,
+    cache: Path | None,
+    progress: Progress,
+) -> tuple[EngineRecord, dict[str, bytes]]:
+    """One engine, measured where it runs here: its record, and the bytes of its files by path."""
+    progress(f"compiling {graph.precision}", 0, None)
+    if flavour == "openvino":
+        engine = compile_engine(bytes(bundle.read(graph.file)), graph.precision, cache=cache)
+    elif flavour == "torchscript":
+        engine = engine_of_torchscript(bytes(bundle.read(graph.file)))
+    else:
+        assert flavour != "torch_tensorrt"  # compile_bundle refuses it
+        source, ranges = _graph_for_gpu(bundle, graph, flavour, options)
+        measured = options.timing_cache
+        if flavour == "tensorrt" and measured is None:  # what earlier compilations have measured
+            measured = _latest_timing_cache(bundle)
+        engine = compile_for_gpu(
+            source,
+            bundle.manifest.input,
+            graph.precision,
+            flavour=flavour,
+            options=dataclasses.replace(options, timing_cache=measured),
+            device=device,
+            ranges=ranges,
+            progress=progress,
+        )
+    for note in engine.notes:
+        progress(note, 0, None)
+    gate = graph.gate or DEFAULT_GATES[graph.precision]
+    report = ParityReport(precision=graph.precision, gate=gate, stages=())
+    on = None if engine.key.gpu is None else device
+    if engine.key.gpu is None or not compat.reasons_against(
+        engine.key, compat.this_host(session.installed_versions(), device=on)
+    ):
+        progress(f"verifying {graph.precision}", 0, None)
+        report = require(_measured(bundle, engine.key, engine.data, golden, gate, on, code=code))
+    return _engine_record(engine, report, graph)
+
+
+def _measured(
+    bundle: Bundle,
+    key: EngineKey,
+    data: bytes | bytearray,
+    golden: Mapping[str, np.ndarray],
+    gate: Gate,
+    device: int | None,
+    *,
+    code: bool = False,
+) -> ParityReport:
+    """The feature maps of an engine against the golden samples, through the runtime."""
+    spec, input, weights = bundle.manifest.backbone, bundle.manifest.input, session.weights_of(bundle, key)
+    return measure_engine(key, data, spec, input, golden, gate, device=device, allow_host_code=code, weights=weights)
+
+
+def _timed(
+    bundle: Bundle, device: int | None, *, code: bool, anew: bool, progress: Progress
+) -> tuple[Bundle, list[EngineRecord]]:
+    """The bundle with the latency of every engine that can run here, and those engines: several are timed side by side,
+    ``anew`` or where one has no latency. Without latencies the engines are as good: what fails here is told, not raised."""
     place = "cpu" if device is None else "cuda"
     host = compat.this_host(session.installed_versions(), device=device)
-    here = [e for e in bundle.manifest.engines if not session.reasons_against(e, host, device=place, code=code)]
-    if len(here) < 2:
-        return bundle
-    engines = [
-        functools.partial(session.open_session, bundle, engine, device=device, allow_host_code=code) for engine in here
-    ]
-    figures = time_engines(engines, bundle.manifest.input, progress=progress)
-    timed = [msgspec.structs.replace(e, milliseconds=figure) for e, figure in zip(here, figures, strict=True)]
-    for engine in timed:
-        bundle = bundle.add_engine(engine, {})
-    progress(ranking(timed), 0, None)
-    return bundle
+
+    def timed_of(current: Bundle) -> tuple[list[EngineRecord], list[float]]:
+        here = [e for e in current.manifest.engines if not session.reasons_against(e, host, device=place, code=code)]
+        if len(here) < 2 or not (anew or any(engine.milliseconds is None for engine in here)):
+            return here, []
+        engines = [
+            functools.partial(session.open_session, current, engine, device=device, allow_host_code=code)
+            for engine in here
+        ]
+        return here, time_engines(engines, current.manifest.input, progress=progress)
+
+    try:
+        bundle, (here, figures) = read_current(bundle.path, timed_of)
+        timed = [msgspec.structs.replace(e, milliseconds=figure) for e, figure in zip(here, figures, strict=False)]
+        for engine in timed:
+            bundle = bundle.add_engine(engine, {})
+    except EdgeBackbonesError as error:  # another process took an engine out, say
+        progress(f"not timed: {error}", 0, None)
+        return bundle, [
+            e for e in bundle.manifest.engines if not session.reasons_against(e, host, device=place, code=code)
+        ]
+    if timed:
+        progress(ranking(timed), 0, None)
+    return bundle, here
 
 
 def _room(graphs: Sequence[GraphRecord], flavour: Flavour) -> int:
@@ -230,32 +309,14 @@ def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, plan: Pla
     return False
 
 
-def _servable(
-    graphs: Sequence[GraphRecord],
-    input: InputSpec,
-    flavour: PlanFlavour,
-    options: PlanOptions,
-    device: int,
-    progress: Progress,
-) -> list[GraphRecord]:
-    """The graphs that this GPU takes; raises the CompileError of the first when it takes none."""
-    left, refused = [], []
-    for graph in graphs:
-        try:
-            weak = _is_weak(graph, flavour, options)
-            check_plan(input, graph.precision, flavour=flavour, options=options, device=device, weak=weak)
-        except CompileError as error:
-            refused.append(error)
-            progress(f"leaving {graph.precision} out: {error}", 0, None)
-        else:
-            left.append(graph)
-    if not left:
-        raise refused[0]
-    return left
+def _refuse_plan(graph: GraphRecord, *, flavour: PlanFlavour, plan: PlanOptions, input: InputSpec, device: int) -> None:
+    """Raise CompileError for what this library does not compile for this GPU."""
+    weak = _is_weak(graph, flavour, plan)
+    check_plan(input, graph.precision, flavour=flavour, options=plan, device=device, weak=weak)
 
 
 def _refuse_for(
-    profile: DeviceProfile, graphs: Sequence[GraphRecord], flavour: Flavour, plan: PlanOptions, input: InputSpec
+    profile: DeviceProfile, graph: GraphRecord, *, flavour: Flavour, plan: PlanOptions, input: InputSpec
 ) -> None:
     """Raise CompileError for what the device cannot run, before minutes have gone into it."""
     sizes = [
@@ -264,7 +325,6 @@ def _refuse_for(
     ]
     reasons = [
         reason
-        for graph in graphs
         for of_profile in sizes or [input]
         for reason in refusals(
             profile,
@@ -354,7 +414,7 @@ def verify_bundle(
     """
     progress("checking files", 0, None)
     bundle, _ = read_current(path, Bundle.check_files)
-    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
+    golden = load_golden(bundle)
     reports = []
     for record in _runnable(bundle, engine, device, code=allow_host_code):
         progress(f"verifying {record.key.precision}", 0, None)
@@ -365,21 +425,11 @@ def verify_bundle(
                 raise
             continue  # taken out since
         on = None if record.key.gpu is None else device
-        measured = measure_engine(
-            record.key,
-            data,
-            spec,
-            input,
-            golden,
-            gate,
-            device=on,
-            allow_host_code=allow_host_code,
-            weights=session.weights_of(bundle, record.key),
-        )
+        measured = _measured(bundle, record.key, data, golden, gate, on, code=allow_host_code)
         reports.append(measured)
         if measured.passed and not record.parity.measured:
             bundle = bundle.add_engine(msgspec.structs.replace(record, parity=measured), {})
-            bundle = _timed(bundle, on, code=allow_host_code, progress=progress)
+            bundle, _ = _timed(bundle, on, code=allow_host_code, anew=True, progress=progress)
     require(*reports)
     return tuple(reports)
 
@@ -398,14 +448,13 @@ def explain_bundle(
         raise MissingDependencyError(f"explaining an error ({error.name} is not installed)", "build") from error
     bundle = Bundle.open(path)
     bundle.check_files()
-    golden, spec, input = load_golden(bundle), bundle.manifest.backbone, bundle.manifest.input
+    golden, input = load_golden(bundle), bundle.manifest.input
     found = []
     for record in _runnable(bundle, engine, device, code=False):
         progress(f"verifying {record.key.precision}", 0, None)
         precision, gate = record.key.precision, record.parity.gate
         on = None if record.key.gpu is None else device
-        data, weights = bundle.read(record.file), session.weights_of(bundle, record.key)
-        report = measure_engine(record.key, data, spec, input, golden, gate, device=on, weights=weights)
+        report = _measured(bundle, record.key, bundle.read(record.file), golden, gate, on)
         if report.passed:
             continue
         if record.key.gpu is not None:

@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -18,7 +20,9 @@ from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, chi
 from edge_backbones.build import device as module
 from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.tensorrt import PlanOptions
-from edge_backbones.errors import BundleError, CompileError
+from edge_backbones.bundle import write_manifest
+from edge_backbones.errors import BundleError, CompileError, ParityError
+from edge_backbones.manifest import Gate, ParityReport
 from edge_backbones.profiles import load_profile
 from edge_backbones.runtime import compat
 from edge_backbones.runtime.cuda import Gpu
@@ -101,7 +105,7 @@ def test_what_tensorrt_measured_goes_with_the_bundle_and_into_the_next_compilati
         return dataclasses.replace(engine, timing_cache=measured, layers='{"Layers": []}')
 
     monkeypatch.setattr(module, "compile_for_gpu", compile_for_gpu)
-    monkeypatch.setattr(module, "_servable", lambda graphs, *_: list(graphs))
+    monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
     added = compile_bundle(bundle, flavour="tensorrt")
     assert given == [None, b"measured 1"]  # the second precision starts from what the first has measured
     opened = Bundle.open(bundle)
@@ -190,6 +194,8 @@ def test_a_damaged_engine_is_made_again(bundle):
 
 READ_ONLY = """
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from edge_backbones import compile_bundle
 from edge_backbones.build import device
 from edge_backbones.errors import BundleError
@@ -317,7 +323,7 @@ def test_the_workspace_is_the_profiles_unless_another_is_said(bundle, monkeypatc
         raise BundleError("far enough")
 
     monkeypatch.setattr(module, "compile_for_gpu", stop)
-    monkeypatch.setattr(module, "_servable", lambda graphs, *_: graphs)
+    monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
     for workspace in (None, 64 << 20):
         with pytest.raises(BundleError, match="far enough"):
             compile_bundle(
@@ -378,3 +384,116 @@ def test_a_gpu_that_no_profile_knows_is_compiled_for_and_told(bundle, monkeypatc
     assert cli._run(["compile", str(bundle), "--in-process"]) == 0
     assert (seen["flavour"], seen["profile"]) == ("tensorrt", None)
     assert "no profile is known to be of this GPU" in capsys.readouterr().err
+
+
+# ---- one precision that does not work, and engines that change hands
+
+
+def gated(path: Path, **sqnr_db: float) -> None:
+    """Gates by precision that the engines of this bundle have to pass when they are compiled again."""
+    opened = Bundle.open(path)
+    graphs = tuple(
+        msgspec.structs.replace(g, gate=Gate(min_sqnr_db=sqnr_db.get(g.precision.value, 0.0)))
+        for g in opened.manifest.graphs
+    )
+    write_manifest(path, msgspec.structs.replace(opened.manifest, graphs=graphs))
+
+
+def test_a_precision_outside_its_gate_does_not_keep_the_others(bundle):
+    for name in names(bundle):
+        Bundle.open(bundle).remove_engine(name)
+    gated(bundle, fp16=1000.0)
+    said = []
+    [added] = compile_bundle(bundle, progress=lambda step, *_: said.append(step))
+    assert added.key.precision is Precision.FP32
+    assert any(re.search("leaving fp16 out: fp16 is outside its gate", step) for step in said)
+    assert names(bundle) == [added.name]
+    # What starts a robot goes on every time: an engine is there.
+    assert compile_bundle(bundle, resume=True) == ()
+    # Who asks for it by name is told by an error, and so is who gets nothing.
+    with pytest.raises(ParityError, match="fp16 is outside its gate"):
+        compile_bundle(bundle, precisions=(Precision.FP16,), resume=True)
+    gated(bundle, fp16=1000.0, fp32=1000.0)
+    with pytest.raises(ParityError, match="is outside its gate"):
+        compile_bundle(bundle)
+    assert names(bundle) == [added.name]
+
+
+def test_a_graph_that_the_board_lacks_is_left_out_unless_it_was_asked_for(bundle, monkeypatch):
+    opened = Bundle.open(bundle)
+    as_fp8 = msgspec.structs.replace(opened.manifest.onnx_graph(Precision.FP32), precision=Precision.FP8)
+    write_manifest(bundle, msgspec.structs.replace(opened.manifest, graphs=(as_fp8, *opened.manifest.graphs)))
+    monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
+    monkeypatch.setattr(
+        module, "compile_for_gpu", lambda graph, _, precision, **__: compile_engine(graph, precision, cache=None)
+    )
+    said = []
+    options = {"flavour": "tensorrt", "profile": "jetson-orin-nano"}
+    added = compile_bundle(bundle, **options, progress=lambda step, *_: said.append(step))
+    assert {engine.key.precision for engine in added} == {Precision.FP16, Precision.FP32}
+    assert any("leaving fp8 out: fp8 needs sm_89 or newer and jetson-orin-nano is sm_87" in step for step in said)
+    with pytest.raises(CompileError, match="fp8 needs sm_89"):
+        compile_bundle(bundle, **options, precisions=(Precision.FP8,))
+
+
+def test_engines_that_nobody_timed_are_timed_when_a_killed_compilation_goes_on(bundle, monkeypatch):
+    opened = Bundle.open(bundle)
+    untimed = tuple(msgspec.structs.replace(e, milliseconds=None) for e in opened.manifest.engines)
+    write_manifest(bundle, msgspec.structs.replace(opened.manifest, engines=untimed))
+    together = planted(monkeypatch, fp16=2.0, fp32=1.0)
+    assert compile_bundle(bundle, resume=True) == ()
+    assert [sorted(one) for one in together] == [["fp16", "fp32"]]
+    assert compile_bundle(bundle, resume=True) == ()
+    assert len(together) == 1
+    with EdgeBackbone.from_pretrained(bundle) as backbone:
+        assert "-fp32-" in backbone.engine
+
+
+def test_an_engine_that_another_process_took_out_while_it_was_timed_is_no_failure(bundle, monkeypatch):
+    before, said = names(bundle), []
+
+    def measure(engines, input, *, progress):
+        taken = next(name for name in before if "-fp16-" in name)
+        Bundle.open(bundle).remove_engine(taken)
+        return [1.0] * len(engines)
+
+    monkeypatch.setattr(module, "time_engines", measure)
+    [added] = compile_bundle(bundle, precisions=(Precision.FP32,), progress=lambda step, *_: said.append(step))
+    assert any(step.startswith("not timed: ") and "another process took" in step for step in said)
+    assert names(bundle) == [added.name]
+
+
+def test_two_whose_engines_differ_do_not_disturb_each_other(bundle, monkeypatch):
+    """TensorRT's plans of one graph differ from run to run: each replaces the file that the other has just named."""
+
+    def compile_one(graph, precision, *, cache):
+        engine = compile_engine(graph, precision, cache=None)
+        return dataclasses.replace(engine, data=engine.data + bytes([threading.get_ident() % 251]))
+
+    monkeypatch.setattr(module, "compile_engine", compile_one)
+    monkeypatch.setattr(module, "measure_engine", lambda key, *_, **__: passing(bundle, key.precision))
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(compile_bundle, bundle) for _ in range(2)]
+            assert all(len(one.result(120)) <= 2 for one in both)
+        Bundle.open(bundle).check_files()
+
+
+def passing(path: Path, precision: Precision) -> ParityReport:
+    return next(e.parity for e in Bundle.open(path).manifest.engines if e.key.precision is precision)
+
+
+def test_an_engine_of_the_bundle_that_was_here_before_is_refused(bundle, tmp_path, monkeypatch):
+    """A bundle that is replaced while an engine of it is compiled would run the old network."""
+    options = BuildOptions(**{**OPTIONS, "weights": "random:1"}, precisions=(Precision.FP32,))
+
+    def compile_one(graph, precision, *, cache):
+        build_bundle("test_resnet", bundle, options=options, overwrite=True)
+        return compile_engine(graph, precision, cache=None)
+
+    monkeypatch.setattr(module, "compile_engine", compile_one)
+    with pytest.raises(BundleError, match=r"was built anew since .* was begun: compile it again"):
+        compile_bundle(bundle, precisions=(Precision.FP32,))
+    opened = Bundle.open(bundle)
+    opened.check_files()
+    assert {e.key.graph_sha256 for e in opened.manifest.engines} <= {g.file.sha256 for g in opened.manifest.graphs}
