@@ -28,9 +28,10 @@ A matrix, in which every path is relative to its file::
 
 What is there already is not made again, unless its inputs changed: the contents of source, weights, images and profile, the
 options, the libraries, this machine's CPU; not where the files lie. A bundle holds what its latest inputs made: going back
-to earlier ones makes it again. An engine that was removed from its bundle, or damaged in it, is made again. A cell that
-fails fails alone. ``matrix.json`` in the output folder says how every cell ended; the longest cells of the run before start
-first.
+to earlier ones makes it again. An engine that was removed from its bundle, or cut short in it, is made again
+(``edge-backbones verify`` reads every byte). Not seen from here: another TensorRT on a worker, and weights that changed on
+a hub under their name; take the bundle away to make it again. A cell that fails fails alone. ``matrix.json`` in the output
+folder says how every cell ended; the longest cells of the run before start first.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -49,6 +51,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -137,7 +140,8 @@ class Matrix(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """A bundle to build, or (``flavour``) an engine to add to it. ``digest``: of all that decides what comes out."""
+    """A bundle to build, or (``flavour``) an engine to add to it. ``digest``: of all that decides what comes out. ``why`` it
+    cannot be made: something of that cannot be read."""
 
     model: str
     precision: Precision
@@ -150,6 +154,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     targets: tuple[str, ...] = ()
     resource: str | None = None
     digest: str = ""
+    why: str = ""
 
     @property
     def name(self) -> str:
@@ -216,10 +221,26 @@ def tasks_of(matrix: Matrix, folder: Path) -> list[tuple[Task, list[Task]]]:
     made_with = [__version__, _versions(), host.architecture, host.cpu_features]
     found = []
     for model in matrix.models:
-        images = model.images or matrix.images
-        place = None if images is None else (folder / images).resolve()
-        source, options, meant = model.source, dict(model.options), dict(model.options)
-        content: dict[str, Any] = {"source": source, "images": place and hash_of(place), "options": meant}
+        task, content, why = _model_task(model, matrix, folder, hash_of)
+        for precision in model.precisions or matrix.precisions:
+            digest = _digest(made_with, content, precision)
+            build = msgspec.structs.replace(task, precision=precision, digest=digest, why=why)
+            engines = [engine_task(build, device, folder) for device in matrix.devices]
+            found.append((build, [engine for engine in engines if engine is not None]))
+    return found
+
+
+def _model_task(
+    model: Model, matrix: Matrix, folder: Path, hash_of: Callable[[Path], str]
+) -> tuple[Task, dict[str, Any], str]:
+    """The bundle of a model, what it is made of by content, and why that cannot be read: empty where it can."""
+    images = model.images or matrix.images
+    place = None if images is None else (folder / images).resolve()
+    source, options, meant = model.source, dict(model.options), dict(model.options)
+    content: dict[str, Any] = {"source": source, "options": meant}
+    why = ""
+    try:
+        content["images"] = place and hash_of(place)
         if (folder / source).exists():  # a save_pretrained folder; other sources are names
             source = str((folder / source).resolve())
             content["source"] = hash_of(Path(source))
@@ -229,18 +250,11 @@ def tasks_of(matrix: Matrix, folder: Path) -> list[tuple[Task, list[Task]]]:
         if "profile" in options:
             options["profile"] = _found_profile(str(options["profile"]), folder)
             meant["profile"] = msgspec.to_builtins(load_profile(options["profile"]))
-        for precision in model.precisions or matrix.precisions:
-            build = Task(
-                model=model.title,
-                precision=precision,
-                source=source,
-                images=None if place is None else str(place),
-                options=options,
-                digest=_digest(made_with, content, precision),
-            )
-            engines = [engine_task(build, device, folder) for device in matrix.devices]
-            found.append((build, [engine for engine in engines if engine is not None]))
-    return found
+    except InputError as error:
+        why = _words(error)
+    path = None if place is None else str(place)
+    task = Task(model=model.title, precision=Precision.FP32, source=source, images=path, options=options)
+    return task, content, why
 
 
 def engine_task(build: Task, device: Device, folder: Path) -> Task | None:
@@ -355,7 +369,9 @@ async def build_matrix(
     async def cell(task: Task, bundle: Path, built_on_it: Sequence[Task] = ()) -> None:
         before = known.get(task.name)
         done = before is not None and before.status in ("made", "there") and before.digest == task.digest
-        if before is not None and done and _holds(bundle, before.engines):
+        if task.why:
+            end(task, Ending(status="failed", why=task.why))
+        elif before is not None and done and _holds(bundle, before.engines):
             end(task, msgspec.structs.replace(before, status="there"))
         elif task.resource is not None and not (resources or {}).get(task.resource):
             end(task, Ending(status="waiting", why=f"no worker offers {task.resource}"))
@@ -526,6 +542,8 @@ async def run_child(task: Task, bundle: Path) -> tuple[str, ...]:
 
 def child(text: bytes, bundle: str, sender: Connection) -> None:
     """Carry out a task, and send the names of its engines, or why there are none. What libraries print is dropped."""
+    if sys.platform == "linux":  # who kills the matrix wants no cell to go on writing: the server ends with it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nowhere, stream)

@@ -23,7 +23,12 @@ LESS_MEMORY = (
 )
 
 
-def run(arguments: Sequence[str], command: Sequence[str] = (sys.executable, "-m", "edge_backbones")) -> int:
+# As the command itself: the folder that it is called in is not searched for libraries, and this package's is.
+_MAIN = "import sys; sys.path[:] = [*filter(None, sys.path), {!r}]; from edge_backbones.cli import main; main()"
+_COMMAND = (sys.executable, "-c", _MAIN.format(str(Path(__file__).parents[1])))
+
+
+def run(arguments: Sequence[str], command: Sequence[str] = _COMMAND) -> int:
     """Run ``edge-backbones`` with these arguments and return its exit code; what it prints is printed.
 
     Ctrl-C and termination are passed on, once. Raises CompileError when the process was killed or crashed, with what is

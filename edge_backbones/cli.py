@@ -828,6 +828,8 @@ def _run(arguments: list[str]) -> int:
         return _refuse(arguments, error, _EXIT_PARITY, parity=error.reports)
     except (EdgeBackbonesError, OSError, MemoryError) as error:
         return _refuse(arguments, error, 1)
+    except ImportError as error:  # not of an extra, which is said in words: of a library that is there
+        return _refuse(arguments, BrokenLibraryError(error), 1)
     except _UsageError as error:
         error.show()
         return int(error.exit_code)

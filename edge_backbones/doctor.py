@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -16,7 +17,7 @@ import msgspec
 
 from edge_backbones.bundle import Bundle
 from edge_backbones.manifest import EngineRecord
-from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, profile_of
+from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, modules_of, profile_of
 from edge_backbones.runtime import compat, cuda, session, tensorrt_library
 from edge_backbones.system import System, read_system
 
@@ -36,6 +37,10 @@ _DISTRIBUTIONS = (
 # A compilation of TensorRT takes about so much beside the plan itself, and the system some more.
 _MEMORY_TO_COMPILE = 2 << 30
 _FIRST_L4T = 36  # JetPack 6
+_FIRST_CUDA = 12  # of cuda-bindings; no TensorRT that engines are made with runs on an older driver
+_INSTEAD_OF_JETPACK_5 = (
+    "flash JetPack 6.2 (Orin), or use the CPU engine in a container of Ubuntu 22.04"  # for its glibc
+)
 _BOARD = "-v /proc/device-tree/model:/tmp/nv_jetson_model:ro"  # where system.board_name looks for it
 
 
@@ -59,7 +64,7 @@ class Python(msgspec.Struct, frozen=True, kw_only=True):
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen. ``cores``: logical ones. ``libraries``: version by distribution. ``tensorrt``: version by flavour, of
-    those that load. ``no_gpu``: why there is none."""
+    those that load. ``broken``: distributions that are installed and do not load, and why. ``no_gpu``: why there is none."""
 
     system: System
     host: compat.Host
@@ -67,6 +72,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     python: Python
     libraries: Mapping[str, str]
     tensorrt: Mapping[str, str]
+    broken: Mapping[str, str] = {}
     gpus: tuple[cuda.Gpu, ...] = ()
     no_gpu: str = ""
 
@@ -79,6 +85,12 @@ def look(root: Path = Path("/")) -> Machine:
             libraries[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    broken = {}
+    if "openvino" in libraries:
+        try:
+            importlib.import_module("openvino")
+        except ImportError as error:
+            broken["openvino"] = " ".join(str(error).split())[:200]
     found = cuda.gpus()
     return Machine(
         system=read_system(root),
@@ -91,6 +103,7 @@ def look(root: Path = Path("/")) -> Machine:
             system_packages=_sees_system_packages(),
         ),
         libraries=libraries,
+        broken=broken,
         # By import: on a Jetson no distribution is installed for pip to know.
         tensorrt={
             flavour: version
@@ -117,11 +130,15 @@ def judge(machine: Machine) -> list[Finding]:
         findings.append(_library(machine, purpose, extra, names))
     findings += [_gpu(machine), _cuda(machine), _tensorrt(machine)]
     findings += [_optional(machine, flavour) for flavour in ("tensorrt_lean", "tensorrt_rtx")]
-    if machine.gpus:
+    if machine.gpus and not _is_too_old(machine.system):
         findings.append(_served(machine, profile))
     if machine.system.jetson:
-        findings.append(_dla(profile))
+        findings.append(_dla(machine, profile))
     return findings
+
+
+def _is_too_old(system: System) -> bool:
+    return system.l4t is not None and int(system.l4t.partition(".")[0]) < _FIRST_L4T
 
 
 def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
@@ -204,10 +221,7 @@ def _jetson(system: System) -> Finding:
     if release >= (36,):
         fix = "its TensorRT is 8.6 and 10.3 is the oldest that engines are made with: upgrade to JetPack 6.2 (apt, or flash)"
     else:
-        fix = (
-            "its Python is 3.8 and its TensorRT 8.5; needed are Python 3.10 and TensorRT 10.3: flash JetPack 6.2 (Orin), or "
-            "use the CPU engine in a Python 3.10 of your own"
-        )
+        fix = f"its Python and its TensorRT are older than 3.10 and 10.3, which are needed: {_INSTEAD_OF_JETPACK_5}"
     return Finding(topic="JetPack", ok=False, found=found, fix=fix)
 
 
@@ -239,7 +253,7 @@ def _speed(machine: Machine) -> Finding:
         if mode is None:
             fix = "power mode not readable here: nvpmodel -q shows it, sudo jetson_clocks holds the clocks"
         elif not mode.startswith("MAXN"):
-            fix = f"{mode} holds the clocks down: nvpmodel -q lists the modes, sudo nvpmodel -m sets one"
+            fix = f"{mode} holds the clocks down: /etc/nvpmodel.conf has the modes, sudo nvpmodel -m ID sets one"
     elif settings.get("cpu governor") == "powersave":
         fix = "latencies waver: sudo cpupower frequency-set -g performance"
     return Finding(topic="power mode and clocks", ok=not fix, found=found or "not shown by this system", fix=fix)
@@ -249,9 +263,12 @@ def _library(machine: Machine, purpose: str, extra: str, distributions: Sequence
     """An extra, by the distributions that it brings."""
     versions = [f"{name} {machine.libraries[name]}" for name in distributions if name in machine.libraries]
     missing = [name for name in distributions if name not in machine.libraries]
-    found = "; ".join(filter(None, (", ".join(versions), f"missing: {', '.join(missing)}" if missing else "")))
-    fix = f"pip install 'edge-backbones[{extra}]'" if missing else ""
-    return Finding(topic=purpose, ok=not missing, found=found, fix=fix)
+    broken = [name for name in distributions if name in machine.broken]
+    parts = [", ".join(versions), f"missing: {', '.join(missing)}" if missing else ""]
+    parts += [f"{name} does not load: {machine.broken[name]}" for name in broken]
+    fixes = [f"pip install 'edge-backbones[{extra}]'"] if missing else []
+    fixes += [f"pip install --force-reinstall {' '.join(broken)}"] if broken else []
+    return Finding(topic=purpose, ok=not fixes, found="; ".join(filter(None, parts)), fix=", ".join(fixes))
 
 
 def _gpu(machine: Machine) -> Finding:
@@ -274,8 +291,8 @@ def _cuda(machine: Machine) -> Finding:
     ]
     toolkit = f"toolkit {machine.system.cuda}" if machine.system.cuda else "no toolkit (none is needed)"
     found = ", ".join([*versions, toolkit]) if versions else f"missing: cuda-bindings; {toolkit}"
-    wanted = bool(machine.gpus) and not versions
-    driver = machine.gpus[0].driver.partition(".")[0] if machine.gpus else ""
+    driver = int(machine.gpus[0].driver.partition(".")[0]) if machine.gpus else 0
+    wanted = driver >= _FIRST_CUDA and not versions
     return Finding(
         topic="reach the GPU's memory (CUDA)",
         ok=not wanted,
@@ -305,9 +322,9 @@ def _tensorrt(machine: Machine) -> Finding:
         return Finding(topic=topic, ok=True, found="not installed; there is no GPU here that would need it")
     if not system.jetson:
         return Finding(topic=topic, ok=False, found="missing", fix="pip install 'edge-backbones[tensorrt]'")
-    if system.l4t and int(system.l4t.partition(".")[0]) < _FIRST_L4T:
+    if _is_too_old(system):
         found = f"JetPack {system.jetpack} has an older one than engines are made with"
-        return Finding(topic=topic, ok=False, found=found, fix="flash JetPack 6.2 (Orin), or use the CPU engine")
+        return Finding(topic=topic, ok=False, found=found, fix=_INSTEAD_OF_JETPACK_5)
     short = ".".join(python.version.split(".")[:2])
     if not system.tensorrt_pythons:
         return Finding(
@@ -317,7 +334,10 @@ def _tensorrt(machine: Machine) -> Finding:
             fix="sudo apt install python3-libnvinfer",
         )
     theirs = system.tensorrt_pythons[-1]
-    remade = f"/usr/bin/python{theirs} -m venv --system-site-packages ENV, and pip install edge-backbones in it"
+    remade = (
+        f"/usr/bin/python{theirs} -m venv --system-site-packages ENV, ENV/bin/pip install 'edge-backbones[cli]', and "
+        "ENV/bin/edge-backbones doctor tells the rest"
+    )
     if short not in system.tensorrt_pythons:
         found = f"JetPack's TensorRT is for Python {theirs} and this is {short}"
         return Finding(topic=topic, ok=False, found=found, fix=f"use the system's Python: {remade}")
@@ -372,13 +392,15 @@ def _served(machine: Machine, profile: DeviceProfile | None) -> Finding:
     )
 
 
-def _dla(profile: DeviceProfile | None) -> Finding:
+def _dla(machine: Machine, profile: DeviceProfile | None) -> Finding:
     if profile is None or profile.kind != "jetson":
         return Finding(topic="DLA", ok=True, found="not known: no profile tells this board")
     if not profile.dla_cores:
         return Finding(topic="DLA", ok=True, found=f"{profile.title} has none")
+    cores = max(module.dla_cores for module in modules_of(profile, machine.gpus[0] if machine.gpus else None))
     releases = " or ".join(s.tensorrt for s in profile.software if s.dla)
-    return Finding(topic="DLA", ok=True, found=f"{profile.dla_cores} cores, for TensorRT {releases} (--dla-core)")
+    counted = "1 core" if cores == 1 else f"{cores} cores"
+    return Finding(topic="DLA", ok=True, found=f"{counted}, for TensorRT {releases} (--dla-core)")
 
 
 def _gib(size: int) -> str:

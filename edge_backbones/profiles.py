@@ -156,6 +156,12 @@ def profile_of(gpu: DetectedGpu | None, *, board: str = "") -> DeviceProfile | N
     return found[0] if len(found) == 1 else None
 
 
+def modules_of(profile: DeviceProfile, gpu: DetectedGpu | None) -> tuple[Module, ...]:
+    """The modules of a profile that have the memory of this GPU; all of them without one, or when none does."""
+    fitting = tuple(module for module in profile.modules if gpu is not None and _fits(gpu.memory_bytes, module))
+    return fitting or profile.modules
+
+
 def refusals(
     profile: DeviceProfile,
     *,

@@ -145,8 +145,8 @@ def engine_of_torch_tensorrt(program: bytes, suffix: str, precision: Precision, 
 
 def _read_cached(cache: Path, name: str) -> bytes | None:
     """File names are key-content hashes, so that a damaged engine is noticed and made again."""
-    for path in cache.glob(f"{name}-*.blob"):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a cache that cannot be read only costs time
+        for path in cache.glob(f"{name}-*.blob"):
             data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]:
                 os.utime(path)

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -364,10 +365,19 @@ def test_a_matrix_that_is_none_is_refused(tmp_path, text, message):
         read_matrix(tmp_path / "nothing.toml")
 
 
-def test_missing_photographs_are_named(tmp_path):
-    path = write(tmp_path)
-    with pytest.raises(InputError, match="photographs does not exist"):
-        tasks_of(read_matrix(path), tmp_path)
+def test_a_model_whose_inputs_cannot_be_read_fails_alone(folder):
+    path = write(folder)
+    text = path.read_text().replace('precisions = ["fp32"]\n', 'precisions = ["fp32"]\nimages = "nowhere"\n')
+    path.write_text(text)
+    endings, _ = carry_out(path, Pretender())
+    assert endings["test_efficientnet.fp32"].status == "failed"
+    assert endings["test_efficientnet.fp32"].why.endswith("nowhere does not exist")
+    assert endings["test_efficientnet.fp32 on rtx-40"].why == "its bundle was not built"
+    assert {endings[name].status for name in endings if name.startswith("test_resnet")} == {"made"}
+    (folder / "nowhere").mkdir()
+    Image.new("RGB", (40, 30)).save(folder / "nowhere" / "one.png")
+    endings, _ = carry_out(path, Pretender())
+    assert {ending.status for ending in endings.values()} == {"made", "there"}
 
 
 def test_paths_are_relative_to_the_matrix(folder, monkeypatch):
@@ -485,6 +495,29 @@ def test_a_run_that_ends_early_leaves_no_cell_behind(tmp_path):
 
     asyncio.run(cancelled())
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell no process that its parent died")
+def test_nothing_goes_on_when_the_matrix_is_killed(folder):
+    """A cell that wrote on would keep the bundle from the run that goes on in its place."""
+    with subprocess.Popen(
+        command(write(folder)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        whole = psutil.Process(run.pid)
+        deadline = time.monotonic() + 60
+
+        def cells() -> list[psutil.Process]:  # what the server, or its children, forked
+            return [p for p in whole.children(recursive=True) if p.ppid() != run.pid]
+
+        while not (found := cells()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(1.0)  # it has begun
+        found = [*found, *cells()]
+        run.kill()
+        run.wait()
+    _, alive = psutil.wait_procs(found, timeout=20)
+    assert not alive
 
 
 def test_what_cells_are_forked_from_has_no_threads():

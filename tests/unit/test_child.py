@@ -95,6 +95,20 @@ def test_handlers_are_as_they_were():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_nothing_in_the_folder_where_it_is_called_is_run(tmp_path: Path):
+    """As the command itself does not: a folder that one compiles in may be anybody's."""
+    bundle = make_bundle(tmp_path / "net.bundle")
+    for name in ("msgspec", "edge_backbones", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the folder')")
+    code = "import sys; del sys.path[0]; from edge_backbones.cli import main; main()"  # as in bin/edge-backbones
+    done = subprocess.run(
+        [sys.executable, "-c", code, "compile", str(bundle.path), "--precision", "int8", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "has no int8; its ONNX graphs: none" in done.stdout
+
+
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_compile_survives_what_kills_it(tmp_path: Path, form):
     bundle = make_bundle(tmp_path / "net.bundle")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edge_backbones import cli
 from edge_backbones.bundle import Bundle, record_bytes
 from edge_backbones.manifest import EngineRecord, Gate
 from edge_backbones.spec import Precision
@@ -259,3 +260,15 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["went on", "interrupted True"]
+
+
+def test_a_library_that_breaks_in_the_middle_is_told_in_one_line(monkeypatch, capsys):
+    def breaks(*_, **__):
+        import_error = ImportError("pydantic_core/_pydantic_core.so: wrong ELF class: ELFCLASS32")
+        raise import_error
+
+    monkeypatch.setattr(cli, "app", breaks)
+    assert cli._run(["doctor"]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "an installed library is not for this machine" in line
+    assert "pydantic_core" in line

@@ -156,7 +156,7 @@ def test_an_orin_nano_as_it_should_be():
     assert "add swap" in memory.fix
     speed = finding(found, "power mode")
     assert "Jetson power mode 25W" in speed.found
-    assert "25W holds the clocks down" in speed.fix
+    assert "25W holds the clocks down: /etc/nvpmodel.conf has the modes" in speed.fix
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,17 @@ def test_jetpack_5_is_told_what_it_lacks():
     found = judge(machine("jetpack5-agx-xavier"))
     jetpack = finding(found, "JetPack")
     assert not jetpack.ok
-    assert "flash JetPack 6.2 (Orin), or use the CPU engine" in jetpack.fix
-    assert "flash JetPack 6.2" in finding(found, "compile and run engines").fix
+    instead = (
+        "flash JetPack 6.2 (Orin), or use the CPU engine in a container of Ubuntu 22.04"  # OpenVINO asks for its glibc
+    )
+    assert jetpack.fix.endswith(instead)
+    assert finding(found, "compile and run engines").fix == instead
+    # Its GPU, seen, changes nothing of that.
+    xavier = gpu("Xavier", "sm_72", 30.0, "11.4", integrated=True)
+    found = judge(machine("jetpack5-agx-xavier", gpus=(xavier,)))
+    assert not [one for one in found if one.topic == "device profile"]
+    assert finding(found, "reach the GPU").fix == ""
+    assert finding(found, "compile and run engines").fix == instead
     assert "no int8 dot product" in finding(found, "fast int8").fix
     assert "Jetson power mode 15W" in finding(found, "power mode").found
 
@@ -272,7 +281,32 @@ def test_a_module_that_only_its_board_tells_apart():
     )
 
 
+@pytest.mark.parametrize(("gib", "cores"), [(7.4, "1 core,"), (15.2, "2 cores,")])
+def test_dla_cores_are_those_of_the_module(gib, cores):
+    seen = machine("jetpack6-orin-nano", gpus=(gpu("Orin", "sm_87", gib, "12.6", integrated=True),))
+    board = "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
+    seen = msgspec.structs.replace(seen, system=msgspec.structs.replace(seen.system, board=board))
+    assert finding(judge(seen), "DLA").found.startswith(cores)
+
+
 # ---- others
+
+
+def test_a_library_that_is_installed_and_does_not_load_is_told(monkeypatch):
+    seen = machine("bare", libraries={"openvino": "2026.4.1"})
+    why = "_pyopenvino.so: cannot open shared object file: wrong ELF class"
+    one = finding(judge(msgspec.structs.replace(seen, broken={"openvino": why})), "run on the CPU")
+    assert not one.ok
+    assert one.found == f"openvino 2026.4.1; openvino does not load: {why}"
+    assert one.fix == "pip install --force-reinstall openvino"
+    assert doctor.look().broken == {}
+
+    def refuse(name: str):
+        raise ImportError(f"{name}: invalid ELF header")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", refuse)
+    monkeypatch.setattr(doctor.tensorrt_library, "library_version", lambda flavour: None)
+    assert doctor.look().broken == {"openvino": "openvino: invalid ELF header"}
 
 
 def test_a_server():
