@@ -110,8 +110,8 @@ class Bundle:
 
         ``contents``: the bytes of each of ``engine.files`` that the bundle does not hold already, by path. They are on disk
         before the manifest that names them appears; files of the engine that it replaces go after that. Writers take
-        turns; BundleError when one has held the bundle for a minute, or has taken out a file that is not in ``contents`` or
-        the graph that the engine was made of: a bundle that was built anew has no use for it.
+        turns; BundleError when one has held the bundle for a minute, or has taken out a file that is not in ``contents``, or
+        the graph that the engine was made of.
         """
         with _lock(self.path, patience=_PATIENCE):
             current = Bundle.open(self.path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_backbones.errors import CompileError
-from edge_backbones.system import Memory, read_system
+from edge_backbones.system import Memory, gib, read_system
 
 _FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -23,7 +23,7 @@ LESS_MEMORY = (
 )
 
 
-# As the command itself: the folder that it is called in is not searched for libraries, and this package's is.
+# As for the command itself, the current folder is not searched for libraries.
 _MAIN = "import sys; sys.path[:] = [*filter(None, sys.path), {!r}]; from edge_backbones.cli import main; main()"
 _COMMAND = (sys.executable, "-c", _MAIN.format(str(Path(__file__).parents[1])))
 
@@ -69,9 +69,7 @@ def _why(number: int, memory: Memory | None, *, for_memory: bool) -> str:
             f"compiling crashed in a library ({name}); the bundle holds what was finished before. Try another "
             "--precision, and edge-backbones doctor; with --in-process the crash is this process's, for a debugger"
         )
-    room = (
-        "" if memory is None else f", {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available before"
-    )
+    room = "" if memory is None else f", {gib(memory.available)} of {gib(memory.total)} available before"
     reason = "by the system, for lack of memory" if for_memory else "(SIGKILL), as the system does for lack of memory"
     return f"compiling was killed {reason}{room}. {LESS_MEMORY}"
 

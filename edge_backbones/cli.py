@@ -512,7 +512,7 @@ def run(
 ) -> None:
     """Feature maps of photographs: an .npz with one array per stage, and a picture of them."""
     from edge_backbones.images import fit, list_images, open_image, to_input
-    from edge_backbones.pictures import draw_feature_maps
+    from edge_backbones.pictures import as_map, draw_feature_maps
     from edge_backbones.runtime.backbone import EdgeBackbone
 
     if not source.exists():
@@ -537,8 +537,12 @@ def run(
             by_stage = {stage: m[0] for stage, m in zip(backbone.out_features, maps, strict=True)}
             features.parent.mkdir(parents=True, exist_ok=True)
             np.savez(features, **by_stage)  # type: ignore[arg-type]
-            drawable = _drawable(by_stage, backbone) if picture else {}
-            if drawable:
+            drawable = {}
+            for (stage, m), layout, stride in zip(by_stage.items(), backbone.layouts, backbone.strides, strict=True):
+                drawn = as_map(m, layout, (spec.height.opt // stride[0], spec.width.opt // stride[1]))
+                if drawn is not None:
+                    drawable[stage] = drawn
+            if picture and drawable:
                 draw_feature_maps(drawing, photograph, drawable, title=f"{Path(bundle).name}: {file.name}")
             shapes = {stage: list(m.shape) for stage, m in by_stage.items()}
             written.append({"image": str(file), "features": str(features), "shapes": shapes})
@@ -680,23 +684,6 @@ def _feature_files(files: list[Path], root: Path, out: Path) -> list[tuple[Path,
     if lost:
         raise InputError(f"{lost[0]} is one of the images and would be overwritten: choose another folder with --out")
     return targets
-
-
-def _drawable(by_stage: dict[str, np.ndarray], backbone: Any) -> dict[str, np.ndarray]:
-    """Maps as (channels, height, width). Tokens go back to their grid, without the prefix tokens in front of it."""
-    drawable = {}
-    for (stage, m), layout, (vertical, horizontal) in zip(
-        by_stage.items(), backbone.layouts, backbone.strides, strict=True
-    ):
-        if layout == "NHWC":
-            drawable[stage] = m.transpose(2, 0, 1)
-        elif layout == "NCHW":
-            drawable[stage] = m
-        else:
-            rows, columns = backbone.input.height.opt // vertical, backbone.input.width.opt // horizontal
-            if 1 < rows * columns <= len(m):
-                drawable[stage] = m[-rows * columns :].reshape(rows, columns, -1).transpose(2, 0, 1)
-    return drawable
 
 
 @app.command()
@@ -909,10 +896,13 @@ def _print_parity(reports: Iterable[ParityReport], console: Console | None = Non
         for column in ("cosine", "SQNR dB", "relative error", "max |difference|", ""):
             table.add_column(column, justify="right")
         for s in report.stages:
-            verdict = Text("pass", style="green") if s.passed else Text("FAIL", style="red")
             figures = (f"{s.cosine:.6f}", f"{s.sqnr_db:.1f}", f"{s.relative:.1e}", f"{s.max_abs:.3g}")
-            table.add_row(s.stage, *(figures if s.finite else ("not finite",) * 4), verdict)
+            table.add_row(s.stage, *(figures if s.finite else ("not finite",) * 4), _verdict(s.passed))
         (console or _out).print(table)
+
+
+def _verdict(passed: bool) -> Text:
+    return Text("pass", style="green") if passed else Text("FAIL", style="red")
 
 
 _COSTS = (
@@ -967,10 +957,13 @@ def _print_trials(decision: Decision | None) -> None:
         table.add_column(column, justify="right")
     for trial in decision.trials:
         without = f" without {len(trial.blocks)} blocks" if trial.blocks else ""
-        verdict = Text("pass", style="green") if trial.passed else Text("FAIL", style="red")
         milliseconds = "" if trial.milliseconds is None else f"{trial.milliseconds:.2f}"
         table.add_row(
-            f"{trial.precision}{without}", f"{trial.cosine:.4f}", f"{trial.sqnr_db:.1f}", milliseconds, verdict
+            f"{trial.precision}{without}",
+            f"{trial.cosine:.4f}",
+            f"{trial.sqnr_db:.1f}",
+            milliseconds,
+            _verdict(trial.passed),
         )
     _out.print(table)
 

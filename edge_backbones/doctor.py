@@ -19,7 +19,7 @@ from edge_backbones.bundle import Bundle
 from edge_backbones.manifest import EngineRecord
 from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, modules_of, profile_of
 from edge_backbones.runtime import compat, cuda, session, tensorrt_library
-from edge_backbones.system import System, read_system
+from edge_backbones.system import System, gib, read_system
 
 _FAST_INT8 = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 _BUILD = ("torch", "timm", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino")
@@ -37,7 +37,7 @@ _DISTRIBUTIONS = (
 # A compilation of TensorRT takes about so much beside the plan itself, and the system some more.
 _MEMORY_TO_COMPILE = 2 << 30
 _FIRST_L4T = 36  # JetPack 6
-_FIRST_CUDA = 12  # of cuda-bindings; no TensorRT that engines are made with runs on an older driver
+_FIRST_CUDA = 12  # that cuda-bindings and TensorRT are here for
 _INSTEAD_OF_JETPACK_5 = (
     "flash JetPack 6.2 (Orin), or use the CPU engine in a container of Ubuntu 22.04"  # for its glibc
 )
@@ -195,10 +195,10 @@ def _memory(machine: Machine) -> Finding:
     memory = machine.system.memory
     if memory is None:
         return Finding(topic="memory", ok=True, found="not known on this system")
-    found = f"{_gib(memory.available)} of {_gib(memory.total)} available, swap {_gib(memory.swap)}"
+    found = f"{gib(memory.available)} of {gib(memory.total)} available, swap {gib(memory.swap)}"
     little = memory.available + memory.swap < _MEMORY_TO_COMPILE
     fix = (
-        f"compiling takes about {_gib(_MEMORY_TO_COMPILE)}: close programs, add swap (fallocate, mkswap, swapon), or compile "
+        f"compiling takes about {gib(_MEMORY_TO_COMPILE)}: close programs, add swap (fallocate, mkswap, swapon), or compile "
         "with --workspace 256 and one --shapes"
     )
     return Finding(topic="memory", ok=not little, found=found, fix=fix if little else "")
@@ -274,7 +274,7 @@ def _library(machine: Machine, purpose: str, extra: str, distributions: Sequence
 def _gpu(machine: Machine) -> Finding:
     topic = "NVIDIA GPU"
     if machine.gpus:
-        listed = ", ".join(f"{g.name} ({g.architecture}, {_gib(g.memory_bytes)})" for g in machine.gpus)
+        listed = ", ".join(f"{g.name} ({g.architecture}, {gib(g.memory_bytes)})" for g in machine.gpus)
         kernel = f"driver {machine.system.driver}, " if machine.system.driver else ""
         return Finding(topic=topic, ok=True, found=f"{listed}; {kernel}CUDA up to {machine.gpus[0].driver}")
     fix = ""
@@ -379,7 +379,7 @@ def _served(machine: Machine, profile: DeviceProfile | None) -> Finding:
         return Finding(
             topic="device profile",
             ok=False,
-            found=f"none is known to be of {gpu.name} ({gpu.architecture}, {_gib(gpu.memory_bytes)})",
+            found=f"none is known to be of {gpu.name} ({gpu.architecture}, {gib(gpu.memory_bytes)})",
             fix=(f"in a container docker run {_BOARD} shows the board; or " if hidden else "")
             + "compile --profile NAME (edge-backbones profiles lists them) or --profile FILE.toml, your own; without one "
             "engines are compiled all the same, and TensorRT alone says what it cannot run",
@@ -401,7 +401,3 @@ def _dla(machine: Machine, profile: DeviceProfile | None) -> Finding:
     releases = " or ".join(s.tensorrt for s in profile.software if s.dla)
     counted = "1 core" if cores == 1 else f"{cores} cores"
     return Finding(topic="DLA", ok=True, found=f"{counted}, for TensorRT {releases} (--dla-core)")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -13,6 +13,19 @@ from edge_backbones.errors import MissingDependencyError
 _CHANNELS_SHOWN = 4
 
 
+def as_map(output: np.ndarray, layout: str, grid: tuple[int, int]) -> np.ndarray | None:
+    """One image's map as (channels, height, width); tokens go back to their ``grid``, without the prefix in front of it. None
+    for what has no place in the image."""
+    if layout == "NCHW" and output.ndim == 3:
+        return output
+    if layout == "NHWC" and output.ndim == 3:
+        return output.transpose(2, 0, 1)
+    cells = grid[0] * grid[1]
+    if layout == "NLC" and output.ndim == 2 and 1 < cells <= len(output):
+        return output[-cells:].reshape(*grid, -1).transpose(2, 0, 1)
+    return None
+
+
 def draw_feature_maps(
     path: Path,
     photograph: np.ndarray,

@@ -29,6 +29,7 @@ from edge_backbones.errors import (
     MissingDependencyError,
 )
 from edge_backbones.manifest import CalibrationFile, Decision, EngineRecord, GraphRecord, Manifest, ParityReport
+from edge_backbones.pictures import as_map
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
@@ -274,29 +275,15 @@ def _figures(
         left_out: list[str] = []
         for stage, layout, stride in zip(spec.out_features, spec.layouts, spec.strides, strict=True):
             grid = height // stride[0], width // stride[1]
-            reference = _as_map(samples[stage][i], layout, grid)
+            reference = as_map(samples[stage][i].astype(np.float64), layout, grid)
             if reference is None:
                 left_out.append(stage)
                 continue
-            actual = _as_map(outputs[stage][i], layout, grid) if outputs else None
+            actual = as_map(outputs[stage][i].astype(np.float64), layout, grid) if outputs else None
             drawn.append(_draw(stage, f"{stage} on {title}", samples[stage][i].shape, reference, actual, precision))
         alt = f"input image {title}, as the network sees it"
         figures.append(_Figure(str(title), _Picture(_photograph(manifest, image), alt), drawn, left_out))
     return figures
-
-
-def _as_map(output: np.ndarray, layout: str, grid: tuple[int, int]) -> np.ndarray | None:
-    """A map as float64 (channels, height, width); tokens go back to their ``grid``, without the prefix in front of it. None
-    for what has no place in the image."""
-    output = output.astype(np.float64)
-    if layout == "NCHW" and output.ndim == 3:
-        return output
-    if layout == "NHWC" and output.ndim == 3:
-        return output.transpose(2, 0, 1)
-    cells = grid[0] * grid[1]
-    if layout == "NLC" and output.ndim == 2 and 1 < cells <= len(output):
-        return output[-cells:].reshape(*grid, -1).transpose(2, 0, 1)
-    return None
 
 
 def _draw(

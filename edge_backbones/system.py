@@ -156,3 +156,8 @@ def _text(path: Path) -> str:
         return path.read_bytes().decode("utf-8", "replace").strip("\0 \n")
     except OSError:
         return ""
+
+
+def gib(size: int) -> str:
+    """Bytes for a message: ``7.4 GiB``."""
+    return f"{size / 2**30:.1f} GiB"

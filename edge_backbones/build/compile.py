@@ -21,6 +21,7 @@ from edge_backbones.errors import MissingDependencyError
 from edge_backbones.manifest import EngineKey, GpuKey
 from edge_backbones.runtime import compat, cuda, openvino, torchscript
 from edge_backbones.spec import InputSpec, Precision
+from edge_backbones.system import gib
 
 CACHE_LIMIT_BYTES = 4 << 30
 
@@ -98,7 +99,7 @@ def compile_for_gpu(
         graph_sha256=hashlib.sha256(graph).hexdigest(),
         gpu=plan.gpu,
     )
-    notes = [f"memory that the compilation needed: {plan.memory_estimate / 2**30:.1f} GiB at least", *plan.warnings]
+    notes = [f"memory that the compilation needed: {gib(plan.memory_estimate)} at least", *plan.warnings]
     return CompiledEngine(
         plan.data,
         key,

@@ -71,9 +71,8 @@ def compile_bundle(
     Every engine that this machine can run is timed then, side by side: runtimes take the fastest, whatever its precision.
 
     The bundle is unchanged for a precision that fails: its gate is the one the bundle was built with. Where none was asked
-    for by name the others go on without it, and ``progress`` is told why; its error is raised when nothing was added (and,
-    with ``resume``, nothing that was there before runs). Raises BundleError, CompileError, ParityError,
-    MissingDependencyError.
+    for by name the others go on, ``progress`` is told, and its error is raised when nothing was added and (with ``resume``)
+    nothing was there. Raises BundleError, CompileError, ParityError, MissingDependencyError.
     """
     if flavour == "torch_tensorrt":
         raise CompileError(
@@ -122,8 +121,8 @@ def compile_bundle(
 
     _passing(graphs, add, failed, progress)
     on = None if flavour == "openvino" else device
-    bundle, here = _timed(bundle, on, code=allow_host_code, anew=bool(added), progress=progress)
-    if failed and not added and not (resume and here):
+    bundle = _timed(bundle, on, code=allow_host_code, anew=bool(added), progress=progress)
+    if failed and not added and not (resume and _runs_here(bundle, on, code=allow_host_code)):
         raise failed[0]
     return tuple(record for record in bundle.manifest.engines if record.name in added)
 
@@ -134,8 +133,7 @@ def _passing(
     failed: list[CompileError | ParityError] | None,
     progress: Progress,
 ) -> list[GraphRecord]:
-    """The graphs that a step does not refuse. Why it refuses the others is told and appended to ``failed``; raised where
-    that is None, because they were asked for by name."""
+    """The graphs that a step does not refuse. Why it refuses others is told, and goes to ``failed`` or is raised for None."""
     left = []
     for graph in graphs:
         try:
@@ -212,37 +210,37 @@ def _measured(
     return measure_engine(key, data, spec, input, golden, gate, device=device, allow_host_code=code, weights=weights)
 
 
-def _timed(
-    bundle: Bundle, device: int | None, *, code: bool, anew: bool, progress: Progress
-) -> tuple[Bundle, list[EngineRecord]]:
-    """The bundle with the latency of every engine that can run here, and those engines: several are timed side by side,
-    ``anew`` or where one has no latency. Without latencies the engines are as good: what fails here is told, not raised."""
+def _runs_here(bundle: Bundle, device: int | None, *, code: bool) -> list[EngineRecord]:
     place = "cpu" if device is None else "cuda"
     host = compat.this_host(session.installed_versions(), device=device)
+    return [e for e in bundle.manifest.engines if not session.reasons_against(e, host, device=place, code=code)]
 
-    def timed_of(current: Bundle) -> tuple[list[EngineRecord], list[float]]:
-        here = [e for e in current.manifest.engines if not session.reasons_against(e, host, device=place, code=code)]
+
+def _timed(bundle: Bundle, device: int | None, *, code: bool, anew: bool, progress: Progress) -> Bundle:
+    """The bundle with latencies: engines that can run here are timed side by side, ``anew`` or where one has none. Without
+    them the engines are as good: what fails here is told, not raised."""
+
+    def timed_of(current: Bundle) -> list[EngineRecord]:
+        here = _runs_here(current, device, code=code)
         if len(here) < 2 or not (anew or any(engine.milliseconds is None for engine in here)):
-            return here, []
+            return []
         engines = [
             functools.partial(session.open_session, current, engine, device=device, allow_host_code=code)
             for engine in here
         ]
-        return here, time_engines(engines, current.manifest.input, progress=progress)
+        figures = time_engines(engines, current.manifest.input, progress=progress)
+        return [msgspec.structs.replace(e, milliseconds=figure) for e, figure in zip(here, figures, strict=True)]
 
     try:
-        bundle, (here, figures) = read_current(bundle.path, timed_of)
-        timed = [msgspec.structs.replace(e, milliseconds=figure) for e, figure in zip(here, figures, strict=False)]
+        bundle, timed = read_current(bundle.path, timed_of)
         for engine in timed:
             bundle = bundle.add_engine(engine, {})
     except EdgeBackbonesError as error:  # another process took an engine out, say
         progress(f"not timed: {error}", 0, None)
-        return bundle, [
-            e for e in bundle.manifest.engines if not session.reasons_against(e, host, device=place, code=code)
-        ]
+        return Bundle.open(bundle.path)
     if timed:
         progress(ranking(timed), 0, None)
-    return bundle, here
+    return bundle
 
 
 def _room(graphs: Sequence[GraphRecord], flavour: Flavour) -> int:
@@ -310,7 +308,7 @@ def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, plan: Pla
 
 
 def _refuse_plan(graph: GraphRecord, *, flavour: PlanFlavour, plan: PlanOptions, input: InputSpec, device: int) -> None:
-    """Raise CompileError for what this library does not compile for this GPU."""
+    """Raise CompileError for what this library does not compile here."""
     weak = _is_weak(graph, flavour, plan)
     check_plan(input, graph.precision, flavour=flavour, options=plan, device=device, weak=weak)
 
@@ -429,7 +427,7 @@ def verify_bundle(
         reports.append(measured)
         if measured.passed and not record.parity.measured:
             bundle = bundle.add_engine(msgspec.structs.replace(record, parity=measured), {})
-            bundle, _ = _timed(bundle, on, code=allow_host_code, anew=True, progress=progress)
+            bundle = _timed(bundle, on, code=allow_host_code, anew=True, progress=progress)
     require(*reports)
     return tuple(reports)
 

@@ -33,8 +33,7 @@ def measure_parity(
 ) -> ParityReport:
     """Run every golden case; the worst image of all cases counts for each output of the engine.
 
-    ``profiles``: optimisation profiles of the engine, each of which has kernels of its own: every one that takes images of
-    a case's size is run, with a batch that falls to it.
+    ``profiles``: of the engine, each with kernels of its own: every one that takes a case's size is run.
     """
     worst: dict[str, StageParity] = {}
     for case in sorted({key.partition("/")[0] for key in golden}):

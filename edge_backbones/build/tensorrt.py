@@ -27,7 +27,7 @@ from edge_backbones.profiles import FIRST_ARCHITECTURE
 from edge_backbones.runtime import cuda, plan
 from edge_backbones.runtime.tensorrt_library import against_driver, against_release, load_library, logger_of
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from edge_backbones.system import is_jetson, read_system
+from edge_backbones.system import gib, is_jetson, read_system
 
 PlanFlavour = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -267,7 +267,7 @@ def _refuse_for_memory(estimate: int, gpu: cuda.Gpu) -> None:
     if estimate > room:
         has = "has" if memory is None else "has, beside what runs,"
         raise CompileError(
-            f"this compilation needs {_gib(estimate)} at least and {gpu.name} {has} {_gib(room)}: choose a smaller batch or "
+            f"this compilation needs {gib(estimate)} at least and {gpu.name} {has} {gib(room)}: choose a smaller batch or "
             "size, a smaller workspace, or end what else runs"
         )
 
@@ -698,7 +698,3 @@ def _explained(message: str) -> str:
     """TensorRT's words, with a way out where one is known."""
     ways = [way for pattern, way in _WAYS_OUT if re.search(pattern, message)]
     return f"{message} ({ways[0]})" if ways else message
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -275,8 +275,8 @@ class _Engine:
     profiles: tuple[Profile, ...]
 
     def new_context(self) -> Any:
-        """An execution context whose memory is that of its profile, where TensorRT can do so, and whose kernels stay as they
-        are: TensorRT-RTX would begin with spare ones and compile others beside, which nobody has measured."""
+        """An execution context whose memory is that of its profile, where TensorRT can do so. TensorRT-RTX would begin with
+        spare kernels and compile others meanwhile, which nobody has measured."""
         self.logger.clear()
         strategies = getattr(self.library, "ExecutionContextAllocationStrategy", None)
         on_change = getattr(strategies, "ON_PROFILE_CHANGE", None)
