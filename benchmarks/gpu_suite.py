@@ -5,8 +5,10 @@ It needs no installation: ``python3 -m benchmarks.gpu_suite`` from the repositor
 ran and nothing failed, 1 when something failed, 3 when nothing was run (no GPU: the reason is printed, and a document is
 written only where --out says).
 
-TensorRT compiles typed ONNX graphs, which take the workstation's libraries to make: ``--prepare FOLDER`` there, copy the
-folder, ``--bundles FOLDER`` here. Without it the TorchScript, CUDA-memory and graph parts run all the same.
+TensorRT compiles typed ONNX graphs, which take the workstation's libraries to make. Where those are installed they are made
+first, in minutes that do not count; else ``--prepare FOLDER`` on a workstation, copy the folder, ``--bundles FOLDER`` here.
+Without them the TorchScript, CUDA-memory and graph parts run all the same. What was to be reached, and was, is under
+``targets``; a figure that misses is no failure.
 
 Every contender is alone in its process, started once, and waits while another is timed; they take turns, ratios are taken
 within a round, and the median of the rounds counts. Latency is from the call until the GPU is done; "pipelined" is the time
@@ -53,6 +55,7 @@ from benchmarks.gpu_tasks import (
     rtx_refusal,
     trained_like,
 )
+from edge_backbones.profiles import FIRST_ARCHITECTURE
 from edge_backbones.runtime import cuda
 
 ROOT = Path(__file__).parents[1]
@@ -60,12 +63,14 @@ TESTS = ROOT / "tests" / "gpu"
 BUNDLES = ROOT / ".cache" / "gpu"
 
 PASSED, FAILED, NOTHING_RUN = 0, 1, 3
+PRECISIONS = ("fp16", "int8", "fp8")  # of the plans that are timed
 PARITY_MODELS = ("mobilenetv3_small_050", "test_resnet", "test_vit")
 
 ROUNDS = 7
 SECONDS_PER_TURN = 0.6
 LONGEST_TASK = 200.0  # seconds; what takes longer hangs
 _TIME_FOR_ROUNDS = 30.0
+_TO_PREPARE = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino", "skimage")
 _LIBRARIES = (
     "numpy",
     "msgspec",
@@ -194,6 +199,9 @@ class Suite:
             self.add(Part("roofline", "not run", reason))
 
     def run(self) -> None:
+        if not self.options.bundles.is_dir():
+            self.measure("make the graphs", self._prepare)
+            self._end = time.monotonic() + self.options.seconds
         half = self.options.only
         if half is not None:
             self.parts = self._kept(tests=half == "benchmark")
@@ -230,6 +238,13 @@ class Suite:
             lambda: self._ask("roofline", timed=timed_engines(self.parts), bundles=str(self.options.bundles)),
         )
 
+    def _prepare(self) -> dict[str, Any]:
+        lacking = [name for name in _TO_PREPARE if importlib.util.find_spec(name) is None]
+        if lacking:
+            raise MissingError(f"{', '.join(lacking)} not installed: make them elsewhere with --prepare")
+        prepare(self.options.bundles)
+        return {"bundles": len(list(self.options.bundles.glob("*.bundle")))}
+
     def measure(self, name: str, action: Callable[[], dict[str, Any]]) -> Part:
         """Do one part. What is missing makes it "not run", any exception "failed"."""
         start = time.monotonic()
@@ -258,6 +273,12 @@ class Suite:
 
     def finish(self) -> int:
         written = self.write()
+        for target in targets(self.parts):
+            print(
+                target["what"]
+                + f": {target['measured']:.3g}, {target['asked']}"
+                + ("" if target["reached"] else ": MISSED")
+            )
         print(
             f"wrote {written}" if written else "wrote nothing: there is no GPU to name the document after (--out FILE)"
         )
@@ -271,7 +292,7 @@ class Suite:
             return None
         if self._described is None:
             self._described = describe_machine(self.gpu, self.options.commit)
-        document = {**self._described, "parts": [asdict(part) for part in self.parts]}
+        document = {**self._described, "targets": targets(self.parts), "parts": [asdict(part) for part in self.parts]}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         return path
@@ -294,6 +315,11 @@ class Suite:
             require_tensorrt(flavour)
         if flavour == "tensorrt_rtx" and self.rtx_refusal:
             raise MissingError(self.rtx_refusal)
+
+    def _require_format(self, precision: str) -> None:
+        first = FIRST_ARCHITECTURE.get(precision, 0)
+        if self.gpu is not None and int(self.gpu.architecture.removeprefix("sm_")) < first:
+            raise MissingError(f"{self.gpu.architecture} has no {precision}, which came with sm_{first}")
 
     def _ask(self, task: str, **arguments: Any) -> dict[str, Any]:
         with Child(task, device=self.options.device, **arguments) as child:
@@ -331,11 +357,12 @@ class Suite:
         """Every contender of a model; plans are compiled here, on the GPU that runs them."""
         kinds: list[dict[str, Any]] = [{"kind": kind} for kind in ("eager", "torchscript")]
         for flavour in TENSORRT:
-            for precision in ("fp16", "int8"):
+            for precision in PRECISIONS:
                 name = f"{flavour} {precision}"
 
                 def compile_it(flavour: str = flavour, precision: str = precision) -> dict[str, Any]:
                     self._require(flavour)
+                    self._require_format(precision)
                     source = self.options.bundles / f"{model}-{precision}.bundle"
                     if not source.is_dir():
                         raise MissingError(f"{source.name} is not in {self.options.bundles}: make it with --prepare")
@@ -414,6 +441,8 @@ class PartFailedError(Exception):
         self.figures = figures
 
 
+_PEER = "torch.compile max-autotune fp16"
+_FASTEST_OURS = tuple(f"{flavour} fp16 with CUDA graphs" for flavour in TENSORRT)
 OVERHEADS = {f"overhead: {flavour}": flavour for flavour in ("torchscript", *TENSORRT)}
 
 
@@ -424,13 +453,38 @@ def contender_name(kind: dict[str, Any]) -> str:
     return " ".join([*words, *(["with CUDA graphs"] if kind.get("cuda_graphs") else [])])
 
 
+def targets(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """What was to be reached, of what was measured: ``what``, ``measured``, ``asked`` (in words) and ``reached``."""
+    found: list[dict[str, Any]] = []
+
+    def add(what: str, measured: float, *, most: float | None = None, least: float | None = None) -> None:
+        reached = (most is None or measured <= most) and (least is None or measured >= least)
+        asked = f"at least {least:g}" if most is None else f"at most {most:g}"
+        found.append({"what": what, "measured": measured, "asked": asked, "reached": reached})
+
+    for part in parts:
+        for setting, figures in part.figures.items() if part.name in OVERHEADS else ():
+            what = f"{OVERHEADS[part.name]}, {setting.replace('_', ' ')}"
+            if isinstance(figures, dict) and "target_us" in figures:
+                add(f"{what}: microseconds over the bare call", figures["overhead_us"], most=figures["target_us"])
+                for where in ("device_arrays", "host_arrays"):
+                    kept = figures[where]["kept_bytes_per_call"]
+                    add(f"{what}: bytes that a call leaves behind ({where.replace('_', ' ')})", kept, most=1)
+        for name, others in part.figures.get("times_faster_than", {}).items():
+            peer = others.get(_PEER)
+            if part.name.startswith("benchmark: resnet50,") and name in _FASTEST_OURS and peer is not None:
+                what = f"{part.name.removeprefix('benchmark: ')}: {name}, times as fast as {_PEER}"
+                add(what, peer["latency_ms"], least=1)
+    return found
+
+
 def timed_engines(parts: Sequence[Part]) -> list[dict[str, Any]]:
     """What the benchmark's parts timed, as the roofline's task takes it."""
     found = []
     for part in parts:
         named = re.fullmatch(r"benchmark: (?P<model>.+), batch (?P<batch>\d+)", part.name)
         for name, figures in part.figures.get("contenders", {}).items() if named else ():
-            precision = "int8" if " int8" in name else "fp16"
+            precision = next((one for one in PRECISIONS if f" {one}" in name), "fp16")
             engine = {"name": name, "precision": precision, "milliseconds": figures["pipelined_ms"]}
             found.append({"model": named["model"], "batch": int(named["batch"]), **engine})
     return found
@@ -665,7 +719,7 @@ def prepare(
                 )
                 _build(trained_like(model), folder / f"parity-{model}-{precision}.bundle", photographs, options)
         for model in benchmark:
-            for precision in ("fp16", "int8"):
+            for precision in PRECISIONS:
                 options = BuildOptions(
                     **usual,
                     height=SIZE,

@@ -140,6 +140,67 @@ def test_parts_and_exit_codes(tmp_path, capsys):
     assert suite(lacks)[0] == NOTHING_RUN
 
 
+def test_graphs_are_made_where_they_can_be(tmp_path, monkeypatch):
+    made = Suite(options(out=tmp_path / "figures.json", bundles=tmp_path / "bundles", seconds=50.0))
+    made.gpu = H100
+    monkeypatch.setattr(gpu_suite, "prepare", lambda folder: (folder / "one.bundle").mkdir(parents=True))
+    monkeypatch.setattr(made, "_benchmark", lambda: None)
+    monkeypatch.setattr(gpu_suite, "test_files", list)
+    monkeypatch.setattr(gpu_suite, "_TO_PREPARE", ("json", "no_such_library"))
+    made._end = time.monotonic() + 50
+    made.run()
+    assert str(made.parts[0]) == (
+        "not run: make the graphs (no_such_library not installed: make them elsewhere with --prepare)"
+    )
+    monkeypatch.setattr(gpu_suite, "_TO_PREPARE", ("json",))
+    made.run()
+    assert (made.parts[1].status, made.parts[1].figures) == ("passed", {"bundles": 1})
+    assert made.left > 49
+    made.run()
+    assert len(made.parts) == 2  # they are there
+
+
+def test_targets_are_held_against_what_was_measured(tmp_path, capsys):
+    def overhead(us, target, kept):
+        memory = {"kept_bytes_per_call": kept, "largest_bytes_in_a_call": 900.0}
+        return {"overhead_us": us, "target_us": target, "device_arrays": memory, "host_arrays": memory}
+
+    def faster(times):
+        return {"torch.compile max-autotune fp16": {"latency_ms": times, "pipelined_ms": 1.0}}
+
+    both = {"cuda_graphs_off": overhead(18.0, 20, 0.0), "cuda_graphs_on": overhead(7.0, 5, 3.0)}
+    ours = {
+        "tensorrt fp16 with CUDA graphs": faster(1.2),
+        "torch eager fp16": faster(0.5),
+        "tensorrt int8": faster(2.0),
+    }
+    parts = [
+        Part("overhead: tensorrt", "passed", figures=both),
+        Part("overhead: torchscript", "passed", figures={"overhead_us": 3.0, "device_arrays": {}}),
+        Part("benchmark: resnet50, batch 32", "passed", figures={"times_faster_than": ours}),
+        Part("benchmark: vit_small_patch16_224, batch 1", "passed", figures={"times_faster_than": ours}),
+        Part("overhead: tensorrt_rtx", "not run", "not installed"),
+    ]
+    found = gpu_suite.targets(parts)
+    assert [(row["what"], row["reached"]) for row in found] == [
+        ("tensorrt, cuda graphs off: microseconds over the bare call", True),
+        ("tensorrt, cuda graphs off: bytes that a call leaves behind (device arrays)", True),
+        ("tensorrt, cuda graphs off: bytes that a call leaves behind (host arrays)", True),
+        ("tensorrt, cuda graphs on: microseconds over the bare call", False),
+        ("tensorrt, cuda graphs on: bytes that a call leaves behind (device arrays)", False),
+        ("tensorrt, cuda graphs on: bytes that a call leaves behind (host arrays)", False),
+        (
+            "resnet50, batch 32: tensorrt fp16 with CUDA graphs, times as fast as torch.compile max-autotune fp16",
+            True,
+        ),
+    ]
+    made = Suite(options(out=tmp_path / "figures.json"))
+    made.parts = parts
+    made.finish()
+    assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["targets"] == found
+    assert "microseconds over the bare call: 7, at most 5: MISSED" in capsys.readouterr().out
+
+
 def test_no_part_begins_when_the_time_is_over(tmp_path):
     suite = Suite(options(out=tmp_path / "figures.json", seconds=0.0))
     part = suite.measure("ceilings", lambda: pytest.fail("it began"))
