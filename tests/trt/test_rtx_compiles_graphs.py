@@ -26,10 +26,11 @@ from edge_backbones.build.ranges import collect_magnitudes, find_ranges
 from edge_backbones.build.sources.common import SourceOptions
 from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.build.tensorrt import Plan, PlanOptions, Shapes, compile_plan
-from edge_backbones.errors import CompileError
+from edge_backbones.errors import CompileError, EngineMismatchError
 from edge_backbones.manifest import EngineKey
 from edge_backbones.runtime.compat import reasons_in_plan
 from edge_backbones.runtime.cuda import Gpu, gpus
+from edge_backbones.runtime.tensorrt import _load
 from edge_backbones.runtime.tensorrt_library import logger_of
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
@@ -194,8 +195,35 @@ def test_rtx_itself_writes_no_plan_without_weights_here(
     pretended = Gpu(0, "no GPU", "sm_89", 24 << 30, "13.0", 58, False)
     monkeypatch.setattr(compiler.cuda, "gpus", lambda: (pretended,))
     monkeypatch.setattr(compiler.cuda, "open_memory", lambda device: contextlib.nullcontext())
-    with pytest.raises(CompileError, match=r"cannot compile this graph: .*CUDA_SUCCESS.*edge-backbones doctor"):
-        compiled(typed(case, Precision.FP32, tmp_path), strip=True, targets=("sm_89",))
+    for option in ("strip", "refit"):
+        with pytest.raises(CompileError, match=r"cannot compile this graph: .*CUDA_SUCCESS.*edge-backbones doctor"):
+            compiled(typed(case, Precision.FP32, tmp_path), targets=("sm_89",), **{option: True})
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+def test_rtx_itself_has_no_lean_runtime(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_refuse", lambda *_, **__: None)
+    with pytest.raises(CompileError, match=r"libnvinfer_lean.*leave version compatibility out"):
+        compiled(typed(case, Precision.FP32, tmp_path), version_compatible=True, embed_runtime=True, targets=("sm_89",))
+
+
+@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
+@pytest.mark.skipif(bool(gpus()), reason="with a GPU it loads")
+def test_what_rtx_says_to_plans_that_it_does_not_load(case: Case, tmp_path: Path) -> None:
+    """Without a driver it loads none, damaged ones it never loads: its words come through, and the process lives."""
+    graph = typed(case, Precision.FP32, tmp_path)
+    plan = compiled(graph, targets=("sm_89",)).data
+
+    def refusal(data: bytes) -> str:
+        with pytest.raises(EngineMismatchError) as told:
+            _load(trt, bytearray(data), "tensorrt_rtx", graph.input, graph.spec.outputs, False, None, None)
+        return str(told.value)
+
+    assert "CUDA driver version is insufficient" in refusal(plan)
+    for damaged in (b"", b"no plan" * 100, plan[:100], plan[:-1], bytes(len(plan))):
+        said = refusal(damaged)
+        assert said.startswith(f"tensorrt_rtx {trt.__version__} does not load this plan (")
+        assert said.endswith("run edge-backbones compile on this machine")
 
 
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
@@ -216,6 +244,7 @@ def test_tensorrt_itself_refuses_what_we_refuse(
     [
         ({"targets": ("sm_87",)}, "does not compile for sm_87; it knows .*sm_120.*--flavour tensorrt"),
         ({"targets": ("sm_90", "sm_89")}, "does not compile for sm_90"),
+        ({"targets": ("sm_100",)}, "does not compile for sm_100"),
         ({"targets": ("sm_110",)}, "does not compile for sm_110"),
         ({"version_compatible": True}, "no version compatibility"),
         ({"hardware_compatibility": "ampere_plus"}, "no hardware compatibility"),
