@@ -40,7 +40,6 @@ import argparse
 import asyncio
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -51,12 +50,13 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ _STRUCTURED = {  # options that are no plain values
     "width": int | ShapeRange,
 }
 # Cells are forked from a server that has imported what takes seconds and starts no thread (OpenVINO and ONNX Runtime do).
-_PRELOADED = ["build_scripts.build_matrix", "timm", "onnxscript"]
+_PRELOADED = ["edge_backbones.build.pipeline", "timm", "onnxscript"]
 _PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 _POLL = 3.0  # seconds between two looks at what a cluster offers
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -341,10 +341,11 @@ async def build_matrix(
     todo = _longest_first(tasks_of(matrix, path.parent), earlier)
     count = sum(1 + len(engines) for _, engines in todo)
     endings: dict[str, Ending] = {}
+    unread: set[str] = set()  # what is known of them stays: their inputs may be back tomorrow
 
     def store() -> None:
         try:
-            _write_state(state, {**known, **endings})
+            _write_state(state, {**known, **{name: found for name, found in endings.items() if name not in unread}})
         except OSError as error:
             say(
                 f"{state} cannot be written ({error.strerror or error}): the next run will make again what this one made"
@@ -370,6 +371,7 @@ async def build_matrix(
         before = known.get(task.name)
         done = before is not None and before.status in ("made", "there") and before.digest == task.digest
         if task.why:
+            unread.update(one.name for one in (task, *built_on_it))
             end(task, Ending(status="failed", why=task.why))
         elif before is not None and done and _holds(bundle, before.engines):
             end(task, msgspec.structs.replace(before, status="there"))
@@ -504,46 +506,56 @@ def cores() -> int:
 
 def here(jobs: int) -> Run:
     """So many processes at a time; one at a time on a GPU, whose kernels it times."""
-    free = asyncio.Semaphore(jobs)
+    free, threads = asyncio.Semaphore(jobs), ThreadPoolExecutor(jobs)
     devices: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
 
     async def run(task: Task, bundle: Path) -> tuple[float, tuple[str, ...]]:
         device = contextlib.nullcontext() if task.resource is None else devices[task.resource]
         async with device, free:  # the device first: who waits for it leaves the place to others
             begin = time.monotonic()
-            engines = await run_child(task, bundle)
+            engines = await run_child(task, bundle, threads)
             return time.monotonic() - begin, engines
 
     return run
 
 
-async def run_child(task: Task, bundle: Path) -> tuple[str, ...]:
-    """In a process of its own: a cell that crashes, or is killed, takes no other along."""
+async def run_child(task: Task, bundle: Path, threads: ThreadPoolExecutor) -> tuple[str, ...]:
+    """In a process of its own, which a thread waits for: a cell that crashes, or is killed, takes no other along."""
     receiver, sender = _PROCESSES.Pipe(duplex=False)
     with receiver:
         with sender:  # the process has its own: what it leaves unsaid ends the reading
             process = _PROCESSES.Process(target=child, args=(msgspec.json.encode(task), str(bundle), sender))
-            process.start()
+            try:
+                process.start()
+            except (EOFError, BrokenPipeError) as error:
+                tried = ", ".join(_PRELOADED)
+                raise EdgeBackbonesError(f"no cell can start: python -c 'import {tried}' tells why") from error
         try:
-            engines, why = await asyncio.to_thread(receiver.recv)
-        except EOFError:
-            process.join()
-            code = process.exitcode or 0
-            raise EdgeBackbonesError(f"died of signal {-code}" if code < 0 else f"exit code {code}") from None
+            engines, why = await asyncio.get_running_loop().run_in_executor(threads, _outcome, process, receiver)
         except BaseException:
             process.kill()
+            process.join()
             raise
-        finally:
-            await asyncio.to_thread(process.join)
     if why:
         raise EdgeBackbonesError(why)
-    return tuple(engines)
+    return engines
+
+
+def _outcome(process: Any, receiver: Connection) -> tuple[tuple[str, ...], str]:
+    """What a cell has sent, once its process has ended: the names of its engines, or why there are none."""
+    try:
+        engines, why = receiver.recv()
+    except (EOFError, OSError):
+        process.join()
+        code = process.exitcode or 0
+        return (), f"died of signal {-code}" if code < 0 else f"exit code {code}"
+    process.join()
+    return tuple(engines), why
 
 
 def child(text: bytes, bundle: str, sender: Connection) -> None:
     """Carry out a task, and send the names of its engines, or why there are none. What libraries print is dropped."""
-    if sys.platform == "linux":  # who kills the matrix wants no cell to go on writing: the server ends with it
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    threading.Thread(target=_end_with_the_matrix, daemon=True).start()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nowhere, stream)
@@ -551,6 +563,14 @@ def child(text: bytes, bundle: str, sender: Connection) -> None:
         sender.send((carry_out(msgspec.json.decode(text, type=Task), Path(bundle)), ""))
     except Exception as error:
         sender.send(((), _words(error)))
+
+
+def _end_with_the_matrix() -> None:
+    """Who kills the matrix wants no cell to go on writing."""
+    matrix = multiprocessing.parent_process()
+    if matrix is not None:
+        matrix.join()
+        os._exit(1)
 
 
 # ---- a Ray cluster --------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ LESS_MEMORY = (
 
 
 # As for the command itself, the current folder is not searched for libraries.
-_MAIN = "import sys; sys.path[:] = [*filter(None, sys.path), {!r}]; from edge_backbones.cli import main; main()"
-_COMMAND = (sys.executable, "-c", _MAIN.format(str(Path(__file__).parents[1])))
+_ROOT = str(Path(__file__).parents[1])
+_MAIN = "import sys; sys.path[:] = [*{!r}, *filter(None, sys.path), {!r}]; from edge_backbones.cli import main; main()"
+_COMMAND = (sys.executable, "-c", _MAIN.format([_ROOT] if sys.path[:1] == [_ROOT] else [], _ROOT))  # first for -m alone
 
 
 def run(arguments: Sequence[str], command: Sequence[str] = _COMMAND) -> int:

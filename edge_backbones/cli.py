@@ -280,7 +280,7 @@ def compile_(
     profile: Annotated[
         str | None,
         typer.Option(
-            help="A device of `edge-backbones profiles`: refuse early what it cannot run, and keep to its workspace. Found "
+            help="A device of `edge-backbones profiles`: leave out what it cannot run, and keep to its workspace. Found "
             "by itself where an engine is for the GPU of this machine.",
             show_default=False,
         ),
@@ -373,7 +373,13 @@ def compile_(
         gpu_fallback=gpu_fallback,
         timing_cache=None if timing_cache is None else timing_cache.read_bytes(),
     )
-    with _memory_told(), _Steps(as_json) as progress:
+    with _memory_told(), _Steps(as_json) as steps:
+
+        def progress(step: str, done: int, total: int | None) -> None:
+            if step.startswith(("leaving ", "not timed")):  # for logs too, which have no steps
+                _err.print(step, soft_wrap=True)
+            steps(step, done, total)
+
         added = compile_bundle(
             bundle,
             precisions=None if not precision else tuple(precision),
@@ -390,7 +396,7 @@ def compile_(
         _print_json({"bundle": str(bundle), "flavour": chosen, "profile": profile, "engines": added})
         return
     if not added:
-        _out.print(f"nothing to add: {bundle} has engines of {chosen} for this machine")
+        _out.print(f"nothing was added: what runs here is in {bundle}")
         return
     _print_parity([engine.parity for engine in added])
     for engine in added:
@@ -815,8 +821,9 @@ def _run(arguments: list[str]) -> int:
         return _refuse(arguments, error, _EXIT_PARITY, parity=error.reports)
     except (EdgeBackbonesError, OSError, MemoryError) as error:
         return _refuse(arguments, error, 1)
-    except ImportError as error:  # not of an extra, which is said in words: of a library that is there
-        return _refuse(arguments, BrokenLibraryError(error), 1)
+    except ImportError as error:  # not of an extra, which is said in words
+        missing = isinstance(error, ModuleNotFoundError)
+        return _refuse(arguments, error if missing else BrokenLibraryError(error), 1)
     except _UsageError as error:
         error.show()
         return int(error.exit_code)

@@ -89,7 +89,7 @@ def look(root: Path = Path("/")) -> Machine:
     if "openvino" in libraries:
         try:
             importlib.import_module("openvino")
-        except ImportError as error:
+        except Exception as error:
             broken["openvino"] = " ".join(str(error).split())[:200]
     found = cuda.gpus()
     return Machine(

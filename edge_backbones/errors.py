@@ -49,7 +49,7 @@ class MissingDependencyError(EdgeBackbonesError, ImportError):
 
 
 class BrokenLibraryError(EdgeBackbonesError, ImportError):
-    """numpy or msgspec do not load: their binary part is for another processor or another Python."""
+    """An installed library does not load: its binary part is for another processor or another Python."""
 
     def __init__(self, cause: ImportError) -> None:
         super().__init__(

@@ -25,6 +25,8 @@ from edge_backbones.errors import (
     BundleError,
     CompileError,
     EdgeBackbonesError,
+    EngineMismatchError,
+    InferenceError,
     IntegrityError,
     MissingDependencyError,
     ParityError,
@@ -91,7 +93,7 @@ def compile_bundle(
         graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, flavour, plan or PlanOptions(), device)]
     golden, input = load_golden(bundle), bundle.manifest.input
     options = plan or PlanOptions()
-    failed: list[CompileError | ParityError] | None = [] if precisions is None else None
+    failed: list[EdgeBackbonesError] | None = [] if precisions is None else None
     if profile is not None:
         described = load_profile(profile)
         if options.workspace is None:
@@ -130,7 +132,7 @@ def compile_bundle(
 def _passing(
     graphs: Sequence[GraphRecord],
     step: Callable[[GraphRecord], None],
-    failed: list[CompileError | ParityError] | None,
+    failed: list[EdgeBackbonesError] | None,
     progress: Progress,
 ) -> list[GraphRecord]:
     """The graphs that a step does not refuse. Why it refuses others is told, and goes to ``failed`` or is raised for None."""
@@ -138,7 +140,7 @@ def _passing(
     for graph in graphs:
         try:
             step(graph)
-        except (CompileError, ParityError) as error:
+        except (CompileError, ParityError, EngineMismatchError, InferenceError) as error:
             if failed is None:
                 raise
             failed.append(error)
@@ -350,13 +352,13 @@ def _graph_for_gpu(
         return bytes(bundle.read(graph.file)), None
     plain, record = bundle.manifest.onnx_graph(Precision.FP32), bundle.manifest.calibration
     if plain is None or record is None:
-        raise BundleError(
+        raise CompileError(
             f"int8 on this DLA is compiled from the fp32 graph and calibrated ranges, and {bundle.path} has no "
             f"{'fp32 graph' if plain is None else 'calibration'}: build it with --precision int8 --precision fp32"
         )
     found = msgspec.json.decode(bytes(bundle.read(record.file)), type=CalibrationFile)
     if found.factors:
-        raise BundleError(
+        raise CompileError(
             "the ranges of this bundle are of an equalised graph, which DLA cannot run: calibrate with --method max"
         )
     return bytes(bundle.read(plain.file)), found.ranges

@@ -17,9 +17,10 @@ import torch
 from onnxscript.optimizer import optimize
 
 from edge_backbones.build.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
+from edge_backbones.build.torchscript import example_of, trace_torchscript
 from edge_backbones.errors import ExportError
 from edge_backbones.images import network_input
-from edge_backbones.spec import InputSpec, ShapeRange
+from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
 OPSET = 20
 """Gelu is one node from 20 on and fp16 Q/DQ scales are allowed from 19; 23 adds an Attention node that TensorRT-RTX
@@ -39,7 +40,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
     axes = _dynamic_axes(input)
     # The exporter specialises a dynamic axis whose example size is 1.
     batch = max(2, input.batch.opt) if not input.batch.is_fixed else input.batch.opt
-    example = _example(input, batch)
+    example = example_of(input, batch)
     try:
         with quiet(), torch.no_grad():
             # Left to itself torch.onnx falls back on a draft that leaves out what the code says of sizes: a transformer
@@ -83,18 +84,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
 
 def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
     """Write the traced and frozen module; it returns a tuple in stage order."""
-    example = _example(prepared.input, prepared.input.batch.opt)
-    try:
-        # The trace stores how its convolutions round: without this, fp32 ones would be TF32 on a GPU.
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with warnings.catch_warnings(), torch.no_grad(), exact:
-            warnings.simplefilter("ignore")  # torch deprecates TorchScript and warns of every Python branch in a trace
-            traced = torch.jit.trace(prepared.module, example, check_trace=False)  # type: ignore[no-untyped-call]
-            torch.jit.save(torch.jit.freeze(traced.eval()), path)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise ExportError(
-            f"the network cannot be traced as TorchScript ({error}): build with --no-torchscript"
-        ) from error
+    path.write_bytes(trace_torchscript(prepared.module, prepared.input, Precision.FP32))
 
 
 def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -187,14 +177,6 @@ def _fold(
         pads=[*padding, *padding],
         output_padding=rest,
     )
-
-
-def _example(input: InputSpec, batch: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = input.shape(batch, input.height.opt, input.width.opt)
-    if input.name == "image":
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return torch.randn(shape, generator=generator)
 
 
 def _dynamic_axes(input: InputSpec) -> dict[int, Any]:

@@ -49,14 +49,17 @@ def measure_parity(
 
 def _batches(shape: Sequence[int], profiles: Sequence[Profile]) -> list[int]:
     """The batch that there is, and one for each profile that it leaves out."""
-    found = {shape[0]: None}
+
+    def taken(batch: int) -> Profile | None:
+        asked = (batch, *shape[1:])
+        return choose_profile(profiles, asked) if any(profile.holds(asked) for profile in profiles) else None
+
+    found = [shape[0]]
     for profile in profiles:
-        for batch in (profile.opt[0], profile.max[0], profile.min[0]):
-            asked = (batch, *shape[1:])
-            if profile.holds(asked) and choose_profile(profiles, asked) is profile:
-                found[batch] = None
-                break
-    return list(found)
+        least, usual, most = profile.min[0], profile.opt[0], profile.max[0]
+        if not any(taken(batch) is profile for batch in found):
+            found += [n for n in (usual, most, *range(least, most)) if taken(n) is profile][:1]
+    return found
 
 
 def measure_engine(

@@ -113,7 +113,7 @@ def trace_torchscript(module: nn.Module, input: InputSpec, precision: Precision)
     except RuntimeError as error:
         raise ExportError(
             f"the network cannot be traced as TorchScript in {precision} ({str(error).strip().splitlines()[-1]}): use the "
-            "ONNX graph, with --flavour openvino, tensorrt or tensorrt_rtx"
+            "ONNX graph (--no-torchscript)"
         ) from error
     return file.getvalue()
 

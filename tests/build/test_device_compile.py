@@ -21,7 +21,7 @@ from edge_backbones.build import device as module
 from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.tensorrt import PlanOptions
 from edge_backbones.bundle import write_manifest
-from edge_backbones.errors import BundleError, CompileError, ParityError
+from edge_backbones.errors import BundleError, CompileError, OutOfMemoryError, ParityError
 from edge_backbones.manifest import Gate, ParityReport
 from edge_backbones.profiles import load_profile
 from edge_backbones.runtime import compat
@@ -419,6 +419,14 @@ def test_a_precision_outside_its_gate_does_not_keep_the_others(bundle):
     assert names(bundle) == [added.name]
 
 
+def test_what_was_left_out_is_told_where_there_are_no_steps_too(bundle, capsys):
+    gated(bundle, fp16=1000.0)
+    assert cli._run(["compile", str(bundle), "--flavour", "openvino", "--json"]) == 0
+    told = capsys.readouterr()
+    assert [engine["key"]["precision"] for engine in json.loads(told.out)["engines"]] == ["fp32"]
+    assert told.err.startswith("leaving fp16 out: fp16 is outside its gate")
+
+
 def test_a_graph_that_the_board_lacks_is_left_out_unless_it_was_asked_for(bundle, monkeypatch):
     opened = Bundle.open(bundle)
     as_fp8 = msgspec.structs.replace(opened.manifest.onnx_graph(Precision.FP32), precision=Precision.FP8)
@@ -497,3 +505,20 @@ def test_an_engine_of_the_bundle_that_was_here_before_is_refused(bundle, tmp_pat
     opened = Bundle.open(bundle)
     opened.check_files()
     assert {e.key.graph_sha256 for e in opened.manifest.engines} <= {g.file.sha256 for g in opened.manifest.graphs}
+
+
+def test_an_engine_that_fails_when_it_is_measured_keeps_no_other_back(bundle, monkeypatch):
+    measure = module.measure_engine
+
+    def fails(key, *rest, **more):
+        if key.precision is Precision.FP16:
+            raise OutOfMemoryError("cuda:0 has no 3.0 GB left")
+        return measure(key, *rest, **more)
+
+    monkeypatch.setattr(module, "measure_engine", fails)
+    said = []
+    [added] = compile_bundle(bundle, progress=lambda step, *_: said.append(step))
+    assert added.key.precision is Precision.FP32
+    assert "leaving fp16 out: cuda:0 has no 3.0 GB left" in said
+    with pytest.raises(OutOfMemoryError):
+        compile_bundle(bundle, precisions=(Precision.FP16,))

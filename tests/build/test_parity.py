@@ -200,3 +200,10 @@ def test_every_optimisation_profile_is_measured():
     for batch in (1, 4, 8):
         assert measured(batch, *profiles)[0] is False
         assert measured(batch)[0] is True
+    # One whose usual, largest and smallest batches fall to others is measured in between.
+    gap = [
+        Profile(i, *[(n, 3, 32, 48) for n in span])
+        for i, span in enumerate(((1, 1, 1), (8, 8, 8), (1, 8, 8), (2, 2, 2)))
+    ]
+    assert measured(None, *gap) == (True, [2, 1, 8, 3])
+    assert measured(None, profiles[2]) == (True, [2])

@@ -130,7 +130,7 @@ def test_compile_and_doctor_without_torch(python, wheel, bundle):
     told = json.loads(run(python, "-m", "edge_backbones", "compile", str(bundle), "--json"))
     assert (told["flavour"], told["profile"]) == ("openvino", "cpu")
     assert [engine["key"]["precision"] for engine in told["engines"]] == ["int8", "fp32"]
-    assert "nothing to add" in run(python, "-m", "edge_backbones", "compile", str(bundle), "--resume")
+    assert "nothing was added" in run(python, "-m", "edge_backbones", "compile", str(bundle), "--resume")
     findings = json.loads(run(python, "-m", "edge_backbones", "doctor", str(bundle), "--json"))
     assert sum(finding["topic"].startswith("engine ") and finding["ok"] for finding in findings) == 2
     missing = {finding["topic"]: finding["fix"] for finding in findings if not finding["ok"]}
