@@ -10,12 +10,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import timm
+from huggingface_hub import try_to_load_from_cache
+
 from build_scripts.photographs import photographs, write_crops
-from edge_backbones.build.sources.timm import pretrained_at_hand
+from edge_backbones.build.sources.common import hub_answers
 
 OUTPUT = Path("demo_output")
 MODEL = "resnet50"
 CROPS = 68  # 64 calibrate, 4 are held out to verify
+
+
+def is_cached(model: str) -> bool:
+    """Does the hub's cache hold its weights?"""
+    config = timm.get_pretrained_cfg(model)
+    return any(
+        isinstance(try_to_load_from_cache(config.hf_hub_id, name), str)
+        for name in ("model.safetensors", "pytorch_model.bin")
+    )
 
 
 def main() -> None:
@@ -23,7 +35,7 @@ def main() -> None:
     write_crops(folder, CROPS)
     print(f"wrote {CROPS} crops of real photographs to {folder}\n")
     weights = "pretrained"
-    if not pretrained_at_hand(MODEL):
+    if not (hub_answers() or is_cached(MODEL)):
         weights = "random:0"
         print(
             "The model hub does not answer, so this demo uses seeded random weights whose batch-norm statistics are\n"

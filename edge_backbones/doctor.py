@@ -37,10 +37,8 @@ _DISTRIBUTIONS = (
 # A compilation of TensorRT takes about so much beside the plan itself, and the system some more.
 _MEMORY_TO_COMPILE = 2 << 30
 _FIRST_L4T = 36  # JetPack 6
-_FIRST_CUDA = 12  # that cuda-bindings and TensorRT are here for
-_INSTEAD_OF_JETPACK_5 = (
-    "flash JetPack 6.2 (Orin), or use the CPU engine in a container of Ubuntu 22.04"  # for its glibc
-)
+_FIRST_CUDA = 12  # of cuda-bindings
+_INSTEAD_OF_JETPACK_5 = "flash JetPack 6.2 (Orin), or use the CPU engine in a container of Ubuntu 22.04"
 _BOARD = "-v /proc/device-tree/model:/tmp/nv_jetson_model:ro"  # where system.board_name looks for it
 
 

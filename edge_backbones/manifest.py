@@ -1,4 +1,4 @@
-"""The bundle's manifest.json as typed structs; the JSON schema in manifest.schema.json is generated from them.
+"""The bundle's manifest.json as typed structs; manifest.schema.json is generated from them (``make schema``).
 
 Decoding is strict: unknown keys, missing keys and wrong types are refused with the path of the field. ``digest`` is the
 SHA-256 of the manifest encoded with an empty ``digest``, so a changed byte anywhere in it is noticed.
@@ -359,14 +359,6 @@ def decode(data: bytes) -> Manifest:
             "manifest.json was changed after it was written (its digest differs): build the bundle again"
         )
     return manifest
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of manifest.json, for readers in other languages. What its fields mean is said here, in the structs."""
-    schema: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(msgspec.json.schema(Manifest)))  # tuples as lists
-    for struct in schema["$defs"].values():
-        struct.pop("description", None)
-    return schema
 
 
 class _Version(msgspec.Struct):

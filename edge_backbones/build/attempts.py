@@ -19,8 +19,7 @@ import numpy as np
 from edge_backbones.build import choose, quantize
 from edge_backbones.build.artifacts import CompiledEngine, ExportedGraph, Progress, TypedGraph
 from edge_backbones.build.compile import compile_engine
-from edge_backbones.build.parity import DEFAULT_GATES, excess_noise, measure_engine, require
-from edge_backbones.build.timing import time_engines
+from edge_backbones.build.parity import DEFAULT_GATES, excess_noise, measure_engine, require, time_engines
 from edge_backbones.manifest import BlockNoise, CalibrationFile, Decision, Gate, ParityReport, Trial
 from edge_backbones.runtime import session
 from edge_backbones.spec import Precision

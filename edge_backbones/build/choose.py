@@ -210,7 +210,7 @@ def blocks_to_exclude(noise: Mapping[str, Noise], excess: Noise) -> list[str]:
 
 
 def _references(graph: ExportedGraph, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:
-    session = onnxruntime.InferenceSession(graph.path, _options(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph.path, reference_options(), providers=["CPUExecutionProvider"])
     outputs = list(graph.spec.outputs)
     found = [session.run(outputs, {graph.input.name: sample.images}) for sample in samples]
     return [dict(zip(outputs, values, strict=True)) for values in found]
@@ -220,7 +220,7 @@ def _exposing(model: onnx.ModelProto, tensors: Collection[str]) -> onnxruntime.I
     """A session whose outputs are these tensors, the same to the last bit for any batch size and number of cores."""
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    options = _options()
+    options = reference_options()
     options.intra_op_num_threads = 1  # threads that share a matrix product add it up in another order
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -294,10 +294,10 @@ def _simulation(
         if initializer.name in scales:  # an initializer that is an input too is a default
             model.graph.input.append(onnx.helper.make_tensor_value_info(initializer.name, onnx.TensorProto.FLOAT, []))
     onnx.save(model, path)
-    return onnxruntime.InferenceSession(path, _options(), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, reference_options(), providers=["CPUExecutionProvider"])
 
 
-def _options() -> onnxruntime.SessionOptions:
+def reference_options() -> onnxruntime.SessionOptions:
     """Without the fusions that make integer kernels of Q/DQ pairs: those round in other places."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC

@@ -17,9 +17,8 @@ import numpy as np
 
 from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, compile_for_gpu, engine_of_torchscript
-from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
+from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require, time_engines
 from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, check_plan, has_weak_typing
-from edge_backbones.build.timing import time_engines
 from edge_backbones.bundle import Bundle, load_golden, read_current, record_bytes
 from edge_backbones.errors import (
     BundleError,
@@ -207,7 +206,6 @@ def _measured(
     *,
     code: bool = False,
 ) -> ParityReport:
-    """The feature maps of an engine against the golden samples, through the runtime."""
     spec, input, weights = bundle.manifest.backbone, bundle.manifest.input, session.weights_of(bundle, key)
     return measure_engine(key, data, spec, input, golden, gate, device=device, allow_host_code=code, weights=weights)
 
@@ -310,7 +308,6 @@ def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, plan: Pla
 
 
 def _refuse_plan(graph: GraphRecord, *, flavour: PlanFlavour, plan: PlanOptions, input: InputSpec, device: int) -> None:
-    """Raise CompileError for what this library does not compile here."""
     weak = _is_weak(graph, flavour, plan)
     check_plan(input, graph.precision, flavour=flavour, options=plan, device=device, weak=weak)
 

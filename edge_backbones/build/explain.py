@@ -23,6 +23,7 @@ from onnx_ir.passes import common as passes
 
 from edge_backbones.build import cpu_graph
 from edge_backbones.build.artifacts import Progress, no_progress
+from edge_backbones.build.choose import reference_options
 from edge_backbones.build.parity import allowed_noise
 from edge_backbones.build.quantize import block_of
 from edge_backbones.manifest import ParityReport
@@ -326,11 +327,8 @@ def _with_rounding(model: ir.Model, block: str | None) -> ir.Model:
 
 
 def _session(model: ir.Model) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3  # errors only: these come back as exceptions
     data = ir.to_proto(_without_bf16(model)).SerializeToString()
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(data, reference_options(), providers=["CPUExecutionProvider"])
 
 
 def _without_bf16(model: ir.Model) -> ir.Model:

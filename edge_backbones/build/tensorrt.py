@@ -4,8 +4,7 @@ Networks are strongly typed: number formats come from the graph. What a release 
 names which came or went (see :mod:`edge_backbones.runtime.tensorrt_library`) decide nothing by version number.
 
 TensorRT times kernels: it compiles for the GPU of this machine. TensorRT-RTX needs none and compiles for the
-architectures it is told (``targets``). What it would take and silently ignore is refused here: compatibility modes,
-sparsity, DLA.
+architectures it is told (``targets``).
 """
 
 from __future__ import annotations
@@ -517,7 +516,7 @@ def calibration_cache(version: str, ranges: Mapping[str, float]) -> bytes:
 
 def _calibrator(library: Any, cache: bytes) -> Any:
     class Calibrator(library.IInt8EntropyCalibrator2):  # type: ignore[misc,name-defined]
-        """The one that DLA takes. It has no images: the bundle's ranges were measured on them."""
+        """The kind that DLA takes."""
 
         def get_batch_size(self) -> int:
             return 1

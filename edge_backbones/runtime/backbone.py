@@ -7,7 +7,7 @@ import copy
 import os
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -351,7 +351,12 @@ class EdgeBackbone:
             )
         if dataset_index is not None:
             self._check_dataset_index(dataset_index)
-        outputs = self._run(pixel_values, stream)
+        output = self._output(self._run(pixel_values, stream), output_hidden_states)
+        return output.to_tuple() if return_dict is False else output
+
+    def _output(
+        self, outputs: Sequence[Any], output_hidden_states: bool | int | Sequence[int] | None
+    ) -> BackboneOutput:
         feature_maps = tuple(outputs[i] for i in self._chosen)
         hidden_states = None
         if output_hidden_states:
@@ -359,8 +364,7 @@ class EdgeBackbone:
             chosen = _selected(output_hidden_states, len(states))
             hidden_states = tuple(state if i in chosen else None for i, state in enumerate(states))
         cls_tokens = tuple(outputs[self._cls_tokens[i]] for i in self._chosen) if self._cls_tokens else None
-        output = BackboneOutput(feature_maps, hidden_states, cls_tokens=cls_tokens)
-        return output.to_tuple() if return_dict is False else output
+        return BackboneOutput(feature_maps, hidden_states, cls_tokens=cls_tokens)
 
     forward = __call__
 
@@ -372,6 +376,28 @@ class EdgeBackbone:
     def run(self, pixel_values: Any, *, stream: Any = None) -> dict[str, Any]:
         """Every output of the engine by name, whatever is chosen: feature maps, class tokens, hidden states."""
         return dict(zip(self._spec.outputs, self._run(pixel_values, stream), strict=True))
+
+    def graphed(self, pixel_values: Any, *, stream: Any) -> Callable[[], BackboneOutput]:
+        """A call for the memory of ``pixel_values``, on the GPU, as one CUDA graph: nothing is copied or allocated.
+
+        Write a frame there on ``stream``, and call: it enqueues there and returns the same output every time, whose maps the
+        next call overwrites. For TensorRT, memory at a multiple of 256 bytes, a batch that the engine takes, no default
+        stream: InputError else. One thread at a time.
+        """
+        record = getattr(self._engine, "graphed", None)
+        if record is None or not is_on_gpu(pixel_values):
+            raise InputError(f"no CUDA graph on {self._device}: open a TensorRT engine, and pass an array on its GPU")
+        pointer = stream_pointer(stream)
+        array = from_foreign(pixel_values, stream=pointer)
+        self._input.batch_height_width(array.shape)
+        call = record(array, pointer)
+        output = self._output(call.outputs, None)
+
+        def replay() -> BackboneOutput:
+            call()
+            return output
+
+        return replay
 
     def close(self) -> None:
         """Release the engine. Arrays that were returned stay valid; calling the backbone again raises InputError."""

@@ -2,7 +2,7 @@
 
 A plan is run by execution contexts. Each has a stream and memory of its own and is used by one thread at a time, so that
 threads never mix outputs; they are made when a call finds none idle, and kept. What is decided (which profile, which pieces,
-which memory) is decided in plan.py. Names that only some releases have are looked for, versions are not compared.
+which memory) is decided in plan.py.
 """
 
 from __future__ import annotations
@@ -123,12 +123,7 @@ class TensorRtSession:
         route = self._route(array)
         contexts = self._contexts
         with self._memory as memory:
-            on = memory.device_of(array.pointer)
-            if on != memory.device:
-                where = "host memory" if on is None else f"cuda:{on}"
-                raise InputError(
-                    f"{self._input.name} is in {where}, this engine runs on cuda:{memory.device}: copy it there first"
-                )
+            self._require_here(array.pointer)
             contexts.forget_inputs()
             key = memory.stream_key(stream)
             producer = array.producer_stream
@@ -178,6 +173,20 @@ class TensorRtSession:
             for lease, output in zip(leases, route.outputs, strict=True)
         ]
 
+    def graphed(self, array: ForeignArray, stream: int) -> GraphedCall:
+        """See EdgeBackbone.graphed."""
+        route = self._route(array)
+        if not route.exact or array.pointer % plan.ALIGNMENT:
+            raise InputError(
+                f"{self._input.name} of shape {array.shape} at {array.pointer:#x} is not read in place: pass a batch that "
+                f"this engine takes, at a multiple of {plan.ALIGNMENT}"
+            )
+        if plan.is_default(stream):
+            raise InputError("a default stream cannot be captured: pass another")
+        with self._memory as memory:
+            self._require_here(array.pointer)
+            return GraphedCall(self._contexts, array, route.parts[0][1], stream, memory.stream_key(stream))
+
     def close(self) -> None:
         """Release contexts, engine and runtime, in this order, after the GPU has done with them. Closing twice is fine.
 
@@ -185,6 +194,14 @@ class TensorRtSession:
         """
         self._contexts.close()
         self._finalizer.detach()
+
+    def _require_here(self, pointer: int) -> None:
+        on, device = self._memory.device_of(pointer), self._memory.device
+        if on != device:
+            where = "host memory" if on is None else f"cuda:{on}"
+            raise InputError(
+                f"{self._input.name} is in {where}, this engine runs on cuda:{device}: copy it there first"
+            )
 
     def _route(self, array: ForeignArray) -> _Route:
         """How an array is run; InputError for one that cannot be."""
@@ -215,6 +232,45 @@ class TensorRtSession:
             if len(self._chosen) < _KNOWN_SHAPES:
                 self._chosen[shape] = profile
         return profile
+
+
+class GraphedCall:
+    """One input, where it lies, into the same ``outputs`` every time."""
+
+    def __init__(self, contexts: _Contexts, array: ForeignArray, profile: Profile, stream: int, key: StreamKey) -> None:
+        slot = contexts.new_slot(profile, array.shape)
+        self._finalizer = weakref.finalize(self, contexts.retire, slot)
+        pool, memory = contexts.pool, contexts.pool.memory
+        buffers: list[Buffer] = []
+        try:
+            for shape in slot.output_shapes:
+                buffers.append(pool.take(plan.rounded(plan.float32_bytes(shape)), key))
+            for _ in range(2):  # the second enqueue of a context is captured
+                targets = [buffer.pointer for buffer in buffers]
+                ready = slot.run_on_device(array.pointer, array.shape[0], targets, stream, key)
+            if slot.graph is None:
+                raise InferenceError(f"TensorRT makes no CUDA graph of this: {contexts.refusals[array.shape]}")
+        except BaseException as error:
+            self._finalizer()  # which waits for the GPU
+            for buffer in buffers:
+                pool.give_back(buffer)
+            if isinstance(error, RuntimeError):
+                raise contexts.failure(array, error) from error
+            raise
+        self.outputs = [
+            _device_array(Lease(buffer, ready, pool, pool.give_back), shape, memory.device, stream)
+            for buffer, shape in zip(buffers, slot.output_shapes, strict=True)
+        ]
+        self._contexts, self._memory, self._stream = contexts, memory, stream
+        self._graph, self._ready, self._owner = slot.graph, ready, array.owner
+
+    def __call__(self) -> list[DeviceArray]:
+        if self._contexts.closed:
+            raise _closed()
+        with self._memory as memory:
+            memory.launch(self._graph, self._stream)
+            memory.record(self._ready.event, self._stream)
+        return self.outputs
 
 
 class _Output(NamedTuple):
@@ -438,7 +494,7 @@ class _Slot:
         self._stream: int | None = None
         self._fence: int | None = None
         self._work: int | None = None  # a caller's stream with work of ours behind which there is no event yet
-        self._graph: Any = None
+        self.graph: Any = None
         self._warm = False
         self._bound: list[int] = []
         self._own_input: int | None = None
@@ -652,10 +708,10 @@ class _Slot:
         self._bound = wanted
 
     def _enqueue(self, stream: int) -> None:
-        if self._graph is None and self._warm and self._refusals is not None:
+        if self.graph is None and self._warm and self._refusals is not None:
             self._capture()
-        if self._graph is not None:
-            self._memory.launch(self._graph, stream)
+        if self.graph is not None:
+            self._memory.launch(self.graph, stream)
             return
         self._execute(stream)
         self._warm = True  # TensorRT does what is left to do in the first enqueue of a shape: that one is not captured
@@ -668,7 +724,7 @@ class _Slot:
         try:
             ask = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX, which compiles while it runs
             if ask is None or ask(self.stream):
-                self._graph = self._memory.capture(self.stream, lambda: self._execute(self.stream))
+                self.graph = self._memory.capture(self.stream, lambda: self._execute(self.stream))
                 return
             reason = "TensorRT says that it cannot be captured"
         except (InferenceError, RuntimeError) as error:
@@ -686,9 +742,9 @@ class _Slot:
         for stream in (self._stream, self._work):
             if stream is not None:
                 attempts.make(memory.wait, stream)
-        if self._graph is not None:
-            attempts.make(memory.free_graph, self._graph)
-        self._graph = self._context = self.ready = None
+        if self.graph is not None:
+            attempts.make(memory.free_graph, self.graph)
+        self.graph = self._context = self.ready = None
         with self._pool.lock:
             self._released = True
             for buffer in self._at_home:
@@ -736,7 +792,7 @@ class _Contexts:
             if slot is not None:
                 idle.remove(slot)
                 return slot
-        slot = self._new_slot(profile, shape if captures else None)
+        slot = self.new_slot(profile, shape if captures else None)
         slot.group = group
         return slot
 
@@ -757,7 +813,7 @@ class _Contexts:
                 return slot
             if len(slots) >= _GRAPH_OUTPUTS:
                 return None
-        slot = self._new_slot(profile, shape)
+        slot = self.new_slot(profile, shape)
         slot.group = (-1, shape)
         with self._lock:
             slots.append(slot)
@@ -770,7 +826,7 @@ class _Contexts:
             self._graph_shapes.add(shape)
         return shape in self._graph_shapes
 
-    def _new_slot(self, profile: Profile, captured: Shape | None) -> _Slot:
+    def new_slot(self, profile: Profile, captured: Shape | None) -> _Slot:
         refusals = None if captured is None else self.refusals
         with self._lock:
             if self.closed:
@@ -813,6 +869,14 @@ class _Contexts:
         with contextlib.suppress(DeviceError):  # a failure before this one is being told
             slot.release()
         self._ended()
+
+    def retire(self, slot: _Slot) -> None:
+        """Give a context up; where CUDA cannot be asked whether it is done with it, when all is closed."""
+        left = [slot]
+        with contextlib.suppress(DeviceError), self._memory:
+            self.discard(left.pop())
+        with self._lock:
+            self._idle.setdefault((-1, None), []).extend(left)
 
     def order(self, stream: int, producer: int) -> None:
         """Let ``stream`` wait for what is on ``producer`` now."""

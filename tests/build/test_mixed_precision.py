@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_backbones.build import attempts, timing
+from edge_backbones.build import attempts, parity
 from edge_backbones.build.choose import (
     Fold,
     Sample,
@@ -456,10 +456,10 @@ def test_engines_take_turns_and_none_is_left_open(monkeypatch):
         def close(self):
             events.append(("close", self.name))
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 1e-3)
-    monkeypatch.setattr(timing, "_ROUNDS", 7)
+    monkeypatch.setattr(parity.time, "perf_counter", lambda: next(clock) * 1e-3)
+    monkeypatch.setattr(parity, "_ROUNDS", 7)
     engines = [functools.partial(Session, name) for name in ("fast", "slow")]
-    figures = timing.time_engines(engines, networks.input_spec(64, 96, batch=2))
+    figures = parity.time_engines(engines, networks.input_spec(64, 96, batch=2))
     assert figures == pytest.approx([2.0, 3.0])
     turn = [("open", "fast"), ("close", "fast"), ("open", "slow"), ("close", "slow")]
     assert events == turn * (len(events) // 4)

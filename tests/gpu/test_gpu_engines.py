@@ -314,6 +314,31 @@ def test_graphs_on_the_gpu(tensorrt, torch, gpu):
         assert backbone._engine.graph_refusals == {}
 
 
+def test_a_graphed_call_reads_and_writes_in_place(tensorrt, torch, gpu):
+    """Frames written into one buffer, on the stream of the call; maps that are the same memory every time."""
+    with open_backbone(tensorrt, gpu) as backbone:
+        place, work = torch.device("cuda", gpu), torch.cuda.Stream(gpu)
+        pixels = torch.zeros(pictures(2).shape, device=place)
+        torch.cuda.synchronize(place)
+        call = backbone.graphed(pixels, stream=work)
+        for seed in range(20):
+            images = pictures(2, seed=seed)
+            frame = torch.from_numpy(images).to(place)
+            torch.cuda.synchronize(place)
+            with torch.cuda.stream(work):
+                pixels.copy_(frame, non_blocking=True)
+                maps = call().feature_maps
+                seen = [torch.from_dlpack(feature_map).clone() for feature_map in maps]
+            reading = torch.cuda.Stream(gpu)
+            with torch.cuda.stream(reading):
+                elsewhere = [torch.from_dlpack(feature_map).clone() for feature_map in maps]
+            torch.cuda.synchronize(place)
+            assert_pooled([tensor.cpu().numpy() for tensor in seen], images)
+            assert_pooled([tensor.cpu().numpy() for tensor in elsewhere], images)
+        with pytest.raises(InputError, match="a default stream cannot be captured"):
+            backbone.graphed(pixels, stream=None)
+
+
 def test_graphs_with_threads(tensorrt, gpu):
     with open_backbone(tensorrt, gpu, cuda_graphs=True) as backbone:
 

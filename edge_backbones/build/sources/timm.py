@@ -159,14 +159,6 @@ def _loaded(
     )
 
 
-def pretrained_at_hand(name: str) -> bool:
-    """Can pretrained weights be loaded now: does the hub answer, or does its cache hold them?"""
-    config = timm.get_pretrained_cfg(name)
-    if config is None or not config.has_weights:
-        return False
-    return hub_answers() or bool(config.hf_hub_id and _cached_weights(str(config.hf_hub_id)))
-
-
 def _input_channels(net: nn.Module, options: SourceOptions) -> int | None:
     """Channels that the first convolution takes, unless it is one that takes pixels folded into channels."""
     first = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), None)
