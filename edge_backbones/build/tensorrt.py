@@ -207,7 +207,7 @@ def compile_plan(
             library_version=str(library.__version__),
             device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or gpu is None else gpu.name,
             timing_cache=_written_timing_cache(config, flavour),
-            layers=None if flavour == "tensorrt_rtx" or options.strip else _layers(library, compiled, log, options),
+            layers=None if gpu is None or options.strip else _layers(library, compiled, log, options),
             coverage=coverage,
             memory_estimate=estimate,
             warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
