@@ -11,23 +11,14 @@ import sys
 from pathlib import Path
 
 import timm
-from huggingface_hub import try_to_load_from_cache
 
 from build_scripts.photographs import photographs, write_crops
 from edge_backbones.build.sources.common import hub_answers
+from edge_backbones.build.sources.timm import cached_weights
 
 OUTPUT = Path("demo_output")
 MODEL = "resnet50"
 CROPS = 68  # 64 calibrate, 4 are held out to verify
-
-
-def is_cached(model: str) -> bool:
-    """Does the hub's cache hold its weights?"""
-    config = timm.get_pretrained_cfg(model)
-    return any(
-        isinstance(try_to_load_from_cache(config.hf_hub_id, name), str)
-        for name in ("model.safetensors", "pytorch_model.bin")
-    )
 
 
 def main() -> None:
@@ -35,7 +26,7 @@ def main() -> None:
     write_crops(folder, CROPS)
     print(f"wrote {CROPS} crops of real photographs to {folder}\n")
     weights = "pretrained"
-    if not (hub_answers() or is_cached(MODEL)):
+    if not (hub_answers() or cached_weights(timm.get_pretrained_cfg(MODEL).hf_hub_id)):
         weights = "random:0"
         print(
             "The model hub does not answer, so this demo uses seeded random weights whose batch-norm statistics are\n"

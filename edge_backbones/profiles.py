@@ -320,6 +320,12 @@ def _against_dla(
         reasons.append(f"DLA core {core} does not exist: {profile.name} has {cores}")
     if flavour != "tensorrt":
         reasons.append(f"{flavour} compiles nothing for DLA: use flavour tensorrt")
+    return reasons + against_dla(precision, input)
+
+
+def against_dla(precision: Precision, input: InputSpec) -> list[str]:
+    """Why no DLA core computes this, each a sentence with the way out."""
+    reasons = []
     if precision not in (Precision.FP16, Precision.INT8):
         reasons.append(f"DLA computes fp16 and int8, not {precision}: choose one of them, or leave dla_core out")
     axes = {"batch": input.batch, "height": input.height, "width": input.width}

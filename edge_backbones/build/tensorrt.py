@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.errors import CompileError, InputError
 from edge_backbones.manifest import GpuKey
-from edge_backbones.profiles import FIRST_ARCHITECTURE
+from edge_backbones.profiles import FIRST_ARCHITECTURE, against_dla
 from edge_backbones.runtime import cuda, plan
 from edge_backbones.runtime.tensorrt_library import against_driver, against_release, load_library, logger_of
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
@@ -31,8 +32,6 @@ from edge_backbones.system import gib, is_jetson, read_system
 PlanFlavour = Literal["tensorrt", "tensorrt_rtx"]
 
 _RTX_DEFAULT = ("sm_80", "sm_86", "sm_89", "sm_120")
-_DLA_LARGEST_BATCH = 4096
-_DLA_LARGEST_SIDE = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +295,7 @@ def _agreed(
         raise CompileError(f"{flavour} {version} is too old: {old}")
     targets = _targets(library, flavour, precision, options, gpu)
     profiles = _profiles(input, options)
-    _refuse(library, flavour, options, profiles, precision, gpu, weak=weak)
+    _refuse(library, flavour, options, input, profiles, precision, gpu, weak=weak)
     return library, gpu, targets, profiles
 
 
@@ -372,6 +371,7 @@ def _refuse(
     library: Any,
     flavour: PlanFlavour,
     options: PlanOptions,
+    input: InputSpec,
     profiles: Sequence[Shapes],
     precision: Precision,
     gpu: cuda.Gpu | None,
@@ -414,15 +414,10 @@ def _refuse(
             f"hardware compatibility ampere_plus begins with sm_80, and {gpu.name} is {gpu.architecture}: leave it out"
         )
     if options.dla_core is not None:
-        if precision not in (Precision.FP16, Precision.INT8):
-            raise CompileError(f"a DLA core computes fp16 and int8, not {precision}")
-        if any(not size.is_fixed for shapes in profiles for size in (shapes.batch, shapes.height, shapes.width)):
-            raise CompileError("a DLA core takes fixed shapes only: build the bundle with one batch and one size")
-        if profiles[0].batch.max > _DLA_LARGEST_BATCH:
-            raise CompileError(f"a DLA core takes batches up to {_DLA_LARGEST_BATCH}, got {profiles[0].batch.max}")
-        longest = max(size.max for shapes in profiles for size in (shapes.height, shapes.width))
-        if longest > _DLA_LARGEST_SIDE:
-            raise CompileError(f"a DLA core takes sides of up to {_DLA_LARGEST_SIDE} pixels, got {longest}")
+        for shapes in profiles:
+            sizes = {"batch": shapes.batch, "height": shapes.height, "width": shapes.width}
+            if reasons := against_dla(precision, msgspec.structs.replace(input, **sizes)):
+                raise CompileError("; ".join(reasons))
     if weak and options.strip:
         raise CompileError(
             "a stripped plan takes its weights from the graph of its precision, which int8 on this DLA has not"

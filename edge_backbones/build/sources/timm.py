@@ -281,7 +281,7 @@ def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise SourceError(f"timm has no pretrained weights for {name}: {OFFLINE_ADVICE}")
     overlay = None
     if config.hf_hub_id and not hub_answers():
-        overlay = _cached_weights(str(config.hf_hub_id))
+        overlay = cached_weights(str(config.hf_hub_id))
         if overlay is None:
             raise HubUnreachableError(f"the model hub does not answer and {name} is not in its cache: {OFFLINE_ADVICE}")
     try:
@@ -292,7 +292,8 @@ def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         ) from error
 
 
-def _cached_weights(repository: str) -> dict[str, str] | None:
+def cached_weights(repository: str) -> dict[str, str] | None:
+    """What timm is told for weights that the hub's cache holds, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     for filename in ("model.safetensors", "pytorch_model.bin"):

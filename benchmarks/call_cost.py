@@ -1,0 +1,141 @@
+"""``python -m benchmarks.call_cost``: microseconds of Python in a call that only enqueues, on a machine without a GPU.
+
+CUDA and TensorRT are stood in for by functions that return at once, so that what is left is our own code between a caller and
+the driver: a lower bound of what a call costs on a GPU, where ``make gpu`` measures it. Each figure is the median of 60
+rounds of 100 calls.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks.gpu_tasks import pooling_input
+from edge_backbones import EdgeBackbone
+from edge_backbones.runtime import cuda, tensorrt_library
+from edge_backbones.runtime.device_arrays import DeviceArray
+from edge_backbones.runtime.tensorrt import TensorRtSession
+from edge_backbones.spec import InputSpec
+from edge_backbones.testing import SPEC
+
+_STREAM = 512
+
+
+class FreeDriver:
+    """The functions of ``cuda.bindings.driver`` at no cost: (code, value), the value a new pointer where one is asked for."""
+
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
+    CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
+
+    def __init__(self) -> None:
+        self._next = 1 << 20
+        made = ("cuMemAlloc", "cuStreamCreate", "cuEventCreate")
+        known = ("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuPointerGetAttribute", "cuStreamGetId")
+        known += ("cuStreamEndCapture", "cuGraphInstantiateWithFlags")
+        for name in made:
+            setattr(self, name, self._make)
+        for name in known:
+            setattr(self, name, lambda *_: (0, 0))
+
+    def _make(self, *_: Any) -> tuple[int, int]:
+        self._next += 1 << 24
+        return 0, self._next
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[int]]:
+        def done(*_: Any) -> tuple[int]:
+            return (0,)
+
+        setattr(self, name, done)
+        return done
+
+
+def free_tensorrt(input: InputSpec) -> Any:
+    """A library whose engine is the pooling backbone, and whose contexts are done before they began."""
+
+    class Context:
+        shape: tuple[int, ...] = ()
+
+        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+            self.shape = shape
+            return True
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            batch, channels, height, width = self.shape
+            k = {"pool4": 4, "pool8": 8}[name]
+            return batch, channels, height // k, width // k
+
+        def infer_shapes(self) -> list[str]:
+            return []
+
+        def set_tensor_address(self, name: str, pointer: int) -> bool:
+            return True
+
+        def execute_async_v3(self, stream: int) -> bool:
+            return True
+
+    names = [input.name, *SPEC.outputs]
+    engine = SimpleNamespace(
+        num_io_tensors=len(names),
+        num_optimization_profiles=1,
+        get_tensor_name=names.__getitem__,
+        get_tensor_mode=lambda name: SimpleNamespace(name="INPUT" if name == input.name else "OUTPUT"),
+        get_tensor_dtype=lambda name: SimpleNamespace(name="FLOAT"),
+        get_tensor_shape=lambda name: (-1, 3, -1, -1),
+        get_tensor_profile_shape=lambda name, profile: (input.min_shape, input.opt_shape, input.max_shape),
+        create_execution_context=lambda *_: Context(),
+    )
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
+    return SimpleNamespace(__name__="free_tensorrt", __version__="11.4", Runtime=lambda log: runtime)
+
+
+def measure() -> dict[str, float]:
+    """Microseconds by kind of call."""
+    input, found = pooling_input(), {}
+    memory = cuda.Memory(0, cuda.CudaBindings(0, FreeDriver()))
+    gpu = cuda.Gpu(0, "none", "sm_90", 1 << 34, "13.0", 1, False)
+    log = SimpleNamespace(clear=lambda: None, last_error=lambda: "")
+    with (
+        mock.patch.multiple(cuda, gpus=lambda: (gpu,), no_gpu_reason=lambda: "", open_memory=lambda *_: memory),
+        mock.patch.multiple(
+            tensorrt_library,
+            load_library=lambda _: free_tensorrt(input),
+            logger_of=lambda _: log,
+            against_driver=lambda *_: "",
+        ),
+    ):
+        for graphs in (False, True):
+            session = TensorRtSession(
+                bytearray(b"a plan"), flavour="tensorrt", input=input, outputs=SPEC.outputs, cuda_graphs=graphs
+            )
+            frame = DeviceArray(
+                1 << 30, input.opt_shape, np.dtype(np.float32), device=0, owner=None, synchronize=None, stream=_STREAM
+            )
+            with EdgeBackbone(SPEC, input, session, device="cuda:0") as backbone:
+                name = f"backbone(array), cuda_graphs={graphs}"
+                found[name] = microseconds(lambda: backbone(frame, stream=_STREAM))  # noqa: B023
+                if graphs:
+                    found["backbone.graphed(array)()"] = microseconds(backbone.graphed(frame, stream=_STREAM))
+    return found
+
+
+def microseconds(call: Callable[[], Any], rounds: int = 60, calls: int = 100) -> float:
+    for _ in range(200):
+        call()
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        taken.append((time.perf_counter() - start) / calls)
+    return 1e6 * statistics.median(taken)
+
+
+if __name__ == "__main__":
+    for name, value in measure().items():
+        print(f"{name}: {value:.1f} us")
