@@ -125,3 +125,23 @@ class OutOfMemoryError(DeviceError):
 
 class InputError(EdgeBackbonesError, ValueError):
     """An input array or a stage selection that the engine cannot take."""
+
+
+def first_line(error: BaseException, *, typed: bool = False) -> str:
+    """The first line of an exception's text that says something, for a message of ours.
+
+    A heading, which ends with a colon, is skipped for what it announces. With ``typed`` the name of the type stands in
+    front; it always does for an exception without a text, and for a KeyError, whose text is the bare key.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in lines if not line.endswith(":")), "".join(lines[:1]))
+    if typed or not said or isinstance(error, KeyError):
+        return ": ".join(filter(None, (type(error).__name__, said)))
+    return said
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first exception of a chain of ``raise ... from``: exporters wrap it in headings and advice, twice over."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -22,7 +22,7 @@ from edge_backbones.bench import energy
 from edge_backbones.build.artifacts import LoadedBackbone
 from edge_backbones.build.compile import compile_engine
 from edge_backbones.bundle import Bundle, load_golden
-from edge_backbones.errors import EdgeBackbonesError, InputError
+from edge_backbones.errors import EdgeBackbonesError, InputError, first_line
 from edge_backbones.images import network_input
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.runtime.openvino import OpenVinoSession
@@ -269,7 +269,7 @@ def main() -> None:
             return
         except Exception as error:  # whatever a library raises is what its contender has to say
             known = isinstance(error, EdgeBackbonesError)
-            answer(Failed(failed=_one_line(error) if known else f"{type(error).__name__}: {_one_line(error)}"))
+            answer(Failed(failed=first_line(error, typed=not known)))
 
 
 @contextlib.contextmanager
@@ -284,11 +284,6 @@ def _answers() -> Iterator[Callable[[msgspec.Struct], None]]:
             file.flush()
 
         yield answer
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _start(task: Task) -> tuple[Call, np.ndarray, Start]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from onnxscript.optimizer import optimize
 
 from edge_backbones.build.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
 from edge_backbones.build.torchscript import example_of, trace_torchscript
-from edge_backbones.errors import ExportError
+from edge_backbones.errors import ExportError, first_line, root_cause
 from edge_backbones.images import network_input
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
@@ -63,12 +64,9 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
         _name_nodes(program.model.graph)
         model = program.model_proto
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
-        cause = next(
-            (line for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__
-        )
         advice = "build it for a fixed batch and size" if axes else "this architecture has no ONNX form here"
         raise ExportError(
-            f"the network cannot be exported with {input.describe()}: {cause.strip()}; {advice}"
+            f"the network cannot be exported with {input.describe()}: {_cause(error)}; {advice}"
         ) from error
     _strip_debug_information(model)
     try:
@@ -80,6 +78,15 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
     if names != list(spec.outputs):
         raise ExportError(f"the exported graph returns {names} instead of {list(spec.outputs)}")
     return ExportedGraph(path, spec, input)
+
+
+def _cause(error: Exception) -> str:
+    """Why torch refused, in its own words: the first exception of the chain has them, and its first line, but for a heading
+    above the constraints that are violated."""
+    first = root_cause(error)
+    violated = re.search(r"^Constraints violated .*\n\s*- (.*?)(?:\. |\n|$)", str(first))
+    said = violated.group(1) if violated else first_line(first)
+    return said.partition(" For more information")[0].rstrip(". ")
 
 
 def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
@@ -106,7 +113,12 @@ def check_onnx(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
     """Run the graph in ONNX Runtime on every golden sample; raises ExportError naming the stage that is off."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises unrelated classes
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__}, which checks the exported graph, does not take it: {first_line(error)}"
+        ) from error
     for case in sorted({key.partition("/")[0] for key in golden}):
         _check_maps(
             f"ONNX graph ({case} size)",

@@ -211,7 +211,9 @@ def _activations(
     try:
         values = dict(zip(names, session.run(names, {input_name: chunk}), strict=True))
     except Exception as error:  # onnxruntime raises unrelated classes; each says what did not fit
-        raise CalibrationError(f"the graph did not run on a batch of {chunk.dtype} {chunk.shape}: {error}") from error
+        raise CalibrationError(
+            f"the graph did not run on a batch of {chunk.dtype} {chunk.shape}: {' '.join(str(error).split())}"
+        ) from error
     values[input_name] = chunk
     for name in tensors:
         yield name, values[name]

@@ -18,8 +18,8 @@ from torch import nn
 
 from edge_backbones.build.export import quiet
 from edge_backbones.build.torchscript import DTYPES, TypedModule, example_of
-from edge_backbones.errors import CompileError, ExportError, InputError
-from edge_backbones.runtime.torchscript import load_torch_tensorrt, require_gpu
+from edge_backbones.errors import CompileError, ExportError, InputError, first_line, root_cause
+from edge_backbones.runtime.torchscript import cause, load_torch_tensorrt, require_gpu
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
 OutputFormat = Literal["torchscript", "exported_program"]
@@ -85,7 +85,7 @@ def compile_torch_tensorrt(
                 kept = "" if allow_torch else "; layers that TensorRT does not take may run in torch with allow_torch"
                 raise CompileError(
                     f"torch_tensorrt {library.__version__} cannot compile this network in {precision}: "
-                    f"{_last_line(error)}{kept}"
+                    f"{cause(error)}{kept}"
                 ) from error
     finally:
         module.to(home)
@@ -105,7 +105,7 @@ def _export(module: nn.Module, input: InputSpec, device: torch.device) -> torch.
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
         advice = "compile it for a fixed batch and size" if axes else "use the ONNX graph, with --flavour tensorrt"
         raise ExportError(
-            f"the network cannot be exported with {input.describe()}: {_last_line(error)}; {advice}"
+            f"the network cannot be exported with {input.describe()}: {first_line(root_cause(error))}; {advice}"
         ) from error
 
 
@@ -182,8 +182,3 @@ def _saved(
         path = Path(folder) / f"engine{SUFFIXES[output_format]}"
         library.save(compiled, str(path), output_format=output_format, arg_inputs=[given])
         return path.read_bytes()
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

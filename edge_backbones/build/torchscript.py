@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from edge_backbones.errors import ExportError
+from edge_backbones.runtime.torchscript import cause
 from edge_backbones.spec import InputSpec, Precision
 
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
@@ -110,10 +111,10 @@ def trace_torchscript(module: nn.Module, input: InputSpec, precision: Precision)
             warnings.simplefilter("ignore")  # torch deprecates TorchScript and warns of every Python branch in a trace
             traced = torch.jit.trace(typed, example_of(input), check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(torch.jit.freeze(traced.eval()), file)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
+    except Exception as error:  # the network's own code runs, and fails with whatever it trips over
         raise ExportError(
-            f"the network cannot be traced as TorchScript in {precision} ({str(error).strip().splitlines()[-1]}): use the "
-            "ONNX graph (--no-torchscript)"
+            f"the network cannot be traced as TorchScript in {precision} ({cause(error)}): use the ONNX graph "
+            "(--no-torchscript)"
         ) from error
     return file.getvalue()
 

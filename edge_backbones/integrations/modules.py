@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from edge_backbones.bundle import Bundle, load_golden
-from edge_backbones.errors import ClientMismatchError, InputError
+from edge_backbones.errors import ClientMismatchError, InputError, first_line
 from edge_backbones.runtime.backbone import EdgeBackbone
 
 _SAME_WEIGHTS = 0.1  # relative difference: half precision and TF32 stay far below, other weights far above
@@ -98,9 +98,8 @@ def open_for_client(
         with _in_eval_mode(original), torch.no_grad():
             maps = [m.float().cpu().numpy() for m in run(_as_of(original, images), bundle.manifest.source)]
     except Exception as error:  # a client's backbone refuses a size with whatever it trips over
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ClientMismatchError(
-            f"the client's own backbone does not take the images of {bundle.path} ({input.describe()}): {cause}"
+            f"the client's own backbone does not take the images of {bundle.path} ({input.describe()}): {first_line(error)}"
         ) from error
     _check_maps(bundle.path, maps, [golden[f"opt/{stage}"][:1] for stage in wanted], wanted, same_weights)
     backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads)

@@ -7,6 +7,7 @@ bf16 by itself on CPUs that have it. An engine is what ``CompiledModel.export_mo
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_backbones.errors import CompileError, EngineMismatchError, InferenceError, InputError, MissingDependencyError
+from edge_backbones.errors import (
+    CompileError,
+    EngineMismatchError,
+    InferenceError,
+    InputError,
+    MissingDependencyError,
+    first_line,
+)
 
 if TYPE_CHECKING:
     import openvino
@@ -61,7 +69,7 @@ def read_model(graph: bytes) -> openvino.Model:
     try:
         return core().read_model(graph, b"")
     except RuntimeError as error:
-        raise CompileError(f"OpenVINO {openvino.get_version()} cannot read this graph: {last_line(error)}") from error
+        raise CompileError(f"OpenVINO {openvino.get_version()} cannot read this graph: {cause(error)}") from error
 
 
 def compile_model(model: openvino.Model) -> bytes:
@@ -70,9 +78,7 @@ def compile_model(model: openvino.Model) -> bytes:
     try:
         exported = core().compile_model(model, "CPU", settings(None)).export_model()
     except RuntimeError as error:
-        raise CompileError(
-            f"OpenVINO {openvino.get_version()} cannot compile this graph: {last_line(error)}"
-        ) from error
+        raise CompileError(f"OpenVINO {openvino.get_version()} cannot compile this graph: {cause(error)}") from error
     return bytes(exported) if isinstance(exported, bytes) else bytes(exported.getvalue())
 
 
@@ -86,9 +92,9 @@ class OpenVinoSession:
         try:
             tensor = openvino.Tensor(np.frombuffer(blob, np.uint8), shared_memory=True)
             model = core().import_model(tensor, "CPU", settings(threads))
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # bytes of a damaged blob are in the text of some errors
             raise EngineMismatchError(
-                f"OpenVINO {openvino.get_version()} does not load this engine ({last_line(error)}): "
+                f"OpenVINO {openvino.get_version()} does not load this engine ({cause(error)}): "
                 "run edge-backbones compile on this machine"
             ) from error
         # A port may have several names: an engine merges tensors that are the same.
@@ -116,7 +122,7 @@ class OpenVinoSession:
                 request = _Request(model.create_infer_request())
             outputs = self._run(request, array)
         except RuntimeError as error:
-            raise InferenceError(f"OpenVINO failed on {array.dtype} {array.shape}: {last_line(error)}") from error
+            raise InferenceError(f"OpenVINO failed on {array.dtype} {array.shape}: {cause(error)}") from error
         if self._model is not None:  # and not after an error: a request that failed is not trusted again
             self._idle.append(request)
         return outputs
@@ -159,7 +165,35 @@ def _references(arrays: list[np.ndarray]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
-def last_line(error: BaseException) -> str:
-    """OpenVINO reports a trace of C++ frames; the cause is its last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+_FRAMES = re.compile(
+    r"(?:Caught exception: )?Exception from \S+:\d+:"
+    r"|Check '.*' failed at \S+:\d+:"
+    r"|While validating (?:ONNX )?node '.*?'(?: with friendly_name '.*?')?:"
+    r"|FrontEnd API failed with \w+:"
+    r"|Shape inference input shapes \{.*\}"
+    r"|\[CPU\] (?=Cannot|Could)"
+)
+"""What stands around the cause: where in OpenVINO's sources the error passed, and the condition in C++ that was false."""
+_FAILED = re.compile(r"^-- (\S+?)(?:-\d+)? with a message:\n(.*?)(?=^-- \S+ with a message:|^Summary:|\Z)", re.M | re.S)
+_NODE = re.compile(r"While validating ONNX node '<Node\(\w+\): (.*?)>'")
+_UNKNOWN = re.compile(r"^-- No conversion rule found for operations: (.*)$", re.M)
+
+
+def cause(error: BaseException) -> str:
+    """Why OpenVINO refused, in its own words and on one line, without the frames of C++ and the links around them.
+
+    Its ONNX reader reports every operation that it has no rule for, and every node that its rule refused: all are named.
+    """
+    text = str(error)
+    unknown = [re.sub(r"-\d+$", "", name) for found in _UNKNOWN.findall(text) for name in found.strip().split(", ")]
+    reasons = [f"no conversion rule for {', '.join(unknown)}"] if unknown else []
+    for operation, message in _FAILED.findall(text):
+        node = _NODE.search(message)
+        reasons.append(f"{operation}{f' {node.group(1)!r}' if node else ''}: {_without_frames(message)}")
+    return "; ".join(reasons) or _without_frames(text) or first_line(error)
+
+
+def _without_frames(text: str) -> str:
+    lines = [line for line in _FRAMES.sub(" ", text).splitlines() if "://" not in line]
+    said = " ".join(" ".join(lines).split()).rstrip(".")
+    return "out of memory (std::bad_alloc)" if said == "std::bad_alloc" else said

@@ -26,6 +26,7 @@ from edge_backbones.errors import (
     InputError,
     MissingDependencyError,
     OutOfMemoryError,
+    first_line,
 )
 from edge_backbones.runtime import cuda, plan
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
@@ -87,7 +88,7 @@ def load_torch_tensorrt(refusal: type[EdgeBackbonesError] = EngineMismatchError)
             else "install the release that is made for this torch and the TensorRT that it asks for (pip check lists both)"
         )
         raise refusal(
-            f"torch_tensorrt is installed and does not import ({type(error).__name__}: {_reason(error)}): {advice}"
+            f"torch_tensorrt is installed and does not import ({type(error).__name__}: {cause(error)}): {advice}"
         ) from error
 
 
@@ -102,7 +103,7 @@ def require_gpu(device: str, refusal: type[EdgeBackbonesError] = EngineMismatchE
         torch.cuda.get_device_properties(index)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         count = len(cuda.gpus())
-        why = _reason(error) if index < count else f"{count} GPUs are visible: pass a smaller index"
+        why = cause(error) if index < count else f"{count} GPUs are visible: pass a smaller index"
         raise refusal(f"torch {torch.__version__} does not serve {device}: {why}") from error
     return index
 
@@ -270,9 +271,9 @@ class TorchScriptSession:
             with torch.inference_mode():
                 yield
         except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(f"cuda:{self._gpu} has no memory left for {what}: {_reason(error)}") from error
+            raise OutOfMemoryError(f"cuda:{self._gpu} has no memory left for {what}: {cause(error)}") from error
         except (RuntimeError, AssertionError, torch.jit.Error) as error:  # a guard of an exported program asserts
-            raise InferenceError(f"torch failed on {what}: {_reason(error)}") from error
+            raise InferenceError(f"torch failed on {what}: {cause(error)}") from error
         finally:
             if wanted is not None and before != wanted:
                 torch.set_num_threads(before)
@@ -297,7 +298,7 @@ def _load(torch: Any, data: bytes, device: Any) -> tuple[Any, int | None]:
         except Exception as error:  # torch has a dozen types for what it cannot read
             kind = "TorchScript" if is_script else "exported program"
             raise EngineMismatchError(
-                f"torch {torch.__version__} does not load this {kind} ({_reason(error)}): build or compile it again"
+                f"torch {torch.__version__} does not load this {kind} ({cause(error)}): build or compile it again"
             ) from error
 
 
@@ -332,9 +333,10 @@ def _stream(torch: Any, stream: int, gpu: int) -> Any:
     return torch.cuda.default_stream(gpu) if stream in (0, 1) else torch.cuda.ExternalStream(stream, device=gpu)
 
 
-def _reason(error: BaseException) -> str:
-    """torch puts a trace before the cause, and advice behind it: the first sentence of the last line."""
+def cause(error: BaseException) -> str:
+    """Why torch failed, in its own words: it puts a trace before the cause and advice behind it, so this is the first
+    sentence of the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
+    if not lines or isinstance(error, KeyError):
+        return first_line(error)
     return lines[-1].removeprefix("RuntimeError: ").split(". ")[0].rstrip(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import getpass
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from edge_backbones.build.export import (
     golden_samples,
 )
 from edge_backbones.build.prepare import prepare
+from edge_backbones.build.torchscript import trace_torchscript
 from edge_backbones.errors import ExportError
+from edge_backbones.spec import Precision
 
 ROUNDING = 1e-5
 SMALLER = {
@@ -186,6 +189,75 @@ def test_a_transformer_of_fixed_size_says_that_its_size_cannot_vary(tmp_path):
     with pytest.raises(ExportError, match=r"cannot be exported with float32 .*build it for a fixed batch and size"):
         export_onnx(prepared, tmp_path / "x.onnx")
     assert not (tmp_path / "x.onnx").exists()
+
+
+class Does(torch.nn.Module):
+    """A network whose forward is the function that it was given."""
+
+    def __init__(self, does) -> None:
+        super().__init__()
+        self.does = does
+
+    def forward(self, x):
+        return (self.does(x),)
+
+
+def fails(error):
+    def does(x):
+        raise error
+
+    return does
+
+
+REFUSED = {
+    "a size that is fixed": (
+        lambda x: x.reshape(2, 3, -1),
+        "You marked batch as dynamic but your code specialized it to be a constant (2); build it for a fixed batch and size",
+    ),
+    "sizes that take another way": (
+        lambda x: x if x.shape[0] > 3 else x * 2,
+        "Not all values of batch = L['x'].size()[0] in the specified range batch <= 4 satisfy the generated guard",
+    ),
+    "values that decide": (lambda x: x if x.sum() > 0 else -x, "Could not guard on data-dependent expression"),
+    "an operation without a form in ONNX": (
+        torch.special.bessel_j0,
+        "No ONNX function found for <OpOverload(op='prims.bessel_j0', overload='default')>",
+    ),
+    "channels": (lambda x: torch.conv2d(x, torch.ones(3, 5, 1, 1)), "to have 5 channels, but got 3 channels instead"),
+    "a key": (fails(KeyError("stem")), "with any batch >= 1: KeyError: 'stem'; "),
+    "an assertion": (fails(AssertionError()), ": AssertionError; "),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_network_that_cannot_be_exported_is_refused_with_the_cause(case, fixed, tmp_path):
+    does, said = REFUSED[case]
+    spec = networks.input_spec(8, 8, batch=(1, 2, 4))
+    prepared = dataclasses.replace(fixed.prepared, module=Does(does).eval(), input=spec)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(prepared, tmp_path / "x.onnx")
+    message = str(caught.value)
+    assert said in message
+    assert "\n" not in message
+    assert "For more information" not in message
+    assert "Failed to convert" not in message
+
+
+@pytest.mark.parametrize("case", ["channels", "a key", "an assertion"])
+def test_a_network_that_cannot_be_traced_is_refused_with_the_cause(case):
+    """Whatever its code raises."""
+    does, said = REFUSED[case]
+    with pytest.raises(ExportError, match="cannot be traced as TorchScript in fp32 ") as caught:
+        trace_torchscript(Does(does).eval(), networks.input_spec(8, 8), Precision.FP32)
+    assert said.strip(": ;").rpartition(">= 1: ")[2] in str(caught.value)
+
+
+def test_a_graph_that_onnx_runtime_does_not_take_is_refused(fixed, tmp_path):
+    model = onnx.load(fixed.graph.path)
+    model.graph.node[0].op_type = "NoSuchOp"
+    onnx.save(model, tmp_path / "x.onnx")
+    with pytest.raises(ExportError, match=r"ONNX Runtime .* does not take it: .*No Op registered for NoSuchOp"):
+        check_onnx(dataclasses.replace(fixed.graph, path=tmp_path / "x.onnx"), {})
 
 
 # ---- TorchScript ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from timm.models._helpers import load_state_dict
 from torch import nn
 
-from edge_backbones.errors import HubUnreachableError, InputError, SourceError
+from edge_backbones.errors import HubUnreachableError, InputError, SourceError, first_line
 from edge_backbones.images import ImageConfig
 from edge_backbones.spec import align_stages
 
@@ -195,9 +195,3 @@ def hub_folder(repository: str) -> Path:
             "connect once, or pass the folder of a local copy"
         )
     raise SourceError(f"{repository} on the model hub has no config.json with weights (.safetensors or .bin)")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line that says something: torch puts a heading above the tensors that do not fit."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]

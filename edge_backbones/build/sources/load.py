@@ -20,7 +20,6 @@ from edge_backbones.build.artifacts import LoadedBackbone
 from edge_backbones.build.sources.common import (
     IMAGENET,
     SourceOptions,
-    first_line,
     for_channels,
     hub_folder,
     kept_stages,
@@ -28,7 +27,7 @@ from edge_backbones.build.sources.common import (
     tensors_sha256,
 )
 from edge_backbones.build.sources.timm import load_timm, load_timm_folder, load_timm_module
-from edge_backbones.errors import MissingDependencyError, SourceError
+from edge_backbones.errors import MissingDependencyError, SourceError, first_line
 from edge_backbones.images import ImageConfig
 from edge_backbones.integrations.clients import find_backbone, is_backbone, is_timm_module
 from edge_backbones.manifest import Source
@@ -166,7 +165,7 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
     except Exception as error:  # a user's module fails with whatever it trips over
         raise SourceError(
             f"this {type(net).__name__} does not run on images of {height}x{width} (height x width): "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{first_line(error, typed=True)}"
         ) from error
     nchw: Layout = "NCHW"
     unknown = [axes for axes in source.layouts or () if axes not in get_args(Layout)]

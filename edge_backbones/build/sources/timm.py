@@ -20,7 +20,6 @@ from edge_backbones.build.artifacts import LoadedBackbone
 from edge_backbones.build.sources.common import (
     OFFLINE_ADVICE,
     SourceOptions,
-    first_line,
     hub_answers,
     kept_stages,
     random_seed,
@@ -30,7 +29,7 @@ from edge_backbones.build.sources.common import (
     wake_residual_branches,
 )
 from edge_backbones.bundle import record_file
-from edge_backbones.errors import HubUnreachableError, SourceError
+from edge_backbones.errors import HubUnreachableError, SourceError, first_line
 from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import Source
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout

@@ -27,7 +27,6 @@ from edge_backbones.build.artifacts import LoadedBackbone
 from edge_backbones.build.sources.common import (
     IMAGENET,
     SourceOptions,
-    first_line,
     for_channels,
     kept_stages,
     random_seed,
@@ -38,7 +37,7 @@ from edge_backbones.build.sources.common import (
 )
 from edge_backbones.build.sources.timm import load_timm, load_timm_module
 from edge_backbones.bundle import record_file
-from edge_backbones.errors import InputError, SourceError
+from edge_backbones.errors import InputError, SourceError, first_line
 from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import Source
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
@@ -192,7 +191,7 @@ def _measured(
         size = "x".join(str(n) for n in sample.shape[2:])
         raise SourceError(
             f"{type(net).__name__} with the stages {list(features)} does not run on images of {size} "
-            f"(height x width): {type(error).__name__}: {first_line(error)}"
+            f"(height x width): {first_line(error, typed=True)}"
         ) from error
     maps = output.feature_maps or ()
     if len(maps) != len(features):
@@ -338,7 +337,7 @@ def _choosing_stages(config: Any, options: SourceOptions) -> Iterator[None]:
     except Exception as error:  # constructors refuse options with whatever they trip over
         raise SourceError(
             f"transformers cannot make a {config.model_type} backbone of this configuration: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{first_line(error, typed=True)}"
         ) from error
 
 
