@@ -353,9 +353,10 @@ def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, A
     )
     held = tuple(Precision(g.precision) for g in manifest.graphs if g.format == "onnx")
     start = time.perf_counter()
-    records = compile_bundle(bundle, precisions=held, flavour=flavour, plan=plan, device=device)  # type: ignore[arg-type]
+    result = compile_bundle(bundle, precisions=held, flavour=flavour, plan=plan, device=device)  # type: ignore[arg-type]
     yield {
         "seconds": time.perf_counter() - start,
+        "notes": result.notes,
         "engines": [
             {
                 "name": record.name,
@@ -363,7 +364,7 @@ def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, A
                 "measured": record.parity.measured,
                 "stages": [{"stage": s.stage, "cosine": s.cosine, "sqnr_db": s.sqnr_db} for s in record.parity.stages],
             }
-            for record in records
+            for record in result.engines
         ],
     }
 

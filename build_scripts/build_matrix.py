@@ -495,8 +495,8 @@ def add_engine(
     from edge_backbones.build.tensorrt import PlanOptions
 
     plan = PlanOptions(targets=targets)
-    added = compile_bundle(bundle, precisions=(Precision(precision),), flavour=flavour, profile=profile, plan=plan)
-    return tuple(engine.name for engine in added)
+    result = compile_bundle(bundle, precisions=(Precision(precision),), flavour=flavour, profile=profile, plan=plan)
+    return tuple(engine.name for engine in result.engines)
 
 
 def cores() -> int:

@@ -25,6 +25,7 @@ from edge_backbones.build.device import compile_bundle
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.errors import BundleError, CalibrationError, EngineMismatchError, InputError, MissingDependencyError
 from edge_backbones.images import list_images
+from edge_backbones.profiles import DeviceProfile, load_profile
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
 
 CACHE_LIMIT_BYTES = 16 << 30
 _CHOOSE_THE_NETWORK = ("weights", "from_model", "num_channels", "output_stride", "out_indices", "out_features", "cache")
+_BY_CONTENT = (
+    "calibration",
+    "profile",
+    "exclude",
+    "gates",
+)  # files, sets and mappings: what they hold, however it is written
 
 
 class AutoEdgeBackbone:
@@ -45,8 +52,9 @@ class AutoEdgeBackbone:
     >>> backbone(pixel_values).feature_maps                                                 # doctest: +SKIP
 
     Both constructors return an :class:`EdgeBackbone`. The bundle behind it is kept under ``cache`` (the user's cache folder
-    by default) and found again by its content: weights, configuration, stages, options, calibration images and the release
-    of this package. The least recently used are deleted above 16 GB. Arguments:
+    by default) and found again by its content: weights, configuration, stages, options, what is in the files that the
+    options name, calibration images and the release of this package. The least recently used are deleted above 16 GB.
+    Arguments:
 
     ``engine``: the precision, ``"fp32"``, ``"fp16"`` or ``"int8"``, which needs ``images`` to calibrate on. ``images`` and
     ``options`` as in :func:`build_bundle`; stages that are given here replace those of ``options``. ``threads``: CPU
@@ -135,9 +143,10 @@ def _open(
         from edge_backbones.build.sources.load import load_source
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
-    loaded = load_source(source, options.source_options(), from_model=options.from_model)
+    profile = None if options.profile is None else load_profile(options.profile)
+    loaded = load_source(source, options.source_options(profile), from_model=options.from_model)
     folder = (default_cache() if cache is None else Path(cache)) / "bundles"
-    path = folder / f"{_content_key(loaded, options, images)}.bundle"
+    path = folder / f"{_content_key(loaded, options, profile, images)}.bundle"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -155,11 +164,20 @@ def _open(
         return EdgeBackbone.from_pretrained(path, engine=engine, threads=threads)
 
 
-def _content_key(loaded: LoadedBackbone, options: BuildOptions, images: ImageSource) -> str:
+def _content_key(
+    loaded: LoadedBackbone, options: BuildOptions, profile: DeviceProfile | None, images: ImageSource
+) -> str:
+    """The same for everything that makes the same bundle, wherever its files lie; another for everything else."""
+    from edge_backbones.build.calibrate import read_calibration
     from edge_backbones.build.sources.common import tensors_sha256
 
     # What chose the network is in the loaded network; what is left says what is made of it.
-    rest = {name: repr(value) for name, value in vars(options).items() if name not in _CHOOSE_THE_NETWORK}
+    by_value = vars(options).keys() - {*_CHOOSE_THE_NETWORK, *_BY_CONTENT}
+    rest: dict[str, Any] = {name: repr(getattr(options, name)) for name in by_value}
+    rest["calibration"] = None if options.calibration is None else read_calibration(options.calibration)
+    rest["profile"] = profile
+    rest["exclude"] = sorted(set(options.exclude))
+    rest["gates"] = {precision.value: gate for precision, gate in options.gates.items()}
     content: list[Any] = [
         edge_backbones.__version__,
         tensors_sha256(loaded.module),
@@ -180,7 +198,7 @@ def _images_sha256(images: ImageSource) -> str:
         for file in list_images(path) if path.is_dir() else [path]:
             if not file.is_file():
                 raise CalibrationError(f"images {str(images)!r} are neither a folder nor a file")
-            digest.update(f"{file.relative_to(path) if path.is_dir() else file.name}\n".encode())
+            digest.update(f"{file.relative_to(path).as_posix() if path.is_dir() else ''}\n".encode())
             digest.update(file.read_bytes())
         return digest.hexdigest()
     if not isinstance(images, (Sequence, np.ndarray)):

@@ -373,14 +373,16 @@ def compile_(
         gpu_fallback=gpu_fallback,
         timing_cache=None if timing_cache is None else timing_cache.read_bytes(),
     )
+    said: list[str] = []
     with _memory_told(), _Steps(as_json) as steps:
 
         def progress(step: str, done: int, total: int | None) -> None:
-            if step.startswith(("leaving ", "not timed")):  # for logs too, which have no steps
+            if step.startswith("leaving "):  # now, because an error may follow, and for logs, which have no steps
+                said.append(step)
                 _err.print(step, soft_wrap=True)
             steps(step, done, total)
 
-        added = compile_bundle(
+        result = compile_bundle(
             bundle,
             precisions=None if not precision else tuple(precision),
             flavour=chosen,
@@ -393,14 +395,18 @@ def compile_(
             progress=progress,
         )
     if as_json:
-        _print_json({"bundle": str(bundle), "flavour": chosen, "profile": profile, "engines": added})
+        document = {"bundle": str(bundle), "flavour": chosen, "profile": profile}
+        _print_json({**document, "engines": result.engines, "notes": result.notes})
         return
-    if not added:
+    for note in result.notes:
+        if note not in said:
+            _err.print(note, soft_wrap=True)
+    if not result.engines:
         _out.print(f"nothing was added: what runs here is in {bundle}")
         return
-    _print_parity([engine.parity for engine in added])
-    for engine in added:
-        later = "" if engine.parity.measured else ", to be measured on the device: edge-backbones verify"
+    _print_parity([engine.parity for engine in result.engines])
+    for engine in result.engines:
+        later = "" if engine.parity.measured else f", to be measured on the device: edge-backbones verify {bundle}"
         speed = "" if engine.milliseconds is None else f", {engine.milliseconds:.2f} ms"
         _out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{speed}{later})")
 

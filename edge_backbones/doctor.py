@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from edge_backbones.bundle import Bundle
-from edge_backbones.manifest import EngineRecord
+from edge_backbones.manifest import EngineRecord, Flavour
 from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, modules_of, profile_of
 from edge_backbones.runtime import compat, cuda, session, tensorrt_library
 from edge_backbones.system import System, gib, read_system
@@ -155,13 +156,13 @@ def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
 
 
 def _way_to_run(machine: Machine, engine: EngineRecord, path: Path, reasons: Sequence[str]) -> str:
-    compile_it = f"edge-backbones compile {path}"
     if engine.key.gpu is not None and not machine.gpus:
-        return _gpu(machine).fix or f"it is for a machine with that GPU; {compile_it} makes one for this CPU"
+        instead = f"edge-backbones compile {path} makes one for this CPU"
+        return _gpu(machine).fix or f"it is for a machine with that GPU; {instead}"
     if not engine.parity.measured:
         return f"edge-backbones verify {path}"
     if any(compat.COMPILE in reason for reason in reasons):
-        return compile_it
+        return f"edge-backbones compile {path}" + (" --flavour openvino" if not engine.key.gpu and machine.gpus else "")
     return "; ".join(reason.rpartition(": ")[2] for reason in reasons)  # each ends with its way out
 
 
@@ -310,8 +311,18 @@ def why_not_the_gpu(machine: Machine) -> str:
     return f"{machine.gpus[0].name} is here, and TensorRT is not usable ({finding.found}): {finding.fix}"
 
 
+def _serving(machine: Machine) -> Flavour:
+    """What `edge-backbones compile` takes there when nothing is said."""
+    gpu = machine.gpus[0] if machine.gpus else None
+    host = dataclasses.replace(machine.host, versions=machine.tensorrt, gpu=gpu, jetson=machine.system.jetson)
+    return compat.serving_flavour(host)
+
+
 def _tensorrt(machine: Machine) -> Finding:
     topic, version = "compile and run engines of this GPU (TensorRT)", machine.tensorrt.get("tensorrt")
+    if _serving(machine) == "tensorrt_rtx":
+        found = f"{version or 'not installed'}; TensorRT-RTX {machine.tensorrt['tensorrt_rtx']} serves this GPU"
+        return Finding(topic=topic, ok=True, found=found)
     if version is not None:
         fix = tensorrt_library.against_release("tensorrt", version, jetson=machine.system.jetson)
         return Finding(topic=topic, ok=not fix, found=version, fix=fix)
@@ -361,7 +372,7 @@ def _optional(machine: Machine, flavour: str) -> Finding:
     if machine.system.jetson:
         return Finding(topic=purpose, ok=True, found="not installed; nothing on a Jetson needs it")
     architectures = {gpu.architecture for gpu in machine.gpus}
-    if flavour == "tensorrt_rtx" and architectures & set(RTX_ARCHITECTURES) and "tensorrt" not in machine.tensorrt:
+    if flavour == "tensorrt_rtx" and architectures & set(RTX_ARCHITECTURES) and _serving(machine) == "openvino":
         return Finding(topic=purpose, ok=False, found="missing", fix=install)
     return Finding(topic=purpose, ok=True, found=f"not installed; where it is wanted: {install}")
 

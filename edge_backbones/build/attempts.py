@@ -19,7 +19,14 @@ import numpy as np
 from edge_backbones.build import choose, quantize
 from edge_backbones.build.artifacts import CompiledEngine, ExportedGraph, Progress, TypedGraph
 from edge_backbones.build.compile import compile_engine
-from edge_backbones.build.parity import DEFAULT_GATES, excess_noise, measure_engine, require, time_engines
+from edge_backbones.build.parity import (
+    DEFAULT_GATES,
+    advice_on_building,
+    excess_noise,
+    measure_engine,
+    require,
+    time_engines,
+)
 from edge_backbones.manifest import BlockNoise, CalibrationFile, Decision, Gate, ParityReport, Trial
 from edge_backbones.runtime import session
 from edge_backbones.spec import Precision
@@ -138,8 +145,8 @@ def decide(
         else:
             of_precision = [shop.attempt(precision, gate)]
         if not auto or precision is Precision.FP32:
-            require(of_precision[-1].report)
-            require(of_precision[-1].shipped)
+            require(of_precision[-1].report, advice=advice_on_building)
+            require(of_precision[-1].shipped, advice=advice_on_building)
         tried += of_precision
         chosen.append(of_precision[-1])
     if len(tried) > 1:

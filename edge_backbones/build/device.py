@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, compile_for_gpu, engine_of_torchscript
-from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require, time_engines
+from edge_backbones.build.parity import DEFAULT_GATES, advice_on_building, measure_engine, require, time_engines
 from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, check_plan, has_weak_typing
 from edge_backbones.bundle import Bundle, load_golden, read_current, record_bytes
 from edge_backbones.errors import (
@@ -31,8 +32,8 @@ from edge_backbones.errors import (
     ParityError,
 )
 from edge_backbones.manifest import CalibrationFile, EngineKey, EngineRecord, Flavour, Gate, GraphRecord, ParityReport
-from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, load_profile, profile_of, refusals
-from edge_backbones.runtime import compat, session, tensorrt_library
+from edge_backbones.profiles import DeviceProfile, load_profile, profile_of, refusals
+from edge_backbones.runtime import compat, session
 from edge_backbones.spec import InputSpec, Precision
 from edge_backbones.system import board_name
 
@@ -47,6 +48,15 @@ _KERNELS = 1 << 20
 _FORMS = {"onnx": "ONNX", "torchscript": "TorchScript"}
 
 
+@dataclass(frozen=True)
+class CompileResult:
+    """The engines that `compile_bundle` added, as the manifest has them, and what else the user should know, a sentence each:
+    which precisions were left out and why, what the engine library said, which engine runtimes take."""
+
+    engines: tuple[EngineRecord, ...]
+    notes: tuple[str, ...]
+
+
 def compile_bundle(
     path: str | Path,
     *,
@@ -59,7 +69,7 @@ def compile_bundle(
     resume: bool = False,
     cache: Path | None = None,
     progress: Progress = no_progress,
-) -> tuple[EngineRecord, ...]:
+) -> CompileResult:
     """Add engines for this machine to a bundle, from its graphs, each verified before it is added.
 
     ``precisions``: None for every ONNX graph of the bundle. ``flavour``: ``openvino`` for the CPU; ``tensorrt`` for the GPU
@@ -72,8 +82,9 @@ def compile_bundle(
     Every engine that this machine can run is timed then, side by side: runtimes take the fastest, whatever its precision.
 
     The bundle is unchanged for a precision that fails: its gate is the one the bundle was built with. Where none was asked
-    for by name the others go on, ``progress`` is told, and its error is raised when nothing was added and (with ``resume``)
-    nothing was there. Raises BundleError, CompileError, ParityError, MissingDependencyError.
+    for by name the others go on, and a note of the result has its error, which is raised when nothing was added and (with
+    ``resume``) nothing was there. ``progress`` gets every note at once. Raises BundleError, CompileError, ParityError,
+    MissingDependencyError.
     """
     if flavour == "torch_tensorrt":
         raise CompileError(
@@ -84,21 +95,31 @@ def compile_bundle(
     form = "torchscript" if flavour == "torchscript" else "onnx"
     held = [g for g in bundle.manifest.graphs if g.format == form]
     graphs = [g for g in held if precisions is None or g.precision in precisions]
-    if not graphs:
+    lacking = [precision for precision in precisions or () if precision not in {g.precision for g in held}]
+    if lacking or not graphs:
         names = ", ".join(g.precision.value for g in held) or "none"
-        asked = ", ".join(p.value for p in precisions or ()) or "graph to compile"
-        raise BundleError(f"{bundle.path} has no {asked}; its {_FORMS[form]} graphs: {names}")
+        asked = ", ".join(p.value for p in lacking) or "graph to compile"
+        way = session.way_to_build(bundle, lacking if form == "onnx" else ())
+        raise BundleError(f"{bundle.path} has no {asked}; its {_FORMS[form]} graphs: {names}. {way}")
     if resume:
         graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, flavour, plan or PlanOptions(), device)]
     golden, input = load_golden(bundle), bundle.manifest.input
     options = plan or PlanOptions()
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        progress(text, 0, None)
+
     failed: list[EdgeBackbonesError] | None = [] if precisions is None else None
     if profile is not None:
         described = load_profile(profile)
+        if described.architecture is not None and (flavour == "tensorrt" or flavour not in described.flavours):
+            _refuse_elsewhere(bundle, described, device)
         if options.workspace is None:
             options = dataclasses.replace(options, workspace=described.defaults.workspace_bytes)
         allowed = functools.partial(_refuse_for, described, flavour=flavour, plan=options, input=input)
-        graphs = _passing(graphs, allowed, failed, progress)
+        graphs = _passing(graphs, allowed, failed, note)
         if flavour == "tensorrt" and described.architecture is not None:  # TensorRT compiles for the GPU at hand
             options = dataclasses.replace(options, targets=(described.architecture,))
     if options.embed_runtime and not allow_host_code:
@@ -107,34 +128,38 @@ def compile_bundle(
         )
     if flavour in ("tensorrt", "tensorrt_rtx"):
         served = functools.partial(_refuse_plan, flavour=flavour, plan=options, input=input, device=device)
-        graphs = _passing(graphs, served, failed, progress)
+        graphs = _passing(graphs, served, failed, note)
     if graphs:  # minutes of work would be lost otherwise
         bundle.require_writable(room=_room(graphs, flavour))
     added: list[str] = []
 
     def add(graph: GraphRecord) -> None:
         nonlocal bundle
-        record, contents = _compiled(
-            bundle, graph, golden, flavour, options, device, code=allow_host_code, cache=cache, progress=progress
-        )
+        engine = _compiled(bundle, graph, flavour, options, device, cache=cache, progress=progress)
+        for text in engine.notes:
+            note(text)
+        report = _passed(bundle, graph, golden, engine, device, code=allow_host_code, progress=progress)
+        record, contents = _engine_record(engine, report, graph)
         bundle = bundle.add_engine(record, contents)
         added.append(record.name)
 
-    _passing(graphs, add, failed, progress)
+    _passing(graphs, add, failed, note)
     on = None if flavour == "openvino" else device
-    bundle = _timed(bundle, on, code=allow_host_code, anew=bool(added), progress=progress)
+    bundle, told = _timed(bundle, on, code=allow_host_code, anew=bool(added), progress=progress)
+    for text in told:
+        note(text)
     if failed and not added and not (resume and _runs_here(bundle, on, code=allow_host_code)):
         raise failed[0]
-    return tuple(record for record in bundle.manifest.engines if record.name in added)
+    return CompileResult(tuple(e for e in bundle.manifest.engines if e.name in added), tuple(notes))
 
 
 def _passing(
     graphs: Sequence[GraphRecord],
     step: Callable[[GraphRecord], None],
     failed: list[EdgeBackbonesError] | None,
-    progress: Progress,
+    note: Callable[[str], None],
 ) -> list[GraphRecord]:
-    """The graphs that a step does not refuse. Why it refuses others is told, and goes to ``failed`` or is raised for None."""
+    """The graphs that a step does not refuse. Why it refuses others is noted, and put into ``failed`` or raised."""
     left = []
     for graph in graphs:
         try:
@@ -143,7 +168,7 @@ def _passing(
             if failed is None:
                 raise
             failed.append(error)
-            progress(f"leaving {graph.precision} out: {error}", 0, None)
+            note(f"leaving {graph.precision} out: {error}")
         else:
             left.append(graph)
     return left
@@ -152,39 +177,47 @@ def _passing(
 def _compiled(
     bundle: Bundle,
     graph: GraphRecord,
-    golden: Mapping[str, np.ndarray],
     flavour: Flavour,
     options: PlanOptions,
     device: int,
     *,
-    code: bool,
     cache: Path | None,
     progress: Progress,
-) -> tuple[EngineRecord, dict[str, bytes]]:
-    """One engine, measured where it runs here: its record, and the bytes of its files by path."""
+) -> CompiledEngine:
+    """One engine of this graph."""
     progress(f"compiling {graph.precision}", 0, None)
     if flavour == "openvino":
-        engine = compile_engine(bytes(bundle.read(graph.file)), graph.precision, cache=cache)
-    elif flavour == "torchscript":
-        engine = engine_of_torchscript(bytes(bundle.read(graph.file)))
-    else:
-        assert flavour != "torch_tensorrt"  # compile_bundle refuses it
-        source, ranges = _graph_for_gpu(bundle, graph, flavour, options)
-        measured = options.timing_cache
-        if flavour == "tensorrt" and measured is None:  # what earlier compilations have measured
-            measured = _latest_timing_cache(bundle)
-        engine = compile_for_gpu(
-            source,
-            bundle.manifest.input,
-            graph.precision,
-            flavour=flavour,
-            options=dataclasses.replace(options, timing_cache=measured),
-            device=device,
-            ranges=ranges,
-            progress=progress,
-        )
-    for note in engine.notes:
-        progress(note, 0, None)
+        return compile_engine(bytes(bundle.read(graph.file)), graph.precision, cache=cache)
+    if flavour == "torchscript":
+        return engine_of_torchscript(bytes(bundle.read(graph.file)))
+    assert flavour != "torch_tensorrt"  # compile_bundle refuses it
+    source, ranges = _graph_for_gpu(bundle, graph, flavour, options)
+    measured = options.timing_cache
+    if flavour == "tensorrt" and measured is None:  # what earlier compilations have measured
+        measured = _latest_timing_cache(bundle)
+    return compile_for_gpu(
+        source,
+        bundle.manifest.input,
+        graph.precision,
+        flavour=flavour,
+        options=dataclasses.replace(options, timing_cache=measured),
+        device=device,
+        ranges=ranges,
+        progress=progress,
+    )
+
+
+def _passed(
+    bundle: Bundle,
+    graph: GraphRecord,
+    golden: Mapping[str, np.ndarray],
+    engine: CompiledEngine,
+    device: int,
+    *,
+    code: bool,
+    progress: Progress,
+) -> ParityReport:
+    """The parity of a new engine where it runs here, a report without figures where it does not; raises ParityError."""
     gate = graph.gate or DEFAULT_GATES[graph.precision]
     report = ParityReport(precision=graph.precision, gate=gate, stages=())
     on = None if engine.key.gpu is None else device
@@ -192,8 +225,37 @@ def _compiled(
         engine.key, compat.this_host(session.installed_versions(), device=on)
     ):
         progress(f"verifying {graph.precision}", 0, None)
-        report = require(_measured(bundle, engine.key, engine.data, golden, gate, on, code=code))
-    return _engine_record(engine, report, graph)
+        report = _measured(bundle, engine.key, engine.data, golden, gate, on, code=code)
+        require(report, advice=functools.partial(_advice_on_compiling, bundle, engine.key))
+    return report
+
+
+def _advice_on_compiling(bundle: Bundle, key: EngineKey, report: ParityReport) -> str:
+    """What helps where a graph held its gate when it was built, and the engine that this machine made of it does not."""
+    others = [g.precision.value for g in bundle.manifest.graphs if g.format == "onnx" and g.precision != key.precision]
+    instead = f"compile another graph of this bundle (--precision {others[0]})" if others else ""
+    if report.precision is Precision.FP32:
+        library = f"{key.flavour} {key.library_version}"
+        way = f"Its graph held when it was built, and {library} computes it wrongly: install another release"
+    elif report.precision.is_calibrated:
+        way = (
+            f"{report.precision} rounds otherwise here than where the bundle was built: build it with --precision fp16"
+        )
+    else:
+        way = advice_on_building(report).replace("choose", "build the bundle with")
+    return ", or ".join(filter(None, (way, instead)))
+
+
+def _advice_on_verifying(bundle: Bundle, record: EngineRecord) -> str:
+    """What helps where an engine in a bundle is outside its gate."""
+    key = record.key
+    again = f"edge-backbones compile {bundle.path} --flavour {key.flavour} --precision {key.precision}"
+    if key.flavour == "torch_tensorrt":
+        again = f"edge-backbones build MODEL {bundle.path} --flavour torch_tensorrt --overwrite"
+    before = "It held its gate when it was compiled: " if record.parity.measured else ""
+    explain = f"; edge-backbones verify {bundle.path} --explain finds the layer" if key.flavour == "openvino" else ""
+    compile_it = f"{before}compile it again with {again}"
+    return compile_it[0].upper() + compile_it[1:] + explain
 
 
 def _measured(
@@ -216,9 +278,11 @@ def _runs_here(bundle: Bundle, device: int | None, *, code: bool) -> list[Engine
     return [e for e in bundle.manifest.engines if not session.reasons_against(e, host, device=place, code=code)]
 
 
-def _timed(bundle: Bundle, device: int | None, *, code: bool, anew: bool, progress: Progress) -> Bundle:
-    """The bundle with latencies: engines that can run here are timed side by side, ``anew`` or where one has none. Without
-    them the engines are as good: what fails here is told, not raised."""
+def _timed(
+    bundle: Bundle, device: int | None, *, code: bool, anew: bool, progress: Progress
+) -> tuple[Bundle, tuple[str, ...]]:
+    """The bundle with latencies, and what to note of them: engines that can run here are timed side by side, ``anew`` or
+    where one has none. Without them the engines are as good: what fails here is noted, not raised."""
 
     def timed_of(current: Bundle) -> list[EngineRecord]:
         here = _runs_here(current, device, code=code)
@@ -236,11 +300,8 @@ def _timed(bundle: Bundle, device: int | None, *, code: bool, anew: bool, progre
         for engine in timed:
             bundle = bundle.add_engine(engine, {})
     except EdgeBackbonesError as error:  # another process took an engine out, say
-        progress(f"not timed: {error}", 0, None)
-        return Bundle.open(bundle.path)
-    if timed:
-        progress(ranking(timed), 0, None)
-    return bundle
+        return Bundle.open(bundle.path), (f"not timed: {error}",)
+    return bundle, (ranking(timed),) if timed else ()
 
 
 def _room(graphs: Sequence[GraphRecord], flavour: Flavour) -> int:
@@ -263,18 +324,13 @@ def ranking(timed: Sequence[EngineRecord]) -> str:
 
 
 def flavour_here(device: int = 0) -> tuple[Flavour, DeviceProfile | None]:
-    """What engines for this machine are compiled with when nothing is said, and its profile: TensorRT for the GPU ``device``,
-    where its release makes plans, else TensorRT-RTX, else OpenVINO for the CPU. The profile is None for a GPU that none
-    describes."""
+    """What engines for this machine are compiled with when nothing is said (`compat.serving_flavour`), and its profile, which
+    is None for a GPU that none describes."""
     host = compat.this_host(session.installed_versions(), device=device)
-    if host.gpu is not None:
-        profile = profile_of(host.gpu, board=board_name())
-        version = host.versions.get("tensorrt")
-        if version is not None and not tensorrt_library.against_release("tensorrt", version, jetson=host.jetson):
-            return "tensorrt", profile
-        if "tensorrt_rtx" in host.versions and host.gpu.architecture in RTX_ARCHITECTURES:
-            return "tensorrt_rtx", profile
-    return "openvino", load_profile("cpu")
+    flavour = compat.serving_flavour(host)
+    if flavour == "openvino" or host.gpu is None:
+        return flavour, load_profile("cpu")
+    return flavour, profile_of(host.gpu, board=board_name())
 
 
 def profile_here(flavour: Flavour, targets: Sequence[str] = (), device: int = 0) -> DeviceProfile | None:
@@ -305,6 +361,20 @@ def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, plan: Pla
                 bundle.read(engine.file)
                 return True
     return False
+
+
+def _refuse_elsewhere(bundle: Bundle, profile: DeviceProfile, device: int) -> None:
+    """Raise CompileError for a GPU that is not here: TensorRT compiles on the GPU that will run the engine."""
+    host = compat.this_host({}, device=device)
+    if host.gpu is not None and host.gpu.architecture == profile.architecture:
+        return
+    here = f"has {host.gpu.name}, {host.gpu.architecture}" if host.gpu is not None else f"has none ({host.no_gpu})"
+    rtx = f"--flavour tensorrt_rtx --target {profile.architecture} --profile {profile.name}"
+    raise CompileError(
+        f"engines for {profile.name} are compiled on its own GPU, {profile.architecture}, and this machine {here}: copy "
+        f"{bundle.path} to the device and run there: edge-backbones compile {bundle.path.name}"
+        + (f". For TensorRT-RTX it can be compiled here: {rtx}" if "tensorrt_rtx" in profile.flavours else "")
+    )
 
 
 def _refuse_plan(graph: GraphRecord, *, flavour: PlanFlavour, plan: PlanOptions, input: InputSpec, device: int) -> None:
@@ -356,7 +426,7 @@ def _graph_for_gpu(
     found = msgspec.json.decode(bytes(bundle.read(record.file)), type=CalibrationFile)
     if found.factors:
         raise CompileError(
-            "the ranges of this bundle are of an equalised graph, which DLA cannot run: calibrate with --method max"
+            "the ranges of this bundle are of an equalised graph, which DLA cannot run: build it with --method max"
         )
     return bytes(bundle.read(plain.file)), found.ranges
 
@@ -412,7 +482,8 @@ def verify_bundle(
     progress("checking files", 0, None)
     bundle, _ = read_current(path, Bundle.check_files)
     golden = load_golden(bundle)
-    reports = []
+    reports: list[ParityReport] = []
+    advice: dict[int, str] = {}
     for record in _runnable(bundle, engine, device, code=allow_host_code):
         progress(f"verifying {record.key.precision}", 0, None)
         try:
@@ -424,10 +495,14 @@ def verify_bundle(
         on = None if record.key.gpu is None else device
         measured = _measured(bundle, record.key, data, golden, gate, on, code=allow_host_code)
         reports.append(measured)
+        advice[id(measured)] = _advice_on_verifying(bundle, record)
         if measured.passed and not record.parity.measured:
             bundle = bundle.add_engine(msgspec.structs.replace(record, parity=measured), {})
-            bundle = _timed(bundle, on, code=allow_host_code, anew=True, progress=progress)
-    require(*reports)
+            bundle, told = _timed(bundle, on, code=allow_host_code, anew=True, progress=progress)
+            for text in told:
+                progress(text, 0, None)
+    if reports:
+        require(*reports, advice=lambda report: advice[id(report)])
     return tuple(reports)
 
 

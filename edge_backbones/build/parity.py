@@ -90,17 +90,37 @@ def measure_engine(
         return measure_parity(backbone, golden, key.precision, gate, profiles)
 
 
-def require(report: ParityReport, *others: ParityReport) -> ParityReport:
-    """The first report; raises ParityError, which names the stages, for those that did not pass."""
+def require(report: ParityReport, *others: ParityReport, advice: Callable[[ParityReport], str]) -> ParityReport:
+    """The first report; raises ParityError, which names the stages, for those that did not pass. ``advice``: a sentence for
+    each of them, which fits its precision and the call that measured it."""
     failed = [one for one in (report, *others) if not one.passed]
     if failed:
         found = "; ".join(f"{one.precision} is outside its gate ({one.gate}): {one.failures()}" for one in failed)
-        raise ParityError(
-            f"{found}. Use more or other calibration images, another range estimator (--method max), or another precision "
-            "(--precision fp16)",
-            *failed,
-        )
+        ways = dict.fromkeys(advice(one) for one in failed)
+        raise ParityError(f"{found}. {'. '.join(ways)}", *failed)
     return report
+
+
+def advice_on_building(report: ParityReport, library: str = "openvino") -> str:
+    """What helps where an engine that is built is outside its gate. ``library``: what compiled it, as pip calls it.
+
+    fp32 has no ranges, and ONNX Runtime has checked its graph by then: no image is to blame.
+    """
+    if report.precision is Precision.FP32:
+        return (
+            f"The graph is right in ONNX Runtime, so {library} computes it wrongly: install another release "
+            f"(pip install --upgrade {library})"
+        )
+    if report.precision is Precision.FP16:  # 11 bits, and at most 65504
+        finite = all(stage.finite for stage in report.stages)
+        why = "fp16 rounds this network too coarsely" if finite else "its values are beyond what fp16 holds, 65504"
+        return f"{why}: choose --precision {'fp32' if finite else 'bf16'} or --precision {'bf16' if finite else 'fp32'}"
+    if report.precision is Precision.BF16:
+        return "bf16 has 8 bits, which are too few for this network: choose --precision fp16 or --precision fp32"
+    return (
+        "Use more or other calibration images (--images), another range estimator (--method max), or another precision "
+        "(--precision fp16)"
+    )
 
 
 def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate) -> StageParity:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import platform
 import shutil
@@ -30,7 +31,7 @@ from edge_backbones.build.artifacts import (
     no_progress,
 )
 from edge_backbones.build.compile import default_cache, engine_of_torch_tensorrt, engine_of_torchscript
-from edge_backbones.build.parity import DEFAULT_GATES, measure_engine, require
+from edge_backbones.build.parity import DEFAULT_GATES, advice_on_building, measure_engine, require
 from edge_backbones.bundle import Bundle, new_bundle, record_file, write_manifest
 from edge_backbones.errors import (
     CalibrationError,
@@ -421,7 +422,9 @@ def _measured(
     precision = engine.key.precision
     gate = options.gates.get(precision, DEFAULT_GATES[precision])
     on = None if engine.key.gpu is None else 0
-    return require(measure_engine(engine.key, engine.data, graph.spec, graph.input, golden, gate, device=on))
+    report = measure_engine(engine.key, engine.data, graph.spec, graph.input, golden, gate, device=on)
+    library = {"torchscript": "torch", "torch_tensorrt": "torch-tensorrt"}.get(engine.key.flavour, engine.key.flavour)
+    return require(report, advice=functools.partial(advice_on_building, library=library))
 
 
 def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:

@@ -317,7 +317,7 @@ def _targets(
         if options.targets not in ((), (gpu.architecture,)):
             raise CompileError(
                 f"TensorRT compiles for the GPU at hand, {gpu.architecture} here, not for {', '.join(options.targets)}: "
-                "compile on that device, or use tensorrt_rtx"
+                "copy the bundle to that device and run edge-backbones compile there"
             )
         targets: tuple[str, ...] = (gpu.architecture,)
     else:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from edge_backbones.manifest import EngineKey, Flavour, GpuKey
+from edge_backbones.profiles import RTX_ARCHITECTURES
 from edge_backbones.runtime.cuda import Gpu, gpus, no_gpu_reason
-from edge_backbones.runtime.tensorrt_library import FROM_JETPACK
+from edge_backbones.runtime.tensorrt_library import FROM_JETPACK, against_release
 from edge_backbones.system import is_jetson
 
 # Instruction sets that change which kernels a CPU engine was compiled to, weakest first; the last one names the engine.
@@ -83,7 +84,29 @@ def this_host(versions: Mapping[str, str], *, device: int | None = None) -> Host
     return Host(architecture, cpu_features(cpuinfo, architecture), name, versions, gpu, no_gpu, is_jetson())
 
 
+def serving_flavour(host: Host) -> Flavour:
+    """The flavour of engines that are compiled for a machine when none is asked for.
+
+    For its GPU: TensorRT where the release makes plans, else TensorRT-RTX where it is installed and knows the GPU. Where
+    neither is there, or no GPU: OpenVINO for the CPU.
+    """
+    if host.gpu is not None:
+        version = host.versions.get("tensorrt")
+        if version is not None and not against_release("tensorrt", version, jetson=host.jetson):
+            return "tensorrt"
+        if host.gpu.architecture in RTX_ARCHITECTURES and host.versions.get("tensorrt_rtx") is not None:
+            return "tensorrt_rtx"
+    return "openvino"
+
+
 COMPILE = "run edge-backbones compile here"
+
+
+def _again(key: EngineKey) -> str:
+    """What makes an engine of this key for this machine."""
+    if key.flavour == "torch_tensorrt":  # of the network itself, which no bundle holds
+        return "run edge-backbones build MODEL BUNDLE --flavour torch_tensorrt --overwrite here"
+    return COMPILE
 
 
 def reasons_against(key: EngineKey, host: Host) -> list[str]:
@@ -96,10 +119,10 @@ def _reasons_on_cpu(key: EngineKey, host: Host) -> list[str]:
     if key.flavour == "torchscript":
         return reasons  # code that torch compiles where it runs
     if key.architecture != host.architecture:
-        reasons.append(f"compiled for {key.architecture}; this machine is {host.architecture}: {COMPILE}")
+        reasons.append(f"compiled for {key.architecture}; this machine is {host.architecture}: {_again(key)}")
     elif missing := [feature for feature in key.cpu_features if feature not in host.cpu_features]:
         lacking = ", ".join(missing)
-        reasons.append(f"compiled for a CPU with {lacking}; this one ({host.device_name}) has none: {COMPILE}")
+        reasons.append(f"compiled for a CPU with {lacking}; this one ({host.device_name}) has none: {_again(key)}")
     return reasons
 
 
@@ -111,20 +134,20 @@ def _reasons_on_gpu(key: EngineKey, asked: GpuKey, host: Host) -> list[str]:
             "tensorrt"
         )
     if key.flavour in ("tensorrt", "torch_tensorrt") and key.architecture != host.architecture:
-        reasons.append(f"compiled on {key.architecture}; this machine is {host.architecture}: {COMPILE}")
+        reasons.append(f"compiled on {key.architecture}; this machine is {host.architecture}: {_again(key)}")
     gpu = host.gpu
     if gpu is None:
         return [*reasons, f"needs an NVIDIA GPU: {host.no_gpu or 'none was asked for (device=cuda)'}"]
     if not _architecture_fits(asked, gpu):
         there = ", ".join(asked.architectures)
-        reasons.append(f"compiled for {there}; this GPU ({gpu.name}) is {gpu.architecture}: {COMPILE}")
+        reasons.append(f"compiled for {there}; this GPU ({gpu.name}) is {gpu.architecture}: {_again(key)}")
     elif key.flavour == "tensorrt" and asked.hardware_compatibility == "none":
         # All modules of Jetson Orin have one name.
         there, here = f"{key.device_name} ({asked.multiprocessors} SMs)", f"{gpu.name} ({gpu.multiprocessors} SMs)"
         if key.device_name != gpu.name or asked.multiprocessors not in (None, gpu.multiprocessors):
             reasons.append(
                 f"compiled for the kernels of {there}; this GPU is {here}, and only plans with --hardware-compatibility move "
-                f"between models: {COMPILE}"
+                f"between models: {_again(key)}"
             )
     if asked.driver is not None and _major(gpu.driver) < _major(asked.driver):
         reasons.append(
@@ -145,7 +168,7 @@ def _library_reasons(key: EngineKey, host: Host) -> list[str]:
         here = here or next(iter(found), None)
     if here is None:
         if host.jetson and key.flavour == "tensorrt_rtx":
-            return [f"needs {key.flavour}, which no Jetson has: {COMPILE}"]
+            return [f"needs {key.flavour}, which no Jetson has: {_again(key)}"]
         pip = f"pip install 'edge-backbones[{_EXTRAS[key.flavour]}]'"
         way = FROM_JETPACK if host.jetson and key.flavour == "tensorrt" else pip
         return [f"needs {key.flavour}, which is not installed: {way}"]
@@ -154,7 +177,7 @@ def _library_reasons(key: EngineKey, host: Host) -> list[str]:
     if here != key.library_version:
         newest = " or newer" if key.gpu is not None and key.gpu.host_code else ""
         return [
-            f"compiled with {key.flavour} {key.library_version}{newest}; here {here}: {COMPILE}, or install that release"
+            f"compiled with {key.flavour} {key.library_version}{newest}; here {here}: {_again(key)}, or install that release"
         ]
     return []
 

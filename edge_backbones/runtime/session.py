@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,8 +13,7 @@ import numpy as np
 
 from edge_backbones.bundle import Bundle
 from edge_backbones.errors import EngineMismatchError, MissingDependencyError
-from edge_backbones.manifest import EngineKey, EngineRecord
-from edge_backbones.profiles import RTX_ARCHITECTURES
+from edge_backbones.manifest import EngineKey, EngineRecord, Flavour
 from edge_backbones.runtime import compat, openvino, tensorrt_library
 from edge_backbones.runtime.cuda import MemoryBackend
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
@@ -25,7 +24,7 @@ _PREFERENCE = {
     "cpu": (Precision.INT8, Precision.FP16, Precision.BF16, Precision.FP32, Precision.FP8),
     "cuda": (Precision.INT8, Precision.FP8, Precision.FP16, Precision.BF16, Precision.FP32),
 }
-_FLAVOURS = ("tensorrt", "tensorrt_rtx", "openvino", "torch_tensorrt", "torchscript")
+_FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx", "openvino", "torch_tensorrt", "torchscript")
 _CODE = ("torchscript", "torch_tensorrt")  # programs, which are run only for who asks for them
 
 
@@ -114,12 +113,14 @@ def fitting_engines(
     if not wanted:
         held = ", ".join(e.name for e in engines) or "none"
         asked = "an engine" if engine is None else f"engine {engine!r}"
-        raise EngineMismatchError(f"{bundle.path} has no {asked}; it holds: {held}. {_advice(bundle, device)}")
+        raise EngineMismatchError(f"{bundle.path} has no {asked}; it holds: {held}. {_advice(bundle, engine, device)}")
     reasons = {e.name: reasons_against(e) for e in wanted}
     fitting = [e for e in wanted if not reasons[e.name]]
     if not fitting:
         listed = "; ".join(f"{name}: {' and '.join(why)}" for name, why in reasons.items())
-        raise EngineMismatchError(f"no engine of {bundle.path} can run here. {listed}. {_advice(bundle, device)}")
+        raise EngineMismatchError(
+            f"no engine of {bundle.path} can run here. {listed}. {_advice(bundle, engine, device)}"
+        )
     return fitting
 
 
@@ -135,7 +136,7 @@ def reasons_against(
     reasons = []
     runs_on = ("cpu", "cuda") if key.flavour == "torchscript" else ("cpu",) if key.gpu is None else ("cuda",)
     if device not in runs_on:
-        reasons.append(f"runs on {' and '.join(runs_on)}, not on {device}")
+        reasons.append(f"runs on {runs_on[0]}, not on {device}: ask for it there (device={runs_on[0]!r})")
     reasons += code_reasons(engine, asked, code=code)
     if not engine.parity.measured:
         reasons.append("was compiled ahead of time and never measured: run edge-backbones verify on this device")
@@ -162,8 +163,8 @@ def compile_here(
 ) -> None:
     """Add the engine that ``engine`` means (all precisions by default) to a bundle, for this machine's CPU or GPU ``device``.
 
-    On a GPU that is TensorRT's, or TensorRT-RTX's where it alone is installed and knows the GPU. Raises what
-    `compile_bundle` raises, and EngineMismatchError for an engine by its whole name, which is of one machine and release.
+    On a GPU that is the flavour of `compat.serving_flavour`, as for `edge-backbones compile`. Raises what `compile_bundle`
+    raises, and EngineMismatchError for an engine by its whole name, which is of one machine and release.
     """
     if engine is not None and engine not in (*Precision, *_FLAVOURS):
         raise EngineMismatchError(
@@ -171,13 +172,13 @@ def compile_here(
             "Ask for its precision or flavour instead, as engine='int8'"
         )
     compiler = importlib.import_module("edge_backbones.build.device")  # a layer above: loaded only for who asks for it
-    flavour = "openvino"
-    if engine in _FLAVOURS:
-        flavour = engine
-    elif device is not None:
-        known = host.gpu is not None and host.gpu.architecture in RTX_ARCHITECTURES
-        is_rtx = known and "tensorrt" not in host.versions and "tensorrt_rtx" in host.versions
-        flavour = "tensorrt_rtx" if is_rtx else "tensorrt"
+    flavour = next((known for known in _FLAVOURS if known == engine), None)
+    if flavour is None:
+        flavour = "openvino" if device is None else compat.serving_flavour(host)
+        if (
+            flavour == "openvino" and device is not None
+        ):  # nothing here compiles for its GPU: TensorRT's refusal says why
+            flavour = "tensorrt"
     precisions = (Precision(engine),) if engine in set(Precision) else None
     targets = (host.gpu.architecture,) if host.gpu is not None and flavour == "tensorrt_rtx" else ()
     profile = None
@@ -311,5 +312,35 @@ def _library_version(flavour: str) -> str | None:
     return None
 
 
-def _advice(bundle: Bundle, device: str) -> str:
-    return f"Run: edge-backbones compile {bundle.path}" + ("" if device == "cpu" else " (on the machine with that GPU)")
+def _advice(bundle: Bundle, engine: str | None, device: str) -> str:
+    """The command that makes the engine that was asked for, or none fits."""
+    graphs = [(graph.format, graph.precision.value) for graph in bundle.manifest.graphs]
+    command = f"Run: edge-backbones compile {bundle.path}"
+    where = "" if device == "cpu" else " (on the machine with that GPU)"
+    if engine in set(Precision):
+        if ("onnx", engine) not in graphs:
+            return way_to_build(bundle, [Precision(engine)])
+        command += f" --precision {engine}"
+    elif engine in _FLAVOURS:
+        if engine == "torch_tensorrt":
+            return f"Run: edge-backbones build MODEL {bundle.path} --flavour torch_tensorrt --overwrite{where}"
+        if engine == "torchscript" and (engine, "fp32") not in graphs:
+            return way_to_build(bundle, ())
+        where = "" if engine in ("openvino", "torchscript") else " (on the machine with that GPU)"
+        return f"{command} --flavour {engine}{where}"
+    elif engine is not None and bundle.manifest.engines:
+        return f"Ask for one of these, or for a precision or a flavour: edge-backbones inspect {bundle.path}"
+    # On a machine with a GPU the command serves that, unless it is told.
+    return command + (" --flavour openvino" if device == "cpu" else where)
+
+
+def way_to_build(bundle: Bundle, precisions: Sequence[Precision]) -> str:
+    """The command that builds a bundle anew, with graphs of these precisions beside its own and its TorchScript module."""
+    held = [graph.precision for graph in bundle.manifest.graphs if graph.format == "onnx"]
+    wanted = list(dict.fromkeys([*held, *precisions]))
+    asked = " ".join(f"--precision {precision}" for precision in wanted)
+    images = " --images FOLDER" if any(precision.is_calibrated for precision in wanted) else ""
+    return (
+        f"A graph is made where the network is: edge-backbones build MODEL {bundle.path} {asked}{images} --overwrite, on the "
+        "workstation and with the options that it was built with"
+    )

@@ -49,13 +49,13 @@ def names(path: Path) -> list[str]:
 
 def test_what_was_compiled_is_left_out_and_the_rest_is_made(bundle):
     before = names(bundle)
-    assert compile_bundle(bundle, resume=True) == ()
+    assert compile_bundle(bundle, resume=True).engines == ()
     fp16 = next(e for e in Bundle.open(bundle).manifest.engines if e.key.precision is Precision.FP16)
     Bundle.open(bundle).remove_engine(fp16.name)
-    [added] = compile_bundle(bundle, resume=True)
+    [added] = compile_bundle(bundle, resume=True).engines
     assert added.key.precision is Precision.FP16
     assert names(bundle) == before
-    assert len(compile_bundle(bundle)) == 2  # without resume all are made again
+    assert len(compile_bundle(bundle).engines) == 2  # without resume all are made again
 
 
 def planted(monkeypatch, **milliseconds: float) -> list[list[str]]:
@@ -76,7 +76,7 @@ def planted(monkeypatch, **milliseconds: float) -> list[list[str]]:
 def test_engines_of_a_device_are_timed_side_by_side_and_the_fastest_runs(bundle, monkeypatch):
     """A planted int8 (here fp16) that is slower than what it could have been: it is in the bundle, and does not run."""
     together, said = planted(monkeypatch, fp16=2.0, fp32=1.0), []
-    added = compile_bundle(bundle, progress=lambda step, *_: said.append(step))
+    added = compile_bundle(bundle, progress=lambda step, *_: said.append(step)).engines
     assert together == [["fp16", "fp32"]] or together == [["fp32", "fp16"]]
     assert {engine.key.precision: engine.milliseconds for engine in added} == {"fp16": 2.0, "fp32": 1.0}
     with EdgeBackbone.from_pretrained(bundle) as backbone:
@@ -106,7 +106,7 @@ def test_what_tensorrt_measured_goes_with_the_bundle_and_into_the_next_compilati
 
     monkeypatch.setattr(module, "compile_for_gpu", compile_for_gpu)
     monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
-    added = compile_bundle(bundle, flavour="tensorrt")
+    added = compile_bundle(bundle, flavour="tensorrt").engines
     assert given == [None, b"measured 1"]  # the second precision starts from what the first has measured
     opened = Bundle.open(bundle)
     opened.check_files()
@@ -176,18 +176,18 @@ def test_a_disk_without_room_is_refused_before_the_work(bundle, monkeypatch):
         with pytest.raises(BundleError, match=r"engines of about \d+ MB have to go to .*, and \d+ MB are free") as told:
             compile_bundle(bundle)
         assert not compiled
-        assert compile_bundle(bundle, resume=True) == ()  # what is there already needs no room
+        assert compile_bundle(bundle, resume=True).engines == ()  # what is there already needs no room
     asked, left = (int(number) for number in re.findall(r"(\d+) MB", str(told.value)))
     assert left == round(engines / 1e6)
     assert engines / 1e6 < asked < 1.3 * engines / 1e6 + 3
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=(asked + 1) * 1_000_000))
-    assert len(compile_bundle(bundle)) == 2
+    assert len(compile_bundle(bundle).engines) == 2
 
 
 def test_a_damaged_engine_is_made_again(bundle):
     [first, _] = Bundle.open(bundle).manifest.engines
     (bundle / first.file.path).write_bytes(b"damaged")
-    [added] = compile_bundle(bundle, resume=True)
+    [added] = compile_bundle(bundle, resume=True).engines
     assert added.name == first.name
     Bundle.open(bundle).check_files()
 
@@ -206,7 +206,7 @@ try:
 except BundleError as error:
     print(error)
 assert not compiled
-assert compile_bundle(sys.argv[1], resume=True) == ()  # what is there already needs no place to write
+assert compile_bundle(sys.argv[1], resume=True).engines == ()  # what is there already needs no place to write
 """
 
 
@@ -296,7 +296,7 @@ def test_the_profile_of_the_board_holds_where_a_flavour_is_given_too(bundle, mon
 
     def compiled(*_, **options):
         seen.update(options)
-        return ()
+        return module.CompileResult((), ())
 
     monkeypatch.setattr(module, "compile_bundle", compiled)
     monkeypatch.setattr(module, "profile_here", lambda *_: load_profile("jetson-orin-nano"))
@@ -378,7 +378,7 @@ def test_a_gpu_that_no_profile_knows_is_compiled_for_and_told(bundle, monkeypatc
 
     def compiled(*_, **options):
         seen.update(options)
-        return ()
+        return module.CompileResult((), ())
 
     monkeypatch.setattr(module, "compile_bundle", compiled)
     assert cli._run(["compile", str(bundle), "--in-process"]) == 0
@@ -404,12 +404,12 @@ def test_a_precision_outside_its_gate_does_not_keep_the_others(bundle):
         Bundle.open(bundle).remove_engine(name)
     gated(bundle, fp16=1000.0)
     said = []
-    [added] = compile_bundle(bundle, progress=lambda step, *_: said.append(step))
+    [added] = compile_bundle(bundle, progress=lambda step, *_: said.append(step)).engines
     assert added.key.precision is Precision.FP32
     assert any(re.search("leaving fp16 out: fp16 is outside its gate", step) for step in said)
     assert names(bundle) == [added.name]
     # What starts a robot goes on every time: an engine is there.
-    assert compile_bundle(bundle, resume=True) == ()
+    assert compile_bundle(bundle, resume=True).engines == ()
     # Who asks for it by name is told by an error, and so is who gets nothing.
     with pytest.raises(ParityError, match="fp16 is outside its gate"):
         compile_bundle(bundle, precisions=(Precision.FP16,), resume=True)
@@ -437,7 +437,7 @@ def test_a_graph_that_the_board_lacks_is_left_out_unless_it_was_asked_for(bundle
     )
     said = []
     options = {"flavour": "tensorrt", "profile": "jetson-orin-nano"}
-    added = compile_bundle(bundle, **options, progress=lambda step, *_: said.append(step))
+    added = compile_bundle(bundle, **options, progress=lambda step, *_: said.append(step)).engines
     assert {engine.key.precision for engine in added} == {Precision.FP16, Precision.FP32}
     assert any("leaving fp8 out: fp8 needs sm_89 or newer and jetson-orin-nano is sm_87" in step for step in said)
     with pytest.raises(CompileError, match="fp8 needs sm_89"):
@@ -449,9 +449,9 @@ def test_engines_that_nobody_timed_are_timed_when_a_killed_compilation_goes_on(b
     untimed = tuple(msgspec.structs.replace(e, milliseconds=None) for e in opened.manifest.engines)
     write_manifest(bundle, msgspec.structs.replace(opened.manifest, engines=untimed))
     together = planted(monkeypatch, fp16=2.0, fp32=1.0)
-    assert compile_bundle(bundle, resume=True) == ()
+    assert compile_bundle(bundle, resume=True).engines == ()
     assert [sorted(one) for one in together] == [["fp16", "fp32"]]
-    assert compile_bundle(bundle, resume=True) == ()
+    assert compile_bundle(bundle, resume=True).engines == ()
     assert len(together) == 1
     with EdgeBackbone.from_pretrained(bundle) as backbone:
         assert "-fp32-" in backbone.engine
@@ -466,7 +466,7 @@ def test_an_engine_that_another_process_took_out_while_it_was_timed_is_no_failur
         return [1.0] * len(engines)
 
     monkeypatch.setattr(module, "time_engines", measure)
-    [added] = compile_bundle(bundle, precisions=(Precision.FP32,), progress=lambda step, *_: said.append(step))
+    [added] = compile_bundle(bundle, precisions=(Precision.FP32,), progress=lambda step, *_: said.append(step)).engines
     assert any(step.startswith("not timed: ") and "another process took" in step for step in said)
     assert names(bundle) == [added.name]
 
@@ -517,7 +517,7 @@ def test_an_engine_that_fails_when_it_is_measured_keeps_no_other_back(bundle, mo
 
     monkeypatch.setattr(module, "measure_engine", fails)
     said = []
-    [added] = compile_bundle(bundle, progress=lambda step, *_: said.append(step))
+    [added] = compile_bundle(bundle, progress=lambda step, *_: said.append(step)).engines
     assert added.key.precision is Precision.FP32
     assert "leaving fp16 out: cuda:0 has no 3.0 GB left" in said
     with pytest.raises(OutOfMemoryError):

@@ -197,7 +197,7 @@ def test_an_engine_that_comes_back_has_the_gate_of_its_graph(int8, copy_of):
     path = copy_of(int8)
     [first, _] = int8.bundle.manifest.engines
     Bundle.open(path).remove_engine(first.name)
-    [again] = compile_bundle(path, precisions=(Precision.INT8,))
+    [again] = compile_bundle(path, precisions=(Precision.INT8,)).engines
     assert again.parity.gate == first.parity.gate == Gate(min_sqnr_db=15)
 
 
@@ -349,7 +349,7 @@ def test_compile_adds_the_engine_again(vit, copy_of, photographs):
     without_engines(path)
     with pytest.raises(EngineMismatchError, match="edge-backbones compile"):
         EdgeBackbone.from_pretrained(path)
-    (engine,) = compile_bundle(path)
+    (engine,) = compile_bundle(path).engines
     assert engine.key == vit.bundle.manifest.engines[0].key
     assert verify_bundle(path)[0].passed
     with EdgeBackbone.from_pretrained(path) as backbone:
@@ -359,8 +359,8 @@ def test_compile_adds_the_engine_again(vit, copy_of, photographs):
 
 def test_compile_uses_the_cache(vit, copy_of, tmp_path):
     path, cache = copy_of(vit), tmp_path / "cache"
-    (first,) = compile_bundle(path, cache=cache)
-    (second,) = compile_bundle(path, cache=cache)
+    (first,) = compile_bundle(path, cache=cache).engines
+    (second,) = compile_bundle(path, cache=cache).engines
     assert len(list(cache.glob("*.blob"))) == 1
     assert first.file.sha256 == second.file.sha256
 
@@ -425,7 +425,7 @@ DEVICE = """
     import numpy as np
     from edge_backbones import EdgeBackbone, compile_bundle, verify_bundle
     path = sys.argv[1]
-    (engine,) = compile_bundle(path)
+    (engine,) = compile_bundle(path).engines
     (report,) = verify_bundle(path)
     assert report.passed
     with EdgeBackbone.from_pretrained(path) as backbone, np.load(path + "/golden.npz") as golden:

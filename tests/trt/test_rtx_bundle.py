@@ -21,7 +21,7 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not inst
 
 
 def test_a_plan_for_another_gpu_waits_until_it_is_measured(bundle, monkeypatch):
-    (added,) = compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=PlanOptions(targets=("sm_89",)))
+    (added,) = compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=PlanOptions(targets=("sm_89",))).engines
     grown = Bundle.open(bundle.path)
     grown.check_files()
     assert [engine.key.flavour for engine in grown.manifest.engines] == ["openvino", "tensorrt_rtx"]
@@ -69,7 +69,7 @@ def test_a_refused_compilation_leaves_the_bundle_as_it_was(bundle):
 
 
 def test_a_truncated_plan_is_named(bundle):
-    (added,) = compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=PlanOptions(targets=("sm_86",)))
+    (added,) = compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=PlanOptions(targets=("sm_86",))).engines
     plan = bundle.path / added.file.path
     plan.write_bytes(plan.read_bytes()[:-10])
     with pytest.raises(IntegrityError, match=added.file.path):
@@ -116,7 +116,9 @@ def test_what_the_gpu_lacks_is_left_out_unless_it_was_asked_for(bundle):
     write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, graphs=(as_fp8, graph)))
     said = []
     plan = PlanOptions(targets=("sm_86",))
-    added = compile_bundle(bundle.path, flavour="tensorrt_rtx", plan=plan, progress=lambda step, *_: said.append(step))
+    added = compile_bundle(
+        bundle.path, flavour="tensorrt_rtx", plan=plan, progress=lambda step, *_: said.append(step)
+    ).engines
     assert [engine.key.precision for engine in added] == [Precision.FP32]
     assert any("leaving fp8 out: sm_86 has no fp8" in step for step in said)
     with pytest.raises(CompileError, match="sm_86 has no fp8"):
