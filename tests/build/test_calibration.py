@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+import types
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from edge_backbones.build import calibrate as calibrate_module
+from edge_backbones.build import choose, ranges
 from edge_backbones.build.artifacts import ExportedGraph, no_progress
 from edge_backbones.build.calibrate import Feed, calibrate, check_fits
 from edge_backbones.build.calibration import ImageSet, gather_images, halves, split, stand_ins
@@ -435,6 +438,58 @@ def test_another_percentile_is_refused_where_ranges_may_depend_on_it(graphs, pho
     check(99.9)
     with pytest.raises(CalibrationError, match=r"percentile is 99\.9 there and 99\.5 here; calibrate again"):
         check(99.5)
+
+
+def test_what_some_images_showed_is_judged_on_others(graphs, photographs, tmp_path, monkeypatch):
+    """Equalisation, ranges and biases alike: a choice that is judged on its own images always looks good."""
+    graph = graphs[4]
+    height, width = graph.input.height.opt, graph.input.width.opt
+    crops = networks.normalised(networks.crops(photographs, 9, height, width))
+    numbers = {image.tobytes(): number for number, image in enumerate(crops)}
+    counted: dict[int, set[int]] = {}
+    judged: list[tuple[str, set[int], set[int]]] = []
+
+    def of(batches) -> set[int]:
+        return {numbers[np.ascontiguousarray(image).tobytes()] for batch in batches for image in batch}
+
+    def meant(samples) -> set[int]:
+        return of([sample.images[sample.weights > 0] for sample in samples])
+
+    def collect(path, tensors, batches, **options):
+        batches = list(batches)
+        found = ranges.collect_magnitudes(path, tensors, batches, **options)
+        counted[id(found)] = of(batches)
+        return found
+
+    def factors(graph, batches, held_out, **options):
+        judged.append(("factors", of(batches), meant(held_out)))
+        return choose.choose_factors(graph, batches, held_out, **options)
+
+    def estimators(graph, folds, **options):
+        judged.extend(("ranges", counted[id(fold.magnitudes)], meant(fold.held_out)) for fold in folds)
+        return choose.choose_ranges(graph, folds, **options)
+
+    def biases(graph, found, batches, held_out, **options):
+        judged.append(("biases", of(batches), meant(held_out)))
+        return choose.correct_biases(graph, found, batches, held_out, **options)
+
+    spied = {"choose_factors": factors, "choose_ranges": estimators, "correct_biases": biases}
+    monkeypatch.setattr(calibrate_module, "choose", types.SimpleNamespace(**{**vars(choose), **spied}))
+    monkeypatch.setattr(
+        calibrate_module, "ranges", types.SimpleNamespace(**{**vars(ranges), "collect_magnitudes": collect})
+    )
+    images = gather_images(crops, input=graph.input, config=networks.PLAIN, spool=tmp_path / "spool")
+    feed = Feed(images, list(range(9)), graph.input.batch.opt, fill=True)
+    options = {"percentile": 99.9, "config": networks.PLAIN, "work": tmp_path, "progress": no_progress}
+    calibrate(graph, feed, method="auto", **options)
+    assert [what for what, _, _ in judged] == ["factors", "ranges", "ranges", "biases"]
+    for what, showed, judges in judged:
+        assert showed, what
+        assert judges, what
+        assert not showed & judges, what
+    folds = [(showed, judges) for what, showed, judges in judged if what == "ranges"]
+    assert set.union(*(showed for showed, _ in folds)) == set(range(9))
+    assert set.union(*(judges for _, judges in folds)) == set(range(9))
 
 
 class Small(nn.Module):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from edge_backbones.build import compile as compiler
-from edge_backbones.errors import CompileError, MissingDependencyError
+from edge_backbones.errors import CompileError, EngineMismatchError, MissingDependencyError
 from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.spec import Precision
 
@@ -33,6 +37,87 @@ def scaling_graph(factor: float) -> bytes:
 def result_of(data: bytes) -> np.ndarray:
     session = OpenVinoSession(bytearray(data), outputs=["y"])
     return session.run(np.ones((2, 3), np.float32))[0]
+
+
+def three_results(rows: int | str) -> bytes:
+    """From x of (rows, 3): ``last`` is 3x, ``first`` the sum of each row, ``same`` the tensor of ``last`` by another name."""
+    value, axes = helper.make_tensor("three", TensorProto.FLOAT, [1], [3.0]), helper.make_tensor("axes", 7, [1], [1])
+    nodes = [
+        helper.make_node("Mul", ["x", "three"], ["last"]),
+        helper.make_node("ReduceSum", ["x", "axes"], ["first"]),
+        helper.make_node("Identity", ["last"], ["same"]),
+    ]
+    widths = {"last": 3, "first": 1, "same": 3}
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width]) for name, width in widths.items()]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 3])
+    graph = helper.make_graph(nodes, "three", [x], outputs, [value, axes])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("rows", [2, "rows"], ids=["fixed", "of any size"])
+@pytest.mark.parametrize("order", list(itertools.permutations(("last", "first"))))
+def test_outputs_come_in_the_order_of_the_bundle_and_not_of_the_library(rows, order):
+    """Whatever order the library has: it sorts, merges and drops outputs between releases."""
+    engine = compiler.compile_engine(two_of(three_results(rows), order), Precision.FP32, cache=None)
+    images = np.arange(6, dtype=np.float32).reshape(2, 3)
+    expected = {"last": 3 * images, "first": images.sum(axis=1, keepdims=True)}
+    for asked in (order, order[::-1]):
+        session = OpenVinoSession(bytearray(engine.data), outputs=asked)
+        for _ in range(2):  # the second call writes into arrays that are there
+            for name, actual in zip(asked, session.run(images), strict=True):
+                np.testing.assert_array_equal(actual, expected[name])
+        session.close()
+
+
+def two_of(graph: bytes, order: Sequence[str]) -> bytes:
+    """The graph with these outputs only, in this order."""
+    model = onnx.load_from_string(graph)
+    kept = {output.name: output for output in model.graph.output}
+    del model.graph.output[:]
+    model.graph.output.extend(kept[name] for name in order)
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("last", "first", "same"))))
+def test_a_tensor_of_two_names_is_two_outputs(order):
+    engine = compiler.compile_engine(two_of(three_results(2), order), Precision.FP32, cache=None)
+    images = np.arange(6, dtype=np.float32).reshape(2, 3)
+    expected = {"last": 3 * images, "first": images.sum(axis=1, keepdims=True), "same": 3 * images}
+    session = OpenVinoSession(bytearray(engine.data), outputs=order)
+    for name, actual in zip(order, session.run(images), strict=True):
+        np.testing.assert_array_equal(actual, expected[name])
+
+
+def test_an_engine_without_an_output_of_the_bundle_is_refused():
+    engine = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=None)
+    with pytest.raises(EngineMismatchError, match=r"the engine returns \['y'\], the manifest promises \['z'\]"):
+        OpenVinoSession(bytearray(engine.data), outputs=["z"])
+
+
+def test_whatever_decides_what_the_engine_is_decides_which_entry_of_the_cache(tmp_path, monkeypatch):
+    """Graph, precision, library, CPU, settings, and whether an int8 graph is adapted."""
+
+    def from_cache(graph=3.0, precision=Precision.INT8, **options) -> bool:
+        return compiler.compile_engine(scaling_graph(graph), precision, cache=tmp_path, **options).from_cache
+
+    assert not from_cache()
+    assert from_cache()
+    for other in ({"graph": 5.0}, {"precision": Precision.FP16}, {"as_written": True}):
+        assert not from_cache(**other), other
+        assert from_cache(**other), other
+    settings = compiler.openvino.settings(None)
+    with monkeypatch.context() as changed:
+        changed.setattr(compiler.openvino, "settings", lambda threads: {**settings, "NUM_STREAMS": 2})
+        assert not from_cache()
+    with monkeypatch.context() as changed:
+        changed.setattr(compiler.openvino, "library_version", lambda: "2030.1")
+        assert not from_cache()
+    here = compiler.compat.this_host({})
+    with monkeypatch.context() as changed:
+        changed.setattr(compiler.compat, "this_host", lambda _: dataclasses.replace(here, cpu_features=("avx2",)))
+        assert not from_cache()
+    assert from_cache()
 
 
 def test_an_engine_comes_from_the_cache_the_second_time(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,15 +17,25 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, child, cli, compile_bundle, doctor
+from edge_backbones import (
+    BuildOptions,
+    Bundle,
+    EdgeBackbone,
+    build_bundle,
+    child,
+    cli,
+    compile_bundle,
+    doctor,
+    verify_bundle,
+)
 from edge_backbones.build import device as module
 from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.tensorrt import PlanOptions
 from edge_backbones.bundle import write_manifest
-from edge_backbones.errors import BundleError, CompileError, OutOfMemoryError, ParityError
+from edge_backbones.errors import BundleError, CompileError, EngineMismatchError, OutOfMemoryError, ParityError
 from edge_backbones.manifest import Gate, ParityReport
 from edge_backbones.profiles import load_profile
-from edge_backbones.runtime import compat
+from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.cuda import Gpu
 from edge_backbones.spec import Precision
 
@@ -307,6 +318,30 @@ def test_the_profile_of_the_board_holds_where_a_flavour_is_given_too(bundle, mon
     assert seen["profile"] == "t4"
 
 
+@pytest.mark.parametrize("tensorrt", [None, "8.6.2", "10.0.1", "10.3.0", "11.4.0"])
+@pytest.mark.parametrize("rtx", [None, "1.7.1"])
+@pytest.mark.parametrize("architecture", ["sm_87", "sm_89", "sm_90"])
+def test_the_command_line_compiling_on_the_spot_and_the_doctor_agree(monkeypatch, tensorrt, rtx, architecture):
+    """TensorRT 10.0 beside TensorRT-RTX on sm_89, say: who compiles for this GPU is decided in one place."""
+    gpu = Gpu(0, "a GPU", architecture, 24 << 30, "13.0", 128, False)
+    versions = {name: it for name, it in (("tensorrt", tensorrt), ("tensorrt_rtx", rtx)) if it}
+    host = compat.Host("x86_64", (), "cpu", versions, gpu)
+    monkeypatch.setattr(compat, "this_host", lambda *_, **__: host)
+    monkeypatch.setattr(module, "board_name", lambda: "")
+    makes_plans = tensorrt in ("10.3.0", "11.4.0")
+    expected = "tensorrt" if makes_plans else "tensorrt_rtx" if rtx and architecture == "sm_89" else "openvino"
+    assert module.flavour_here()[0] == expected
+
+    asked = []
+    monkeypatch.setattr(module, "compile_bundle", lambda path, **options: asked.append(options["flavour"]))
+    session.compile_here("b.bundle", host, None, device=0)
+    # Asked for the GPU where nothing compiles for it: TensorRT's own refusal says what is missing.
+    assert asked == ["tensorrt" if expected == "openvino" else expected]
+
+    machine = msgspec.structs.replace(doctor.look(), gpus=(gpu,), tensorrt=versions)
+    assert (doctor.why_not_the_gpu(machine) == "") == (expected != "openvino")
+
+
 def test_a_tensorrt_too_old_for_plans_is_passed_over(monkeypatch):
     """JetPack 6.0: the command line says what to upgrade, and compiles for the CPU where it can."""
     host = compat.Host("aarch64", (), "cpu", {"tensorrt": "8.6.2", "openvino": "2026.4.1"}, ORIN, jetson=True)
@@ -324,6 +359,7 @@ def test_the_workspace_is_the_profiles_unless_another_is_said(bundle, monkeypatc
 
     monkeypatch.setattr(module, "compile_for_gpu", stop)
     monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
+    monkeypatch.setattr(module, "_refuse_elsewhere", lambda *_: None)
     for workspace in (None, 64 << 20):
         with pytest.raises(BundleError, match="far enough"):
             compile_bundle(
@@ -423,8 +459,131 @@ def test_what_was_left_out_is_told_where_there_are_no_steps_too(bundle, capsys):
     gated(bundle, fp16=1000.0)
     assert cli._run(["compile", str(bundle), "--flavour", "openvino", "--json"]) == 0
     told = capsys.readouterr()
-    assert [engine["key"]["precision"] for engine in json.loads(told.out)["engines"]] == ["fp32"]
+    document = json.loads(told.out)
+    assert [engine["key"]["precision"] for engine in document["engines"]] == ["fp32"]
+    assert document["notes"][0].startswith("leaving fp16 out: fp16 is outside its gate")
     assert told.err.startswith("leaving fp16 out: fp16 is outside its gate")
+    assert cli._run(["compile", str(bundle), "--flavour", "openvino"]) == 0
+    assert capsys.readouterr().err.count("leaving fp16 out") == 1
+
+
+def test_what_tensorrt_says_is_in_the_result_and_at_the_command_line(bundle, monkeypatch, capsys):
+    """On a TensorRT that is made up: its plan is the engine of the CPU."""
+
+    def compile_for_gpu(graph, input, precision, **_):
+        engine = compile_engine(graph, precision, cache=None)
+        return dataclasses.replace(engine, notes=(f"TensorRT warned of {precision}", "it needed 1.0 GiB"))
+
+    monkeypatch.setattr(module, "compile_for_gpu", compile_for_gpu)
+    monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
+    gated(bundle, fp16=1000.0)
+    said: list[str] = []
+    result = compile_bundle(bundle, flavour="tensorrt", progress=lambda step, *_: said.append(step))
+    assert [engine.key.precision for engine in result.engines] == [Precision.FP32]
+    whole = "\n".join(result.notes)
+    # Of a precision that is left out, too: it may be why.
+    for expected in (
+        "TensorRT warned of fp16",
+        "TensorRT warned of fp32",
+        "it needed 1.0 GiB",
+        "leaving fp16 out: fp16 is",
+    ):
+        assert expected in whole
+    assert set(result.notes) <= set(said)  # at once, too
+    command = ["compile", str(bundle), "--flavour", "tensorrt"]
+    assert cli._run([*command, "--json"]) == 0
+    assert "TensorRT warned of fp32" in json.loads(capsys.readouterr().out)["notes"]
+    assert cli._run(command) == 0
+    told = capsys.readouterr().err
+    assert told.count("TensorRT warned of fp32") == 1
+    assert told.count("leaving fp16 out") == 1
+
+
+def test_which_engine_runtimes_take_is_in_the_result(bundle, monkeypatch):
+    planted(monkeypatch, fp16=2.0, fp32=1.0)
+    assert compile_bundle(bundle).notes == ("fp32 1.00 ms, fp16 2.00 ms (0.50x): runtimes take fp32 here",)
+
+
+# ---- a refusal says what helps, and what it says works when it is typed
+
+
+@pytest.mark.parametrize("call", ["compile", "verify"])
+@pytest.mark.parametrize(
+    ("precision", "helps"),
+    [("fp32", "computes it wrongly: install another release"), ("fp16", "fp16 rounds this network too coarsely")],
+)
+def test_no_image_is_to_blame_where_nothing_is_calibrated(bundle, call, precision, helps):
+    gated(bundle, **{precision: 1000.0})
+    if call == "verify":  # the gate is the one that the engine was compiled with
+        opened = Bundle.open(bundle)
+        hard = tuple(
+            msgspec.structs.replace(e, parity=msgspec.structs.replace(e.parity, gate=Gate(min_sqnr_db=1000.0)))
+            for e in opened.manifest.engines
+        )
+        write_manifest(bundle, msgspec.structs.replace(opened.manifest, engines=hard))
+        helps = (
+            f"It held its gate when it was compiled: compile it again with edge-backbones compile {bundle} "
+            f"--flavour openvino --precision {precision}; edge-backbones verify {bundle} --explain finds the layer"
+        )
+    with pytest.raises(ParityError) as caught:
+        if call == "compile":
+            compile_bundle(bundle, precisions=(Precision(precision),))
+        else:
+            verify_bundle(bundle, engine=precision)
+    assert helps in str(caught.value)
+    for word in ("images", "--method", "calibrat"):
+        assert word not in str(caught.value)
+
+
+def test_the_command_for_a_graph_that_the_bundle_lacks_builds_it(bundle, photograph_folder):
+    """`run --engine int8` of a bundle without such a graph: nothing that compiles would make it."""
+    opened = Bundle.open(bundle)
+    for refusal, call in (
+        (EngineMismatchError, lambda: EdgeBackbone.from_pretrained(bundle, engine="int8")),
+        (EngineMismatchError, lambda: verify_bundle(bundle, engine="int8")),
+        (BundleError, lambda: compile_bundle(bundle, precisions=(Precision.INT8,))),
+        (BundleError, lambda: compile_bundle(bundle, precisions=(Precision.FP16, Precision.INT8))),
+        (BundleError, lambda: EdgeBackbone.from_pretrained(bundle, engine="int8", on_mismatch="compile")),
+    ):
+        with pytest.raises(refusal) as caught:
+            call()
+        [held] = {" ".join(f"--precision {g.precision}" for g in opened.manifest.graphs if g.format == "onnx")}
+        command = f"build MODEL {bundle} {held} --precision int8 --images FOLDER --overwrite"
+        assert f"edge-backbones {command}" in str(caught.value)
+    typed = shlex.split(command.replace("MODEL", "test_resnet").replace("FOLDER", str(photograph_folder)))
+    small = ["--size", "64x96", "--weights", "random:0", "--no-torchscript", "--no-report", "--golden", "2"]
+    assert cli._run([*typed, *small]) == 0
+    EdgeBackbone.from_pretrained(bundle, engine="int8").close()
+
+
+def test_the_command_for_an_engine_that_the_bundle_lacks_compiles_its_graph(bundle):
+    lacking = next(e for e in Bundle.open(bundle).manifest.engines if e.key.precision is Precision.FP16)
+    Bundle.open(bundle).remove_engine(lacking.name)
+    with pytest.raises(EngineMismatchError) as caught:
+        EdgeBackbone.from_pretrained(bundle, engine="fp16")
+    command = f"compile {bundle} --precision fp16 --flavour openvino"
+    assert f"Run: edge-backbones {command}" in str(caught.value)
+    assert cli._run(shlex.split(command)) == 0
+    EdgeBackbone.from_pretrained(bundle, engine="fp16").close()
+
+
+@pytest.mark.parametrize("flavour", [[], ["--flavour", "tensorrt"], ["--flavour", "tensorrt_rtx"]])
+@pytest.mark.parametrize("gpu", [None, Gpu(0, "NVIDIA GeForce RTX 4090", "sm_89", 24 << 30, "13.0", 128, False)])
+def test_an_engine_for_a_board_is_compiled_on_the_board(bundle, monkeypatch, capsys, gpu, flavour):
+    """And nothing else is advised on a workstation, with a GPU of its own or without one."""
+    no_gpu = "" if gpu else "no NVIDIA driver (libcuda.so.1 is missing)"
+    host = compat.Host("x86_64", (), "cpu", {"tensorrt": "10.3.0", "openvino": "2026.4.1"}, gpu, no_gpu)
+    monkeypatch.setattr(compat, "this_host", lambda *_, **__: host)
+    assert cli._run(["compile", str(bundle), "--profile", "jetson-orin-nano", *flavour]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    here = "has NVIDIA GeForce RTX 4090, sm_89" if gpu else "has none (no NVIDIA driver (libcuda.so.1 is missing))"
+    assert (
+        f"engines for jetson-orin-nano are compiled on its own GPU, sm_87, and this machine {here}: copy {bundle} to the "
+        f"device and run there: edge-backbones compile {bundle.name}"
+    ) in told
+    assert "use flavour" not in told
+    assert "pip install" not in told
+    assert "tensorrt_rtx" not in told
 
 
 def test_a_graph_that_the_board_lacks_is_left_out_unless_it_was_asked_for(bundle, monkeypatch):
@@ -432,6 +591,7 @@ def test_a_graph_that_the_board_lacks_is_left_out_unless_it_was_asked_for(bundle
     as_fp8 = msgspec.structs.replace(opened.manifest.onnx_graph(Precision.FP32), precision=Precision.FP8)
     write_manifest(bundle, msgspec.structs.replace(opened.manifest, graphs=(as_fp8, *opened.manifest.graphs)))
     monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
+    monkeypatch.setattr(module, "_refuse_elsewhere", lambda *_: None)
     monkeypatch.setattr(
         module, "compile_for_gpu", lambda graph, _, precision, **__: compile_engine(graph, precision, cache=None)
     )
@@ -483,7 +643,7 @@ def test_two_whose_engines_differ_do_not_disturb_each_other(bundle, monkeypatch)
     for _ in range(3):
         with ThreadPoolExecutor(2) as pool:
             both = [pool.submit(compile_bundle, bundle) for _ in range(2)]
-            assert all(len(one.result(120)) <= 2 for one in both)
+            assert all(len(one.result(120).engines) <= 2 for one in both)
         Bundle.open(bundle).check_files()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def engine(precision="int8", *, measured=True, flavour="tensorrt", version="10.3
         architecture="x86_64",
         cpu_features=(),
         device_name="NVIDIA L4",
-        precision=precision,
+        precision=Precision(precision),
         graph_sha256="0" * 64,
         gpu=GpuKey(**{"architectures": ("sm_89",), "multiprocessors": 58, **gpu}),
     )
@@ -46,7 +47,7 @@ def engine(precision="int8", *, measured=True, flavour="tensorrt", version="10.3
 
 
 def bundle_of(*engines: EngineRecord):
-    return types.SimpleNamespace(path=Path("b.bundle"), manifest=types.SimpleNamespace(engines=engines))
+    return types.SimpleNamespace(path=Path("b.bundle"), manifest=types.SimpleNamespace(engines=engines, graphs=()))
 
 
 def chosen(*engines: EngineRecord, **options) -> EngineRecord:
@@ -75,6 +76,60 @@ def test_what_was_timed_side_by_side_is_chosen_by_speed():
     assert chosen(fp16, changed_record(int8, milliseconds=1.0)).key.precision == "int8"
     assert chosen(int8, fp16, engine="int8") is int8
     assert chosen(int8, fp16, engine(Precision.FP32)).key.precision == "int8"  # one that was not timed: no ranking
+
+
+def test_on_a_cpu_the_engine_with_most_of_its_instructions_is_taken():
+    """An AVX2 engine beside one for AMX: both run on the newer machine, and the one that was compiled for it is faster."""
+    features = ("avx2", "avx512f", "avx512_vnni", "amx_int8")
+    host = Host("x86_64", features, "Xeon", {"openvino": "2026.4.1"})
+
+    def of(*held: str, precision="int8", version="2026.4.1") -> EngineRecord:
+        made = engine(precision, flavour="openvino", version=version)
+        return changed_record(made, key=msgspec.structs.replace(made.key, cpu_features=held, gpu=None))
+
+    plain, wide, whole = of("avx2"), of("avx2", "avx512f", "avx512_vnni"), of(*features)
+    foreign = of("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8")
+    for engines in itertools.permutations((plain, wide, whole, foreign)):
+        assert session.choose_engine(bundle_of(*engines), host) is whole
+    for engines in itertools.permutations((plain, wide, foreign)):
+        assert session.choose_engine(bundle_of(*engines), host) is wide
+    # Bits come first, and what was measured before both.
+    assert session.choose_engine(bundle_of(of(*features, precision="fp32"), plain), host) is plain
+    timed = [changed_record(e, milliseconds=ms) for e, ms in ((whole, 2.0), (plain, 1.0))]
+    assert session.choose_engine(bundle_of(*timed), host) is timed[1]
+    # Of two with the same instructions the newer.
+    again = changed_record(whole, file=FileRecord(path="engines/again.blob", sha256="1" * 64, size=1))
+    assert session.choose_engine(bundle_of(whole, again), host) is again
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "way"),
+    [
+        (None, "cpu", "Run: edge-backbones compile b.bundle --flavour openvino"),
+        (None, "cuda", "Run: edge-backbones compile b.bundle (on the machine with that GPU)"),
+        ("fp16", "cpu", "Run: edge-backbones compile b.bundle --precision fp16 --flavour openvino"),
+        ("fp16", "cuda", "Run: edge-backbones compile b.bundle --precision fp16 (on the machine with that GPU)"),
+        ("bf16", "cpu", "edge-backbones build MODEL b.bundle --precision fp16 --precision bf16 --overwrite"),
+        ("fp8", "cuda", "edge-backbones build MODEL b.bundle --precision fp16 --precision fp8 --images FOLDER --overwrite"),
+        ("openvino", "cpu", "Run: edge-backbones compile b.bundle --flavour openvino"),
+        ("tensorrt_rtx", "cuda", "Run: edge-backbones compile b.bundle --flavour tensorrt_rtx (on the machine with "),
+        ("torchscript", "cpu", "edge-backbones build MODEL b.bundle --precision fp16 --overwrite"),
+        ("torch_tensorrt", "cuda", "edge-backbones build MODEL b.bundle --flavour torch_tensorrt --overwrite"),
+        ("int9", "cpu", "Ask for one of these, or for a precision or a flavour: edge-backbones inspect b.bundle"),
+    ],
+)  # fmt: skip
+def test_the_way_out_is_the_command_that_makes_what_was_asked_for(asked, device, way):
+    """`compile` where the bundle holds the graph, `build` where it does not."""
+    bundle = bundle_of(*[] if asked is None else [engine("int8")])
+    bundle.manifest.graphs = (types.SimpleNamespace(format="onnx", precision=Precision.FP16),)
+    with pytest.raises(EngineMismatchError) as caught:
+        session.choose_engine(bundle, HOST, asked, device=device)
+    assert way in str(caught.value)
+
+
+def test_an_engine_of_the_other_device_is_asked_for_there():
+    with pytest.raises(EngineMismatchError, match=r"runs on cuda, not on cpu: ask for it there \(device='cuda'\)"):
+        session.choose_engine(bundle_of(engine()), HOST, "tensorrt")
 
 
 def test_why_the_others_were_passed_over_is_told():
