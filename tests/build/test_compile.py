@@ -56,12 +56,12 @@ def three_results(rows: int | str) -> bytes:
 
 
 @pytest.mark.parametrize("rows", [2, "rows"], ids=["fixed", "of any size"])
-@pytest.mark.parametrize("order", list(itertools.permutations(("last", "first"))))
+@pytest.mark.parametrize("order", [("last", "first"), ("first", "last"), ("same", "first"), ("first", "same")])
 def test_outputs_come_in_the_order_of_the_bundle_and_not_of_the_library(rows, order):
     """Whatever order the library has: it sorts, merges and drops outputs between releases."""
     engine = compiler.compile_engine(two_of(three_results(rows), order), Precision.FP32, cache=None)
     images = np.arange(6, dtype=np.float32).reshape(2, 3)
-    expected = {"last": 3 * images, "first": images.sum(axis=1, keepdims=True)}
+    expected = {"last": 3 * images, "first": images.sum(axis=1, keepdims=True), "same": 3 * images}
     for asked in (order, order[::-1]):
         session = OpenVinoSession(bytearray(engine.data), outputs=asked)
         for _ in range(2):  # the second call writes into arrays that are there

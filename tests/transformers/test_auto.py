@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from transformers import ResNetBackbone, ResNetConfig, TimmBackboneConfig
 
-from edge_backbones import AutoEdgeBackbone, BuildOptions, auto
+from edge_backbones import AutoEdgeBackbone, BuildOptions, auto, profiles
 from edge_backbones.errors import CalibrationError, InputError, SourceError
+from edge_backbones.images import ImageConfig
+from edge_backbones.manifest import CalibrationFile, Gate
+from edge_backbones.spec import Precision
 
 SMALL = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 80], "depths": [1, 1, 1, 1]}
 OPTIONS = BuildOptions(height=64, width=96, torchscript=False, golden=2, cache=None)
@@ -109,6 +114,100 @@ def test_int8_is_built_from_the_images_that_are_given(cache, builds, tmp_path):
         AutoEdgeBackbone.from_config(timm_config, engine="int8", images=iter(images), options=options, cache=cache)
     with pytest.raises(CalibrationError, match="neither a folder nor a file"):
         AutoEdgeBackbone.from_config(timm_config, engine="int8", images=tmp_path / "none", options=options, cache=cache)
+
+
+class Asked(Exception):
+    """Instead of a build: the bundle that would have been built."""
+
+
+@pytest.fixture
+def key(tmp_path, monkeypatch):
+    """The name of the bundle that these options mean."""
+
+    def stop(source: Any, target: Path, **_: Any) -> Any:
+        raise Asked(target.name)
+
+    monkeypatch.setattr(auto, "build_bundle", stop)
+
+    def asked(engine: str = "int8", images: Any = None, **changes: Any) -> str:
+        options = BuildOptions(**{**vars(OPTIONS), **changes})
+        with pytest.raises(Asked) as caught:
+            AutoEdgeBackbone.from_config(config(), engine=engine, images=images, options=options, cache=tmp_path)
+        return str(caught.value)
+
+    return asked
+
+
+def ranges(**changes: Any) -> bytes:
+    """A calibration.json."""
+    found = {
+        "network_sha256": "0" * 64, "data_sha256": "1" * 64, "preprocessing": ImageConfig(mean=(0.5,) * 3, std=(0.5,) * 3),
+        "method": "max", "percentile": 99.99, "chosen": {}, "images": ("a.jpg",), "held_out": 0, "skipped": (), "silent": (),
+        "factors": {}, "ranges": {"x": 1.0}, "largest": {"x": 1.0}, "shifts": {},
+    }  # fmt: skip
+    return msgspec.json.encode(CalibrationFile(**{**found, **changes}))
+
+
+def test_a_calibration_is_known_by_what_is_in_it(key, tmp_path):
+    first, second = tmp_path / "first.json", tmp_path / "elsewhere" / "second.json"
+    second.parent.mkdir()
+    for path in (first, second):
+        path.write_bytes(ranges())
+    before = key(calibration=first)
+    assert key(calibration=second) == before
+    second.write_bytes(msgspec.json.format(ranges(), indent=4))  # written in another way
+    assert key(calibration=second) == before
+    first.write_bytes(ranges(ranges={"x": 2.0}))  # changed where it lies
+    assert key(calibration=first) != before
+    with pytest.raises(CalibrationError, match=r"none\.json cannot be read"):
+        key(calibration=tmp_path / "none.json")
+
+
+def test_a_profile_is_known_by_what_is_in_it(key, tmp_path):
+    shipped = Path(profiles.__file__).parents[1] / "profiles" / "cpu.toml"
+    first, second = tmp_path / "cpu.toml", tmp_path / "elsewhere" / "cpu.toml"
+    second.parent.mkdir()
+    for path in (first, second):
+        path.write_bytes(shipped.read_bytes())
+    named = key("fp32", profile="cpu")
+    assert key("fp32", profile=first) == key("fp32", profile=str(second)) == named
+    assert key("fp32") != named
+    first.write_text(re.sub(r"size = \d+", "size = 96", shipped.read_text()))
+    assert key("fp32", profile=first) != named
+
+
+def test_a_profile_gives_its_size_to_a_network_that_knows_none(tmp_path):
+    mine = tmp_path / "cpu.toml"
+    shipped = Path(profiles.__file__).parents[1] / "profiles" / "cpu.toml"
+    mine.write_text(re.sub(r"size = \d+", "size = 96", shipped.read_text()))
+    options = BuildOptions(**{**vars(OPTIONS), "height": None, "width": None, "profile": mine})
+    with AutoEdgeBackbone.from_config(config(), options=options, cache=tmp_path) as backbone:
+        assert backbone.input.opt_shape == (1, 3, 96, 96)
+
+
+def test_the_order_in_which_options_are_written_means_nothing(key):
+    images = np.zeros((2, 64, 96, 3), np.uint8)
+    gates = {Precision.FP16: Gate(min_cosine=0.9), Precision.INT8: Gate(min_sqnr_db=10)}
+    one = key(images=images, exclude=("stem", "op:Add"), gates=gates)
+    assert key(images=images, exclude=("op:Add", "stem", "stem"), gates=dict(reversed(gates.items()))) == one
+    others = [
+        key(images=images, exclude=("stem",), gates=gates),
+        key(images=images, exclude=("stem", "op:Add"), gates={**gates, Precision.INT8: Gate(min_sqnr_db=11)}),
+        key(images=images, exclude=("stem", "op:Add"), gates=gates, golden=1),
+        key(images=images, exclude=("stem", "op:Add"), gates=gates, fallback=False),
+        key(images=images + np.uint8(1), exclude=("stem", "op:Add"), gates=gates),
+        key(images=images[::-1][:1], exclude=("stem", "op:Add"), gates=gates),
+    ]
+    assert len({one, *others}) == 1 + len(others)
+
+
+def test_images_are_known_by_what_is_in_them(key, tmp_path):
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", np.zeros((2, 64, 96, 3), np.uint8))
+    before = key(images=tmp_path / "a.npz")
+    assert key(images=str(tmp_path / "b.npz")) == before
+    np.savez(tmp_path / "b.npz", np.ones((2, 64, 96, 3), np.uint8))
+    assert key(images=tmp_path / "b.npz") != before
 
 
 def test_an_engine_of_another_release_is_compiled_again_from_the_bundle(cache, builds, monkeypatch):

@@ -78,6 +78,13 @@ def test_what_was_timed_side_by_side_is_chosen_by_speed():
     assert chosen(int8, fp16, engine(Precision.FP32)).key.precision == "int8"  # one that was not timed: no ranking
 
 
+def test_of_two_libraries_tensorrt_is_taken_where_neither_was_timed():
+    full, rtx = engine(), engine(flavour="tensorrt_rtx", version="1.7.1")
+    assert chosen(full, rtx) is full
+    assert chosen(rtx, full) is full
+    assert chosen(full, rtx, engine="tensorrt_rtx") is rtx
+
+
 def test_on_a_cpu_the_engine_with_most_of_its_instructions_is_taken():
     """An AVX2 engine beside one for AMX: both run on the newer machine, and the one that was compiled for it is faster."""
     features = ("avx2", "avx512f", "avx512_vnni", "amx_int8")
