@@ -119,7 +119,7 @@ def _first_wrong_layer(
         stage=failing,
         cause="engine",
         born=born,
-        sentence=f"{sentence}. First compile it again (edge-backbones compile)",
+        sentence=f"{sentence}. First compile it again (edge-backbones compile BUNDLE --precision {report.precision})",
         layers=noise,
         limit_db=_db(limit),
     )

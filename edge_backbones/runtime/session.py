@@ -136,7 +136,9 @@ def reasons_against(
     reasons = []
     runs_on = ("cpu", "cuda") if key.flavour == "torchscript" else ("cpu",) if key.gpu is None else ("cuda",)
     if device not in runs_on:
-        reasons.append(f"runs on {runs_on[0]}, not on {device}: ask for it there (device={runs_on[0]!r})")
+        reasons.append(
+            f"runs on {runs_on[0]}, not on {device}: ask for it there (device={runs_on[0]!r}, --device {runs_on[0]})"
+        )
     reasons += code_reasons(engine, asked, code=code)
     if not engine.parity.measured:
         reasons.append("was compiled ahead of time and never measured: run edge-backbones verify on this device")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from edge_backbones.build.parity import DEFAULT_GATES, compare, measure_parity
+from edge_backbones.build.parity import DEFAULT_GATES, advice_on_building, compare, measure_parity
 from edge_backbones.bundle import Bundle, load_golden
 from edge_backbones.errors import IntegrityError
-from edge_backbones.manifest import Gate
+from edge_backbones.manifest import Gate, ParityReport, StageParity
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.runtime.plan import Profile
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
@@ -207,3 +207,28 @@ def test_every_optimisation_profile_is_measured():
     ]
     assert measured(None, *gap) == (True, [2, 1, 8, 3])
     assert measured(None, profiles[2]) == (True, [2])
+
+
+@pytest.mark.parametrize(
+    ("precision", "finite", "says", "never"),
+    [
+        (
+            "fp32",
+            True,
+            "torch computes it wrongly: install another release (pip install --upgrade torch)",
+            "--precision",
+        ),
+        ("fp16", True, "fp16 rounds this network too coarsely: choose --precision fp32 or --precision bf16", "images"),
+        ("fp16", False, "beyond what fp16 holds, 65504: choose --precision bf16 or --precision fp32", "images"),
+        ("bf16", True, "choose --precision fp16 or --precision fp32", "images"),
+        ("int8", True, "calibration images (--images), another range estimator (--method max)", "bf16"),
+        ("fp8", True, "calibration images (--images), another range estimator (--method max)", "bf16"),
+    ],
+)
+def test_advice_fits_the_precision_that_failed(precision, finite, says, never):
+    """No image and no range decides what fp32, fp16 and bf16 compute."""
+    stage = StageParity(stage="s", cosine=0, sqnr_db=0, max_abs=9, relative=1, finite=finite, passed=False)
+    report = ParityReport(precision=Precision(precision), gate=Gate(min_cosine=0.99), stages=(stage,))
+    advice = advice_on_building(report, library="torch")
+    assert says in advice
+    assert never not in advice.replace("pip install --upgrade", "")

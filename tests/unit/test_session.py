@@ -135,7 +135,9 @@ def test_the_way_out_is_the_command_that_makes_what_was_asked_for(asked, device,
 
 
 def test_an_engine_of_the_other_device_is_asked_for_there():
-    with pytest.raises(EngineMismatchError, match=r"runs on cuda, not on cpu: ask for it there \(device='cuda'\)"):
+    with pytest.raises(
+        EngineMismatchError, match=r"runs on cuda, not on cpu: ask for it there \(device='cuda', --device cuda\)"
+    ):
         session.choose_engine(bundle_of(engine()), HOST, "tensorrt")
 
 
