@@ -159,11 +159,9 @@ def compile_plan(
             parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
         progress("reading the graph", 0, None)
         if not parser.parse(graph):
-            errors = [
-                f"{parser.get_error(index).node_operator()}: {parser.get_error(index).desc()}"
-                for index in range(parser.num_errors)
-            ]
-            raise CompileError(f"{flavour} cannot read this graph: {'; '.join(errors) or log.last_error()}")
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            causes = dict.fromkeys(_cause(error.node_operator(), error.desc()) for error in errors)
+            raise CompileError(f"{flavour} cannot read this graph: {'; '.join(causes) or log.last_error()}")
         estimate = least_memory(network, profiles, options)
         if gpu is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in the memory of this machine
             _refuse_for_memory(estimate, gpu)
@@ -670,6 +668,22 @@ def _refusals_explained(log: Any) -> Iterator[None]:
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
         words = " ".join(str(error).split())
         raise CompileError(f"TensorRT does not take a setting of this plan ({words}): {log.last_error()}") from error
+
+
+_IN_A_LAYER = re.compile(r"Error Code \d+: [\w ]+ \((.*?)\.? In \S+ at /", re.DOTALL)
+_CONDITION = re.compile(r"^Assertion failed: .*?: (?=\S)|^.* && (?=\")", re.DOTALL)
+
+
+def _cause(operation: str, text: str) -> str:
+    """Why the parser refused a node, in its own words, without the conditions in C++ and the frames around them.
+
+    Its text for an operation that it has no importer for is ``false``, or that there is no plugin of that name.
+    """
+    if text.strip() in ("", "false") or "Plugin not found" in text:
+        return f"no layer for {operation or 'a node'}"
+    found = _IN_A_LAYER.search(text)  # the layer that it made of the node says more than the node itself
+    said = found.group(1) if found else _CONDITION.sub("", text.strip().splitlines()[0]).strip('"')
+    return f"{operation}: {said}".removeprefix(": ").rstrip(".")
 
 
 _WAYS_OUT: tuple[tuple[str, str], ...] = (

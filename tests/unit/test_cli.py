@@ -217,7 +217,7 @@ def test_doctor_names_every_extra_that_is_missing():
         "from edge_backbones.doctor import judge, look\n"
         "from edge_backbones.runtime.cuda import Gpu\n"
         "import msgspec\n"
-        "gpu = Gpu(0, 'NVIDIA L4', 'sm_89', 24 << 30, '13.0', 58, False)\n"
+        "gpu = Gpu(0, 'NVIDIA H100', 'sm_90', 80 << 30, '13.0', 132, False)\n"
         "print([f.fix for f in judge(msgspec.structs.replace(look(), gpus=(gpu,))) if not f.ok])"
     )
     fixes = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
