@@ -159,8 +159,10 @@ def compile_plan(
             parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
         progress("reading the graph", 0, None)
         if not parser.parse(graph):
-            errors = [parser.get_error(index) for index in range(parser.num_errors)]
-            causes = dict.fromkeys(_cause(error.node_operator(), error.desc()) for error in errors)
+            causes = dict.fromkeys(
+                _cause(parser.get_error(index).node_operator(), parser.get_error(index).desc())
+                for index in range(parser.num_errors)
+            )
             raise CompileError(f"{flavour} cannot read this graph: {'; '.join(causes) or log.last_error()}")
         estimate = least_memory(network, profiles, options)
         if gpu is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in the memory of this machine
