@@ -35,7 +35,16 @@ if TYPE_CHECKING:
     from edge_backbones.build.calibration import ImageSource
 
 CACHE_LIMIT_BYTES = 16 << 30
-_CHOOSE_THE_NETWORK = ("weights", "from_model", "num_channels", "output_stride", "out_indices", "out_features", "cache")
+_CHOOSE_THE_NETWORK = (
+    "weights",
+    "from_model",
+    "num_channels",
+    "output_stride",
+    "out_indices",
+    "out_features",
+    "image",
+    "cache",
+)
 
 
 class AutoEdgeBackbone:

@@ -137,6 +137,14 @@ def build(
         bool, typer.Option("--hidden-states", help="Also return every hidden state, for output_hidden_states=True.")
     ] = False,
     dataset_index: Annotated[int, typer.Option(min=0, help="The expert of a VitPose that has several.")] = 0,
+    image_processor: Annotated[
+        Path | None,
+        typer.Option(
+            help="The preprocessing, where MODEL comes with none: the folder of an image processor of transformers, or its "
+            "preprocessor_config.json.",
+            show_default=False,
+        ),
+    ] = None,
     num_channels: Annotated[
         int | None,
         typer.Option(min=1, help="Channels of the input image. The network's own by default.", show_default=False),
@@ -207,6 +215,7 @@ def build(
         from_model=from_model,
         hidden_states=hidden_states,
         dataset_index=dataset_index,
+        image=image_processor,
         num_channels=num_channels,
         output_stride=output_stride,
         out_indices=None if out_indices is None else _integers(out_indices, "--out-indices"),
@@ -582,6 +591,9 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     )
     _out.print(f"{bundle}: {source.name} of {source.library}, {weights}")
     _out.print(f"input {manifest.input.name}: {manifest.input.describe()}, engine batch {manifest.input.batch}")
+    _out.print(manifest.preprocessing)
+    for note in source.preprocessing_notes:
+        _out.print(note)
     stages = Table("index", "stage", "channels", "stride", "layout", title="feature maps", title_justify="left")
     for row in zip(spec.out_indices, spec.out_features, spec.channels, spec.strides, spec.layouts, strict=True):
         index, name, channels, (vertical, horizontal), layout = row

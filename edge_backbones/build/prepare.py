@@ -209,19 +209,26 @@ class _DataFlow(TorchFunctionMode):
 
 
 class _FromImage(nn.Module):
-    """uint8 NHWC camera frames in: cast first (TensorRT transposes no uint8), then layout, then mean and std."""
+    """uint8 NHWC camera frames in: cast first (TensorRT transposes no uint8), then layout, then mean and std, and channels
+    reversed for a network that takes them so."""
 
     mean: torch.Tensor
     std: torch.Tensor
+    order: torch.Tensor | None
 
     def __init__(self, net: nn.Module, config: ImageConfig) -> None:
         super().__init__()
         self.net = net
         self.register_buffer("mean", 255 * torch.tensor(config.mean).view(1, -1, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(config.std).view(1, -1, 1, 1))
+        channels = range(len(config.mean))
+        order = torch.tensor(list(reversed(channels))) if config.channel_order == "bgr" else None
+        self.register_buffer("order", order, persistent=False)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         pixel_values = (image.float().permute(0, 3, 1, 2) - self.mean) / self.std
+        if self.order is not None:
+            pixel_values = pixel_values.index_select(1, self.order)
         return self.net(pixel_values)  # type: ignore[no-any-return]
 
 

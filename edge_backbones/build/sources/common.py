@@ -8,8 +8,8 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import torch
 from timm.models._helpers import load_state_dict
 from torch import nn
@@ -24,7 +24,7 @@ _TABLE_STD = 0.02  # what most networks start their position embeddings with
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 OFFLINE_ADVICE = "pass a local file (--weights model.safetensors) or seeded random weights (--weights random:0)"
 IMAGENET = ImageConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-_SMALL_FILES = ["config.json", "preprocessor_config.json"]
+_SMALL_FILES = ["config.json", "preprocessor_config.json", "processor_config.json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,9 @@ class SourceOptions:
     network's own. ``img_size``: (height, width), None for the network's own, or ``default_size`` of one
     that knows none (convolutional ones of transformers). ``out_indices`` / ``out_features``: the
     kept stages by transformers' rules; when neither is given, what the source has chosen, or the last stage.
-    ``hidden_states``: also return every hidden state. ``dataset_index``: the expert of a VitPose with several.
+    ``hidden_states``: also return every hidden state. ``dataset_index``: the expert of a VitPose with several. ``image``: its
+    preprocessing, where the source has none or another is meant: an image processor of transformers, the folder or file of
+    one, a data configuration of timm, or an ImageConfig.
     """
 
     weights: str = "pretrained"
@@ -48,6 +50,7 @@ class SourceOptions:
     out_features: tuple[str, ...] | None = None
     hidden_states: bool = False
     dataset_index: int = 0
+    image: Any = None
 
 
 def kept_stages(
@@ -61,14 +64,6 @@ def kept_stages(
     if not kept[0]:
         raise InputError(f"no stage is kept: choose at least one of {list(stage_names)}")
     return kept
-
-
-def for_channels(config: ImageConfig, channels: int) -> ImageConfig:
-    """For other than its own channels the mean over channels serves each of them."""
-    if len(config.mean) == channels:
-        return config
-    mean, std = ((sum(values) / len(values),) * channels for values in (config.mean, config.std))
-    return msgspec.structs.replace(config, mean=mean, std=std)
 
 
 def refuse_dataset_index(options: SourceOptions) -> None:

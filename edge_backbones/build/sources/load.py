@@ -6,8 +6,10 @@ Whatever the source, it is not changed: live modules are copied, and put into ev
 from __future__ import annotations
 
 import copy
+import dataclasses
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -18,18 +20,17 @@ from torch import nn
 
 from edge_backbones.build.artifacts import LoadedBackbone
 from edge_backbones.build.sources.common import (
-    IMAGENET,
     SourceOptions,
     first_line,
-    for_channels,
+    hub_answers,
     hub_folder,
     kept_stages,
     refuse_dataset_index,
     tensors_sha256,
 )
+from edge_backbones.build.sources.processors import PROCESSOR_FILES, Preprocessing, given, read_processor, unknown
 from edge_backbones.build.sources.timm import load_timm, load_timm_folder, load_timm_module
 from edge_backbones.errors import MissingDependencyError, SourceError
-from edge_backbones.images import ImageConfig
 from edge_backbones.integrations.clients import find_backbone, is_backbone, is_timm_module
 from edge_backbones.manifest import Source
 from edge_backbones.spec import BackboneSpec, Layout
@@ -41,7 +42,9 @@ class ModuleSource:
 
     ``module`` takes float32 NCHW of ``num_channels`` channels and returns a tuple or list of tensors (or a dict, whose
     values count), one per name in ``stage_names``, in that order. ``size``: (height, width) that it is made for.
-    ``layouts``: the axes of each output, NCHW by default. ``image``: the preprocessing that it was trained with.
+    ``layouts``: the axes of each output, NCHW by default. ``image``: the preprocessing that it was trained with: an image
+    processor of transformers, the folder of one, a data configuration of timm, or an ImageConfig. Without one ImageNet's is
+    taken, and the build says so.
     """
 
     module: nn.Module
@@ -49,7 +52,7 @@ class ModuleSource:
     size: tuple[int, int] = (224, 224)
     num_channels: int = 3
     layouts: Sequence[Layout] | None = None
-    image: ImageConfig = IMAGENET
+    image: Any = None
 
 
 def load_source(source: Any, options: SourceOptions, *, from_model: bool = False) -> LoadedBackbone:
@@ -62,11 +65,13 @@ def load_source(source: Any, options: SourceOptions, *, from_model: bool = False
     """
     if isinstance(source, LoadedBackbone):
         return source
+    options = dataclasses.replace(options, image=given(options.image))
     if isinstance(source, ModuleSource):
         if from_model:
             raise SourceError("from_model is for a whole model of transformers: a ModuleSource is a backbone already")
         return _load_plain(source, options)
     if isinstance(source, nn.Module):
+        options = _with_processor(options, lambda: _processor_of(source))
         return _load_live(find_backbone(source).module if from_model else source, options)
     if not isinstance(source, (str, os.PathLike)):
         if hasattr(source, "model_type"):
@@ -80,10 +85,13 @@ def load_source(source: Any, options: SourceOptions, *, from_model: bool = False
     if timm.is_model(name.partition(".")[0]) and not from_model and not (Path(name) / "config.json").is_file():
         return load_timm(name, options)
     if name.endswith(".json") and Path(name).is_file():
+        options = _with_processor(options, lambda: read_processor(Path(name).parent))
         return cast(LoadedBackbone, _transformers().load_config(_transformers().read_config(Path(name)), options))
     folder = _folder(name)
     if folder is None:
         return load_timm(name.removeprefix("timm/"), options)  # refuses unknown names with near ones
+    if not _is_timm_folder(folder):
+        options = _with_processor(options, lambda: read_processor(folder))
     if from_model:
         place = find_backbone(_transformers().load_client_folder(folder))
         label = f"{Path(name).name}:{place.path}"
@@ -91,6 +99,43 @@ def load_source(source: Any, options: SourceOptions, *, from_model: bool = False
     if _is_timm_folder(folder):
         return load_timm_folder(folder, options)
     return cast(LoadedBackbone, _transformers().load_folder(folder, options, name=Path(name).name))
+
+
+def _with_processor(options: SourceOptions, read: Callable[[], Preprocessing | None]) -> SourceOptions:
+    """With the preprocessing that comes with a source, unless the user gave another."""
+    return options if options.image is not None else dataclasses.replace(options, image=read())
+
+
+def _processor_of(model: Any) -> Preprocessing | None:
+    """The image processor that lies beside the files that a live model of transformers came from."""
+    name = str(getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return read_processor(Path(name))
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    for file in PROCESSOR_FILES:
+        found = _hub_file(name, file)
+        if found is not None and (preprocessing := read_processor(found.parent)) is not None:
+            return preprocessing
+    return None
+
+
+def _hub_file(repository: str, name: str) -> Path | None:
+    """A file of a hub repository, from the hub's cache or the hub; None where neither has it."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, name)
+    if isinstance(cached, str):
+        return Path(cached)
+    if not hub_answers():
+        return None
+    try:
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:  # HTTP, validation and missing-entry errors have no common base
+        logging.getLogger(__name__).debug("%s has no %s: %s", repository, name, error)
+        return None
 
 
 def _folder(name: str) -> Path | None:
@@ -133,7 +178,7 @@ def _load_live(module: nn.Module, options: SourceOptions, source: Source | None 
         source = Source(library=source.library, name=source.name, weights="module", weights_sha256=tensors_sha256(net))
     if is_timm_module(net):
         return load_timm_module(net, source, options)
-    return cast(LoadedBackbone, _transformers().load_module(net, source, options, image_config=None))
+    return cast(LoadedBackbone, _transformers().load_module(net, source, options))
 
 
 def _copied(module: nn.Module) -> Any:
@@ -160,6 +205,8 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
     features, indices = kept_stages(stage_names, options, tuple(range(len(stage_names))))
     net = _copied(source.module)
     height, width = options.img_size or source.size
+    image = options.image or given(source.image) or unknown(f"this ModuleSource of a {type(net).__name__}")
+    preprocessing = image.for_channels(source.num_channels)
     try:
         with torch.no_grad():
             outputs = _tensors(net(torch.zeros(1, source.num_channels, height, width)))
@@ -169,9 +216,9 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     nchw: Layout = "NCHW"
-    unknown = [axes for axes in source.layouts or () if axes not in get_args(Layout)]
-    if unknown:
-        raise SourceError(f"layouts {unknown} are unknown: {', '.join(get_args(Layout))} are known")
+    others = [axes for axes in source.layouts or () if axes not in get_args(Layout)]
+    if others:
+        raise SourceError(f"layouts {others} are unknown: {', '.join(get_args(Layout))} are known")
     layouts = tuple(source.layouts or [nchw] * len(stage_names))
     if len(outputs) != len(stage_names) or [len(axes) for axes in layouts] != [output.ndim for output in outputs]:
         shapes = [tuple(output.shape) for output in outputs]
@@ -180,8 +227,10 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
     kept = [stage_names.index(feature) for feature in features]
     return LoadedBackbone(
         module=_Chosen(net, kept).eval(),
-        source=Source(library="torch", name=type(net).__name__, weights="module", weights_sha256=tensors_sha256(net)),
-        image_config=for_channels(source.image, source.num_channels),
+        source=preprocessing.written_into(
+            Source(library="torch", name=type(net).__name__, weights="module", weights_sha256=tensors_sha256(net))
+        ),
+        image_config=preprocessing.config,
         channels_in=source.num_channels,
         height=height,
         width=width,
@@ -194,6 +243,7 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
             num_features=channels,
             layouts=tuple(layouts[i] for i in kept),
         ),
+        image_differs=preprocessing.differs,
     )
 
 

@@ -29,9 +29,9 @@ from edge_backbones.build.sources.common import (
     seeded,
     wake_residual_branches,
 )
+from edge_backbones.build.sources.processors import given, of_timm
 from edge_backbones.bundle import record_file
 from edge_backbones.errors import HubUnreachableError, SourceError
-from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import Source
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
 
@@ -48,6 +48,8 @@ def load_timm(name: str, options: SourceOptions, *, native_layout: bool = False)
     weights that do not fit; HubUnreachableError when pretrained weights cannot be had; InputError for the stages.
     """
     refuse_dataset_index(options)
+    if options.img_size is None and (image := given(options.image)) is not None:
+        options = dataclasses.replace(options, img_size=image.size)
     arguments = _arguments(name, options)
     with torch.device("meta"):
         outline = _create(name, {**arguments, "pretrained": False})
@@ -106,15 +108,10 @@ def load_timm_folder(folder: Path, options: SourceOptions) -> LoadedBackbone:
         if not files:
             raise SourceError(f"{folder} has no weights: a .safetensors, .bin or .pth file belongs beside config.json")
         options = dataclasses.replace(options, weights=str(files[0]))
-    loaded = load_timm(name, options)
-    config = resolve_data_config({}, pretrained_cfg=preprocessing)  # type: ignore[no-untyped-call]
-    height, width = options.img_size or config["input_size"][1:]
-    return dataclasses.replace(
-        loaded,
-        image_config=_image_config(config, loaded.channels_in),
-        height=int(height),
-        width=int(width),
-    )
+    if options.image is None:
+        config = resolve_data_config({}, pretrained_cfg=preprocessing)  # type: ignore[no-untyped-call]
+        options = dataclasses.replace(options, image=of_timm(config, f"pretrained_cfg in {folder.name}/config.json"))
+    return load_timm(name, options)
 
 
 def _loaded(
@@ -135,8 +132,9 @@ def _loaded(
     channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
     layout: Layout = "NHWC" if native_layout and channels_last else "NCHW"
     config = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
-    height, width = options.img_size or config["input_size"][1:]
     channels_in = options.num_channels or int(config["input_size"][0])
+    preprocessing = (given(options.image) or of_timm(config, _read_from(net, source))).for_channels(channels_in)
+    height, width = options.img_size or preprocessing.usual_size or config["input_size"][1:]
     spec = BackboneSpec(
         stage_names=stage_names,
         out_features=features,
@@ -150,13 +148,23 @@ def _loaded(
     )
     return LoadedBackbone(
         module=_Stages(net, [returned.index(i) for i in (*kept, *others)], channels_last and not native_layout).eval(),
-        source=source,
-        image_config=_image_config(config, channels_in),
+        source=preprocessing.written_into(source),
+        image_config=preprocessing.config,
         channels_in=channels_in,
         height=int(height),
         width=int(width),
         spec=spec,
+        image_differs=preprocessing.differs,
     )
+
+
+def _read_from(net: Any, source: Source) -> str:
+    """timm's word for the configuration of a network, or that it has none of its own."""
+    config = getattr(net, "pretrained_cfg", None) or {}
+    if not config.get("mean"):
+        return f"timm's defaults, since {source.name} has no configuration"
+    tag = f".{config['tag']}" if config.get("tag") else ""
+    return f"timm's configuration of {config.get('architecture') or source.name.partition('.')[0]}{tag}"
 
 
 def _input_channels(net: nn.Module, options: SourceOptions) -> int | None:
@@ -332,17 +340,3 @@ def _from_state_dict(name: str, state: Mapping[str, torch.Tensor], arguments: Ma
     for module in net.modules():  # timm keeps the overlay, and with it a second copy of all weights
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return net
-
-
-def _image_config(config: Mapping[str, Any], channels: int) -> ImageConfig:
-    """timm's data config; for other than its own channels the mean over channels serves each of them."""
-    mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
-    if len(mean) != channels:
-        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
-    return ImageConfig(
-        mean=mean,
-        std=std,
-        interpolation=config["interpolation"],
-        crop_pct=float(config["crop_pct"]),
-        crop_mode=config.get("crop_mode") or "center",
-    )
