@@ -279,7 +279,15 @@ def test_images_are_listed_sorted_whatever_the_depth_and_case(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"crop_pct": 0.0}, {"crop_pct": 1.01}, {"std": (0.2, 0.2)}, {"std": (0.2, 0.0, 0.2)}, {"mean": (), "std": ()}],
+    [
+        {"crop_pct": 0.0},
+        {"crop_pct": 4.01},
+        {"short_edge": 224},
+        {"size_multiple": 0},
+        {"std": (0.2, 0.2)},
+        {"std": (0.2, 0.0, 0.2)},
+        {"mean": (), "std": ()},
+    ],
 )
 def test_an_impossible_image_config_is_refused(wrong):
     with pytest.raises(ValueError):

@@ -228,11 +228,13 @@ def _written(processor: Any) -> tuple[ImageConfig, tuple[int, int] | None]:
 
     mean, std = _normalisation(processor)
     resample = option("resample")
+    on_torchvision = option("backend") == "torchvision" or type(processor).__name__.endswith("Fast")
     squash = ImageConfig(
         mean=mean,
         std=std,
         channel_order="bgr" if option("do_flip_channel_order") else "rgb",
         interpolation="bilinear" if resample is None else _PIL_FILTERS[int(resample)],  # type: ignore[arg-type]
+        arithmetic="torchvision" if on_torchvision else "pillow",
         crop_mode="squash",
         crop_pct=1.0,
         rounding="paddle" if option("resize_short") else "transformers",
@@ -369,7 +371,7 @@ def _variants(first: ImageConfig, *, padded: bool) -> Iterator[ImageConfig]:
         (first.channel_order, "bgr" if first.channel_order == "rgb" else "rgb"),
         ("antialias", "centres", "corners"),
         (first.rounding, *(one for one in ("transformers", "transformers_pil", "paddle") if one != first.rounding)),
-        ("pillow", "torchvision"),
+        (first.arithmetic, "pillow" if first.arithmetic == "torchvision" else "torchvision"),
     ):
         yield msgspec.structs.replace(
             way, channel_order=order, sampling=sampling, rounding=rounding, arithmetic=arithmetic
