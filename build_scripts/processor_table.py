@@ -35,12 +35,16 @@ class Case(NamedTuple):
     since: int = 4
 
 
+def _square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
 _SHORT = {"size": {"shortest_edge": 160, "longest_edge": 266}}
 CASES = (
     Case("Beit", "beit", {}),
-    Case("Beit", "beit", {"size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}),
+    Case("Beit", "beit", {"size": _square(256), "do_center_crop": True, "crop_size": _square(224)}),
     Case("Bit", "bit, focalnet, hiera, pixio", {}),
-    Case("Bit", "dinov2", {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}),
+    Case("Bit", "dinov2", {"size": {"shortest_edge": 256}, "crop_size": _square(224)}),
     Case("Bit", "a crop of odd sides", {"size": {"shortest_edge": 237}, "crop_size": {"height": 211, "width": 211}}),
     Case("ConvNext", "convnext, convnextv2, resnet", {"size": {"shortest_edge": 224}, "crop_pct": 0.875}),
     Case("ConvNext", "convnext at 384", {}),
@@ -50,7 +54,7 @@ CASES = (
     Case("Sapiens2", "sapiens2", {"size": {"height": 256, "width": 192}}),
     Case("Sapiens2", "sapiens2", {"size": {"height": 256, "width": 192}, "do_pad": True}),
     Case("TextNet", "textnet", {"size": {"shortest_edge": 160}}),
-    Case("Tipsv2", "tipsv2", {"size": {"height": 224, "width": 224}}),
+    Case("Tipsv2", "tipsv2", {"size": _square(224)}),
     Case("ViT", "swin, swinv2, dinat", {}),
     Case("ViT", "pixels in 0..1", {"do_normalize": False}),
     Case("ViT", "pixels in 0..255", {"do_normalize": False, "do_rescale": False}),
@@ -61,23 +65,23 @@ CASES = (
     Case("Detr", "detr, table-transformer, omdet-turbo", _SHORT),
     Case("Detr", "at most as high and wide", {"size": {"max_height": 160, "max_width": 200}}),
     Case("GroundingDino", "grounding-dino, mm-grounding-dino", _SHORT),
-    Case("RTDetr", "rt_detr, rt_detr_v2, d_fine, deimv2", {"size": {"height": 320, "width": 320}}),
+    Case("RTDetr", "rt_detr, rt_detr_v2, d_fine, deimv2", {"size": _square(320)}),
     Case("RfDetr", "rf_detr", _SHORT),
-    Case("PPDocLayoutV2", "pp_doclayout_v2", {"size": {"height": 320, "width": 320}}),
-    Case("PPDocLayoutV3", "pp_doclayout_v3", {"size": {"height": 320, "width": 320}}),
+    Case("PPDocLayoutV2", "pp_doclayout_v2", {"size": _square(320)}),
+    Case("PPDocLayoutV3", "pp_doclayout_v3", {"size": _square(320)}),
     Case("Mask2Former", "mask2former", _SHORT),
     Case("MaskFormer", "maskformer", _SHORT),
     Case("OneFormer", "oneformer", _SHORT, since=5),
-    Case("Segformer", "upernet", {"size": {"height": 256, "width": 256}}),
+    Case("Segformer", "upernet", {"size": _square(256)}),
     Case("DPT", "dpt", {}),
-    Case("DPT", "depth_anything", {"size": {"height": 196, "width": 196}, "keep_aspect_ratio": True, "ensure_multiple_of": 14}),
-    Case("PromptDepthAnything", "prompt_depth_anything", {"size": {"height": 196, "width": 196}}),
-    Case("CHMv2", "chmv2", {"do_resize": True, "size": {"height": 192, "width": 192}}),
-    Case("Tvp", "tvp", {"size": {"longest_edge": 224}, "crop_size": {"height": 224, "width": 224}, "pad_size": {"height": 224, "width": 224}}),
+    Case("DPT", "depth_anything", {"size": _square(196), "keep_aspect_ratio": True, "ensure_multiple_of": 14}),
+    Case("PromptDepthAnything", "prompt_depth_anything", {"size": _square(196)}),
+    Case("CHMv2", "chmv2", {"do_resize": True, "size": _square(192)}),
+    Case("Tvp", "tvp", {"size": {"longest_edge": 224}, "crop_size": _square(224), "pad_size": _square(224)}),
     Case("PPOCRV5ServerDet", "pp_ocrv5", {"limit_side_len": 320}),
-    Case("SLANeXt", "slanext, slanet", {"size": {"height": 256, "width": 256}, "pad_size": {"height": 256, "width": 256}}),
+    Case("SLANeXt", "slanext, slanet", {"size": _square(256), "pad_size": _square(256)}),
     Case("UVDoc", "uvdoc", {"size": {"height": 178, "width": 122}}),
-    Case("MobileViT", "mobilevit (reverses channels)", {"size": {"shortest_edge": 288}, "crop_size": {"height": 256, "width": 256}}),
+    Case("MobileViT", "mobilevit (reverses channels)", {"size": {"shortest_edge": 288}, "crop_size": _square(256)}),
 )  # fmt: skip
 NOTED = (
     Case("PPOCRV5ServerRec", "lines of text", {}),
@@ -129,8 +133,8 @@ def _difference(preprocessing: Preprocessing, picture: Image.Image, theirs: np.n
 
 def main() -> None:
     lines = [
-        f"transformers {transformers.__version__}, photographs of {', '.join(pictures())}; the largest difference of any pixel, "
-        "in grey levels.",
+        f"transformers {transformers.__version__}, photographs: {', '.join(pictures())}; the largest difference of any "
+        "pixel, in grey levels.",
         "",
         "| processor | comes with | what is done | grey levels |",
         "|---|---|---|---|",

@@ -54,8 +54,8 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ``sampling``: with ``antialias`` the filter grows as a picture gets smaller, as in Pillow. Without it the filter keeps
     its width: pixels lie at the ``centres`` of their cells, or the outermost ones at the ``corners`` (torch's
     ``align_corners``), and ``bicubic`` is that of torch and OpenCV (a = -0.75). ``arithmetic``: the library whose integers
-    are repeated bit for bit; they differ by a grey level or two. ``rounding``: the library whose rules round scaled sides
-    and the position of crops and borders.
+    are repeated bit for bit, which differ by a grey level or two, or ``float`` for one that rounds only once, at the end.
+    ``rounding``: the library whose rules round scaled sides and the position of crops and borders.
     """
 
     mean: tuple[float, ...]
@@ -63,7 +63,7 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     channel_order: Literal["rgb", "bgr"] = "rgb"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
     sampling: Literal["antialias", "centres", "corners"] = "antialias"
-    arithmetic: Literal["pillow", "torchvision"] = "pillow"
+    arithmetic: Literal["pillow", "torchvision", "float"] = "pillow"
     crop_pct: float = 0.875
     crop_mode: Literal["center", "squash", "border", "pad"] = "center"
     short_edge: int | None = None
@@ -114,7 +114,8 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         if self.crop_mode in ("squash", "center") and (scaled != (height, width) or self.crop_mode == "center"):
             how += f", centre {size}"
         plain = {"antialias": "", "centres": " without antialiasing", "corners": " with aligned corners"}[self.sampling]
-        filter = f"{self.interpolation}{plain}{' of torchvision' if self.arithmetic == 'torchvision' else ''}"
+        arithmetic = {"pillow": "", "torchvision": " of torchvision", "float": " in floating point"}[self.arithmetic]
+        filter = f"{self.interpolation}{plain}{arithmetic}"
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         order = (
             {"rgb": "RGB", "bgr": "BGR"}[self.channel_order] if len(self.mean) == 3 else f"{len(self.mean)} channels"
@@ -318,11 +319,12 @@ def _resample(
     height, width, channels = pixels.shape
     down, across = _blocks(height, size[0], kept[0], method), _blocks(width, size[1], kept[1], method)
     resized = np.empty((len(kept[0]), len(kept[1]), channels), np.uint8)
+    between = np.float64 if method.arithmetic == "float" else np.uint8
     bands = max(1, min(threads, len(down), height * width // _BAND_PIXELS))
     edges = [len(down) * band // bands for band in range(bands + 1)]
 
     def make(band: int) -> None:
-        _resample_band(pixels, down[edges[band] : edges[band + 1]], across, resized)
+        _resample_band(pixels, down[edges[band] : edges[band + 1]], across, resized, between=between)
 
     if bands == 1:
         make(0)
@@ -332,12 +334,17 @@ def _resample(
     return resized
 
 
-def _resample_band(pixels: np.ndarray, down: list[_Block], across: list[_Block], resized: np.ndarray) -> None:
-    """The rows of ``resized`` that the blocks ``down`` make. Channels come first in here: each is a matrix."""
+def _resample_band(
+    pixels: np.ndarray, down: list[_Block], across: list[_Block], resized: np.ndarray, *, between: type
+) -> None:
+    """The rows of ``resized`` that the blocks ``down`` make; ``between``: dtype of what is resized along the rows only.
+
+    Channels come first in here: each is a matrix.
+    """
     top, bottom = down[0].read.start, max(block.read.stop for block in down)
     left, right = across[0].read.start, max(block.read.stop for block in across)
     planes = pixels[top:bottom, left:right].transpose(2, 0, 1)
-    narrow = np.empty((*planes.shape[:2], resized.shape[1]), np.uint8)
+    narrow = np.empty((*planes.shape[:2], resized.shape[1]), between)
     some, sums = (np.empty((len(planes), _ROWS, columns)) for columns in (right - left, resized.shape[1]))
     for start in range(0, bottom - top, _ROWS):
         stop = min(bottom - top, start + _ROWS)
@@ -345,9 +352,9 @@ def _resample_band(pixels: np.ndarray, down: list[_Block], across: list[_Block],
         rows[...] = planes[:, start:stop]
         for read, weights, place in across:
             np.matmul(rows[..., read.start - left : read.stop - left], weights, out=made[..., place])
-        narrow[:, start:stop] = _in_range(made)
+        narrow[:, start:stop] = made if between is np.float64 else _in_range(made)
     for read, weights, place in down:
-        found = weights.T @ narrow[:, read.start - top : read.stop - top].astype(np.float64)
+        found = weights.T @ narrow[:, read.start - top : read.stop - top].astype(np.float64, copy=False)
         resized[place] = _in_range(found).transpose(1, 2, 0)
 
 
@@ -373,9 +380,12 @@ def _blocks(source: int, size: int, kept: range, method: _Method) -> list[_Block
 
 
 def _weights(source: int, size: int, kept: range, method: _Method) -> tuple[np.ndarray, np.ndarray]:
-    """For every pixel kept: the first that it reads, and the weights of that and those behind it, as integers / 2**bits."""
+    """For every pixel kept: the first that it reads, and the weights of that and those behind it; integers / 2**bits, but for
+    ``float``."""
     taps = _grown_weights if method.sampling == "antialias" else _plain_weights
     first, weights = taps(source, size, kept, method)
+    if method.arithmetic == "float":
+        return first, weights
     bits = _BITS
     if method.arithmetic == "torchvision":  # as many bits as fit into an int16, of the weights of the whole side
         largest = float(taps(source, size, range(size), method)[1].max())

@@ -159,7 +159,8 @@ def _instance(content: dict[str, Any], where: str) -> Any:
     import transformers
 
     name = str(content.get("image_processor_type") or content.get("feature_extractor_type") or "")
-    stem = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    name = name.replace("FeatureExtractor", "ImageProcessor")
+    stem = name.removesuffix("Fast").removesuffix("Pil")
     if name == "TimmWrapperImageProcessor":
         return SimpleNamespace(data_config=content.get("data_config") or content.get("pretrained_cfg") or {})
     for known in dict.fromkeys((name, stem, f"{stem}Fast", f"{stem}Pil")):
@@ -371,7 +372,7 @@ def _variants(first: ImageConfig, *, padded: bool) -> Iterator[ImageConfig]:
         (first.channel_order, "bgr" if first.channel_order == "rgb" else "rgb"),
         ("antialias", "centres", "corners"),
         (first.rounding, *(one for one in ("transformers", "transformers_pil", "paddle") if one != first.rounding)),
-        (first.arithmetic, "pillow" if first.arithmetic == "torchvision" else "torchvision"),
+        (first.arithmetic, *(one for one in ("pillow", "torchvision", "float") if one != first.arithmetic)),
     ):
         yield msgspec.structs.replace(
             way, channel_order=order, sampling=sampling, rounding=rounding, arithmetic=arithmetic
