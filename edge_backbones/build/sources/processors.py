@@ -28,7 +28,7 @@ from edge_backbones.manifest import Source
 from edge_backbones.spec import InputSpec, ShapeRange
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_OF_A_PROCESSOR = ("image_processor_type", "feature_extractor_type", "image_mean", "do_rescale")
+_OF_A_PROCESSOR = ("image_processor_type", "feature_extractor_type", "image_mean", "do_normalize", "do_rescale", "do_resize")
 SAME_PIXELS = 1.01
 """Grey levels: torchvision and Pillow round apart by one."""
 

@@ -108,7 +108,7 @@ def load_timm_folder(folder: Path, options: SourceOptions) -> LoadedBackbone:
         if not files:
             raise SourceError(f"{folder} has no weights: a .safetensors, .bin or .pth file belongs beside config.json")
         options = dataclasses.replace(options, weights=str(files[0]))
-    if options.image is None:
+    if options.image is None and preprocessing:
         config = resolve_data_config({}, pretrained_cfg=preprocessing)  # type: ignore[no-untyped-call]
         options = dataclasses.replace(options, image=of_timm(config, f"pretrained_cfg in {folder.name}/config.json"))
     return load_timm(name, options)
