@@ -75,11 +75,11 @@ def _fix(frame: np.ndarray, channels: int, code: str) -> str:
         code, shape = f"{code}[..., None]", (*shape, 1)
     elif len(shape) == 3 and shape[0] in known and shape[2] not in known:
         code, shape = f"{code}.transpose(1, 2, 0)", (*shape[1:], shape[0])
-    if len(shape) != 3 or shape[2] not in known:
+    if len(shape) != 3:
         return "pass an array of three axes, channels last"
     code, remark = _as_bytes(frame, code)
     made = _with_channels(code, shape[2], channels)
-    return f"{remark}pass {made}" if made else f"it has {shape[2]} channels, this backbone takes {channels}"
+    return f"{remark}pass {made}" if made else f"its last axis is not of {channels} channels, it has {shape[2]}"
 
 
 def _as_bytes(frame: np.ndarray, code: str) -> tuple[str, str]:

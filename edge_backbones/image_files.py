@@ -38,6 +38,7 @@ _FORMATS = {
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 
+_BROKEN = "does not decode as an image"
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _ORIENTATION = 0x0112  # of EXIF
@@ -53,11 +54,7 @@ def list_images(folder: Path) -> list[Path]:
     Hidden files and folders are left out (``._photo.jpg`` of macOS is no photograph). Linked folders are searched, each
     folder once. Broken links and folders that may not be read are in the list too: `open_image` gives the reason.
     """
-    found = []
-    for path in _files(folder):
-        if path.suffix.lower() in IMAGE_SUFFIXES or path.is_dir():
-            found.append(path)
-    return sorted(found)
+    return sorted(path for path in _files(folder) if path.suffix.lower() in IMAGE_SUFFIXES or path.is_dir())
 
 
 def why_no_images(folder: Path) -> str:
@@ -90,7 +87,7 @@ def decode(path: Path, channels: int) -> Image.Image:
     try:
         file = path.open("rb")
     except OSError as error:
-        link = f" (it is a link to {os.readlink(path)})" if path.is_symlink() else ""
+        link = f" (it is a link to {path.readlink()})" if path.is_symlink() else ""
         raise InputError(f"cannot be read: {error.strerror}{link}") from error
     with file, warnings.catch_warnings():
         # A large picture or odd EXIF is no reason to refuse pixels that decode, even where warnings are errors.
@@ -105,7 +102,7 @@ def decode(path: Path, channels: int) -> Image.Image:
                 f"is larger than Pillow reads: {size}: scale it down, or set PIL.Image.MAX_IMAGE_PIXELS in Python"
             ) from error
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
-            raise InputError(f"does not decode as an image: {_cause(error)}") from error
+            raise InputError(f"{_BROKEN}: {_cause(error)}") from error
 
 
 def grouped(reasons: Mapping[str, str], most: int = 4) -> list[str]:
@@ -130,7 +127,9 @@ def shown(path: Path) -> str:
 def _files(folder: Path) -> Iterator[Path]:
     """Every file below that is not hidden, broken links too, and folders that may not be read."""
     root = Path(os.path.realpath(folder))
-    waiting, linked, seen = [folder], [], set()
+    waiting: list[Path] = [folder]
+    linked: list[Path] = []
+    seen: set[Path] = set()
     while waiting or linked:
         here = (waiting or linked).pop(0)  # links last: a folder inside is known by its own path
         real = Path(os.path.realpath(here))
@@ -174,19 +173,18 @@ def _decoded(file: BinaryIO, suffix: str, channels: int) -> Image.Image:
                 "np.interp(pixels, (low, high), (0, 255)).astype('uint8') instead, low and high the same for all files"
             )
         image.load()
-        turn = _TURNS.get(_orientation(image))
+        turn = _TURNS.get(_orientation(image), "")
         colours = image.convert("RGB") if channels == 3 or image.mode == "LAB" else image
         pixels = colours.convert("RGB" if channels == 3 else "L")
-        return pixels if turn is None else pixels.transpose(Image.Transpose[turn])
+        return pixels.transpose(Image.Transpose[turn]) if turn else pixels
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image: Image.Image) -> int:
     """That of EXIF, once the pixels are loaded: for some formats Pillow turns them then."""
     try:
-        orientation: int | None = image.getexif().get(_ORIENTATION)
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # as of the decoders; viewers show such a photograph as it is stored
-        return None
-    return orientation
+        return 1
 
 
 def _why_unknown(file: BinaryIO, start: bytes, formats: list[str]) -> str:
@@ -194,7 +192,7 @@ def _why_unknown(file: BinaryIO, start: bytes, formats: list[str]) -> str:
     from PIL import Image
 
     if not start:
-        return "does not decode as an image: it is empty"
+        return f"{_BROKEN}: it is empty"
     if _brand(start) in _AVIF_BRANDS and "AVIF" not in Image.OPEN:
         return "is an AVIF image, which Pillow reads from 11.3 on: pip install 'Pillow>=11.3'"
     if _brand(start) in _HEIF_BRANDS and "HEIF" not in Image.OPEN:
@@ -203,14 +201,14 @@ def _why_unknown(file: BinaryIO, start: bytes, formats: list[str]) -> str:
         factory, accepts = Image.OPEN[name]
         accepted = accepts is None or accepts(start)
         if isinstance(accepted, str):
-            return f"does not decode as an image: {accepted}"
+            return f"{_BROKEN}: {accepted}"
         if accepted:
             file.seek(0)
             try:
                 factory(file, "")
             except Exception as error:
-                return f"does not decode as an image: it is cut off, or a kind of {name} that Pillow does not read ({_cause(error)})"
-    return f"does not decode as an image: it begins with {start!r}, and no format that is read here does"
+                return f"{_BROKEN}: it is cut off, or a kind of {name} that Pillow does not read ({_cause(error)})"
+    return f"{_BROKEN}: it begins with {start!r}, and no format that is read here does"
 
 
 def _brand(start: bytes) -> bytes:
@@ -221,7 +219,7 @@ def _brand(start: bytes) -> bytes:
 def _register_heif() -> None:
     try:
         import pillow_heif
-    except ImportError:
+    except ModuleNotFoundError:
         return
     pillow_heif.register_heif_opener()
 

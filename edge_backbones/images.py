@@ -18,13 +18,13 @@ import numpy as np
 
 from edge_backbones.errors import InputError
 from edge_backbones.frames import as_frame
-from edge_backbones.image_files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
-from edge_backbones.image_files import list_images as list_images
-from edge_backbones.image_files import open_image as open_image
+from edge_backbones.image_files import IMAGE_SUFFIXES, list_images, open_image
 from edge_backbones.spec import InputSpec
 
 if TYPE_CHECKING:
     from PIL import Image
+
+__all__ = ["IMAGE_SUFFIXES", "ImageConfig", "fit", "list_images", "network_input", "open_image", "to_input"]
 
 _BITS = 22
 _PIXELS = 8  # of a block: the more, the more of its weights are 0

@@ -193,7 +193,7 @@ def test_an_array_that_is_no_image_is_refused(gather, finished, array):
 
 
 def test_what_numpy_makes_no_array_of_is_refused(gather, finished):
-    with pytest.raises(CalibrationError, match="array 1: numpy makes no array of this list: .*inhomogeneous"):
+    with pytest.raises(CalibrationError, match=r"array 1: numpy makes no array of this list: .*inhomogeneous"):
         gather([finished[0], [[1, 2], [3]]])
     with pytest.raises(CalibrationError, match=r"array 0: .* no array of this Tensor: .*tensor\.detach\(\)"):
         gather([torch.zeros(3, 48, 64, requires_grad=True)])
