@@ -180,7 +180,9 @@ def _decoded(file: BinaryIO, suffix: str, channels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """That of EXIF, once the pixels are loaded: for some formats Pillow turns them then."""
+    """That of EXIF. TIFF is upright once it is loaded, of which not every release of Pillow tells EXIF."""
+    if image.format == "TIFF":
+        return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # as of the decoders; viewers show such a photograph as it is stored

@@ -220,11 +220,12 @@ def test_every_format_is_turned_upright_once(tmp_path, suffix, orientation, corn
     stored[:16, :16] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(stored).save(tmp_path / f"x{suffix}", exif=exif)
-    upright = np.asarray(open_image(tmp_path / f"x{suffix}"))
-    assert upright.shape == ((48, 32, 3) if orientation in (6, 8) else (32, 48, 3))
-    bright = {at for at in ((0, 0), (0, -1), (-1, 0), (-1, -1)) if upright[at][0] > 128}
-    assert bright == {corner}
+    for options in ({}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}) if suffix == ".tif" else ({},):
+        Image.fromarray(stored).save(tmp_path / f"x{suffix}", exif=exif, **options)
+        upright = np.asarray(open_image(tmp_path / f"x{suffix}"))
+        assert upright.shape == ((48, 32, 3) if orientation in (6, 8) else (32, 48, 3))
+        bright = {at for at in ((0, 0), (0, -1), (-1, 0), (-1, -1)) if upright[at][0] > 128}
+        assert bright == {corner}
 
 
 @pytest.mark.parametrize("junk", [b"XXXXXXXX", b"MM\0*\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"])
