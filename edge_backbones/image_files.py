@@ -111,8 +111,9 @@ def grouped(reasons: Mapping[str, str], most: int = 4) -> list[str]:
     for name, reason in reasons.items():
         groups.setdefault(re.sub(r"\d+", "0", reason), []).append(name)  # "truncated (13 bytes...)" is one reason
     ordered = sorted(groups.values(), key=len, reverse=True)
+    most += len(ordered) == most + 1  # the last line tells of several, or is the reason itself
     lines = [
-        f"{names[0]} {reasons[names[0]]}" + (f" (and {len(names) - 1} more files)" if len(names) > 1 else "")
+        f"{names[0]} {reasons[names[0]]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
         for names in ordered[:most]
     ]
     rest = sum(len(names) for names in ordered[most:])

@@ -379,8 +379,9 @@ def test_a_name_that_is_not_utf8_is_shown(tmp_path):
 
 def test_reasons_are_summed_up_in_a_few_lines():
     reasons = {f"{i}.jpg": f"is truncated ({i} bytes)" for i in range(30)}
-    assert grouped(reasons) == ["0.jpg is truncated (0 bytes) (and 29 more files)"]
+    assert grouped(reasons) == ["0.jpg is truncated (0 bytes) (and 29 more)"]
     reasons |= {f"{letter}.png": f"fails by {letter}" for letter in "abcdefg"}
     lines = grouped(reasons)
     assert lines[1:] == [*(f"{letter}.png fails by {letter}" for letter in "abc"), "4 more files have other reasons"]
+    assert grouped(dict(list(reasons.items())[:34]))[-1] == "d.png fails by d"
     assert grouped({}) == []

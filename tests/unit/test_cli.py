@@ -202,7 +202,7 @@ def test_run_skips_the_broken_files_of_a_folder_with_the_reason(bundle, photo, t
     head, *reasons = done.stderr.splitlines()
     assert head == "3 files were skipped:"
     assert reasons[0].startswith(f"  {folder}/thermal 1.png has pixels of more than 8 bits")
-    assert reasons[0].endswith("(and 1 more files)")
+    assert reasons[0].endswith("(and 1 more)")
     assert reasons[1:] == [f"  {folder}/empty.jpg does not decode as an image: it is empty"]
     entries = {Path(entry["image"]).name: entry for entry in json.loads(run(*arguments, "--json").stdout)}
     assert "features" in entries["a.png"]
