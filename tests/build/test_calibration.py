@@ -90,9 +90,7 @@ def test_a_folder_without_a_single_good_image_is_refused(gather, tmp_path):
         gather(str(tmp_path / "images"))
     for number in range(4):
         Image.new("I;16", (50, 40)).save(tmp_path / "images" / f"thermal {number}.png")
-    reason = (
-        r"thermal 0\.png has pixels of more than 8 bits \(mode I;16\), .* \(and 3 more\); broken\.png does not"
-    )
+    reason = r"thermal 0\.png has pixels of more than 8 bits \(mode I;16\), .* \(and 3 more\); broken\.png does not"
     with pytest.raises(CalibrationError, match=rf"none of its 5 files is read: {reason}"):
         gather(str(tmp_path / "images"))
 
