@@ -13,7 +13,7 @@ import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
@@ -246,13 +246,14 @@ def build(
                 "report": None if written is None else str(written),
                 "parity": result.reports,
                 "skipped": result.skipped,
+                "reasons": result.reasons,
                 "notes": result.notes,
                 "decision": result.bundle.manifest.decision,
             }
         )
         return
     if result.skipped:
-        _err.print(f"{len(result.skipped)} images did not decode and were skipped: {_some(result.skipped)}")
+        _print_skipped(result.reasons)
     _print_parity(result.reports)
     _print_trials(result.bundle.manifest.decision)
     for note in result.notes:
@@ -525,8 +526,12 @@ def run(
     picture: Annotated[bool, typer.Option(help="Draw the feature maps.")] = True,
     as_json: JsonFlag = False,
 ) -> None:
-    """Feature maps of photographs: an .npz with one array per stage, and a picture of them."""
-    from edge_backbones.images import fit, list_images, open_image, to_input
+    """Feature maps of photographs: an .npz with one array per stage, and a picture of them.
+
+    Files of a folder that do not decode are skipped with the reason.
+    """
+    from edge_backbones.image_files import decode, grouped, list_images, open_image, shown, why_no_images
+    from edge_backbones.images import fit, to_input
     from edge_backbones.pictures import as_map, draw_feature_maps
     from edge_backbones.runtime.backbone import EdgeBackbone
 
@@ -534,10 +539,11 @@ def run(
         raise InputError(f"{source} does not exist")
     files = list_images(source) if source.is_dir() else [source]
     if not files:
-        raise InputError(f"{source} has no images")
+        raise InputError(why_no_images(source))
     targets = _feature_files(files, source if source.is_dir() else source.parent, out)
     config = Bundle.open(bundle).manifest.image
     written: list[dict[str, Any]] = []
+    reasons: dict[str, str] = {}
     with (
         EdgeBackbone.from_pretrained(
             bundle, engine=engine, device=device, threads=threads, allow_host_code=allow_host_code
@@ -547,7 +553,15 @@ def run(
         for done, (file, (features, drawing)) in enumerate(zip(files, targets, strict=True)):
             progress("running", done, len(files))
             spec = backbone.input
-            photograph = fit(open_image(file, spec.channels), config, spec.height.opt, spec.width.opt)
+            if source.is_dir():
+                try:
+                    image = decode(file, spec.channels)
+                except InputError as error:
+                    reasons[shown(file)] = str(error)
+                    continue
+            else:
+                image = open_image(file, spec.channels)
+            photograph = fit(image, config, spec.height.opt, spec.width.opt)
             maps = backbone(to_input(photograph[None], config, spec)).feature_maps
             by_stage = {stage: m[0] for stage, m in zip(backbone.out_features, maps, strict=True)}
             features.parent.mkdir(parents=True, exist_ok=True)
@@ -558,13 +572,17 @@ def run(
                 if drawn is not None:
                     drawable[stage] = drawn
             if picture and drawable:
-                draw_feature_maps(drawing, photograph, drawable, title=f"{Path(bundle).name}: {file.name}")
+                draw_feature_maps(drawing, photograph, drawable, title=f"{Path(bundle).name}: {shown(Path(file.name))}")
             shapes = {stage: list(m.shape) for stage, m in by_stage.items()}
-            written.append({"image": str(file), "features": str(features), "shapes": shapes})
+            written.append({"image": shown(file), "features": shown(features), "shapes": shapes})
         progress("running", len(files), len(files))
+    if not written:
+        raise InputError(f"{shown(source)}: none of its {len(reasons)} files is read: {'; '.join(grouped(reasons))}")
     if as_json:
-        _print_json(written)
+        _print_json([*written, *({"image": name, "skipped": reason} for name, reason in reasons.items())])
         return
+    if reasons:
+        _print_skipped(reasons)
     for entry in written:
         stages = ", ".join(f"{stage} {'x'.join(map(str, shape))}" for stage, shape in entry["shapes"].items())
         _out.print(f"{entry['features']}: {stages}")
@@ -999,8 +1017,12 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(msgspec.to_builtins(value), indent=2) + "\n")
 
 
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _print_skipped(reasons: Mapping[str, str]) -> None:
+    from edge_backbones.image_files import grouped
+
+    _err.print(f"{len(reasons)} {'file was' if len(reasons) == 1 else 'files were'} skipped:")
+    for line in grouped(reasons):
+        _err.print(f"  {line}", soft_wrap=True)
 
 
 def _integers(text: str, option: str) -> tuple[int, ...]:

@@ -11,25 +11,26 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
-from edge_backbones.errors import InputError, MissingDependencyError
+from edge_backbones.errors import InputError
+from edge_backbones.frames import as_frame
+from edge_backbones.image_files import IMAGE_SUFFIXES, list_images, open_image
 from edge_backbones.spec import InputSpec
 
 if TYPE_CHECKING:
     from PIL import Image
+
+__all__ = ["IMAGE_SUFFIXES", "ImageConfig", "fit", "list_images", "network_input", "open_image", "to_input"]
 
 _BITS = 22
 _PIXELS = 8  # of a block: the more, the more of its weights are 0
 _ROWS = 128  # that are taken at a time: they stay in the cache, and OpenBLAS leaves them to the thread that asks
 _BAND_PIXELS = 250_000  # of the source, for which a thread is worth its start
 _MOST_CROP = 4.0  # crop_pct above 1: the picture is smaller than its crop, and gets a border
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
 
 class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -126,54 +127,28 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Image files under a folder, by name, sorted; whether they decode is not known yet."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-
-
-def open_image(path: Path, channels: int = 3) -> Image.Image:
-    """Decode a file upright (EXIF) as RGB, or as grey for one channel. Raises InputError naming the file."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise MissingDependencyError("reading image files", "images") from error
-    if channels not in (1, 3):
-        raise InputError(f"image files have 1 or 3 channels, this backbone takes {channels}: pass arrays instead")
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise InputError(
-                    f"{path} has {image.mode} pixels of more than 8 bits: scale it to 8 bits per channel first"
-                )
-            return ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
-        raise InputError(f"{path} does not decode as an image: {error}") from error
-
-
 def fit(
     image: Image.Image | np.ndarray, config: ImageConfig, height: int, width: int, threads: int | None = None
 ) -> np.ndarray:
     """Resize and crop to (height, width): uint8 array (height, width, channels).
 
-    ``image``: a picture of Pillow, or a camera frame as uint8 (rows, columns, channels). ``threads`` share a large one, by
-    default as many as there are cores; the pixels do not depend on them. Raises InputError for an array that is no frame.
+    ``image``: a picture of Pillow, or a camera frame as uint8 (rows, columns, channels), grey ones without the last axis
+    too. ``threads`` share a large one, by default as many as there are cores; the pixels do not depend on them. Raises
+    InputError for what is no frame of as many channels as ``config`` has, with what makes one of it.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, got {threads}")
+    image = as_frame(image, len(config.mean))
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise InputError(f"a frame is uint8 (rows, columns, channels), got {image.dtype} {image.shape}")
         image = image[..., 0] if image.shape[2] == 1 else image
         source_h, source_w = image.shape[:2]
     else:
         source_w, source_h = image.size
-    size = resized_size((source_h, source_w), config, height, width)
+    size = _resized_size((source_h, source_w), config, height, width)
     return _padded(_resized_centre(image, size, (height, width), config, threads), config, height, width)
 
 
-def resized_size(source: tuple[int, int], config: ImageConfig, height: int, width: int) -> tuple[int, int]:
+def _resized_size(source: tuple[int, int], config: ImageConfig, height: int, width: int) -> tuple[int, int]:
     """(rows, columns) that a picture of ``source`` (rows, columns) is scaled to, before it is cropped or padded."""
     scaled = config._scaled(height, width)
     if config.crop_mode == "squash":
@@ -229,11 +204,9 @@ def _resized_centre(
     pixels = np.atleast_3d(np.asarray(image))
     source = pixels.shape[:2]
     if size != source:
-        is_plain = isinstance(image, np.ndarray) or image.mode in ("L", "RGB")  # neither a palette nor transparency
+        is_plain = isinstance(image, np.ndarray) or image.mode in ("L", "RGB")  # Pillow multiplies by transparency
         method = _Method(config.interpolation, config.sampling, config.arithmetic)
         is_pillow = method[1:] == ("antialias", "pillow")
-        if not (is_pillow or is_plain or isinstance(image, np.ndarray)):
-            pixels = np.atleast_3d(np.asarray(image.convert("RGB" if len(config.mean) == 3 else "L")))
         if config.interpolation in _FILTERS and (not is_pillow or (is_plain and _widths_first(source, size))):
             return _resample(pixels, size, kept, method, threads or os.cpu_count() or 1)
         from PIL import Image

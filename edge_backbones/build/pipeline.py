@@ -195,12 +195,17 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished bundle, the parity of each engine, the images that did not decode, and what else the user should know."""
+    """A finished bundle, the parity of each engine, why files were skipped, by name, and what else the user should know."""
 
     bundle: Bundle
     reports: tuple[ParityReport, ...]
-    skipped: tuple[str, ...]
+    reasons: Mapping[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the image files that were not read."""
+        return tuple(self.reasons)
 
 
 def build_bundle(
@@ -380,7 +385,7 @@ def build_bundle(
         )
         write_manifest(folder, manifest)
         progress("writing the bundle", 0, None)
-        skipped = image_set.skipped
+        reasons = image_set.reasons
         notes = [manifest.preprocessing, *loaded.source.preprocessing_notes]
         notes += [] if verdict.decision is None else [verdict.decision.sentence]
         if found is not None:
@@ -388,7 +393,7 @@ def build_bundle(
         if large:
             notes.append(f"{len(large)} tensors come near what fp16 can hold ({large[0]} first): they stay in fp32")
         del image_set, feed
-    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, tuple(notes))
+    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), reasons, tuple(notes))
 
 
 def _refuse_for(profile: DeviceProfile, options: BuildOptions, input: InputSpec) -> None:

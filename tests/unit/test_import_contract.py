@@ -19,6 +19,8 @@ ON_DEVICE = [
         for name in (
             "errors",
             "spec",
+            "frames",
+            "image_files",
             "images",
             "manifest",
             "profiles",

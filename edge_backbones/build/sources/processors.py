@@ -28,7 +28,14 @@ from edge_backbones.manifest import Source
 from edge_backbones.spec import InputSpec, ShapeRange
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_OF_A_PROCESSOR = ("image_processor_type", "feature_extractor_type", "image_mean", "do_normalize", "do_rescale", "do_resize")
+_OF_A_PROCESSOR = (
+    "image_processor_type",
+    "feature_extractor_type",
+    "image_mean",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+)
 SAME_PIXELS = 1.01
 """Grey levels: torchvision and Pillow round apart by one."""
 
@@ -135,11 +142,7 @@ def read_processor(folder: Path) -> Preprocessing | None:
             continue
         content = _content(path)
         content = content.get("image_processor", content)  # one file for the processors of text and images
-        if isinstance(content, dict) and not {
-            "image_processor_type",
-            "feature_extractor_type",
-            "image_mean",
-        }.isdisjoint(content):
+        if isinstance(content, dict) and any(key in content for key in _OF_A_PROCESSOR):
             return of_processor(_instance(content, str(path)), f"in {name}")
     return None
 
