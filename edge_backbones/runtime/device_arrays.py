@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.errors import InputError
+from edge_backbones.runtime.forks import keep_for_good
 
 _CPU, _CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType
 _ON_GPU = (_CUDA, _CUDA_MANAGED)
@@ -454,12 +455,11 @@ _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c
 _rename_capsule = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_SetName", ctypes.pythonapi)
 )
-_keep_for_good = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
 
 _LEGACY_NAME, _VERSIONED_NAME = b"dltensor", b"dltensor_versioned"
 _USED = {_LEGACY_NAME: b"used_dltensor", _VERSIONED_NAME: b"used_dltensor_versioned"}
 for _name in _USED.values():
-    _keep_for_good(_name)  # a capsule holds the characters alone, and a producer may keep it until the process ends
+    keep_for_good(_name)  # a capsule holds the characters alone, and a producer may keep it until the process ends
 
 
 class _Lent:
