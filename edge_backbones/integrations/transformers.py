@@ -20,6 +20,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BackboneOutput
 
+try:
+    from transformers.backbone_utils import BackboneType
+except ImportError:  # before 5.1
+    from transformers.utils.backbone_utils import BackboneType
+
 from edge_backbones.errors import ClientMismatchError
 from edge_backbones.integrations.clients import find_backbone, is_backbone
 from edge_backbones.integrations.modules import EngineModule, open_for_client
@@ -38,7 +43,8 @@ class EdgeBackboneModule(EngineModule):
     """A compiled backbone as the ``nn.Module`` that transformers' models expect.
 
     It answers like ``AutoBackbone.from_pretrained(...)``: ``channels``, ``out_features`` and ``out_indices`` (narrowing
-    when set), ``stage_names``, ``num_features``, ``config``, ``forward_with_filtered_kwargs``. ``as_list``: return a
+    when set), ``stage_names``, ``num_features``, ``config``, ``backbone_type``, ``has_attentions``,
+    ``forward_with_filtered_kwargs``. ``as_list``: return a
     plain list of maps, as timm's feature extractors do. See :class:`EngineModule` for dtypes, devices and gradients.
     """
 
@@ -81,6 +87,14 @@ class EdgeBackboneModule(EngineModule):
     @property
     def config(self) -> BackboneConfig:
         return self.backbone.config
+
+    @property
+    def has_attentions(self) -> bool:
+        return self.backbone.has_attentions
+
+    @property
+    def backbone_type(self) -> BackboneType:
+        return BackboneType(self.backbone.backbone_type)
 
     def forward(
         self,
@@ -130,7 +144,8 @@ def replace_backbone(
     channels and their sizes must be the bundle's, and with ``same_weights`` their values too. ``engine`` and
     ``threads`` as in :meth:`EdgeBackbone.from_pretrained`. Whatever is refused, the model is as it was.
 
-    What ``model.state_dict()`` and ``save_pretrained`` hold afterwards is the model without its backbone.
+    What ``model.state_dict()`` and ``save_pretrained`` hold afterwards is the model without its backbone. ``torch.save`` of
+    the whole model: see :class:`EngineModule`.
 
     Raises SourceError when the model has no backbone, or several; ClientMismatchError when the bundle does not fit, with
     the reason; BundleError and EngineMismatchError as ``from_pretrained``.

@@ -251,6 +251,7 @@ def from_foreign(values: Any, *, stream: int) -> ForeignArray:
     if type(values) is DeviceArray:  # a frame's maps, into the next engine: without a capsule
         values.order(_consumer_stream(stream))
         return ForeignArray(values.pointer, values.shape, values.dtype, values.device, True, False, values.owner)
+    refuse_views(values)
     device = _dlpack_device(values)
     if device is not None:
         if device[0] not in _ON_GPU:
@@ -262,6 +263,17 @@ def from_foreign(values: Any, *, stream: int) -> ForeignArray:
             f"{_kind(values)} does not fit: pass an array on a GPU that has __dlpack__ or __cuda_array_interface__"
         )
     return _read_interface(values, interface)
+
+
+def refuse_views(values: Any) -> None:
+    """Raise InputError for a tensor of torch whose values are not those of its memory, which is all that DLPack passes."""
+    for question, name, fix in (
+        ("is_neg", "negative view", "resolve_neg"),
+        ("is_conj", "conjugate view", "resolve_conj"),
+        ("_is_zerotensor", "zero tensor without memory", "clone"),
+    ):
+        if getattr(values, question, bool)():
+            raise InputError(f"{_kind(values)} is a {name}, which DLPack cannot pass: pass tensor.{fix}()")
 
 
 def stream_pointer(stream: Any) -> int:
