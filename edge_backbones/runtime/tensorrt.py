@@ -874,6 +874,9 @@ class _Contexts:
 
     def retire(self, slot: _Slot) -> None:
         """Give a context up; where CUDA cannot be asked whether it is done with it, when all is closed."""
+        if self._is_abandoned:
+            forks.keep_for_good(slot)
+            return
         left = [slot]
         with contextlib.suppress(DeviceError), self._memory:
             self.discard(left.pop())
