@@ -11,6 +11,8 @@ Needs torch and transformers (4.44 or newer) beside the engine library.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +22,16 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BackboneOutput
 
-try:
-    from transformers.backbone_utils import BackboneType
-except ImportError:  # before 5.1
-    from transformers.utils.backbone_utils import BackboneType
-
 from edge_backbones.errors import ClientMismatchError
 from edge_backbones.integrations.clients import find_backbone, is_backbone
 from edge_backbones.integrations.modules import EngineModule, open_for_client
 from edge_backbones.manifest import Source
 from edge_backbones.runtime.backbone import BackboneConfig, EdgeBackbone
+
+_BEFORE_5_1 = importlib.util.find_spec("transformers.backbone_utils") is None
+_BACKBONE_TYPES: Any = importlib.import_module(
+    "transformers.utils.backbone_utils" if _BEFORE_5_1 else "transformers.backbone_utils"
+).BackboneType
 
 
 @dataclass
@@ -93,8 +95,8 @@ class EdgeBackboneModule(EngineModule):
         return self.backbone.has_attentions
 
     @property
-    def backbone_type(self) -> BackboneType:
-        return BackboneType(self.backbone.backbone_type)
+    def backbone_type(self) -> Any:
+        return _BACKBONE_TYPES(self.backbone.backbone_type)
 
     def forward(
         self,

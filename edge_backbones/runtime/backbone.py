@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -254,8 +255,9 @@ class EdgeBackbone:
         takes less than 1 % of a call of mobilenetv3_large_100 on one image of 224 x 224.
 
         Raises BundleError for a damaged bundle, EngineMismatchError when nothing in it can run here, InputError for a
-        device that is not one, InferenceError in a forked child whose parent has opened an engine of the same library. With ``on_mismatch="compile"`` an engine that can is compiled, verified and added to the
-        bundle instead, which takes from seconds to minutes, and raises what `compile_bundle` raises.
+        device that is not one, InferenceError in a forked child whose parent has opened an engine of the same library. With
+        ``on_mismatch="compile"`` an engine that can is compiled, verified and added to the bundle instead, which takes from
+        seconds to minutes, and raises what `compile_bundle` raises.
         """
         kind, gpu = parse_device(device)
         if on_mismatch not in ("raise", "compile"):
@@ -624,14 +626,18 @@ def _reopen(kind: type[EdgeBackbone], origin: _Origin, config: BackboneConfig) -
 
     Raises what ``from_pretrained`` raises, and BundleError for a bundle that is gone or was built again meanwhile.
     """
-    if not os.path.isdir(origin.path):
+    if not Path(origin.path).is_dir():
         raise BundleError(
             f"a pickled backbone holds the place of its bundle, and {origin.path} is not there any more: put the bundle "
             "back, or open it where it is with EdgeBackbone.from_pretrained"
         )
     backbone = kind.from_pretrained(origin.path, **origin.options)
     opened = backbone._origin
-    if opened is None or opened.graph != origin.graph or (backbone._spec, backbone._input) != (config._spec, origin.input):
+    if (
+        opened is None
+        or opened.graph != origin.graph
+        or (backbone._spec, backbone._input) != (config._spec, origin.input)
+    ):
         backbone.close()
         raise BundleError(
             f"{origin.path} was built again since this backbone was pickled: open it as it is now with "
@@ -663,9 +669,12 @@ def _host_array(values: Any, spec: InputSpec) -> np.ndarray:
         values = _from_dlpack(values, spec)
     elif isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise InputError(
-            f"{spec.name} has {np.ma.count_masked(values)} masked values, and an engine has no mask: pass array.filled(0)"
+            f"{spec.name} has {np.ma.getmaskarray(values).sum()} masked values, and an engine has no mask: "
+            "pass array.filled(0)"
         )
-    if spec.dtype == "float32" and (values.dtype.kind == "f" or values.dtype.name == "bfloat16"):  # ml_dtypes, as in jax
+    if spec.dtype == "float32" and (
+        values.dtype.kind == "f" or values.dtype.name == "bfloat16"
+    ):  # ml_dtypes, as in jax
         try:
             with np.errstate(over="raise"):
                 values = values.astype(np.float32, copy=False)

@@ -502,7 +502,7 @@ def _dlpack_device(values: Any) -> tuple[int, int] | None:
         return int(kind), int(index)
     except _REFUSALS as error:
         raise InputError(
-            f"{_kind(values)} does not say where it is ({error}): pass an array on a GPU or the CPU"
+            f"{_kind(values)} does not say where it is ({error}): pass a dense array on a GPU or the CPU"
         ) from error
 
 

@@ -46,9 +46,9 @@ def core() -> Any:
     A forked child cannot make a Core of its own either: all Cores of a process share the threads of engines that were
     closed, and a child that is handed one of these waits for it for ever.
 
-    The Core is kept because its CPU plugin gives the thread that makes it a stack for signals (sigaltstack, openvino pull request 11894) and unmaps
-    that stack when it goes. Of two plugins that go first come, first gone, the thread is left with a stack that is not there,
-    and the next signal, Ctrl-C too, ends the process.
+    The Core is kept because its CPU plugin gives the thread that makes it a stack for signals (sigaltstack, openvino pull
+    request 11894) and unmaps that stack when it goes. Of two plugins that go first come, first gone, the thread is left with a
+    stack that is not there, and the next signal, Ctrl-C too, ends the process.
     """
     made, process = _core()
     if process != os.getpid():

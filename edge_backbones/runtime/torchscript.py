@@ -7,9 +7,9 @@ one of its engines; `torch_tensorrt` is then imported first, which brings the op
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
-import functools
 import io
 import os
 import re

@@ -1,5 +1,5 @@
-"""Engines in the workers of torch's DataLoader, and TorchScript in forked children. Each case is a script of its own, which is
-killed if it hangs."""
+"""Engines in the workers of torch's DataLoader, and TorchScript in forked children. Each case is a script of its own, which
+is killed if it hangs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system doe
 def run(folder: Path, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
     script.write_text(textwrap.dedent(code), encoding="utf-8")
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         [sys.executable, script, *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -68,8 +68,12 @@ def test_a_loader_whose_workers_are_forked_is_refused(tmp_path):
     done = run(tmp_path, LOADER, path, "fork")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.strip().splitlines()[-1].startswith(
-        "edge_backbones.errors.InferenceError: OpenVINO was started in the process that this one was forked from"
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            "edge_backbones.errors.InferenceError: OpenVINO was started in the process that this one was forked from"
+        )
     )
     assert "Caught InferenceError in DataLoader worker process 0" in done.stderr
 
@@ -120,4 +124,6 @@ def test_torchscript_in_a_forked_child_is_refused(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2
-    assert all(line.startswith("InferenceError torch was started in the process that this one was forked") for line in lines)
+    assert all(
+        line.startswith("InferenceError torch was started in the process that this one was forked") for line in lines
+    )

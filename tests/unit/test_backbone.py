@@ -336,15 +336,19 @@ def test_the_configuration_is_one_object_whose_stages_are_those_of_the_backbone(
     config.nested["a"].append(2)
     assert (backbone.config.hidden_size, backbone.config.nested) == (5, {"a": [1, 2]})
     assert over_many_outputs().config.nested == {"a": [1]}
-    assert config.to_dict() == backbone.to_dict() == {
-        "hidden_size": 5,
-        "nested": {"a": [1, 2]},
-        "stage_names": ["pool2", "pool4", "pool8"],
-        "out_features": ["pool4", "pool8"],
-        "out_indices": [1, -1],
-        "channels": [3, 3],
-        "num_features": [3, 3, 3],
-    }
+    assert (
+        config.to_dict()
+        == backbone.to_dict()
+        == {
+            "hidden_size": 5,
+            "nested": {"a": [1, 2]},
+            "stage_names": ["pool2", "pool4", "pool8"],
+            "out_features": ["pool4", "pool8"],
+            "out_indices": [1, -1],
+            "channels": [3, 3],
+            "num_features": [3, 3, 3],
+        }
+    )
     with pytest.raises(AttributeError, match="this configuration has no 'depths'"):
         _ = config.depths
 
@@ -395,7 +399,7 @@ def test_values_that_are_not_finite_are_named_with_their_sample(backbone, conver
     images[1, :, 3, 4:6] = np.nan
     images[4, 0, 0, 0] = -np.inf
     images[4, 1, 1, 1] = np.nan
-    message = "(6 NaN in sample 1, 1 NaN and 1 infinite in sample 4): replace them, as np.nan_to_num(array, posinf=0, neginf=0)"
+    message = "(6 NaN in sample 1, 1 NaN and 1 infinite in sample 4): replace them, as np.nan_to_num(array, posinf=0"
     with pytest.raises(InputError, match=re.escape(message)):
         backbone(convert(images))
     replaced = np.nan_to_num(images, posinf=0, neginf=0)

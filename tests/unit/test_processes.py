@@ -25,7 +25,9 @@ from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooled, pooling_input
 
 ROOT = Path(__file__).parents[2]
-REFUSED = "InferenceError: OpenVINO was started in the process that this one was forked from, and its threads do not exist"
+REFUSED = (
+    "InferenceError: OpenVINO was started in the process that this one was forked from, and its threads do not exist"
+)
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
@@ -70,7 +72,7 @@ def path(tmp_path_factory) -> Path:
 def run(code: str, *arguments: object) -> list[str]:
     """The lines that a script prints; one that hangs fails."""
     whole = [sys.executable, "-c", BEGIN + textwrap.dedent(code), *map(str, arguments)]
-    done = subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)  # noqa: S603
+    done = subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -240,7 +242,7 @@ def test_spawned_processes_get_their_own_engine(path, tmp_path):
         encoding="utf-8",
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [sys.executable, script, path], capture_output=True, text=True, timeout=60, env=environment, check=False
     )
     assert done.stdout == "True [(3, 3, 4, 6)]\n", done.stderr

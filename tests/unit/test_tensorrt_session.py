@@ -173,13 +173,16 @@ def test_a_forked_child_asks_cuda_for_nothing(machine, graphs):
     session._contexts.abandon()
     for _ in range(2):
         for call in (lambda: session.run(images), lambda: session.run_on_device(array, STREAM), graphed):
-            with pytest.raises(InferenceError, match="TensorRT was started in the process that this one was forked from"):
+            with pytest.raises(
+                InferenceError, match="TensorRT was started in the process that this one was forked from"
+            ):
                 call()
         session.close()
         session._contexts.abandon()  # and in a child of the child
     contexts = session._contexts
     check(maps, images)
-    del on_gpu, session, graphed, call
+    del on_gpu, graphed, call
+    session = None
     gc.collect()
     assert machine.gpu.calls[before:] == []
     assert +machine.library.live != {}
