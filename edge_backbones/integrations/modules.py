@@ -67,6 +67,7 @@ def open_for_client(
     engine: str | None,
     threads: int | None,
     same_weights: bool,
+    check_finite: bool,
 ) -> EdgeBackbone:
     """Open a bundle narrowed to what a client reads, after ``original`` and the bundle gave the same maps.
 
@@ -99,7 +100,7 @@ def open_for_client(
             f"the client's own backbone does not take the images of {bundle.path} ({input.describe()}): {cause}"
         ) from error
     _check_maps(bundle.path, maps, [golden[f"opt/{stage}"][:1] for stage in wanted], wanted, same_weights)
-    backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads)
+    backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads, check_finite=check_finite)
     backbone.out_features = wanted
     return backbone
 

@@ -46,8 +46,8 @@ class EdgeBackboneModule(EngineModule):
 
     It answers like ``AutoBackbone.from_pretrained(...)``: ``channels``, ``out_features`` and ``out_indices`` (narrowing
     when set), ``stage_names``, ``num_features``, ``config``, ``backbone_type``, ``has_attentions``,
-    ``forward_with_filtered_kwargs``. ``as_list``: return a
-    plain list of maps, as timm's feature extractors do. See :class:`EngineModule` for dtypes, devices and gradients.
+    ``forward_with_filtered_kwargs``. ``as_list``: return a plain list of maps, as timm's feature extractors do. See
+    :class:`EngineModule` for dtypes, devices, gradients and saving.
     """
 
     def __init__(self, backbone: EdgeBackbone, *, as_list: bool = False) -> None:
@@ -139,12 +139,13 @@ def replace_backbone(
     engine: str | None = None,
     threads: int | None = None,
     same_weights: bool = True,
+    check_finite: bool = True,
 ) -> nn.Module:
     """Put a bundle in the place of a model's backbone, and return the module that was there.
 
     Before anything changes, the model's own backbone runs on an image that the bundle carries: the number of maps, their
-    channels and their sizes must be the bundle's, and with ``same_weights`` their values too. ``engine`` and
-    ``threads`` as in :meth:`EdgeBackbone.from_pretrained`. Whatever is refused, the model is as it was.
+    channels and their sizes must be the bundle's, and with ``same_weights`` their values too. ``engine``, ``threads`` and
+    ``check_finite`` as in :meth:`EdgeBackbone.from_pretrained`. Whatever is refused, the model is as it was.
 
     What ``model.state_dict()`` and ``save_pretrained`` hold afterwards is the model without its backbone. ``torch.save`` of
     the whole model: see :class:`EngineModule`.
@@ -166,7 +167,14 @@ def replace_backbone(
         return list(maps.values()) if isinstance(maps, dict) else list(maps)
 
     backbone = open_for_client(
-        bundle, original, run, _stages(original), engine=engine, threads=threads, same_weights=same_weights
+        bundle,
+        original,
+        run,
+        _stages(original),
+        engine=engine,
+        threads=threads,
+        same_weights=same_weights,
+        check_finite=check_finite,
     )
     if needs_tokens and not backbone.has_cls_tokens:
         raise ClientMismatchError(

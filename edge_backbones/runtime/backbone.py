@@ -672,9 +672,8 @@ def _host_array(values: Any, spec: InputSpec) -> np.ndarray:
             f"{spec.name} has {np.ma.getmaskarray(values).sum()} masked values, and an engine has no mask: "
             "pass array.filled(0)"
         )
-    if spec.dtype == "float32" and (
-        values.dtype.kind == "f" or values.dtype.name == "bfloat16"
-    ):  # ml_dtypes, as in jax
+    is_float = values.dtype.kind == "f" or values.dtype.name == "bfloat16"  # of ml_dtypes, as jax has it
+    if spec.dtype == "float32" and is_float:
         try:
             with np.errstate(over="raise"):
                 values = values.astype(np.float32, copy=False)

@@ -47,8 +47,8 @@ def core() -> Any:
     closed, and a child that is handed one of these waits for it for ever.
 
     The Core is kept because its CPU plugin gives the thread that makes it a stack for signals (sigaltstack, openvino pull
-    request 11894) and unmaps that stack when it goes. Of two plugins that go first come, first gone, the thread is left with a
-    stack that is not there, and the next signal, Ctrl-C too, ends the process.
+    request 11894) and unmaps that stack when it goes. Of two plugins that go first come, first gone, the thread is left with
+    a stack that is not there, and the next signal, Ctrl-C too, ends the process.
     """
     made, process = _core()
     if process != os.getpid():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import re
@@ -248,6 +249,18 @@ def test_a_swapped_client_is_saved_whole_and_opens_its_bundle_again(
     shutil.rmtree(bundle)
     with pytest.raises(BundleError, match=r"detr\.bundle is not there any more: put the bundle back"):
         torch.load(tmp_path / "client.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("check_finite", [True, False])
+def test_a_client_refuses_values_that_are_not_finite_unless_it_is_told_not_to(
+    check_finite: bool, client_of: Callable[[str], Client], bundle_of: Callable[..., Path]
+) -> None:
+    client = client_of("upernet")
+    model = swapped(client, bundle_of("upernet"), check_finite=check_finite)
+    images = client.images(1)
+    images[1, 0, 3, 3] = torch.nan
+    with contextlib.nullcontext() if not check_finite else pytest.raises(InputError, match="1 NaN in sample 1"):
+        assert client(images, model).logits.shape == client(images).logits.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
