@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,10 @@ class EngineModule(nn.Module):
     as before. Maps have the floating dtype and the device of the input. For an engine on the CPU tensors of another
     device are copied there and back; an engine on the GPU takes and gives CUDA tensors as they are. An engine has no
     gradient: an input that requires one raises InputError. Copies (``copy.deepcopy``) share the engine.
+
+    ``pickle`` and ``torch.save`` of a module that holds it write the place of its bundle, not the bundle:
+    ``torch.load(file, weights_only=False)`` opens the bundle again, and raises BundleError where it is not. To give a model
+    away, save its ``state_dict()`` and the bundle, and swap the backbone again.
     """
 
     def __init__(self, backbone: EdgeBackbone) -> None:
@@ -38,25 +41,18 @@ class EngineModule(nn.Module):
         """:meth:`EdgeBackbone.__call__` on tensors: the fields of its output, as tensors (None stays None)."""
         if pixel_values.requires_grad and torch.is_grad_enabled():
             raise InputError("an engine has no gradient: pass pixel_values.detach(), or run under torch.no_grad()")
-        values, dtype = pixel_values.detach(), torch.float32
-        if values.is_floating_point():
-            values, dtype = values.float(), values.dtype  # numpy has no bfloat16
+        values = pixel_values.detach().resolve_neg()
+        dtype = values.dtype if values.is_floating_point() else torch.float32
         if self.backbone.device == "cpu":
             values = values.cpu()
+        if values.dtype == torch.bfloat16 or (values.is_cuda and values.is_floating_point()):
+            values = values.float()  # numpy has no bfloat16, and an engine on a GPU takes nothing but float32
         output = self.backbone(values, **arguments)
 
         def tensor(array: Any) -> Any:
             return None if array is None else from_dlpack(array).to(device=pixel_values.device, dtype=dtype)
 
         return {name: tuple(tensor(array) for array in arrays) for name, arrays in output.items()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        own = {key: value for key, value in vars(self).items() if key != "backbone"}
-        twin.__dict__.update(copy.deepcopy(own, memo))
-        twin.backbone = copy.copy(self.backbone)
-        return twin
 
     def extra_repr(self) -> str:
         return repr(self.backbone)
@@ -71,6 +67,7 @@ def open_for_client(
     engine: str | None,
     threads: int | None,
     same_weights: bool,
+    check_finite: bool,
 ) -> EdgeBackbone:
     """Open a bundle narrowed to what a client reads, after ``original`` and the bundle gave the same maps.
 
@@ -103,7 +100,7 @@ def open_for_client(
             f"the client's own backbone does not take the images of {bundle.path} ({input.describe()}): {cause}"
         ) from error
     _check_maps(bundle.path, maps, [golden[f"opt/{stage}"][:1] for stage in wanted], wanted, same_weights)
-    backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads)
+    backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads, check_finite=check_finite)
     backbone.out_features = wanted
     return backbone
 
