@@ -8,7 +8,7 @@ found where every one of its names, spelled in either way, follows the same pref
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,9 +26,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 _INSERTED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Words of which people and libraries make the names of what holds a backbone, as in model_ema, conv_encoder, image_encoder.
 _WRAPPER_WORDS = frozenset(
-    "module model net network nn backbone encoder body base trunk visual vision image feature features extractor pixel "
-    "level conv cnn timm state dict weights params ema averaged avg swa student teacher online target momentum query key "
-    "q k current detector segmentor inner wrapped".split()
+    re.findall(
+        r"\w+",
+        """module model net network nn backbone encoder body base trunk visual vision image feature features extractor pixel
+        level conv cnn timm graph state dict weights params ema averaged avg swa student teacher online target momentum query
+        key q k current detector segmentor inner wrapped""",
+    )
 )
 # What timm's own loader prefers, then what DINO evaluates. Anything else has the same rank.
 _CONTAINERS = (
@@ -152,7 +155,7 @@ def surplus_blocks(state: State, wanted: Shapes, whole: Iterable[str], placement
     surplus = []
     for key in state:
         name = _INSERTED.sub("", key)[start:] if _INSERTED.sub("", key).startswith(placement.prefix) else ""
-        for spelling in (name, _dotted(name)):
+        for spelling in (name, stage_dotted(name)):
             if any(block not in blocks and block.rpartition(".")[0] in containers for block in _numbered(spelling)):
                 surplus.append(name)
                 break
@@ -185,8 +188,12 @@ def without_wrappers(state: State) -> dict[str, torch.Tensor]:
 
 def common_prefix(keys: Iterable[str]) -> str:
     """Return the whole segments that all keys begin with, the last dot included."""
-    prefix = os.path.commonprefix(list(keys))
-    return prefix[: prefix.rfind(".") + 1]
+    ordered = sorted(keys)
+    if not ordered:
+        return ""
+    first, last = ordered[0].split(".")[:-1], ordered[-1].split(".")[:-1]
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(f"{segment}." for segment, _ in shared)
 
 
 def misfit(
@@ -272,14 +279,18 @@ def _numbered(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 
 
-def _dotted(name: str) -> str:
-    """The other way of stage_spelling."""
+def stage_dotted(name: str) -> str:
+    """Return a name of stage_spelling as the whole network has it."""
     return re.sub(r"^([a-z_]+)_(\d+)\.", r"\1.\2.", name)
 
 
 def _is_wrapper(prefix: str, what: str) -> bool:
-    """Whether a prefix is made of words of wrappers, or of the network's own name: ``resnet.`` for ResNetBackbone."""
-    return all(word in _WRAPPER_WORDS or (len(word) > 2 and word in what.lower()) for word in _words(prefix))
+    """Whether a prefix is made of words of wrappers, or of the network's own name: ``pvt_v2.`` for PvtV2Backbone."""
+    own = what.lower().replace("_", "")
+    return all(
+        _words(segment) <= _WRAPPER_WORDS or (len(segment) > 2 and segment.lower().replace("_", "") in own)
+        for segment in prefix.split(".")
+    )
 
 
 def _rank(prefix: str) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -346,19 +348,23 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
             return _as_it_is(name, {**fillers, **attempts[0]}, own, arguments)
     unreached: list[str] = []
     for attempt in attempts:
-        try:
+        with _foreign_keys():
             net, unreached = _mapped_by_timm(name, attempt, fillers, arguments)
-        except MemoryError:
-            raise
-        except Exception:  # timm's key mappings trip over foreign keys in every way
-            continue
-        if not unreached:
-            break
-    else:
-        near = nearest(state, but=name)
-        missing = [names[key] for key in unreached]
-        raise SourceError(f"{path} {misfit(name, state, wanted, unreached=missing, near=near)}")
-    return net
+            if not unreached:
+                return net
+    missing, near = [names[key] for key in unreached], nearest(state, but=name)
+    raise SourceError(f"{path} {misfit(name, state, wanted, unreached=missing, near=near)}")
+
+
+@contextlib.contextmanager
+def _foreign_keys() -> Iterator[None]:
+    """Give up an attempt for whatever timm's key mappings trip over; memory that ran out says nothing of the keys."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        logging.getLogger(__name__).debug("timm does not map these keys: %r", error)
 
 
 def _as_it_is(
@@ -368,11 +374,10 @@ def _as_it_is(
 
     timm is still asked to load the ``whole`` network: it makes some networks otherwise for pretrained weights.
     """
-    try:
+    net = None
+    with _foreign_keys():
         net = _from_state_dict(name, whole, arguments)
-    except MemoryError:
-        raise
-    except Exception:  # the mapping is for other files than this
+    if net is None:
         with seeded(0):
             net = _create(name, {**arguments, "pretrained": False})
     shapes = {key: value.shape for key, value in net.state_dict().items()}
