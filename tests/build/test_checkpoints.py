@@ -308,7 +308,7 @@ def test_a_family_is_refused_by_every_other(given, layout, tmp_path):
             continue
         message = refusal(name, path)
         assert "other.pth has no weights for" in message or f"other.pth does not fit {name}: size mismatch" in message
-        assert "'module.'" in message
+        assert "keys begin with 'module." in message
         assert f"It fits {given} of timm." in message
         assert f"First keys of the file: {', '.join(list(state)[:5])}, ...; of the network: " in message
 
@@ -323,11 +323,29 @@ def test_a_deeper_network_is_not_cut_to_fit(resnet, tmp_path):
     block = {k.replace("layer2.0.", "layer2.5."): v for k, v in resnet.items() if k.startswith("layer2.0.")}
     content = {f"model.{key}": v for key, v in {**resnet, **block}.items()}
     message = refusal("test_resnet", saved(content, tmp_path / "deep.pth"))
-    assert f"has {len(block)} tensors of blocks that test_resnet lacks, {next(iter(block))} first" in message
+    assert f"has {len(block)} tensors that test_resnet lacks, {next(iter(block))} first" in message
     net = trained("test_convnext", features_only=True).state_dict()
     net["stages_1.blocks.7.gamma"] = torch.ones(32)
     message = refusal("test_convnext", saved(net, tmp_path / "deep.pth"))
-    assert "has 1 tensors of blocks that test_convnext lacks, stages_1.blocks.7.gamma first" in message
+    assert "has 1 tensors that test_convnext lacks, stages_1.blocks.7.gamma first" in message
+
+
+@pytest.mark.parametrize("extra", ["reg_token", "patch_embed.proj.lora_A", "blocks.1.mlp.fc1.lora_B", "dist_token"])
+def test_a_tensor_that_changes_the_function_is_not_left_out(extra, tmp_path):
+    state = {**trained("test_vit").state_dict(), extra: torch.ones(1, 4, 64)}
+    message = refusal("test_vit", saved(state, tmp_path / "more.pth"))
+    assert f"has 1 tensors that test_vit lacks, {extra} first" in message
+
+
+@pytest.mark.parametrize(
+    "extra", ["mask_token", "decoder_pos_embed", "decoder_blocks.0.weight", "fc.bias", "blocks.0.total_ops"]
+)
+def test_what_only_training_uses_is_left_out(extra, tmp_path):
+    net = trained("test_vit", features_only=True)
+    state = {**{k.removeprefix("model."): v for k, v in net.state_dict().items()}, extra: torch.ones(1, 4, 64)}
+    with torch.no_grad():
+        loaded = load("test_vit", saved(state, tmp_path / "more.pth"), out_indices=tuple(net.feature_info.out_indices))
+        assert_same_maps(loaded.module(pixels((160, 160))), net(pixels((160, 160))))
 
 
 def test_a_prefix_of_nobody_is_named_with_the_way_out(resnet, tmp_path):

@@ -88,7 +88,7 @@ def test_the_state_dict_of_a_classifier(kind, wrapped, tmp_path):
         assert torch.equal(parameter, inner[key]), key
 
 
-@pytest.mark.parametrize("name", [name for name in ("detr", "rt_detr", "upernet", "maskformer") if name in CLIENTS])
+@pytest.mark.parametrize("name", [name for name in ("detr", "rt_detr", "upernet", "mask_former") if name in CLIENTS])
 @pytest.mark.parametrize("wrapped", ["", "module."])
 def test_the_state_dict_of_a_client(name, wrapped, tmp_path, client_of):
     client = client_of(name)
@@ -127,7 +127,7 @@ def test_a_file_of_timm_is_named(tmp_path):
 def test_a_deeper_network_is_not_cut_to_fit(tmp_path):
     deep = transformers.ResNetBackbone(transformers.ResNetConfig(**{**SMALL, "depths": [1, 1, 2, 1]}))
     message = refusal(transformers.ResNetConfig(**SMALL), saved(deep.state_dict(), tmp_path / "deep.pth"))
-    assert "tensors of blocks that ResNetBackbone lacks, encoder.stages.2.layers.1." in message
+    assert "tensors that ResNetBackbone lacks, encoder.stages.2.layers.1." in message
 
 
 @pytest.mark.parametrize("name", OFFERED)

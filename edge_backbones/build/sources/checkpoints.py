@@ -24,6 +24,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Wrappers that put a segment anywhere in a key: torch.compile, FSDP and activation checkpointing.
 _INSERTED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Tensors beside others of a module. Masks, decoders and counters may lie there too, and are no part of a backbone.
+_CHANGES_THE_FUNCTION = re.compile(r"bias|weight|gamma|lora_\w+|(?:reg|register|dist|cls|storage)_tokens?")
 # Words of which people and libraries make the names of what holds a backbone, as in model_ema, conv_encoder, image_encoder.
 _WRAPPER_WORDS = frozenset(
     re.findall(
@@ -144,19 +146,27 @@ def place(path: object, what: str, state: State, wanted: Shapes, names: Iterable
     return chosen[0] if chosen else None
 
 
-def surplus_blocks(state: State, wanted: Shapes, whole: Iterable[str], placement: Placement) -> list[str]:
-    """Return tensors of blocks that follow the network's last ones: a deeper network's file fits a shallower network.
+def surplus_tensors(state: State, wanted: Shapes, whole: Iterable[str], placement: Placement) -> list[str]:
+    """Return tensors that the file's backbone has and the network lacks, for which it would be another function.
 
-    ``whole``: every name of the whole network, of which ``wanted`` may be the first stages.
+    They are of blocks that follow the network's last ones (a deeper network's file fits a shallower network), or beside
+    the network's own tensors a bias or a register token. ``whole``: every name of the whole network, of which ``wanted``
+    may be the first stages. Heads and what only training uses are no surplus.
     """
-    blocks = {block for name in whole for block in _numbered(name)}
+    known = set(whole)
+    blocks = {block for name in known for block in _numbered(name)}
     containers = {block.rpartition(".")[0] for name in wanted for block in _numbered(name)}
-    start = len(placement.prefix)
+    modules = {name.rpartition(".")[0] for name in wanted}
     surplus = []
     for key in state:
-        name = _INSERTED.sub("", key)[start:] if _INSERTED.sub("", key).startswith(placement.prefix) else ""
+        clean = _INSERTED.sub("", key)
+        if not clean.startswith(placement.prefix):
+            continue
+        name = clean[len(placement.prefix) :]
         for spelling in (name, stage_dotted(name)):
-            if any(block not in blocks and block.rpartition(".")[0] in containers for block in _numbered(spelling)):
+            module, _, last = spelling.rpartition(".")
+            beside = module in modules and spelling not in known and _CHANGES_THE_FUNCTION.fullmatch(last)
+            if beside or any(b not in blocks and b.rpartition(".")[0] in containers for b in _numbered(spelling)):
                 surplus.append(name)
                 break
     return surplus
@@ -208,12 +218,12 @@ def misfit(
     """Explain in one line, which follows the path of the file, why the file does not hold the network.
 
     ``wanted``: shapes by name. ``unreached``: names of tensors that got nothing from the file although the library
-    accepted it. ``surplus``: of blocks that the network lacks. ``near``: the network that the file seems to be of.
+    accepted it. ``surplus``: names that the network lacks. ``near``: the network that the file seems to be of.
     """
     best = _best(what, state, wanted)
     mismatched = _mismatched(state, wanted, best)
     if surplus := list(surplus):
-        cause = f"has {len(surplus)} tensors of blocks that {what} lacks, {surplus[0]} first"
+        cause = f"has {len(surplus)} tensors that {what} lacks, {surplus[0]} first"
     elif mismatched:
         name = mismatched[0]
         in_file = _described(state[best.keys[name]])

@@ -60,9 +60,10 @@ def signature(state: State) -> str:
 def backbone_shapes(net: Any) -> dict[str, tuple[int, ...]]:
     """Return learned tensors up to the last stage: heads and final norms come after it, and files may lack them."""
     shapes, keys = learned_shapes(net), list(net.state_dict())
-    stage = str(net.feature_info[-1]["module"]) if getattr(net, "feature_info", None) else ""
-    last = max((i for i, key in enumerate(keys) if key.startswith(f"{stage}.")), default=len(keys))
-    before = set(keys[: last + 1])
+    stages = [f"{stage['module']}." for stage in getattr(net, "feature_info", None) or ()]
+    ends = [max((i for i, key in enumerate(keys) if key.startswith(stage)), default=-1) for stage in stages]
+    last = max(ends, default=-1)
+    before = set(keys[: last + 1] if last >= 0 else keys)
     return {key: shape for key, shape in shapes.items() if key in before}
 
 

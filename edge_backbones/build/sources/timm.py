@@ -25,7 +25,7 @@ from edge_backbones.build.sources.checkpoints import (
     main_part,
     misfit,
     place,
-    surplus_blocks,
+    surplus_tensors,
     whole_names,
     without_wrappers,
 )
@@ -336,7 +336,7 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
         stripped = without_wrappers(attempts[0])
         attempts += [stripped] if stripped.keys() != attempts[0].keys() else []
     else:
-        surplus = surplus_blocks(state, wanted, every, placement)
+        surplus = surplus_tensors(state, wanted, every, placement)
         if surplus:
             near = nearest(state, but=name)
             raise SourceError(f"{path} {misfit(name, state, wanted, surplus=surplus, near=near)}")

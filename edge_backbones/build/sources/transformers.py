@@ -31,7 +31,7 @@ from edge_backbones.build.sources.checkpoints import (
     main_part,
     misfit,
     place,
-    surplus_blocks,
+    surplus_tensors,
 )
 from edge_backbones.build.sources.common import (
     IMAGENET,
@@ -395,7 +395,7 @@ def _from_checkpoint(config: Any, path: Path) -> Any:
             )
         except SourceError as error:
             raise SourceError(f"{error} {explanation(what, state, wanted, nearest(state))}") from error
-    surplus = surplus_blocks(state, wanted, every, placement)
+    surplus = surplus_tensors(state, wanted, every, placement)
     if surplus:
         raise SourceError(f"{path} {misfit(what, state, wanted, surplus=surplus, near=nearest(state))}")
     placed = {name: state[key] for name, key in placement.keys.items()}
