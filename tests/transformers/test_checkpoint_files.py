@@ -134,6 +134,6 @@ def test_a_deeper_network_is_not_cut_to_fit(tmp_path):
 def test_an_architecture_is_refused_by_another(name, tmp_path):
     path = saved(transformers_model(name).state_dict(), tmp_path / "other.pth")
     for other in ("resnet", "swin", "dinov2"):
-        if other != name:
+        if other not in name:  # the tensors of rf_detr_dinov2 are those of dinov2
             with pytest.raises(SourceError, match=r"other\.pth.*First keys of the file"):
                 load(transformers_config(other), path, (TRANSFORMERS[other].height, TRANSFORMERS[other].width))
