@@ -117,7 +117,11 @@ def build(
         ),
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="pretrained, random:SEED, or a checkpoint (.safetensors first; .pth without code).")
+        str,
+        typer.Option(
+            help="pretrained, random:SEED, or a checkpoint: .safetensors, or .pth / .ckpt without code. Prefixes (module., "
+            "model., backbone. ...) and training checkpoints are understood: EMA weights go first, then a teacher."
+        ),
     ] = "pretrained",
     input: Annotated[
         Literal["pixel_values", "image"],

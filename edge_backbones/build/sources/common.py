@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import logging
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models._helpers import load_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
+from edge_backbones.build.sources.checkpoints import flat_tensors
 from edge_backbones.errors import HubUnreachableError, InputError, SourceError
 from edge_backbones.images import ImageConfig
 from edge_backbones.spec import align_stages
@@ -115,21 +117,40 @@ def wake_residual_branches(net: nn.Module) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, without running code in it. Raises SourceError naming the file."""
+    """Read every tensor of a file without running code in it; those in nested dicts by their dotted path.
+
+    Raises SourceError naming the file, and the classes in a pickle that torch would have to import.
+    """
     if not path.is_file():
         raise SourceError(f"weights {str(path)!r} are neither 'pretrained', 'random:SEED' nor a file that exists")
     try:
-        # Read here and not by timm: older releases run the code in a pickle unless told not to.
-        content = load_state_dict(str(path), weights_only=True)
-        if not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise TypeError("it holds more than tensors")
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script stores its arguments
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = flat_tensors(content)
+        if not tensors:
+            raise TypeError("it holds no state dict")
     except Exception as error:  # unpickling and safetensors errors have no common base
         cause = first_line(error).partition(". ")[0]
+        classes = _classes(path)
+        if classes:
+            cause = f"it is a pickle with {', '.join(classes)} in it"
         raise SourceError(
             f"{path} cannot be read as a checkpoint ({cause}): save it as .safetensors, "
             "or as a plain state dict with torch.save"
         ) from error
-    return dict(content)
+    return tensors
+
+
+def _classes(path: Path) -> list[str]:
+    """The classes and functions that a pickle of torch would import; none for what is no such file."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a damaged file, or one of something else
+        return []
+    return sorted(name for name in found if name != "argparse.Namespace")
 
 
 def tensors_sha256(net: nn.Module) -> str:

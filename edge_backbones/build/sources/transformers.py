@@ -24,6 +24,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import logging as library_logging
 
 from edge_backbones.build.artifacts import LoadedBackbone
+from edge_backbones.build.sources.checkpoints import (
+    explanation,
+    fits,
+    learned_shapes,
+    main_part,
+    misfit,
+    place,
+    surplus_tensors,
+)
 from edge_backbones.build.sources.common import (
     SourceOptions,
     first_line,
@@ -34,6 +43,7 @@ from edge_backbones.build.sources.common import (
     seeded,
     wake_residual_branches,
 )
+from edge_backbones.build.sources.nearest import nearest
 from edge_backbones.build.sources.processors import given, unknown
 from edge_backbones.build.sources.timm import load_timm, load_timm_module
 from edge_backbones.bundle import record_file
@@ -66,9 +76,7 @@ def load_config(config: Any, options: SourceOptions) -> LoadedBackbone:
             )
         else:
             path = Path(options.weights)
-            state = read_checkpoint(path)
-            what = f"{path} in a {type(config).__name__}"
-            net = _complete(what, None, _backbone_class(config), config=config, state_dict=state)
+            net = _from_checkpoint(config, path)
             sha256 = record_file(path.parent, path.name).sha256
             source = msgspec.structs.replace(source, weights="checkpoint", weights_sha256=sha256)
     return load_module(net, source, options)
@@ -343,6 +351,33 @@ def _complete(what: str, folder: Path | None, model_class: Any, **arguments: Any
             f"{sorted(missing)[0]} first: wrong file?"
         )
     return net.eval()
+
+
+def _from_checkpoint(config: Any, path: Path) -> Any:
+    """Load a file of the backbone, or of a model that holds it, whatever prefix the backbone has there.
+
+    Names of other releases go through transformers' own key mapping. Raises SourceError unless every learned tensor came
+    from the file.
+    """
+    state = read_checkpoint(path)
+    with seeded(0):
+        net = _from_config(config)
+    every, wanted = net.state_dict(), learned_shapes(net)
+    what = type(net).__name__
+    placement = place(path, what, state, wanted, every)
+    if placement is None or not fits(state, wanted, placement):
+        try:
+            return _complete(
+                f"{path} in a {type(config).__name__}", None, type(net), config=config, state_dict=main_part(state)
+            )
+        except SourceError as error:
+            raise SourceError(f"{error} {explanation(what, state, wanted, nearest(state))}") from error
+    surplus = surplus_tensors(state, wanted, every, placement)
+    if surplus:
+        raise SourceError(f"{path} {misfit(what, state, wanted, surplus=surplus, near=nearest(state))}")
+    placed = {name: state[key] for name, key in placement.keys.items()}
+    net.load_state_dict({k: v for k, v in placed.items() if v.shape == every[k].shape}, strict=False)
+    return net
 
 
 @contextlib.contextmanager
