@@ -374,6 +374,11 @@ def build_bundle(
         progress("writing the bundle", 0, None)
         skipped = image_set.skipped
         notes = [] if verdict.decision is None else [verdict.decision.sentence]
+        for stage in export.zero_stages(golden, prepared.spec.outputs):
+            notes.append(
+                f"{stage} is zero everywhere in the reference, on every golden image (a branch that is dead or not yet "
+                "trained): parity only shows that the engine gives zeros too"
+            )
         if found is not None:
             notes += calibrate.notes(image_set, found, golden=manifest.golden.images, synthetic=images is None)
         if large:

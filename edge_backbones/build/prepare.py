@@ -328,7 +328,7 @@ class _FromImage(nn.Module):
 def _forward(module: nn.Module, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
     try:
         with torch.no_grad():
-            return tuple(module(sample.clone()))  # some networks normalise their input in place
+            return tuple(module(sample))
     except Exception as error:  # a network fails with whatever it trips over
         size = "x".join(str(n) for n in sample.shape[2:])
         raise SourceError(f"the network does not take images of {size} (height x width): {_cause(error)}") from error
