@@ -96,7 +96,7 @@ def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str,
     """
     golden = {}
     for case, array in cases.items():
-        pixel_values = np.array(network_input(array, loaded.image_config, input))  # some networks write into their input
+        pixel_values = np.array(network_input(array, loaded.image_config, input))  # a copy: networks may write into it
         try:
             with torch.no_grad():
                 maps = loaded.module(torch.from_numpy(pixel_values))
@@ -114,7 +114,7 @@ def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str,
             if unsound:
                 raise SourceError(
                     f"{stage} of the network itself is not finite on image {unsound[0] + 1} of {len(values)} golden images "
-                    f"({case} size), and was on an image of noise: leave out images on which it overflows or divides by zero"
+                    f"({case} size): it overflows or divides by zero there; leave such images out, or repair the network"
                 )
             golden[f"{case}/{stage}"] = values
     return golden

@@ -196,7 +196,7 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
 
 
 class _Chosen(nn.Module):
-    """Some outputs of a module, as float32 maps. One that writes into its input (to normalise it) gets an image of its own."""
+    """Some outputs of a module, as float32 maps. One that writes into its input gets an image of its own."""
 
     def __init__(self, net: nn.Module, stage_names: tuple[str, ...], chosen: list[int], *, writes_input: bool) -> None:
         super().__init__()

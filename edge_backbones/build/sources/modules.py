@@ -80,7 +80,9 @@ def _refuse(module: nn.Module) -> None:
             )
     for path, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
-            raise SourceError(f"{path} of this {name} has no shape yet (a lazy layer): run the module on one image first")
+            raise SourceError(
+                f"{path} of this {name} has no shape yet (a lazy layer): run the module on one image first"
+            )
         if tensor.is_meta:
             raise SourceError(f"this {name} is on the meta device and has no weights: load them first")
         if tensor.is_quantized or type(tensor).__module__.startswith(_QUANTISED):
@@ -121,7 +123,7 @@ def _with(net: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
 
 
 def _make_weights_plain(net: nn.Module) -> None:
-    """Put the computed weight in the place of what it is computed from, in place, so that batch norm can be folded into it."""
+    """Store each computed weight as a plain parameter, in place, so that batch norm can be folded into it."""
     for inner in list(net.modules()):
         for hook in list(inner._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm):
@@ -131,8 +133,13 @@ def _make_weights_plain(net: nn.Module) -> None:
             elif isinstance(hook, prune.BasePruningMethod):
                 prune.remove(inner, hook._tensor_name)
         if parametrize.is_parametrized(inner):
+            # The class was made for one module and is shared with its copies: torch takes the weight out of the class.
+            kind = type(inner)
+            members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+            inner.__class__ = type(kind.__name__, kind.__bases__, members)
             for name in list(inner.parametrizations):  # type: ignore[arg-type]
-                with contextlib.suppress(ValueError, RuntimeError):  # one that changes shape or type has to stay; it is right, not fast
+                # One that changes shape or type has to stay: its weight is computed in every forward, and not folded.
+                with contextlib.suppress(ValueError, RuntimeError):
                     parametrize.remove_parametrizations(inner, name, leave_parametrized=True)
 
 
@@ -157,7 +164,9 @@ def feature_maps(outputs: Any, stage_names: tuple[str, ...]) -> list[torch.Tenso
     maps = []
     for place, value in _leaves(keyed, ""):
         if not isinstance(value, torch.Tensor):
-            raise SourceError(f"output{place} is a {type(value).__name__}: a stage must be a float tensor; return maps only")
+            raise SourceError(
+                f"output{place} is a {type(value).__name__}: a stage must be a float tensor; return maps only"
+            )
         if not value.is_floating_point() or value.layout is not torch.strided:
             kind = value.dtype if value.layout is torch.strided else value.layout
             raise SourceError(
