@@ -18,8 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from timm.layers import BatchNormAct2d
-from timm.layers.norm_act import SyncBatchNormAct
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.nn import functional
@@ -248,13 +247,15 @@ def fold_batch_norm(net: nn.Module, sample: torch.Tensor) -> tuple[int, int]:
 
     Pairs are found by watching one forward: names and positions in the module tree say nothing of the data flow.
     """
+    norms = {id(m.running_mean): m for m in net.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats}
+    if not norms:
+        return 0, 0
     flow = _DataFlow()
     with flow:
         maps = _forward(net, sample)
     flow.uses.update(id(feature_map) for feature_map in maps)
     # A weight that a hook computes is no parameter: what is folded into it would be overwritten.
     convs = {id(m.weight): m for m in net.modules() if isinstance(m, nn.Conv2d) and "weight" in m._parameters}
-    norms = {id(m.running_mean): m for m in net.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats}
     folded = 0
     replacements: dict[nn.Module, nn.Module] = {}
     for source, mean in flow.batch_norms:

@@ -131,7 +131,7 @@ def _make_weights_plain(net: nn.Module) -> None:
             elif isinstance(hook, SpectralNorm):
                 remove_spectral_norm(inner, hook.name)
             elif isinstance(hook, prune.BasePruningMethod):
-                prune.remove(inner, hook._tensor_name)
+                prune.remove(inner, hook._tensor_name)  # type: ignore[no-untyped-call]
         if parametrize.is_parametrized(inner):
             # The class was made for one module and is shared with its copies: torch takes the weight out of the class.
             kind = type(inner)
