@@ -388,6 +388,11 @@ def build_bundle(
         reasons = image_set.reasons
         notes = [manifest.preprocessing, *loaded.source.preprocessing_notes]
         notes += [] if verdict.decision is None else [verdict.decision.sentence]
+        for stage in export.zero_stages(golden, prepared.spec.outputs):
+            notes.append(
+                f"{stage} is zero everywhere in the reference, on every golden image (a branch that is dead or not yet "
+                "trained): parity only shows that the engine gives zeros too"
+            )
         if found is not None:
             notes += calibrate.notes(image_set, found, golden=manifest.golden.images, synthetic=images is None)
         if large:

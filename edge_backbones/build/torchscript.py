@@ -110,9 +110,10 @@ def trace_torchscript(module: nn.Module, input: InputSpec, precision: Precision)
             warnings.simplefilter("ignore")  # torch deprecates TorchScript and warns of every Python branch in a trace
             traced = torch.jit.trace(typed, example_of(input), check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(torch.jit.freeze(traced.eval()), file)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
+    except Exception as error:  # the code that is traced fails with whatever it trips over
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ExportError(
-            f"the network cannot be traced as TorchScript in {precision} ({str(error).strip().splitlines()[-1]}): use the "
+            f"the network cannot be traced as TorchScript in {precision} ({cause}): use the "
             "ONNX graph (--no-torchscript)"
         ) from error
     return file.getvalue()

@@ -17,6 +17,7 @@ ON_DEVICE = [
     *(
         f"edge_backbones.{name}"
         for name in (
+            "difference",
             "errors",
             "spec",
             "frames",

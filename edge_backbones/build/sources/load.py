@@ -5,7 +5,6 @@ Whatever the source, it is not changed: live modules are copied, and put into ev
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import os
@@ -28,6 +27,7 @@ from edge_backbones.build.sources.common import (
     refuse_dataset_index,
     tensors_sha256,
 )
+from edge_backbones.build.sources.modules import feature_maps, missing_arguments, plain_copy
 from edge_backbones.build.sources.processors import PROCESSOR_FILES, Preprocessing, given, read_processor, unknown
 from edge_backbones.build.sources.timm import load_timm, load_timm_folder, load_timm_module
 from edge_backbones.errors import MissingDependencyError, SourceError
@@ -40,11 +40,11 @@ from edge_backbones.spec import BackboneSpec, Layout
 class ModuleSource:
     """A plain ``nn.Module`` and what cannot be read off it.
 
-    ``module`` takes float32 NCHW of ``num_channels`` channels and returns a tuple or list of tensors (or a dict, whose
-    values count), one per name in ``stage_names``, in that order. ``size``: (height, width) that it is made for.
-    ``layouts``: the axes of each output, NCHW by default. ``image``: the preprocessing that it was trained with: an image
-    processor of transformers, the folder of one, a data configuration of timm, or an ImageConfig. Without one ImageNet's is
-    taken, and the build says so.
+    ``module`` takes float32 NCHW of ``num_channels`` channels and returns one float tensor per name in ``stage_names``: a
+    dict or dataclass with these names (others in it are left out), or tensors in that order. Nested tuples, lists and dicts
+    are read depth first, and None is left out. ``size``: (height, width) that it is made for. ``layouts``: the axes of each
+    output, NCHW by default. ``image``: the preprocessing that it was trained with: an image processor of transformers, the
+    folder of one, a data configuration of timm, or an ImageConfig. Without one ImageNet's is taken, and the build says so.
     """
 
     module: nn.Module
@@ -164,31 +164,21 @@ def _is_timm_folder(folder: Path) -> bool:
 def _load_live(module: nn.Module, options: SourceOptions, source: Source | None = None) -> LoadedBackbone:
     if options.weights != "pretrained":
         raise SourceError(f"a live {type(module).__name__} has weights of its own: leave --weights out")
-    if not (is_backbone(module) or is_timm_module(module)):
+    net: Any = plain_copy(module)
+    if not (is_backbone(net) or is_timm_module(net)):
         raise SourceError(
-            f"a {type(module).__name__} is no backbone: of a model that has one inside take it with from_model=True, "
+            f"a {type(net).__name__} is no backbone: of a model that has one inside take it with from_model=True, "
             "any other module wrap as ModuleSource(module=..., stage_names=[...])"
         )
-    net = _copied(module)
     if source is None:
         name = getattr(getattr(net, "config", None), "model_type", None) or type(net).__name__
-        library = "timm" if is_timm_module(module) else "transformers"
+        library = "timm" if is_timm_module(net) else "transformers"
         source = Source(library=library, name=name, weights="module")  # type: ignore[arg-type]
     if source.weights == "module":
         source = Source(library=source.library, name=source.name, weights="module", weights_sha256=tensors_sha256(net))
     if is_timm_module(net):
         return load_timm_module(net, source, options)
     return cast(LoadedBackbone, _transformers().load_module(net, source, options))
-
-
-def _copied(module: nn.Module) -> Any:
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(tensor.is_meta for tensor in tensors):
-        raise SourceError(f"this {type(module).__name__} is on the meta device and has no weights: load them first")
-    try:
-        return copy.deepcopy(module).cpu().float().eval()
-    except (RuntimeError, TypeError) as error:
-        raise SourceError(f"this {type(module).__name__} cannot be copied: {first_line(error)}") from error
 
 
 def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
@@ -203,18 +193,25 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
     if not stage_names or len(set(stage_names)) != len(stage_names):
         raise SourceError(f"stage_names must name every output once, got {list(stage_names)}")
     features, indices = kept_stages(stage_names, options, tuple(range(len(stage_names))))
-    net = _copied(source.module)
+    net = plain_copy(source.module)
     height, width = options.img_size or source.size
-    image = options.image or given(source.image) or unknown(f"this ModuleSource of a {type(net).__name__}")
-    preprocessing = image.for_channels(source.num_channels)
+    given_image = options.image or given(source.image) or unknown(f"this ModuleSource of a {type(net).__name__}")
+    preprocessing = given_image.for_channels(source.num_channels)
+    image = torch.zeros(1, source.num_channels, height, width)
     try:
         with torch.no_grad():
-            outputs = _tensors(net(torch.zeros(1, source.num_channels, height, width)))
+            returned = net(image)
     except Exception as error:  # a user's module fails with whatever it trips over
+        if missing := missing_arguments(net):
+            raise SourceError(
+                f"forward of this {type(net).__name__} needs {', '.join(missing)} besides the image: wrap it in a module "
+                "whose forward takes the image alone"
+            ) from error
         raise SourceError(
             f"this {type(net).__name__} does not run on images of {height}x{width} (height x width): "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
+    outputs = feature_maps(returned, stage_names)
     nchw: Layout = "NCHW"
     others = [axes for axes in source.layouts or () if axes not in get_args(Layout)]
     if others:
@@ -226,7 +223,7 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
     channels = tuple(int(o.shape[axes.index("C")]) for o, axes in zip(outputs, layouts, strict=True))
     kept = [stage_names.index(feature) for feature in features]
     return LoadedBackbone(
-        module=_Chosen(net, kept).eval(),
+        module=_Chosen(net, stage_names, kept, writes_input=image._version > 0).eval(),
         source=preprocessing.written_into(
             Source(library="torch", name=type(net).__name__, weights="module", weights_sha256=tensors_sha256(net))
         ),
@@ -248,22 +245,18 @@ def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
 
 
 class _Chosen(nn.Module):
-    """Some outputs of a module."""
+    """Some outputs of a module, as float32 maps. One that writes into its input gets an image of its own."""
 
-    def __init__(self, net: nn.Module, chosen: list[int]) -> None:
+    def __init__(self, net: nn.Module, stage_names: tuple[str, ...], chosen: list[int], *, writes_input: bool) -> None:
         super().__init__()
         self.net = net
+        self.stage_names = stage_names
         self.chosen = chosen
+        self.writes_input = writes_input
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = _tensors(self.net(pixel_values))
+        outputs = feature_maps(self.net(pixel_values.clone() if self.writes_input else pixel_values), self.stage_names)
         return tuple(outputs[i] for i in self.chosen)
-
-
-def _tensors(outputs: Any) -> list[torch.Tensor]:
-    if isinstance(outputs, torch.Tensor):
-        return [outputs]
-    return list(outputs.values()) if isinstance(outputs, dict) else list(outputs)
 
 
 def _strides(output: torch.Tensor, layout: Layout, height: int, width: int) -> tuple[int, int]:
