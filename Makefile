@@ -13,7 +13,7 @@ OLD_TRANSFORMERS = $(VENV)/transformers-4.44
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench gpu coverage schema clean
+.PHONY: demo test lint bench gpu coverage schema networks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m build_scripts.demo
@@ -44,6 +44,9 @@ coverage: $(VENV)/.dev
 
 schema: $(VENV)/.dev
 	$(BIN)/python -m build_scripts.write_schema
+
+networks: $(VENV)/.dev
+	$(BIN)/python -m build_scripts.write_networks
 
 # Beside the venv's own release: the oldest one that is supported, in a folder that goes first on the path.
 $(OLD_TRANSFORMERS)/.installed: $(VENV)/.dev

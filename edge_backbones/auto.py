@@ -36,13 +36,18 @@ if TYPE_CHECKING:
     from edge_backbones.build.calibration import ImageSource
 
 CACHE_LIMIT_BYTES = 16 << 30
-_CHOOSE_THE_NETWORK = ("weights", "from_model", "num_channels", "output_stride", "out_indices", "out_features", "cache")
-_BY_CONTENT = (
-    "calibration",
-    "profile",
-    "exclude",
-    "gates",
-)  # files, sets and mappings: what they hold, however it is written
+_CHOOSE_THE_NETWORK = (
+    "weights",
+    "from_model",
+    "num_channels",
+    "output_stride",
+    "out_indices",
+    "out_features",
+    "image",
+    "cache",
+)
+_BY_CONTENT = ("calibration", "profile", "exclude", "gates")
+"""Files, sets and mappings: what they hold, however it is written."""
 
 
 class AutoEdgeBackbone:
@@ -196,10 +201,11 @@ def _images_sha256(images: ImageSource) -> str:
     if isinstance(images, (str, os.PathLike)):
         path = Path(images)
         for file in list_images(path) if path.is_dir() else [path]:
-            if not file.is_file():
+            if not path.is_dir() and not file.is_file():
                 raise CalibrationError(f"images {str(images)!r} are neither a folder nor a file")
-            digest.update(f"{file.relative_to(path).as_posix() if path.is_dir() else ''}\n".encode())
-            digest.update(file.read_bytes())
+            digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else "") + b"\n")
+            with contextlib.suppress(OSError):  # a file that cannot be read: the build skips it with the reason
+                digest.update(file.read_bytes())
         return digest.hexdigest()
     if not isinstance(images, (Sequence, np.ndarray)):
         raise CalibrationError(

@@ -13,7 +13,7 @@ import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
@@ -117,7 +117,11 @@ def build(
         ),
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="pretrained, random:SEED, or a checkpoint (.safetensors first; .pth without code).")
+        str,
+        typer.Option(
+            help="pretrained, random:SEED, or a checkpoint: .safetensors, or .pth / .ckpt without code. Prefixes (module., "
+            "model., backbone. ...) and training checkpoints are understood: EMA weights go first, then a teacher."
+        ),
     ] = "pretrained",
     input: Annotated[
         Literal["pixel_values", "image"],
@@ -137,6 +141,14 @@ def build(
         bool, typer.Option("--hidden-states", help="Also return every hidden state, for output_hidden_states=True.")
     ] = False,
     dataset_index: Annotated[int, typer.Option(min=0, help="The expert of a VitPose that has several.")] = 0,
+    image_processor: Annotated[
+        Path | None,
+        typer.Option(
+            help="The preprocessing, where MODEL comes with none: the folder of an image processor of transformers, or its "
+            "preprocessor_config.json.",
+            show_default=False,
+        ),
+    ] = None,
     num_channels: Annotated[
         int | None,
         typer.Option(min=1, help="Channels of the input image. The network's own by default.", show_default=False),
@@ -207,6 +219,7 @@ def build(
         from_model=from_model,
         hidden_states=hidden_states,
         dataset_index=dataset_index,
+        image=image_processor,
         num_channels=num_channels,
         output_stride=output_stride,
         out_indices=None if out_indices is None else _integers(out_indices, "--out-indices"),
@@ -237,13 +250,14 @@ def build(
                 "report": None if written is None else str(written),
                 "parity": result.reports,
                 "skipped": result.skipped,
+                "reasons": result.reasons,
                 "notes": result.notes,
                 "decision": result.bundle.manifest.decision,
             }
         )
         return
     if result.skipped:
-        _err.print(f"{len(result.skipped)} images did not decode and were skipped: {_some(result.skipped)}")
+        _print_skipped(result.reasons)
     _print_parity(result.reports)
     _print_trials(result.bundle.manifest.decision)
     for note in result.notes:
@@ -522,8 +536,12 @@ def run(
     picture: Annotated[bool, typer.Option(help="Draw the feature maps.")] = True,
     as_json: JsonFlag = False,
 ) -> None:
-    """Feature maps of photographs: an .npz with one array per stage, and a picture of them."""
-    from edge_backbones.images import fit, list_images, open_image, to_input
+    """Feature maps of photographs: an .npz with one array per stage, and a picture of them.
+
+    Files of a folder that do not decode are skipped with the reason.
+    """
+    from edge_backbones.image_files import decode, grouped, list_images, open_image, shown, why_no_images
+    from edge_backbones.images import fit, to_input
     from edge_backbones.pictures import as_map, draw_feature_maps
     from edge_backbones.runtime.backbone import EdgeBackbone
 
@@ -531,10 +549,11 @@ def run(
         raise InputError(f"{source} does not exist")
     files = list_images(source) if source.is_dir() else [source]
     if not files:
-        raise InputError(f"{source} has no images")
+        raise InputError(why_no_images(source))
     targets = _feature_files(files, source if source.is_dir() else source.parent, out)
     config = Bundle.open(bundle).manifest.image
     written: list[dict[str, Any]] = []
+    reasons: dict[str, str] = {}
     with (
         EdgeBackbone.from_pretrained(
             bundle, engine=engine, device=device, threads=threads, allow_host_code=allow_host_code
@@ -544,7 +563,15 @@ def run(
         for done, (file, (features, drawing)) in enumerate(zip(files, targets, strict=True)):
             progress("running", done, len(files))
             spec = backbone.input
-            photograph = fit(open_image(file, spec.channels), config, spec.height.opt, spec.width.opt)
+            if source.is_dir():
+                try:
+                    image = decode(file, spec.channels)
+                except InputError as error:
+                    reasons[shown(file)] = str(error)
+                    continue
+            else:
+                image = open_image(file, spec.channels)
+            photograph = fit(image, config, spec.height.opt, spec.width.opt)
             maps = backbone(to_input(photograph[None], config, spec)).feature_maps
             by_stage = {stage: m[0] for stage, m in zip(backbone.out_features, maps, strict=True)}
             features.parent.mkdir(parents=True, exist_ok=True)
@@ -555,13 +582,17 @@ def run(
                 if drawn is not None:
                     drawable[stage] = drawn
             if picture and drawable:
-                draw_feature_maps(drawing, photograph, drawable, title=f"{Path(bundle).name}: {file.name}")
+                draw_feature_maps(drawing, photograph, drawable, title=f"{Path(bundle).name}: {shown(Path(file.name))}")
             shapes = {stage: list(m.shape) for stage, m in by_stage.items()}
-            written.append({"image": str(file), "features": str(features), "shapes": shapes})
+            written.append({"image": shown(file), "features": shown(features), "shapes": shapes})
         progress("running", len(files), len(files))
+    if not written:
+        raise InputError(f"{shown(source)}: none of its {len(reasons)} files is read: {'; '.join(grouped(reasons))}")
     if as_json:
-        _print_json(written)
+        _print_json([*written, *({"image": name, "skipped": reason} for name, reason in reasons.items())])
         return
+    if reasons:
+        _print_skipped(reasons)
     for entry in written:
         stages = ", ".join(f"{stage} {'x'.join(map(str, shape))}" for stage, shape in entry["shapes"].items())
         _out.print(f"{entry['features']}: {stages}")
@@ -588,6 +619,9 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     )
     _out.print(f"{bundle}: {source.name} of {source.library}, {weights}")
     _out.print(f"input {manifest.input.name}: {manifest.input.describe()}, engine batch {manifest.input.batch}")
+    _out.print(manifest.preprocessing)
+    for note in source.preprocessing_notes:
+        _out.print(note)
     stages = Table("index", "stage", "channels", "stride", "layout", title="feature maps", title_justify="left")
     for row in zip(spec.out_indices, spec.out_features, spec.channels, spec.strides, spec.layouts, strict=True):
         index, name, channels, (vertical, horizontal), layout = row
@@ -993,8 +1027,12 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(msgspec.to_builtins(value), indent=2) + "\n")
 
 
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _print_skipped(reasons: Mapping[str, str]) -> None:
+    from edge_backbones.image_files import grouped
+
+    _err.print(f"{len(reasons)} {'file was' if len(reasons) == 1 else 'files were'} skipped:")
+    for line in grouped(reasons):
+        _err.print(f"  {line}", soft_wrap=True)
 
 
 def _integers(text: str, option: str) -> tuple[int, ...]:

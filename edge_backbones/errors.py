@@ -29,14 +29,25 @@ package (AttributeError, a bare RuntimeError of a library...) is a bug.
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_backbones.manifest import ParityReport
 
 
 class EdgeBackbonesError(Exception):
-    """Base class: catch it to catch every refusal of this package."""
+    """Base class: catch it to catch every refusal of this package. It pickles, so that it comes out of a worker process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[EdgeBackbonesError], args: tuple[Any, ...], attributes: dict[str, Any]) -> EdgeBackbonesError:
+    """An error with its message, past the constructor, which may make the message of other arguments."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class MissingDependencyError(EdgeBackbonesError, ImportError):

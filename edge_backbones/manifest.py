@@ -15,7 +15,7 @@ from edge_backbones.errors import ManifestError
 from edge_backbones.images import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MAX_MANIFEST_BYTES = 4 << 20
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -42,6 +42,8 @@ class Source(_Strict, frozen=True):
     ``name``: a timm name, a hub id, a folder's name or a class name. ``weights``: ``module`` means those of a live
     module. ``weights_sha256``: of the checkpoint file, or of the module's tensors; ``seed``: of random weights.
     ``options``: numbers that the network was made with. ``config``: the library's own configuration, as JSON.
+    ``preprocessing``: where the manifest's ``image`` was read, a phrase; ``preprocessing_notes``: what it does not repeat of
+    that, a sentence each.
     """
 
     library: Literal["timm", "transformers", "torch"]
@@ -52,6 +54,8 @@ class Source(_Strict, frozen=True):
     batch_norm_warmed: bool = False
     options: dict[str, int] = {}
     config: dict[str, Any] = {}
+    preprocessing: str = ""
+    preprocessing_notes: tuple[str, ...] = ()
 
 
 class Gate(_Strict, frozen=True):
@@ -304,7 +308,7 @@ class Provenance(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """The whole of manifest.json."""
 
-    schema_version: Literal[5]
+    schema_version: Literal[6]
     backbone: BackboneSpec
     input: InputSpec
     image: ImageConfig
@@ -322,6 +326,13 @@ class Manifest(_Strict, frozen=True):
         calibration = () if self.calibration is None else (self.calibration.file,)
         graphs, engines = (g.file for g in self.graphs), (file for e in self.engines for file in e.files)
         return (*graphs, *engines, self.golden.file, *calibration)
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to a picture before the network sees it, and where that was read, in one line."""
+        height, width = self.input.height.opt, self.input.width.opt
+        read_from = f"; read from {self.source.preprocessing}" if self.source.preprocessing else ""
+        return f"preprocessing: {self.image.describe(height, width)}{read_from}"
 
     def onnx_graph(self, precision: Precision) -> GraphRecord | None:
         """The ONNX graph of a precision, if the bundle has it."""

@@ -326,8 +326,9 @@ def _map_png(values: np.ndarray, low: float, high: float, colours: str) -> str:
 def _photograph(manifest: Manifest, image: np.ndarray) -> str:
     """A golden input as a JPEG: normalisation undone, grey where it has not three channels."""
     if manifest.input.name == "pixel_values":
-        mean, std = (np.array(values)[:, None, None] for values in (manifest.image.mean, manifest.image.std))
-        image = np.clip((image * std + mean) * 255, 0, 255).round().transpose(1, 2, 0)
+        mean, std = (np.array(values) for values in (manifest.image.mean, manifest.image.std))
+        image = image.transpose(1, 2, 0)[..., :: -1 if manifest.image.channel_order == "bgr" else 1]
+        image = np.clip((image * std + mean) * 255, 0, 255).round()
     if image.shape[2] != 3:
         image = image.mean(axis=2)
     picture = _pillow().fromarray(image.astype(np.uint8))

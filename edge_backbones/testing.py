@@ -87,7 +87,7 @@ def make_bundle(target: Path, input: InputSpec | None = None) -> Bundle:
         write_manifest(
             folder,
             Manifest(
-                schema_version=5,
+                schema_version=6,
                 backbone=SPEC,
                 input=input,
                 image=ImageConfig(mean=(0.5,) * 3, std=(0.25,) * 3),

@@ -36,6 +36,7 @@ class LoadedBackbone:
 
     ``module`` takes float NCHW and returns a tuple of tensors in the order of ``spec.outputs``. ``spec`` is what the
     library claims of channels and strides; `prepare` measures them. ``height`` and ``width``: the size it is made for.
+    ``image_differs``: why ``image_config`` cannot prepare frames as the source does, empty where it can.
     """
 
     module: nn.Module
@@ -45,6 +46,7 @@ class LoadedBackbone:
     height: int
     width: int
     spec: BackboneSpec
+    image_differs: str = ""
 
     def __post_init__(self) -> None:
         if self.module.training:

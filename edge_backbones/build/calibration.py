@@ -10,7 +10,7 @@ import hashlib
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,15 +19,17 @@ import numpy as np
 
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.errors import CalibrationError, InputError
-from edge_backbones.images import ImageConfig, fit, list_images, open_image, to_input
+from edge_backbones.frames import as_array, as_frame
+from edge_backbones.image_files import decode, grouped, list_images, shown, why_no_images
+from edge_backbones.images import ImageConfig, fit, to_input
 from edge_backbones.spec import InputSpec
 
 ImageSource = str | os.PathLike[str] | Iterable[np.ndarray] | None
 """A folder of images (searched recursively), an .npz file, an iterable of arrays, or None for synthetic images.
 
-Arrays are photographs (uint8, (height, width, channels) or a batch of them, of any size: preprocessed here), or finished
-network inputs (float32 (channels, height, width) or a batch of them). An .npz holds one array of either kind, the first
-axis counting images, or names it ``pixel_values`` or ``image``.
+Arrays are photographs (uint8, (height, width, channels) or a batch of them, of any size: preprocessed here; pictures of
+Pillow too), or finished network inputs (float32 (channels, height, width) or a batch of them). An .npz holds one array
+of either kind, the first axis counting images, or names it ``pixel_values`` or ``image``.
 """
 
 _SYNTHETIC_IMAGES = 8
@@ -38,18 +40,24 @@ FEWEST_TO_HOLD_OUT = 8
 class ImageSet:
     """Network inputs on disk.
 
-    ``inputs``: memory-mapped (images, *one input's shape); ``skipped``: did not decode; ``blank``: of one colour.
+    ``inputs``: memory-mapped (images, *one input's shape); ``reasons``: why files were skipped, by name; ``blank``: of one
+    colour.
     """
 
     inputs: np.ndarray
     names: tuple[str, ...]
-    skipped: tuple[str, ...]
+    reasons: Mapping[str, str]
     blank: tuple[str, ...]
     fingerprint: str
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.names) or not len(self.names):
             raise ValueError(f"{len(self.inputs)} inputs and {len(self.names)} names do not agree")
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the files that are not among the images."""
+        return tuple(self.reasons)
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         """A copy of these images as one batch."""
@@ -66,16 +74,16 @@ def gather_images(
 ) -> ImageSet:
     """Read every image of ``source`` into the file ``spool``, at the input's opt size.
 
-    A file that does not decode is skipped and named in the result. Raises CalibrationError when nothing is left, or for
-    an array that is neither a photograph nor an input of this network.
+    A file that does not decode is skipped; the result has its name and the reason. Raises CalibrationError when nothing is
+    left, or for an array that is neither a photograph nor an input of this network.
     """
-    skipped: list[str] = []
+    reasons: dict[str, str] = {}
     names: list[str] = []
     blank: list[str] = []
     digest = hashlib.sha256()
     shape = input.shape(1, input.height.opt, input.width.opt)[1:]
     with spool.open("wb") as file:
-        for name, array in _named_arrays(source, input, config, skipped, progress):
+        for name, array in _named_arrays(source, input, config, reasons, progress):
             data = np.ascontiguousarray(array, input.dtype).reshape(shape)
             digest.update(data.data)
             data.tofile(file)
@@ -83,10 +91,9 @@ def gather_images(
             if _is_blank(data, input):
                 blank.append(name)
     if not names:
-        cause = f": none of its {len(skipped)} files decodes, {skipped[0]} first" if skipped else " has no images"
-        raise CalibrationError(f"{_describe(source)}{cause}")
+        raise CalibrationError(_why_nothing(source, reasons))
     inputs = np.memmap(spool, dtype=input.dtype, mode="r", shape=(len(names), *shape))
-    return ImageSet(inputs, tuple(names), tuple(skipped), tuple(blank), digest.hexdigest())
+    return ImageSet(inputs, tuple(names), reasons, tuple(blank), digest.hexdigest())
 
 
 def split(count: int, golden: int) -> tuple[list[int], list[int]]:
@@ -127,7 +134,7 @@ def stand_ins(indices: Sequence[int], furthest: Iterable[int], count: int) -> di
 
 
 def _named_arrays(
-    source: ImageSource, input: InputSpec, config: ImageConfig, skipped: list[str], progress: Progress
+    source: ImageSource, input: InputSpec, config: ImageConfig, reasons: dict[str, str], progress: Progress
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every image as an array of one input's shape, with a name for reports."""
     step = "reading images"
@@ -145,13 +152,14 @@ def _named_arrays(
             files = list_images(path)
             for done, file in enumerate(files):
                 progress(step, done, len(files))
+                name = shown(file.relative_to(path))
                 try:
-                    image = open_image(file, input.channels)
-                except InputError:
-                    skipped.append(file.relative_to(path).as_posix())
+                    image = decode(file, input.channels)
+                except InputError as error:
+                    reasons[name] = str(error)
                     continue
                 pixels = fit(image, config, input.height.opt, input.width.opt)
-                yield file.relative_to(path).as_posix(), to_input(pixels[None], config, input)[0]
+                yield name, to_input(pixels[None], config, input)[0]
             progress(step, len(files), len(files))
             return
         if not path.is_file():
@@ -165,40 +173,38 @@ def _named_arrays(
         arrays = source
     index = 0
     for given in arrays:
-        array = np.asarray(given)
-        for one in array if array.ndim == 4 else [array]:
+        try:
+            array = as_array(given)
+        except InputError as error:
+            raise CalibrationError(f"array {index}: {error}") from error
+        for one in array if array.ndim == 4 else [given]:
             progress(step, index, None)
             yield f"array {index}", _to_network_input(one, f"array {index}", input, config)
             index += 1
 
 
-def _to_network_input(array: np.ndarray, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
+def _to_network_input(given: object, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
     """One photograph or finished input, checked."""
-    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == input.channels:
-        photograph: np.ndarray = to_input(_fit_array(array, config, input)[None], config, input)[0]
-        return photograph
     expected = input.shape(1, input.height.opt, input.width.opt)[1:]
-    if input.name == "pixel_values" and array.dtype.kind == "f" and array.shape == expected:
+    array, takes_floats = as_array(given), input.name == "pixel_values"
+    if takes_floats and array.dtype.kind == "f" and array.shape == expected:
         if not np.isfinite(array).all():
             raise CalibrationError(f"{name} has values that are not finite: leave it out")
         return array
-    raise CalibrationError(
-        f"{name} is {array.dtype} of shape {array.shape}: pass photographs (uint8, height x width x {input.channels})"
-        + (f" or network inputs (float32, {expected})" if input.name == "pixel_values" else "")
-    )
-
-
-def _fit_array(pixels: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
-    """A photograph at the input's size; one that has it already is taken as it is."""
-    if pixels.shape[:2] == (input.height.opt, input.width.opt):
-        return pixels
-    if input.channels not in (1, 3):
-        raise CalibrationError(
-            f"photographs of {input.channels} channels cannot be resized here: pass them at full size"
-        )
-    from PIL import Image
-
-    return fit(Image.fromarray(pixels.squeeze()), config, input.height.opt, input.width.opt)
+    try:
+        frame = as_frame(given, input.channels)
+    except InputError as error:
+        inputs = f"; or pass network inputs, float32 {expected}" if takes_floats else ""
+        raise CalibrationError(f"{name}: {error}{inputs}") from error
+    pixels = np.asarray(frame)
+    if pixels.shape[:2] != (input.height.opt, input.width.opt):
+        if input.channels not in (1, 3):
+            raise CalibrationError(
+                f"photographs of {input.channels} channels cannot be resized here: pass them at full size"
+            )
+        pixels = fit(frame, config, input.height.opt, input.width.opt)
+    photograph: np.ndarray = to_input(np.atleast_3d(pixels)[None], config, input)[0]
+    return photograph
 
 
 def _npz_rows(path: Path) -> Iterator[np.ndarray]:
@@ -247,5 +253,11 @@ def _synthetic(input: InputSpec) -> Iterator[np.ndarray]:
         yield np.clip(255 * image, 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def _describe(source: ImageSource) -> str:
-    return str(source) if isinstance(source, (str, os.PathLike)) else "the calibration iterable"
+def _why_nothing(source: ImageSource, reasons: Mapping[str, str]) -> str:
+    if not isinstance(source, (str, os.PathLike)):
+        return "the calibration iterable has no images"
+    if not Path(source).is_dir():
+        return f"{source} has no images"
+    if not reasons:
+        return why_no_images(Path(source))
+    return f"{shown(Path(source))}: none of its {len(reasons)} files is read: {'; '.join(grouped(reasons))}"

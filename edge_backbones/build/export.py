@@ -19,7 +19,8 @@ from onnxscript.optimizer import optimize
 
 from edge_backbones.build.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
 from edge_backbones.build.torchscript import example_of, trace_torchscript
-from edge_backbones.errors import ExportError, first_line, root_cause
+from edge_backbones.difference import relative_error, usual_norm
+from edge_backbones.errors import ExportError, SourceError, first_line, root_cause
 from edge_backbones.images import network_input
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
@@ -64,7 +65,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
         _name_nodes(program.model.graph)
         model = program.model_proto
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
-        advice = "build it for a fixed batch and size" if axes else "this architecture has no ONNX form here"
+        advice = _fixed(input) or "this architecture has no ONNX form here"
         raise ExportError(
             f"the network cannot be exported with {input.describe()}: {_cause(error)}; {advice}"
         ) from error
@@ -97,34 +98,56 @@ def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
 def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """``<case>/<input>`` and the fp32 outputs ``<case>/<output>`` of the network as it was loaded: unfolded, unexported.
 
-    ``cases`` are inputs in the engine's own form (normalised NCHW, or uint8 NHWC which is normalised here in numpy).
+    ``cases`` are inputs in the engine's own form (normalised NCHW, or uint8 NHWC which is normalised here in numpy). Raises
+    SourceError when the network does not take one of these sizes, or when a map of it is not finite.
     """
     golden = {}
     for case, array in cases.items():
-        with torch.no_grad():
-            maps = loaded.module(torch.from_numpy(network_input(array, loaded.image_config, input)))
+        pixel_values = np.array(network_input(array, loaded.image_config, input))  # a copy: networks may write into it
+        try:
+            with torch.no_grad():
+                maps = loaded.module(torch.from_numpy(pixel_values))
+        except Exception as error:  # a network fails with whatever it trips over
+            size = "x".join(str(n) for n in pixel_values.shape[2:])
+            advice = "" if case == "opt" else f"; {_fixed(input)}"
+            raise SourceError(
+                f"the network does not take images of {size} (height x width): {first_line(error)}{advice}"
+            ) from error
         golden[f"{case}/{input.name}"] = array
         for stage, feature_map in zip(loaded.spec.outputs, maps, strict=True):
-            golden[f"{case}/{stage}"] = feature_map.numpy().copy()
+            values = feature_map.numpy().copy()
+            unsound = [i for i, one in enumerate(values) if not np.isfinite(one).all()]
+            if unsound:
+                raise SourceError(
+                    f"{stage} of the network itself is not finite on image {unsound[0] + 1} of {len(values)} golden images "
+                    f"({case} size): it overflows or divides by zero there; leave such images out, or repair the network"
+                )
+            golden[f"{case}/{stage}"] = values
     return golden
+
+
+def zero_stages(golden: Mapping[str, np.ndarray], stages: Sequence[str]) -> list[str]:
+    """Name the stages whose reference maps are zero on every golden image: parity says nothing of their values."""
+    return [stage for stage in stages if not any(golden[key].any() for key in golden if key.partition("/")[2] == stage)]
 
 
 def check_onnx(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
     """Run the graph in ONNX Runtime on every golden sample; raises ExportError naming the stage that is off."""
     import onnxruntime
 
+    quiet_options = onnxruntime.SessionOptions()
+    quiet_options.log_severity_level = 4  # what goes wrong is raised as well
     try:
-        session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises unrelated classes
-        raise ExportError(
-            f"ONNX Runtime {onnxruntime.__version__}, which checks the exported graph, does not take it: {first_line(error)}"
-        ) from error
-    for case in sorted({key.partition("/")[0] for key in golden}):
+        session = onnxruntime.InferenceSession(graph.path, quiet_options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base
+        raise ExportError(f"ONNX Runtime does not load the exported graph: {first_line(error)}") from error
+    for case in sorted({key.partition("/")[0] for key in golden}, key=lambda case: (case != "opt", case)):
         _check_maps(
             f"ONNX graph ({case} size)",
             lambda array: session.run(None, {graph.input.name: array}),
             graph.spec.outputs,
             graph.input.batch.max if graph.input.batch.is_fixed else 1,
+            graph.input,
             {key.partition("/")[2]: array for key, array in golden.items() if key.startswith(f"{case}/")},
         )
 
@@ -139,6 +162,7 @@ def check_torchscript(path: Path, prepared: PreparedBackbone, golden: Mapping[st
             lambda array: [feature_map.numpy() for feature_map in module(torch.from_numpy(array))],
             prepared.spec.outputs,
             prepared.input.batch.opt,
+            prepared.input,
             {key.removeprefix("opt/"): array for key, array in golden.items() if key.startswith("opt/")},
         )
 
@@ -148,20 +172,57 @@ def _check_maps(
     run: Callable[[np.ndarray], Sequence[np.ndarray]],
     stages: Sequence[str],
     batch: int,
+    input: InputSpec,
     golden: Mapping[str, np.ndarray],
 ) -> None:
     """Compare the fp32 maps of one case, ``batch`` images at a time; the last batch is filled from the beginning."""
     (images,) = (array for name, array in golden.items() if name not in stages)
+    height, width = images.shape[2:] if input.layout == "NCHW" else images.shape[1:3]
+    opt = f"{input.height.opt}x{input.width.opt}"
+    other_size = ""
+    if (size := f"{height}x{width}") != opt:  # the graph was right at the usual size, which is checked first
+        other_size = (
+            f"the exported {what} is right on images of {opt} and not on {size}: the network keeps a table (a mask, a grid) "
+            f"for the size that it saw; {_fixed(input)}"
+        )
     for start in range(0, len(images), batch):
         chosen = np.arange(start, start + batch) % len(images)
-        for stage, actual in zip(stages, run(images[chosen]), strict=True):
-            expected = golden[stage][chosen].astype(np.float64)
-            error = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
-            if not error <= _MAX_RELATIVE_ERROR:
+        try:
+            maps = run(images[chosen])
+        except Exception as error:  # the exceptions of ONNX Runtime and torch have no common base
+            if other_size:
+                raise ExportError(other_size) from error
+            shape = list(images[chosen].shape)
+            raise ExportError(f"the exported {what} does not run on {shape}: {first_line(error)}") from error
+        for stage, actual in zip(stages, maps, strict=True):
+            expected = golden[stage][chosen]
+            if not np.isfinite(actual).all():
+                raise ExportError(f"the exported {what} is wrong: its {stage} is not finite, and the network's is")
+            differences = [
+                relative_error(one, reference, usual=usual_norm(golden[stage]))
+                for one, reference in zip(actual, expected, strict=True)
+            ]
+            if not max(differences) <= _MAX_RELATIVE_ERROR:
+                if other_size:
+                    raise ExportError(other_size)
                 raise ExportError(
-                    f"the exported {what} is wrong: {stage} differs from the network by {error:.1e} relative, "
+                    f"the exported {what} is wrong: {stage} differs from the network by {max(differences):.1e} relative, "
                     f"at most {_MAX_RELATIVE_ERROR:g} is allowed"
                 )
+
+
+def _fixed(input: InputSpec) -> str:
+    """The advice for what runs at one size or batch only: "" when both are fixed already."""
+    batch, height, width = input.batch.opt, input.height.opt, input.width.opt
+    fixed = []
+    if not input.batch.is_fixed:
+        fixed.append(("batch", f"--batch {batch}", f"batch={batch}"))
+    if not (input.height.is_fixed and input.width.is_fixed):
+        fixed.append(("size", f"--size {height}x{width}", f"height={height}, width={width}"))
+    if not fixed:
+        return ""
+    names, options, arguments = zip(*fixed, strict=True)
+    return f"build it for a fixed {' and '.join(names)}: {' '.join(options)} ({', '.join(arguments)})"
 
 
 def _fold(

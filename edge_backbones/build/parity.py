@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from edge_backbones.build.artifacts import Progress, no_progress
+from edge_backbones.difference import reference_norm, relative_error, usual_norm
 from edge_backbones.errors import ParityError
 from edge_backbones.manifest import EngineKey, Gate, ParityReport, StageParity
 from edge_backbones.runtime.backbone import EdgeBackbone
@@ -39,6 +40,7 @@ def measure_parity(
 ) -> ParityReport:
     """Run every golden case; the worst image of all cases counts for each output of the engine.
 
+    An image whose reference map is (nearly) zero, as that of a black frame may be, is judged by what the others have there.
     ``profiles``: of the engine, each with kernels of its own: every one that takes a case's size is run.
     """
     worst: dict[str, StageParity] = {}
@@ -47,8 +49,9 @@ def measure_parity(
         for batch in _batches(images.shape, profiles):
             chosen = np.arange(batch) % len(images)
             for output, actual in backbone.run(images[chosen]).items():
+                usual = usual_norm(golden[f"{case}/{output}"])
                 for actual_image, i in zip(actual, chosen, strict=True):
-                    measured = compare(output, golden[f"{case}/{output}"][i], actual_image, gate)
+                    measured = compare(output, golden[f"{case}/{output}"][i], actual_image, gate, usual=usual)
                     worst[output] = _worse(worst.get(output, measured), measured)
     return ParityReport(precision=precision, gate=gate, stages=tuple(worst.values()))
 
@@ -123,19 +126,20 @@ def advice_on_building(report: ParityReport, library: str = "openvino") -> str:
     )
 
 
-def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate) -> StageParity:
-    """One map against its reference, in float64."""
-    if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate, *, usual: float = 0.0) -> StageParity:
+    """Compare one map with its reference, in float64. ``usual``: as in `relative_error`; all figures follow it."""
+    relative = relative_error(actual, expected, usual=usual)
+    if not math.isfinite(relative):
         return StageParity(stage=stage, cosine=0, sqnr_db=0, max_abs=0, relative=0, finite=False, passed=False)
     reference, value = expected.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
     difference = value - reference
-    signal, noise = float(reference @ reference), float(difference @ difference)
-    lengths = float(np.sqrt(signal * (value @ value)))
-    cosine = float(reference @ value) / lengths if lengths else float(noise == 0)
-    sqnr_db = (
-        min(10 * float(np.log10(signal / noise)), _MAX_SQNR_DB) if signal and noise else _MAX_SQNR_DB * (noise == 0)
-    )
-    relative = float(np.sqrt(noise / signal)) if signal else float(np.sqrt(noise))
+    norm = float(np.linalg.norm(reference))
+    if reference_norm(norm, usual) == norm > 0:
+        length = float(np.linalg.norm(value))
+        cosine = float(reference @ value) / (norm * length) if length else 0.0
+    else:
+        cosine = 1 / math.sqrt(1 + relative**2) if relative < 1 else 0.0  # the noise counts as across a usual map
+    sqnr_db = min(20 * math.log10(1 / relative), _MAX_SQNR_DB) if relative else _MAX_SQNR_DB
     passed = (
         (gate.min_cosine is None or cosine >= gate.min_cosine)
         and (gate.min_sqnr_db is None or sqnr_db >= gate.min_sqnr_db)
@@ -144,7 +148,7 @@ def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate) ->
     return StageParity(
         stage=stage,
         cosine=cosine,
-        sqnr_db=float(sqnr_db),
+        sqnr_db=sqnr_db,
         max_abs=float(np.abs(difference).max()),
         relative=relative,
         finite=True,

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -78,11 +78,12 @@ _PERCENTILE = 99.99
 class BuildOptions:
     """What to build.
 
-    The network: ``weights``, ``num_channels``, ``output_stride``, ``out_indices``, ``out_features``, ``hidden_states``
-    and ``dataset_index`` as in :class:`edge_backbones.build.sources.common.SourceOptions`; ``from_model``: the source is
-    a whole model, of which the backbone is taken. The input: ``input`` is ``"pixel_values"`` (float NCHW) or
-    ``"image"`` (uint8 NHWC, preprocessing in the graph); ``batch``, ``height`` and ``width`` are sizes or ranges. None:
-    the batch of ``profile``, 1 without one; the network's own size, that of ``profile`` where it knows none.
+    The network: ``weights``, ``num_channels``, ``output_stride``, ``out_indices``, ``out_features``, ``hidden_states``,
+    ``dataset_index`` and ``image`` (its preprocessing) as in :class:`edge_backbones.build.sources.common.SourceOptions`;
+    ``from_model``: the source is a whole model, of which the backbone is taken. The input: ``input`` is ``"pixel_values"``
+    (float NCHW) or ``"image"`` (uint8 NHWC, preprocessing in the graph); ``batch``, ``height`` and ``width`` are sizes or
+    ranges. None: the batch of ``profile``, 1 without one; the size that the network's preprocessing makes, else the network's
+    own, else that of ``profile``.
 
     The engines: ``precisions``, one graph and one engine each, of which runtimes take the fastest; or ``"auto"``: the fastest
     of fp32, fp16 and int8 on this machine that is inside its gate, with the graphs of int8 and fp16, so that
@@ -110,6 +111,7 @@ class BuildOptions:
     out_features: tuple[str, ...] | None = None
     hidden_states: bool = False
     dataset_index: int = 0
+    image: Any = None
     input: str = "pixel_values"
     batch: int | ShapeRange | None = None
     height: int | ShapeRange | None = None
@@ -188,17 +190,23 @@ class BuildOptions:
             out_features=self.out_features,
             hidden_states=self.hidden_states,
             dataset_index=self.dataset_index,
+            image=self.image,
         )
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished bundle, the parity of each engine, the images that did not decode, and what else the user should know."""
+    """A finished bundle, the parity of each engine, why files were skipped, by name, and what else the user should know."""
 
     bundle: Bundle
     reports: tuple[ParityReport, ...]
-    skipped: tuple[str, ...]
+    reasons: Mapping[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the image files that were not read."""
+        return tuple(self.reasons)
 
 
 def build_bundle(
@@ -244,6 +252,11 @@ def build_bundle(
             options.source_options(profile),
             from_model=options.from_model,
         )
+        if options.input == "image" and loaded.image_differs:
+            raise SourceError(
+                f"{loaded.image_differs}: build it for pixel_values and prepare them with the processor, or say what is "
+                "done to frames with image=ImageConfig(...)"
+            )
         input = _input_spec(options, loaded, profile)
         if profile is not None:
             _refuse_for(profile, options, input)
@@ -355,7 +368,7 @@ def build_bundle(
                 engines.append(EngineRecord(key=engine.key, file=record_file(folder, path), parity=report))
 
         manifest = Manifest(
-            schema_version=5,
+            schema_version=6,
             backbone=prepared.spec,
             input=input,
             image=loaded.image_config,
@@ -373,14 +386,20 @@ def build_bundle(
         )
         write_manifest(folder, manifest)
         progress("writing the bundle", 0, None)
-        skipped = image_set.skipped
-        notes = [] if verdict.decision is None else [verdict.decision.sentence]
+        reasons = image_set.reasons
+        notes = [manifest.preprocessing, *loaded.source.preprocessing_notes]
+        notes += [] if verdict.decision is None else [verdict.decision.sentence]
+        for stage in export.zero_stages(golden, prepared.spec.outputs):
+            notes.append(
+                f"{stage} is zero everywhere in the reference, on every golden image (a branch that is dead or not yet "
+                "trained): parity only shows that the engine gives zeros too"
+            )
         if found is not None:
             notes += calibrate.notes(image_set, found, golden=manifest.golden.images, synthetic=images is None)
         if large:
             notes.append(f"{len(large)} tensors come near what fp16 can hold ({large[0]} first): they stay in fp32")
         del image_set, feed
-    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), skipped, tuple(notes))
+    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), reasons, tuple(notes))
 
 
 def _refuse_for(profile: DeviceProfile, options: BuildOptions, input: InputSpec) -> None:

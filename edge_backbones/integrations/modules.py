@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.difference import relative_error
 from edge_backbones.errors import ClientMismatchError, InputError, first_line
 from edge_backbones.runtime.backbone import EdgeBackbone
 
@@ -28,6 +28,10 @@ class EngineModule(nn.Module):
     as before. Maps have the floating dtype and the device of the input. For an engine on the CPU tensors of another
     device are copied there and back; an engine on the GPU takes and gives CUDA tensors as they are. An engine has no
     gradient: an input that requires one raises InputError. Copies (``copy.deepcopy``) share the engine.
+
+    ``pickle`` and ``torch.save`` of a module that holds it write the place of its bundle, not the bundle:
+    ``torch.load(file, weights_only=False)`` opens the bundle again, and raises BundleError where it is not. To give a model
+    away, save its ``state_dict()`` and the bundle, and swap the backbone again.
     """
 
     def __init__(self, backbone: EdgeBackbone) -> None:
@@ -38,25 +42,18 @@ class EngineModule(nn.Module):
         """:meth:`EdgeBackbone.__call__` on tensors: the fields of its output, as tensors (None stays None)."""
         if pixel_values.requires_grad and torch.is_grad_enabled():
             raise InputError("an engine has no gradient: pass pixel_values.detach(), or run under torch.no_grad()")
-        values, dtype = pixel_values.detach(), torch.float32
-        if values.is_floating_point():
-            values, dtype = values.float(), values.dtype  # numpy has no bfloat16
+        values = pixel_values.detach().resolve_neg()
+        dtype = values.dtype if values.is_floating_point() else torch.float32
         if self.backbone.device == "cpu":
             values = values.cpu()
+        if values.dtype == torch.bfloat16 or (values.is_cuda and values.is_floating_point()):
+            values = values.float()  # numpy has no bfloat16, and an engine on a GPU takes nothing but float32
         output = self.backbone(values, **arguments)
 
         def tensor(array: Any) -> Any:
             return None if array is None else from_dlpack(array).to(device=pixel_values.device, dtype=dtype)
 
         return {name: tuple(tensor(array) for array in arrays) for name, arrays in output.items()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EngineModule:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        own = {key: value for key, value in vars(self).items() if key != "backbone"}
-        twin.__dict__.update(copy.deepcopy(own, memo))
-        twin.backbone = copy.copy(self.backbone)
-        return twin
 
     def extra_repr(self) -> str:
         return repr(self.backbone)
@@ -71,6 +68,7 @@ def open_for_client(
     engine: str | None,
     threads: int | None,
     same_weights: bool,
+    check_finite: bool,
 ) -> EdgeBackbone:
     """Open a bundle narrowed to what a client reads, after ``original`` and the bundle gave the same maps.
 
@@ -93,7 +91,10 @@ def open_for_client(
             f"build it again with out_features={wanted}"
         )
     golden = load_golden(bundle)
-    images = torch.from_numpy(golden[f"opt/{input.name}"][:1])
+    # Of the golden images the one with the strongest map: a black frame would be alike for any weights.
+    strongest = int(np.argmax([np.linalg.norm(one) for one in golden[f"opt/{wanted[-1]}"]])) if wanted else 0
+    chosen = slice(strongest, strongest + 1)
+    images = torch.from_numpy(golden[f"opt/{input.name}"][chosen])
     try:
         with _in_eval_mode(original), torch.no_grad():
             maps = [m.float().cpu().numpy() for m in run(_as_of(original, images), bundle.manifest.source)]
@@ -101,8 +102,8 @@ def open_for_client(
         raise ClientMismatchError(
             f"the client's own backbone does not take the images of {bundle.path} ({input.describe()}): {first_line(error)}"
         ) from error
-    _check_maps(bundle.path, maps, [golden[f"opt/{stage}"][:1] for stage in wanted], wanted, same_weights)
-    backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads)
+    _check_maps(bundle.path, maps, [golden[f"opt/{stage}"][chosen] for stage in wanted], wanted, same_weights)
+    backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads, check_finite=check_finite)
     backbone.out_features = wanted
     return backbone
 
@@ -117,7 +118,7 @@ def _check_maps(
             f"{path} of {_sizes([e.shape[1:] for e in expected])}: build the bundle from the client's own backbone"
         )
     for stage, actual, reference in zip(stages, maps, expected, strict=True) if same_weights else ():
-        difference = float(np.linalg.norm(actual - reference) / max(float(np.linalg.norm(reference)), 1e-30))
+        difference = relative_error(actual, reference)
         if not difference <= _SAME_WEIGHTS:
             raise ClientMismatchError(
                 f"the weights differ: {stage} of {path} is {difference:.2g} (relative) away from the client's own "

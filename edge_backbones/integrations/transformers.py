@@ -11,6 +11,8 @@ Needs torch and transformers (4.44 or newer) beside the engine library.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,11 @@ from edge_backbones.integrations.modules import EngineModule, open_for_client
 from edge_backbones.manifest import Source
 from edge_backbones.runtime.backbone import BackboneConfig, EdgeBackbone
 
+_BEFORE_5_1 = importlib.util.find_spec("transformers.backbone_utils") is None
+_BACKBONE_TYPES: Any = importlib.import_module(
+    "transformers.utils.backbone_utils" if _BEFORE_5_1 else "transformers.backbone_utils"
+).BackboneType
+
 
 @dataclass
 class BackboneOutputWithTokens(BackboneOutput):  # type: ignore[misc]
@@ -38,8 +45,9 @@ class EdgeBackboneModule(EngineModule):
     """A compiled backbone as the ``nn.Module`` that transformers' models expect.
 
     It answers like ``AutoBackbone.from_pretrained(...)``: ``channels``, ``out_features`` and ``out_indices`` (narrowing
-    when set), ``stage_names``, ``num_features``, ``config``, ``forward_with_filtered_kwargs``. ``as_list``: return a
-    plain list of maps, as timm's feature extractors do. See :class:`EngineModule` for dtypes, devices and gradients.
+    when set), ``stage_names``, ``num_features``, ``config``, ``backbone_type``, ``has_attentions``,
+    ``forward_with_filtered_kwargs``. ``as_list``: return a plain list of maps, as timm's feature extractors do. See
+    :class:`EngineModule` for dtypes, devices, gradients and saving.
     """
 
     def __init__(self, backbone: EdgeBackbone, *, as_list: bool = False) -> None:
@@ -82,6 +90,14 @@ class EdgeBackboneModule(EngineModule):
     def config(self) -> BackboneConfig:
         return self.backbone.config
 
+    @property
+    def has_attentions(self) -> bool:
+        return self.backbone.has_attentions
+
+    @property
+    def backbone_type(self) -> Any:
+        return _BACKBONE_TYPES(self.backbone.backbone_type)
+
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -123,14 +139,16 @@ def replace_backbone(
     engine: str | None = None,
     threads: int | None = None,
     same_weights: bool = True,
+    check_finite: bool = True,
 ) -> nn.Module:
     """Put a bundle in the place of a model's backbone, and return the module that was there.
 
     Before anything changes, the model's own backbone runs on an image that the bundle carries: the number of maps, their
-    channels and their sizes must be the bundle's, and with ``same_weights`` their values too. ``engine`` and
-    ``threads`` as in :meth:`EdgeBackbone.from_pretrained`. Whatever is refused, the model is as it was.
+    channels and their sizes must be the bundle's, and with ``same_weights`` their values too. ``engine``, ``threads`` and
+    ``check_finite`` as in :meth:`EdgeBackbone.from_pretrained`. Whatever is refused, the model is as it was.
 
-    What ``model.state_dict()`` and ``save_pretrained`` hold afterwards is the model without its backbone.
+    What ``model.state_dict()`` and ``save_pretrained`` hold afterwards is the model without its backbone. ``torch.save`` of
+    the whole model: see :class:`EngineModule`.
 
     Raises SourceError when the model has no backbone, or several; ClientMismatchError when the bundle does not fit, with
     the reason; BundleError and EngineMismatchError as ``from_pretrained``.
@@ -149,7 +167,14 @@ def replace_backbone(
         return list(maps.values()) if isinstance(maps, dict) else list(maps)
 
     backbone = open_for_client(
-        bundle, original, run, _stages(original), engine=engine, threads=threads, same_weights=same_weights
+        bundle,
+        original,
+        run,
+        _stages(original),
+        engine=engine,
+        threads=threads,
+        same_weights=same_weights,
+        check_finite=check_finite,
     )
     if needs_tokens and not backbone.has_cls_tokens:
         raise ClientMismatchError(

@@ -31,7 +31,11 @@ from edge_backbones.system import kernel_has_driver
 MemoryBackend = Literal["cuda-bindings", "pycuda"]
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-_INVALID_VALUE, _OUT_OF_MEMORY = 1, 2
+_INVALID_VALUE, _OUT_OF_MEMORY, _NOT_INITIALIZED = 1, 2, 3
+_FORKED = (  # where cuInit itself says that it was not called
+    "driver present, and this process was forked from one that uses CUDA, which cannot be used here: "
+    "start workers with the 'spawn' method"
+)
 _MULTIPROCESSORS, _INTEGRATED, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 18, 75, 76
 _PORTABLE, _NON_BLOCKING, _DISABLE_TIMING = 1, 1, 2
 # While a stream captures, its context must not be waited for (CUDA programming guide, "Prohibited and Unhandled Operations").
@@ -87,6 +91,8 @@ def _probe(load: Callable[[], Any]) -> tuple[CtypesDriver | None, int, str]:
             why += "; the kernel has the driver, which a container sees with docker run --runtime nvidia"
         return None, 0, f"no NVIDIA driver ({why})"
     (code,) = driver.cuInit(0)
+    if code == _NOT_INITIALIZED:
+        return None, 0, _FORKED
     if code:
         return None, 0, f"driver present, cuInit failed: {error_name(driver, code)}"
     code, count = driver.cuDeviceGetCount()

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.errors import InputError
+from edge_backbones.runtime.forks import keep_for_good
 
 _CPU, _CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType
 _ON_GPU = (_CUDA, _CUDA_MANAGED)
@@ -250,6 +251,7 @@ def from_foreign(values: Any, *, stream: int) -> ForeignArray:
     if type(values) is DeviceArray:  # a frame's maps, into the next engine: without a capsule
         values.order(_consumer_stream(stream))
         return ForeignArray(values.pointer, values.shape, values.dtype, values.device, True, False, values.owner)
+    refuse_views(values)
     device = _dlpack_device(values)
     if device is not None:
         if device[0] not in _ON_GPU:
@@ -261,6 +263,17 @@ def from_foreign(values: Any, *, stream: int) -> ForeignArray:
             f"{_kind(values)} does not fit: pass an array on a GPU that has __dlpack__ or __cuda_array_interface__"
         )
     return _read_interface(values, interface)
+
+
+def refuse_views(values: Any) -> None:
+    """Raise InputError for a tensor of torch whose values are not those of its memory, which is all that DLPack passes."""
+    for question, name, fix in (
+        ("is_neg", "negative view", "resolve_neg"),
+        ("is_conj", "conjugate view", "resolve_conj"),
+        ("_is_zerotensor", "zero tensor without memory", "clone"),
+    ):
+        if getattr(values, question, bool)():
+            raise InputError(f"{_kind(values)} is a {name}, which DLPack cannot pass: pass tensor.{fix}()")
 
 
 def stream_pointer(stream: Any) -> int:
@@ -454,12 +467,11 @@ _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c
 _rename_capsule = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_SetName", ctypes.pythonapi)
 )
-_keep_for_good = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
 
 _LEGACY_NAME, _VERSIONED_NAME = b"dltensor", b"dltensor_versioned"
 _USED = {_LEGACY_NAME: b"used_dltensor", _VERSIONED_NAME: b"used_dltensor_versioned"}
 for _name in _USED.values():
-    _keep_for_good(_name)  # a capsule holds the characters alone, and a producer may keep it until the process ends
+    keep_for_good(_name)  # a capsule holds the characters alone, and a producer may keep it until the process ends
 
 
 class _Lent:
@@ -490,7 +502,7 @@ def _dlpack_device(values: Any) -> tuple[int, int] | None:
         return int(kind), int(index)
     except _REFUSALS as error:
         raise InputError(
-            f"{_kind(values)} does not say where it is ({error}): pass an array on a GPU or the CPU"
+            f"{_kind(values)} does not say where it is ({error}): pass a dense array on a GPU or the CPU"
         ) from error
 
 

@@ -7,6 +7,7 @@ bf16 by itself on CPUs that have it. An engine is what ``CompiledModel.export_mo
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from collections import deque
@@ -24,6 +25,7 @@ from edge_backbones.errors import (
     MissingDependencyError,
     first_line,
 )
+from edge_backbones.runtime import forks
 
 if TYPE_CHECKING:
     import openvino
@@ -46,15 +48,28 @@ def library_version() -> str | None:
         return None
 
 
-@functools.cache
 def core() -> Any:
-    """The one Core of this process, kept for good.
+    """The one Core of this process, kept for good. Raises InferenceError in a forked child of the process that made it.
 
-    Its CPU plugin gives the thread that makes it a stack for signals (sigaltstack, openvino pull request 11894) and unmaps
-    that stack when it goes. Of two plugins that go first come, first gone, the thread is left with a stack that is not there,
-    and the next signal, Ctrl-C too, ends the process.
+    A forked child cannot make a Core of its own either: all Cores of a process share the threads of engines that were
+    closed, and a child that is handed one of these waits for it for ever.
+
+    The Core is kept because its CPU plugin gives the thread that makes it a stack for signals (sigaltstack, openvino pull
+    request 11894) and unmaps that stack when it goes. Of two plugins that go first come, first gone, the thread is left with
+    a stack that is not there, and the next signal, Ctrl-C too, ends the process.
     """
-    return load_library().Core()
+    made, process = _core()
+    if process != os.getpid():
+        raise forks.refusal("OpenVINO")
+    return made
+
+
+@functools.cache
+def _core() -> tuple[Any, int]:
+    made = load_library().Core()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: forks.keep_for_good(made))
+    return made, os.getpid()
 
 
 def settings(threads: int | None) -> dict[str, Any]:
@@ -110,9 +125,13 @@ class OpenVinoSession:
         shapes = [model.outputs[port].partial_shape for port in self._ports]
         self._shapes = None if any(s.is_dynamic for s in shapes) else [tuple(s.to_shape()) for s in shapes]
         self._idle: deque[_Request] = deque()
+        self._is_abandoned = False
+        forks.abandon_in_children(self)
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
         model = self._model
+        if model is None and self._is_abandoned:
+            raise forks.refusal("OpenVINO")
         if model is None:
             raise InputError("this EdgeBackbone was closed: open the bundle again")
         try:
@@ -147,6 +166,12 @@ class OpenVinoSession:
         self._model = None
         self._idle.clear()
         self._blob = bytearray()
+
+    def abandon(self) -> None:
+        """See forks.Inherited."""
+        forks.keep_for_good([self._model, self._blob, *self._idle])
+        self._is_abandoned = self._is_abandoned or self._model is not None
+        self.close()
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ import numpy as np
 
 from edge_backbones.errors import (
     DeviceError,
+    EdgeBackbonesError,
     EngineMismatchError,
     InferenceError,
     InputError,
     OutOfMemoryError,
 )
-from edge_backbones.runtime import cuda, plan, tensorrt_library
+from edge_backbones.runtime import cuda, forks, plan, tensorrt_library
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
 from edge_backbones.runtime.device_memory import Attempts, Buffer, Lease, Pool, Ready
 from edge_backbones.runtime.plan import Profile, Shape, StreamKey
@@ -101,6 +103,8 @@ class TensorRtSession:
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
         """As EngineSession has it; the arrays are in page-locked memory, which is used again once nobody holds them."""
+        if self._contexts.closed:
+            raise self._contexts.refusal()
         profile = self._profile(array.shape)
         with self._memory:
             slot = self._contexts.take(profile, array.shape, None, graphs=self._cuda_graphs)
@@ -206,7 +210,7 @@ class TensorRtSession:
     def _route(self, array: ForeignArray) -> _Route:
         """How an array is run; InputError for one that cannot be."""
         if self._contexts.closed:
-            raise _closed()
+            raise self._contexts.refusal()
         name, shape = self._input.name, array.shape
         if array.dtype != self._dtype:
             raise InputError(
@@ -266,7 +270,7 @@ class GraphedCall:
 
     def __call__(self) -> list[DeviceArray]:
         if self._contexts.closed:
-            raise _closed()
+            raise self._contexts.refusal()
         with self._memory as memory:
             memory.launch(self._graph, self._stream)
             memory.record(self._ready.event, self._stream)
@@ -304,10 +308,6 @@ class _Route:
             _Output((count, *shape[1:]), plan.rounded((last.start + last.run) * image), image)
             for shape, image in zip(shapes, images, strict=True)
         )
-
-
-def _closed() -> InputError:
-    return InputError("this EdgeBackbone was closed: open the bundle again")
 
 
 def _device_array(lease: Lease, shape: Shape, device: int, stream: int) -> DeviceArray:
@@ -769,6 +769,7 @@ class _Contexts:
         self.pool = Pool(memory)
         self.refusals: dict[Shape, str] = {}
         self.closed = False
+        self._is_abandoned = False
         self._engine = engine
         self._memory = memory
         self._lock = self.pool.lock
@@ -777,12 +778,13 @@ class _Contexts:
         self._graph_shapes: set[Shape] = set()
         self._alive = 0  # contexts, lent ones too
         self._inputs: deque[tuple[Ready, object]] = deque()
+        forks.abandon_in_children(self)
 
     def take(self, profile: Profile, shape: Shape, key: StreamKey | None, *, graphs: bool = False) -> _Slot:
         """A context for work on the stream ``key``; None: on the context's own, nothing pending where that is possible."""
         with self._lock:
             if self.closed:
-                raise _closed()
+                raise self.refusal()
             captures = graphs and self._may_capture(shape)
             group = (profile.index, shape if captures else None)
             idle = self._idle.setdefault(group, [])
@@ -800,7 +802,7 @@ class _Contexts:
         """A context that captures and whose fixed outputs nobody holds; None when callers hold those of all."""
         with self._lock:
             if self.closed:
-                raise _closed()
+                raise self.refusal()
             if not self._may_capture(shape):
                 return None
             slots = self._captured.setdefault(shape, [])
@@ -830,7 +832,7 @@ class _Contexts:
         refusals = None if captured is None else self.refusals
         with self._lock:
             if self.closed:
-                raise _closed()
+                raise self.refusal()
             self._alive += 1
         try:
             return _Slot(self._engine, self.pool, profile, captured or profile.max, refusals)
@@ -872,6 +874,9 @@ class _Contexts:
 
     def retire(self, slot: _Slot) -> None:
         """Give a context up; where CUDA cannot be asked whether it is done with it, when all is closed."""
+        if self._is_abandoned:
+            forks.keep_for_good(slot)
+            return
         left = [slot]
         with contextlib.suppress(DeviceError), self._memory:
             self.discard(left.pop())
@@ -899,7 +904,22 @@ class _Contexts:
                 self._inputs.appendleft((ready, owner))
                 return
 
+    def refusal(self) -> EdgeBackbonesError:
+        """The error for a call after ``close``, or in a forked child."""
+        if self._is_abandoned:
+            return forks.refusal("TensorRT")
+        return InputError("this EdgeBackbone was closed: open the bundle again")
+
+    def abandon(self) -> None:
+        """See forks.Inherited."""
+        forks.keep_for_good(self)
+        self.pool.lock = self._lock = threading.RLock()  # a thread that does not exist here may hold the other
+        self._is_abandoned = self._is_abandoned or not self.closed
+        self.closed = True
+
     def close(self) -> None:
+        if self.closed:  # in a forked child CUDA is not to be asked for anything
+            return
         attempts = Attempts()
         with self._memory:
             with self._lock:

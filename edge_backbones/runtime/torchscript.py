@@ -7,9 +7,11 @@ one of its engines; `torch_tensorrt` is then imported first, which brings the op
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import io
+import os
 import re
 import sys
 import warnings
@@ -28,7 +30,7 @@ from edge_backbones.errors import (
     OutOfMemoryError,
     first_line,
 )
-from edge_backbones.runtime import cuda, plan
+from edge_backbones.runtime import cuda, forks, plan
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
 from edge_backbones.spec import InputSpec
 
@@ -121,7 +123,8 @@ class TorchScriptSession:
     (TF32) are those of the process, as torch.backends has them, where the file does not say otherwise.
 
     Raises EngineMismatchError for bytes that are no such program, for one that returns another number of maps, and for a
-    GPU that is not there; MissingDependencyError without torch (or torch_tensorrt).
+    GPU that is not there; MissingDependencyError without torch (or torch_tensorrt); InferenceError in a forked child of a
+    process that has opened one.
     """
 
     def __init__(
@@ -137,6 +140,8 @@ class TorchScriptSession:
             raise InputError(f"device must be cpu, cuda or cuda:<index>, got {device!r}")
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}")
+        if _first_process() != os.getpid():
+            raise forks.refusal("torch")
         torch = load_library()
         self._gpu = None if device == "cpu" else require_gpu(device)
         self._torch = torch
@@ -148,6 +153,8 @@ class TorchScriptSession:
         if self._gpu is not None:
             torch.cuda.synchronize(self._gpu)  # weights came on the default stream; calls may use any
         self._module: Any = module
+        self._is_abandoned = False
+        forks.abandon_in_children(self)
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
         """As EngineSession has it, C-contiguous. On a GPU the arrays are copied there and back on torch's current stream."""
@@ -200,9 +207,20 @@ class TorchScriptSession:
     def close(self) -> None:
         self._module = None
 
+    def abandon(self) -> None:
+        """See forks.Inherited."""
+        forks.keep_for_good(self._module)
+        self._is_abandoned = self._is_abandoned or self._module is not None
+        self.close()
+
+    def _refusal(self) -> EdgeBackbonesError:
+        if self._is_abandoned:
+            return forks.refusal("torch")
+        return InputError("this EdgeBackbone was closed: open the bundle again")
+
     def _check(self, dtype: np.dtype, shape: Sequence[int]) -> None:
         if self._module is None:
-            raise InputError("this EdgeBackbone was closed: open the bundle again")
+            raise self._refusal()
         if dtype != self._dtype:
             raise InputError(f"{self._input.name} of dtype {dtype} does not fit: this engine takes {self._dtype}")
         self._input.batch_height_width(shape)
@@ -217,7 +235,7 @@ class TorchScriptSession:
         """New contiguous float32 tensors on this device, none of which shares memory with another or the input."""
         module = self._module
         if module is None:  # closed by another thread since the call began
-            raise InputError("this EdgeBackbone was closed: open the bundle again")
+            raise self._refusal()
         returned = module(pixels)
         tensors = returned if isinstance(returned, (tuple, list)) else (returned,)
         self._check_count(len(tensors))
@@ -277,6 +295,13 @@ class TorchScriptSession:
         finally:
             if wanted is not None and before != wanted:
                 torch.set_num_threads(before)
+
+
+@functools.cache
+def _first_process() -> int:
+    """The process that opened the first session. In its forked children the threads of OpenMP do not exist, and torch waits
+    for them."""
+    return os.getpid()
 
 
 def _load(torch: Any, data: bytes, device: Any) -> tuple[Any, int | None]:

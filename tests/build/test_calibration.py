@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 import types
 import zipfile
@@ -79,6 +80,8 @@ def test_a_file_that_does_not_decode_is_skipped_and_named(gather, tmp_path, phot
     images = gather(folder)
     assert images.names == ("good.jpg",)
     assert images.skipped == ("half.jpg", "sub/text.jpg")
+    assert images.reasons["half.jpg"].startswith("does not decode as an image: image file is truncated")
+    assert images.reasons["sub/text.jpg"].startswith("does not decode as an image: it begins with b'this is")
 
 
 def test_a_folder_without_a_single_good_image_is_refused(gather, tmp_path):
@@ -86,8 +89,21 @@ def test_a_folder_without_a_single_good_image_is_refused(gather, tmp_path):
     with pytest.raises(CalibrationError, match="images has no images"):
         gather(tmp_path / "images")
     (tmp_path / "images" / "broken.png").touch()
-    with pytest.raises(CalibrationError, match=r"none of its 1 files decodes, broken\.png first"):
+    with pytest.raises(CalibrationError, match=r"none of its 1 files is read: broken\.png does .*: it is empty$"):
         gather(str(tmp_path / "images"))
+    for number in range(4):
+        Image.new("I;16", (50, 40)).save(tmp_path / "images" / f"thermal {number}.png")
+    reason = r"thermal 0\.png has pixels of more than 8 bits \(mode I;16\), .* \(and 3 more\); broken\.png does not"
+    with pytest.raises(CalibrationError, match=rf"none of its 5 files is read: {reason}"):
+        gather(str(tmp_path / "images"))
+
+
+def test_a_name_that_is_not_utf8_can_be_stored(gather, tmp_path, photographs):
+    (tmp_path / "images").mkdir()
+    Image.fromarray(photographs[0]).save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/caf\xe9.png")))
+    images = gather(tmp_path / "images")
+    assert images.names == ("caf\\udce9.png",)
+    assert msgspec.json.decode(msgspec.json.encode(images.names)) == list(images.names)
 
 
 def test_a_path_that_is_nothing_known_is_refused(gather, tmp_path):
@@ -116,6 +132,17 @@ def test_photographs_of_any_size_are_preprocessed(gather, photographs, input):
         np.testing.assert_allclose(actual, preprocessed(photograph, input), rtol=0, atol=1e-6)
 
 
+def test_a_photograph_of_one_row_is_one(gather):
+    strip = np.random.default_rng(0).integers(0, 256, (1, 300, 3), dtype=np.uint8)
+    np.testing.assert_allclose(gather([strip]).inputs[0], preprocessed(strip), rtol=0, atol=1e-6)
+
+
+def test_pictures_of_pillow_are_preprocessed(gather, photographs):
+    pictures = [Image.fromarray(photographs[0]), Image.fromarray(photographs[1][:48, :64])]
+    expected = gather([np.asarray(picture) for picture in pictures]).fingerprint
+    assert gather(pictures).fingerprint == expected
+
+
 def test_a_photograph_of_the_right_size_is_not_resampled(gather, photographs):
     crop = networks.crops(photographs, 1, 48, 64)
     np.testing.assert_allclose(gather(crop).inputs, networks.normalised(crop), rtol=0, atol=1e-6)
@@ -124,20 +151,28 @@ def test_a_photograph_of_the_right_size_is_not_resampled(gather, photographs):
 def test_grey_photographs(gather, photographs):
     grey = [np.asarray(Image.fromarray(p).convert("L"))[..., None] for p in photographs[:2]]
     config = networks.ImageConfig(mean=(0.5,), std=(0.25,))
-    images = gather(grey, networks.input_spec(48, 64, channels=1), config)
+    spec = networks.input_spec(48, 64, channels=1)
+    images = gather(grey, spec, config)
+    for same in ([one[..., 0] for one in grey], [Image.fromarray(one[..., 0]) for one in grey]):
+        assert gather(same, spec, config).fingerprint == images.fingerprint
     expected = fit(Image.fromarray(grey[0][..., 0]), config, 48, 64)[..., 0] / 255 / 0.25 - 2
     np.testing.assert_allclose(images.inputs[0, 0], expected, rtol=0, atol=1e-6)
 
 
 def test_finished_inputs_are_taken_as_they_are(gather, finished):
     batches = (batch for batch in (finished[:2], finished[2:]))
-    for source in (finished, list(finished), batches, finished.astype(np.float64)):
+    tensors = list(torch.from_numpy(finished))
+    for source in (finished, list(finished), batches, finished.astype(np.float64), tensors, finished.tolist()):
         np.testing.assert_array_equal(gather(source).inputs, finished)
 
 
 def bad_arrays():
     photograph = np.zeros((40, 50, 3), np.uint8)
     yield pytest.param(photograph[..., :1], id="grey for a colour network")
+    yield pytest.param(photograph.transpose(2, 0, 1), id="channels first")
+    yield pytest.param(photograph[:0], id="no rows")
+    yield pytest.param("photo.jpg", id="a path")
+    yield pytest.param(None, id="what a camera gives that fails")
     yield pytest.param(photograph[..., 0], id="without a channel axis")
     yield pytest.param(photograph.astype(np.int64), id="integers that are not bytes")
     yield pytest.param(photograph.astype(np.float32), id="pictures in floats")
@@ -150,9 +185,21 @@ def bad_arrays():
 
 @pytest.mark.parametrize("array", list(bad_arrays()))
 def test_an_array_that_is_no_image_is_refused(gather, finished, array):
-    advice = r"pass photographs \(uint8, height x width x 3\) or network inputs"
-    with pytest.raises(CalibrationError, match=f"array 1 is .*: {advice}"):
+    """In the words of `fit`, and with what else is taken here."""
+    with pytest.raises(InputError) as by_fit:
+        fit(array, networks.PLAIN, 48, 64)
+    with pytest.raises(CalibrationError) as refused:
         gather([finished[0], array])
+    assert str(refused.value) == f"array 1: {by_fit.value}; or pass network inputs, float32 (3, 48, 64)"
+
+
+def test_what_numpy_makes_no_array_of_is_refused(gather, finished):
+    with pytest.raises(CalibrationError, match=r"array 1: numpy makes no array of this list: .*inhomogeneous"):
+        gather([finished[0], [[1, 2], [3]]])
+    with pytest.raises(CalibrationError, match=r"array 0: .* no array of this Tensor: .*tensor\.detach\(\)"):
+        gather([torch.zeros(3, 48, 64, requires_grad=True)])
+    with pytest.raises(CalibrationError, match=r'got mode P: pass picture\.convert\("RGB"\); or pass network inputs'):
+        gather([Image.new("P", (64, 48))])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -163,7 +210,9 @@ def test_inputs_that_are_not_finite_are_refused(gather, finished, bad):
 
 
 def test_finished_inputs_are_no_camera_frames(gather, finished):
-    with pytest.raises(CalibrationError, match=r"float32 of shape \(3, 48, 64\): pass photographs .*x 3\)$"):
+    with pytest.raises(
+        CalibrationError, match=r"array 0: a frame is uint8 .* got float32 \(3, 48, 64\): its values go from"
+    ):
         gather(finished, FRAMES)
 
 

@@ -46,6 +46,7 @@ def built(tmp_path_factory, photographs) -> tuple[Path, dict]:
 def test_build_reports_parity_and_skipped_images(built):
     target, document = built
     assert document["skipped"] == ["broken.jpg"]
+    assert document["reasons"]["broken.jpg"].startswith("does not decode as an image: ")
     assert [report["precision"] for report in document["parity"]] == ["int8", "fp16"]
     assert all(stage["passed"] for report in document["parity"] for stage in report["stages"])
     manifest = Bundle.open(target).manifest
@@ -97,7 +98,7 @@ def test_an_empty_folder_and_a_folder_of_junk_are_refused(tmp_path):
     (junk / "a.png").write_bytes(b"junk")
     assert f"{empty} has no images" in run("build", "resnet10t", tmp_path / "x", "--images", empty, *SMALL).stderr
     stderr = run("build", "resnet10t", tmp_path / "x", "--images", junk, *SMALL).stderr
-    assert "none of its 1 files decodes, a.png first" in stderr
+    assert "none of its 1 files is read: a.png does not decode as an image: it begins with b'junk'" in stderr
 
 
 def test_an_existing_bundle_survives_a_failing_build(built, photographs):

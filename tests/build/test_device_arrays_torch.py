@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from edge_backbones.errors import InputError
 from edge_backbones.runtime import device_arrays
+from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.runtime.device_arrays import ForeignArray, from_foreign, is_on_gpu
+from edge_backbones.testing import SPEC, NumpySession, pooled, pooling_input
 
 CPU = 1
 DTYPES = {
@@ -50,6 +52,80 @@ class OnHost:
 
 def from_host(values) -> ForeignArray:
     return device_arrays._read_capsule(device_arrays._ask_for_capsule(values, None), (CPU,))
+
+
+IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+def maps_of(tensor: torch.Tensor) -> tuple[np.ndarray, ...]:
+    return EdgeBackbone(SPEC, pooling_input(), NumpySession(pooling_input()))(tensor).feature_maps
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t,
+        lambda t: t.double(),
+        lambda t: t[:1].expand(2, -1, -1, -1),
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: t.flip(3),
+        lambda t: torch.complex(t, -t).imag,
+        lambda t: torch.complex(t, -t).conj().imag.resolve_neg(),
+    ],
+)
+def test_a_tensor_on_the_host_gives_the_maps_of_its_values(view):
+    tensor = view(IMAGES)
+    np.testing.assert_allclose(maps_of(tensor)[0], pooled(tensor.float().numpy())[0], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (
+            lambda t: t.bfloat16(),
+            r"of torch.bfloat16 cannot be read .*: pass a dense float32 tensor on the CPU, detached",
+        ),
+        (lambda t: t.to(torch.float8_e4m3fn), r"of torch.float8_e4m3fn cannot be read .*: pass a dense float32 tensor"),
+        (lambda t: t.requires_grad_(), r"cannot be read through DLPack \(.*gradient.*\): pass .*, detached"),
+        (lambda t: torch.nn.Parameter(t), r"cannot be read through DLPack \(.*gradient.*\): pass .*, detached"),
+        (lambda t: t.to_sparse(), r"cannot be read through DLPack \(.*layout.*\): pass a dense float32 tensor"),
+        (lambda t: t.to_mkldnn(), r"does not say where it is \(.*Opaque.*\): pass a dense array on a GPU or the CPU"),
+        (
+            lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+            r"of torch.qint8 cannot be read .*: pass a dense",
+        ),
+        (lambda t: t.to("meta"), r"does not say where it is \(.*meta.*\): pass a dense array on a GPU or the CPU"),
+        (lambda t: torch.complex(t, t).conj().imag, r"Tensor is a negative view, .*: pass tensor.resolve_neg\(\)"),
+        (lambda t: torch.complex(t, t).conj(), r"Tensor is a conjugate view, .*: pass tensor.resolve_conj\(\)"),
+        (lambda t: torch._efficientzerotensor(t.shape), r"is a zero tensor without memory, .*: pass tensor.clone\(\)"),
+        (lambda t: t.long(), r"of dtype int64 does not fit: this engine takes float32"),
+        (lambda t: torch.complex(t, t), r"of dtype complex64 does not fit: this engine takes float32"),
+        (lambda t: t.double() * 1e39, r"of dtype float64 has values beyond float32"),
+        (lambda t: t / 0, r"has values that are not finite \(4608 infinite in sample 0"),
+        (lambda t: t[:0], r"of shape \(0, 3, 32, 48\) does not fit"),
+    ],
+)
+def test_a_tensor_whose_values_cannot_be_passed_is_refused_in_one_true_line(view, message):
+    with pytest.raises(InputError, match=message) as refused:
+        maps_of(view(IMAGES.clone()))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda t: torch.complex(t, t).conj().imag, lambda t: torch._efficientzerotensor(t.shape)]
+)
+def test_views_are_refused_wherever_they_are(make):
+    """On a GPU as here: DLPack passes memory, and the values are others."""
+    with pytest.raises(InputError, match="which DLPack cannot pass"):
+        from_foreign(make(IMAGES), stream=0)
+
+
+def test_bfloat16_of_numpy_is_taken():
+    """As jax has it, with the dtype of ml_dtypes."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    images = IMAGES.numpy().astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(maps_of(images)[0], pooled(images.astype(np.float32))[0])
 
 
 @given(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 4), max_size=4), st.data())

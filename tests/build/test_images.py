@@ -157,9 +157,10 @@ def test_camera_frames_need_no_pillow(monkeypatch):
     assert (fit(frame, ImageConfig(mean=(0.5,) * 5, std=(0.5,) * 5), 32, 32) == 9).all()
 
 
-def test_a_palette_and_transparency_are_pillows(sources):
-    config = ImageConfig(mean=MEAN, std=STD)
-    for mode in ("P", "RGBA", "LA"):
+def test_transparency_is_pillows(sources):
+    """Of networks that take as many channels."""
+    for mode, channels in (("RGBA", 4), ("LA", 2)):
+        config = ImageConfig(mean=(0.5,) * channels, std=(0.5,) * channels)
         image = sources["landscape"].convert(mode)
         expected = np.atleast_3d(np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC)))
         squash = msgspec.structs.replace(config, crop_mode="squash", crop_pct=1.0)
@@ -181,12 +182,6 @@ def test_the_result_is_memory_of_its_own(size):
     fitted = fit(frame, ImageConfig(mean=MEAN, std=STD, crop_pct=1.0), *size)
     fitted[...] = 7
     assert not frame.any()
-
-
-def test_a_frame_that_is_none_is_refused():
-    for frame in (np.zeros((40, 60, 3), np.float32), np.zeros((40, 60), np.uint8)):
-        with pytest.raises(InputError, match="a frame is uint8"):
-            fit(frame, ImageConfig(mean=MEAN, std=STD), 32, 32)
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
@@ -279,16 +274,16 @@ def test_images_are_listed_sorted_whatever_the_depth_and_case(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"crop_pct": 0.0}, {"crop_pct": 1.01}, {"std": (0.2, 0.2)}, {"std": (0.2, 0.0, 0.2)}, {"mean": (), "std": ()}],
+    [
+        {"crop_pct": 0.0},
+        {"crop_pct": 4.01},
+        {"short_edge": 224},
+        {"size_multiple": 0},
+        {"std": (0.2, 0.2)},
+        {"std": (0.2, 0.0, 0.2)},
+        {"mean": (), "std": ()},
+    ],
 )
 def test_an_impossible_image_config_is_refused(wrong):
     with pytest.raises(ValueError):
         ImageConfig(**{"mean": MEAN, "std": STD, **wrong})
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_images_of_more_than_8_bits_are_refused_instead_of_saturated(mode, tmp_path):
-    path = tmp_path / "thermal.tif"
-    Image.new(mode, (20, 10)).save(path)
-    with pytest.raises(InputError, match=r"thermal\.tif has .* pixels of more than 8 bits"):
-        open_image(path)

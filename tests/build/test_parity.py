@@ -100,6 +100,23 @@ def test_zeros_for_a_live_reference_do_not_pass(gate):
     assert not compare("stage", maps(), np.zeros_like(maps()), gate).passed
 
 
+@pytest.mark.parametrize("gate", DEFAULT_GATES.values())
+@pytest.mark.parametrize("reference", [0.0, 1e-9])
+def test_a_black_frame_is_judged_by_what_the_other_images_have(gate, reference):
+    """Relative to nothing any rounding is infinite: it is compared with a usual map."""
+    black, usual = np.full((2, 3, 3), reference, np.float32), 5.0
+    noise = maps(shape=(2, 3, 3))
+    noise /= np.linalg.norm(noise)
+    near = compare("stage", black, black + 1e-5 * usual * noise, gate, usual=usual)
+    assert near.passed
+    assert near.relative == pytest.approx(1e-5, rel=1e-3)
+    assert near.sqnr_db == pytest.approx(100, abs=0.1)
+    assert near.cosine == pytest.approx(1 / math.sqrt(1 + 1e-10))
+    assert not compare("stage", black, black + 0.5 * usual * noise, gate, usual=usual).passed
+    weak = 1e-3 * usual * noise  # weak, and a map all the same
+    assert compare("stage", weak, 1.5 * weak, gate, usual=usual).relative == pytest.approx(0.5, rel=1e-5)
+
+
 # ---- over images and cases ------------------------------------------------------------------------------------------
 
 

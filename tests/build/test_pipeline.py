@@ -17,12 +17,14 @@ import pytest
 import torch
 from msgspec import structs
 from PIL import Image
+from torch import nn
 
 from edge_backbones.build.device import compile_bundle, verify_bundle
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.build.sources.common import SourceOptions
+from edge_backbones.build.sources.load import ModuleSource
 from edge_backbones.build.sources.timm import load_timm
-from edge_backbones.bundle import Bundle, write_manifest
+from edge_backbones.bundle import Bundle, load_golden, write_manifest
 from edge_backbones.errors import (
     BundleError,
     CalibrationError,
@@ -33,7 +35,7 @@ from edge_backbones.errors import (
     ParityError,
     SourceError,
 )
-from edge_backbones.images import fit, list_images
+from edge_backbones.images import ImageConfig, fit, list_images
 from edge_backbones.manifest import Gate
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision, ShapeRange
@@ -443,3 +445,41 @@ def test_a_device_without_torch_compiles_verifies_and_runs(vit, copy_of):
     run = subprocess.run(python(DEVICE, path), capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == vit.bundle.manifest.engines[0].name
+
+
+class Untrained(nn.Module):
+    """Features, and a head that training has not yet moved from zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 8, 3, 4, 1, bias=False)
+        self.head = nn.Conv2d(8, 4, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        x = self.features(x).relu()
+        return x, self.head(x)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
+def test_a_black_frame_and_a_head_of_zeros_do_not_stop_a_build(precision, photographs, tmp_path):
+    frames = networks.crops(photographs, 12, 32, 48)
+    frames[0] = 0  # the camera starts with a black frame, which is among the golden images
+    torch.manual_seed(0)
+    source = ModuleSource(
+        module=Untrained(),
+        stage_names=["c2", "head"],
+        size=(32, 48),
+        image=ImageConfig(mean=(0.0,) * 3, std=(1.0,) * 3),
+    )
+    options = BuildOptions(precisions=(precision,), torchscript=False, cache=None)
+    result = build_bundle(source, tmp_path / "net.bundle", images=frames, options=options)
+    golden = load_golden(result.bundle)
+    assert not golden["opt/c2"][0].any()
+    assert golden["opt/c2"][1].any()
+    assert [note.partition(" is zero everywhere in the reference")[0] for note in result.notes if "zero" in note] == [
+        "head"
+    ]
+    (report,) = result.reports
+    assert {stage.stage: stage.passed for stage in report.stages} == {"c2": True, "head": True}

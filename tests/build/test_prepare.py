@@ -13,6 +13,7 @@ import torch
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
+from edge_backbones.build import prepare as steps
 from edge_backbones.build.prepare import fold_batch_norm, prepare, warm_batch_norm
 from edge_backbones.errors import ExportError, SourceError
 
@@ -308,6 +309,103 @@ class DependsOnItsOwnType(Block):
 def test_a_fold_that_changes_the_network_is_refused():
     with pytest.raises(ExportError, match=r"folding batch norm changes stage0 by 5\.0e-01 relative"):
         prepare(hand_made(DependsOnItsOwnType), networks.input_spec(64, 96))
+
+
+# ---- how the fold is judged ------------------------------------------------------------------------------------------
+
+
+class AmplifiesRounding(Block):
+    """Rounding of float32 is a hundredth of the map here: a network outside the statistics of its norms."""
+
+    def forward(self, x):
+        return (torch.sin(1e5 * self.bn(self.conv(x))),)
+
+
+def test_a_right_fold_of_a_network_that_amplifies_rounding_is_accepted(images):
+    loaded = hand_made(AmplifiesRounding)
+    naive = copy.deepcopy(loaded.module)
+    fold_batch_norm(naive, torch.from_numpy(images))
+    (one,), (other,) = networks.maps_of(naive, images), networks.maps_of(loaded.module, images)
+    assert networks.relative(one, other) > 2e-3  # in float32 it could not be told from a wrong fold
+    prepared = prepare(loaded, networks.input_spec(64, 96))
+    assert prepared.folded_batch_norms == 1
+    # The weights are those of the exact fold, rounded once.
+    norm, conv = loaded.module.bn, loaded.module.conv
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = (conv.bias.double() - norm.running_mean.double()) * scale + norm.bias.double()
+    torch.testing.assert_close(prepared.module.conv.weight, (conv.weight.double() * scale.view(-1, 1, 1, 1)).float())
+    torch.testing.assert_close(prepared.module.conv.bias, bias.float(), rtol=2e-7, atol=1e-8)
+
+
+def other_eps(weight, bias, mean, var, eps, gamma, beta):
+    return fuse(weight, bias, mean, var, 2 * eps, gamma, beta)
+
+
+def dropped_bias(weight, bias, mean, var, eps, gamma, beta):
+    return fuse(weight, None, mean, var, eps, gamma, beta)
+
+
+def one_channel_scaled(weight, bias, mean, var, eps, gamma, beta):
+    weight, bias = fuse(weight, bias, mean, var, eps, gamma, beta)
+    with torch.no_grad():
+        weight[-1] *= 1.001
+    return weight, bias
+
+
+fuse = steps.fuse_conv_bn_weights
+
+
+@pytest.mark.parametrize("wrong", [other_eps, dropped_bias, one_channel_scaled])
+@pytest.mark.parametrize("network", ["small", "sensitive", "resnet10t"])
+def test_a_wrong_fold_is_refused(wrong, network, monkeypatch):
+    if network == "resnet10t":
+        loaded = networks.trained_like(network, out_indices=(-1,))
+        for module in loaded.module.modules():  # timm's convolutions have none, and one is dropped here
+            if isinstance(module, nn.Conv2d) and module.bias is None:
+                module.bias = nn.Parameter(torch.full((module.out_channels,), 0.1))
+    else:
+        loaded = hand_made(Plain if network == "small" else AmplifiesRounding)
+    monkeypatch.setattr(steps, "fuse_conv_bn_weights", wrong)
+    with pytest.raises(ExportError, match=r"folding batch norm changes .* at most 1e-08 is rounding in float64"):
+        prepare(loaded, networks.input_spec(64, 96))
+
+
+def test_a_fold_into_a_shared_convolution_is_refused(monkeypatch):
+    def careless(net, sample):
+        net.conv.weight, net.conv.bias = fuse(
+            net.conv.weight,
+            net.conv.bias,
+            net.bn.running_mean,
+            net.bn.running_var,
+            net.bn.eps,
+            net.bn.weight,
+            net.bn.bias,
+        )
+        net.bn = nn.Identity()
+        return 1, 0
+
+    monkeypatch.setattr(steps, "fold_batch_norm", careless)
+    with pytest.raises(ExportError, match="folding batch norm changes stage0"):
+        prepare(hand_made(ConvUsedTwice), networks.input_spec(64, 96))
+
+
+class SingleOnly(Block):
+    """Runs in float32 only, as an operator of a user's own does."""
+
+    def forward(self, x):
+        if x.dtype is not torch.float32:
+            raise TypeError("this kernel takes float32")
+        return (self.bn(self.conv(x)),)
+
+
+def test_a_network_that_only_runs_in_float32_is_judged_in_float32(images, monkeypatch):
+    loaded = hand_made(SingleOnly)
+    prepared = prepare(loaded, networks.input_spec(64, 96))
+    (actual,), (expected,) = networks.maps_of(prepared.module, images), networks.maps_of(loaded.module, images)
+    assert networks.relative(actual, expected) < 1e-6
+    monkeypatch.setattr(steps, "fuse_conv_bn_weights", dropped_bias)
+    with pytest.raises(ExportError, match=r"at most 0\.001 is rounding in float32"):
+        prepare(loaded, networks.input_spec(64, 96))
 
 
 # ---- warming --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import pytest
 from build_scripts import device_install
 from build_scripts.device_install import OLDEST, build_wheel, find_oldest_python
 
-LIMIT = 300_000
+LIMIT = 1_000_000
 DEVICE = """
 import json, sys
 import numpy as np

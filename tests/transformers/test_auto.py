@@ -256,3 +256,13 @@ def test_the_words_of_transformers_are_understood(cache):
     arguments = {"use_pretrained_backbone": False, "use_timm_backbone": True, "options": OPTIONS, "cache": cache}
     with AutoEdgeBackbone.from_pretrained("test_resnet", out_indices=(1,), **arguments) as backbone:
         assert backbone.out_features == ["layer1"]
+
+
+def test_an_image_that_cannot_be_read_does_not_stop_the_key(tmp_path):
+    """The build skips it, with the reason."""
+    (tmp_path / "a.jpg").write_bytes(b"some bytes")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / ".later")
+    before = auto._images_sha256(tmp_path)
+    assert auto._images_sha256(tmp_path) == before
+    (tmp_path / ".later").write_bytes(b"a photograph")
+    assert auto._images_sha256(tmp_path) != before

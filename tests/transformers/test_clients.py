@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,6 +228,55 @@ def test_copy_of_a_swapped_client_shares_the_engine(
     with torch.no_grad():
         next(twin.class_labels_classifier.parameters()).zero_()
     assert torch.equal(client(images, model).logits, client(images, swapped(client, bundle_of("detr"))).logits)
+
+
+def test_a_swapped_client_is_saved_whole_and_opens_its_bundle_again(
+    client_of: Callable[[str], Client], bundle_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    client, bundle = client_of("detr"), tmp_path / "detr.bundle"
+    shutil.copytree(bundle_of("detr"), bundle)
+    model = swapped(client, bundle)
+    images = client.images(1)
+    expected = client(images, model).logits
+    torch.save(model, tmp_path / "client.pt")
+    engine_of(model).backbone.close()
+
+    again = torch.load(tmp_path / "client.pt", weights_only=False)
+    assert torch.equal(client(images, again).logits, expected)
+    assert engine_of(again).out_features == engine_of(model).out_features
+    engine_of(again).backbone.close()
+
+    shutil.rmtree(bundle)
+    with pytest.raises(BundleError, match=r"detr\.bundle is not there any more: put the bundle back"):
+        torch.load(tmp_path / "client.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("check_finite", [True, False])
+def test_a_client_refuses_values_that_are_not_finite_unless_it_is_told_not_to(
+    check_finite: bool, client_of: Callable[[str], Client], bundle_of: Callable[..., Path]
+) -> None:
+    client = client_of("upernet")
+    model = swapped(client, bundle_of("upernet"), check_finite=check_finite)
+    images = client.images(1)
+    images[1, 0, 3, 3] = torch.nan
+    with contextlib.nullcontext() if not check_finite else pytest.raises(InputError, match="1 NaN in sample 1"):
+        assert client(images, model).logits.shape == client(images).logits.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_module_takes_every_floating_dtype_and_refuses_what_float32_cannot_hold(
+    dtype: torch.dtype, client_of: Callable[[str], Client], bundle_of: Callable[..., Path]
+) -> None:
+    module = EdgeBackboneModule(EdgeBackbone.from_pretrained(bundle_of("detr")))
+    images = client_of("detr").images(1).to(dtype)
+    expected = module(images.float()).feature_maps[0].to(dtype)
+    assert torch.equal(module(images).feature_maps[0], expected)
+    negative = torch._neg_view(-images)  # type: ignore[attr-defined]
+    assert negative.is_neg()
+    assert torch.equal(module(negative).feature_maps[0], expected)
+    message = "beyond float32" if dtype == torch.float64 else "not finite"
+    with pytest.raises(InputError, match=message):
+        module((images.double() * 1e39).to(dtype))
 
 
 @pytest.mark.parametrize("training", [True, False])

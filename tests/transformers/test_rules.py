@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import ResNetBackbone, ResNetConfig
+import transformers
+from transformers import ResNetBackbone, ResNetConfig, TimmBackbone, TimmBackboneConfig
 from transformers.modeling_outputs import BackboneOutput as TransformersOutput
 
 from edge_backbones.errors import InputError
+from edge_backbones.integrations.transformers import EdgeBackboneModule
 from edge_backbones.manifest import Source
 from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
 from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange, align_stages
@@ -206,6 +208,47 @@ def test_two_backbones_of_one_configuration_do_not_share_their_stages(ours):
     assert ours.out_features == NAMES
     other.config.out_features.append("more")
     assert other.config.out_features == ["stage1"]
+
+
+@pytest.mark.parametrize("name", ["out_features", "out_indices"])
+@pytest.mark.parametrize("wanted", [1, 4])
+def test_a_configuration_sets_the_stages_of_its_backbone(ours, theirs, name, wanted):
+    """What transformers 5 does. In 4.44 the backbone does not follow, so that its own setter is the reference."""
+    values = {"out_features": [NAMES[wanted]], "out_indices": [wanted - 5]}
+    setattr(ours.config, name, values[name])
+    setattr(theirs, name, values[name])
+    assert attributes(ours) == attributes(theirs)
+    assert [getattr(ours.config, key) for key in ("out_features", "out_indices", "stage_names")] == [
+        theirs.out_features,
+        theirs.out_indices,
+        theirs.stage_names,
+    ]
+    (feature_map,) = ours(np.zeros((2, 3, 32, 32), np.float32)).feature_maps
+    assert feature_map.shape[1] == theirs.channels[0]
+
+
+def test_a_configuration_refuses_the_stages_that_transformers_refuses(ours):
+    with pytest.raises(ValueError, match="out_features must be a subset of stage_names"):
+        ours.config.out_features = ["nope"]
+    assert ours.out_features == NAMES
+
+
+def test_backbone_type_and_has_attentions_are_those_of_transformers(ours, theirs):
+    module = EdgeBackboneModule(ours)
+    assert ours.backbone_type == theirs.backbone_type.value == "transformers"
+    assert module.backbone_type is theirs.backbone_type
+    assert module.has_attentions == ours.has_attentions == getattr(theirs, "has_attentions", True)
+    module.config.out_indices = [1]
+    assert (module.out_features, ours.out_features) == (["stage1"], ["stage1"])
+
+
+def test_backbone_type_of_timm(build):
+    options = {} if hasattr(transformers, "backbone_utils") else {"use_pretrained_backbone": False}
+    theirs = TimmBackbone(TimmBackboneConfig(backbone="test_resnet", out_indices=[1, 3], **options)).eval()
+    with EdgeBackbone.from_pretrained(build(theirs)) as backbone:
+        assert backbone.backbone_type == theirs.backbone_type.value == "timm"
+        assert EdgeBackboneModule(backbone).backbone_type is theirs.backbone_type
+        assert backbone.has_attentions == getattr(theirs, "has_attentions", True)
 
 
 def test_to_dict_is_a_configuration_that_transformers_reads(ours):

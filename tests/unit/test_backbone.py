@@ -150,7 +150,12 @@ def test_any_float_array_of_any_library_and_layout(backbone, dtype, wrap):
         (np.zeros((1, 3, 32, 48), np.uint8), "of dtype uint8 does not fit: this engine takes float32 NCHW"),
         (np.zeros((1, 3, 32, 48), np.complex64), "of dtype complex64 does not fit"),
         ([[1.0]], "of type list does not fit: pass a numpy array or a DLPack tensor"),
-        (OnTheGpu(np.zeros((1, 3, 32, 48), np.float32)), "pass a detached tensor on the CPU"),
+        (OnTheGpu(np.zeros((1, 3, 32, 48), np.float32)), "(device tensor): pass a dense float32 tensor"),
+        (np.zeros((1, 3, 32, 48), object), "of dtype object does not fit"),
+        (np.ones((2, 2), np.float32).view(np.matrix), "of shape (2, 2) does not fit"),
+        (np.full((1, 3, 32, 48), 1e39), "of dtype float64 has values beyond float32, whose largest is 3.4e38"),
+        (np.full((1, 3, 32, 48), 1e39, np.longdouble), "has values beyond float32"),
+        (np.ma.masked_less(pixels(1), 0), "masked values, and an engine has no mask: pass array.filled(0)"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(backbone, value, message):
@@ -317,16 +322,168 @@ def test_class_tokens_follow_the_chosen_stages_and_batches_are_cut_for_every_out
     assert {len(array) for arrays in output.values() for array in arrays} == {5}
 
 
-def test_the_configuration_says_what_is_chosen_now_and_cannot_be_changed_from_outside():
+def test_the_configuration_is_one_object_whose_stages_are_those_of_the_backbone():
+    """As in transformers 5, where the stages that are chosen are the configuration's."""
     backbone = over_many_outputs()
-    backbone.out_features = ["pool8"]
     config = backbone.config
-    assert (config.hidden_size, config.out_indices, config.out_features) == (3, [2], ["pool8"])
-    assert config.to_dict() == backbone.to_dict()
+    assert backbone.config is config
+    config.out_features = ["pool8"]
+    assert (backbone.out_features, backbone.out_indices, backbone.channels) == (["pool8"], [2], [3])
+    assert numbers(backbone(pixels(2)).feature_maps) == [1]
+    backbone.out_indices = [1, -1]
+    assert (config.out_features, config.out_indices, config.channels) == (["pool4", "pool8"], [1, -1], [3, 3])
+    config.hidden_size = 5
     config.nested["a"].append(2)
-    config.out_features.append("pool4")
-    assert backbone.config.nested == {"a": [1]}
-    assert backbone.out_features == ["pool8"]
+    assert (backbone.config.hidden_size, backbone.config.nested) == (5, {"a": [1, 2]})
+    assert over_many_outputs().config.nested == {"a": [1]}
+    assert (
+        config.to_dict()
+        == backbone.to_dict()
+        == {
+            "hidden_size": 5,
+            "nested": {"a": [1, 2]},
+            "stage_names": ["pool2", "pool4", "pool8"],
+            "out_features": ["pool4", "pool8"],
+            "out_indices": [1, -1],
+            "channels": [3, 3],
+            "num_features": [3, 3, 3],
+        }
+    )
+    with pytest.raises(AttributeError, match="this configuration has no 'depths'"):
+        _ = config.depths
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "error"),
+    [
+        ("out_features", ["pool2"], InputError),
+        ("out_features", ("pool8",), InputError),
+        ("out_indices", [7], InputError),
+        ("channels", [1], AttributeError),
+        ("stage_names", ["a"], AttributeError),
+        ("num_features", [1], AttributeError),
+    ],
+)
+def test_a_configuration_that_cannot_be_followed_is_refused(attribute, value, error):
+    backbone = over_many_outputs()
+    before = backbone.to_dict()
+    with pytest.raises(error):
+        setattr(backbone.config, attribute, value)
+    assert backbone.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("library", "config", "expected"),
+    [
+        ("timm", {}, "timm"),
+        ("transformers", {"model_type": "timm_backbone"}, "timm"),
+        ("transformers", {"model_type": "resnet"}, "transformers"),
+        ("torch", {}, "transformers"),
+    ],
+)
+def test_backbone_type_and_has_attentions_are_those_of_transformers(library, config, expected):
+    source = Source(library=library, name="pool", weights="random", config=config)
+    for has_attentions in (True, False):
+        spec = msgspec.structs.replace(SPEC, has_attentions=has_attentions)
+        backbone = EdgeBackbone(spec, pooling_input(), NumpySession(pooling_input()), source)
+        assert (backbone.backbone_type, backbone.has_attentions) == (expected, has_attentions)
+    assert over_numpy(2)[0].backbone_type == "transformers"
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("convert", [np.asarray, np.asfortranarray, lambda a: a.astype(np.float64)])
+def test_values_that_are_not_finite_are_named_with_their_sample(backbone, convert):
+    images = pixels(5)
+    images[1, :, 3, 4:6] = np.nan
+    images[4, 0, 0, 0] = -np.inf
+    images[4, 1, 1, 1] = np.nan
+    message = "(6 NaN in sample 1, 1 NaN and 1 infinite in sample 4): replace them, as np.nan_to_num(array, posinf=0"
+    with pytest.raises(InputError, match=re.escape(message)):
+        backbone(convert(images))
+    replaced = np.nan_to_num(images, posinf=0, neginf=0)
+    np.testing.assert_allclose(backbone(replaced).feature_maps[0], pooled(replaced)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (1, 2, 31, 47)])
+def test_one_value_is_found_wherever_it_is_on_the_shortest_path(value, place):
+    backbone, engine = over_numpy(2)
+    images = pixels(2)
+    assert images.flags.carray
+    images[place] = value
+    with pytest.raises(InputError, match=f"in sample {place[0]}\\)"):
+        backbone(images)
+    assert engine.batches == []
+
+
+@pytest.mark.parametrize("value", [3e19, 3.4e38, -3.4e38, 1e-45])
+def test_large_and_tiny_values_are_no_false_alarm(value):
+    """The sum of their squares is not finite, and they are."""
+    backbone, engine = over_numpy(2)
+    images = np.zeros((2, 3, 32, 48), np.float32)
+    images[:, :, ::8, ::8] = value
+    backbone(images)
+    backbone(images.astype(np.float64))
+    assert engine.batches == [2, 2]
+
+
+def test_many_samples_that_are_not_finite_make_one_short_line():
+    backbone, _ = over_numpy(2)
+    with pytest.raises(InputError) as caught:
+        backbone(np.full((9, 3, 32, 48), np.nan, np.float32))
+    assert "4608 NaN in sample 2, and more in 6 other samples" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_are_not_checked_for_who_says_so_nor_in_frames(tmp_path):
+    images = pixels(2)
+    images[0, 0, 0, 0] = np.nan
+    engine = NumpySession(pooling_input())
+    maps = EdgeBackbone(SPEC, engine.input, engine, check_finite=False)(images).feature_maps
+    np.testing.assert_array_equal(maps[0], pooled(images)[0])
+    bundle = make_bundle(tmp_path / "b.bundle")
+    with EdgeBackbone.from_pretrained(bundle.path, check_finite=False) as opened:
+        assert np.isnan(opened(images).feature_maps[0][0, 0, 0, 0])
+    with EdgeBackbone.from_pretrained(bundle.path) as opened, pytest.raises(InputError, match="1 NaN in sample 0"):
+        opened(images)
+    fixed = ShapeRange.fixed
+    frames = InputSpec(name="image", channels=3, batch=fixed(1), height=fixed(32), width=fixed(48))
+    assert not EdgeBackbone(SPEC, frames, NumpySession(frames))._checks_values
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda a: a.astype(">f4"),
+        lambda a: a.astype(">f8"),
+        lambda a: a.view(np.memmap),
+        lambda a: np.ma.masked_array(a),
+        lambda a: np.ma.masked_array(a, mask=False),
+        lambda a: np.broadcast_to(a, a.shape),
+        lambda a: np.frombuffer(a.tobytes(), np.float32).reshape(a.shape),
+        lambda a: np.concatenate([a, a], axis=3)[..., : a.shape[3]],
+    ],
+)
+def test_arrays_in_other_clothes_give_the_same_maps(backbone, convert):
+    images = pixels(2)
+    maps = backbone(convert(images)).feature_maps
+    assert type(maps[0]) is np.ndarray
+    np.testing.assert_allclose(maps[0], pooled(images)[0], atol=1e-5)
+
+
+def test_what_the_engine_is_given_is_a_plain_array():
+    seen = []
+
+    class Watching(NumpySession):
+        def run(self, array):
+            seen.append(type(array))
+            return super().run(array)
+
+    backbone = EdgeBackbone(SPEC, pooling_input(), Watching(pooling_input()))
+    backbone(np.ma.masked_array(pixels(2)))
+    assert seen == [np.ndarray]
 
 
 @pytest.mark.parametrize("index", [1, [1, 1], np.array([1, 1])])

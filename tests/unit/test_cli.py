@@ -183,6 +183,30 @@ def test_run_refuses_what_is_not_an_image(bundle, tmp_path):
     assert f"{broken} does not decode as an image" in refused(run("run", bundle.path, broken, "--out", tmp_path / "o"))
     assert "has no images" in refused(run("run", bundle.path, (tmp_path / "empty").mkdir() or tmp_path / "empty"))
     assert "does not exist" in refused(run("run", bundle.path, tmp_path / "nothing.jpg"))
+    said = refused(run("run", bundle.path, tmp_path))
+    assert f"{tmp_path}: none of its 1 files is read: {broken} does not decode as an image: it begins with" in said
+
+
+def test_run_skips_the_broken_files_of_a_folder_with_the_reason(bundle, photo, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "z.png"):
+        (folder / name).write_bytes(photo.read_bytes())
+    (folder / "empty.jpg").touch()
+    for name in ("thermal 1.png", "thermal 2.png"):
+        Image.new("I;16", (20, 10)).save(folder / name)
+    arguments = ("run", bundle.path, folder, "--out", tmp_path / "out", "--no-picture")
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.npz", "z.npz"]
+    head, *reasons = done.stderr.splitlines()
+    assert head == "3 files were skipped:"
+    assert reasons[0].startswith(f"  {folder}/thermal 1.png has pixels of more than 8 bits")
+    assert reasons[0].endswith("(and 1 more)")
+    assert reasons[1:] == [f"  {folder}/empty.jpg does not decode as an image: it is empty"]
+    entries = {Path(entry["image"]).name: entry for entry in json.loads(run(*arguments, "--json").stdout)}
+    assert "features" in entries["a.png"]
+    assert entries["empty.jpg"]["skipped"] == "does not decode as an image: it is empty"
 
 
 def test_damaged_bundles_are_refused_in_one_line(tmp_path):

@@ -121,6 +121,11 @@ def refusing(message):
         (lambda: libcuda(fails={"cuInit": 100}), "driver present, cuInit failed: CUDA_ERROR_NO_DEVICE"),
         (lambda: libcuda(fails={"cuInit": 803}), "driver present, cuInit failed: CUDA error 803"),
         (
+            lambda: libcuda(fails={"cuInit": 3}),
+            "driver present, and this process was forked from one that uses CUDA, which cannot be used here: start workers "
+            "with the 'spawn' method",
+        ),
+        (
             lambda: libcuda(fails={"cuDeviceGetCount": 719}),
             "driver present, cuDeviceGetCount failed: CUDA_ERROR_LAUNCH_FAILED",
         ),

@@ -17,8 +17,11 @@ ON_DEVICE = [
     *(
         f"edge_backbones.{name}"
         for name in (
+            "difference",
             "errors",
             "spec",
+            "frames",
+            "image_files",
             "images",
             "manifest",
             "profiles",

@@ -15,7 +15,7 @@ from build_scripts.write_schema import json_schema
 from edge_backbones import manifest
 from edge_backbones.errors import ManifestError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "manifest.v5.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "manifest.v6.json"
 SCHEMA = Path(manifest.__file__).with_name("manifest.schema.json")
 
 
@@ -35,9 +35,9 @@ def test_golden_manifest_is_read_and_written_to_the_same_bytes():
     assert manifest.encode(manifest.decode(data)) == data
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_a_manifest_of_an_older_version_is_refused_with_the_way_out(version):
-    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 5: build the bundle again"):
+    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 6: build the bundle again"):
         manifest.decode(GOLDEN.with_name(f"manifest.v{version}.json").read_bytes())
 
 
@@ -65,9 +65,9 @@ def test_missing_keys_are_refused_by_name(document):
         manifest.decode(json.dumps(changed).encode())
 
 
-@pytest.mark.parametrize(("version", "advice"), [(6, "upgrade edge-backbones"), (0, "build the bundle again")])
+@pytest.mark.parametrize(("version", "advice"), [(7, "upgrade edge-backbones"), (0, "build the bundle again")])
 def test_other_schema_versions_are_refused_with_the_way_out(document, version, advice):
-    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 5: {advice}"):
+    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 6: {advice}"):
         manifest.decode(json.dumps({**document, "schema_version": version}).encode())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -156,6 +157,36 @@ def test_close_goes_from_contexts_to_the_runtime_and_results_stay(machine):
     machine.gpu.memory = {m.pointer: machine.gpu.memory[m.pointer] for m in on_gpu}
     del maps, on_gpu
     assert machine.left_over() == {}
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_forked_child_asks_cuda_for_nothing(machine, graphs):
+    """What runs in the child of a process with a session, while a thread of the parent holds the lock."""
+    session, images = machine.open(cuda_graphs=graphs), pixels(2)
+    array = machine.gpu.put(images)
+    graphed = session.graphed(array, STREAM)
+    maps, on_gpu = session.run(images), session.run_on_device(array, STREAM)
+    held = threading.Thread(target=session._contexts._lock.acquire)
+    held.start()
+    held.join()
+    references, before = sys.getrefcount(session._contexts), len(machine.gpu.calls)
+    session._contexts.abandon()
+    for _ in range(2):
+        for call in (lambda: session.run(images), lambda: session.run_on_device(array, STREAM), graphed):
+            with pytest.raises(
+                InferenceError, match="TensorRT was started in the process that this one was forked from"
+            ):
+                call()
+        session.close()
+        session._contexts.abandon()  # and in a child of the child
+    contexts = session._contexts
+    check(maps, images)
+    del on_gpu, graphed, call
+    session = None
+    gc.collect()
+    assert machine.gpu.calls[before:] == []
+    assert +machine.library.live != {}
+    assert sys.getrefcount(contexts) > references - 2  # kept for good
 
 
 def test_nothing_of_tensorrt_is_made_under_an_old_driver(machine, monkeypatch):

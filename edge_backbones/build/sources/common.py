@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import torch
-from timm.models._helpers import load_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
+from edge_backbones.build.sources.checkpoints import flat_tensors
 from edge_backbones.errors import HubUnreachableError, InputError, SourceError, first_line
 from edge_backbones.images import ImageConfig
 from edge_backbones.spec import align_stages
@@ -24,7 +26,7 @@ _TABLE_STD = 0.02  # what most networks start their position embeddings with
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 OFFLINE_ADVICE = "pass a local file (--weights model.safetensors) or seeded random weights (--weights random:0)"
 IMAGENET = ImageConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-_SMALL_FILES = ["config.json", "preprocessor_config.json"]
+_SMALL_FILES = ["config.json", "preprocessor_config.json", "processor_config.json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,9 @@ class SourceOptions:
     network's own. ``img_size``: (height, width), None for the network's own, or ``default_size`` of one
     that knows none (convolutional ones of transformers). ``out_indices`` / ``out_features``: the
     kept stages by transformers' rules; when neither is given, what the source has chosen, or the last stage.
-    ``hidden_states``: also return every hidden state. ``dataset_index``: the expert of a VitPose with several.
+    ``hidden_states``: also return every hidden state. ``dataset_index``: the expert of a VitPose with several. ``image``: its
+    preprocessing, where the source has none or another is meant: an image processor of transformers, the folder or file of
+    one, a data configuration of timm, or an ImageConfig.
     """
 
     weights: str = "pretrained"
@@ -48,6 +52,7 @@ class SourceOptions:
     out_features: tuple[str, ...] | None = None
     hidden_states: bool = False
     dataset_index: int = 0
+    image: Any = None
 
 
 def kept_stages(
@@ -61,14 +66,6 @@ def kept_stages(
     if not kept[0]:
         raise InputError(f"no stage is kept: choose at least one of {list(stage_names)}")
     return kept
-
-
-def for_channels(config: ImageConfig, channels: int) -> ImageConfig:
-    """For other than its own channels the mean over channels serves each of them."""
-    if len(config.mean) == channels:
-        return config
-    mean, std = ((sum(values) / len(values),) * channels for values in (config.mean, config.std))
-    return msgspec.structs.replace(config, mean=mean, std=std)
 
 
 def refuse_dataset_index(options: SourceOptions) -> None:
@@ -120,21 +117,40 @@ def wake_residual_branches(net: nn.Module) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, without running code in it. Raises SourceError naming the file."""
+    """Read every tensor of a file without running code in it; those in nested dicts by their dotted path.
+
+    Raises SourceError naming the file, and the classes in a pickle that torch would have to import.
+    """
     if not path.is_file():
         raise SourceError(f"weights {str(path)!r} are neither 'pretrained', 'random:SEED' nor a file that exists")
     try:
-        # Read here and not by timm: older releases run the code in a pickle unless told not to.
-        content = load_state_dict(str(path), weights_only=True)
-        if not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise TypeError("it holds more than tensors")
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script stores its arguments
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = flat_tensors(content)
+        if not tensors:
+            raise TypeError("it holds no state dict")
     except Exception as error:  # unpickling and safetensors errors have no common base
         cause = first_line(error).partition(". ")[0]
+        classes = _classes(path)
+        if classes:
+            cause = f"it is a pickle with {', '.join(classes)} in it"
         raise SourceError(
             f"{path} cannot be read as a checkpoint ({cause}): save it as .safetensors, "
             "or as a plain state dict with torch.save"
         ) from error
-    return dict(content)
+    return tensors
+
+
+def _classes(path: Path) -> list[str]:
+    """The classes and functions that a pickle of torch would import; none for what is no such file."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a damaged file, or one of something else
+        return []
+    return sorted(name for name in found if name != "argparse.Namespace")
 
 
 def tensors_sha256(net: nn.Module) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from timm.models._features import FeatureGetterNet, FeatureHookNet
 from torch import nn
 
 from edge_backbones.build.artifacts import LoadedBackbone
+from edge_backbones.build.sources.checkpoints import (
+    fits,
+    learned_shapes,
+    main_part,
+    misfit,
+    place,
+    surplus_tensors,
+    whole_names,
+    without_wrappers,
+)
 from edge_backbones.build.sources.common import (
     OFFLINE_ADVICE,
     SourceOptions,
@@ -28,9 +40,10 @@ from edge_backbones.build.sources.common import (
     seeded,
     wake_residual_branches,
 )
+from edge_backbones.build.sources.nearest import nearest
+from edge_backbones.build.sources.processors import given, of_timm
 from edge_backbones.bundle import record_file
-from edge_backbones.errors import HubUnreachableError, SourceError, first_line
-from edge_backbones.images import ImageConfig
+from edge_backbones.errors import HubUnreachableError, SourceError
 from edge_backbones.manifest import Source
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
 
@@ -47,6 +60,8 @@ def load_timm(name: str, options: SourceOptions, *, native_layout: bool = False)
     weights that do not fit; HubUnreachableError when pretrained weights cannot be had; InputError for the stages.
     """
     refuse_dataset_index(options)
+    if options.img_size is None and (image := given(options.image)) is not None:
+        options = dataclasses.replace(options, img_size=image.size)
     arguments = _arguments(name, options)
     with torch.device("meta"):
         outline = _create(name, {**arguments, "pretrained": False})
@@ -105,15 +120,10 @@ def load_timm_folder(folder: Path, options: SourceOptions) -> LoadedBackbone:
         if not files:
             raise SourceError(f"{folder} has no weights: a .safetensors, .bin or .pth file belongs beside config.json")
         options = dataclasses.replace(options, weights=str(files[0]))
-    loaded = load_timm(name, options)
-    config = resolve_data_config({}, pretrained_cfg=preprocessing)  # type: ignore[no-untyped-call]
-    height, width = options.img_size or config["input_size"][1:]
-    return dataclasses.replace(
-        loaded,
-        image_config=_image_config(config, loaded.channels_in),
-        height=int(height),
-        width=int(width),
-    )
+    if options.image is None and preprocessing:
+        config = resolve_data_config({}, pretrained_cfg=preprocessing)  # type: ignore[no-untyped-call]
+        options = dataclasses.replace(options, image=of_timm(config, f"pretrained_cfg in {folder.name}/config.json"))
+    return load_timm(name, options)
 
 
 def _loaded(
@@ -134,8 +144,9 @@ def _loaded(
     channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
     layout: Layout = "NHWC" if native_layout and channels_last else "NCHW"
     config = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
-    height, width = options.img_size or config["input_size"][1:]
     channels_in = options.num_channels or int(config["input_size"][0])
+    preprocessing = (given(options.image) or of_timm(config, _read_from(net, source))).for_channels(channels_in)
+    height, width = options.img_size or preprocessing.usual_size or config["input_size"][1:]
     spec = BackboneSpec(
         stage_names=stage_names,
         out_features=features,
@@ -149,13 +160,23 @@ def _loaded(
     )
     return LoadedBackbone(
         module=_Stages(net, [returned.index(i) for i in (*kept, *others)], channels_last and not native_layout).eval(),
-        source=source,
-        image_config=_image_config(config, channels_in),
+        source=preprocessing.written_into(source),
+        image_config=preprocessing.config,
         channels_in=channels_in,
         height=int(height),
         width=int(width),
         spec=spec,
+        image_differs=preprocessing.differs,
     )
+
+
+def _read_from(net: Any, source: Source) -> str:
+    """timm's word for the configuration of a network, or that it has none of its own."""
+    config = getattr(net, "pretrained_cfg", None) or {}
+    if not config.get("mean"):
+        return f"timm's defaults, since {source.name} has no configuration"
+    tag = f".{config['tag']}" if config.get("tag") else ""
+    return f"timm's configuration of {config.get('architecture') or source.name.partition('.')[0]}{tag}"
 
 
 def _input_channels(net: nn.Module, options: SourceOptions) -> int | None:
@@ -239,7 +260,7 @@ def _create(name: str, arguments: Mapping[str, Any]) -> Any:
     try:
         with set_layer_config(exportable=True):
             return timm.create_model(name, **arguments)
-    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
         options = {
             k: v for k, v in arguments.items() if k not in ("features_only", "pretrained", "pretrained_cfg_overlay")
         }
@@ -303,25 +324,87 @@ def cached_weights(repository: str) -> dict[str, str] | None:
 
 
 def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.Module:
-    """Load a file through timm's own key mapping, and make sure that it reached every layer.
+    """Load a file in timm's own names, whatever prefix they have there, or in the names of the architecture's authors.
+
+    Other image sizes, other channels and authors' names go through timm's key mapping, which may leave layers without
+    weights. Raises SourceError unless every learned tensor came from the file.
+    """
+    state = read_checkpoint(path)
+    untrained = {**arguments, "pretrained": False}
+    with torch.device("meta"):
+        extractor = _create(name, untrained)
+        whole = _create(name, {k: v for k, v in untrained.items() if k not in ("features_only", "out_indices")})
+    every = whole.state_dict()
+    names = whole_names(extractor.state_dict(), every)
+    wanted = {names[key]: shape for key, shape in learned_shapes(extractor).items()}
+    placement = place(path, name, state, wanted, every)
+    fillers: dict[str, torch.Tensor] = {}
+    if placement is None:
+        attempts = [main_part(state)]
+        stripped = without_wrappers(attempts[0])
+        attempts += [stripped] if stripped.keys() != attempts[0].keys() else []
+    else:
+        surplus = surplus_tensors(state, wanted, every, placement)
+        if surplus:
+            near = nearest(state, but=name)
+            raise SourceError(f"{path} {misfit(name, state, wanted, surplus=surplus, near=near)}")
+        attempts = [{key: state[placement.keys[key]] for key in set(names.values()) & placement.keys.keys()}]
+        # timm drops heads and final norms only after loading: it may insist on them, and knows its own files by them.
+        fillers = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in every.items() if k not in set(names.values())}
+        if fits(state, wanted, placement):
+            own = {key: attempts[0][names[key]] for key in names if names[key] in attempts[0]}
+            return _as_it_is(name, {**fillers, **attempts[0]}, own, arguments)
+    unreached: list[str] = []
+    for attempt in attempts:
+        with _foreign_keys():
+            net, unreached = _mapped_by_timm(name, attempt, fillers, arguments)
+            if not unreached:
+                return net
+    missing, near = [names[key] for key in unreached], nearest(state, but=name)
+    raise SourceError(f"{path} {misfit(name, state, wanted, unreached=missing, near=near)}")
+
+
+@contextlib.contextmanager
+def _foreign_keys() -> Iterator[None]:
+    """Give up an attempt for whatever timm's key mappings trip over; memory that ran out says nothing of the keys."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        logging.getLogger(__name__).debug("timm does not map these keys: %r", error)
+
+
+def _as_it_is(
+    name: str, whole: Mapping[str, torch.Tensor], own: dict[str, torch.Tensor], arguments: Mapping[str, Any]
+) -> nn.Module:
+    """Load tensors that have the network's names and shapes (``own``), past timm's mapping, which would resize some.
+
+    timm is still asked to load the ``whole`` network: it makes some networks otherwise for pretrained weights.
+    """
+    net = None
+    with _foreign_keys():
+        net = _from_state_dict(name, whole, arguments)
+    if net is None:
+        with seeded(0):
+            net = _create(name, {**arguments, "pretrained": False})
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    net.load_state_dict({key: value for key, value in own.items() if value.shape == shapes[key]}, strict=False)
+    return net
+
+
+def _mapped_by_timm(
+    name: str, state: Mapping[str, torch.Tensor], fillers: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """Load through timm's own key mapping; also return the learned tensors that got nothing from ``state``.
 
     timm ignores keys that are missing from the file, so the network is made twice from one seed, the second time with
     every number of the file changed: a weight or a statistic that is the same in both got nothing from the file.
     """
-    content = read_checkpoint(path)
-    changed = {key: 1.5 * value + 1.25 if value.is_floating_point() else value for key, value in content.items()}
-    try:
-        net, other = (_from_state_dict(name, state, arguments) for state in (content, changed))
-    except SourceError as error:
-        raise SourceError(f"{path} does not fit {name}: {first_line(error.__cause__ or error)}") from error
-    second = other.state_dict()
-    learned = [key for key, _ in net.named_parameters()] + [key for key in second if "running_" in key]
-    untouched = [key for key in learned if torch.equal(net.state_dict()[key], second[key])]
-    if untouched:
-        raise SourceError(
-            f"{path} has no weights for {len(untouched)} tensors of {name}, {untouched[0]} first: wrong file?"
-        )
-    return net
+    changed = {key: 1.5 * value + 1.25 if value.is_floating_point() else value for key, value in state.items()}
+    net, other = (_from_state_dict(name, {**fillers, **content}, arguments) for content in (state, changed))
+    first, second = net.state_dict(), other.state_dict()
+    return net, [key for key in learned_shapes(net) if torch.equal(first[key], second[key])]
 
 
 def _from_state_dict(name: str, state: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> nn.Module:
@@ -331,17 +414,3 @@ def _from_state_dict(name: str, state: Mapping[str, torch.Tensor], arguments: Ma
     for module in net.modules():  # timm keeps the overlay, and with it a second copy of all weights
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return net
-
-
-def _image_config(config: Mapping[str, Any], channels: int) -> ImageConfig:
-    """timm's data config; for other than its own channels the mean over channels serves each of them."""
-    mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
-    if len(mean) != channels:
-        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
-    return ImageConfig(
-        mean=mean,
-        std=std,
-        interpolation=config["interpolation"],
-        crop_pct=float(config["crop_pct"]),
-        crop_mode=config.get("crop_mode") or "center",
-    )

@@ -24,10 +24,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import logging as library_logging
 
 from edge_backbones.build.artifacts import LoadedBackbone
+from edge_backbones.build.sources.checkpoints import (
+    explanation,
+    fits,
+    learned_shapes,
+    main_part,
+    misfit,
+    place,
+    surplus_tensors,
+)
 from edge_backbones.build.sources.common import (
-    IMAGENET,
     SourceOptions,
-    for_channels,
     kept_stages,
     random_seed,
     read_checkpoint,
@@ -35,14 +42,13 @@ from edge_backbones.build.sources.common import (
     seeded,
     wake_residual_branches,
 )
+from edge_backbones.build.sources.nearest import nearest
+from edge_backbones.build.sources.processors import given, unknown
 from edge_backbones.build.sources.timm import load_timm, load_timm_module
 from edge_backbones.bundle import record_file
 from edge_backbones.errors import InputError, SourceError, first_line
-from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import Source
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
-
-_PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 def load_config(config: Any, options: SourceOptions) -> LoadedBackbone:
@@ -69,12 +75,10 @@ def load_config(config: Any, options: SourceOptions) -> LoadedBackbone:
             )
         else:
             path = Path(options.weights)
-            state = read_checkpoint(path)
-            what = f"{path} in a {type(config).__name__}"
-            net = _complete(what, None, _backbone_class(config), config=config, state_dict=state)
+            net = _from_checkpoint(config, path)
             sha256 = record_file(path.parent, path.name).sha256
             source = msgspec.structs.replace(source, weights="checkpoint", weights_sha256=sha256)
-    return load_module(net, source, options, image_config=None)
+    return load_module(net, source, options)
 
 
 def load_folder(folder: Path, options: SourceOptions, *, name: str) -> LoadedBackbone:
@@ -100,7 +104,7 @@ def load_folder(folder: Path, options: SourceOptions, *, name: str) -> LoadedBac
     with _choosing_stages(config, options):
         net = _complete(str(folder), folder, backbone_class, config=config)
     source = Source(library="transformers", name=name, weights="pretrained")
-    return load_module(net, source, options, image_config=read_image_config(folder))
+    return load_module(net, source, options)
 
 
 def load_client_folder(folder: Path) -> Any:
@@ -113,15 +117,14 @@ def load_client_folder(folder: Path) -> Any:
     return _complete(str(folder), folder, model_class, config=_without_downloads(config))
 
 
-def load_module(
-    net: Any, source: Source, options: SourceOptions, *, image_config: ImageConfig | None
-) -> LoadedBackbone:
+def load_module(net: Any, source: Source, options: SourceOptions) -> LoadedBackbone:
     """A live backbone of transformers, used as it is: hand over a copy in eval mode."""
     net = net.float()  # transformers 5 keeps the half precision of a checkpoint
     if isinstance(net, transformers.TimmBackbone):
-        return _load_timm_backbone(net, source, options, image_config)
+        return _load_timm_backbone(net, source, options)
     _refuse_timm_options(options)
-    if options.num_channels not in (None, channels_in := _channels_in(net.config)):
+    channels_in = _channels_in(net.config)
+    if options.num_channels not in (None, channels_in):
         raise SourceError(
             f"{source.name} takes {channels_in} channels, not {options.num_channels}: set num_channels in its configuration"
         )
@@ -129,7 +132,9 @@ def load_module(
     features, indices = kept_stages(stage_names, options, tuple(net.out_indices))
     if list(features) != list(net.out_features):
         net.out_features = list(features)
-    height, width = options.img_size or _pair(getattr(net.config, "image_size", None) or options.default_size)
+    preprocessing = (given(options.image) or unknown(f"this {type(net).__name__}")).for_channels(channels_in)
+    own_size = getattr(net.config, "image_size", None) or options.default_size
+    height, width = options.img_size or preprocessing.usual_size or _pair(own_size)
     module = _Stages(net, options)
     spec = _measured(module, stage_names, features, indices, torch.zeros(1, channels_in, height, width))
     config = {**_json_of(net.config), "out_features": list(features), "out_indices": list(indices)}
@@ -137,12 +142,13 @@ def load_module(
         source = msgspec.structs.replace(source, options={**source.options, "dataset_index": module.dataset_index})
     return LoadedBackbone(
         module=module.eval(),
-        source=msgspec.structs.replace(source, config=config),
-        image_config=for_channels(image_config or IMAGENET, channels_in),
+        source=preprocessing.written_into(msgspec.structs.replace(source, config=config)),
+        image_config=preprocessing.config,
         channels_in=channels_in,
         height=height,
         width=width,
         spec=spec,
+        image_differs=preprocessing.differs,
     )
 
 
@@ -272,27 +278,6 @@ def read_config(path: Path) -> Any:
         ) from error
 
 
-def read_image_config(folder: Path) -> ImageConfig | None:
-    """Mean, standard deviation and filter of the model's image processor, None where the folder has none."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("do_normalize", True):
-            mean, std = content["image_mean"], content["image_std"]
-        else:
-            mean, std = [0.0] * 3, [1.0] * 3
-        return ImageConfig(
-            mean=tuple(float(v) for v in mean),
-            std=tuple(float(v) for v in std),
-            interpolation=_PIL_FILTERS[int(content.get("resample", 3))],  # type: ignore[arg-type]
-            crop_pct=float(content.get("crop_pct") or IMAGENET.crop_pct),
-        )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise SourceError(f"{path} is not an image processor's configuration: {first_line(error)}") from error
-
-
 def _backbone_config(config: Any) -> Any:
     """A copy that may be changed; of a client's configuration the backbone's part."""
     inner = getattr(config, "backbone_config", None)
@@ -367,6 +352,33 @@ def _complete(what: str, folder: Path | None, model_class: Any, **arguments: Any
     return net.eval()
 
 
+def _from_checkpoint(config: Any, path: Path) -> Any:
+    """Load a file of the backbone, or of a model that holds it, whatever prefix the backbone has there.
+
+    Names of other releases go through transformers' own key mapping. Raises SourceError unless every learned tensor came
+    from the file.
+    """
+    state = read_checkpoint(path)
+    with seeded(0):
+        net = _from_config(config)
+    every, wanted = net.state_dict(), learned_shapes(net)
+    what = type(net).__name__
+    placement = place(path, what, state, wanted, every)
+    if placement is None or not fits(state, wanted, placement):
+        try:
+            return _complete(
+                f"{path} in a {type(config).__name__}", None, type(net), config=config, state_dict=main_part(state)
+            )
+        except SourceError as error:
+            raise SourceError(f"{error} {explanation(what, state, wanted, nearest(state))}") from error
+    surplus = surplus_tensors(state, wanted, every, placement)
+    if surplus:
+        raise SourceError(f"{path} {misfit(what, state, wanted, surplus=surplus, near=nearest(state))}")
+    placed = {name: state[key] for name, key in placement.keys.items()}
+    net.load_state_dict({k: v for k, v in placed.items() if v.shape == every[k].shape}, strict=False)
+    return net
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers reports every head that is not loaded and draws bars of its own; what matters here is checked."""
@@ -427,17 +439,12 @@ def _load_timm_config(config: Any, options: SourceOptions) -> LoadedBackbone:
     return _with_config(loaded, config)
 
 
-def _load_timm_backbone(
-    net: Any, source: Source, options: SourceOptions, image_config: ImageConfig | None
-) -> LoadedBackbone:
+def _load_timm_backbone(net: Any, source: Source, options: SourceOptions) -> LoadedBackbone:
     """A live TimmBackbone: the feature extractor in it, its layout kept."""
     if options.out_indices is None and options.out_features is None:
         options = dataclasses.replace(options, out_indices=tuple(net.out_indices))
     loaded = load_timm_module(net._backbone, source, options, native_layout=True)
-    loaded = _with_config(loaded, net.config)
-    if image_config is None:
-        return loaded
-    return dataclasses.replace(loaded, image_config=for_channels(image_config, loaded.channels_in))
+    return _with_config(loaded, net.config)
 
 
 def _with_config(loaded: LoadedBackbone, config: Any) -> LoadedBackbone:
