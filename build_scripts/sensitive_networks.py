@@ -1,7 +1,7 @@
 """Networks of timm that amplify rounding, each built in fp32 with few, some and many photographs.
 
-``python -m build_scripts.sensitive_networks`` writes benchmarks/results/sensitive.md. Random weights; the worst relative error
-of any feature map, in the engine, against fp32 torch. Takes half an hour.
+``python -m build_scripts.sensitive_networks`` writes benchmarks/results/sensitive.md: the worst relative error of any feature
+map of the engine, against fp32 torch. Weights are random. Takes half an hour.
 """
 
 from __future__ import annotations
