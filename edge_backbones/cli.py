@@ -251,6 +251,7 @@ def build(
                 "parity": result.reports,
                 "skipped": result.skipped,
                 "reasons": result.reasons,
+                "preprocessing": result.bundle.manifest.preprocessing,
                 "notes": result.notes,
                 "decision": result.bundle.manifest.decision,
             }
@@ -260,7 +261,7 @@ def build(
         _print_skipped(result.reasons)
     _print_parity(result.reports)
     _print_trials(result.bundle.manifest.decision)
-    for note in result.notes:
+    for note in (result.bundle.manifest.preprocessing, *result.notes):
         _err.print(note, soft_wrap=True)
     _out.print(f"wrote {bundle}" + ("" if written is None else f" and {written}"))
 

@@ -387,7 +387,7 @@ def build_bundle(
         write_manifest(folder, manifest)
         progress("writing the bundle", 0, None)
         reasons = image_set.reasons
-        notes = [manifest.preprocessing, *loaded.source.preprocessing_notes]
+        notes = list(loaded.source.preprocessing_notes)
         notes += [] if verdict.decision is None else [verdict.decision.sentence]
         for stage in export.zero_stages(golden, prepared.spec.outputs):
             notes.append(

@@ -104,9 +104,9 @@ def test_a_client_with_weights_gives_its_features_for_its_own_processor_s_pixels
     model, processor = rt_detr(), transformers.RTDetrImageProcessor(size={"height": 96, "width": 128})
     options = BuildOptions(from_model=True, input="image", **FP32)
     result = build_bundle(saved(tmp_path, model, processor), tmp_path / "b", options=options)
-    assert result.notes[0].startswith("preprocessing: both sides to 96x128 (bilinear")
-    assert "read from RTDetrImageProcessor in preprocessor_config.json" in result.notes[0]
-    manifest = Bundle.open(tmp_path / "b").manifest
+    manifest = result.bundle.manifest
+    assert manifest.preprocessing.startswith("preprocessing: both sides to 96x128 (bilinear")
+    assert "read from RTDetrImageProcessor in preprocessor_config.json" in manifest.preprocessing
     photograph = pictures()["landscape"]
     pixels = processor(images=photograph, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
