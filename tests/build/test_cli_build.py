@@ -47,6 +47,7 @@ def test_build_reports_parity_and_skipped_images(built):
     target, document = built
     assert document["skipped"] == ["broken.jpg"]
     assert document["reasons"]["broken.jpg"].startswith("does not decode as an image: ")
+    assert document["preprocessing"].endswith("read from timm's configuration of resnet10t.c3_in1k")
     assert [report["precision"] for report in document["parity"]] == ["int8", "fp16"]
     assert all(stage["passed"] for report in document["parity"] for stage in report["stages"])
     manifest = Bundle.open(target).manifest

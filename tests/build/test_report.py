@@ -230,6 +230,7 @@ def test_what_the_build_tried_and_sizes_are_those_of_the_manifest(int8, page):
     assert hashes == [(f.path, str(f.size), f.sha256) for f in manifest.files()]
     assert manifest.digest in page.text
     assert manifest.provenance.created in page.text
+    assert manifest.preprocessing.removeprefix("preprocessing: ") in page.text
 
 
 def test_the_trade_curve_has_a_point_where_each_timed_trial_is(report):

@@ -86,6 +86,7 @@ def test_inspect_shows_stages_and_engines(bundle):
     assert done.returncode == 0
     assert "pool4" in done.stdout
     assert "yes" in done.stdout
+    assert bundle.manifest.preprocessing in done.stdout
     document = json.loads(run("inspect", bundle.path, "--json").stdout)
     assert document["manifest"]["backbone"]["out_features"] == ["pool4", "pool8"]
     assert document["reasons_against"] == {bundle.manifest.engines[0].name: []}
