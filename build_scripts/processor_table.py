@@ -19,7 +19,7 @@ from torch import nn
 
 from build_scripts.photographs import photographs
 from edge_backbones.build.prepare import _FromImage
-from edge_backbones.build.sources.processors import Preprocessing, _pixels, of_processor
+from edge_backbones.build.sources.processors import Preprocessing, of_processor, pixels_of
 from edge_backbones.images import fit
 
 OUT = Path("benchmarks/results/preprocessing.md")
@@ -115,7 +115,7 @@ def pictures() -> dict[str, Image.Image]:
 
 def largest_difference(processor: Any, preprocessing: Preprocessing) -> float:
     """Grey levels between a processor's pixels and those of `fit` and the graph, over all pictures."""
-    return max(_difference(preprocessing, picture, _pixels(processor, picture)) for picture in pictures().values())
+    return max(_difference(preprocessing, picture, pixels_of(processor, picture)) for picture in pictures().values())
 
 
 def _difference(preprocessing: Preprocessing, picture: Image.Image, theirs: np.ndarray) -> float:

@@ -74,8 +74,9 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     rounding: Literal["timm", "transformers", "transformers_pil", "paddle"] = "timm"
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
-            raise ValueError(f"mean {self.mean} and std {self.std} need one value per channel, std above 0")
+        finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
+        if len(self.mean) != len(self.std) or not self.mean or not finite or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} and std {self.std} need one finite value per channel, std above 0")
         if not 0 < self.crop_pct <= _MOST_CROP:
             raise ValueError(f"crop_pct must be in (0, {_MOST_CROP}], got {self.crop_pct}")
         if min(self.short_edge or 1, self.long_edge or 1, self.size_multiple) < 1:

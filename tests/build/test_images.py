@@ -281,6 +281,8 @@ def test_images_are_listed_sorted_whatever_the_depth_and_case(tmp_path: Path):
         {"size_multiple": 0},
         {"std": (0.2, 0.2)},
         {"std": (0.2, 0.0, 0.2)},
+        {"std": (0.2, float("nan"), 0.2)},
+        {"mean": (0.2, float("inf"), 0.2)},
         {"mean": (), "std": ()},
     ],
 )

@@ -164,7 +164,16 @@ def test_a_class_that_this_transformers_lacks_is_taken_by_its_values_and_noted(t
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"image_processor_type": "ViTImageProcessor", "size": "big"}', "[" * 100_000]
+    "content",
+    [
+        "",
+        "[]",
+        '{"image_processor_type": "ViTImageProcessor", "size": "big"}',
+        '{"image_processor_type": "ViTImageProcessor", "size": {"height": 1000000, "width": 1000000}}',
+        '{"image_processor_type": "ViTImageProcessor", "image_mean": [NaN, NaN, NaN]}',
+        '{"image_mean": [0.5], "image_std": [0.0], "do_rescale": true}',
+        "[" * 100_000,
+    ],
 )
 def test_a_broken_processor_file_is_named(tmp_path, content):
     folder = saved(tmp_path, resnet(), transformers.ViTImageProcessor())

@@ -43,6 +43,7 @@ _PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 _PROBES = ((0.45, 0.38), (1.1, 1.7), (1.9, 1.2))
 """(rows, columns) of the test pictures, times the side that a processor scales to: smaller, landscape and portrait."""
 
+_LARGEST_SIDE = 8192  # of a test picture: memory follows its square
 _CANVAS_STEP = 32  # deepest stride of detection backbones
 _WARP_FROM = 384  # ConvNextImageProcessor crops below this size and squashes from it on
 
@@ -214,6 +215,9 @@ def of_processor(processor: Any, where: str) -> Preprocessing:
     read_from = f"{name} {where}"
     try:
         first, size = _written(processor)
+        largest = max(first.short_edge or 0, first.long_edge or 0, *(size or (0, 0)))
+        if largest > _LARGEST_SIDE:
+            raise ValueError(f"a side of {largest} pixels, at most {_LARGEST_SIDE} are taken")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise SourceError(f"{read_from} has values that are no transform: {first_line(error)}") from error
     if not callable(processor):
@@ -320,7 +324,7 @@ def _compared(processor: Any, name: str, written: Preprocessing) -> Preprocessin
     edge = first.short_edge or first.long_edge or min(size or (224, 224))
     pictures = [_picture(int(edge * rows), int(edge * columns), step=1 if resizes else 64) for rows, columns in _PROBES]
     try:
-        theirs = [_pixels(processor, picture) for picture in pictures]
+        theirs = [pixels_of(processor, picture) for picture in pictures]
     except Exception as error:  # a processor that asks for more than a picture trips over it in its own way
         cause = first_line(error, typed=True)
         note = (
@@ -392,7 +396,7 @@ def _picture(rows: int, columns: int, *, step: int = 1) -> Image.Image:
     return Image.fromarray(np.clip(255 * (0.7 * slope + stripes + noise), 0, 255).astype(np.uint8))
 
 
-def _pixels(processor: Any, picture: Image.Image) -> np.ndarray:
+def pixels_of(processor: Any, picture: Image.Image) -> np.ndarray:
     """What a processor makes of one picture: float32 (channels, rows, columns)."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "resample was ignored" and the like
