@@ -572,7 +572,7 @@ def verify(
                 engine=engine,
                 device=gpu,
                 allow_host_code=allow_host_code,
-                trusted=key,
+                trusted=key or None,
                 sigstore=identity,
                 progress=progress,
             )

@@ -51,7 +51,8 @@ MACHINE_KEYS = Path(
 MACHINE_STATE = Path("/var/lib/edge_backbones")
 SIGNED, SIGNATURE = "signature/manifest.json", "signature/model.sig"
 
-Trusted = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+_File = str | os.PathLike[str]
+Trusted = _File | list[_File] | tuple[_File, ...]
 _MAX_BYTES = 1 << 20  # of a signature, a key or a chain of certificates: a hundred times what they have
 _MAKE_KEYS = (
     "openssl ecparam -name prime256v1 -genkey -noout -out private.pem, and openssl ec -in private.pem -pubout -out "
@@ -207,7 +208,7 @@ def _demands(trusted: Trusted | None) -> list[_Demand]:
         _Demand(f"{whose} trusted keys ({folder})", _files_in(folder)) for whose, folder in folders if _is_there(folder)
     ]
     if trusted is not None:
-        listed = [trusted] if isinstance(trusted, (str, os.PathLike)) else list(trusted)
+        listed = trusted if isinstance(trusted, (list, tuple)) else [trusted]
         if not listed or not all(isinstance(file, (str, os.PathLike)) and os.fspath(file) for file in listed):
             raise InputError(f"trusted must be the path of a public key or several, got {trusted!r}")
         paths = [Path(file) for file in listed]
@@ -283,7 +284,7 @@ class _PublicKeyHint(msgspec.Struct):
 
 class _Material(msgspec.Struct, rename="camel"):
     public_key: _PublicKeyHint | None = None
-    x509_certificate_chain: msgspec.Raw | None = None
+    x509_certificate_chain: dict[str, Any] | None = None
 
 
 class _DsseSignature(msgspec.Struct):
