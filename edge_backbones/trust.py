@@ -51,8 +51,7 @@ MACHINE_KEYS = Path(
 MACHINE_STATE = Path("/var/lib/edge_backbones")
 SIGNED, SIGNATURE = "signature/manifest.json", "signature/model.sig"
 
-_File = str | os.PathLike[str]
-Trusted = _File | list[_File] | tuple[_File, ...]
+Trusted = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _MAX_BYTES = 1 << 20  # of a signature, a key or a chain of certificates: a hundred times what they have
 _MAKE_KEYS = (
     "openssl ecparam -name prime256v1 -genkey -noout -out private.pem, and openssl ec -in private.pem -pubout -out "
@@ -208,7 +207,7 @@ def _demands(trusted: Trusted | None) -> list[_Demand]:
         _Demand(f"{whose} trusted keys ({folder})", _files_in(folder)) for whose, folder in folders if _is_there(folder)
     ]
     if trusted is not None:
-        listed = trusted if isinstance(trusted, (list, tuple)) else [trusted]
+        listed: list[Any] = list(trusted) if isinstance(trusted, (list, tuple)) else [trusted]
         if not listed or not all(isinstance(file, (str, os.PathLike)) and os.fspath(file) for file in listed):
             raise InputError(f"trusted must be the path of a public key or several, got {trusted!r}")
         paths = [Path(file) for file in listed]
@@ -533,7 +532,7 @@ def _library(module: str, what: str) -> Any:
 
 def _comparable(manifest: Manifest) -> Any:
     """What a device may not change, as plain values."""
-    return msgspec.to_builtins(msgspec.structs.replace(manifest, engines=(), digest=""))
+    return msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(manifest, engines=(), digest="")))
 
 
 def _difference(signed: Any, current: Any, at: str = "") -> str:
@@ -543,7 +542,7 @@ def _difference(signed: Any, current: Any, at: str = "") -> str:
             (f"{at}.{key}".lstrip("."), signed.get(key, msgspec.UNSET), current.get(key, msgspec.UNSET))
             for key in {**signed, **current}
         ]
-    elif isinstance(signed, (list, tuple)) and isinstance(current, (list, tuple)) and len(signed) == len(current):
+    elif isinstance(signed, list) and isinstance(current, list) and len(signed) == len(current):
         fields = [(f"{at}[{i}]", a, b) for i, (a, b) in enumerate(zip(signed, current, strict=True))]
     elif type(signed) is type(current) and signed == current:
         return ""

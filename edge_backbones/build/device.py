@@ -512,8 +512,8 @@ def verify_bundle(
         advice[id(measured)] = _advice_on_verifying(bundle, record)
         if measured.passed and not record.parity.measured:
             fresh = msgspec.structs.replace(record, parity=measured)
-            if told := trust.vouch(bundle, fresh, instead_of=record):
-                progress(told, 0, None)
+            if doubt := trust.vouch(bundle, fresh, instead_of=record):
+                progress(doubt, 0, None)
             bundle = bundle.add_engine(fresh, {})
             bundle, told = _timed(bundle, on, code=allow_host_code, anew=True, progress=progress)
             for text in told:

@@ -270,6 +270,8 @@ class EdgeBackbone:
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
+        refused: dict[str, str] = {}
+
         def open_engine(bundle: Bundle) -> tuple[EngineRecord, session.EngineSession]:
             nonlocal refused
             bundle, refused = trust.admit(bundle, trusted)
@@ -289,7 +291,6 @@ class EdgeBackbone:
             )
             return record, opened
 
-        refused: dict[str, str] = {}
         host = compat.this_host(session.installed_versions(), device=gpu)
         try:
             bundle, (record, opened) = read_current(path, open_engine)
