@@ -148,6 +148,21 @@ def vouch(bundle: Bundle, engine: EngineRecord, *, instead_of: EngineRecord | No
     return ""
 
 
+def known_engines(bundle: Bundle) -> tuple[EngineRecord, ...]:
+    """The engines that were signed or that this machine vouches for, whoever signed; of an unsigned bundle all.
+
+    For who decides what is still to be compiled: others would be passed over where a signature is asked for.
+    """
+    if not (bundle.path / SIGNATURE).is_file():
+        return bundle.manifest.engines
+    try:
+        manifest = _read_signed(bundle, SIGNED, "")
+        reasons = _reasons_against_engines(bundle, _decode(bundle, manifest), manifest)
+    except BundleError:  # no signature that anybody takes
+        return bundle.manifest.engines
+    return tuple(engine for engine in bundle.manifest.engines if engine.name not in reasons)
+
+
 def sign_bundle(
     path: str | os.PathLike[str],
     *,

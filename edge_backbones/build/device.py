@@ -357,7 +357,7 @@ def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, plan: Pla
     if flavour in ("tensorrt", "tensorrt_rtx") and _is_weak(graph, flavour, plan):
         source = bundle.manifest.onnx_graph(Precision.FP32) or graph
     host = compat.this_host(session.installed_versions(), device=None if flavour == "openvino" else device)
-    for engine in bundle.manifest.engines:
+    for engine in trust.known_engines(bundle):
         key = engine.key
         if (key.flavour, key.precision, key.graph_sha256) != (flavour, graph.precision, source.file.sha256):
             continue
@@ -438,7 +438,7 @@ def _graph_for_gpu(
 
 def _latest_timing_cache(bundle: Bundle) -> bytes | None:
     """What an earlier compilation measured; TensorRT itself leaves what another GPU measured."""
-    for engine in reversed(bundle.manifest.engines):
+    for engine in reversed(trust.known_engines(bundle)):
         if engine.timing_cache is not None:
             with contextlib.suppress(BundleError):  # damaged, or gone with its engine: it only saves time
                 return bytes(bundle.read(engine.timing_cache))

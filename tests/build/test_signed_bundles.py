@@ -55,6 +55,9 @@ def test_engines_that_the_device_compiles_are_trusted_there_and_nowhere_else(bun
         EdgeBackbone.from_pretrained(bundle, trusted=key)
     for engine in added:
         assert f"Not trusted: {engine.name}: was added after signing" in str(caught.value)
+    assert len(compile_bundle(bundle, resume=True).engines) == 2
+    assert compile_bundle(bundle, resume=True).engines == ()
+    EdgeBackbone.from_pretrained(bundle, trusted=key).close()
 
 
 def test_an_engine_is_compiled_on_the_spot_from_signed_graphs_only(bundle, built):
