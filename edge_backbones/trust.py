@@ -113,7 +113,7 @@ def admit(
             lambda config: config.use_sigstore_verifier(
                 identity=sigstore.identity, oidc_issuer=sigstore.issuer, trust_config=sigstore.trust_config
             ),
-            f"is not signed by {sigstore.identity} through Sigstore",
+            f"could not be shown to be signed by {sigstore.identity} through Sigstore",
         )
     signed = _decode(bundle, manifest)
     if found := _difference(_comparable(signed), _comparable(bundle.manifest)):
