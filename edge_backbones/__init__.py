@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edge_backbones.errors import EdgeBackbonesError as EdgeBackbonesError
     from edge_backbones.runtime.backbone import BackboneOutput as BackboneOutput
     from edge_backbones.runtime.backbone import EdgeBackbone as EdgeBackbone
+    from edge_backbones.trust import sign_bundle as sign_bundle
 
 _HOMES = {
     "AutoEdgeBackbone": "edge_backbones.auto",
@@ -34,6 +35,7 @@ _HOMES = {
     "BuildOptions": "edge_backbones.build.pipeline",
     "build_bundle": "edge_backbones.build.pipeline",
     "compile_bundle": "edge_backbones.build.device",
+    "sign_bundle": "edge_backbones.trust",
     "verify_bundle": "edge_backbones.build.device",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604

@@ -464,9 +464,81 @@ def remove(
 
 
 @app.command()
+def sign(
+    bundle: BundleArgument,
+    key: Annotated[
+        Path | None,
+        typer.Option(help="The private key: PEM, ECDSA on P-256, P-384 or P-521.", show_default=False),
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="The key's passphrase, first line of this file. Asked for on a terminal.", show_default=False
+        ),
+    ] = None,
+    certificate: Annotated[
+        list[Path] | None,
+        typer.Option(help="The key's certificate; repeat for those between it and the root.", show_default=False),
+    ] = None,
+    sigstore: Annotated[
+        bool,
+        typer.Option("--sigstore", help="Sign with an OpenID login instead of a key. Goes to Sigstore's public log."),
+    ] = False,
+    sigstore_config: Annotated[
+        Path | None, typer.Option(help="Another Sigstore: its client trust config, JSON.", show_default=False)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Sign a bundle with OpenSSF Model Signing, once its files are whole. Engines that a device adds later do not break it.
+
+    Example: **edge-backbones sign resnet50.bundle --key private.pem**, and on the device **edge-backbones verify
+    resnet50.bundle --key public.pem**. Keys are made with **openssl ecparam -name prime256v1 -genkey -noout -out
+    private.pem** and **openssl ec -in private.pem -pubout -out public.pem**.
+    """
+    from edge_backbones import trust
+
+    passphrase = None
+    if passphrase_file is not None:
+        passphrase = trust.read_passphrase(passphrase_file)
+    elif key is not None and sys.stdin.isatty() and trust.has_passphrase(key):
+        passphrase = typer.prompt(f"passphrase of {key}", hide_input=True, err=True).encode()
+    signer = trust.sign_bundle(
+        bundle,
+        key=key,
+        passphrase=passphrase,
+        certificates=certificate or (),
+        sigstore=sigstore,
+        trust_config=sigstore_config,
+    )
+    if as_json:
+        _print_json({"bundle": str(bundle), "signature": str(bundle / trust.SIGNATURE), "signer": signer})
+        return
+    _out.print(f"signed {bundle} with {signer}: {bundle / trust.SIGNATURE}")
+
+
+@app.command()
 def verify(
     bundle: BundleArgument,
     engine: EngineOption = None,
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Refuse a bundle that is not signed by this public key (PEM), or under this certificate; a folder of them, "
+            "or repeat: one is enough.",
+            show_default=False,
+        ),
+    ] = None,
+    sigstore_identity: Annotated[
+        str | None,
+        typer.Option(help="Refuse a bundle that this e-mail address or workflow did not sign.", show_default=False),
+    ] = None,
+    sigstore_issuer: Annotated[
+        str | None,
+        typer.Option(help="Who vouches for it, as https://accounts.google.com.", show_default=False),
+    ] = None,
+    sigstore_config: Annotated[
+        Path | None, typer.Option(help="Another Sigstore: its client trust config, JSON.", show_default=False)
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Where a gate fails, find the layer in which the error is born.")
     ] = False,
@@ -475,15 +547,35 @@ def verify(
     allow_host_code: AllowHostCode = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check every file of a bundle and measure parity again, through the real runtime.
+    """Check the signature where one is asked for, every file of a bundle, and measure parity again through the real runtime.
 
     An engine that was compiled ahead of time for this GPU is measured for the first time, and may run from then on."""
     from edge_backbones.build.device import verify_bundle
+    from edge_backbones.trust import SigstoreIdentity
 
+    if (sigstore_identity is None) != (sigstore_issuer is None) or (sigstore_config and sigstore_identity is None):
+        raise InputError(
+            "Sigstore's signatures are of somebody, by an issuer: pass --sigstore-identity and --sigstore-issuer"
+        )
+    identity = None
+    if sigstore_identity is not None and sigstore_issuer is not None:
+        identity = SigstoreIdentity(sigstore_identity, sigstore_issuer, sigstore_config)
     try:
-        with _Steps(as_json) as progress:
+        with _Steps(as_json) as steps:
+
+            def progress(step: str, done: int, total: int | None) -> None:
+                if step.startswith("passing "):
+                    _err.print(step, soft_wrap=True)
+                steps(step, done, total)
+
             reports = verify_bundle(
-                bundle, engine=engine, device=gpu, allow_host_code=allow_host_code, progress=progress
+                bundle,
+                engine=engine,
+                device=gpu,
+                allow_host_code=allow_host_code,
+                trusted=key or None,
+                sigstore=identity,
+                progress=progress,
             )
     except ParityError as error:
         if not explain:
@@ -494,7 +586,7 @@ def verify(
         _print_json({"bundle": str(bundle), "parity": reports})
         return
     _print_parity(reports)
-    _out.print(f"{bundle} is whole and right")
+    _out.print(f"{bundle} is whole and right" + (", and signed as asked" if key or identity else ""))
 
 
 def _explain(bundle: Path, engine: str | None, gpu: int, picture: Path, error: ParityError, as_json: bool) -> None:

@@ -14,7 +14,8 @@
     ├── ParityError
     ├── BundleError
     │   ├── ManifestError
-    │   └── IntegrityError
+    │   ├── IntegrityError
+    │   └── TrustError
     ├── EngineMismatchError
     ├── ClientMismatchError
     ├── InferenceError
@@ -112,6 +113,10 @@ class ManifestError(BundleError):
 
 class IntegrityError(BundleError):
     """A file of a bundle is missing, truncated, changed or outside the folder."""
+
+
+class TrustError(BundleError):
+    """A bundle is not signed by a key that is trusted here, or is not what was signed; a key that cannot be used."""
 
 
 class EngineMismatchError(EdgeBackbonesError):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from edge_backbones import trust
 from edge_backbones.bench.results import Comparison, Measurement, Ratio
 from edge_backbones.bundle import Bundle, load_golden, write_beside_and_rename
 from edge_backbones.errors import (
@@ -76,7 +77,7 @@ def write_report(
     Raises BundleError for a damaged bundle, EngineMismatchError for an engine that it does not hold, InputError for a place
     that cannot be written, MissingDependencyError without the report extra.
     """
-    opened = Bundle.open(bundle)
+    opened, _ = trust.admit(Bundle.open(bundle))
     folder = Path(os.path.abspath(bundle))
     target = folder.with_name(f"{folder.name}.report.html") if out is None else Path(out)
     if target.resolve().is_relative_to(folder.resolve()):

@@ -26,6 +26,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
+from edge_backbones import trust
 from edge_backbones.bench import energy
 from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, load_network
 from edge_backbones.bench.results import FEWEST_TURNS, Comparison, Machine, Measurement, ratio_of
@@ -107,7 +108,7 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
     bundle that cannot be run here, InferenceError when the engine itself fails.
     """
     options = options or CompareOptions()
-    bundle = Bundle.open(path)
+    bundle, _ = trust.admit(Bundle.open(path))
     kind, gpu = parse_device(options.device)
     host = compat.this_host(session.installed_versions(), device=gpu)
     engine = session.choose_engine(bundle, host, options.engine, device=kind)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from edge_backbones import trust
 from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, compile_for_gpu, engine_of_torchscript
 from edge_backbones.build.parity import DEFAULT_GATES, advice_on_building, measure_engine, require, time_engines
@@ -92,6 +93,7 @@ def compile_bundle(
             "--flavour torch_tensorrt, on a machine with the GPU"
         )
     bundle = Bundle.open(path)
+    trust.admit(bundle)
     form = "torchscript" if flavour == "torchscript" else "onnx"
     held = [g for g in bundle.manifest.graphs if g.format == form]
     graphs = [g for g in held if precisions is None or g.precision in precisions]
@@ -140,6 +142,8 @@ def compile_bundle(
             note(text)
         report = _passed(bundle, graph, golden, engine, device, code=allow_host_code, progress=progress)
         record, contents = _engine_record(engine, report, graph)
+        if told := trust.vouch(bundle, record):
+            note(told)
         bundle = bundle.add_engine(record, contents)
         added.append(record.name)
 
@@ -275,6 +279,7 @@ def _measured(
 def _runs_here(bundle: Bundle, device: int | None, *, code: bool) -> list[EngineRecord]:
     place = "cpu" if device is None else "cuda"
     host = compat.this_host(session.installed_versions(), device=device)
+    bundle, _ = trust.admit(bundle)
     return [e for e in bundle.manifest.engines if not session.reasons_against(e, host, device=place, code=code)]
 
 
@@ -352,7 +357,7 @@ def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, plan: Pla
     if flavour in ("tensorrt", "tensorrt_rtx") and _is_weak(graph, flavour, plan):
         source = bundle.manifest.onnx_graph(Precision.FP32) or graph
     host = compat.this_host(session.installed_versions(), device=None if flavour == "openvino" else device)
-    for engine in bundle.manifest.engines:
+    for engine in trust.known_engines(bundle):
         key = engine.key
         if (key.flavour, key.precision, key.graph_sha256) != (flavour, graph.precision, source.file.sha256):
             continue
@@ -433,7 +438,7 @@ def _graph_for_gpu(
 
 def _latest_timing_cache(bundle: Bundle) -> bytes | None:
     """What an earlier compilation measured; TensorRT itself leaves what another GPU measured."""
-    for engine in reversed(bundle.manifest.engines):
+    for engine in reversed(trust.known_engines(bundle)):
         if engine.timing_cache is not None:
             with contextlib.suppress(BundleError):  # damaged, or gone with its engine: it only saves time
                 return bytes(bundle.read(engine.timing_cache))
@@ -470,17 +475,26 @@ def verify_bundle(
     engine: str | None = None,
     device: int = 0,
     allow_host_code: bool = False,
+    trusted: trust.Trusted | None = None,
+    sigstore: trust.SigstoreIdentity | None = None,
     progress: Progress = no_progress,
 ) -> tuple[ParityReport, ...]:
     """Check every file of a bundle, and measure again every engine that can run here (or just ``engine``).
 
     An engine that was compiled ahead of time is measured for the first time, and the report is added to the bundle: from
     then on runtimes take it. One that another process takes out meanwhile is left out. ``device``: the GPU for engines that
-    need one. Raises BundleError for a damaged file, EngineMismatchError when no engine can run here, and when all are
-    measured ParityError for those of which a feature map is outside the gate that the bundle was built with.
+    need one. ``trusted`` and ``sigstore``: who must have signed, checked before anything runs, as in
+    :func:`edge_backbones.trust.admit`; engines that it refuses are passed over, and ``progress`` gets why.
+
+    Raises TrustError (a BundleError) for a bundle that is not signed as asked, BundleError for a damaged file,
+    EngineMismatchError when no engine can run here, and when all are measured ParityError for those of which a feature map is
+    outside the gate that the bundle was built with.
     """
     progress("checking files", 0, None)
     bundle, _ = read_current(path, Bundle.check_files)
+    bundle, refused = trust.admit(bundle, trusted, sigstore=sigstore)
+    for name, reason in refused.items():
+        progress(f"passing {name} over: it {reason}", 0, None)
     golden = load_golden(bundle)
     reports: list[ParityReport] = []
     advice: dict[int, str] = {}
@@ -497,7 +511,10 @@ def verify_bundle(
         reports.append(measured)
         advice[id(measured)] = _advice_on_verifying(bundle, record)
         if measured.passed and not record.parity.measured:
-            bundle = bundle.add_engine(msgspec.structs.replace(record, parity=measured), {})
+            fresh = msgspec.structs.replace(record, parity=measured)
+            if doubt := trust.vouch(bundle, fresh, instead_of=record):
+                progress(doubt, 0, None)
+            bundle = bundle.add_engine(fresh, {})
             bundle, told = _timed(bundle, on, code=allow_host_code, anew=True, progress=progress)
             for text in told:
                 progress(text, 0, None)
@@ -518,7 +535,7 @@ def explain_bundle(
         from edge_backbones.build.explain import explain
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"explaining an error ({error.name} is not installed)", "build") from error
-    bundle = Bundle.open(path)
+    bundle, _ = trust.admit(Bundle.open(path))
     bundle.check_files()
     golden, input = load_golden(bundle), bundle.manifest.input
     found = []

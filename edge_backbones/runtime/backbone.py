@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from edge_backbones import trust
 from edge_backbones.bundle import Bundle, read_current
 from edge_backbones.errors import BundleError, EngineMismatchError, InputError, first_line
 from edge_backbones.manifest import EngineRecord, Source
@@ -240,6 +241,7 @@ class EdgeBackbone:
         allow_host_code: bool = False,
         on_mismatch: Literal["raise", "compile"] = "raise",
         check_finite: bool = True,
+        trusted: trust.Trusted | None = None,
     ) -> EdgeBackbone:
         """Open a bundle with the best engine that fits this machine.
 
@@ -254,7 +256,12 @@ class EdgeBackbone:
         ``check_finite``: raise InputError for NaN and infinity in arrays on the host. The check reads the input once, which
         takes less than 1 % of a call of mobilenetv3_large_100 on one image of 224 x 224.
 
-        Raises BundleError for a damaged bundle, EngineMismatchError when nothing in it can run here, InputError for a
+        ``trusted``: the PEM file of a public key, or several, or a folder of them: the bundle must be signed by one (see
+        :mod:`edge_backbones.trust`), as it must be where the machine or the user has such a folder. Engines that were added
+        since and that this machine did not make are passed over.
+
+        Raises BundleError for a damaged bundle, TrustError (a BundleError) for one that is not signed as asked,
+        EngineMismatchError when nothing in it can run here, InputError for a
         device that is not one, InferenceError in a forked child whose parent has opened an engine of the same library. With
         ``on_mismatch="compile"`` an engine that can is compiled, verified and added to the bundle instead, which takes from
         seconds to minutes, and raises what `compile_bundle` raises.
@@ -263,8 +270,16 @@ class EdgeBackbone:
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
+        refused: dict[str, str] = {}
+
         def open_engine(bundle: Bundle) -> tuple[EngineRecord, session.EngineSession]:
-            record = session.choose_engine(bundle, host, engine, device=kind, allow_host_code=allow_host_code)
+            nonlocal refused
+            bundle, refused = trust.admit(bundle, trusted)
+            try:
+                record = session.choose_engine(bundle, host, engine, device=kind, allow_host_code=allow_host_code)
+            except EngineMismatchError as error:
+                told = "".join(f". Not trusted: {name}: {why}" for name, why in refused.items())
+                raise EngineMismatchError(f"{error}{told}") from error
             opened = session.open_session(
                 bundle,
                 record,
@@ -294,7 +309,7 @@ class EdgeBackbone:
             manifest.source,
             device=place,
             engine_name=record.name,
-            passed_over=others,
+            passed_over={**others, **refused},
             check_finite=check_finite,
         )
         options = {
@@ -306,6 +321,7 @@ class EdgeBackbone:
             "allow_host_code": allow_host_code,
             "on_mismatch": on_mismatch,
             "check_finite": check_finite,
+            "trusted": trust.absolute(trusted),
         }
         graph = record.key.precision.value, record.key.graph_sha256
         backbone._origin = _Origin(os.path.realpath(path), options, graph, manifest.input)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import zipfile
 from email.parser import Parser
@@ -15,9 +16,12 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from build_scripts import device_install
 from build_scripts.device_install import OLDEST, build_wheel, find_oldest_python
+from edge_backbones import sign_bundle
 
 LIMIT = 1_000_000
 DEVICE = """
@@ -135,3 +139,22 @@ def test_compile_and_doctor_without_torch(python, wheel, bundle):
     assert sum(finding["topic"].startswith("engine ") and finding["ok"] for finding in findings) == 2
     missing = {finding["topic"]: finding["fix"] for finding in findings if not finding["ok"]}
     assert missing["build bundles"] == "pip install 'edge-backbones[build]'"
+
+
+def test_a_signature_is_checked_with_cryptography_alone(old_python, wheel, bundle, tmp_path):
+    signed, private, public = tmp_path / "signed.bundle", tmp_path / "private.pem", tmp_path / "public.pem"
+    shutil.copytree(bundle, signed)
+    key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    sign_bundle(signed, key=private)
+    run(old_python, "-m", "venv", str(tmp_path / "env"))
+    executable = str(tmp_path / "env" / "bin" / "python")
+    code = f"from edge_backbones import Bundle, trust; print(trust.admit(Bundle.open({str(signed)!r}), {str(public)!r})[1])"
+    run(executable, "-m", "pip", "install", "--quiet", str(wheel))
+    assert "pip install 'edge-backbones[trust]'" in run(executable, "-c", code, code=1)
+    run(executable, "-m", "pip", "install", "--quiet", f"{wheel}[trust]")
+    assert run(executable, "-c", code).strip() == "{}"
+    listed = json.loads(run(executable, "-m", "pip", "list", "--format=json").splitlines()[0])
+    extra = {row["name"].lower() for row in listed} - {"pip", "setuptools", "edge-backbones", "numpy", "msgspec"}
+    assert extra - {"typing_extensions"} == {"cryptography", "cffi", "pycparser"}

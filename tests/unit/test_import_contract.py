@@ -27,6 +27,7 @@ ON_DEVICE = [
             "profiles",
             "system",
             "bundle",
+            "trust",
             "child",
             "doctor",
             "report",
