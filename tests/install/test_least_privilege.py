@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from build_scripts.fetch_systemd import require_analyze
+from build_scripts import fetch_systemd
 
 JETSON = Path(__file__).parents[2] / "build_scripts" / "jetson"
 ROBOT, COMPILE = JETSON / "edge-backbones@.service", JETSON / "edge-backbones-compile@.service"
@@ -112,7 +112,7 @@ def test_compiling_comes_first_and_a_robot_starts_without_it():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="systemd is for Linux only")
 @pytest.mark.parametrize("unit", [ROBOT, COMPILE], ids=lambda path: path.stem)
 def test_systemd_calls_the_exposure_small(unit):
-    analyze = require_analyze()
+    analyze = fetch_systemd.require_analyze()
     version = subprocess.run([analyze, "--version"], capture_output=True, text=True, check=True).stdout
     if int(version.split()[1].partition(".")[0]) < 250:
         pytest.skip(f"{version.splitlines()[0]} judges running units only, 250 files too")
@@ -125,6 +125,26 @@ def test_systemd_calls_the_exposure_small(unit):
     done = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True, check=False)
     told = [line for line in done.stderr.splitlines() if "edge-backbones" in line and "is not executable" not in line]
     assert told == []
+
+
+def test_systemd_is_fetched_by_root_alone_and_told_of_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="apt install systemd"):
+        fetch_systemd.require_analyze()
+    with pytest.raises(RuntimeError, match="only root can add"):  # there is no apt-get on this path either
+        fetch_systemd.install_analyze()
+    apt = tmp_path / "apt-get"
+    apt.write_text("#!/bin/sh\necho 'E: no network' >&2; exit 100\n", encoding="utf-8")
+    apt.chmod(0o755)
+    monkeypatch.setattr(fetch_systemd.os, "geteuid", lambda: 1000)
+    with pytest.raises(RuntimeError, match="only root can add"):
+        fetch_systemd.install_analyze()
+    monkeypatch.setattr(fetch_systemd.os, "geteuid", lambda: 0)
+    with pytest.raises(RuntimeError, match="apt-get update failed .E: no network.: install systemd"):
+        fetch_systemd.install_analyze()
+    made = tmp_path / "systemd-analyze"
+    apt.write_text(f"#!/bin/sh\n[ $2 = update ] || {{ : > {made} && /bin/chmod 755 {made}; }}\n", encoding="utf-8")
+    assert fetch_systemd.install_analyze() == str(made)
 
 
 @pytest.fixture

@@ -54,10 +54,10 @@ class Robot:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
         for line in self.process.stdout:
             self._lines.put(line.rstrip("\n"))
 
@@ -80,11 +80,16 @@ class Robot:
 
     def end(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(60)
-        finally:
-            self.process.kill()
-            self.process.wait()
+        return self.process.wait(60)
+
+    def __enter__(self) -> Robot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +99,9 @@ def mine(bundle, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def robot(mine) -> Iterator[Robot]:
-    running = Robot(mine, mine.parent, "--patience", "60")
-    try:
+    with Robot(mine, mine.parent, "--patience", "60") as running:
         running.told("layer1")
         yield running
-    finally:
-        running.process.kill()
-        running.process.wait()
 
 
 # ---- what a bundle can become
@@ -204,7 +205,7 @@ def golden_that_is_none(folder: Path) -> None:
 TRAPS: dict[Callable[[Path], None], str] = {
     no_object: r"manifest",
     half_a_manifest: r"manifest",
-    nested_manifest: r"manifest",
+    nested_manifest: r"",
     nested_config: r"",
     sparse_manifest: r"manifest",
     fifo_manifest: r"",
@@ -229,7 +230,7 @@ def refused(robot: Robot, mine: Path, bundle: Path, spoil: Callable[[Path], None
     spoil(mine)
     try:
         robot.take_up()
-        robot.told(f"^serving on with the engine in use: .*{why}.")
+        robot.told(f"^serving on with the engine in use: (?=.).*{why}")
         assert robot.process.poll() is None
     finally:
         shutil.rmtree(mine, ignore_errors=True)
@@ -260,17 +261,13 @@ def test_after_all_that_it_takes_up_a_good_one_and_ends_cleanly(robot, mine):
 
 def test_an_engine_that_hangs_is_given_up(bundle, tmp_path):
     mine = shutil.copytree(bundle, tmp_path / "net.bundle")
-    robot = Robot(mine, tmp_path, "--patience", "3")
-    try:
+    with Robot(mine, tmp_path, "--patience", "3") as robot:
         robot.told("layer1")
         rewrite(mine, lambda data: b"hangs" + data)
         robot.take_up()
         robot.told("^serving on with the engine in use: .* took longer than 3 s")
         robot.take_up()  # and the end does not wait for what is under way
         assert robot.end() == 0
-    finally:
-        robot.process.kill()
-        robot.process.wait()
 
 
 def test_a_bundle_that_cannot_be_opened_at_first_is_told_in_one_line(tmp_path):
