@@ -21,6 +21,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.installed
 	$(BIN)/python -m build_scripts.fetch_bindings
 	$(BIN)/python -m build_scripts.fetch_chromium
+	$(BIN)/python -m build_scripts.fetch_systemd
 	$(PYTEST)
 	@if [ -d $(OLD_TRANSFORMERS)/transformers ]; then \
 	  set -x; PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) tests/transformers; \
