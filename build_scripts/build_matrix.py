@@ -67,6 +67,7 @@ from edge_backbones.bundle import Bundle
 from edge_backbones.errors import BundleError, EdgeBackbonesError, InputError
 from edge_backbones.manifest import EngineRecord, Flavour, Gate, encode
 from edge_backbones.profiles import RTX_ARCHITECTURES, load_profile
+from edge_backbones.reading import read_file, refusing
 from edge_backbones.runtime import compat, cuda, session
 from edge_backbones.spec import Precision, ShapeRange
 
@@ -96,6 +97,8 @@ _STRUCTURED = {  # options that are no plain values
 # Cells are forked from a server that has imported what takes seconds and starts no thread (OpenVINO and ONNX Runtime do).
 _PRELOADED = ["edge_backbones.build.pipeline", "timm", "onnxscript"]
 _PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+_MAX_BYTES = 1 << 20
+_MAX_STATE_BYTES = 64 << 20
 _POLL = 3.0  # seconds between two looks at what a cluster offers
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -189,11 +192,11 @@ raises is the end of that task; NoWorkerError leaves it waiting."""
 def read_matrix(path: Path) -> Matrix:
     """Raises InputError that names the file and the field."""
     try:
-        matrix = msgspec.toml.decode(path.read_bytes(), type=Matrix)
+        data = read_file(path, limit=_MAX_BYTES)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a build matrix: {error}") from error
+    with refusing(lambda why: InputError(f"{path} is not a build matrix: {why}")):
+        matrix = msgspec.toml.decode(data, type=Matrix)
     from edge_backbones.build.pipeline import BuildOptions
 
     known = {field.name for field in dataclasses.fields(BuildOptions)} - {"precisions", "cache", "calibration"}
@@ -433,8 +436,10 @@ def _holds(bundle: Path, engines: Sequence[str]) -> bool:
 
 def _read_state(path: Path) -> dict[str, Ending]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Ending])
-    except (OSError, msgspec.DecodeError):
+        data = read_file(path, limit=_MAX_STATE_BYTES)
+        with refusing(InputError):
+            return msgspec.json.decode(data, type=dict[str, Ending])
+    except (OSError, InputError):
         return {}
 
 
