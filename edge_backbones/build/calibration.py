@@ -226,7 +226,7 @@ def _npz_rows(path: Path) -> Iterator[np.ndarray]:
                     said = shortened(str(shape), 100)
                     raise CalibrationError(f"{path} holds an array of shape {said}: its first axis must count images")
                 size = math.prod(shape[1:]) * dtype.itemsize
-                if not 0 < size <= _LARGEST_IMAGE or min(shape) < 1:
+                if not 0 < size <= _LARGEST_IMAGE or min(shape) < 0:
                     raise CalibrationError(
                         f"{path} holds an array of shape {shortened(str(shape), 100)}, not of images"
                     )
