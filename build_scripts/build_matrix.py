@@ -67,7 +67,7 @@ from edge_backbones.bundle import Bundle
 from edge_backbones.errors import BundleError, EdgeBackbonesError, InputError
 from edge_backbones.manifest import EngineRecord, Flavour, Gate, encode
 from edge_backbones.profiles import RTX_ARCHITECTURES, load_profile
-from edge_backbones.reading import read_file, refusing
+from edge_backbones.reading import read_file, refusing, shortened
 from edge_backbones.runtime import compat, cuda, session
 from edge_backbones.spec import Precision, ShapeRange
 
@@ -203,14 +203,17 @@ def read_matrix(path: Path) -> Matrix:
     for model in matrix.models:
         unknown = sorted(set(model.options) - known)
         if unknown:
-            raise InputError(f"{path}: {model.title} has options {unknown}; there are {', '.join(sorted(known))}")
+            said, title = shortened(str(unknown), 100), shortened(model.title, 80)
+            raise InputError(f"{path}: {title} has options {said}; there are {', '.join(sorted(known))}")
     for kind, titles in (("models", [m.title for m in matrix.models]), ("devices", [d.title for d in matrix.devices])):
         twice = sorted({title for title in titles if titles.count(title) > 1})
         if twice or not titles:
-            raise InputError(f"{path}: " + (f"two {kind} are named {twice[0]}" if twice else f"there are no {kind}"))
+            raise InputError(
+                f"{path}: " + (f"two {kind} are named {shortened(twice[0], 80)}" if twice else f"there are no {kind}")
+            )
         bad = [title for title in titles if not _NAME.fullmatch(title)]
         if bad:
-            raise InputError(f"{path}: {bad[0]!r} cannot be part of a file name: give it another name")
+            raise InputError(f"{path}: {shortened(bad[0], 80)!r} cannot be part of a file name: give it another name")
     return matrix
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 from edge_backbones.errors import InputError, MissingDependencyError
 from edge_backbones.manifest import Architecture, Flavour
-from edge_backbones.reading import read_file, refusing
+from edge_backbones.reading import read_file, refusing, shortened
 from edge_backbones.spec import InputSpec, Precision, ShapeRange, Size
 
 Kind = Literal["cpu", "jetson", "datacenter", "rtx"]
@@ -135,7 +135,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
     if text not in profiles:
         close = difflib.get_close_matches(text.lower().replace("_", "-").replace(" ", "-"), profiles, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(profiles)}"
-        raise InputError(f"no device profile {text!r}: {hint} (or give the path of a .toml file)")
+        raise InputError(f"no device profile {shortened(text, 80)!r}: {hint} (or give the path of a .toml file)")
     return profiles[text]
 
 

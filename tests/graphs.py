@@ -19,9 +19,7 @@ from edge_backbones.testing import make_bundle
 def pooling_graph() -> onnx.ModelProto:
     """The pooling backbone of edge_backbones.testing in ONNX, with a weight, a constant and a branch."""
     image = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [2, 3, 32, 48])
-    outputs = [
-        helper.make_tensor_value_info(f"pool{k}", TensorProto.FLOAT, [2, 3, 32 // k, 48 // k]) for k in (4, 8)
-    ]
+    outputs = [helper.make_tensor_value_info(f"pool{k}", TensorProto.FLOAT, [2, 3, 32 // k, 48 // k]) for k in (4, 8)]
     one = numpy_helper.from_array(np.ones((1, 3, 1, 1), np.float32), "one")
     yes = numpy_helper.from_array(np.array(True), "yes")
     same = helper.make_graph(
@@ -58,9 +56,7 @@ def with_graph(bundle: Bundle, data: bytes) -> Bundle:
     path = bundle.path / "graphs" / "fp32.onnx"
     path.unlink(missing_ok=True)
     path.write_bytes(data)
-    record = GraphRecord(
-        format="onnx", precision=Precision.FP32, file=record_bytes("graphs/fp32.onnx", data), opset=17
-    )
+    record = GraphRecord(format="onnx", precision=Precision.FP32, file=record_bytes("graphs/fp32.onnx", data), opset=17)
     [engine] = bundle.manifest.engines
     key = msgspec.structs.replace(engine.key, graph_sha256=hashlib.sha256(data).hexdigest())
     engines = (msgspec.structs.replace(engine, key=key),)

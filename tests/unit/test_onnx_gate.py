@@ -1,4 +1,4 @@
-"""The gate of ONNX graphs: what ONNX's own library writes passes, and what would leave the file, or lie about it, does not."""
+"""The gate of ONNX graphs: what ONNX's own library writes passes, and what would leave the file, or lies, does not."""
 
 from __future__ import annotations
 

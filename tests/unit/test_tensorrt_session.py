@@ -704,7 +704,7 @@ def test_a_plan_without_weights_takes_those_of_its_graph(machine):
     with pytest.raises(
         EngineMismatchError, match=r"does not take the weights of this graph \(weights of another graph\)"
     ):
-        machine.open(data=data, weights=GRAPH + bytes.fromhex("3203 6f7468")
+        machine.open(data=data, weights=GRAPH + bytes.fromhex("3203 6f7468"))
     start = len(machine.gpu.calls)
     machine.open(data=data, weights=GRAPH).close()
     machine.gpu.fail_at = len(machine.gpu.calls) + machine.gpu.calls[start:].index("Refitter") + 1
