@@ -206,11 +206,11 @@ def read_matrix(path: Path) -> Matrix:
             said, title = shortened(str(unknown), 100), shortened(model.title, 80)
             raise InputError(f"{path}: {title} has options {said}; there are {', '.join(sorted(known))}")
     for kind, titles in (("models", [m.title for m in matrix.models]), ("devices", [d.title for d in matrix.devices])):
-        twice = sorted({title for title in titles if titles.count(title) > 1})
-        if twice or not titles:
-            raise InputError(
-                f"{path}: " + (f"two {kind} are named {shortened(twice[0], 80)}" if twice else f"there are no {kind}")
-            )
+        twice = [title for title, count in collections.Counter(titles).items() if count > 1]
+        if not titles:
+            raise InputError(f"{path}: there are no {kind}")
+        if twice:
+            raise InputError(f"{path}: two {kind} are named {shortened(twice[0], 80)}")
         bad = [title for title in titles if not _NAME.fullmatch(title)]
         if bad:
             raise InputError(f"{path}: {shortened(bad[0], 80)!r} cannot be part of a file name: give it another name")
@@ -479,11 +479,12 @@ def build_options(task: Task) -> BuildOptions:
     options = {name: value for name, value in task.options.items() if name not in elsewhere}
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     for name in given.keys() & _STRUCTURED.keys():
-        try:
+        with refusing(lambda why, name=name: InputError(f"option {name}: {why}")):  # type: ignore[misc]
             given[name] = msgspec.convert(given[name], _STRUCTURED[name])
-        except msgspec.ValidationError as error:
-            raise InputError(f"option {name}: {error}") from error
-    return BuildOptions(**{"torchscript": False, **given, "precisions": (task.precision,)})
+    with refusing(
+        lambda why: InputError(f"the options of {shortened(task.model, 80)} are not those of a build: {why}")
+    ):
+        return BuildOptions(**{"torchscript": False, **given, "precisions": (task.precision,)})
 
 
 def _order(task: Task) -> dict[str, Any]:

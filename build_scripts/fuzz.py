@@ -79,6 +79,7 @@ name = "r"
 out_indices = [1, 2]
 weights = "random:0"
 height = 64
+width = 64
 batch = { min = 1, opt = 2, max = 4 }
 gates = { int8 = { min_sqnr_db = 12.0 } }
 [[devices]]

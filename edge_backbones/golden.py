@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_backbones.errors import InputError
 from edge_backbones.reading import shortened
 from edge_backbones.spec import BackboneSpec, InputSpec
 
@@ -45,7 +46,10 @@ def decode(
     arrays = {}
     for case in cases:
         images = _array(members[f"{case}/{input.name}"], f"{case}/{input.name}", input.dtype)
-        input.batch_height_width(images.shape)
+        try:
+            input.batch_height_width(images.shape)
+        except InputError as error:
+            raise ValueError(f"{case}/{error}") from error
         arrays[f"{case}/{input.name}"] = images
         for name in backbone.outputs:
             key, (layout, count) = f"{case}/{name}", channels[name]
