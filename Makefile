@@ -5,6 +5,8 @@
 # make gpu    tests and benchmark on this machine's NVIDIA GPU; writes benchmarks/results/<device>.json; installs nothing
 # make bench  the figures of the README, side by side with their peers, in half an hour; writes benchmarks/results.
 #             BENCH=--quick: five minutes, stores nothing. BENCH="--only resnet50 growth": these, the others stay.
+# make fuzz   random damage to every kind of file that a stranger may hand over, for an hour or two; prints what it found.
+#             FUZZ="--share 0.01": a minute. FUZZ="--only manifests golden": these kinds.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -13,7 +15,7 @@ OLD_TRANSFORMERS = $(VENV)/transformers-4.44
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench gpu coverage schema networks clean
+.PHONY: demo test lint bench fuzz gpu coverage schema networks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m build_scripts.demo
@@ -36,6 +38,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev $(VENV)/nncf/.installed
 	$(BIN)/python -m benchmarks.run --nncf $(VENV)/nncf/bin/python $(BENCH)
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m build_scripts.fuzz $(FUZZ)
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu_suite

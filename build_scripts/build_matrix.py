@@ -67,6 +67,7 @@ from edge_backbones.bundle import Bundle
 from edge_backbones.errors import BundleError, EdgeBackbonesError, InputError
 from edge_backbones.manifest import EngineRecord, Flavour, Gate, encode
 from edge_backbones.profiles import RTX_ARCHITECTURES, load_profile
+from edge_backbones.reading import read_file, refusing, shortened
 from edge_backbones.runtime import compat, cuda, session
 from edge_backbones.spec import Precision, ShapeRange
 
@@ -96,6 +97,8 @@ _STRUCTURED = {  # options that are no plain values
 # Cells are forked from a server that has imported what takes seconds and starts no thread (OpenVINO and ONNX Runtime do).
 _PRELOADED = ["edge_backbones.build.pipeline", "timm", "onnxscript"]
 _PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+_MAX_BYTES = 1 << 20
+_MAX_STATE_BYTES = 64 << 20
 _POLL = 3.0  # seconds between two looks at what a cluster offers
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -189,25 +192,28 @@ raises is the end of that task; NoWorkerError leaves it waiting."""
 def read_matrix(path: Path) -> Matrix:
     """Raises InputError that names the file and the field."""
     try:
-        matrix = msgspec.toml.decode(path.read_bytes(), type=Matrix)
+        data = read_file(path, limit=_MAX_BYTES)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a build matrix: {error}") from error
+    with refusing(lambda why: InputError(f"{path} is not a build matrix: {why}")):
+        matrix = msgspec.toml.decode(data, type=Matrix)
     from edge_backbones.build.pipeline import BuildOptions
 
     known = {field.name for field in dataclasses.fields(BuildOptions)} - {"precisions", "cache", "calibration"}
     for model in matrix.models:
         unknown = sorted(set(model.options) - known)
         if unknown:
-            raise InputError(f"{path}: {model.title} has options {unknown}; there are {', '.join(sorted(known))}")
+            said, title = shortened(str(unknown), 100), shortened(model.title, 80)
+            raise InputError(f"{path}: {title} has options {said}; there are {', '.join(sorted(known))}")
     for kind, titles in (("models", [m.title for m in matrix.models]), ("devices", [d.title for d in matrix.devices])):
-        twice = sorted({title for title in titles if titles.count(title) > 1})
-        if twice or not titles:
-            raise InputError(f"{path}: " + (f"two {kind} are named {twice[0]}" if twice else f"there are no {kind}"))
+        twice = [title for title, count in collections.Counter(titles).items() if count > 1]
+        if not titles:
+            raise InputError(f"{path}: there are no {kind}")
+        if twice:
+            raise InputError(f"{path}: two {kind} are named {shortened(twice[0], 80)}")
         bad = [title for title in titles if not _NAME.fullmatch(title)]
         if bad:
-            raise InputError(f"{path}: {bad[0]!r} cannot be part of a file name: give it another name")
+            raise InputError(f"{path}: {shortened(bad[0], 80)!r} cannot be part of a file name: give it another name")
     return matrix
 
 
@@ -433,8 +439,10 @@ def _holds(bundle: Path, engines: Sequence[str]) -> bool:
 
 def _read_state(path: Path) -> dict[str, Ending]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Ending])
-    except (OSError, msgspec.DecodeError):
+        data = read_file(path, limit=_MAX_STATE_BYTES)
+        with refusing(InputError):
+            return msgspec.json.decode(data, type=dict[str, Ending])
+    except (OSError, InputError):
         return {}
 
 
@@ -471,11 +479,12 @@ def build_options(task: Task) -> BuildOptions:
     options = {name: value for name, value in task.options.items() if name not in elsewhere}
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     for name in given.keys() & _STRUCTURED.keys():
-        try:
+        with refusing(lambda why, name=name: InputError(f"option {name}: {why}")):  # type: ignore[misc]
             given[name] = msgspec.convert(given[name], _STRUCTURED[name])
-        except msgspec.ValidationError as error:
-            raise InputError(f"option {name}: {error}") from error
-    return BuildOptions(**{"torchscript": False, **given, "precisions": (task.precision,)})
+    with refusing(
+        lambda why: InputError(f"the options of {shortened(task.model, 80)} are not those of a build: {why}")
+    ):
+        return BuildOptions(**{"torchscript": False, **given, "precisions": (task.precision,)})
 
 
 def _order(task: Task) -> dict[str, Any]:

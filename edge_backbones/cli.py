@@ -859,11 +859,11 @@ def bench(
 
     Example: edge-backbones bench resnet50.bundle --vs torch,onnxruntime,nncf --out today.json"""
     from edge_backbones.bench.compare import CompareOptions, compare, read_images
-    from edge_backbones.bench.results import decode, encode, regressions
+    from edge_backbones.bench.results import encode, read, regressions
 
     pythons = dict(entry.partition("=")[::2] for entry in peer_python or ())
     vs = vs if vs is not None else "torch,onnxruntime,openvino" if device == "cpu" else "torch,onnxruntime"
-    before = None if against is None else decode(against.read_bytes(), str(against))
+    before = None if against is None else read(against)
     options: dict[str, Any] = {} if threads is None else {"threads": threads}
     chosen = CompareOptions(
         engine=engine,
@@ -906,10 +906,10 @@ def report(
     engine: EngineOption = None,
 ) -> None:
     """One HTML page of a bundle: its feature maps beside fp32, parity, where int8 is, how fast, where from."""
-    from edge_backbones.bench.results import decode
+    from edge_backbones.bench.results import read
     from edge_backbones.report import write_report
 
-    comparisons = [decode(file.read_bytes(), str(file)) for file in bench_results or ()]
+    comparisons = [read(file) for file in bench_results or ()]
     _out.print(f"wrote {write_report(bundle, out, comparisons=comparisons, engine=engine)}")
 
 

@@ -30,6 +30,9 @@ _BITS = 22
 _PIXELS = 8  # of a block: the more, the more of its weights are 0
 _ROWS = 128  # that are taken at a time: they stay in the cache, and OpenBLAS leaves them to the thread that asks
 _BAND_PIXELS = 250_000  # of the source, for which a thread is worth its start
+_MOST_EDGE = 1 << 20
+_MOST_PIXEL = 1e6  # of mean, std and 1 / std: pixels lie in 0..1, in 0..255 for who scales them so
+_LEAST_CROP = 0.01
 _MOST_CROP = 4.0  # crop_pct above 1: the picture is smaller than its crop, and gets a border
 
 
@@ -77,11 +80,16 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
         if len(self.mean) != len(self.std) or not self.mean or not finite or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} and std {self.std} need one finite value per channel, std above 0")
-        if not 0 < self.crop_pct <= _MOST_CROP:
-            raise ValueError(f"crop_pct must be in (0, {_MOST_CROP}], got {self.crop_pct}")
-        if min(self.short_edge or 1, self.long_edge or 1, self.size_multiple) < 1:
+        if not (
+            max(map(abs, self.mean)) <= _MOST_PIXEL and 1 / _MOST_PIXEL <= min(self.std) <= max(self.std) <= _MOST_PIXEL
+        ):
+            raise ValueError(f"mean {self.mean} and std {self.std} are not of pixels in 0..1")
+        if not _LEAST_CROP <= self.crop_pct <= _MOST_CROP:
+            raise ValueError(f"crop_pct must be in [{_LEAST_CROP}, {_MOST_CROP}], got {self.crop_pct}")
+        edges = (1 if edge is None else edge for edge in (self.short_edge, self.long_edge, self.size_multiple))
+        if not all(1 <= edge <= _MOST_EDGE for edge in edges):
             raise ValueError(
-                "short_edge, long_edge and size_multiple must be at least 1, "
+                f"short_edge, long_edge and size_multiple must be 1 to {_MOST_EDGE}, "
                 f"got {self.short_edge}, {self.long_edge} and {self.size_multiple}"
             )
         if (self.short_edge or self.long_edge) and self.crop_mode not in ("border", "pad"):

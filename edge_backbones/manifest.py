@@ -1,27 +1,43 @@
 """The bundle's manifest.json as typed structs; manifest.schema.json is generated from them (``make schema``).
 
-Decoding is strict: unknown keys, missing keys and wrong types are refused with the path of the field. ``digest`` is the
-SHA-256 of the manifest encoded with an empty ``digest``, so a changed byte anywhere in it is noticed.
+Decoding is strict: unknown keys, missing keys, keys that come twice, wrong types and numbers out of bounds are refused with
+the path of the field. The file ends with ``"digest": "<64 hex digits>"``, a line break, ``}`` and a line break. The digest is
+the SHA-256 of the file's bytes without those 64, so a byte that changed anywhere in it is noticed, white space too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from edge_backbones.errors import ManifestError
+from edge_backbones.errors import CalibrationError, ManifestError
 from edge_backbones.images import ImageConfig
-from edge_backbones.spec import BackboneSpec, InputSpec, Precision
+from edge_backbones.reading import refusing
+from edge_backbones.spec import BackboneSpec, InputSpec, Name, Precision
 
 SCHEMA_VERSION = 6
 MAX_MANIFEST_BYTES = 4 << 20
 
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]  # "$" also matches before a line break
 RelativePath = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+Case = Annotated[str, msgspec.Meta(pattern="^[a-z]+$", max_length=16)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Decibels = Annotated[float, msgspec.Meta(ge=-1e4, le=1e4)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1e30)]
+Cosine = Annotated[float, msgspec.Meta(ge=-1.001, le=1.001)]
+Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+Factor = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
+Shift = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+Percentile = Annotated[float, msgspec.Meta(gt=0, le=100)]
+Axes = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
 Flavour = Literal["openvino", "torchscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt"]
-Architecture = Annotated[str, msgspec.Meta(pattern="^sm_[0-9]{2,3}$")]
+Architecture = Annotated[str, msgspec.Meta(pattern="^sm_[0-9]{2,3}$", max_length=6)]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -33,7 +49,7 @@ class FileRecord(_Strict, frozen=True):
 
     path: RelativePath
     sha256: Sha256
-    size: Annotated[int, msgspec.Meta(ge=0)]
+    size: Bytes
 
 
 class Source(_Strict, frozen=True):
@@ -47,7 +63,7 @@ class Source(_Strict, frozen=True):
     """
 
     library: Literal["timm", "transformers", "torch"]
-    name: str
+    name: Annotated[str, msgspec.Meta(max_length=1000)]
     weights: Literal["pretrained", "checkpoint", "random", "module"]
     weights_sha256: Sha256 | None = None
     seed: int | None = None
@@ -61,9 +77,9 @@ class Source(_Strict, frozen=True):
 class Gate(_Strict, frozen=True):
     """Bounds that every feature map must keep; None means not asked."""
 
-    min_cosine: float | None = None
-    min_sqnr_db: float | None = None
-    max_relative: float | None = None
+    min_cosine: Cosine | None = None
+    min_sqnr_db: Decibels | None = None
+    max_relative: Share | None = None
 
     def __str__(self) -> str:
         parts = [
@@ -81,7 +97,7 @@ class GraphRecord(_Strict, frozen=True):
     format: Literal["onnx", "torchscript"]
     precision: Precision
     file: FileRecord
-    opset: int | None = None
+    opset: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
     excluded: tuple[str, ...] = ()
     gate: Gate | None = None
 
@@ -90,7 +106,7 @@ class GoldenRecord(_Strict, frozen=True):
     """golden.npz: input ``<case>/<input name>`` and fp32 map ``<case>/<stage>`` for every case."""
 
     file: FileRecord
-    cases: tuple[str, ...]
+    cases: Annotated[tuple[Case, ...], msgspec.Meta(min_length=1, max_length=16)]
     images: tuple[str, ...]
 
 
@@ -103,10 +119,10 @@ class CalibrationRecord(_Strict, frozen=True):
 
     file: FileRecord
     method: Literal["auto", "max", "percentile", "entropy", "mse"]
-    percentile: float
+    percentile: Percentile
     chosen: dict[str, str]
-    images: int
-    held_out: int
+    images: Count
+    held_out: Count
     skipped: tuple[str, ...]
     reused: bool = False
 
@@ -125,16 +141,16 @@ class CalibrationFile(_Strict, frozen=True):
     data_sha256: Sha256
     preprocessing: ImageConfig
     method: Literal["auto", "max", "percentile", "entropy", "mse"]
-    percentile: float
+    percentile: Percentile
     chosen: dict[str, str]
     images: tuple[str, ...]
-    held_out: int
+    held_out: Count
     skipped: tuple[str, ...]
     silent: tuple[str, ...]
-    factors: dict[str, tuple[float, ...]]
-    ranges: dict[str, float]
-    largest: dict[str, float]
-    shifts: dict[str, tuple[float, ...]]
+    factors: dict[str, tuple[Factor, ...]]
+    ranges: dict[str, Share]
+    largest: dict[str, Share]
+    shifts: dict[str, tuple[Shift, ...]]
     large: tuple[str, ...] | None = None
 
 
@@ -155,10 +171,10 @@ class GpuKey(_Strict, frozen=True):
     host_code: bool = False
     refittable: bool = False
     stripped: bool = False
-    dla_core: int | None = None
+    dla_core: Annotated[int, msgspec.Meta(ge=0, le=64)] | None = None
     driver: str | None = None
-    multiprocessors: int | None = None
-    profiles: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...] = ()
+    multiprocessors: Size | None = None
+    profiles: tuple[tuple[Axes, Axes, Axes], ...] = ()
 
 
 class EngineKey(_Strict, frozen=True):
@@ -168,10 +184,10 @@ class EngineKey(_Strict, frozen=True):
     """
 
     flavour: Flavour
-    library_version: str
-    architecture: str
-    cpu_features: tuple[str, ...]
-    device_name: str
+    library_version: Name
+    architecture: Name
+    cpu_features: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
+    device_name: Name
     precision: Precision
     graph_sha256: Sha256
     gpu: GpuKey | None = None
@@ -201,11 +217,11 @@ class StageParity(_Strict, frozen=True):
     ``relative`` = |r - x| / |r| (Frobenius). A value that is not finite is stored as ``finite = False`` and zeros.
     """
 
-    stage: str
-    cosine: float
-    sqnr_db: float
-    max_abs: float
-    relative: float
+    stage: Name
+    cosine: Cosine
+    sqnr_db: Decibels
+    max_abs: Annotated[float, msgspec.Meta(ge=0)]
+    relative: Annotated[float, msgspec.Meta(ge=0)]
     finite: bool
     passed: bool
 
@@ -251,7 +267,7 @@ class EngineRecord(_Strict, frozen=True):
     key: EngineKey
     file: FileRecord
     parity: ParityReport
-    milliseconds: float | None = None
+    milliseconds: Milliseconds | None = None
     layers: FileRecord | None = None
     timing_cache: FileRecord | None = None
 
@@ -273,17 +289,17 @@ class Trial(_Strict, frozen=True):
 
     precision: Precision
     blocks: tuple[str, ...]
-    cosine: float
-    sqnr_db: float
+    cosine: Cosine
+    sqnr_db: Decibels
     passed: bool
-    milliseconds: float | None = None
+    milliseconds: Milliseconds | None = None
 
 
 class BlockNoise(_Strict, frozen=True):
     """What quantising one block alone does to every output: ``sqnr_db`` of each, on calibration images."""
 
     block: str
-    sqnr_db: dict[str, float]
+    sqnr_db: dict[str, Decibels]
 
 
 class Decision(_Strict, frozen=True):
@@ -321,6 +337,22 @@ class Manifest(_Strict, frozen=True):
     provenance: Provenance
     digest: str = ""
 
+    def __post_init__(self) -> None:
+        graphs = [f"{graph.format} {graph.precision}" for graph in self.graphs]
+        for what, names in (
+            ("engines", [e.name for e in self.engines]),
+            ("graphs", graphs),
+            ("cases", self.golden.cases),
+        ):
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"two {what} are {twice[0]!r}")
+        by_path: dict[str, FileRecord] = {}
+        for file in self.files():  # an engine of TorchScript is the graph's file
+            if by_path.setdefault(file.path, file) != file:
+                raise ValueError(f"two files are at {file.path!r}")
+        if "opt" not in self.golden.cases:
+            raise ValueError("the golden samples lack the case 'opt'")
+
     def files(self) -> tuple[FileRecord, ...]:
         """Every file that the bundle must hold."""
         calibration = () if self.calibration is None else (self.calibration.file,)
@@ -339,42 +371,57 @@ class Manifest(_Strict, frozen=True):
         return next((g for g in self.graphs if g.format == "onnx" and g.precision == precision), None)
 
 
+_DIGEST = re.compile(rb'  "digest": "([0-9a-f]{64})"\n}\n')
+_KEYS = re.compile(rb'"(?:[^"\\]|\\.)*"(\s*:)?')
+
+
 def encode(manifest: Manifest) -> bytes:
-    """Indented JSON with the digest filled in."""
+    """Indented JSON with the digest filled in. Raises ManifestError for what `decode` would refuse."""
     # As a reader will have it: a whole number given for a float is written without a point and read with one.
-    manifest = msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
-    digest = _digest(manifest)
-    return msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, digest=digest)), indent=2) + b"\n"
+    with refusing(lambda why: ManifestError(f"this manifest cannot be written: {why}")):
+        manifest = msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
+    body = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, digest="")), indent=2) + b"\n"
+    end = b'"\n}\n'
+    return body[: -len(end)] + hashlib.sha256(body).hexdigest().encode() + end
 
 
-def decode(data: bytes) -> Manifest:
-    """Parse and check; raises ManifestError with the field that is wrong."""
+def decode(data: bytes | bytearray, source: str = "manifest.json") -> Manifest:
+    """Parse and check; raises ManifestError that names ``source`` and the field that is wrong."""
     if len(data) > MAX_MANIFEST_BYTES:
-        raise ManifestError(
-            f"manifest.json has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} a manifest may have"
-        )
-    try:
+        raise ManifestError(f"{source} has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} a manifest may have")
+    with refusing(
+        lambda why: ManifestError(f"{source} is not a valid manifest: {why}; restore it or build the bundle again")
+    ):
         version = msgspec.json.decode(data, type=_Version).schema_version
         if version != SCHEMA_VERSION:
             raise ManifestError(
-                f"manifest.json has schema_version {version}, this release reads {SCHEMA_VERSION}: "
+                f"{source} has schema_version {version}, this release reads {SCHEMA_VERSION}: "
                 + ("upgrade edge-backbones" if version > SCHEMA_VERSION else "build the bundle again")
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        # Readers take the first or the last of two keys: they would not read the same.
+        if _count_keys(data) != _count_keys(msgspec.json.encode(msgspec.json.decode(data))):
+            raise ValueError("a key comes twice in one object")
+    found = _DIGEST.search(data, len(data) - _DIGEST_BYTES)
+    if found is None or hashlib.sha256(data[: found.start(1)] + data[found.end(1) :]).hexdigest() != manifest.digest:
         raise ManifestError(
-            f"manifest.json is not a valid manifest: {error}; restore it or build the bundle again"
-        ) from error
-    if manifest.digest != _digest(manifest):
-        raise ManifestError(
-            "manifest.json was changed after it was written (its digest differs): build the bundle again"
+            f"{source} was changed after it was written (its digest differs): restore it or build the bundle again"
         )
     return manifest
 
 
 class _Version(msgspec.Struct):
-    schema_version: int
+    schema_version: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 
 
-def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, digest=""))).hexdigest()
+_DIGEST_BYTES = len('  "digest": ""\n}\n') + 64
+
+
+def _count_keys(data: bytes | bytearray) -> int:
+    return sum(1 for found in _KEYS.finditer(data) if found.group(1))
+
+
+def decode_calibration(data: bytes | bytearray, source: str) -> CalibrationFile:
+    """Parse a calibration.json; raises CalibrationError that names ``source`` and the field that is wrong."""
+    with refusing(lambda why: CalibrationError(f"{source} is not a calibration.json: {why}; calibrate again")):
+        return msgspec.json.decode(data, type=CalibrationFile)

@@ -18,12 +18,15 @@ import msgspec
 
 from edge_backbones.errors import InputError, MissingDependencyError
 from edge_backbones.manifest import Architecture, Flavour
-from edge_backbones.spec import InputSpec, Precision, ShapeRange
+from edge_backbones.reading import read_file, refusing, shortened
+from edge_backbones.spec import InputSpec, Precision, ShapeRange, Size
 
 Kind = Literal["cpu", "jetson", "datacenter", "rtx"]
 NumberFormat = Literal["fp32", "fp16", "bf16", "int8", "fp8", "fp4"]
 ServingFlavour = Literal[Flavour, "tensorrt_lean"]
-Versions = Annotated[str, msgspec.Meta(pattern=r"^\d+(\.\d+)*( to \d+(\.\d+)*| and later)?$")]
+Versions = Annotated[
+    str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)*( to [0-9]+(\.[0-9]+)*| and later)?\Z", max_length=60)
+]
 """``10.3``, ``10.3 to 10.7`` or ``11.4.1 and later``; both ends belong to it."""
 
 RTX_ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
@@ -43,9 +46,9 @@ class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """One module or card of a profile. A figure that nobody published is None."""
 
     name: str
-    memory_gib: Annotated[float, msgspec.Meta(gt=0)]
-    bandwidth_gb_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    dla_cores: Annotated[int, msgspec.Meta(ge=0)] = 0
+    memory_gib: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+    bandwidth_gb_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
+    dla_cores: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
 
 
 class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -61,8 +64,8 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ``workspace_bytes``: see PlanOptions."""
 
     batch: ShapeRange
-    size: Annotated[int, msgspec.Meta(ge=1)]
-    workspace_bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    size: Size
+    workspace_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 50)] | None = None
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -74,7 +77,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     libraries that serve it. ``unified_memory``: CPU and GPU share it.
     """
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_.-]*\Z")]
     title: str
     kind: Kind
     architecture: Architecture | None = None
@@ -132,7 +135,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
     if text not in profiles:
         close = difflib.get_close_matches(text.lower().replace("_", "-").replace(" ", "-"), profiles, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(profiles)}"
-        raise InputError(f"no device profile {text!r}: {hint} (or give the path of a .toml file)")
+        raise InputError(f"no device profile {shortened(text, 80)!r}: {hint} (or give the path of a .toml file)")
     return profiles[text]
 
 
@@ -215,17 +218,14 @@ def _folder() -> Path:
 
 def _read(path: Path) -> DeviceProfile:
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise InputError(f"{path} is larger than the {_MAX_BYTES} bytes that a device profile may have")
-        profile = msgspec.toml.decode(data, type=DeviceProfile)
-    except ImportError as error:  # Python 3.10 has no TOML reader
-        raise MissingDependencyError("reading device profiles on this Python", "cli") from error
+        data = read_file(path, limit=_MAX_BYTES)
     except OSError as error:
         raise InputError(f"device profile {path} cannot be read: {error.strerror or error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a device profile: {error}") from error
+    with refusing(lambda why: InputError(f"{path} is not a device profile: {why}")):
+        try:
+            profile = msgspec.toml.decode(data, type=DeviceProfile)
+        except ImportError as error:  # Python 3.10 has no TOML reader
+            raise MissingDependencyError("reading device profiles on this Python", "cli") from error
     if profile.name != path.stem:
         raise InputError(
             f"{path} is not a device profile: its name is {profile.name!r}, its file's {path.stem!r}: let them agree"

@@ -16,7 +16,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from edge_backbones import trust
@@ -29,7 +28,15 @@ from edge_backbones.errors import (
     IntegrityError,
     MissingDependencyError,
 )
-from edge_backbones.manifest import CalibrationFile, Decision, EngineRecord, GraphRecord, Manifest, ParityReport
+from edge_backbones.manifest import (
+    CalibrationFile,
+    Decision,
+    EngineRecord,
+    GraphRecord,
+    Manifest,
+    ParityReport,
+    decode_calibration,
+)
 from edge_backbones.pictures import as_map
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.backbone import EdgeBackbone
@@ -461,12 +468,7 @@ def _calibration(bundle: Bundle) -> _Calibration | None:
     record = bundle.manifest.calibration
     if record is None:
         return None
-    try:
-        file = msgspec.json.decode(bytes(bundle.read(record.file)), type=CalibrationFile)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise IntegrityError(
-            f"{bundle.path / record.file.path} is not a calibration file: {error}; build the bundle again"
-        ) from error
+    file = decode_calibration(bundle.read(record.file), str(bundle.path / record.file.path))
     widest = sorted(file.ranges.items(), key=lambda item: (-item[1], item[0]))[:_TENSORS_SHOWN]
     columns = _columns([value for value in file.ranges.values() if 0 < value < math.inf])
     return _Calibration(file, columns, [(name, value, file.largest.get(name)) for name, value in widest])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -19,6 +19,13 @@ from edge_backbones.errors import InputError
 Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
 """Axes of an engine output: maps (batch, channels, height, width) or channels last; tokens (batch, tokens, channels),
 prefix tokens such as the class token included; or one vector per image."""
+
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=300)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+_Many = msgspec.Meta(max_length=1024)
+Names = Annotated[tuple[Name, ...], _Many]
+Sizes = Annotated[tuple[Size, ...], _Many]
 
 
 class Precision(str, enum.Enum):
@@ -46,9 +53,9 @@ class Precision(str, enum.Enum):
 class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sizes that one axis may take: TensorRT's optimisation profile for that axis. Fixed when min == opt == max."""
 
-    min: int
-    opt: int
-    max: int
+    min: Size
+    opt: Size
+    max: Size
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
@@ -78,11 +85,11 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """
 
     name: Literal["pixel_values", "image"]
-    channels: int
+    channels: Size
     batch: ShapeRange
     height: ShapeRange
     width: ShapeRange
-    size_multiple: int = 1
+    size_multiple: Size = 1
 
     @property
     def dtype(self) -> str:
@@ -138,9 +145,9 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class ExtraOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An engine output that is not the feature map of a kept stage. ``channels`` is the size of its C axis."""
 
-    name: str
+    name: Name
     layout: Layout
-    channels: int
+    channels: Size
 
 
 class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -156,16 +163,16 @@ class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     map. ``has_attentions`` is transformers' word for a network that could return attention weights.
     """
 
-    stage_names: tuple[str, ...]
-    out_features: tuple[str, ...]
-    out_indices: tuple[int, ...]
-    channels: tuple[int, ...]
-    strides: tuple[tuple[int, int], ...]
-    num_features: tuple[int, ...]
-    layouts: tuple[Layout, ...]
-    cls_tokens: tuple[str, ...] = ()
-    hidden_states: tuple[str, ...] = ()
-    extras: tuple[ExtraOutput, ...] = ()
+    stage_names: Names
+    out_features: Names
+    out_indices: Annotated[tuple[int, ...], _Many]
+    channels: Sizes
+    strides: Annotated[tuple[tuple[Size, Size], ...], _Many]
+    num_features: Sizes
+    layouts: Annotated[tuple[Layout, ...], _Many]
+    cls_tokens: Names = ()
+    hidden_states: Names = ()
+    extras: Annotated[tuple[ExtraOutput, ...], _Many] = ()
     has_attentions: bool = True
 
     def __post_init__(self) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from edge_backbones.errors import InputError
+from edge_backbones.reading import read_file, refusing
 
 FEWEST_TURNS = 6  # below, the largest and the smallest ratio do not hold the median with 95 % confidence
+
+
+_MAX_BYTES = 64 << 20
+_Figure = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
+_Amount = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+_Quotient = Annotated[float, msgspec.Meta(gt=0, le=1e15)]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -22,8 +31,8 @@ class Machine(_Strict, frozen=True):
     name: str
     architecture: str
     cpu_features: tuple[str, ...]
-    cores: int
-    memory_bytes: int
+    cores: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+    memory_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
     system: str
     python: str
     gpu: str | None
@@ -44,22 +53,22 @@ class Measurement(_Strict, frozen=True):
     what: str
     versions: dict[str, str] = {}
     missing: str = ""
-    turns: tuple[float, ...] = ()
-    median_ms: float | None = None
-    fastest_ms: float | None = None
-    p90_ms: float | None = None
-    p99_ms: float | None = None
-    jitter: float | None = None
-    calls: int = 0
-    images_per_second: float | None = None
-    load_s: float | None = None
-    first_call_ms: float | None = None
-    resident_mb: float | None = None
-    device_mb: float | None = None
-    file_mb: float | None = None
-    joules: float | None = None
-    worst_cosine: float | None = None
-    worst_sqnr_db: float | None = None
+    turns: tuple[_Amount, ...] = ()
+    median_ms: _Amount | None = None
+    fastest_ms: _Amount | None = None
+    p90_ms: _Amount | None = None
+    p99_ms: _Amount | None = None
+    jitter: _Amount | None = None
+    calls: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)] = 0
+    images_per_second: _Amount | None = None
+    load_s: _Amount | None = None
+    first_call_ms: _Amount | None = None
+    resident_mb: _Figure | None = None
+    device_mb: _Figure | None = None
+    file_mb: _Amount | None = None
+    joules: _Figure | None = None
+    worst_cosine: _Figure | None = None
+    worst_sqnr_db: _Figure | None = None
 
 
 class Ratio(_Strict, frozen=True):
@@ -68,10 +77,10 @@ class Ratio(_Strict, frozen=True):
     or 1 is inside, the machine does not tell which is faster."""
 
     name: str
-    median: float
-    low: float
-    high: float
-    turns: int | None = None
+    median: _Quotient
+    low: _Quotient
+    high: _Quotient
+    turns: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)] | None = None
 
     @property
     def is_sure(self) -> bool:
@@ -129,10 +138,17 @@ def encode(comparison: Comparison) -> bytes:
 
 def decode(data: bytes, source: str) -> Comparison:
     """Parse what `encode` wrote; raises InputError naming ``source``."""
-    try:
+    with refusing(lambda why: InputError(f"{source} is not a result of edge-backbones bench: {why}")):
         return msgspec.json.decode(data, type=Comparison)
-    except msgspec.DecodeError as error:
-        raise InputError(f"{source} is not a result of edge-backbones bench: {error}") from error
+
+
+def read(path: Path) -> Comparison:
+    """A file that `encode` wrote; raises InputError naming it."""
+    try:
+        data = read_file(path, limit=_MAX_BYTES)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return decode(data, str(path))
 
 
 def regressions(now: Comparison, before: Comparison) -> list[str]:

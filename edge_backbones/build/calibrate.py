@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import numpy as np
 
 from edge_backbones.build import choose, equalise, quantize, ranges
@@ -18,10 +17,12 @@ from edge_backbones.build.ranges import Magnitudes
 from edge_backbones.bundle import Bundle, record_file
 from edge_backbones.errors import CalibrationError
 from edge_backbones.images import ImageConfig
-from edge_backbones.manifest import CalibrationFile
+from edge_backbones.manifest import CalibrationFile, decode_calibration
+from edge_backbones.reading import read_file
 
 Method = Literal["auto", "max", "percentile", "entropy", "mse"]
 
+_MAX_BYTES = 256 << 20
 BATCH = 8  # of a graph whose batch is dynamic
 # Pixels of the images that are run again and again: sixteen of 224 x 224. More would be minutes of resnet50.
 _PIXELS = 16 * 224 * 224
@@ -151,16 +152,13 @@ def read_calibration(path: Path) -> CalibrationFile:
         bundle = Bundle.open(path)
         if bundle.manifest.calibration is None:
             raise CalibrationError(f"{path} was built without int8 and has no ranges: pass calibration images instead")
-        data = bytes(bundle.read(bundle.manifest.calibration.file))
-    else:
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise CalibrationError(f"{path} cannot be read ({error.strerror}): pass a calibration.json") from error
+        record = bundle.manifest.calibration.file
+        return decode_calibration(bundle.read(record), str(bundle.path / record.path))
     try:
-        return msgspec.json.decode(data, type=CalibrationFile)
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} is not a calibration.json: {error}; calibrate again") from error
+        data = read_file(path, limit=_MAX_BYTES)
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read ({error.strerror or error}): pass a calibration.json") from error
+    return decode_calibration(data, str(path))
 
 
 def check_fits(

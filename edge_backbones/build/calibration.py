@@ -7,6 +7,7 @@ warming, ranges, golden samples) reads slices of that file, so memory does not g
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zipfile
 from collections import Counter
@@ -22,6 +23,7 @@ from edge_backbones.errors import CalibrationError, InputError
 from edge_backbones.frames import as_array, as_frame
 from edge_backbones.image_files import decode, grouped, list_images, shown, why_no_images
 from edge_backbones.images import ImageConfig, fit, to_input
+from edge_backbones.reading import in_short, shortened
 from edge_backbones.spec import InputSpec
 
 ImageSource = str | os.PathLike[str] | Iterable[np.ndarray] | None
@@ -33,6 +35,7 @@ of either kind, the first axis counting images, or names it ``pixel_values`` or 
 """
 
 _SYNTHETIC_IMAGES = 8
+_LARGEST_IMAGE = 1 << 30  # bytes of one image of an .npz: 100 megapixels as float64 RGB are twice that
 FEWEST_TO_HOLD_OUT = 8
 
 
@@ -86,7 +89,7 @@ def gather_images(
         for name, array in _named_arrays(source, input, config, reasons, progress):
             data = np.ascontiguousarray(array, input.dtype).reshape(shape)
             digest.update(data.data)
-            data.tofile(file)
+            file.write(data.data)  # tofile() does not say why a disk takes no more
             names.append(name)
             if _is_blank(data, input):
                 blank.append(name)
@@ -215,19 +218,24 @@ def _npz_rows(path: Path) -> Iterator[np.ndarray]:
             named = [name for name in members if name in ("pixel_values.npy", "image.npy")]
             if len(named or members) != 1:
                 raise CalibrationError(
-                    f"{path} holds {members}: it needs one array, or one named pixel_values or image"
+                    f"{path} holds {shortened(str(members), 200)}: it needs one array, or one named pixel_values or image"
                 )
             with archive.open((named or members)[0]) as file:
                 shape, dtype = _npy_header(file)
                 if len(shape) != 4:
-                    raise CalibrationError(f"{path} holds an array of shape {shape}: its first axis must count images")
-                size = int(np.prod(shape[1:])) * dtype.itemsize
+                    said = shortened(str(shape), 100)
+                    raise CalibrationError(f"{path} holds an array of shape {said}: its first axis must count images")
+                size = math.prod(shape[1:]) * dtype.itemsize
+                if not 0 < size <= _LARGEST_IMAGE or min(shape) < 0:
+                    raise CalibrationError(
+                        f"{path} holds an array of shape {shortened(str(shape), 100)}, not of images"
+                    )
                 for _ in range(shape[0]):
                     yield np.frombuffer(file.read(size), dtype).reshape(shape[1:])
     except CalibrationError:
         raise
     except Exception as error:  # what zipfile, zlib and numpy's header parser raise on garbage has no common base
-        raise CalibrationError(f"{path} cannot be read as .npz: {error}") from error
+        raise CalibrationError(f"{path} cannot be read as .npz: {in_short(error)}") from error
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -32,7 +32,15 @@ from edge_backbones.errors import (
     MissingDependencyError,
     ParityError,
 )
-from edge_backbones.manifest import CalibrationFile, EngineKey, EngineRecord, Flavour, Gate, GraphRecord, ParityReport
+from edge_backbones.manifest import (
+    EngineKey,
+    EngineRecord,
+    Flavour,
+    Gate,
+    GraphRecord,
+    ParityReport,
+    decode_calibration,
+)
 from edge_backbones.profiles import DeviceProfile, load_profile, profile_of, refusals
 from edge_backbones.runtime import compat, session
 from edge_backbones.spec import InputSpec, Precision
@@ -428,7 +436,7 @@ def _graph_for_gpu(
             f"int8 on this DLA is compiled from the fp32 graph and calibrated ranges, and {bundle.path} has no "
             f"{'fp32 graph' if plain is None else 'calibration'}: build it with --precision int8 --precision fp32"
         )
-    found = msgspec.json.decode(bytes(bundle.read(record.file)), type=CalibrationFile)
+    found = decode_calibration(bundle.read(record.file), str(bundle.path / record.file.path))
     if found.factors:
         raise CompileError(
             "the ranges of this bundle are of an equalised graph, which DLA cannot run: build it with --method max"

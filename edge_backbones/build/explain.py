@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes import common as passes
@@ -26,7 +27,9 @@ from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.build.choose import reference_options
 from edge_backbones.build.parity import allowed_noise
 from edge_backbones.build.quantize import block_of
+from edge_backbones.errors import IntegrityError
 from edge_backbones.manifest import ParityReport
+from edge_backbones.onnx_gate import graph_fault
 from edge_backbones.runtime.openvino import OpenVinoSession, compile_model, read_model
 from edge_backbones.spec import Precision
 
@@ -74,7 +77,7 @@ def explain(
     cases = [key.partition("/")[0] for key in golden if key.endswith(f"/{input_name}")]
     inputs = {case: golden[f"{case}/{input_name}"] for case in cases}
     allowed = allowed_noise(report.gate)
-    model = ir.load(graph)
+    model = _loaded(graph)
     session = _session(model)
     worst, of_graph = (cases[0], 0), -1.0
     for case, images in inputs.items():
@@ -90,6 +93,15 @@ def explain(
     if not _rounded(model.graph):
         return _outside_by_itself(model, plain, report, failing, image, batch, of_graph, allowed, progress)
     return _loudest_block(model, report, failing, image, batch, expected, allowed, progress)
+
+
+def _loaded(path: Path) -> ir.Model:
+    """A graph of a bundle; raises IntegrityError for one that no library may have."""
+    data = path.read_bytes()
+    fault = graph_fault(data)
+    if fault is not None:
+        raise IntegrityError(f"{path} is given to no library: {fault}. Build the bundle again")
+    return ir.from_proto(onnx.load_from_string(data))
 
 
 # ---- the engine differs from its graph ------------------------------------------------------------------------------
@@ -208,7 +220,7 @@ def _outside_by_itself(
             f"{born} is the first layer with values that {report.precision} cannot hold: build bf16 or fp32 instead"
         )
     elif plain is not None:
-        reference = ir.load(plain)
+        reference = _loaded(plain)
         known = {str(node.name): node for node in reference.graph}
         shared = [node for node in layers if str(node.name) in known]
         high, noise = _bisect(

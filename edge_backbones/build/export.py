@@ -73,6 +73,8 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
     try:
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, path)
+    except OSError:  # a full disk: the graph is as good
+        raise
     except Exception as error:  # the checker, shape inference and protobuf (over 2 GiB) have no common base
         raise ExportError(f"the exported graph is not valid ONNX, or over 2 GiB: {error}") from error
     names = [output.name for output in model.graph.output]

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 import edge_backbones
+from edge_backbones import golden as golden_file
 from edge_backbones import profiles
 from edge_backbones.build.artifacts import (
     CompiledEngine,
@@ -287,7 +288,7 @@ def build_bundle(
         export.check_onnx(graph, golden)
         if options.torchscript:
             export.check_torchscript(folder / "graphs" / "fp32.ts", prepared, golden)
-        np.savez(folder / "golden.npz", **golden)  # type: ignore[arg-type]
+        golden_file.write(folder / "golden.npz", golden)
 
         batch = input.batch.max if input.batch.is_fixed else min(calibrate.BATCH, input.batch.max)
         feed = calibrate.Feed(image_set, calibrating, batch, fill=input.batch.is_fixed)

@@ -23,6 +23,7 @@ import numpy as np
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.errors import CompileError, InputError
 from edge_backbones.manifest import GpuKey
+from edge_backbones.onnx_gate import graph_fault
 from edge_backbones.profiles import FIRST_ARCHITECTURE, against_dla
 from edge_backbones.runtime import cuda, plan
 from edge_backbones.runtime.tensorrt_library import against_driver, against_release, load_library, logger_of
@@ -158,6 +159,9 @@ def compile_plan(
         if options.dla_core is not None and hasattr(library.OnnxParserFlag, "ADJUST_FOR_DLA"):
             parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
         progress("reading the graph", 0, None)
+        fault = graph_fault(graph)
+        if fault is not None:
+            raise CompileError(f"this graph is given to no library: {fault}")
         if not parser.parse(graph):
             causes = dict.fromkeys(
                 _cause(parser.get_error(index).node_operator(), parser.get_error(index).desc())

@@ -25,6 +25,7 @@ from edge_backbones.errors import (
     MissingDependencyError,
     first_line,
 )
+from edge_backbones.onnx_gate import graph_fault
 from edge_backbones.runtime import forks
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ def settings(threads: int | None) -> dict[str, Any]:
 
 
 def read_model(graph: bytes) -> openvino.Model:
-    """An ONNX file as OpenVINO has it; CompileError with OpenVINO's words."""
+    """An ONNX file as OpenVINO has it; CompileError with OpenVINO's words, or for a graph that it is not given."""
+    fault = graph_fault(graph)
+    if fault is not None:
+        raise CompileError(f"this graph is given to no library: {fault}")
     openvino = load_library()
     try:
         return core().read_model(graph, b"")

@@ -28,6 +28,7 @@ from edge_backbones.errors import (
     InputError,
     OutOfMemoryError,
 )
+from edge_backbones.onnx_gate import graph_fault
 from edge_backbones.runtime import cuda, forks, plan, tensorrt_library
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
 from edge_backbones.runtime.device_memory import Attempts, Buffer, Lease, Pool, Ready
@@ -414,6 +415,9 @@ def _load(
 def _refit(library: Any, engine: Any, graph: bytes | bytearray, flavour: TensorRtFlavour) -> None:
     """Give a plan that was written without weights those of its ONNX graph."""
     logger = tensorrt_library.logger_of(library)
+    fault = graph_fault(graph)
+    if fault is not None:
+        raise EngineMismatchError(f"the graph with the weights is given to no library: {fault}")
     if not hasattr(library, "OnnxParserRefitter"):
         raise EngineMismatchError(f"{flavour} takes no weights from a graph: compile the plan without --strip")
     try:

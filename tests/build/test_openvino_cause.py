@@ -67,7 +67,6 @@ READING = {
     ),
     "an axis": (graph(node("Concat", "x", "x", axis=9)), "Concat 'head/Concat': Axis 9 out of the tensor rank"),
     "a tensor from nowhere": (graph(node("Relu", "nothing")), "nothing node not found in graph cache"),
-    "no ONNX at all": (b"no ONNX", "Unable to read the model. Please check if the model format is supported"),
     "several at once": (
         graph(
             conv(result="z", group=2),

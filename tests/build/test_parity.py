@@ -188,7 +188,9 @@ def test_golden_samples_that_lack_a_stage_are_refused(cnn):
     manifest = cnn.bundle.manifest
     golden = structs.replace(manifest.golden, cases=("opt", "max"))
     promising = Bundle(cnn.bundle.path, structs.replace(manifest, golden=golden))
-    with pytest.raises(IntegrityError, match=r"golden\.npz lacks max/pixel_values, max/blocks\.1, max/blocks\.3"):
+    with pytest.raises(
+        IntegrityError, match=r"golden\.npz does not .*: it lacks max/pixel_values, max/blocks\.1, max/"
+    ):
         load_golden(promising)
 
 

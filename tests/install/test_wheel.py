@@ -92,7 +92,9 @@ def test_the_wheel_is_small_and_for_every_machine(wheel):
         asked = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist") or []
     assert {name.partition("/")[0] for name in names if "dist-info" not in name} == {"edge_backbones"}
     assert all(
-        name.endswith((".py", ".toml", ".json", ".jinja", ".txt", "py.typed")) for name in names if "dist-info" not in name
+        name.endswith((".py", ".toml", ".json", ".jinja", ".txt", "py.typed"))
+        for name in names
+        if "dist-info" not in name
     )
     for needed in ("profiles_data/jetson-orin-nano.toml", "report.html.jinja", "py.typed"):
         assert f"edge_backbones/{needed}" in names

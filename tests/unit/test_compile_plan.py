@@ -14,7 +14,7 @@ from edge_backbones.build.tensorrt import DlaCoverage, PlanOptions, Shapes, cali
 from edge_backbones.errors import CompileError, InputError
 from edge_backbones.runtime.cuda import Gpu
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from tests.simulated_builder import Library
+from tests.simulated_builder import GRAPH, Library
 
 ORIN = Gpu(
     index=0, name="Orin", architecture="sm_87", memory_bytes=8 << 30, driver="12.6", multiprocessors=8, integrated=True
@@ -62,7 +62,7 @@ def compiled(monkeypatch):
         monkeypatch.setattr(tensorrt.cuda, "gpus", lambda: (gpu,))
         monkeypatch.setattr(tensorrt, "load_library", lambda flavour: library)
         return compile_plan(
-            b"graph",
+            GRAPH,
             input or input_spec(),
             precision,
             flavour="tensorrt",

@@ -152,10 +152,10 @@ def test_a_gpu_without_memory_is_refused(tmp_path):
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"none\.toml cannot be read: No such file"):
         load_profile(str(tmp_path / "none.toml"))
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+    with pytest.raises(InputError, match="cannot be read: it is a folder"):
         load_profile(tmp_path)
     (tmp_path / "big.toml").write_bytes(b"#" * (2 << 20))
-    with pytest.raises(InputError, match="larger than the 1048576 bytes"):
+    with pytest.raises(InputError, match="cannot be read: it has 2097152 bytes, more than the 1048576 it may have"):
         load_profile(tmp_path / "big.toml")
     (tmp_path / "latin.toml").write_bytes('title = "é"'.encode("latin-1"))
     with pytest.raises(InputError, match="not a device profile"):

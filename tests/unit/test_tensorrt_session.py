@@ -27,6 +27,7 @@ from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray, from_foreign
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, pooled, pooling_input
+from tests.simulated_builder import GRAPH
 from tests.simulated_gpu import (
     FREES,
     OTHER,
@@ -697,22 +698,22 @@ def test_host_code_runs_only_when_it_is_allowed(machine):
 
 def test_a_plan_without_weights_takes_those_of_its_graph(machine):
     data = plan_of(shapes(1, 2, 4), stripped=True)
-    session = machine.open(data=data, weights=bytearray(b"its graph"))
+    session = machine.open(data=data, weights=bytearray(GRAPH))
     images = pixels(2)
     check(session.run(images), images)
     with pytest.raises(
         EngineMismatchError, match=r"does not take the weights of this graph \(weights of another graph\)"
     ):
-        machine.open(data=data, weights=b"another")
+        machine.open(data=data, weights=GRAPH + bytes.fromhex("3203 6f7468"))
     start = len(machine.gpu.calls)
-    machine.open(data=data, weights=b"its graph").close()
+    machine.open(data=data, weights=GRAPH).close()
     machine.gpu.fail_at = len(machine.gpu.calls) + machine.gpu.calls[start:].index("Refitter") + 1
     with pytest.raises(EngineMismatchError, match="tensorrt cannot refit this plan"):
-        machine.open(data=data, weights=b"its graph")
+        machine.open(data=data, weights=GRAPH)
     machine.gpu.fail_at = None
     del machine.library.OnnxParserRefitter
     with pytest.raises(EngineMismatchError, match="takes no weights from a graph: compile the plan without --strip"):
-        machine.open(data=data, weights=b"its graph")
+        machine.open(data=data, weights=GRAPH)
 
 
 def test_memory_that_ran_out_is_told_with_sizes_and_advice(machine):

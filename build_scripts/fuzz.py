@@ -1,0 +1,573 @@
+"""``python -m build_scripts.fuzz``: random damage to every kind of file that a stranger may hand over, for an hour or two.
+
+Each kind runs in a child process, which is told what to try by number: the same number gives the same bytes. A case ends well
+when the file is read, or refused with one line. Everything else is a finding, and is printed with its number: another
+exception, several lines, a line of more than 700 characters, a process that ended, more than 2 seconds, or 200 MB more than
+the file has. Engines (``blobs``) and graphs that pass the gate go to OpenVINO, whose own deaths are counted apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edge_backbones.bench import results
+from edge_backbones.build.calibrate import read_calibration
+from edge_backbones.bundle import Bundle, load_golden, record_bytes
+from edge_backbones.errors import EdgeBackbonesError
+from edge_backbones.images import ImageConfig
+from edge_backbones.manifest import CalibrationFile
+from edge_backbones.onnx_gate import graph_fault
+from edge_backbones.profiles import explain, load_profile, refusals
+from edge_backbones.runtime.openvino import OpenVinoSession, compile_model, read_model
+from edge_backbones.spec import Precision
+from edge_backbones.testing import make_bundle
+
+COUNTS = {
+    "manifests": 60_000,
+    "golden": 6_000,
+    "graphs": 2_000,
+    "blobs": 5_000,
+    "profiles": 10_000,
+    "bench": 10_000,
+    "calibration": 10_000,
+    "matrix": 10_000,
+}
+NATIVE = ("graphs", "blobs")  # OpenVINO sees the bytes
+_SLOW_SECONDS, _LARGE_MB, _LONG_LINE = 2.0, 200.0, 700
+_PROFILES = ("jetson-agx-orin", "rtx-40", "cpu")
+_TEXT = (
+    b'"', b"{", b"[", b"\\u0000", b"\\ud800", b"1e999", b"-", b"NaN", b"Infinity", b"\xff\xfe", b"\xef\xbb\xbf",
+    b"[" * 1500, b'{"a":' * 1500, b"x=[" * 800, b"9" * 5000, b"null", b"\0", b"[a." + b"b." * 900 + b"c]\n", b"'''", b"\r",
+    b"\x1b[31m",
+)  # fmt: skip
+_NUMBERS = (
+    b"0", b"-1", b"1e308", b"1e999", b"nan", b"inf", b"9" * 400, b"9223372036854775807", b"1.5", b"true", b"0.0",
+    b"1979-05-27T07:32:00Z",
+)  # fmt: skip
+_VALUES: tuple[Any, ...] = (
+    None, True, 0, -1, 1, 2, 2**31, 2**63, 2**64, 10**400, 0.0, 1e308, 1e-320, -1e308, "", "a", "/", "..", "../x", "a/../b",
+    "\0", "\u202e", "x" * 600, "x" * 100_000, "\U0001f600", "\x1b[31m", [], {}, [[]], {"a": 1}, ["a"] * 3, "5", "openvino",
+    "0" * 64, "sm_87", "NHWC", "int8",
+)  # fmt: skip
+_SIZES = (0, 1, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
+_MATRIX = b"""out = "bundles"
+images = "photographs"
+precisions = ["int8", "fp16"]
+[[models]]
+source = "resnet18"
+name = "r"
+[models.options]
+out_indices = [1, 2]
+weights = "random:0"
+height = 64
+width = 64
+batch = { min = 1, opt = 2, max = 4 }
+gates = { int8 = { min_sqnr_db = 12.0 } }
+[[devices]]
+profile = "cpu"
+[[devices]]
+profile = "rtx-40"
+name = "card"
+resource = "x"
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``damaged``: the bytes of a case; ``use``: what is done with them, which may raise errors of ours."""
+
+    damaged: Callable[[random.Random], bytes]
+    use: Callable[[bytes], object]
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+def damaged_bytes(data: bytes, draw: random.Random, *, text: bool) -> bytes:
+    """Bytes changed, cut out, doubled or put in; in texts also numbers and signs that parsers trip over."""
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
+        if not changed:
+            break
+        at = draw.randrange(len(changed))
+        match draw.randrange(8):
+            case 0:
+                changed[at] ^= 1 << draw.randrange(8)
+            case 1:
+                changed[at] = draw.randrange(256)
+            case 2:
+                del changed[at:]
+            case 3:
+                del changed[at : at + draw.randrange(1, 64)]
+            case 4:
+                changed[at:at] = draw.randbytes(draw.randrange(1, 16))
+            case 5:
+                other = draw.randrange(len(changed))
+                changed[at:at] = changed[other : other + draw.randrange(1, 200)]
+            case 6 if text:
+                numbers = list(re.finditer(rb"-?\d+\.?\d*", changed))
+                if numbers:
+                    number = draw.choice(numbers)
+                    changed[number.start() : number.end()] = draw.choice(_NUMBERS)
+            case 6:
+                size = draw.choice((1, 2, 4, 8))
+                changed[at : at + size] = (draw.choice(_SIZES) & (256**size - 1)).to_bytes(size, "little")
+            case _ if text:
+                changed[at:at] = draw.choice(_TEXT)
+            case _:
+                changed[at : at + 32] = changed[: draw.randrange(32)]
+    return bytes(changed)
+
+
+def damaged_document(document: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Values replaced by others of their type or of any, taken out, doubled, renamed or exchanged."""
+    changed = copy.deepcopy(document)
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        inner: Any = changed
+        while True:
+            keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
+            if not keys:
+                break
+            key = draw.choice(keys)
+            value = inner[key]
+            if isinstance(value, (dict, list)) and value and draw.random() < 0.8:
+                inner = value
+                continue
+            match draw.randrange(6):
+                case 0:
+                    inner[key] = draw.choice(_VALUES)
+                case 1:
+                    del inner[key]
+                case 2 if isinstance(inner, list):
+                    inner.insert(key, copy.deepcopy(value))
+                case 2:
+                    inner[f"{key} "] = value
+                case _:
+                    inner[key] = _alike(value, draw)
+            break
+    return changed
+
+
+def _alike(value: Any, draw: random.Random) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return draw.choice((0, -1, 1, 2, value + 1, -value, value * 1000, 2**31, 2**40, 2**62, 7, 1e-300, 1e300))
+    if isinstance(value, str):
+        others = ("", value[:-1], value.upper(), f"../{value}", f"/{value}", f"{value}\0", f"{value}\n", value * 50)
+        return draw.choice((*others, "fp16", "tensorrt", "NLC", "golden.npz", "manifest.json", "engines", "."))
+    if isinstance(value, list):
+        return draw.choice(([], value[:-1], value * 2, value[::-1], [*value, 0], value * 100))
+    return {}
+
+
+def sealed(document: dict[str, Any]) -> bytes:
+    """A manifest.json with the right digest, whatever it says."""
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    body = json.dumps({**rest, "digest": ""}, indent=2).encode("utf-8", "surrogatepass") + b"\n"
+    return body[:-4] + hashlib.sha256(body).hexdigest().encode() + body[-4:]
+
+
+# ---- kinds ----------------------------------------------------------------------------------------------------------
+
+
+def kinds(folder: Path) -> dict[str, Kind]:
+    """Every kind of file, with good ones in ``folder`` to damage."""
+    bundle = make_bundle(folder / "net.bundle")
+    return {
+        "manifests": _manifests(bundle),
+        "golden": _golden(bundle),
+        "graphs": Kind(_graph_damage(), _use_graph),
+        "blobs": _blobs(bundle),
+        "profiles": _profiles(folder),
+        "bench": _bench(),
+        "calibration": _calibration(folder),
+        "matrix": _matrix(folder),
+    }
+
+
+def _manifests(bundle: Bundle) -> Kind:
+    from edge_backbones import EdgeBackbone
+
+    place = bundle.path / "manifest.json"
+    good = place.read_bytes()
+    document = json.loads(good)
+
+    def damage(draw: random.Random) -> bytes:
+        if draw.random() < 0.3:
+            return damaged_bytes(good, draw, text=True)
+        return sealed(damaged_document(document, draw))
+
+    def use(data: bytes) -> None:
+        place.write_bytes(data)
+        opened = Bundle.open(bundle.path)
+        assert opened.manifest.preprocessing
+        opened.check_files()
+        load_golden(opened)
+        with EdgeBackbone.from_pretrained(bundle.path) as backbone:
+            shape = opened.manifest.input.opt_shape
+            if max(shape) <= 4096:
+                backbone(np.zeros(shape, opened.manifest.input.dtype))
+
+    return Kind(damage, use)
+
+
+def _golden(bundle: Bundle) -> Kind:
+    place = bundle.path / "golden.npz"
+    good = place.read_bytes()
+    arrays = load_golden(bundle)
+
+    def damage(draw: random.Random) -> bytes:
+        if draw.random() < 0.6:
+            return damaged_bytes(good, draw, text=draw.random() < 0.5)
+        chosen = {key: array for key, array in arrays.items() if draw.random() < 0.9}
+        for key in list(chosen):
+            change = draw.randrange(12)
+            if change < 3:
+                chosen[key] = (chosen[key].astype(">f4"), chosen[key].T, chosen[key][..., :0])[change]
+            elif change == 3:
+                chosen[key] = np.zeros(draw.choice(((), (0,), (2,), (1,) * 20)), draw.choice(("f4", "u1", "c16", "S3")))
+            elif change == 4:
+                chosen[key[:-1]] = chosen.pop(key)
+        buffer = io.BytesIO()
+        (np.savez_compressed if draw.random() < 0.1 else np.savez)(buffer, **chosen)
+        if draw.random() < 0.2:
+            with zipfile.ZipFile(buffer, "a") as archive:
+                archive.writestr(
+                    draw.choice(("opt/extra.npy", "../x", "opt/pool4.npy/", "opt/pool4.npy#")),
+                    b"x" * draw.randrange(99),
+                )
+        return buffer.getvalue()
+
+    def use(data: bytes) -> None:
+        place.write_bytes(data)
+        record = msgspec.structs.replace(bundle.manifest.golden, file=record_bytes("golden.npz", data))
+        load_golden(Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, golden=record)))
+
+    return Kind(damage, use)
+
+
+def _graph_damage() -> Callable[[random.Random], bytes]:
+    from onnx import TensorProto, helper, numpy_helper
+
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 16, 16])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 8, 8])
+    weights = {
+        "w": np.ones((4, 3, 3, 3), np.float32),
+        "scale": np.array(0.1, np.float32),
+        "zero": np.array(0, np.int8),
+        "shape": np.array([1, 4, 8, 8], np.int64),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"], "d"),
+        helper.make_node("Conv", ["d", "w"], ["c"], "conv", strides=[2, 2], pads=[1, 1, 1, 1], kernel_shape=[3, 3]),
+        helper.make_node("Constant", [], ["one"], "one", value=numpy_helper.from_array(np.ones(1, np.float32))),
+        helper.make_node("Add", ["c", "one"], ["a"], "add"),
+        helper.make_node("Reshape", ["a", "shape"], ["y"], "reshape"),
+    ]
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "net", [image], [result], tensors)
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 17)])
+    good = model.SerializeToString()
+
+    def damage(draw: random.Random) -> bytes:
+        if draw.random() < 0.5:
+            return damaged_bytes(good, draw, text=False)
+        changed = copy.deepcopy(model)
+        for _ in range(draw.choice((1, 1, 2))):
+            tensor = draw.choice(changed.graph.initializer)
+            node = draw.choice(changed.graph.node)
+            match draw.randrange(8):
+                case 0:
+                    tensor.dims[:] = [
+                        draw.choice((*tensor.dims, 0, 1, -1, 2**31, 2**62)) for _ in range(draw.randrange(6))
+                    ]
+                case 1:
+                    tensor.data_type = draw.randrange(30)
+                case 2:
+                    tensor.raw_data = draw.randbytes(draw.choice((0, 1, 8, 432)))
+                case 3:
+                    tensor.data_location = TensorProto.EXTERNAL
+                    for key, value in {
+                        "location": draw.choice(("/etc/passwd", "*/_ORT_MEM_ADDR_/*")),
+                        "offset": "64",
+                    }.items():
+                        tensor.external_data.add(key=key, value=value)
+                case 4 if node.attribute:
+                    one = draw.choice(node.attribute)
+                    one.ints[:] = [draw.choice((-1, 0, 1, 3, 2**31, 2**62)) for _ in range(draw.randrange(5))]
+                case 5 if node.input:
+                    node.input[draw.randrange(len(node.input))] = draw.choice(("x", "w", "y", "shape", ""))
+                case 6:
+                    node.op_type = draw.choice(("Conv", "MatMul", "Reshape", "If", "Loop", "Tile", "Gather", "x"))
+                case _:
+                    raw = np.array([draw.choice((0, -1, 1, 4, 2**31, 2**62)) for _ in range(4)], np.int64).tobytes()
+                    changed.graph.initializer[3].raw_data = raw
+        return bytes(changed.SerializeToString())
+
+    return damage
+
+
+def _use_graph(data: bytes) -> None:
+    if graph_fault(data) is None:
+        compile_model(read_model(data))
+
+
+def _blobs(bundle: Bundle) -> Kind:
+    good = bytes(bundle.read(bundle.manifest.engines[0].file))
+    text = max(good.find(b"<?xml"), 0)
+    images = np.zeros(bundle.manifest.input.opt_shape, np.float32)
+
+    def damage(draw: random.Random) -> bytes:
+        head = good[:text] if draw.random() < 0.5 else b""
+        return head + damaged_bytes(good[len(head) :], draw, text=draw.random() < 0.5)
+
+    def use(data: bytes) -> None:
+        session = OpenVinoSession(bytearray(data), outputs=bundle.manifest.backbone.outputs)
+        try:
+            session.run(images)
+        finally:
+            session.close()
+
+    return Kind(damage, use)
+
+
+def _profiles(folder: Path) -> Kind:
+    place = Path(__file__).parents[1] / "profiles"
+    good = {name: (place / f"{name}.toml").read_bytes() for name in _PROFILES}
+    chosen = ["cpu"]
+    input = make_bundle(folder / "profiled.bundle").manifest.input
+
+    def damage(draw: random.Random) -> bytes:
+        chosen[0] = draw.choice(_PROFILES)
+        return damaged_bytes(good[chosen[0]], draw, text=True)
+
+    def use(data: bytes) -> None:
+        path = folder / f"{chosen[0]}.toml"
+        path.write_bytes(data)
+        profile = load_profile(path)
+        explain(profile)
+        refusals(profile, precision=Precision.INT8, flavour="tensorrt", input=input)
+
+    return Kind(damage, use)
+
+
+def comparison() -> results.Comparison:
+    """A result of `edge-backbones bench` with two contenders that ran and one that did not."""
+    machine = results.Machine(
+        name="m", architecture="x86_64", cpu_features=("avx2",), cores=2, memory_bytes=1 << 33, system="Linux",
+        python="3.11", gpu=None, settings={"governor": "performance"}, commit=None,
+    )  # fmt: skip
+    ran = [
+        results.Measurement(
+            name=name, what="w", turns=(ms, ms * 1.1), median_ms=ms, fastest_ms=ms, p90_ms=ms, p99_ms=ms, jitter=0.1,
+            calls=10, images_per_second=1e3 / ms, load_s=0.1, first_call_ms=9.0, resident_mb=50.0, file_mb=4.0,
+        )
+        for name, ms in (("engine", 5.0), ("torch", 9.0))
+    ]  # fmt: skip
+    missing = results.Measurement(name="nncf", what="w", missing="not installed")
+    ratio = results.Ratio(name="torch", median=1.8, low=1.7, high=1.9, turns=6)
+    return results.Comparison(
+        bundle="b", engine="e", precision="int8", input_shape=(1, 3, 64, 64), threads=2, device="cpu", date="2026-11-30",
+        machine=machine, measurements=(*ran, missing), ratios=(ratio,),
+    )  # fmt: skip
+
+
+def _bench() -> Kind:
+    from edge_backbones.report import _comparison
+
+    now = comparison()
+    good = results.encode(now)
+
+    def use(data: bytes) -> None:
+        found = results.decode(data, "bench.json")
+        _comparison(found)
+        results.regressions(now, found)
+        results.encode(found)
+
+    return Kind(lambda draw: damaged_bytes(good, draw, text=True), use)
+
+
+def _calibration(folder: Path) -> Kind:
+    names = [f"layer{i}" for i in range(4)]
+    good = msgspec.json.encode(
+        CalibrationFile(
+            network_sha256="0" * 64, data_sha256="1" * 64, preprocessing=ImageConfig(mean=(0.5,) * 3, std=(0.25,) * 3),
+            method="auto", percentile=99.99, chosen=dict.fromkeys(names, "max"), images=("a.jpg", "b.jpg"), held_out=1,
+            skipped=(), silent=(), factors={names[0]: (1.0, 2.0)}, ranges=dict.fromkeys(names, 3.5),
+            largest=dict.fromkeys(names, 4.5), shifts={names[1]: (-0.5, 0.25)}, large=(),
+        )
+    )  # fmt: skip
+    path = folder / "calibration.json"
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        read_calibration(path)
+
+    return Kind(lambda draw: damaged_bytes(good, draw, text=True), use)
+
+
+def _matrix(folder: Path) -> Kind:
+    from build_scripts.build_matrix import build_options, read_matrix, tasks_of
+
+    path = folder / "matrix.toml"
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        for task, _ in tasks_of(read_matrix(path), folder):
+            build_options(task)
+
+    return Kind(lambda draw: damaged_bytes(_MATRIX, draw, text=True), use)
+
+
+# ---- carrying it out ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What came of the cases of one kind."""
+
+    endings: Counter[str]
+    findings: list[str]
+    slowest: float = 0.0
+    largest_mb: float = 0.0
+
+
+def run(kind: Kind, numbers: range, *, started: Callable[[int], None] = lambda _: None) -> Found:
+    """Try cases by number in this process; `Found.findings` says what went wrong, a line each."""
+    found = Found(Counter(), [])
+    for number in numbers:
+        started(number)
+        data = kind.damaged(random.Random(number))
+        before, begin = _peak_mb(), time.perf_counter()
+        try:
+            kind.use(data)
+            found.endings["read"] += 1
+        except EdgeBackbonesError as error:
+            found.endings[type(error).__name__] += 1
+            if "\n" in str(error) or len(str(error)) > _LONG_LINE:
+                found.findings.append(f"{number}: a message of {len(str(error))} characters: {str(error)[:200]!r}")
+        except Exception as error:
+            found.endings["untyped"] += 1
+            found.findings.append(f"{number}: {type(error).__name__}: {str(error)[:200]!r}")
+        seconds, mb = time.perf_counter() - begin, _peak_mb() - before - len(data) / 1e6
+        found.slowest, found.largest_mb = max(found.slowest, seconds), max(found.largest_mb, mb)
+        if seconds > _SLOW_SECONDS or mb > _LARGE_MB:
+            found.findings.append(f"{number}: took {seconds:.1f} s and {mb:.0f} MB")
+    return found
+
+
+def _peak_mb() -> float:
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def _child(name: str, begin: int, end: int) -> None:
+    """Try cases, and say on stdout which one begins, and in the end what came of all."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def started(number: int) -> None:
+            sys.stdout.write(f"{number}\n")
+            sys.stdout.flush()
+
+        found = run(kinds(Path(folder))[name], range(begin, end), started=started)
+        ending = {
+            "endings": found.endings,
+            "findings": found.findings,
+            "slowest": found.slowest,
+            "mb": found.largest_mb,
+        }
+        sys.stdout.write(json.dumps(ending) + "\n")
+
+
+def _in_children(name: str, count: int, batch: int, patience: float = 120.0) -> tuple[Found, list[str]]:
+    """Every case of a kind in child processes, and those that ended a child."""
+    whole, deaths = Found(Counter(), []), []
+    begin = 0
+    while begin < count:
+        end = min(begin + batch, count)
+        command = [sys.executable, "-m", "build_scripts.fuzz", "--child", name, str(begin), str(end)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=patience + batch)
+            said, code = done.stdout.splitlines(), str(done.returncode)
+        except subprocess.TimeoutExpired as error:
+            said, code = (error.stdout or b"").decode().splitlines(), "hung"
+        if code == "0":
+            ending = json.loads(said[-1])
+            whole.endings.update(ending["endings"])
+            whole.findings += ending["findings"]
+            whole.slowest, whole.largest_mb = max(whole.slowest, ending["slowest"]), max(whole.largest_mb, ending["mb"])
+            begin = end
+            continue
+        last = int(said[-1]) if said else begin
+        deaths.append(f"{last}: the process ended ({code})")
+        if last > begin:  # those before it again, for their figures
+            again, more = _in_children_before(name, begin, last)
+            whole.endings.update(again.endings)
+            whole.findings += again.findings
+            deaths += more
+        begin = last + 1
+    return whole, deaths
+
+
+def _in_children_before(name: str, begin: int, end: int) -> tuple[Found, list[str]]:
+    command = [sys.executable, "-m", "build_scripts.fuzz", "--child", name, str(begin), str(end)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return Found(Counter(), []), [f"{begin} to {end}: ended, together only"]
+    ending = json.loads(done.stdout.splitlines()[-1])
+    return Found(Counter(ending["endings"]), ending["findings"], ending["slowest"], ending["mb"]), []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=list(COUNTS), default=list(COUNTS))
+    parser.add_argument("--share", type=float, default=1.0, help="of the cases; 0.01 takes a minute")
+    arguments = parser.parse_args()
+    if arguments.child:
+        name, begin, end = arguments.child
+        _child(name, int(begin), int(end))
+        return 0
+    bad = 0
+    for name in arguments.only:
+        count, begun = max(1, int(COUNTS[name] * arguments.share)), time.monotonic()
+        found, deaths = _in_children(name, count, 250 if name in NATIVE else 2000)
+        whose = "OpenVINO's child" if name in NATIVE else "our process"
+        print(
+            f"{name}: {count} cases, {len(found.findings)} findings, {whose} ended {len(deaths)} times, slowest "
+            f"{found.slowest:.2f} s, at most {found.largest_mb:.0f} MB over the file, {time.monotonic() - begun:.0f} s; "
+            + ", ".join(f"{ending} {n}" for ending, n in found.endings.most_common()),
+            flush=True,
+        )
+        for line in [*found.findings, *deaths][:20]:
+            print(f"  {name} {line}", flush=True)
+        bad += len(found.findings) + (0 if name in NATIVE else len(deaths))
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
