@@ -18,6 +18,7 @@
     ├── EngineMismatchError
     ├── ClientMismatchError
     ├── InferenceError
+    │   ├── ResourceError
     │   └── DeviceError
     │       └── OutOfMemoryError
     └── InputError
@@ -28,7 +29,11 @@ package (AttributeError, a bare RuntimeError of a library...) is a bug.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import platform
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -126,6 +131,18 @@ class InferenceError(EdgeBackbonesError):
     """A loaded engine failed while it ran."""
 
 
+class ResourceError(InferenceError):
+    """This process ran out of memory, threads or file descriptors: the bundle is as good as before, and so is its engine.
+
+    ``doing``: what failed. ``lack``: what ran out: memory, threads or file descriptors. ``said``: the words of the
+    library or of the system.
+    """
+
+    def __init__(self, doing: str, lack: str, said: str) -> None:
+        super().__init__(f"{doing} failed because this process has no {lack} left ({said}): {_MORE[lack]}")
+        self.lack = lack
+
+
 class DeviceError(InferenceError):
     """A call of CUDA failed."""
 
@@ -149,6 +166,52 @@ def first_line(error: BaseException, *, typed: bool = False) -> str:
     if typed or not said or isinstance(error, KeyError):
         return ": ".join(filter(None, (type(error).__name__, said)))
     return said
+
+
+_MORE = {
+    "memory": "stop other programs, or raise its limit (ulimit -v, docker run --memory, systemd MemoryMax=)",
+    "threads": "raise its limit of threads, or of memory for their stacks (ulimit -u, ulimit -v, docker run --pids-limit, "
+    "systemd TasksMax=)",
+    "file descriptors": "raise its limit (ulimit -n, docker run --ulimit nofile=, systemd LimitNOFILE=), or close files",
+}
+_NUMBERS = {
+    errno.ENOMEM: "memory",
+    errno.EAGAIN: "threads",
+    errno.EMFILE: "file descriptors",
+    errno.ENFILE: "file descriptors",
+}
+# Words of C++, glibc, torch and Python. glibc's "cannot allocate memory in static TLS block" is another matter.
+_WORDS = {
+    "memory": re.compile(
+        r"std::bad_alloc|bad allocation|Cannot allocate memory|can't allocate memory|[Nn]ot enough memory"
+        r"|failed to map segment from shared object(?!: Operation not permitted)"
+    ),
+    "threads": re.compile(r"Resource temporarily unavailable|can't start new thread"),
+    "file descriptors": re.compile(r"Too many open files"),
+}
+
+
+def refuse_lack(doing: str, error: BaseException) -> None:
+    """Raise ResourceError if ``error`` says, by its type, number or text, that this process ran out of something."""
+    if isinstance(error, MemoryError):
+        raise ResourceError(doing, "memory", first_line(error)) from error
+    if isinstance(error, OSError) and error.errno in _NUMBERS:
+        raise ResourceError(doing, _NUMBERS[error.errno], error.strerror or str(error)) from error
+    for lack, words in _WORDS.items():
+        if found := words.search(str(error)):
+            raise ResourceError(doing, lack, found.group()) from error
+
+
+@contextlib.contextmanager
+def lack_told(doing: str) -> Iterator[None]:
+    """Turn what a lack of memory, threads or file descriptors raises in the block into ResourceError."""
+    try:
+        yield
+    except EdgeBackbonesError:
+        raise
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        refuse_lack(doing, error)
+        raise
 
 
 def root_cause(error: BaseException) -> BaseException:

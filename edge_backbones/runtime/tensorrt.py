@@ -28,7 +28,7 @@ from edge_backbones.errors import (
     InputError,
     OutOfMemoryError,
 )
-from edge_backbones.runtime import cuda, forks, plan, tensorrt_library
+from edge_backbones.runtime import cuda, exits, forks, plan, tensorrt_library
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
 from edge_backbones.runtime.device_memory import Attempts, Buffer, Lease, Pool, Ready
 from edge_backbones.runtime.plan import Profile, Shape, StreamKey
@@ -81,7 +81,7 @@ class TensorRtSession:
             raise EngineMismatchError(old)
         library = tensorrt_library.load_library(flavour)
         gpu = cuda.open_memory(device, memory)
-        with gpu:
+        with exits.calls, gpu:
             engine = _load(library, plan, flavour, input, outputs, allow_host_code, dla_core, weights)
             self._contexts = _Contexts(engine, gpu)
             self._finalizer = weakref.finalize(self, _close_quietly, self._contexts)
@@ -106,7 +106,7 @@ class TensorRtSession:
         if self._contexts.closed:
             raise self._contexts.refusal()
         profile = self._profile(array.shape)
-        with self._memory:
+        with exits.calls, self._memory:
             slot = self._contexts.take(profile, array.shape, None, graphs=self._cuda_graphs)
             with _Lent(self._contexts, slot, array):
                 return slot.run(array)
@@ -126,7 +126,7 @@ class TensorRtSession:
         """
         route = self._route(array)
         contexts = self._contexts
-        with self._memory as memory:
+        with exits.calls, self._memory as memory:
             self._require_here(array.pointer)
             contexts.forget_inputs()
             key = memory.stream_key(stream)
