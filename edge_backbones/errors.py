@@ -33,6 +33,7 @@ import contextlib
 import errno
 import platform
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,13 @@ if TYPE_CHECKING:
 
 
 class EdgeBackbonesError(Exception):
-    """Base class: catch it to catch every refusal of this package. It pickles, so that it comes out of a worker process."""
+    """Base class: catch it to catch every refusal of this package. It pickles, so that it comes out of a worker process.
+
+    Texts are stored as `visible` shows them: messages quote names out of bundles, which strangers chose.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(visible(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (type(self), self.args, self.__dict__)
@@ -153,6 +160,22 @@ class OutOfMemoryError(DeviceError):
 
 class InputError(EdgeBackbonesError, ValueError):
     """An input array or a stage selection that the engine cannot take."""
+
+
+def visible(text: str) -> str:
+    r"""Show a text of a stranger on one line: a terminal obeys none of it, and no letter of it moves or hides others.
+
+    Characters that control (``\x1b``, ``\n``), that turn the direction of writing (``\u202e``) or that cannot be seen become
+    escapes, and so do bytes of a file name that are not UTF-8 (``\udce9``). Letters of every language stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _is_unseen(c) else c for c in text)
+
+
+def _is_unseen(character: str) -> bool:
+    # Joiners are part of words in Persian, Hindi and others.
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
 
 
 def first_line(error: BaseException, *, typed: bool = False) -> str:

@@ -173,16 +173,24 @@ class OpenVinoSession:
             try:
                 request = self._idle.pop()
             except IndexError:
-                request = _Request(None, loaded)
-                self._requests.add(request)  # first: making its handle is a call too
-                request.handle = loaded.model.create_infer_request()
-            outputs = self._run(request, array)
+                request = self._new_request(loaded)
+            try:
+                outputs = self._run(request, array)
+            except BaseException:
+                self._requests.discard(request)  # the traceback may keep it
+                raise
         except (RuntimeError, MemoryError) as error:
             refuse_lack(f"running OpenVINO on {array.dtype} {array.shape}", error)
             raise InferenceError(f"OpenVINO failed on {array.dtype} {array.shape}: {cause(error)}") from error
         if self._keeps_requests:  # and not after an error: a request that failed is not trusted again
             self._idle.append(request)
         return outputs
+
+    def _new_request(self, loaded: _Loaded) -> _Request:
+        with exits.calls:
+            request = _Request(loaded.model.create_infer_request(), loaded)
+            self._requests.add(request)
+        return request
 
     def _run(self, request: _Request, array: np.ndarray) -> list[np.ndarray]:
         # OpenVINO reads and writes the arrays in place and keeps no reference to them: they must outlive the inference.
@@ -206,19 +214,19 @@ class OpenVinoSession:
 
     def abandon(self) -> None:
         """See forks.Inherited."""
-        forks.keep_for_good([self._loaded, *self._idle])
+        forks.keep_for_good([self._loaded, self._ended, *self._idle])
         if self._loaded is not None:
             self._refusal = forks.refusal("OpenVINO")
         self.close()
 
     def end(self) -> None:
-        """See exits.Ending."""
-        # Nothing is released: a thread that destroys a request is in C++ too.
-        self._ended, self._loaded = self._loaded, None
-        self._refusal = self._refusal or exits.refusal()
+        """See exits.Called."""
+        if self._loaded is not None:  # nothing is released: a thread that destroys a request is in C++ too
+            self._ended, self._loaded = self._loaded, None
+            self._refusal = exits.refusal()
 
     def is_called(self) -> bool:
-        """See exits.Ending."""
+        """See exits.Called."""
         return len(self._idle) < len(self._requests)
 
 
