@@ -157,7 +157,7 @@ def test_a_session_knows_whether_it_is_called(path):
         assert engine.is_called()
         engine._idle.append(request)
         assert not engine.is_called()
-        with pytest.raises(InferenceError, match="^Python is ending"):
+        with pytest.raises(InferenceError, match=r"^Python is ending"):
             backbone(images)
 
 
@@ -167,6 +167,6 @@ def test_calls_that_are_counted_are_refused_when_python_ends():
         assert calls.is_called()
         calls.end()
     assert not calls.is_called()
-    with pytest.raises(InferenceError, match="^Python is ending"), calls:
+    with pytest.raises(InferenceError, match=r"^Python is ending"), calls:
         pass
     assert not calls.is_called()
