@@ -7,12 +7,16 @@ is an .onnx, the quantised graph (ModelOpt only).
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # none of the tools reports anything
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 def main() -> None:

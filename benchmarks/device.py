@@ -9,6 +9,7 @@ Python 3.10 the running one is taken, and the results say which. Results: benchm
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -18,8 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-import openvino
 
 from benchmarks import readme_table
 from benchmarks.networks import bundle_of
@@ -95,7 +94,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def install_and_run(python: str, wheel: Path, folder: Path, bundle: Path) -> dict[str, float]:
     """Seconds of each part. The engines of a bundle are of one release of OpenVINO: that one is installed."""
-    release = openvino.__version__.partition("-")[0]
+    release = importlib.metadata.version("openvino")
     executable = str(folder / "bin" / "python")
     commands = {
         "environment": (python, "-m", "venv", str(folder)),

@@ -25,8 +25,11 @@ print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 
 _BUILD = """
 import json, sys, time
-import torch, timm, onnx, onnxscript, onnxruntime, openvino
+import torch, timm, onnx, onnxscript
+import edge_backbones.build.onnx_runtime
+from edge_backbones.runtime.openvino import load_library
 from edge_backbones import BuildOptions, build_bundle
+load_library()
 start = time.perf_counter()
 options = BuildOptions(weights="random:0", out_indices=(1, 2, 3, 4), golden=4, cache=None)
 result = build_bundle("resnet50", sys.argv[2], images=sys.argv[1], options=options, overwrite=True)
@@ -114,14 +117,13 @@ def call_overhead(bundle: Path, calls: int = 1000) -> dict[str, float]:
     That request has its input tensor set once, writes into its own output tensors and shares them (no copies).
     The overhead is the median of the differences within each turn.
     """
-    import openvino
-
     from edge_backbones import EdgeBackbone
+    from edge_backbones.runtime.openvino import load_library
 
     with EdgeBackbone.from_pretrained(bundle, engine="int8", threads=2) as backbone:
         images = np.random.default_rng(0).standard_normal(backbone.input.opt_shape).astype(np.float32)
-        request = backbone._engine._model.create_infer_request()  # type: ignore[attr-defined]
-        request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
+        request = backbone._engine._loaded.model.create_infer_request()  # type: ignore[attr-defined]
+        request.set_input_tensor(load_library().Tensor(images, shared_memory=True))
         contenders: list[Callable[[], Any]] = [lambda: request.infer(share_outputs=True), lambda: backbone(images)]
         timings = np.array([_in_turn(contenders, reverse=bool(index % 2)) for index in range(calls + 20)])[20:]
     bare = float(np.median(timings[:, 0]))

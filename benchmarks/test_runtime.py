@@ -36,7 +36,7 @@ def test_a_call(benchmark, backbone, images):
 
 
 def test_the_bare_request(benchmark, backbone, images):
-    request = backbone._engine._model.create_infer_request()
+    request = backbone._engine._loaded.model.create_infer_request()
     benchmark(lambda: request.infer([images], share_inputs=True, share_outputs=True))
 
 

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 
 import edge_backbones
 from build_scripts.device_install import OLDEST, ROOT, build_small, build_wheel
@@ -36,6 +35,7 @@ from edge_backbones import Bundle, EdgeBackbonesError
 from edge_backbones.build.parity import compare
 from edge_backbones.bundle import load_golden
 from edge_backbones.manifest import Gate
+from edge_backbones.runtime.openvino import load_library
 
 RESULTS = ROOT / "benchmarks" / "results" / "aarch64.json"
 CACHE = ROOT / ".cache" / "aarch64"
@@ -82,10 +82,11 @@ print(json.dumps([sys.version_info[:2], ask(16), ask(26)]))
 
 _RUN = """
 import collections, json, platform, sys
-import numpy, openvino
+import numpy
 from edge_backbones import Bundle, EdgeBackbone
 from edge_backbones.bundle import load_golden
 from edge_backbones.runtime.compat import this_host
+from edge_backbones.runtime.openvino import load_library
 
 path, out, *precisions = sys.argv[1:]
 bundle, products = Bundle.open(path), {}
@@ -97,7 +98,7 @@ for precision in precisions:
             for case in bundle.manifest.golden.cases
             for stage, feature_map in backbone.run(golden[f"{case}/{backbone.input.name}"]).items()
         }
-        facts = [op.get_rt_info() for op in backbone._engine._model.get_runtime_model().get_ops()]
+        facts = [op.get_rt_info() for op in backbone._engine._loaded.model.get_runtime_model().get_ops()]
     numpy.savez(f"{out}/{precision}.npz", **maps)
     products[precision] = collections.Counter(
         fact["runtimePrecision"].astype(str)
@@ -106,7 +107,7 @@ for precision in precisions:
     )
 print(json.dumps({
     "architecture": platform.machine(), "cpu_features": this_host({}).cpu_features, "python": platform.python_version(),
-    "numpy": numpy.__version__, "openvino": openvino.__version__, "libc": platform.libc_ver()[1], "products": products,
+    "numpy": numpy.__version__, "openvino": load_library().__version__, "libc": platform.libc_ver()[1], "products": products,
     "torch": "torch" in sys.modules,
 }))
 """
@@ -223,7 +224,7 @@ def emulate(bundle: Path | None, root: Path, cpu: str) -> dict[str, Any]:
             inside(root, cpu, _PYTHON, "-m", "edge_backbones", "compile", "/data/net.bundle")
         except EmulationError as error:
             print(f"FAILED: {error}")
-            versions = {"openvino": openvino.__version__, "edge-backbones": edge_backbones.__version__}
+            versions = {"openvino": load_library().__version__, "edge-backbones": edge_backbones.__version__}
             return {**about, "versions": versions, "refused": str(error), "passed": False}
         there, here = work / "there", work / "here"
         there.mkdir()
@@ -331,7 +332,7 @@ def install(root: Path, cpu: str, work: Path) -> None:
     if not (root / _PYTHON.lstrip("/")).is_symlink():
         inside(root, cpu, "/usr/bin/python3", "-m", "venv", "/opt/env")
     wheel = f"/data/{build_wheel(work).name}"
-    release = openvino.__version__.partition("-")[0]  # maps of the same release are compared
+    release = load_library().__version__.partition("-")[0]  # maps of the same release are compared
     pip = (_PYTHON, "-m", "pip", "install", "--no-compile")
     inside(root, cpu, *pip, "--force-reinstall", "--no-deps", wheel)
     inside(root, cpu, *pip, f"{wheel}[cpu,cli]", f"openvino=={release}")

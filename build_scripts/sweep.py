@@ -396,8 +396,8 @@ def compare_with_graph(bundle: Path, precision: str, result: dict[str, Any]) -> 
     much worse: the engine computes half as fp32, ONNX Runtime and GPUs do not, and there a number may leave its range.
     """
     import numpy as np
-    import onnxruntime
 
+    from edge_backbones.build.onnx_runtime import onnxruntime
     from edge_backbones.build.parity import compare
     from edge_backbones.manifest import Gate
 

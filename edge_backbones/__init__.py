@@ -46,9 +46,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'edge_backbones' has no attribute {name!r}")
     try:
         home = importlib.import_module(_HOMES[name])
-    except ImportError as error:
-        from edge_backbones.errors import BrokenLibraryError
+    except (ImportError, MemoryError, OSError) as error:
+        from edge_backbones.errors import BrokenLibraryError, refuse_lack
 
+        refuse_lack("importing edge_backbones", error)
         try:  # whether it is for want of what everything here stands on
             for library in ("msgspec", "numpy"):
                 importlib.import_module(library)

@@ -29,7 +29,16 @@ except ImportError as broken:
 from edge_backbones import __version__
 from edge_backbones.bench.results import Comparison
 from edge_backbones.bundle import Bundle
-from edge_backbones.errors import CompileError, EdgeBackbonesError, InputError, MissingDependencyError, ParityError
+from edge_backbones.errors import (
+    CompileError,
+    EdgeBackbonesError,
+    InputError,
+    MissingDependencyError,
+    ParityError,
+    ResourceError,
+    refuse_lack,
+    visible,
+)
 from edge_backbones.manifest import Decision, Flavour, ParityReport
 from edge_backbones.spec import Precision, ShapeRange
 
@@ -50,11 +59,30 @@ app = typer.Typer(
     help="Vision backbones as verified bundles of compiled engines, behind the transformers backbone API.\n\n"
     "`build` makes a bundle from a model of timm or transformers, `run` gives the feature maps of a photograph.",
 )
+
+
+class _Console(Console):
+    """Prints each text on a line of its own, as `visible` shows it: most hold names out of bundles."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(visible(o) if isinstance(o, str) else o for o in objects), **options)
+
+
+class _Table(Table):
+    """Its title and its cells are texts as `_Console` prints them."""
+
+    def __init__(self, *headers: str, title: str | None = None, **options: Any) -> None:
+        super().__init__(*headers, title=None if title is None else visible(title), **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(visible(c) if isinstance(c, str) else c for c in cells), **options)
+
+
 # click's UsageError, which newer releases of typer carry inside and older ones import
 _UsageError: Any = typer.BadParameter.__base__
-# No markup: paths and messages may hold brackets.
-_out = Console(soft_wrap=True, highlight=False, markup=False)
-_err = Console(stderr=True, highlight=False, markup=False)
+# No markup and no emoji: paths and messages may hold brackets and colons.
+_out = _Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+_err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 _EXIT_PARITY = 3
 _EXIT_SLOWER = 4
@@ -607,14 +635,15 @@ def _explain(bundle: Path, engine: str | None, gpu: int, picture: Path, error: P
         return
     _print_parity(error.reports)
     for one in found:
-        table = Table("layer" if one.cause == "engine" else "block alone", title=one.stage, title_justify="left")
+        table = _Table("layer" if one.cause == "engine" else "block alone", title=one.stage, title_justify="left")
         table.add_column("SQNR dB", justify="right")
         for layer in one.layers:
             style = "red" if layer.name == one.born else ""
-            table.add_row(Text(layer.name, style=style), Text(f"{layer.sqnr_db:.1f}", style=style))
+            table.add_row(Text(visible(layer.name), style=style), Text(f"{layer.sqnr_db:.1f}", style=style))
         _out.print(table)
         _out.print(one.sentence)
-    _out.print("".join(f"drew {file}\n" for file in files), end="")
+    for file in files:
+        _out.print(f"drew {file}")
 
 
 @app.command()
@@ -715,18 +744,18 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     _out.print(manifest.preprocessing)
     for note in source.preprocessing_notes:
         _out.print(note)
-    stages = Table("index", "stage", "channels", "stride", "layout", title="feature maps", title_justify="left")
+    stages = _Table("index", "stage", "channels", "stride", "layout", title="feature maps", title_justify="left")
     for row in zip(spec.out_indices, spec.out_features, spec.channels, spec.strides, spec.layouts, strict=True):
         index, name, channels, (vertical, horizontal), layout = row
         stride = str(vertical) if vertical == horizontal else f"{vertical}x{horizontal}"
         stages.add_row(str(index), name, str(channels), stride, layout)
     _out.print(stages)
     if spec.extras:
-        extras = Table("output", "channels", "layout", title="other outputs", title_justify="left")
+        extras = _Table("output", "channels", "layout", title="other outputs", title_justify="left")
         for extra in spec.extras:
             extras.add_row(extra.name, str(extra.channels), extra.layout)
         _out.print(extras)
-    engines = Table("engine", "MB", "ms", "runs here", title="engines", title_justify="left")
+    engines = _Table("engine", "MB", "ms", "runs here", title="engines", title_justify="left")
     for engine in manifest.engines:
         why = reasons[engine.name]
         speed = "" if engine.milliseconds is None else f"{engine.milliseconds:.2f}"
@@ -766,9 +795,10 @@ def profiles(
         _print_json(found)
         return
     if name is not None:
-        _out.print(explain(found[0]))
+        for line in explain(found[0]).splitlines():
+            _out.print(line)
         return
-    table = Table("profile", "GPU", "GiB", "GB/s", "pays")
+    table = _Table("profile", "GPU", "GiB", "GB/s", "pays")
     for profile in found:
         memory = [module.memory_gib for module in profile.modules]
         speed = [module.bandwidth_gb_s for module in profile.modules if module.bandwidth_gb_s is not None]
@@ -798,9 +828,10 @@ def doctor(
     else:
         for finding in findings:  # lines, not a table: a command that is to be copied must not be cut
             mark = ("ok", "green") if finding.ok else ("--", "yellow")
-            _out.print(Text.assemble(mark, "  ", (finding.topic, "bold"), ": ", finding.found), soft_wrap=True)
-            if finding.fix:
-                _out.print(Text.assemble("    to do: ", (finding.fix, "cyan")), soft_wrap=True)
+            topic, found, fix = map(visible, (finding.topic, finding.found, finding.fix))
+            _out.print(Text.assemble(mark, "  ", (topic, "bold"), ": ", found), soft_wrap=True)
+            if fix:
+                _out.print(Text.assemble("    to do: ", (fix, "cyan")), soft_wrap=True)
     if opened is not None and not any(finding.ok for finding in engines):
         raise typer.Exit(1)
 
@@ -952,7 +983,13 @@ def _run(arguments: list[str]) -> int:
         if "--json" not in arguments:
             _print_parity(error.reports, console=_err)
         return _refuse(arguments, error, _EXIT_PARITY, parity=error.reports)
-    except (EdgeBackbonesError, OSError, MemoryError) as error:
+    except EdgeBackbonesError as error:
+        return _refuse(arguments, error, 1)
+    except (OSError, MemoryError) as error:
+        try:
+            refuse_lack("this command", error)
+        except ResourceError as lack:
+            return _refuse(arguments, lack, 1)
         return _refuse(arguments, error, 1)
     except ImportError as error:  # not of an extra, which is said in words
         missing = isinstance(error, ModuleNotFoundError)
@@ -983,7 +1020,7 @@ class _Steps:
     def __init__(self, quiet: bool) -> None:
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]*[/]"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
@@ -1009,7 +1046,7 @@ class _Steps:
             raise KeyboardInterrupt
         if step != self._step:
             self._finish()
-            self._step, self._task = step, self._bars.add_task(step, total=total, count="")
+            self._step, self._task = step, self._bars.add_task(visible(step), total=total, count="")
         self._bars.update(self._task, completed=done, total=total, count=f"{done}/{total}" if total else "")
 
     def _finish(self) -> None:
@@ -1032,7 +1069,7 @@ def _print_parity(reports: Iterable[ParityReport], console: Console | None = Non
         if not report.measured:
             continue
         title = f"parity of {report.precision} with fp32 torch, worst golden image; gate: {report.gate}"
-        table = Table("stage", title=title, title_justify="left")
+        table = _Table("stage", title=title, title_justify="left")
         for column in ("cosine", "SQNR dB", "relative error", "max |difference|", ""):
             table.add_column(column, justify="right")
         for s in report.stages:
@@ -1057,7 +1094,7 @@ def _print_comparison(result: Comparison) -> None:
     title = f"{result.engine} on {result.machine.name}, {result.threads} threads, input {shape}, {result.device}"
     ratios = {ratio.name: ratio for ratio in result.ratios}
     shown = [m for m in result.measurements if not m.missing]
-    speed = Table("", title=title, title_justify="left")
+    speed = _Table("", title=title, title_justify="left")
     for column in ("ms", "times ours", "p90 ms", "p99 ms", "jitter"):
         speed.add_column(column, justify="right", no_wrap=True)
     for m in shown:
@@ -1066,7 +1103,7 @@ def _print_comparison(result: Comparison) -> None:
         jitter = "" if m.jitter is None else f"{m.jitter:.0%}"
         speed.add_row(m.name, _figure(m.median_ms), told, _figure(m.p90_ms), _figure(m.p99_ms), jitter)
     measured = [(head, field) for head, field in _COSTS if any(getattr(m, field) is not None for m in shown)]
-    cost = Table("")
+    cost = _Table("")
     for head, _ in measured:
         cost.add_column(head, justify="right", no_wrap=True)
     for m in shown:
@@ -1092,7 +1129,7 @@ def _print_trials(decision: Decision | None) -> None:
     """What the build tried, parity against latency."""
     if decision is None:
         return
-    table = Table("engine", title=f"tried on {decision.device_name}", title_justify="left")
+    table = _Table("engine", title=f"tried on {decision.device_name}", title_justify="left")
     for column in ("cosine", "SQNR dB", "ms", ""):
         table.add_column(column, justify="right")
     for trial in decision.trials:

@@ -19,6 +19,7 @@
     ├── EngineMismatchError
     ├── ClientMismatchError
     ├── InferenceError
+    │   ├── ResourceError
     │   └── DeviceError
     │       └── OutOfMemoryError
     └── InputError
@@ -29,7 +30,12 @@ package (AttributeError, a bare RuntimeError of a library...) is a bug.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import platform
+import re
+import unicodedata
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,7 +43,13 @@ if TYPE_CHECKING:
 
 
 class EdgeBackbonesError(Exception):
-    """Base class: catch it to catch every refusal of this package. It pickles, so that it comes out of a worker process."""
+    """Base class: catch it to catch every refusal of this package. It pickles, so that it comes out of a worker process.
+
+    Texts are stored as `visible` shows them: messages quote names out of bundles, which strangers chose.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(visible(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (type(self), self.args, self.__dict__)
@@ -131,6 +143,18 @@ class InferenceError(EdgeBackbonesError):
     """A loaded engine failed while it ran."""
 
 
+class ResourceError(InferenceError):
+    """This process ran out of memory, threads or file descriptors: the bundle is as good as before, and so is its engine.
+
+    ``doing``: what failed. ``lack``: what ran out: memory, threads or file descriptors. ``said``: the words of the
+    library or of the system.
+    """
+
+    def __init__(self, doing: str, lack: str, said: str) -> None:
+        super().__init__(f"{doing} failed because this process has no {lack} left ({said}): {_MORE[lack]}")
+        self.lack = lack
+
+
 class DeviceError(InferenceError):
     """A call of CUDA failed."""
 
@@ -141,6 +165,22 @@ class OutOfMemoryError(DeviceError):
 
 class InputError(EdgeBackbonesError, ValueError):
     """An input array or a stage selection that the engine cannot take."""
+
+
+def visible(text: str) -> str:
+    r"""Show a text of a stranger on one line: a terminal obeys none of it, and no letter of it moves or hides others.
+
+    Characters that control (``\x1b``, ``\n``), that turn the direction of writing (``\u202e``) or that cannot be seen become
+    escapes, and so do bytes of a file name that are not UTF-8 (``\udce9``). Letters of every language stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _is_unseen(c) else c for c in text)
+
+
+def _is_unseen(character: str) -> bool:
+    # Joiners are part of words in Persian, Hindi and others.
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
 
 
 def first_line(error: BaseException, *, typed: bool = False) -> str:
@@ -154,6 +194,52 @@ def first_line(error: BaseException, *, typed: bool = False) -> str:
     if typed or not said or isinstance(error, KeyError):
         return ": ".join(filter(None, (type(error).__name__, said)))
     return said
+
+
+_MORE = {
+    "memory": "stop other programs, or raise its limit (ulimit -v, docker run --memory, systemd MemoryMax=)",
+    "threads": "raise its limit of threads, or of memory for their stacks (ulimit -u, ulimit -v, docker run --pids-limit, "
+    "systemd TasksMax=)",
+    "file descriptors": "raise its limit (ulimit -n, docker run --ulimit nofile=, systemd LimitNOFILE=), or close files",
+}
+_NUMBERS = {
+    errno.ENOMEM: "memory",
+    errno.EAGAIN: "threads",
+    errno.EMFILE: "file descriptors",
+    errno.ENFILE: "file descriptors",
+}
+# Words of C++, glibc, torch and Python. glibc's "cannot allocate memory in static TLS block" is another matter.
+_WORDS = {
+    "memory": re.compile(
+        r"std::bad_alloc|bad allocation|Cannot allocate memory|can't allocate memory|[Nn]ot enough memory"
+        r"|failed to map segment from shared object(?!: Operation not permitted)"
+    ),
+    "threads": re.compile(r"Resource temporarily unavailable|can't start new thread"),
+    "file descriptors": re.compile(r"Too many open files"),
+}
+
+
+def refuse_lack(doing: str, error: BaseException) -> None:
+    """Raise ResourceError if ``error`` says, by its type, number or text, that this process ran out of something."""
+    if isinstance(error, MemoryError):
+        raise ResourceError(doing, "memory", first_line(error)) from error
+    if isinstance(error, OSError) and error.errno in _NUMBERS:
+        raise ResourceError(doing, _NUMBERS[error.errno], error.strerror or str(error)) from error
+    for lack, words in _WORDS.items():
+        if found := words.search(str(error)):
+            raise ResourceError(doing, lack, found.group()) from error
+
+
+@contextlib.contextmanager
+def lack_told(doing: str) -> Iterator[None]:
+    """Turn what a lack of memory, threads or file descriptors raises in the block into ResourceError."""
+    try:
+        yield
+    except EdgeBackbonesError:
+        raise
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        refuse_lack(doing, error)
+        raise
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_backbones.errors import MissingDependencyError
+from edge_backbones.errors import MissingDependencyError, visible
 
 _CHANNELS_SHOWN = 4
 
@@ -41,14 +42,17 @@ def draw_feature_maps(
     figure_class = _figure_class()
     rows, columns = len(maps), 2 + _CHANNELS_SHOWN
     figure = figure_class(figsize=(2.1 * columns, 2.35 * rows + 0.7), layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.suptitle(visible(title), fontsize=11, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, (stage, feature_map) in zip(axes, maps.items(), strict=True):
         for axis in row:
             axis.set_axis_off()
         row[0].imshow(photograph if photograph.shape[2] == 3 else photograph[..., 0], cmap="gray")
         row[0].set_title(
-            f"{stage}\n{' x '.join(str(n) for n in feature_map.shape)}", fontsize=9, loc="left", parse_math=False
+            f"{visible(stage)}\n{' x '.join(str(n) for n in feature_map.shape)}",
+            fontsize=9,
+            loc="left",
+            parse_math=False,
         )
         row[1].imshow(np.sqrt((feature_map.astype(np.float64) ** 2).mean(axis=0)), cmap="magma")
         row[1].set_title("energy of\nall channels", fontsize=9)
@@ -56,8 +60,7 @@ def draw_feature_maps(
         for axis, channel in zip(row[2:], strongest, strict=False):
             axis.imshow(feature_map[channel], cmap="viridis")
             axis.set_title(f"channel\n{channel}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def draw_layers(path: Path, layers: Sequence[tuple[str, float]], *, born: str, limit_db: float, title: str) -> None:
@@ -72,13 +75,21 @@ def draw_layers(path: Path, layers: Sequence[tuple[str, float]], *, born: str, l
         [sqnr_db for _, sqnr_db in layers],
         color=["#c0392b" if name == born else "#7f8fa6" for name, _ in layers],
     )
-    axis.set_yticks(range(len(layers)), [name for name, _ in layers], fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(layers)), [visible(name) for name, _ in layers], fontsize=8, parse_math=False)
     axis.invert_yaxis()
     axis.axvline(limit_db, color="black", linestyle="--", linewidth=1)
     axis.set_xlabel(f"SQNR in dB (dashed: the {limit_db:.1f} dB that the gate asks for)", fontsize=9)
-    axis.set_title(title, fontsize=10, loc="left", parse_math=False)
+    axis.set_title(visible(title), fontsize=10, loc="left", parse_math=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing from", UserWarning
+        )  # drawn as a box: names have any letters
+        figure.savefig(path, dpi=110)
 
 
 def _figure_class() -> Any:

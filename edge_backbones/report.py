@@ -27,6 +27,7 @@ from edge_backbones.errors import (
     InputError,
     IntegrityError,
     MissingDependencyError,
+    visible,
 )
 from edge_backbones.manifest import (
     CalibrationFile,
@@ -105,7 +106,7 @@ def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine
     except ImportError as error:
         raise MissingDependencyError("writing a report", "report") from error
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
     )
     environment.filters.update(mb=_mb, fixed=_fixed, times=_times, flavour=_FLAVOURS.__getitem__, signs=_signs)
     source = resources.files("edge_backbones").joinpath("report.html.jinja").read_text(encoding="utf-8")
@@ -135,6 +136,11 @@ def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine
         comparisons=[_comparison(one) for one in comparisons],
         gpu_facts=[(e.name, _gpu_facts(e)) for e in manifest.engines if e.key.gpu is not None],
     )
+
+
+def _visible(value: Any) -> Any:
+    """What the template prints: names of a stranger, but for the markup that its own macros return."""
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 # ---- what the bundle is ---------------------------------------------------------------------------------------------

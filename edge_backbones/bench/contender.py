@@ -25,7 +25,7 @@ from edge_backbones.bundle import Bundle, load_golden
 from edge_backbones.errors import EdgeBackbonesError, InputError, first_line
 from edge_backbones.images import network_input
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.openvino import OpenVinoSession
+from edge_backbones.runtime.openvino import OpenVinoSession, load_library
 from edge_backbones.spec import Precision
 
 Call: TypeAlias = Callable[[np.ndarray], Sequence[Any]]
@@ -133,7 +133,7 @@ def torchscript(bundle: Bundle, task: Task) -> Loaded:
 
 
 def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
-    import onnxruntime as library
+    from edge_backbones.build.onnx_runtime import onnxruntime as library
 
     options = library.SessionOptions()
     options.intra_op_num_threads = task.threads
@@ -149,8 +149,7 @@ def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
 
 def openvino(bundle: Bundle, task: Task) -> Loaded:
     """A graph as the library itself compiles it, for one call at a time."""
-    import openvino as library
-
+    library = load_library()
     graph = _graph_of(task)
     # In fp32 where the graph is: some CPUs would take bf16, which is another network than the one that is compared.
     settings = {

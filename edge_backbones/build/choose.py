@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from edge_backbones.build import equalise
 from edge_backbones.build.artifacts import ExportedGraph, Progress, no_progress
+from edge_backbones.build.onnx_runtime import onnxruntime
 from edge_backbones.build.quantize import activation_scale, quantized_layers, write_typed_graph
 from edge_backbones.build.ranges import METHODS, Magnitudes, chunks, find_ranges, merge_magnitudes
 from edge_backbones.spec import Precision

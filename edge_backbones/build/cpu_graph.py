@@ -60,7 +60,7 @@ def _quantize_before_pooling(model: openvino.Model) -> None:
 
 
 def _use_all_levels(model: openvino.Model) -> None:
-    from openvino import opset13 as ops
+    ops = load_library().opset13
 
     for quantize, last, scale in _pairs(model):
         readers = last.output(0).get_target_inputs()

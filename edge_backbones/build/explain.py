@@ -19,12 +19,12 @@ import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 from onnx_ir.passes import common as passes
 
 from edge_backbones.build import cpu_graph
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.build.choose import reference_options
+from edge_backbones.build.onnx_runtime import onnxruntime
 from edge_backbones.build.parity import allowed_noise
 from edge_backbones.build.quantize import block_of
 from edge_backbones.errors import IntegrityError

@@ -28,7 +28,7 @@ from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.errors import CalibrationError
 
 if TYPE_CHECKING:
-    import onnxruntime
+    from edge_backbones.build.onnx_runtime import onnxruntime
 
 METHODS = ("max", "percentile", "entropy", "mse")
 
@@ -162,7 +162,8 @@ def find_ranges(
 def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
     """A session over the graph with `tensors` as its only outputs (the input itself needs no output)."""
     import onnx
-    import onnxruntime
+
+    from edge_backbones.build.onnx_runtime import onnxruntime
 
     model = onnx.load(model_path, load_external_data=False)
     inputs = {value.name for value in model.graph.input}

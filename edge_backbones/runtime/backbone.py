@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_backbones import trust
 from edge_backbones.bundle import Bundle, read_current
-from edge_backbones.errors import BundleError, EngineMismatchError, InputError, first_line
+from edge_backbones.errors import BundleError, EngineMismatchError, InputError, first_line, lack_told, refuse_lack
 from edge_backbones.manifest import EngineRecord, Source
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.cuda import MemoryBackend
@@ -229,6 +229,7 @@ class EdgeBackbone:
         self._usual = (np.dtype(input.dtype), input.opt_shape)
 
     @classmethod
+    @lack_told("opening a bundle")
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
@@ -261,10 +262,10 @@ class EdgeBackbone:
         since and that this machine did not make are passed over.
 
         Raises BundleError for a damaged bundle, TrustError (a BundleError) for one that is not signed as asked,
-        EngineMismatchError when nothing in it can run here, InputError for a
-        device that is not one, InferenceError in a forked child whose parent has opened an engine of the same library. With
-        ``on_mismatch="compile"`` an engine that can is compiled, verified and added to the bundle instead, which takes from
-        seconds to minutes, and raises what `compile_bundle` raises.
+        EngineMismatchError when nothing in it can run here, InputError for a device that is not one, ResourceError where
+        memory, threads or file descriptors run out, InferenceError in a forked child whose parent has opened an engine of
+        the same library. With ``on_mismatch="compile"`` an engine that can is compiled, verified and added to the bundle
+        instead, which takes from seconds to minutes, and raises what `compile_bundle` raises.
         """
         kind, gpu = parse_device(device)
         if on_mismatch not in ("raise", "compile"):
@@ -481,7 +482,11 @@ class EdgeBackbone:
             )
         if dataset_index is not None:
             self._check_dataset_index(dataset_index)
-        output = self._output(self._run(pixel_values, stream), output_hidden_states)
+        try:
+            output = self._output(self._run(pixel_values, stream), output_hidden_states)
+        except MemoryError as error:
+            refuse_lack(f"a call of this backbone, which takes {self._input.describe()},", error)
+            raise
         return output.to_tuple() if return_dict is False else output
 
     def _output(

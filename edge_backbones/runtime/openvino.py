@@ -6,27 +6,32 @@ bf16 by itself on CPUs that have it. An engine is what ``CompiledModel.export_mo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import sys
+import threading
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from edge_backbones.errors import (
     CompileError,
+    EdgeBackbonesError,
     EngineMismatchError,
     InferenceError,
     InputError,
     MissingDependencyError,
     first_line,
+    refuse_lack,
 )
 from edge_backbones.onnx_gate import graph_fault
-from edge_backbones.runtime import forks
+from edge_backbones.runtime import exits, forks
 
 if TYPE_CHECKING:
     import openvino
@@ -35,10 +40,33 @@ if TYPE_CHECKING:
 def load_library() -> Any:
     """The openvino module; raises MissingDependencyError with the command that installs it."""
     try:
-        import openvino
-    except ImportError as error:
+        with _without_telemetry():
+            import openvino
+    except (ImportError, OSError, MemoryError) as error:
+        refuse_lack("loading OpenVINO", error)
         raise MissingDependencyError("the CPU engine (OpenVINO)", "cpu") from error
     return openvino
+
+
+_TELEMETRY = "openvino_telemetry"
+_turns = threading.RLock()
+
+
+@contextlib.contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Import openvino in the block: it takes the stub that it carries for where ``openvino_telemetry`` is not installed.
+
+    With that package the import looks up an analytics host, forks for it and writes to the home folder. Behind the block a
+    program imports the package as if nothing had been.
+    """
+    with _turns:  # of two threads, the second would take the None of the first for what was there before
+        before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == _TELEMETRY}
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del sys.modules[_TELEMETRY]
+            sys.modules.update(before)
 
 
 def library_version() -> str | None:
@@ -86,7 +114,8 @@ def read_model(graph: bytes) -> openvino.Model:
         raise CompileError(f"this graph is given to no library: {fault}")
     openvino = load_library()
     try:
-        return core().read_model(graph, b"")
+        with exits.calls:
+            return core().read_model(graph, b"")
     except RuntimeError as error:
         raise CompileError(f"OpenVINO {openvino.get_version()} cannot read this graph: {cause(error)}") from error
 
@@ -95,7 +124,8 @@ def compile_model(model: openvino.Model) -> bytes:
     """Compile for this CPU and return the blob; CompileError with OpenVINO's words."""
     openvino = load_library()
     try:
-        exported = core().compile_model(model, "CPU", settings(None)).export_model()
+        with exits.calls:
+            exported = core().compile_model(model, "CPU", settings(None)).export_model()
     except RuntimeError as error:
         raise CompileError(f"OpenVINO {openvino.get_version()} cannot compile this graph: {cause(error)}") from error
     return bytes(exported) if isinstance(exported, bytes) else bytes(exported.getvalue())
@@ -110,8 +140,12 @@ class OpenVinoSession:
             raise InputError(f"threads must be at least 1, got {threads}")
         try:
             tensor = openvino.Tensor(np.frombuffer(blob, np.uint8), shared_memory=True)
-            model = core().import_model(tensor, "CPU", settings(threads))
-        except (RuntimeError, UnicodeDecodeError) as error:  # bytes of a damaged blob are in the text of some errors
+            with exits.calls:
+                model = core().import_model(tensor, "CPU", settings(threads))
+        except EdgeBackbonesError:
+            raise
+        except Exception as error:  # of many types: bytes of a damaged blob are in the text of some
+            refuse_lack(f"loading an engine with OpenVINO {openvino.get_version()}", error)
             raise EngineMismatchError(
                 f"OpenVINO {openvino.get_version()} does not load this engine ({cause(error)}): "
                 "run edge-backbones compile on this machine"
@@ -122,33 +156,45 @@ class OpenVinoSession:
             raise EngineMismatchError(
                 f"the engine returns {names}, the manifest promises {list(outputs)}: build it again"
             )
-        self._blob = blob  # weights in the model may point into it
         self._tensor = openvino.Tensor
-        self._model: Any = model
+        self._loaded: _Loaded | None = _Loaded(blob, model)
+        self._keeps_requests = True
         self._ports = [names.index(name) for name in outputs]
         shapes = [model.outputs[port].partial_shape for port in self._ports]
         self._shapes = None if any(s.is_dynamic for s in shapes) else [tuple(s.to_shape()) for s in shapes]
         self._idle: deque[_Request] = deque()
-        self._is_abandoned = False
+        self._requests: weakref.WeakSet[_Request] = weakref.WeakSet()  # those in calls too: a call costs nothing more
+        self._refusal: EdgeBackbonesError | None = None
+        self._ended: _Loaded | None = None
         forks.abandon_in_children(self)
+        exits.end_with_process(self)
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
-        model = self._model
-        if model is None and self._is_abandoned:
-            raise forks.refusal("OpenVINO")
-        if model is None:
-            raise InputError("this EdgeBackbone was closed: open the bundle again")
+        loaded = self._loaded
+        if loaded is None:
+            raise self._refusal or InputError("this EdgeBackbone was closed: open the bundle again")
         try:
             try:
                 request = self._idle.pop()
             except IndexError:
-                request = _Request(model.create_infer_request())
-            outputs = self._run(request, array)
-        except RuntimeError as error:
+                request = self._new_request(loaded)
+            try:
+                outputs = self._run(request, array)
+            except BaseException:
+                self._requests.discard(request)  # the traceback may keep it
+                raise
+        except (RuntimeError, MemoryError) as error:
+            refuse_lack(f"running OpenVINO on {array.dtype} {array.shape}", error)
             raise InferenceError(f"OpenVINO failed on {array.dtype} {array.shape}: {cause(error)}") from error
-        if self._model is not None:  # and not after an error: a request that failed is not trusted again
+        if self._keeps_requests:  # and not after an error: a request that failed is not trusted again
             self._idle.append(request)
         return outputs
+
+    def _new_request(self, loaded: _Loaded) -> _Request:
+        with exits.calls:
+            request = _Request(loaded.model.create_infer_request(), loaded)
+            self._requests.add(request)
+        return request
 
     def _run(self, request: _Request, array: np.ndarray) -> list[np.ndarray]:
         # OpenVINO reads and writes the arrays in place and keeps no reference to them: they must outlive the inference.
@@ -167,25 +213,44 @@ class OpenVinoSession:
         return list(request.outputs)
 
     def close(self) -> None:
-        self._model = None
+        self._loaded, self._keeps_requests = None, False
         self._idle.clear()
-        self._blob = bytearray()
 
     def abandon(self) -> None:
         """See forks.Inherited."""
-        forks.keep_for_good([self._model, self._blob, *self._idle])
-        self._is_abandoned = self._is_abandoned or self._model is not None
+        forks.keep_for_good([self._loaded, self._ended, *self._idle])
+        if self._loaded is not None:
+            self._refusal = forks.refusal("OpenVINO")
         self.close()
 
+    def end(self) -> None:
+        """See exits.Called."""
+        if self._loaded is not None:  # nothing is released: a thread that destroys a request is in C++ too
+            self._ended, self._loaded = self._loaded, None
+            self._refusal = exits.refusal()
 
-@dataclass
+    def is_called(self) -> bool:
+        """See exits.Called."""
+        return len(self._idle) < len(self._requests)
+
+
+class _Loaded(NamedTuple):
+    """A model, and the bytes that weights in it may point into. The last field of a tuple goes first."""
+
+    blob: bytearray
+    model: Any
+
+
+@dataclass(eq=False)
 class _Request:
     """An infer request and the arrays that it writes to, which are replaced once a caller holds one of them.
 
     ``unshared``: their reference counts while nobody else does. A view or a DLPack export counts as holding.
+    ``loaded``: what the request computes with, kept while it runs, though the engine is closed meanwhile.
     """
 
     handle: Any
+    loaded: _Loaded
     outputs: list[np.ndarray] = field(default_factory=list)
     unshared: list[int] = field(default_factory=list)
 

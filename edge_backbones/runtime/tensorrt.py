@@ -29,7 +29,7 @@ from edge_backbones.errors import (
     OutOfMemoryError,
 )
 from edge_backbones.onnx_gate import graph_fault
-from edge_backbones.runtime import cuda, forks, plan, tensorrt_library
+from edge_backbones.runtime import cuda, exits, forks, plan, tensorrt_library
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
 from edge_backbones.runtime.device_memory import Attempts, Buffer, Lease, Pool, Ready
 from edge_backbones.runtime.plan import Profile, Shape, StreamKey
@@ -82,7 +82,7 @@ class TensorRtSession:
             raise EngineMismatchError(old)
         library = tensorrt_library.load_library(flavour)
         gpu = cuda.open_memory(device, memory)
-        with gpu:
+        with exits.calls, gpu:
             engine = _load(library, plan, flavour, input, outputs, allow_host_code, dla_core, weights)
             self._contexts = _Contexts(engine, gpu)
             self._finalizer = weakref.finalize(self, _close_quietly, self._contexts)
@@ -107,7 +107,7 @@ class TensorRtSession:
         if self._contexts.closed:
             raise self._contexts.refusal()
         profile = self._profile(array.shape)
-        with self._memory:
+        with exits.calls, self._memory:
             slot = self._contexts.take(profile, array.shape, None, graphs=self._cuda_graphs)
             with _Lent(self._contexts, slot, array):
                 return slot.run(array)
@@ -127,7 +127,7 @@ class TensorRtSession:
         """
         route = self._route(array)
         contexts = self._contexts
-        with self._memory as memory:
+        with exits.calls, self._memory as memory:
             self._require_here(array.pointer)
             contexts.forget_inputs()
             key = memory.stream_key(stream)

@@ -29,8 +29,9 @@ from edge_backbones.errors import (
     MissingDependencyError,
     OutOfMemoryError,
     first_line,
+    refuse_lack,
 )
-from edge_backbones.runtime import cuda, forks, plan
+from edge_backbones.runtime import cuda, exits, forks, plan
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
 from edge_backbones.spec import InputSpec
 
@@ -42,7 +43,8 @@ def load_library() -> Any:
     """The torch module; raises MissingDependencyError with the command that installs it."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+    except (ImportError, OSError, MemoryError) as error:  # OSError: a shared library of it is missing
+        refuse_lack("loading torch", error)
         raise MissingDependencyError("the TorchScript engine (torch)", "build") from error
     return torch
 
@@ -148,7 +150,8 @@ class TorchScriptSession:
         self._device = torch.device("cpu" if self._gpu is None else f"cuda:{self._gpu}")
         self._input, self._outputs, self._threads = input, tuple(outputs), threads
         self._dtype = np.dtype(input.dtype)
-        module, returned = _load(torch, bytes(data), self._device)
+        with exits.calls:
+            module, returned = _load(torch, bytes(data), self._device)
         self._check_count(returned)
         if self._gpu is not None:
             torch.cuda.synchronize(self._gpu)  # weights came on the default stream; calls may use any
@@ -286,11 +289,12 @@ class TorchScriptSession:
         if wanted is not None and before != wanted:
             torch.set_num_threads(wanted)
         try:
-            with torch.inference_mode():
+            with exits.calls, torch.inference_mode():
                 yield
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"cuda:{self._gpu} has no memory left for {what}: {cause(error)}") from error
-        except (RuntimeError, AssertionError, torch.jit.Error) as error:  # a guard of an exported program asserts
+        except (RuntimeError, AssertionError, MemoryError, torch.jit.Error) as error:  # a guard of a program asserts
+            refuse_lack(f"running torch on {what}", error)
             raise InferenceError(f"torch failed on {what}: {cause(error)}") from error
         finally:
             if wanted is not None and before != wanted:
@@ -320,7 +324,10 @@ def _load(torch: Any, data: bytes, device: Any) -> tuple[Any, int | None]:
             return read(torch, data, device)
         except EdgeBackbonesError:
             raise
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{device} has no memory left for this program: {cause(error)}") from error
         except Exception as error:  # torch has a dozen types for what it cannot read
+            refuse_lack(f"loading a program with torch {torch.__version__}", error)
             kind = "TorchScript" if is_script else "exported program"
             raise EngineMismatchError(
                 f"torch {torch.__version__} does not load this {kind} ({cause(error)}): build or compile it again"
