@@ -372,7 +372,8 @@ def run_other_batches(bundle: Path, result: dict[str, Any]) -> None:
     import numpy as np
 
     from edge_backbones import EdgeBackbone
-    from edge_backbones.build.parity import DEFAULT_GATES, compare
+    from edge_backbones.build.parity import compare
+    from edge_backbones.runtime.promises import DEFAULT_GATES
     from edge_backbones.spec import Precision
 
     golden = np.load(bundle / "golden.npz")
