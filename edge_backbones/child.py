@@ -11,6 +11,7 @@ import _thread
 import contextlib
 import functools
 import importlib
+import marshal
 import os
 import pickle
 import re
@@ -42,7 +43,7 @@ _READY = b"edge_backbones: the answers follow\n"  # whatever a start-up file of 
 # The current folder is not searched for modules: anybody may have written there.
 _ROOT = str(Path(__file__).parents[1])
 _MAIN = (
-    "import sys; sys.path[:] = filter(None, sys.path); import pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "import marshal, sys; sys.path[:] = marshal.load(sys.stdin.buffer); "  # both are built in, and so searched for nowhere
     "from edge_backbones.child import serve; serve()"
 )
 
@@ -76,7 +77,7 @@ def apart(
         def either(*arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
             if options.get("in_process") or _Caller.tell is not None:  # no process of its own within one
                 return function(*arguments, **options)
-            given: dict[str, Any] = dict(options)
+            given: dict[str, Any] = {name: value for name, value in options.items() if name != "in_process"}
             progress = given.pop("progress", None)
             result: _Result = run_apart(path, arguments, given, progress=progress, refusal=refusal)
             return result
@@ -123,7 +124,7 @@ def run_apart(
     with process:
         try:
             with contextlib.suppress(BrokenPipeError):  # it has ended, which the first answer shows
-                pickle.dump(_search_path(), process.stdin)
+                marshal.dump(_search_path(), process.stdin)
                 pickle.dump((function, tuple(arguments), dict(options)), process.stdin)
                 process.stdin.flush()
             while process.stdout.readline() not in (_READY, b""):
@@ -204,8 +205,11 @@ def serve() -> NoReturn:
     try:
         module, _, name = path.partition(":")
         function = getattr(importlib.import_module(module), name)
-        tell("result", function(*arguments, **options, in_process=True, progress=progress))
+        result = function(*arguments, **options, in_process=True, progress=progress)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on nothing is to be interrupted
+        tell("result", result)
     except BaseException as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         where = traceback.format_exc()
         with contextlib.suppress(BrokenPipeError):  # the caller has gone
             try:

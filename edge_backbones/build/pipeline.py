@@ -409,9 +409,9 @@ def build_bundle(
             notes.append(f"{len(large)} tensors come near what fp16 can hold ({large[0]} first): they stay in fp32")
         del image_set, feed
     bundle = Bundle.open(target)
-    for engine in bundle.manifest.engines:
-        host = compat.this_host(session.installed_versions(), device=None if engine.key.gpu is None else 0)
-        promises.remember(bundle.manifest, engine, host)
+    for record in bundle.manifest.engines:
+        host = compat.this_host(session.installed_versions(), device=None if record.key.gpu is None else 0)
+        promises.remember(bundle.manifest, record, host)
     return BuildResult(bundle, tuple(e.parity for e in engines), reasons, tuple(notes))
 
 

@@ -23,6 +23,8 @@ from edge_backbones.profiles import load_profile
 from edge_backbones.runtime import cuda
 from edge_backbones.spec import Precision
 
+pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
+
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"weights": "random:0", "precisions": (Precision.FP32,), "height": 64, "width": 96, "batch": 2, "golden": 2}
 

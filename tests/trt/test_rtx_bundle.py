@@ -17,6 +17,8 @@ from edge_backbones.runtime import cuda
 from edge_backbones.spec import Precision
 from edge_backbones.testing import pooled
 
+pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
+
 pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
 
 
