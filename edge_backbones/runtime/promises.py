@@ -54,7 +54,7 @@ def gate_of(manifest: Manifest, engine: EngineKey, own: Gate | None = None) -> G
     ``own``: the gate of its report, which counts for torch_tensorrt alone: such an engine has no graph in the bundle. A gate
     that a map of zeros passes asks for nothing, and counts as none.
     """
-    given = [graph.gate for graph in manifest.graphs if graph.precision is engine.precision]
+    given = [graph.gate for graph in manifest.graphs if graph.precision == engine.precision]
     if engine.flavour == "torch_tensorrt":
         given.append(own)
     return next((gate for gate in given if gate is not None and refuses_zeros(gate)), DEFAULT_GATES[engine.precision])
@@ -65,7 +65,7 @@ def reasons_against(manifest: Manifest, engine: EngineRecord) -> list[str]:
     report, gate = engine.parity, gate_of(manifest, engine.key, engine.parity.gate)
     if not report.measured:
         return [f"was compiled ahead of time and never measured: {VERIFY}"]
-    if report.precision is not engine.key.precision:
+    if report.precision != engine.key.precision:
         return [f"is {engine.key.precision}, and its parity is reported as that of {report.precision}: {VERIFY}"]
     if report.gate != gate:
         return [f"was measured against the gate {report.gate}, and its bundle asks for {gate}: {VERIFY}"]
