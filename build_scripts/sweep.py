@@ -306,7 +306,7 @@ def build_at(
         options = BuildOptions(
             weights="random:0",
             precisions=precisions,
-            gates={Precision.FP16: Gate(), Precision.INT8: Gate()},
+            gates={Precision.FP16: Gate(min_cosine=1e-6), Precision.INT8: Gate(min_cosine=1e-6)},
             batch=ShapeRange(min=smallest, opt=usual, max=largest),
             height=height,
             width=width,
