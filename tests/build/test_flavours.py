@@ -10,6 +10,7 @@ import msgspec
 import networks
 import numpy as np
 import pytest
+import torch
 from transformers import ResNetConfig
 
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, compile_bundle, verify_bundle
@@ -52,7 +53,7 @@ def test_torchscript_is_an_engine_that_is_run_only_by_name(built):
             assert ours.shape == theirs.shape
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
             assert not np.array_equal(ours, theirs)  # two libraries, two roundings
-    with pytest.raises(EngineMismatchError, match="is a program, .* it is run only when asked for by name"):
+    with pytest.raises(EngineMismatchError, match=r"is a program, .* it is run only when asked for by name"):
         EdgeBackbone.from_pretrained(built.path, device="cuda")
     assert len(verify_bundle(built.path)) == 1  # nobody asked to run the program
     assert len(verify_bundle(built.path, allow_host_code=True)) == 1

@@ -100,7 +100,7 @@ def test_the_command_line(bundle, capsys):
     assert engine["key"]["precision"] == Precision.FP32
     assert _run(["inspect", str(bundle.path), "--json"]) == 0
     reasons = json.loads(capsys.readouterr().out)["reasons_against"]
-    assert any("not measured yet" in why for why in reasons[engine_name(bundle)])
+    assert any("never measured" in why for why in reasons[engine_name(bundle)])
     assert _run([*arguments, "--shapes", "2x32"]) == 2
     assert _run([*arguments, "--target", "sm_90", "--json"]) == 1
     if not cuda.gpus():
