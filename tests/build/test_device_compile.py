@@ -39,6 +39,8 @@ from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.cuda import Gpu
 from edge_backbones.spec import Precision
 
+pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
+
 OPTIONS = {"weights": "random:0", "height": 32, "width": 64, "golden": 1, "torchscript": False}
 
 
@@ -200,8 +202,6 @@ from concurrent.futures import ThreadPoolExecutor
 from edge_backbones import compile_bundle
 from edge_backbones.build import device
 from edge_backbones.errors import BundleError
-
-pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
 compiled = []
 device.compile_engine = lambda *_, **__: compiled.append(1)
 try:
