@@ -33,7 +33,7 @@ from edge_backbones.spec import Precision
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 CALIBRATION = 128
-OPEN = {precision: Gate() for precision in Precision if precision is not Precision.FP32}
+OPEN = {precision: Gate(min_cosine=1e-6) for precision in Precision if precision is not Precision.FP32}
 INT8 = (Precision.INT8,)
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precisions": (Precision.FP32,)},

@@ -300,7 +300,8 @@ def _plan_contender(
     index = int(device)
     opened = Bundle.open(bundle)
     engine = next(e for e in opened.manifest.engines if e.key.flavour == kind and e.key.precision.value == precision)
-    backbone = EdgeBackbone.from_pretrained(bundle, engine=engine.name, device=f"cuda:{index}", cuda_graphs=cuda_graphs)
+    options = {"device": f"cuda:{index}", "cuda_graphs": cuda_graphs}
+    backbone = EdgeBackbone.from_pretrained(bundle, engine=engine.name, allow_host_code=True, **options)  # made here
     memory = cuda.open_memory(index)
     images = np.random.default_rng(0).standard_normal((batch, 3, size, size)).astype(np.float32)
     array, stream = on_device(memory, images)

@@ -176,7 +176,8 @@ def _options(options: dict[str, Any]) -> Any:
     from edge_backbones.manifest import Gate
     from edge_backbones.spec import Precision
 
-    return BuildOptions(weights="random:0", torchscript=False, gates={Precision.INT8: Gate()}, cache=None, **options)
+    gates = {Precision.INT8: Gate(min_cosine=1e-6)}
+    return BuildOptions(weights="random:0", torchscript=False, gates=gates, cache=None, **options)
 
 
 def photograph_folder(count: int) -> Path:

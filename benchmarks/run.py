@@ -106,6 +106,7 @@ def compare_model(model: str, bundle: Path, arguments: argparse.Namespace) -> Co
     options = CompareOptions(
         engine="int8",
         vs=PEERS,
+        allow_host_code=True,  # the bundle is built here
         threads=2,
         turns=7 if arguments.quick else arguments.turns,
         seconds=0.4,  # short: a machine changes its pace, and contenders of one turn should meet the same

@@ -20,14 +20,13 @@ import numpy as np
 
 import edge_backbones
 from edge_backbones.build.artifacts import LoadedBackbone, Progress, no_progress
-from edge_backbones.build.compile import default_cache
-from edge_backbones.build.device import compile_bundle
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
-from edge_backbones.errors import BundleError, CalibrationError, EngineMismatchError, InputError, MissingDependencyError
+from edge_backbones.errors import BundleError, CalibrationError, InputError, MissingDependencyError
 from edge_backbones.images import list_images
 from edge_backbones.profiles import DeviceProfile, load_profile
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
+from edge_backbones.system import default_cache
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,11 +161,8 @@ def _open(
         _forget_oldest(folder, keep=path)
     with contextlib.suppress(OSError):
         os.utime(path)
-    try:
-        return EdgeBackbone.from_pretrained(path, engine=engine, threads=threads)
-    except EngineMismatchError:  # another release of the engine library, or a cache shared by several machines
-        compile_bundle(path, precisions=(Precision(engine),), cache=options.cache, progress=progress)
-        return EdgeBackbone.from_pretrained(path, engine=engine, threads=threads)
+    # Another release of the engine library, or a cache shared by several machines: the engine is made or measured anew.
+    return EdgeBackbone.from_pretrained(path, engine=engine, threads=threads, on_mismatch="compile")
 
 
 def _content_key(

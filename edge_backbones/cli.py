@@ -95,7 +95,16 @@ EngineOption = Annotated[
 ]
 GpuOption = Annotated[int, typer.Option(min=0, help="Which GPU, for engines that need one.")]
 AllowHostCode = Annotated[
-    bool, typer.Option("--allow-host-code", help="Let a version-compatible plan run the lean runtime that it carries.")
+    bool,
+    typer.Option(
+        "--allow-host-code",
+        help="Run code of the bundle: TorchScript, or the runtime inside a version-compatible plan. Only for a bundle that "
+        "you trust as you trust a program.",
+    ),
+]
+InProcess = Annotated[
+    bool,
+    typer.Option("--in-process", help="Start no process of its own, which would report what ended it: for a debugger."),
 ]
 
 
@@ -374,17 +383,14 @@ def compile_(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on: leave out what was compiled before for this machine.")
     ] = False,
-    in_process: Annotated[
-        bool, typer.Option("--in-process", help="Start no process of its own, which would tell what killed it.")
-    ] = False,
+    in_process: InProcess = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Add engines to a bundle, each verified first. Needs no torch. Ctrl-C stops and leaves the bundle as it was."""
-    del in_process  # main() reads it, before anything is imported
-    from edge_backbones.build.compile import default_cache
     from edge_backbones.build.device import compile_bundle, flavour_here, profile_here
     from edge_backbones.build.tensorrt import PlanOptions
     from edge_backbones.runtime import cuda
+    from edge_backbones.system import default_cache
 
     if timing_cache is not None and not timing_cache.is_file():
         raise InputError(f"{timing_cache} does not exist: --timing-cache is a .cache file of an earlier compilation")
@@ -435,6 +441,7 @@ def compile_(
             allow_host_code=allow_host_code,
             resume=resume,
             cache=default_cache(),
+            in_process=in_process,
             progress=progress,
         )
     if as_json:
@@ -573,6 +580,7 @@ def verify(
     picture: Annotated[Path, typer.Option(help="Where the picture of the explanation goes.")] = Path("explanation.png"),
     gpu: GpuOption = 0,
     allow_host_code: AllowHostCode = False,
+    in_process: InProcess = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Check the signature where one is asked for, every file of a bundle, and measure parity again through the real runtime.
@@ -603,12 +611,13 @@ def verify(
                 allow_host_code=allow_host_code,
                 trusted=key or None,
                 sigstore=identity,
+                in_process=in_process,
                 progress=progress,
             )
     except ParityError as error:
         if not explain:
             raise
-        _explain(bundle, engine, gpu, picture, error, as_json)
+        _explain(bundle, engine, gpu, picture, error, as_json, in_process)
         raise typer.Exit(_EXIT_PARITY) from None
     if as_json:
         _print_json({"bundle": str(bundle), "parity": reports})
@@ -617,12 +626,14 @@ def verify(
     _out.print(f"{bundle} is whole and right" + (", and signed as asked" if key or identity else ""))
 
 
-def _explain(bundle: Path, engine: str | None, gpu: int, picture: Path, error: ParityError, as_json: bool) -> None:
+def _explain(
+    bundle: Path, engine: str | None, gpu: int, picture: Path, error: ParityError, as_json: bool, in_process: bool
+) -> None:
     from edge_backbones.build.device import explain_bundle
     from edge_backbones.pictures import draw_layers
 
     with _Steps(as_json) as progress:
-        found = explain_bundle(bundle, engine=engine, device=gpu, progress=progress)
+        found = explain_bundle(bundle, engine=engine, device=gpu, in_process=in_process, progress=progress)
     drawn = [one for one in found if one.layers]
     files = [picture if len(drawn) == 1 else picture.with_stem(f"{picture.stem}.{one.precision}") for one in drawn]
     for one, file in zip(drawn, files, strict=True):
@@ -723,15 +734,14 @@ def run(
 @app.command()
 def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     """What is in a bundle, and which of its engines run on this machine. Reads the manifest only."""
-    from edge_backbones.runtime import compat, session
+    from edge_backbones.runtime import compat, promises, session
 
     manifest = Bundle.open(bundle).manifest
     on_gpu = any(engine.key.gpu is not None for engine in manifest.engines)
     host = compat.this_host(session.installed_versions(), device=0 if on_gpu else None)
     reasons = {engine.name: compat.reasons_against(engine.key, host) for engine in manifest.engines}
     for engine in manifest.engines:
-        if not engine.parity.measured:
-            reasons[engine.name].append("not measured yet: run edge-backbones verify on its device")
+        reasons[engine.name] += promises.reasons_against(manifest, engine)
     if as_json:
         _print_json({"manifest": manifest, "reasons_against": reasons})
         return
@@ -869,6 +879,7 @@ def bench(
     ] = None,
     engine: EngineOption = None,
     device: Annotated[str, typer.Option(help="Where everybody runs: cpu, cuda or cuda:1.")] = "cpu",
+    allow_host_code: AllowHostCode = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.", show_default=False)] = None,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each; from six on noise is told from difference.")] = 9,
     seconds: Annotated[float, typer.Option(min=0, help="How long a turn takes at least.")] = 1.0,
@@ -904,6 +915,7 @@ def bench(
         seconds=seconds,
         images=None if images is None else read_images(images, Bundle.open(bundle)),
         pythons=pythons,
+        allow_host_code=allow_host_code,
         **options,
     )
     with _Steps(as_json) as progress:
@@ -961,19 +973,7 @@ def _options(
 
 def main() -> None:
     """Entry point: run a command and turn every outcome into an exit code."""
-    arguments = sys.argv[1:]
-    apart = arguments[:1] == ["compile"] and "--in-process" not in arguments
-    sys.exit(_run_apart(arguments) if apart else _run(arguments))
-
-
-def _run_apart(arguments: list[str]) -> int:
-    """A compilation may take all memory, and the system then ends it: a process that is left tells so."""
-    from edge_backbones import child
-
-    try:
-        return child.run([*arguments, "--in-process"])
-    except CompileError as error:
-        return _refuse(arguments, error, 1)
+    sys.exit(_run(sys.argv[1:]))
 
 
 def _run(arguments: list[str]) -> int:

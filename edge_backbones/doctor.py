@@ -145,7 +145,7 @@ def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
     found = []
     for engine in bundle.manifest.engines:
         device = "cpu" if engine.key.gpu is None else "cuda"
-        reasons = session.reasons_against(engine, machine.host, engine.name, device=device)
+        reasons = session.reasons_against(bundle, engine, machine.host, engine.name, device=device)
         told = "; ".join(reasons) or "runs here"
         fix = _way_to_run(machine, engine, bundle.path, reasons) if reasons else ""
         found.append(Finding(topic=f"engine {engine.name}", ok=not reasons, found=told, fix=fix))

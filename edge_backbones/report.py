@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_backbones import trust
+from edge_backbones import child, trust
 from edge_backbones.bench.results import Comparison, Measurement, Ratio
+from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.bundle import Bundle, load_golden, write_beside_and_rename
 from edge_backbones.errors import (
+    BundleError,
     EngineMismatchError,
     InferenceError,
     InputError,
@@ -39,7 +41,7 @@ from edge_backbones.manifest import (
     decode_calibration,
 )
 from edge_backbones.pictures import as_map
-from edge_backbones.runtime import compat, session
+from edge_backbones.runtime import compat, promises, session
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 
@@ -219,7 +221,7 @@ def _this_host(bundle: Bundle) -> compat.Host:
 def _reasons(bundle: Bundle, host: compat.Host) -> dict[str, list[str]]:
     """Why each engine cannot run on this machine; nothing for one that can."""
     return {
-        e.name: session.reasons_against(e, host, e.name, device="cpu" if e.key.gpu is None else "cuda")
+        e.name: session.reasons_against(bundle, e, host, e.name, device="cpu" if e.key.gpu is None else "cuda")
         for e in bundle.manifest.engines
     }
 
@@ -228,7 +230,6 @@ def _run_here(
     bundle: Bundle, host: compat.Host, images: np.ndarray, reasons: Mapping[str, Sequence[str]], engine: str | None
 ) -> tuple[EngineRecord | None, dict[str, np.ndarray], str]:
     """The engine that was run, every output of it by name, and why there is none."""
-    manifest = bundle.manifest
     if engine is not None:
         session.fitting_engines(bundle, engine, lambda _: [])  # refuses a name that means none of them
     for device in ("cpu",) if host.gpu is None else ("cuda", "cpu"):
@@ -236,15 +237,35 @@ def _run_here(
             record = session.choose_engine(bundle, host, engine, device=device)
         except EngineMismatchError:
             continue
+        here = promises.is_measured_here(bundle.manifest, record, host)
         try:
-            opened = session.open_session(bundle, record, device=0 if device == "cuda" else None)
-            with EdgeBackbone(manifest.backbone, manifest.input, opened, device=device) as backbone:
-                return record, backbone.run(images), ""
-        except (EngineMismatchError, InferenceError, MissingDependencyError) as error:
+            gpu = 0 if device == "cuda" else None
+            return record, run_engine(bundle.path, record, gpu, images, in_process=here), ""
+        except (BundleError, EngineMismatchError, InferenceError, MissingDependencyError) as error:
             return None, {}, f"{record.name} failed here: {error}"
     asked = "No engine of this bundle runs" if engine is None else f"No engine that {engine!r} means runs"
     listed = "".join(f" {name}: {' and '.join(why)}." for name, why in reasons.items() if why)
     return None, {}, f"{asked} on the machine that wrote this page.{listed}"
+
+
+@child.apart(InferenceError)
+def run_engine(
+    path: Path,
+    record: EngineRecord,
+    gpu: int | None,
+    images: np.ndarray,
+    *,
+    in_process: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, np.ndarray]:
+    """Every output of one engine by name. In a process of its own: this machine may never have run that engine."""
+    del in_process, progress  # child.apart has read them
+    child.doing(f"was running {record.name}", "the engine is hostile or damaged, or the library has a fault")
+    bundle = Bundle.open(path)
+    spec, input = bundle.manifest.backbone, bundle.manifest.input
+    opened = session.open_session(bundle, record, device=gpu)
+    with EdgeBackbone(spec, input, opened, device="cpu" if gpu is None else "cuda") as backbone:
+        return backbone.run(images)
 
 
 class _Picture(NamedTuple):

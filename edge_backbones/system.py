@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import msgspec
@@ -25,6 +27,13 @@ _CPU_FILES = {
     "boost": "sys/devices/system/cpu/cpufreq/boost",
 }
 _UNITS_PER_MHZ = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3}
+
+
+def default_cache() -> Path:
+    """The user's cache folder of this package: compiled engines, bundles of AutoEdgeBackbone, what was measured here."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "edge_backbones"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge_backbones"
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):

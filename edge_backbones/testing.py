@@ -12,11 +12,12 @@ import numpy as np
 
 from edge_backbones import golden as golden_file
 from edge_backbones.build.compile import engine_key
-from edge_backbones.build.parity import DEFAULT_GATES, compare
+from edge_backbones.build.parity import compare
 from edge_backbones.bundle import Bundle, new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import EngineRecord, GoldenRecord, Manifest, ParityReport, Provenance, Source
 from edge_backbones.runtime.openvino import compile_model, load_library
+from edge_backbones.runtime.promises import DEFAULT_GATES
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
 
 SPEC = BackboneSpec(

@@ -1,10 +1,13 @@
-"""What every test has: the same examples of Hypothesis on every machine, and a thread that a signal finds alive."""
+"""What every test has: the same examples of Hypothesis on every machine, a cache folder of the run's own, and a thread that a
+signal finds alive."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,6 +15,34 @@ from hypothesis import settings
 # No example is failed for being slow on a busy machine.
 settings.register_profile("project", derandomize=True, deadline=None)
 settings.load_profile("project")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine has measured is noted in the user's cache folder: tests leave that of their user alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions that start a process of their own run here: for tests that replace what they call."""
+    from edge_backbones import child
+
+    def run_here(
+        function: str,
+        arguments: Sequence[Any],
+        options: Mapping[str, Any],
+        *,
+        progress: Callable[..., None] | None,
+        **_: Any,
+    ) -> Any:
+        module, _, name = function.partition(":")
+        told = {} if progress is None else {"progress": progress}
+        return getattr(importlib.import_module(module), name)(*arguments, **options, **told, in_process=True)
+
+    monkeypatch.setattr(child, "run_apart", run_here)
 
 
 class SignalStack(ctypes.Structure):

@@ -500,7 +500,9 @@ class Engine:
 
     def get_tensor_shape(self, name):
         low, _, high = self.spec["profiles"][0]
-        return tuple(a if a == b and len(self.spec["profiles"]) == 1 else -1 for a, b in zip(low, high, strict=True))
+        shape = tuple(a if a == b and len(self.spec["profiles"]) == 1 else -1 for a, b in zip(low, high, strict=True))
+        k = {"pool4": 4, "pool8": 8}.get(name, 1)
+        return (*shape[:2], *(size if size == -1 else size // k for size in shape[2:]))
 
     def get_tensor_profile_shape(self, name, profile):
         assert self.get_tensor_mode(name) is Words.INPUT, "profiles are those of inputs"

@@ -72,7 +72,8 @@ class CompareOptions:
     least ``seconds`` and ``calls``. ``images``: what NNCF calibrates on, inputs of the bundle's graph along the first axis;
     None for the golden samples. ``pythons``: the interpreter of a peer that lives in another environment,
     which has this package too (of NNCF's only nncf is asked). ``patience``: seconds in which a contender has to load, and to
-    end a turn. ``repository``: a git checkout whose commit is recorded.
+    end a turn. ``repository``: a git checkout whose commit is recorded. ``allow_host_code``: run programs that the bundle
+    holds (a TorchScript engine, the peer torchscript), and the code that a plan may carry.
     """
 
     engine: str | None = None
@@ -86,6 +87,7 @@ class CompareOptions:
     pythons: Mapping[str, str] = field(default_factory=dict)
     patience: float = 900.0
     repository: Path | None = None
+    allow_host_code: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.vs if name not in PEERS]
@@ -111,7 +113,7 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
     bundle, _ = trust.admit(Bundle.open(path))
     kind, gpu = parse_device(options.device)
     host = compat.this_host(session.installed_versions(), device=gpu)
-    engine = session.choose_engine(bundle, host, options.engine, device=kind)
+    engine = session.choose_engine(bundle, host, options.engine, device=kind, allow_host_code=options.allow_host_code)
     with tempfile.TemporaryDirectory(prefix="edge-backbones-bench-") as work:
         tasks: dict[str, Task] = {}
         absent: dict[str, Measurement] = {}
@@ -135,6 +137,7 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
                     device=options.device,
                     file=None if file is None else str(file),
                     exact=graph is None or graph.exact,
+                    allow_host_code=options.allow_host_code,
                 )
         measured = {**absent, **measure(tasks, options, progress=progress)}
     ours = measured["edge"]

@@ -35,7 +35,7 @@ _WARM_UP = 3
 
 class Task(msgspec.Struct, kw_only=True):
     """``peer``: a name of `MAKERS`. ``engine``: of the bundle, for ``edge``. ``file``: the graph, for who runs one; ``exact``
-    says that it has the bundle's weights."""
+    says that it has the bundle's weights. ``allow_host_code``: as in `EdgeBackbone.from_pretrained`."""
 
     peer: str
     bundle: str
@@ -44,6 +44,7 @@ class Task(msgspec.Struct, kw_only=True):
     device: str = "cpu"
     file: str | None = None
     exact: bool = True
+    allow_host_code: bool = False
 
 
 class Start(msgspec.Struct, kw_only=True):
@@ -95,7 +96,11 @@ class Loaded(msgspec.Struct, kw_only=True):
 
 def edge(bundle: Bundle, task: Task) -> Loaded:
     backbone = EdgeBackbone.from_pretrained(
-        bundle.path, engine=task.engine, threads=task.threads, device=task.device, allow_host_code=False
+        bundle.path,
+        engine=task.engine,
+        threads=task.threads,
+        device=task.device,
+        allow_host_code=task.allow_host_code,
     )
     record = next(e for e in bundle.manifest.engines if e.name == task.engine)
 
@@ -121,6 +126,8 @@ def torchscript(bundle: Bundle, task: Task) -> Loaded:
     graph = next((g for g in bundle.manifest.graphs if g.format == "torchscript"), None)
     if graph is None:
         raise InputError(f"{bundle.path} has no TorchScript file: build it without --no-torchscript")
+    if not task.allow_host_code:
+        raise InputError("the bundle's TorchScript file is a program: allow_host_code=True (--allow-host-code) runs it")
     library = _torch(task.threads)
     module = library.jit.load(bundle.path / graph.file.path, map_location=_torch_device(task.device))
 

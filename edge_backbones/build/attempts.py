@@ -20,7 +20,6 @@ from edge_backbones.build import choose, quantize
 from edge_backbones.build.artifacts import CompiledEngine, ExportedGraph, Progress, TypedGraph
 from edge_backbones.build.compile import compile_engine
 from edge_backbones.build.parity import (
-    DEFAULT_GATES,
     advice_on_building,
     excess_noise,
     measure_engine,
@@ -29,6 +28,7 @@ from edge_backbones.build.parity import (
 )
 from edge_backbones.manifest import BlockNoise, CalibrationFile, Decision, Gate, ParityReport, Trial
 from edge_backbones.runtime import session
+from edge_backbones.runtime.promises import DEFAULT_GATES
 from edge_backbones.spec import Precision
 
 # What the worst golden image needs beyond the mean of the held-out ones, and rounding of the rest to half.

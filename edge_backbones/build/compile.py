@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,14 +23,6 @@ from edge_backbones.spec import InputSpec, Precision
 from edge_backbones.system import gib
 
 CACHE_LIMIT_BYTES = 4 << 30
-
-
-def default_cache() -> Path:
-    """Where compiled engines are kept between builds: the user's cache folder."""
-    home = Path.home()
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "edge_backbones"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "edge_backbones"
 
 
 def engine_key(graph: bytes, precision: Precision) -> EngineKey:

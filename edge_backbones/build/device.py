@@ -1,6 +1,8 @@
 """What is done with a finished bundle on a device: compile an engine for it, verify, explain.
 
-:func:`compile_bundle` and :func:`verify_bundle` run where numpy and the engine library are all there is.
+:func:`compile_bundle` and :func:`verify_bundle` run where numpy and the engine library are all there is. Both, and
+:func:`explain_bundle`, give graphs and engines of a bundle to libraries in C++ that nobody has given them to before, so they
+do it in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from edge_backbones import trust
+from edge_backbones import child, trust
 from edge_backbones.build.artifacts import CompiledEngine, Progress, no_progress
 from edge_backbones.build.compile import compile_engine, compile_for_gpu, engine_of_torchscript
-from edge_backbones.build.parity import DEFAULT_GATES, advice_on_building, measure_engine, require, time_engines
+from edge_backbones.build.parity import advice_on_building, measure_engine, require, time_engines
 from edge_backbones.build.tensorrt import PlanFlavour, PlanOptions, check_plan, has_weak_typing
 from edge_backbones.bundle import Bundle, load_golden, read_current, record_bytes
 from edge_backbones.errors import (
@@ -42,7 +44,7 @@ from edge_backbones.manifest import (
     decode_calibration,
 )
 from edge_backbones.profiles import DeviceProfile, load_profile, profile_of, refusals
-from edge_backbones.runtime import compat, session
+from edge_backbones.runtime import compat, promises, session
 from edge_backbones.spec import InputSpec, Precision
 from edge_backbones.system import board_name
 
@@ -57,6 +59,9 @@ _KERNELS = 1 << 20
 _FORMS = {"onnx": "ONNX", "torchscript": "TorchScript"}
 
 
+_LIBRARY = "or the library has a fault"
+
+
 @dataclass(frozen=True)
 class CompileResult:
     """The engines that `compile_bundle` added, as the manifest has them, and what else the user should know, a sentence each:
@@ -66,6 +71,7 @@ class CompileResult:
     notes: tuple[str, ...]
 
 
+@child.apart(CompileError)
 def compile_bundle(
     path: str | Path,
     *,
@@ -77,6 +83,7 @@ def compile_bundle(
     allow_host_code: bool = False,
     resume: bool = False,
     cache: Path | None = None,
+    in_process: bool = False,
     progress: Progress = no_progress,
 ) -> CompileResult:
     """Add engines for this machine to a bundle, from its graphs, each verified before it is added.
@@ -86,7 +93,11 @@ def compile_bundle(
     is added unmeasured, and `verify_bundle` on the device has to measure it before a runtime takes it; ``torchscript``:
     the frozen module of the bundle. ``profile``: the device that it is for (:mod:`edge_backbones.profiles`): what it
     cannot run is left out, and its workspace is the default. ``allow_host_code``: a version-compatible plan may run
-    the code that it carries. ``resume``: leave out what was compiled before for this machine, whatever its settings.
+    the code that it carries, and ``torchscript`` needs it: that engine is a program, which is run to measure it. ``resume``:
+    leave out what was compiled before for this machine, whatever its settings.
+
+    All of it happens in a process of its own, whose death is a CompileError that says what it was doing; with ``in_process``
+    in this one, for a debugger.
 
     Every engine that this machine can run is timed then, side by side: runtimes take the fastest, whatever its precision.
 
@@ -95,6 +106,11 @@ def compile_bundle(
     ``resume``) nothing was there. ``progress`` gets every note at once. Raises BundleError, CompileError, ParityError,
     MissingDependencyError.
     """
+    del in_process  # child.apart has read it
+    if flavour == "torchscript" and not allow_host_code:
+        raise CompileError(
+            "a TorchScript engine is a program, which is measured by running it: allow_host_code=True (--allow-host-code)"
+        )
     if flavour == "torch_tensorrt":
         raise CompileError(
             "torch_tensorrt compiles the network itself, which a bundle does not hold: edge-backbones build MODEL BUNDLE "
@@ -153,6 +169,8 @@ def compile_bundle(
         if told := trust.vouch(bundle, record):
             note(told)
         bundle = bundle.add_engine(record, contents)
+        if report.measured:
+            promises.remember(bundle.manifest, record, _host(None if record.key.gpu is None else device))
         added.append(record.name)
 
     _passing(graphs, add, failed, note)
@@ -198,6 +216,10 @@ def _compiled(
 ) -> CompiledEngine:
     """One engine of this graph."""
     progress(f"compiling {graph.precision}", 0, None)
+    child.doing(
+        f"was compiling {graph.precision} for {flavour}",
+        f"{bundle.path / graph.file.path} is hostile, {_LIBRARY}; another --precision may do",
+    )
     if flavour == "openvino":
         return compile_engine(bytes(bundle.read(graph.file)), graph.precision, cache=cache)
     if flavour == "torchscript":
@@ -230,13 +252,15 @@ def _passed(
     progress: Progress,
 ) -> ParityReport:
     """The parity of a new engine where it runs here, a report without figures where it does not; raises ParityError."""
-    gate = graph.gate or DEFAULT_GATES[graph.precision]
+    gate = promises.gate_of(bundle.manifest, engine.key)
     report = ParityReport(precision=graph.precision, gate=gate, stages=())
     on = None if engine.key.gpu is None else device
-    if engine.key.gpu is None or not compat.reasons_against(
-        engine.key, compat.this_host(session.installed_versions(), device=on)
-    ):
+    if engine.key.gpu is None or not compat.reasons_against(engine.key, _host(on)):
         progress(f"verifying {graph.precision}", 0, None)
+        child.doing(
+            f"was running the {graph.precision} engine that it had compiled for {engine.key.flavour}",
+            f"{bundle.path / graph.file.path} is hostile, {_LIBRARY}; another --precision may do",
+        )
         report = _measured(bundle, engine.key, engine.data, golden, gate, on, code=code)
         require(report, advice=functools.partial(_advice_on_compiling, bundle, engine.key))
     return report
@@ -284,11 +308,14 @@ def _measured(
     return measure_engine(key, data, spec, input, golden, gate, device=device, allow_host_code=code, weights=weights)
 
 
+def _host(device: int | None) -> compat.Host:
+    return compat.this_host(session.installed_versions(), device=device)
+
+
 def _runs_here(bundle: Bundle, device: int | None, *, code: bool) -> list[EngineRecord]:
-    place = "cpu" if device is None else "cuda"
-    host = compat.this_host(session.installed_versions(), device=device)
+    place, host = "cpu" if device is None else "cuda", _host(device)
     bundle, _ = trust.admit(bundle)
-    return [e for e in bundle.manifest.engines if not session.reasons_against(e, host, device=place, code=code)]
+    return [e for e in bundle.manifest.engines if not session.reasons_against(bundle, e, host, device=place, code=code)]
 
 
 def _timed(
@@ -307,6 +334,8 @@ def _timed(
         ]
         figures = time_engines(engines, current.manifest.input, progress=progress)
         return [msgspec.structs.replace(e, milliseconds=figure) for e, figure in zip(here, figures, strict=True)]
+
+    child.doing("was timing the engines of this machine", f"one of them is hostile, {_LIBRARY}")
 
     try:
         bundle, timed = read_current(bundle.path, timed_of)
@@ -364,12 +393,12 @@ def _is_compiled(bundle: Bundle, graph: GraphRecord, flavour: Flavour, plan: Pla
     source = graph
     if flavour in ("tensorrt", "tensorrt_rtx") and _is_weak(graph, flavour, plan):
         source = bundle.manifest.onnx_graph(Precision.FP32) or graph
-    host = compat.this_host(session.installed_versions(), device=None if flavour == "openvino" else device)
+    host = _host(None if flavour == "openvino" else device)
     for engine in trust.known_engines(bundle):
         key = engine.key
         if (key.flavour, key.precision, key.graph_sha256) != (flavour, graph.precision, source.file.sha256):
             continue
-        if engine.parity.measured and not compat.reasons_against(key, host):
+        if not promises.reasons_against(bundle.manifest, engine) and not compat.reasons_against(key, host):
             with contextlib.suppress(BundleError):
                 bundle.read(engine.file)
                 return True
@@ -477,6 +506,7 @@ def _engine_record(
     return record, contents
 
 
+@child.apart(InferenceError)
 def verify_bundle(
     path: str | Path,
     *,
@@ -485,19 +515,24 @@ def verify_bundle(
     allow_host_code: bool = False,
     trusted: trust.Trusted | None = None,
     sigstore: trust.SigstoreIdentity | None = None,
+    in_process: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[ParityReport, ...]:
     """Check every file of a bundle, and measure again every engine that can run here (or just ``engine``).
 
     An engine that was compiled ahead of time is measured for the first time, and the report is added to the bundle: from
-    then on runtimes take it. One that another process takes out meanwhile is left out. ``device``: the GPU for engines that
-    need one. ``trusted`` and ``sigstore``: who must have signed, checked before anything runs, as in
+    then on runtimes take it. So is that of an engine whose stored report does not let it run, and which holds its gate. One
+    that another process takes out meanwhile is left out. ``device``: the GPU for engines that need one.
+    ``allow_host_code``: run programs (TorchScript, which ``engine`` has to name) and the code that a plan may carry.
+    ``trusted`` and ``sigstore``: who must have signed, checked before anything runs, as in
     :func:`edge_backbones.trust.admit`; engines that it refuses are passed over, and ``progress`` gets why.
 
-    Raises TrustError (a BundleError) for a bundle that is not signed as asked, BundleError for a damaged file,
-    EngineMismatchError when no engine can run here, and when all are measured ParityError for those of which a feature map is
-    outside the gate that the bundle was built with.
+    All of it happens in a process of its own, whose death is an InferenceError that names the engine; with ``in_process`` in
+    this one, for a debugger. Raises TrustError (a BundleError) for a bundle that is not signed as asked, BundleError for a
+    damaged file, EngineMismatchError when no engine can run here, and when all are measured ParityError for those of which a
+    feature map is outside the gate that the bundle was built with.
     """
+    del in_process  # child.apart has read it
     progress("checking files", 0, None)
     bundle, _ = read_current(path, Bundle.check_files)
     bundle, refused = trust.admit(bundle, trusted, sigstore=sigstore)
@@ -509,16 +544,22 @@ def verify_bundle(
     for record in _runnable(bundle, engine, device, code=allow_host_code):
         progress(f"verifying {record.key.precision}", 0, None)
         try:
-            data, gate = bundle.read(record.file), record.parity.gate
+            data = bundle.read(record.file)
         except IntegrityError:
             if record in Bundle.open(path).manifest.engines:
                 raise
             continue  # taken out since
         on = None if record.key.gpu is None else device
+        gate = promises.gate_of(bundle.manifest, record.key, record.parity.gate)
+        _say_what_is_run(bundle, record)
         measured = _measured(bundle, record.key, data, golden, gate, on, code=allow_host_code)
         reports.append(measured)
         advice[id(measured)] = _advice_on_verifying(bundle, record)
-        if measured.passed and not record.parity.measured:
+        if not measured.passed:
+            promises.forget(bundle.manifest, record, _host(on))
+            continue
+        promises.remember(bundle.manifest, record, _host(on))
+        if promises.reasons_against(bundle.manifest, record):
             fresh = msgspec.structs.replace(record, parity=measured)
             if doubt := trust.vouch(bundle, fresh, instead_of=record):
                 progress(doubt, 0, None)
@@ -531,14 +572,26 @@ def verify_bundle(
     return tuple(reports)
 
 
+def _say_what_is_run(bundle: Bundle, record: EngineRecord) -> None:
+    way = f"take it out with edge-backbones remove {bundle.path} {record.name}, or compile it again"
+    child.doing(f"was running {record.name}", f"the engine is hostile or damaged, {_LIBRARY}; {way}")
+
+
+@child.apart(InferenceError)
 def explain_bundle(
-    path: str | Path, *, engine: str | None = None, device: int = 0, progress: Progress = no_progress
+    path: str | Path,
+    *,
+    engine: str | None = None,
+    device: int = 0,
+    in_process: bool = False,
+    progress: Progress = no_progress,
 ) -> tuple[Explanation, ...]:
     """For every engine that can run here (or just ``engine``) and is outside its gate: where its error is born.
 
-    Needs the libraries of the workstation. Raises BundleError for a damaged file or a graph that the bundle lacks,
-    EngineMismatchError when no engine can run here, MissingDependencyError.
+    Needs the libraries of the workstation. Runs in a process of its own, as `verify_bundle` does. Raises BundleError for a
+    damaged file or a graph that the bundle lacks, EngineMismatchError when no engine can run here, MissingDependencyError.
     """
+    del in_process  # child.apart has read it
     try:
         from edge_backbones.build.explain import explain
     except ModuleNotFoundError as error:
@@ -549,7 +602,8 @@ def explain_bundle(
     found = []
     for record in _runnable(bundle, engine, device, code=False):
         progress(f"verifying {record.key.precision}", 0, None)
-        precision, gate = record.key.precision, record.parity.gate
+        precision, gate = record.key.precision, promises.gate_of(bundle.manifest, record.key, record.parity.gate)
+        _say_what_is_run(bundle, record)
         on = None if record.key.gpu is None else device
         report = _measured(bundle, record.key, bundle.read(record.file), golden, gate, on)
         if report.passed:
@@ -565,6 +619,7 @@ def explain_bundle(
         fp32 = bundle.manifest.onnx_graph(Precision.FP32)
         plain = None if fp32 is None or precision is Precision.FP32 else bundle.path / fp32.file.path
         typed = bundle.path / graph.file.path
+        child.doing(f"was explaining {record.name}", f"{typed} is hostile, {_LIBRARY}")
         found.append(explain(typed, report, golden, input.name, plain=plain, progress=progress))
     return tuple(found)
 
@@ -572,7 +627,7 @@ def explain_bundle(
 def _runnable(bundle: Bundle, engine: str | None, device: int, *, code: bool) -> list[EngineRecord]:
     """The engines that ``engine`` means and that can run here; raises EngineMismatchError when there is none."""
     on_gpu = any(record.key.gpu is not None for record in bundle.manifest.engines)
-    host = compat.this_host(session.installed_versions(), device=device if on_gpu else None)
+    host = _host(device if on_gpu else None)
 
     def reasons_against(record: EngineRecord) -> list[str]:
         return [*session.code_reasons(record, engine, code=code), *compat.reasons_against(record.key, host)]

@@ -16,16 +16,10 @@ from edge_backbones.errors import ParityError
 from edge_backbones.manifest import EngineKey, Gate, ParityReport, StageParity
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.runtime.plan import Profile, choose_profile
+from edge_backbones.runtime.promises import is_inside
 from edge_backbones.runtime.session import EngineSession, load_engine
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-DEFAULT_GATES = {
-    Precision.FP32: Gate(max_relative=1e-3),
-    Precision.FP16: Gate(min_cosine=0.9999),
-    Precision.BF16: Gate(min_sqnr_db=27.0),
-    Precision.INT8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
-    Precision.FP8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
-}
 _MAX_SQNR_DB = 300.0  # equal maps: JSON has no infinity
 _ROUNDS = 7
 _WARM_UP, _CALLS, _SECONDS = 3, 10, 0.25  # of one turn: at least so many calls, and for at least so long
@@ -140,11 +134,7 @@ def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate, *,
     else:
         cosine = 1 / math.sqrt(1 + relative**2) if relative < 1 else 0.0  # the noise counts as across a usual map
     sqnr_db = min(20 * math.log10(1 / relative), _MAX_SQNR_DB) if relative else _MAX_SQNR_DB
-    passed = (
-        (gate.min_cosine is None or cosine >= gate.min_cosine)
-        and (gate.min_sqnr_db is None or sqnr_db >= gate.min_sqnr_db)
-        and (gate.max_relative is None or relative <= gate.max_relative)
-    )
+    passed = is_inside(gate, cosine=cosine, sqnr_db=sqnr_db, relative=relative)
     return StageParity(
         stage=stage,
         cosine=cosine,

@@ -31,8 +31,8 @@ from edge_backbones.build.artifacts import (
     Progress,
     no_progress,
 )
-from edge_backbones.build.compile import default_cache, engine_of_torch_tensorrt, engine_of_torchscript
-from edge_backbones.build.parity import DEFAULT_GATES, advice_on_building, measure_engine, require
+from edge_backbones.build.compile import engine_of_torch_tensorrt, engine_of_torchscript
+from edge_backbones.build.parity import advice_on_building, measure_engine, require
 from edge_backbones.bundle import Bundle, new_bundle, record_file, write_manifest
 from edge_backbones.errors import (
     CalibrationError,
@@ -53,8 +53,10 @@ from edge_backbones.manifest import (
     ParityReport,
     Provenance,
 )
-from edge_backbones.runtime import cuda
+from edge_backbones.runtime import compat, cuda, promises, session
+from edge_backbones.runtime.promises import DEFAULT_GATES
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
+from edge_backbones.system import default_cache
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,6 +165,12 @@ class BuildOptions:
             raise InputError(
                 f"program {self.program} is of flavour torch_tensorrt, which is not built: add it, or leave it"
             )
+        for precision, gate in self.gates.items():
+            if not promises.refuses_zeros(gate):
+                raise InputError(
+                    f"the gate of {precision} asks for {gate}, which a map of zeros passes: give it a bound such as "
+                    "Gate(min_cosine=0.9)"
+                )
         if self.golden < 1:
             raise InputError(f"golden must be at least 1 image, got {self.golden}")
         if (self.height is None) != (self.width is None):
@@ -355,7 +363,8 @@ def build_bundle(
             )
         if options.torchscript:
             file = record_file(folder, "graphs/fp32.ts")
-            graphs.append(GraphRecord(format="torchscript", precision=Precision.FP32, file=file))
+            gate = options.gates.get(Precision.FP32)
+            graphs.append(GraphRecord(format="torchscript", precision=Precision.FP32, file=file, gate=gate))
             if "torchscript" in options.flavours:
                 module = engine_of_torchscript((folder / file.path).read_bytes())
                 parity = _measured(module, graph, golden, options)
@@ -400,7 +409,11 @@ def build_bundle(
         if large:
             notes.append(f"{len(large)} tensors come near what fp16 can hold ({large[0]} first): they stay in fp32")
         del image_set, feed
-    return BuildResult(Bundle.open(target), tuple(e.parity for e in engines), reasons, tuple(notes))
+    bundle = Bundle.open(target)
+    for record in bundle.manifest.engines:
+        host = compat.this_host(session.installed_versions(), device=None if record.key.gpu is None else 0)
+        promises.remember(bundle.manifest, record, host)
+    return BuildResult(bundle, tuple(e.parity for e in engines), reasons, tuple(notes))
 
 
 def _refuse_for(profile: DeviceProfile, options: BuildOptions, input: InputSpec) -> None:
@@ -442,7 +455,10 @@ def _measured(
     precision = engine.key.precision
     gate = options.gates.get(precision, DEFAULT_GATES[precision])
     on = None if engine.key.gpu is None else 0
-    report = measure_engine(engine.key, engine.data, graph.spec, graph.input, golden, gate, device=on)
+    # The program was made here, of the network that the user gave.
+    report = measure_engine(
+        engine.key, engine.data, graph.spec, graph.input, golden, gate, device=on, allow_host_code=True
+    )
     library = {"torchscript": "torch", "torch_tensorrt": "torch-tensorrt"}.get(engine.key.flavour, engine.key.flavour)
     return require(report, advice=functools.partial(advice_on_building, library=library))
 

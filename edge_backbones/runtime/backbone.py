@@ -252,7 +252,11 @@ class EdgeBackbone:
 
         For engines on a GPU: ``memory`` is the library that manages memory there (default: cuda-bindings, else pycuda);
         ``cuda_graphs`` replays each input shape as one CUDA graph from its second call on, which saves launches and takes
-        memory per shape; ``allow_host_code`` lets a version-compatible plan run the code for the CPU that it carries.
+        memory per shape. ``allow_host_code`` lets a version-compatible plan run the code for the CPU that it carries, and a
+        TorchScript engine, which is a program, run at all: what it does is up to its author.
+
+        An engine runs only if the manifest says that its parity was measured, with figures inside its gate, and if its
+        inputs and outputs are those of the manifest.
 
         ``check_finite``: raise InputError for NaN and infinity in arrays on the host. The check reads the input once, which
         takes less than 1 % of a call of mobilenetv3_large_100 on one image of 224 x 224.
@@ -265,7 +269,9 @@ class EdgeBackbone:
         EngineMismatchError when nothing in it can run here, InputError for a device that is not one, ResourceError where
         memory, threads or file descriptors run out, InferenceError in a forked child whose parent has opened an engine of
         the same library. With ``on_mismatch="compile"`` an engine that can is compiled, verified and added to the bundle
-        instead, which takes from seconds to minutes, and raises what `compile_bundle` raises.
+        instead, which takes from seconds to minutes, and raises what `compile_bundle` raises. An engine that fits and that
+        this machine has neither compiled nor verified is then verified once before it is opened. Both happen in processes
+        of their own.
         """
         kind, gpu = parse_device(device)
         if on_mismatch not in ("raise", "compile"):
@@ -281,6 +287,8 @@ class EdgeBackbone:
             except EngineMismatchError as error:
                 told = "".join(f". Not trusted: {name}: {why}" for name, why in refused.items())
                 raise EngineMismatchError(f"{error}{told}") from error
+            if on_mismatch == "compile":
+                session.measure_here(bundle, record, host, device=gpu, allow_host_code=allow_host_code)
             opened = session.open_session(
                 bundle,
                 record,

@@ -31,7 +31,8 @@ from edge_backbones.errors import (
     refuse_lack,
 )
 from edge_backbones.onnx_gate import graph_fault
-from edge_backbones.runtime import exits, forks
+from edge_backbones.runtime import exits, forks, plan
+from edge_backbones.spec import BackboneSpec, InputSpec
 
 if TYPE_CHECKING:
     import openvino
@@ -132,9 +133,20 @@ def compile_model(model: openvino.Model) -> bytes:
 
 
 class OpenVinoSession:
-    """A loaded CPU engine. Threads may share it: every call borrows an infer request of its own."""
+    """A loaded CPU engine. Threads may share it: every call borrows an infer request of its own.
 
-    def __init__(self, blob: bytearray, *, outputs: Sequence[str], threads: int | None = None) -> None:
+    ``input`` and ``spec``: what a manifest says of the engine. Raises EngineMismatchError for one whose ports are others.
+    """
+
+    def __init__(
+        self,
+        blob: bytearray,
+        *,
+        outputs: Sequence[str],
+        threads: int | None = None,
+        input: InputSpec | None = None,
+        spec: BackboneSpec | None = None,
+    ) -> None:
         openvino = load_library()
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}")
@@ -156,6 +168,15 @@ class OpenVinoSession:
             raise EngineMismatchError(
                 f"the engine returns {names}, the manifest promises {list(outputs)}: build it again"
             )
+        if input is not None:
+            ports = [plan.Tensor(_name(port, input.name), "INPUT", *_form(port)) for port in model.inputs]
+            ports += [
+                plan.Tensor(name, "OUTPUT", *_form(port)) for name, port in zip(names, model.outputs, strict=True)
+            ]
+            if wrong := plan.mismatches(ports, input, outputs, spec):
+                raise EngineMismatchError(
+                    f"the engine is not the one of this manifest: {'; '.join(wrong)}. Build it again"
+                )
         self._tensor = openvino.Tensor
         self._loaded: _Loaded | None = _Loaded(blob, model)
         self._keeps_requests = True
@@ -239,6 +260,22 @@ class _Loaded(NamedTuple):
 
     blob: bytearray
     model: Any
+
+
+def _name(port: Any, wanted: str) -> str:
+    """The name of a port; ``wanted`` where that is one of several."""
+    names: set[str] = port.get_names()
+    return wanted if wanted in names or not names else str(port.get_any_name())
+
+
+def _form(port: Any) -> tuple[str, plan.Shape | None]:
+    """The dtype and the shape of a port, as plan.Tensor has them."""
+    dtype, shape = port.get_element_type().get_type_name(), port.get_partial_shape()
+    sizes = None if shape.rank.is_dynamic else tuple(-1 if d.is_dynamic else d.get_length() for d in shape)
+    return _DTYPES.get(dtype, dtype), sizes
+
+
+_DTYPES = {"f32": "FLOAT", "f16": "HALF", "bf16": "BF16", "u8": "UINT8"}
 
 
 @dataclass(eq=False)

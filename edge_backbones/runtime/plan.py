@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from edge_backbones.errors import InputError
-from edge_backbones.spec import InputSpec, ShapeRange
+from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
 
 Shape = tuple[int, ...]
 StreamKey: TypeAlias = "int | tuple[int, int]"
@@ -37,11 +37,15 @@ class Profile:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output as the engine describes it; ``dtype`` in TensorRT's words."""
+    """An input or output as the engine describes it.
+
+    ``dtype`` in TensorRT's words. ``shape``: -1 for an axis that may have several sizes; None where nothing is known of it.
+    """
 
     name: str
     mode: Literal["INPUT", "OUTPUT"]
     dtype: str
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,90 @@ def pieces(count: int, batch: ShapeRange) -> list[Piece]:
     return [Piece(start, n, max(n, batch.min)) for start, n in zip(starts, counts, strict=True)]
 
 
-def mismatches(tensors: Iterable[Tensor], input: InputSpec, outputs: Sequence[str]) -> list[str]:
-    """Where an engine's inputs and outputs are not those of the manifest, one phrase each."""
+def mismatches(
+    tensors: Iterable[Tensor], input: InputSpec, outputs: Sequence[str], spec: BackboneSpec | None = None
+) -> list[str]:
+    """Where an engine's inputs and outputs are not those of the manifest, one phrase each.
+
+    ``spec``: what the outputs are, shapes included; without it names and dtypes are compared.
+    """
     found = list(tensors)
     inputs = [tensor for tensor in found if tensor.mode == "INPUT"]
     returned = [tensor for tensor in found if tensor.mode == "OUTPUT"]
     reasons = []
     if [tensor.name for tensor in inputs] != [input.name]:
         reasons.append(f"it takes {[tensor.name for tensor in inputs]}, the manifest says [{input.name!r}]")
-    elif inputs[0].dtype != _DTYPES[input.dtype]:
-        reasons.append(f"its input is {inputs[0].dtype}, the manifest says {_DTYPES[input.dtype]}")
+    else:
+        if inputs[0].dtype != _DTYPES[input.dtype]:
+            reasons.append(f"its input is {inputs[0].dtype}, the manifest says {_DTYPES[input.dtype]}")
+        if not _takes(inputs[0].shape, input):
+            reasons.append(f"it takes {_shown(inputs[0].shape)}, the manifest says {_sizes(input)}")
     if sorted(tensor.name for tensor in returned) != sorted(outputs):
         reasons.append(f"it returns {[tensor.name for tensor in returned]}, the manifest promises {list(outputs)}")
+    elif spec is not None:
+        shapes = {tensor.name: tensor.shape for tensor in returned}
+        reasons += _wrong_shapes(shapes, input, spec)
     odd = [f"{tensor.name} {tensor.dtype}" for tensor in returned if tensor.dtype != "FLOAT"]
     if odd:
         reasons.append(f"it returns {', '.join(odd)}, the manifest promises FLOAT")
     return reasons
+
+
+def _takes(shape: Shape | None, input: InputSpec) -> bool:
+    """Whether an engine's input is free or of the one size wherever the manifest says so."""
+    if shape is None:
+        return True
+    promised = zip(input.min_shape, input.max_shape, strict=True)
+    return len(shape) == 4 and all(
+        size == -1 or size == least == most for size, (least, most) in zip(shape, promised, strict=True)
+    )
+
+
+def _sizes(input: InputSpec) -> str:
+    batch, height, width = str(input.batch), str(input.height), str(input.width)
+    axes = (
+        (batch, str(input.channels), height, width)
+        if input.layout == "NCHW"
+        else (batch, height, width, str(input.channels))
+    )
+    return f"({', '.join(axes)})"
+
+
+def _shown(shape: Shape | None) -> str:
+    return f"({', '.join('any' if size == -1 else str(size) for size in shape or ())})"
+
+
+def _wrong_shapes(shapes: Mapping[str, Shape | None], input: InputSpec, spec: BackboneSpec) -> list[str]:
+    """Outputs whose shape is not what the manifest says of their layout, channels, batch and (by their stride) size."""
+    maps = zip(spec.out_features, spec.layouts, spec.channels, spec.strides, strict=True)
+    extras = ((extra.name, extra.layout, extra.channels, None) for extra in spec.extras)
+    reasons = []
+    for name, layout, channels, strides in (*maps, *extras):
+        shape = shapes[name]
+        if shape is None:
+            continue
+        promise = f"{layout} with {channels} channels and batch {input.batch}"
+        fits = len(shape) == len(layout)
+        if fits:
+            sizes = dict(zip(layout, shape, strict=True))
+            fits = sizes["C"] in (-1, channels)
+            fits = fits and (sizes["N"] == -1 or input.batch.min == sizes["N"] == input.batch.max)
+            if fits and strides is not None and "H" in sizes:
+                promise += f", strides {strides[0]} and {strides[1]} of {input.height} x {input.width} pixels"
+                fits = _explains(input.height, sizes["H"], strides[0]) and _explains(
+                    input.width, sizes["W"], strides[1]
+                )
+        if not fits:
+            reasons.append(f"{name} has shape {_shown(shape)}, the manifest promises {promise}")
+    return reasons
+
+
+def _explains(pixels: ShapeRange, cells: int, stride: int) -> bool:
+    """Whether a map of so many cells has this stride, as the build measures it; sizes that vary are not compared."""
+    if cells == -1 or not pixels.is_fixed:
+        return True
+    left = pixels.max - cells * stride  # borders: padding makes up to one cell more, its lack costs up to two
+    return -stride < left < 2 * stride or (cells > 0 and stride == max(1, round(pixels.max / cells)))
 
 
 def uncovered(profiles: Sequence[Profile], input: InputSpec) -> list[Shape]:

@@ -12,9 +12,9 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from edge_backbones.bundle import Bundle
-from edge_backbones.errors import EngineMismatchError, MissingDependencyError
+from edge_backbones.errors import EngineMismatchError, InferenceError, MissingDependencyError, ParityError
 from edge_backbones.manifest import EngineKey, EngineRecord, Flavour
-from edge_backbones.runtime import compat, openvino, tensorrt_library
+from edge_backbones.runtime import compat, openvino, promises, tensorrt_library
 from edge_backbones.runtime.cuda import MemoryBackend
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
@@ -25,7 +25,8 @@ _PREFERENCE = {
     "cuda": (Precision.INT8, Precision.FP8, Precision.FP16, Precision.BF16, Precision.FP32),
 }
 _FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx", "openvino", "torch_tensorrt", "torchscript")
-_CODE = ("torchscript", "torch_tensorrt")  # programs, which are run only for who asks for them
+CODE = ("torchscript", "torch_tensorrt")  # programs, which are run only for who asks for them and allows it
+_ALLOW = "allow_host_code=True"
 
 
 class EngineSession(Protocol):
@@ -58,7 +59,10 @@ def choose_engine(
     EngineMismatchError with one reason per engine that was passed over.
     """
     fitting = fitting_engines(
-        bundle, engine, lambda e: reasons_against(e, host, engine, device=device, code=allow_host_code), device=device
+        bundle,
+        engine,
+        lambda e: reasons_against(bundle, e, host, engine, device=device, code=allow_host_code),
+        device=device,
     )
     order = _PREFERENCE[device]
     are_timed = all(found.milliseconds is not None for found in fitting)
@@ -93,7 +97,7 @@ def passed_over(
     found = {}
     for other in (e for e in bundle.manifest.engines if e.name != chosen.name):
         reasons = [] if _is_meant(other, engine) else [f"engine={engine!r} was asked for"]
-        reasons = reasons or reasons_against(other, host, engine, device=device, code=allow_host_code)
+        reasons = reasons or reasons_against(bundle, other, host, engine, device=device, code=allow_host_code)
         if not reasons and None not in (other.milliseconds, chosen.milliseconds):
             reasons = [f"takes {other.milliseconds:.2f} ms, the one that runs {chosen.milliseconds:.2f} ms"]
         found[other.name] = "; ".join(reasons) or f"would run, and {chosen.name} is preferred"
@@ -118,19 +122,25 @@ def fitting_engines(
     fitting = [e for e in wanted if not reasons[e.name]]
     if not fitting:
         listed = "; ".join(f"{name}: {' and '.join(why)}" for name, why in reasons.items())
-        raise EngineMismatchError(
-            f"no engine of {bundle.path} can run here. {listed}. {_advice(bundle, engine, device)}"
-        )
+        to_allow = any(len(why) == 1 and _ALLOW in why[0] for why in reasons.values())
+        advice = "" if to_allow else f" {_advice(bundle, engine, device)}"  # another engine would not be allowed either
+        raise EngineMismatchError(f"no engine of {bundle.path} can run here. {listed}.{advice}")
     return fitting
 
 
 def reasons_against(
-    engine: EngineRecord, host: compat.Host, asked: str | None = None, *, device: str = "cpu", code: bool = False
+    bundle: Bundle,
+    engine: EngineRecord,
+    host: compat.Host,
+    asked: str | None = None,
+    *,
+    device: str = "cpu",
+    code: bool = False,
 ) -> list[str]:
-    """Why an engine is passed over on a device, one phrase each; empty when it may run.
+    """Why an engine of a bundle is passed over on a device, one phrase each; empty when it may run.
 
-    ``asked``: what was asked for by name. Programs (TorchScript) run only then, and the runtime that a plan may carry only
-    with ``code``.
+    ``asked``: what was asked for by name. Programs (TorchScript) run only then, and only with ``code``, as does the runtime
+    that a plan may carry. Its parity has to have been measured and to be inside the gate: see promises.reasons_against.
     """
     key = engine.key
     reasons = []
@@ -140,19 +150,37 @@ def reasons_against(
             f"runs on {runs_on[0]}, not on {device}: ask for it there (device={runs_on[0]!r}, --device {runs_on[0]})"
         )
     reasons += code_reasons(engine, asked, code=code)
-    if not engine.parity.measured:
-        reasons.append("was compiled ahead of time and never measured: run edge-backbones verify on this device")
+    reasons += promises.reasons_against(bundle.manifest, engine)
     return reasons or compat.reasons_against(key, host)
 
 
 def code_reasons(engine: EngineRecord, asked: str | None, *, code: bool) -> list[str]:
     """Why an engine that runs code on the CPU is passed over."""
     key = engine.key
-    if key.flavour in _CODE and asked not in (key.flavour, engine.name):
-        return [f"is a program: it is run only when asked for by name (engine={key.flavour!r})"]
+    if key.flavour in CODE and not (code and asked in (key.flavour, engine.name)):
+        return [
+            f"is a program, which may do whatever its author wrote: it is run only when asked for by name, and with "
+            f"{_ALLOW} (engine={key.flavour!r}; --engine {key.flavour} --allow-host-code)"
+        ]
     if key.gpu is not None and key.gpu.host_code and not code:
-        return ["carries a runtime, which is code: it is run only with allow_host_code=True (--allow-host-code)"]
+        return [f"carries a runtime, which is code: it is run only with {_ALLOW} (--allow-host-code)"]
     return []
+
+
+def measure_here(
+    bundle: Bundle, engine: EngineRecord, host: compat.Host, *, device: int | None, allow_host_code: bool = False
+) -> None:
+    """Verify an engine in a process of its own, unless this machine has done that or has compiled it.
+
+    Raises EngineMismatchError for one that ends that process, fails or is outside its gate.
+    """
+    if promises.is_measured_here(bundle.manifest, engine, host):
+        return
+    verifier = importlib.import_module("edge_backbones.build.device")  # a layer above: loaded only for who asks for it
+    try:
+        verifier.verify_bundle(bundle.path, engine=engine.name, device=device or 0, allow_host_code=allow_host_code)
+    except (InferenceError, ParityError) as error:
+        raise EngineMismatchError(f"{engine.name} does not run here as its bundle says: {error}") from error
 
 
 def compile_here(
@@ -250,11 +278,14 @@ def load_engine(
 ) -> EngineSession:
     """Load engine bytes by their key; ``weights`` as in TensorRtSession.
 
-    Raises EngineMismatchError for bytes that are no engine of that kind.
+    Raises EngineMismatchError for bytes that are no engine of that kind or have other inputs and outputs than ``input`` and
+    ``spec`` say, and for a program (TorchScript) without ``allow_host_code``.
     """
     if key.flavour == "openvino":
-        return openvino.OpenVinoSession(data, outputs=spec.outputs, threads=threads)
-    if key.flavour in _CODE:
+        return openvino.OpenVinoSession(data, outputs=spec.outputs, threads=threads, input=input, spec=spec)
+    if key.flavour in CODE:
+        if not allow_host_code:
+            raise EngineMismatchError(f"{key.name} is a program, and it is run only with {_ALLOW} (--allow-host-code)")
         from edge_backbones.runtime import torchscript  # what a CPU engine does not need is not imported for it
 
         place = "cpu" if device is None else f"cuda:{device}"
@@ -276,6 +307,7 @@ def load_engine(
         allow_host_code=allow_host_code,
         dla_core=None if key.gpu is None else key.gpu.dla_core,
         weights=weights,
+        spec=spec,
     )
 
 
@@ -295,7 +327,7 @@ class installed_versions(Mapping[str, str]):
         return version
 
     def __iter__(self) -> Iterator[str]:
-        flavours = ("openvino", *tensorrt_library.FLAVOURS, *_CODE)
+        flavours = ("openvino", *tensorrt_library.FLAVOURS, *CODE)
         return iter([flavour for flavour in flavours if self.get(flavour) is not None])
 
     def __len__(self) -> int:
@@ -307,7 +339,7 @@ def _library_version(flavour: str) -> str | None:
         return openvino.library_version()
     if flavour in tensorrt_library.FLAVOURS:
         return tensorrt_library.library_version(flavour)
-    if flavour in _CODE:
+    if flavour in CODE:
         from edge_backbones.runtime import torchscript
 
         return torchscript.library_version() if flavour == "torchscript" else torchscript.torch_tensorrt_version()

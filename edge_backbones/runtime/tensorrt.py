@@ -34,7 +34,7 @@ from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
 from edge_backbones.runtime.device_memory import Attempts, Buffer, Lease, Pool, Ready
 from edge_backbones.runtime.plan import Profile, Shape, StreamKey
 from edge_backbones.runtime.tensorrt_library import TensorRtFlavour
-from edge_backbones.spec import InputSpec
+from edge_backbones.spec import BackboneSpec, InputSpec
 
 _IDLE_STREAMS = 4  # idle contexts of one profile, each behind another stream, before one changes its stream
 _HOST_OUTPUTS = 4  # pinned sets of outputs per context; a caller who holds more gets ordinary memory
@@ -47,7 +47,8 @@ _FLOAT32 = np.dtype(np.float32)
 class TensorRtSession:
     """A loaded plan on one GPU. Threads may share it: every call borrows an execution context of its own.
 
-    ``weights``: the ONNX graph of a plan that was written without weights, which are taken from there.
+    ``weights``: the ONNX graph of a plan that was written without weights, which are taken from there. ``spec``: what a
+    manifest says of the outputs, whose shapes are then compared with the plan's.
     ``graph_refusals``: with ``cuda_graphs``, why an input shape is enqueued and not replayed, by shape.
 
     Raises EngineMismatchError where this machine or this plan cannot do what the manifest promises, MissingDependencyError
@@ -67,6 +68,7 @@ class TensorRtSession:
         allow_host_code: bool = False,
         dla_core: int | None = None,
         weights: bytes | bytearray | None = None,
+        spec: BackboneSpec | None = None,
     ) -> None:
         # Before anything of TensorRT is made: without a driver the lean runtime ends the process.
         reason = cuda.no_gpu_reason()
@@ -83,7 +85,7 @@ class TensorRtSession:
         library = tensorrt_library.load_library(flavour)
         gpu = cuda.open_memory(device, memory)
         with exits.calls, gpu:
-            engine = _load(library, plan, flavour, input, outputs, allow_host_code, dla_core, weights)
+            engine = _load(library, plan, flavour, input, outputs, allow_host_code, dla_core, weights, spec)
             self._contexts = _Contexts(engine, gpu)
             self._finalizer = weakref.finalize(self, _close_quietly, self._contexts)
         self._input = input
@@ -379,6 +381,7 @@ def _load(
     allow_host_code: bool,
     dla_core: int | None,
     weights: bytes | bytearray | None,
+    spec: BackboneSpec | None,
 ) -> _Engine:
     logger = tensorrt_library.logger_of(library)
     logger.clear()
@@ -404,7 +407,7 @@ def _load(
     try:
         if weights is not None:
             _refit(library, engine, weights, flavour)
-        profiles = _agreed_profiles(engine, input, outputs)
+        profiles = _agreed_profiles(engine, input, outputs, spec)
     except BaseException:
         engine = None  # before its runtime
         raise
@@ -431,11 +434,21 @@ def _refit(library: Any, engine: Any, graph: bytes | bytearray, flavour: TensorR
         )
 
 
-def _agreed_profiles(engine: Any, input: InputSpec, outputs: Sequence[str]) -> tuple[Profile, ...]:
+def _agreed_profiles(
+    engine: Any, input: InputSpec, outputs: Sequence[str], spec: BackboneSpec | None
+) -> tuple[Profile, ...]:
     """The optimisation profiles of an engine that is the one of the manifest; EngineMismatchError for another."""
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    tensors = [plan.Tensor(n, engine.get_tensor_mode(n).name, engine.get_tensor_dtype(n).name) for n in names]
-    wrong = plan.mismatches(tensors, input, outputs)
+    tensors = [
+        plan.Tensor(
+            name,
+            engine.get_tensor_mode(name).name,
+            engine.get_tensor_dtype(name).name,
+            tuple(engine.get_tensor_shape(name)),
+        )
+        for name in names
+    ]
+    wrong = plan.mismatches(tensors, input, outputs, spec)
     if wrong:
         raise EngineMismatchError(f"the plan is not the one of this manifest: {'; '.join(wrong)}. Build it again")
     profiles = _profiles(engine, input.name)

@@ -400,11 +400,11 @@ def test_gates_and_size_ranges_are_tables():
     task = Task(
         model="m",
         precision=Precision.INT8,
-        options={"gates": {"int8": {"min_cosine": 0.9}, "fp16": {}}, "batch": {"min": 1, "opt": 2, "max": 4}, "width": 64,
-                 "height": 32, "out_indices": [1, 2]},
+        options={"gates": {"int8": {"min_cosine": 0.9}, "fp16": {"min_sqnr_db": 20.0}},
+                 "batch": {"min": 1, "opt": 2, "max": 4}, "width": 64, "height": 32, "out_indices": [1, 2]},
     )  # fmt: skip
     options = module.build_options(task)
-    assert options.gates == {Precision.INT8: Gate(min_cosine=0.9), Precision.FP16: Gate()}
+    assert options.gates == {Precision.INT8: Gate(min_cosine=0.9), Precision.FP16: Gate(min_sqnr_db=20.0)}
     assert (options.batch, options.height) == (ShapeRange(min=1, opt=2, max=4), 32)
     assert (options.out_indices, options.precisions) == ((1, 2), (Precision.INT8,))
     with pytest.raises(InputError, match=r"option gates: .*min_cos\b"):

@@ -559,7 +559,13 @@ class Small(nn.Module):
 
 def built(target: Path, images: np.ndarray | None, **options) -> BuildResult:
     precisions = options.get("precisions", (Precision.INT8,))
-    options = {"cache": None, "torchscript": False, "golden": 2, "gates": {p: Gate() for p in precisions}, **options}
+    options = {
+        "cache": None,
+        "torchscript": False,
+        "golden": 2,
+        "gates": {p: Gate(min_cosine=1e-6) for p in precisions},
+        **options,
+    }
     return build_bundle(networks.hand_made(Small()), target, images=images, options=BuildOptions(**options))
 
 

@@ -39,6 +39,8 @@ from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.cuda import Gpu
 from edge_backbones.spec import Precision
 
+pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
+
 OPTIONS = {"weights": "random:0", "height": 32, "width": 64, "golden": 1, "torchscript": False}
 
 
@@ -135,19 +137,7 @@ def test_what_tensorrt_measured_goes_with_the_bundle_and_into_the_next_compilati
     assert given[3:] == [b"mine", b"mine"]
 
 
-KILLED = """
-import os, signal
-from edge_backbones import cli
-from edge_backbones.build import device
-compile_engine, made = device.compile_engine, []
-def second_is_killed(*arguments, **options):
-    if made:
-        os.kill(os.getpid(), signal.SIGKILL)
-    made.append(1)
-    return compile_engine(*arguments, **options)
-device.compile_engine = second_is_killed
-cli.main()
-"""
+RUN_APART = child.run_apart  # and not what the fixture puts there
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")
@@ -155,11 +145,13 @@ def test_a_compilation_that_was_killed_goes_on_behind_what_it_finished(bundle):
     expected = names(bundle)
     for engine in Bundle.open(bundle).manifest.engines:
         Bundle.open(bundle).remove_engine(engine.name)
-    with pytest.raises(CompileError, match=r"compiling was killed.*--resume goes on with the rest"):
-        child.run(["compile", str(bundle), "--in-process"], (sys.executable, "-c", KILLED))
+    with pytest.raises(
+        CompileError, match=r"was compiling fp\d+ for openvino was killed.*--resume goes on with the rest"
+    ):
+        RUN_APART("apart_functions:second_engine_is_killed", (str(bundle),), {})
     [finished] = Bundle.open(bundle).manifest.engines
     Bundle.open(bundle).check_files()
-    assert child.run(["compile", str(bundle), "--resume", "--in-process"]) == 0
+    RUN_APART("edge_backbones.build.device:compile_bundle", (str(bundle),), {"resume": True})
     assert names(bundle) == expected
     assert finished.name in names(bundle)
     assert finished.file in [engine.file for engine in Bundle.open(bundle).manifest.engines]

@@ -32,6 +32,8 @@ from edge_backbones.errors import ParityError
 from edge_backbones.manifest import EngineRecord, Gate, ParityReport
 from edge_backbones.spec import Precision
 
+pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
+
 GATE = Gate(min_sqnr_db=16.0)
 
 

@@ -10,9 +10,13 @@ import msgspec
 import networks
 import numpy as np
 import pytest
+import torch
 from transformers import ResNetConfig
 
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, compile_bundle, verify_bundle
+from edge_backbones.bench import contender
+from edge_backbones.bench.compare import CompareOptions, compare
+from edge_backbones.bench.contender import Task
 from edge_backbones.build import pipeline, torch_tensorrt
 from edge_backbones.build.artifacts import no_progress
 from edge_backbones.build.prepare import prepare
@@ -20,8 +24,10 @@ from edge_backbones.bundle import record_bytes, write_manifest
 from edge_backbones.cli import _run
 from edge_backbones.errors import CompileError, EngineMismatchError, InputError
 from edge_backbones.profiles import load_profile
-from edge_backbones.runtime import cuda
+from edge_backbones.runtime import cuda, session
 from edge_backbones.spec import Precision
+
+pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"weights": "random:0", "precisions": (Precision.FP32,), "height": 64, "width": 96, "batch": 2, "golden": 2}
@@ -41,26 +47,51 @@ def test_torchscript_is_an_engine_that_is_run_only_by_name(built):
     images = np.random.default_rng(0).standard_normal((3, 3, 64, 96)).astype(np.float32)
     with (
         EdgeBackbone.from_pretrained(built.path) as usual,
-        EdgeBackbone.from_pretrained(built.path, engine="torchscript") as scripted,
+        EdgeBackbone.from_pretrained(built.path, engine="torchscript", allow_host_code=True) as scripted,
     ):
         for ours, theirs in zip(usual(images).feature_maps, scripted(images).feature_maps, strict=True):
             assert ours.shape == theirs.shape
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
             assert not np.array_equal(ours, theirs)  # two libraries, two roundings
-    with pytest.raises(EngineMismatchError, match="is a program: it is run only when asked for by name"):
+    with pytest.raises(EngineMismatchError, match=r"is a program, .* it is run only when asked for by name"):
         EdgeBackbone.from_pretrained(built.path, device="cuda")
     assert len(verify_bundle(built.path)) == 1  # nobody asked to run the program
-    assert len(verify_bundle(built.path, engine="torchscript")) == 1
+    assert len(verify_bundle(built.path, allow_host_code=True)) == 1
+    assert len(verify_bundle(built.path, engine="torchscript", allow_host_code=True)) == 1
+
+
+def test_a_program_is_run_only_where_the_caller_allows_it(built, monkeypatch, capsys):
+    """Not opened either: torch runs nothing of a file that it has not seen."""
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("the program was opened"))
+    name = built.manifest.engines[1].name
+    for engine in ("torchscript", name):
+        for step in (EdgeBackbone.from_pretrained, verify_bundle):
+            with pytest.raises(EngineMismatchError, match=r"with allow_host_code=True .*--allow-host-code\)\.$"):
+                step(built.path, engine=engine)
+        assert _run(["verify", str(built.path), "--engine", engine]) == 1
+        assert "--allow-host-code" in capsys.readouterr().err
+        with pytest.raises(EngineMismatchError, match="allow_host_code=True"):
+            compare(built.path, CompareOptions(engine=engine, vs=()))
+    with pytest.raises(CompileError, match=r"a TorchScript engine is a program.*allow_host_code=True"):
+        compile_bundle(built.path, flavour="torchscript")
+    record, data = built.manifest.engines[1], (built.path / "graphs/fp32.ts").read_bytes()
+    with pytest.raises(EngineMismatchError, match="is a program, and it is run only with allow_host_code=True"):
+        session.load_engine(record.key, bytearray(data), built.manifest.backbone, built.manifest.input)
+    task = Task(peer="torchscript", bundle=str(built.path))
+    with pytest.raises(InputError, match="is a program: allow_host_code=True"):
+        contender.torchscript(built, task)
 
 
 def test_torchscript_is_added_to_a_finished_bundle(built, tmp_path):
     target = tmp_path / "b.bundle"
     build_bundle("test_resnet", target, options=BuildOptions(**OPTIONS))
-    (added,) = compile_bundle(target, flavour="torchscript").engines
+    (added,) = compile_bundle(target, flavour="torchscript", allow_host_code=True).engines
     assert added.parity.passed
     assert [engine.key.flavour for engine in Bundle.open(target).manifest.engines] == ["openvino", "torchscript"]
     Bundle.open(target).check_files()
-    again = compile_bundle(target, flavour="torchscript").engines  # replaces itself, and its file stays
+    again = compile_bundle(
+        target, flavour="torchscript", allow_host_code=True
+    ).engines  # replaces itself, and its file stays
     assert len(again) == 1
     Bundle.open(target).check_files()
 
@@ -137,7 +168,7 @@ def test_torch_tensorrt_writes_the_program_that_was_asked_for(monkeypatch, progr
 
 
 def test_the_command_line(built, capsys):
-    assert _run(["compile", str(built.path), "--flavour", "torchscript", "--json"]) == 0
+    assert _run(["compile", str(built.path), "--flavour", "torchscript", "--allow-host-code", "--json"]) == 0
     (engine,) = json.loads(capsys.readouterr().out)["engines"]
     assert engine["key"]["flavour"] == "torchscript"
     assert _run(["compile", str(built.path), "--flavour", "openvino", "--profile", "h100"]) == 1

@@ -510,7 +510,7 @@ def test_a_checkpoint_needs_no_images_where_there_are_ranges(photograph_folder, 
         "test_resnet",
         tmp_path / "again.bundle",
         options=BuildOptions(
-            **options, calibration=first.bundle.path / "calibration.json", gates={Precision.INT8: Gate()}
+            **options, calibration=first.bundle.path / "calibration.json", gates={Precision.INT8: Gate(min_cosine=1e-6)}
         ),
     )
     graphs = [(bundle.path / "graphs" / "int8.onnx").read_bytes() for bundle in (first.bundle, again.bundle)]
@@ -583,7 +583,7 @@ def test_corrected_biases_are_shipped(calibrated, photograph_folder, tmp_path):
         return {n.name: stored[n.input[2]].astype(np.float32) for n in graph.node if n.op_type == "Conv"}
 
     plain = biases(calibrated.bundle.path)
-    options = {"calibration": path, "gates": {Precision.INT8: Gate()}, "exclude": ("layer1",)}
+    options = {"calibration": path, "gates": {Precision.INT8: Gate(min_cosine=1e-6)}, "exclude": ("layer1",)}
     shifted = biases(rebuilt(calibrated, tmp_path / "net.bundle", photograph_folder, **options).bundle.path)
     moved = {
         name: shifted[name] - plain[name] for name in plain if not np.allclose(shifted[name], plain[name], atol=1e-2)
@@ -597,7 +597,7 @@ def test_corrected_biases_are_shipped(calibrated, photograph_folder, tmp_path):
 
 def test_blank_images_and_silent_tensors_are_named(tmp_path):
     images = np.zeros((3, 64, 96, 3), np.uint8)
-    options = BuildOptions(**{**SMALL, "golden": 1}, gates={Precision.INT8: Gate()})
+    options = BuildOptions(**{**SMALL, "golden": 1}, gates={Precision.INT8: Gate(min_cosine=1e-6)})
     result = build_bundle("test_resnet", tmp_path / "x.bundle", images=images, options=options)
     notes = " | ".join(result.notes)
     assert "3 images are of one colour (array 0 first)" in notes
@@ -611,6 +611,6 @@ def test_blank_images_and_silent_tensors_are_named(tmp_path):
 
 def test_one_image_is_enough_and_said(photographs, tmp_path):
     images = networks.crops(photographs, 1, 64, 96)
-    options = BuildOptions(**{**SMALL, "golden": 1}, gates={Precision.INT8: Gate()})
+    options = BuildOptions(**{**SMALL, "golden": 1}, gates={Precision.INT8: Gate(min_cosine=1e-6)})
     result = build_bundle("test_resnet", tmp_path / "x.bundle", images=images, options=options)
     assert any(note.startswith("only 1 images") for note in result.notes)

@@ -40,6 +40,8 @@ from edge_backbones.manifest import Gate
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision, ShapeRange
 
+pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
+
 TINY = {"weights": "random:0", "precisions": (Precision.FP32,), "cache": None, "height": 32, "width": 64, "golden": 1}
 IMPOSSIBLE = {Precision.FP32: Gate(min_sqnr_db=299), Precision.INT8: Gate(min_cosine=1.0)}
 ROUNDING = 1e-5

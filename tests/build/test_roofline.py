@@ -197,7 +197,7 @@ def bundle(photograph_folder, tmp_path_factory):
     options = BuildOptions(
         weights="random:0",
         precisions=(Precision.FP32, Precision.INT8),
-        gates={Precision.INT8: Gate()},
+        gates={Precision.INT8: Gate(min_cosine=1e-6)},
         batch=ShapeRange(min=1, opt=1, max=4),
         height=64,
         width=96,

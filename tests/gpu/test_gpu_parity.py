@@ -32,7 +32,8 @@ def reference(model, out_size):
 def check(session, prepared, images, expected, precision):
     """Through EdgeBackbone; every map inside the gate that bundles of this precision have."""
     from edge_backbones import EdgeBackbone
-    from edge_backbones.build.parity import DEFAULT_GATES, compare
+    from edge_backbones.build.parity import compare
+    from edge_backbones.runtime.promises import DEFAULT_GATES
 
     with EdgeBackbone(prepared.spec, prepared.input, session, device="cuda") as backbone:
         maps = backbone(images).feature_maps

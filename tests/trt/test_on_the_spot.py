@@ -20,6 +20,8 @@ from edge_backbones.testing import pooled
 from tests.simulated_builder import Library
 from tests.simulated_gpu import Machine, plan_of, shapes
 
+pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
+
 FLAVOURS = ["tensorrt", "tensorrt_rtx"]
 real_library = tensorrt_library.load_library
 

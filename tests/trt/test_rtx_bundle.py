@@ -17,6 +17,8 @@ from edge_backbones.runtime import cuda
 from edge_backbones.spec import Precision
 from edge_backbones.testing import pooled
 
+pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
+
 pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
 
 
@@ -98,7 +100,7 @@ def test_the_command_line(bundle, capsys):
     assert engine["key"]["precision"] == Precision.FP32
     assert _run(["inspect", str(bundle.path), "--json"]) == 0
     reasons = json.loads(capsys.readouterr().out)["reasons_against"]
-    assert any("not measured yet" in why for why in reasons[engine_name(bundle)])
+    assert any("never measured" in why for why in reasons[engine_name(bundle)])
     assert _run([*arguments, "--shapes", "2x32"]) == 2
     assert _run([*arguments, "--target", "sm_90", "--json"]) == 1
     if not cuda.gpus():

@@ -15,7 +15,8 @@ from edge_backbones.manifest import Source
 from edge_backbones.runtime import compat, session
 from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
 from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
-from edge_backbones.spec import ExtraOutput, InputSpec, ShapeRange
+from edge_backbones.runtime.promises import DEFAULT_GATES
+from edge_backbones.spec import ExtraOutput, InputSpec, Precision, ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooled, pooling_input
 
 RANDOM = np.random.default_rng(0)
@@ -549,9 +550,11 @@ def test_fewer_bits_are_preferred_among_engines_that_fit(tmp_path):
     only = bundle.manifest.engines[0]
     data = bytes(bundle.read(only.file))
     for precision in ("fp16", "int8"):
-        key = msgspec.structs.replace(only.key, precision=precision)
+        key = msgspec.structs.replace(only.key, precision=Precision(precision))
         file = record_bytes(key.path(data, ".blob"), data)
-        bundle = bundle.add_engine(msgspec.structs.replace(only, key=key, file=file), {file.path: data})
+        parity = msgspec.structs.replace(only.parity, precision=key.precision, gate=DEFAULT_GATES[key.precision])
+        record = msgspec.structs.replace(only, key=key, file=file, parity=parity)
+        bundle = bundle.add_engine(record, {file.path: data})
     host = compat.this_host(session.installed_versions())
     assert session.choose_engine(bundle, host).key.precision == "int8"
     assert session.choose_engine(bundle, host, "fp16").key.precision == "fp16"

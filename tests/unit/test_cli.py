@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from edge_backbones import cli
-from edge_backbones.bundle import Bundle, record_bytes
-from edge_backbones.manifest import EngineRecord, Gate
+from edge_backbones.bundle import Bundle, record_bytes, write_manifest
+from edge_backbones.manifest import EngineRecord, Gate, GraphRecord
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled, pooling_input
 
@@ -105,9 +105,15 @@ def test_verify_measures_every_engine_though_one_fails(tmp_path):
     bundle = make_bundle(tmp_path / "pool.bundle")
     (made,) = bundle.manifest.engines
     blob = bytes(bundle.read(made.file))
+    (bundle.path / "graphs").mkdir()
 
     def add(precision, gate, *, measured):
-        key = msgspec.structs.replace(made.key, precision=precision)
+        path = f"graphs/{precision}.onnx"
+        graph = GraphRecord(format="onnx", precision=precision, file=record_bytes(path, b"graph"), gate=gate)
+        (bundle.path / path).write_bytes(b"graph")
+        manifest = Bundle.open(bundle.path).manifest
+        write_manifest(bundle.path, msgspec.structs.replace(manifest, graphs=(*manifest.graphs, graph)))
+        key = msgspec.structs.replace(made.key, precision=precision, graph_sha256=graph.file.sha256)
         parity = msgspec.structs.replace(made.parity, precision=precision, gate=gate)
         if not measured:
             parity = msgspec.structs.replace(parity, stages=())

@@ -11,11 +11,11 @@ import pytest
 
 from edge_backbones.errors import EngineMismatchError, MissingDependencyError
 from edge_backbones.manifest import EngineKey, EngineRecord, FileRecord, GpuKey, ParityReport, StageParity
-from edge_backbones.manifest import Gate as Bounds
 from edge_backbones.profiles import profile_of
 from edge_backbones.runtime import session
 from edge_backbones.runtime.compat import Host
 from edge_backbones.runtime.cuda import Gpu
+from edge_backbones.runtime.promises import DEFAULT_GATES
 from edge_backbones.spec import Precision
 
 L4 = Gpu(
@@ -42,12 +42,16 @@ def engine(precision="int8", *, measured=True, flavour="tensorrt", version="10.3
         graph_sha256="0" * 64,
         gpu=GpuKey(**{"architectures": ("sm_89",), "multiprocessors": 58, **gpu}),
     )
-    parity = ParityReport(precision=precision, gate=Bounds(), stages=(stage,) if measured else ())
+    parity = ParityReport(
+        precision=precision, gate=DEFAULT_GATES[Precision(precision)], stages=(stage,) if measured else ()
+    )
     return EngineRecord(key=key, file=FileRecord(path="engines/e.plan", sha256="0" * 64, size=1), parity=parity)
 
 
 def bundle_of(*engines: EngineRecord):
-    return types.SimpleNamespace(path=Path("b.bundle"), manifest=types.SimpleNamespace(engines=engines, graphs=()))
+    backbone = types.SimpleNamespace(outputs=("s",))
+    manifest = types.SimpleNamespace(engines=engines, graphs=(), backbone=backbone)
+    return types.SimpleNamespace(path=Path("b.bundle"), manifest=manifest)
 
 
 def chosen(*engines: EngineRecord, **options) -> EngineRecord:
@@ -128,7 +132,7 @@ def test_on_a_cpu_the_engine_with_most_of_its_instructions_is_taken():
 def test_the_way_out_is_the_command_that_makes_what_was_asked_for(asked, device, way):
     """`compile` where the bundle holds the graph, `build` where it does not."""
     bundle = bundle_of(*[] if asked is None else [engine("int8")])
-    bundle.manifest.graphs = (types.SimpleNamespace(format="onnx", precision=Precision.FP16),)
+    bundle.manifest.graphs = (types.SimpleNamespace(format="onnx", precision=Precision.FP16, gate=None),)
     with pytest.raises(EngineMismatchError) as caught:
         session.choose_engine(bundle, HOST, asked, device=device)
     assert way in str(caught.value)
