@@ -45,7 +45,7 @@ def bundle(built, tmp_path, monkeypatch) -> Path:
 
 def test_engines_that_the_device_compiles_are_trusted_there_and_nowhere_else(bundle, built):
     key = built.with_name("public.pem")
-    added = compile_bundle(bundle).engines
+    added = compile_bundle(bundle, in_process=True).engines
     assert len(added) == 2
     with EdgeBackbone.from_pretrained(bundle, trusted=key) as backbone:
         assert backbone.engine in {engine.name for engine in added}
@@ -55,8 +55,8 @@ def test_engines_that_the_device_compiles_are_trusted_there_and_nowhere_else(bun
         EdgeBackbone.from_pretrained(bundle, trusted=key)
     for engine in added:
         assert f"Not trusted: {engine.name}: was added after signing" in str(caught.value)
-    assert len(compile_bundle(bundle, resume=True).engines) == 2
-    assert compile_bundle(bundle, resume=True).engines == ()
+    assert len(compile_bundle(bundle, resume=True, in_process=True).engines) == 2
+    assert compile_bundle(bundle, resume=True, in_process=True).engines == ()
     EdgeBackbone.from_pretrained(bundle, trusted=key).close()
 
 
@@ -77,7 +77,7 @@ def test_an_engine_is_compiled_on_the_spot_from_signed_graphs_only(bundle, built
 def test_a_machine_that_asks_for_signatures_compiles_nothing_else(bundle, built, tmp_path):
     (tmp_path / "etc").mkdir()
     shutil.copy(built.with_name("public.pem"), tmp_path / "etc")
-    compile_bundle(bundle, precisions=(Precision.FP32,))
+    compile_bundle(bundle, precisions=(Precision.FP32,), in_process=True)
     shutil.rmtree(bundle / "signature")
     with pytest.raises(TrustError, match="is not signed"):
-        compile_bundle(bundle, precisions=(Precision.FP16,))
+        compile_bundle(bundle, precisions=(Precision.FP16,), in_process=True)

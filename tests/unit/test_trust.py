@@ -251,11 +251,11 @@ def test_golden_samples_that_were_swapped(signed, keys):
     golden["opt/pool4"] *= 2
     np.savez(signed / "golden.npz", **golden)
     with pytest.raises(IntegrityError, match=r"golden\.npz"):
-        verify_bundle(signed, trusted=keys / "alice.pem")
+        verify_bundle(signed, trusted=keys / "alice.pem", in_process=True)
     record = Bundle.open(signed).manifest.golden
     rewrite(signed, golden=msgspec.structs.replace(record, file=record_file(signed, "golden.npz")))
     with pytest.raises(TrustError, match=r"golden\.file\.sha256 was signed as"):
-        verify_bundle(signed, trusted=keys / "alice.pem")
+        verify_bundle(signed, trusted=keys / "alice.pem", in_process=True)
 
 
 def test_a_gate_that_was_loosened(signed, keys):
@@ -382,7 +382,7 @@ def test_an_engine_signed_unmeasured_is_trusted_once_this_machine_has_measured_i
     rewrite(bundle, engines=(unmeasured,))
     sign_bundle(bundle, key=keys / "alice.private.pem")
     shutil.copytree(bundle, forged := bundle.with_name("forged.bundle"))
-    verify_bundle(bundle, trusted=keys / "alice.pem")
+    verify_bundle(bundle, trusted=keys / "alice.pem", in_process=True)
     EdgeBackbone.from_pretrained(bundle, trusted=keys / "alice.pem").close()
     rewrite(forged, engines=(engine,))  # says that it was measured, and it was not measured here
     assert engine.name in refusal(forged, keys / "alice.pem", EngineMismatchError)
@@ -411,7 +411,7 @@ def test_a_folder_of_keys_asks_for_a_signature_whatever_the_caller_says(made, si
     for trusted in (None, keys / "bob.pem"):
         assert f"a signature is asked for by {whose} trusted keys ({folder})" in refusal(unsigned, trusted)
     with pytest.raises(TrustError, match="is not signed"):
-        verify_bundle(unsigned)
+        verify_bundle(unsigned, in_process=True)
     EdgeBackbone.from_pretrained(signed).close()
     EdgeBackbone.from_pretrained(signed, trusted=keys / "alice.pem").close()
     sign_bundle(signed, key=keys / "bob.private.pem")
