@@ -205,11 +205,11 @@ from edge_backbones.errors import BundleError
 compiled = []
 device.compile_engine = lambda *_, **__: compiled.append(1)
 try:
-    compile_bundle(sys.argv[1])
+    compile_bundle(sys.argv[1], in_process=True)
 except BundleError as error:
     print(error)
 assert not compiled
-assert compile_bundle(sys.argv[1], resume=True).engines == ()  # what is there already needs no place to write
+assert compile_bundle(sys.argv[1], resume=True, in_process=True).engines == ()  # what is there already needs no place to write
 """
 
 
