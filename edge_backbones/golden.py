@@ -90,7 +90,7 @@ def _array(member: memoryview, name: str, dtype: str) -> np.ndarray:
     """An array of .npy, version 1.0, little-endian and row-major, of as many bytes as its shape asks for."""
     (length,) = struct.unpack_from("<H", member, 8)
     header = _HEADER.fullmatch(bytes(member[10 : 10 + length]))
-    if member[:8] != b"\x93NUMPY\1\0" or header is None:
+    if bytes(member[:8]) != b"\x93NUMPY\1\0" or header is None:
         raise ValueError(f"{shortened(name, 80)} is not a plain array")
     sizes = [int(size) for size in header.group(2).split(b",") if size.strip()]
     found = np.dtype(header.group(1).decode())

@@ -38,7 +38,9 @@ class Net(nn.Module):
 def build(target: Path, *precisions: Precision) -> None:
     images = [np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(4)]
     source = ModuleSource(module=Net().eval(), stage_names=["first", "second"], size=(64, 64))
-    options = BuildOptions(precisions=precisions or (Precision.FP32,), method="max", golden=2, cache=None)
+    wanted = precisions or (Precision.FP32,)
+    method = "max" if Precision.INT8 in wanted else None
+    options = BuildOptions(precisions=wanted, method=method, golden=2, cache=None)
     build_bundle(source, target, images=images, overwrite=True, options=options)
 
 
