@@ -301,7 +301,13 @@ def new_bundle(target: str | os.PathLike[str], *, overwrite: bool = False) -> It
                     _exchange(staging, target)
                 else:
                     staging.rename(target)
+            try:
                 _sync_folder(target.parent)
+            except OSError as error:
+                raise BundleError(
+                    f"{target} is written, and the disk does not confirm it ({error.strerror or error}): run edge-backbones "
+                    "verify on it before you rely on it"
+                ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
