@@ -48,7 +48,7 @@ class EdgeBackbonesError(Exception):
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(visible(arg) if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*(_visible_message(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (type(self), self.args, self.__dict__)
@@ -171,6 +171,13 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c.encode("unicode_escape").decode() if _is_unseen(c) else c for c in text)
+
+
+def _visible_message(text: str) -> str:
+    # The DataLoader of torch makes the error of a worker anew, with the worker's traceback in its text: those lines stay.
+    if text.startswith("Caught ") and "\nOriginal Traceback (most recent call last):\n" in text:
+        return "\n".join(map(visible, text.split("\n")))
+    return visible(text)
 
 
 def _is_unseen(character: str) -> bool:
