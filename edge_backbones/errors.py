@@ -232,6 +232,15 @@ def refuse_lack(doing: str, error: BaseException) -> None:
             raise ResourceError(doing, lack, found.group()) from error
 
 
+def why_no_import(error: ImportError) -> EdgeBackbonesError:
+    """The error for a library that is installed and cannot be imported: for lack of resources, or because it does not fit."""
+    try:
+        refuse_lack("importing a library", error)
+    except ResourceError as lack:
+        return lack
+    return BrokenLibraryError(error)
+
+
 @contextlib.contextmanager
 def lack_told(doing: str) -> Iterator[None]:
     """Turn what a lack of memory, threads or file descriptors raises in the block into ResourceError."""

@@ -27,7 +27,16 @@ CACHE_LIMIT_BYTES = 4 << 30
 
 
 def default_cache() -> Path:
-    """Where compiled engines are kept between builds: the user's cache folder."""
+    """Where compiled engines are kept between builds: ``edge_backbones`` in the user's cache folder, at most 4 GiB.
+
+    This package writes to the bundle, to the files that a command names (``run``: features/, ``verify --explain``:
+    explanation.png, ``build`` and ``report``: <bundle>.report.html), to hidden files beside these while it writes, and here.
+    Opening and running an engine writes nothing at all. ``bench`` has files in the system's folder for temporary ones.
+
+    Libraries of the workstation have places of their own: huggingface_hub keeps what it was asked to download (HF_HOME),
+    matplotlib a list of fonts (``matplotlib`` in the cache and configuration folders), torch an empty folder for its compiler
+    (``torchinductor_<user>`` beside temporary files). The telemetry of OpenVINO and ONNX Runtime, which writes too, is off.
+    """
     home = Path.home()
     if sys.platform == "darwin":
         return home / "Library" / "Caches" / "edge_backbones"
