@@ -18,13 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
 
-from edge_backbones.errors import BrokenLibraryError
+from edge_backbones.errors import why_no_import
 
 try:
     import msgspec
     import numpy as np
 except ImportError as broken:
-    sys.exit(f"edge-backbones: {BrokenLibraryError(broken)}")
+    sys.exit(f"edge-backbones: {why_no_import(broken)}")
 
 from edge_backbones import __version__
 from edge_backbones.bench.results import Comparison
@@ -993,7 +993,7 @@ def _run(arguments: list[str]) -> int:
         return _refuse(arguments, error, 1)
     except ImportError as error:  # not of an extra, which is said in words
         missing = isinstance(error, ModuleNotFoundError)
-        return _refuse(arguments, error if missing else BrokenLibraryError(error), 1)
+        return _refuse(arguments, error if missing else why_no_import(error), 1)
     except _UsageError as error:
         error.show()
         return int(error.exit_code)

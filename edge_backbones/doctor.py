@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -17,9 +16,10 @@ from pathlib import Path
 import msgspec
 
 from edge_backbones.bundle import Bundle
+from edge_backbones.errors import root_cause
 from edge_backbones.manifest import EngineRecord, Flavour
 from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, modules_of, profile_of
-from edge_backbones.runtime import compat, cuda, session, tensorrt_library
+from edge_backbones.runtime import compat, cuda, openvino, session, tensorrt_library
 from edge_backbones.system import System, gib, read_system
 
 _FAST_INT8 = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
@@ -87,9 +87,9 @@ def look(root: Path = Path("/")) -> Machine:
     broken = {}
     if "openvino" in libraries:
         try:
-            importlib.import_module("openvino")
+            openvino.load_library()
         except Exception as error:
-            broken["openvino"] = " ".join(str(error).split())[:200]
+            broken["openvino"] = " ".join(str(root_cause(error)).split())[:200]
     found = cuda.gpus()
     return Machine(
         system=read_system(root),

@@ -49,7 +49,7 @@ class EdgeBackbonesError(Exception):
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(visible(arg) if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*(_visible_message(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (type(self), self.args, self.__dict__)
@@ -178,6 +178,13 @@ def visible(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if _is_unseen(c) else c for c in text)
 
 
+def _visible_message(text: str) -> str:
+    # The DataLoader of torch makes the error of a worker anew, with the worker's traceback in its text: those lines stay.
+    if text.startswith("Caught ") and "\nOriginal Traceback (most recent call last):\n" in text:
+        return "\n".join(map(visible, text.split("\n")))
+    return visible(text)
+
+
 def _is_unseen(character: str) -> bool:
     # Joiners are part of words in Persian, Hindi and others.
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
@@ -228,6 +235,15 @@ def refuse_lack(doing: str, error: BaseException) -> None:
     for lack, words in _WORDS.items():
         if found := words.search(str(error)):
             raise ResourceError(doing, lack, found.group()) from error
+
+
+def why_no_import(error: ImportError) -> EdgeBackbonesError:
+    """The error for a library that is installed and cannot be imported: for lack of resources, or because it does not fit."""
+    try:
+        refuse_lack("importing a library", error)
+    except ResourceError as lack:
+        return lack
+    return BrokenLibraryError(error)
 
 
 @contextlib.contextmanager

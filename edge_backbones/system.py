@@ -30,7 +30,18 @@ _UNITS_PER_MHZ = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3}
 
 
 def default_cache() -> Path:
-    """The user's cache folder of this package: compiled engines, bundles of AutoEdgeBackbone, what was measured here."""
+    """The user's cache folder of this package: compiled engines (at most 4 GiB), bundles of AutoEdgeBackbone (at most 16 GiB)
+    and notes of what was measured here.
+
+    This package writes to the bundle, to the files that a command names (``run``: features/, ``verify --explain``:
+    explanation.png, ``build`` and ``report``: <bundle>.report.html), to hidden files beside these while it writes, and here.
+    Compiling for a signed bundle makes the device's key once (see :mod:`edge_backbones.trust`). Opening and running an engine
+    writes nothing at all. ``bench`` has files in the system's folder for temporary ones.
+
+    Libraries of the workstation have places of their own: huggingface_hub keeps what it was asked to download (HF_HOME),
+    matplotlib a list of fonts (``matplotlib`` in the cache and configuration folders), torch an empty folder for its compiler
+    (``torchinductor_<user>`` beside temporary files). The telemetry of OpenVINO and ONNX Runtime, which writes too, is off.
+    """
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "edge_backbones"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge_backbones"

@@ -243,4 +243,5 @@ def _major(version: str) -> int:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)) or (0,)
+    # A manifest may have any digits there: Python refuses to read more than a few thousand.
+    return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version)) or (0,)

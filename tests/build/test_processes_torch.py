@@ -127,3 +127,44 @@ def test_torchscript_in_a_forked_child_is_refused(tmp_path):
     assert all(
         line.startswith("InferenceError torch was started in the process that this one was forked") for line in lines
     )
+
+
+@pytest.mark.parametrize("ending", ["pass", "sys.exit(0)"])
+def test_a_process_ends_while_threads_run_torchscript(tmp_path, ending):
+    """A thread that comes back from C++ when Python is gone would end it with SIGABRT."""
+    done = run(
+        tmp_path,
+        f"""
+        import io, sys, threading, warnings
+        import numpy as np
+        import torch
+        from edge_backbones import EdgeBackbonesError
+        from edge_backbones.runtime.torchscript import TorchScriptSession
+        from edge_backbones.spec import InputSpec, ShapeRange
+
+        one = ShapeRange.fixed
+        spec = InputSpec(name="pixel_values", channels=3, batch=one(4), height=one(256), width=one(256))
+        images = np.ones((4, 3, 256, 256), np.float32)
+        file = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 16, 5), torch.from_numpy(images)), file)
+        session = TorchScriptSession(file.getvalue(), input=spec, outputs=["map"])
+        begun = threading.Barrier(4)
+
+        def work():
+            session.run(images)
+            begun.wait()
+            try:
+                while True:
+                    session.run(images)
+            except EdgeBackbonesError:
+                pass
+
+        for _ in range(3):
+            threading.Thread(target=work, daemon=True).start()
+        begun.wait()
+        {ending}
+        """,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

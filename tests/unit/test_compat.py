@@ -10,6 +10,7 @@ import pytest
 from edge_backbones.manifest import EngineKey, GpuKey
 from edge_backbones.runtime.compat import (
     Host,
+    _numbers,
     cpu_features,
     device_name,
     flavour_to_load,
@@ -218,3 +219,22 @@ def test_plans_of_tensorrt_whose_header_nobody_documented():
     assert reasons_in_plan(PLAN, b"") == ["the plan is empty: compile it again"]
     assert reasons_in_plan(PLAN, b"anything") == []
     assert "written by tensorrt_rtx: open it with that flavour" in reasons_in_plan(PLAN, b"vtrt" + bytes(60))[0]
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [
+        ("10.3.0", (10, 3, 0)),
+        ("2026.4.1-22982-e2", (2026, 4, 1, 22982, 2)),
+        ("", (0,)),
+        ("none", (0,)),
+        ("\u0663.1", (1,)),
+    ],
+)
+def test_a_version_is_read_as_its_numbers(version, numbers):
+    assert _numbers(version) == numbers
+
+
+def test_a_version_of_many_digits_is_no_crash():
+    """Python reads at most a few thousand digits of a number, and a manifest may have more."""
+    assert _numbers("9" * 10_000)[0] == 999_999_999

@@ -13,6 +13,7 @@ import pytest
 from edge_backbones import doctor
 from edge_backbones.bundle import Bundle
 from edge_backbones.doctor import Finding, Machine, Python, judge, judge_engines
+from edge_backbones.errors import MissingDependencyError
 from edge_backbones.manifest import GpuKey
 from edge_backbones.runtime import compat
 from edge_backbones.runtime.cuda import Gpu
@@ -301,10 +302,10 @@ def test_a_library_that_is_installed_and_does_not_load_is_told(monkeypatch):
     assert one.fix == "pip install --force-reinstall openvino"
     assert doctor.look().broken == {}
 
-    def refuse(name: str):
-        raise ImportError(f"{name}: invalid ELF header")
+    def refuse():
+        raise MissingDependencyError("the CPU engine", "cpu") from ImportError("openvino: invalid ELF header")
 
-    monkeypatch.setattr(doctor.importlib, "import_module", refuse)
+    monkeypatch.setattr(doctor.openvino, "load_library", refuse)
     monkeypatch.setattr(doctor.tensorrt_library, "library_version", lambda flavour: None)
     assert doctor.look().broken == {"openvino": "openvino: invalid ELF header"}
 

@@ -55,6 +55,18 @@ def test_an_error_shows_what_it_quotes(kind):
     assert OBEYED.search(repr(error)) is None
 
 
+def test_the_traceback_of_a_worker_keeps_its_lines():
+    """torch's DataLoader raises the error of a worker anew, with such a text."""
+    lines = [
+        "Caught InputError in DataLoader worker process 0.",
+        "Original Traceback (most recent call last):",
+        "  File x",
+    ]
+    error = errors.InputError("\n".join([*lines, f"name {HOSTILE}", ""]))
+    assert str(error).split("\n") == [*lines, f"name {SHOWN}", ""]
+    assert str(errors.InputError("\n".join(lines[1:]))).count("\n") == 0
+
+
 def test_errors_with_constructors_of_their_own_show_what_they_quote():
     for error in (
         errors.MissingDependencyError(HOSTILE, "cpu"),
