@@ -23,7 +23,6 @@ from edge_backbones.bench.results import Comparison, Measurement, Ratio
 from edge_backbones.build.artifacts import Progress, no_progress
 from edge_backbones.bundle import Bundle, load_golden, write_beside_and_rename
 from edge_backbones.errors import (
-    BundleError,
     EngineMismatchError,
     InferenceError,
     InputError,
@@ -241,7 +240,7 @@ def _run_here(
         try:
             gpu = 0 if device == "cuda" else None
             return record, run_engine(bundle.path, record, gpu, images, in_process=here), ""
-        except (BundleError, EngineMismatchError, InferenceError, MissingDependencyError) as error:
+        except (EngineMismatchError, InferenceError, MissingDependencyError) as error:
             return None, {}, f"{record.name} failed here: {error}"
     asked = "No engine of this bundle runs" if engine is None else f"No engine that {engine!r} means runs"
     listed = "".join(f" {name}: {' and '.join(why)}." for name, why in reasons.items() if why)

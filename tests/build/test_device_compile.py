@@ -209,7 +209,7 @@ try:
 except BundleError as error:
     print(error)
 assert not compiled
-assert compile_bundle(sys.argv[1], resume=True, in_process=True).engines == ()  # what is there already needs no place to write
+assert compile_bundle(sys.argv[1], resume=True, in_process=True).engines == ()  # what is there needs no place to write
 """
 
 

@@ -37,6 +37,7 @@ from edge_backbones.errors import (
 )
 from edge_backbones.images import ImageConfig, fit, list_images
 from edge_backbones.manifest import Gate
+from edge_backbones.runtime import compat, promises, session
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision, ShapeRange
 
@@ -275,6 +276,39 @@ def test_a_build_that_is_refused_leaves_nothing(tmp_path, name, options, error):
 def test_options_that_contradict_themselves_are_refused(options):
     with pytest.raises(InputError):
         BuildOptions(**options)
+
+
+@pytest.mark.parametrize("gate", [Gate(), Gate(min_cosine=0.0), Gate(max_relative=1.0), Gate(min_sqnr_db=0.0)])
+def test_a_gate_that_asks_for_nothing_is_refused(gate):
+    """Its engine would not be let in: a map of zeros passes."""
+    with pytest.raises(
+        InputError, match=r"the gate of int8 asks for .*a map of zeros passes: .*Gate\(min_cosine=0\.9\)"
+    ):
+        BuildOptions(gates={Precision.INT8: gate})
+
+
+def test_a_bundle_with_gates_of_its_own_runs_by_them(tmp_path):
+    """Its program too, and both are measured against them again."""
+    gates = {Precision.FP32: Gate(max_relative=0.01)}
+    options = {
+        "weights": "random:0",
+        "height": 64,
+        "width": 64,
+        "golden": 1,
+        "cache": None,
+        "flavours": ("torchscript",),
+    }
+    made = build_bundle(
+        "test_resnet", tmp_path / "a.bundle", options=BuildOptions(**options, precisions=(Precision.FP32,), gates=gates)
+    ).bundle
+    assert [engine.parity.gate for engine in made.manifest.engines] == [gates[Precision.FP32]] * 2
+    EdgeBackbone.from_pretrained(made.path).close()
+    EdgeBackbone.from_pretrained(made.path, engine="torchscript", allow_host_code=True).close()
+    for engine in ("openvino", "torchscript"):
+        [report] = verify_bundle(made.path, engine=engine, allow_host_code=True)
+        assert report.gate == gates[Precision.FP32]
+    host = compat.this_host(session.installed_versions())
+    assert all(promises.is_measured_here(made.manifest, engine, host) for engine in made.manifest.engines)
 
 
 def test_an_existing_folder_is_not_overwritten_unless_asked(cnn, copy_of):

@@ -28,10 +28,17 @@ from msgspec.structs import replace
 from PIL import Image
 
 from build_scripts import fetch_chromium
+from edge_backbones import child, verify_bundle
 from edge_backbones.bench.results import Comparison, Machine, Measurement, Ratio
 from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.bundle import Bundle, load_golden, record_file, write_manifest
-from edge_backbones.errors import EngineMismatchError, InputError, IntegrityError, MissingDependencyError
+from edge_backbones.errors import (
+    EngineMismatchError,
+    InferenceError,
+    InputError,
+    IntegrityError,
+    MissingDependencyError,
+)
 from edge_backbones.manifest import BlockNoise, CalibrationFile, Decision, GpuKey, ParityReport, Trial
 from edge_backbones.report import write_report
 from edge_backbones.runtime.backbone import EdgeBackbone
@@ -429,6 +436,23 @@ def test_an_engine_that_fails_here_does_not_stop_the_page(pooling, tmp_path):
     page = Page(write_report(pooling.path, tmp_path / "r.html"))
     assert f"{engine.name} failed here:" in page.text
     assert len(page.images()) == 2 * 3
+
+
+def test_an_engine_that_was_never_measured_here_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
+    """What ends that process is on the page. An engine that this machine has verified runs here."""
+    bundle = make_bundle(tmp_path / "net.bundle")
+    asked = []
+
+    def ended(function, *_, **__):
+        asked.append(function)
+        raise InferenceError("the process that was running it ended by SIGSEGV")
+
+    monkeypatch.setattr(child, "run_apart", ended)
+    assert "failed here: the process that was running it ended by SIGSEGV" in Page(write_report(bundle.path)).text
+    assert asked == ["edge_backbones.report:run_engine"]
+    verify_bundle(bundle.path, in_process=True)
+    assert "failed here" not in Page(write_report(bundle.path)).text
+    assert len(asked) == 1
 
 
 def test_a_plan_that_was_never_measured_is_listed_with_its_facts(pooling, tmp_path):

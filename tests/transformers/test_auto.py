@@ -14,9 +14,11 @@ import torch
 from transformers import ResNetBackbone, ResNetConfig, TimmBackboneConfig
 
 from edge_backbones import AutoEdgeBackbone, BuildOptions, auto, profiles
+from edge_backbones.build import device
 from edge_backbones.errors import CalibrationError, InputError, SourceError
 from edge_backbones.images import ImageConfig
 from edge_backbones.manifest import CalibrationFile, Gate
+from edge_backbones.runtime import promises
 from edge_backbones.spec import Precision
 
 SMALL = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 80], "depths": [1, 1, 1, 1]}
@@ -219,6 +221,26 @@ def test_an_engine_of_another_release_is_compiled_again_from_the_bundle(cache, b
     with AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=cache) as backbone:
         assert backbone.channels == [64]
     assert len(builds) == 1
+
+
+def test_an_engine_that_this_machine_has_not_measured_is_measured_in_a_process_of_its_own(
+    tmp_path, builds, monkeypatch
+):
+    """A cache that several machines share. What it has built itself is opened at once."""
+    verify, asked = device.verify_bundle, []
+
+    def verified(path, **options):
+        asked.append(options)
+        return verify(path, **options)
+
+    monkeypatch.setattr(device, "verify_bundle", verified)
+    AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=tmp_path).close()
+    assert (len(builds), asked) == (1, [])
+    (tmp_path / "id").write_text("another machine")
+    monkeypatch.setattr(promises, "_MACHINE_ID", tmp_path / "id")
+    AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=tmp_path).close()
+    assert len(builds) == len(asked) == 1
+    assert not asked[0].get("in_process")
 
 
 def _first_time_refused(original: Any) -> Any:
