@@ -227,7 +227,8 @@ def tasks_of(matrix: Matrix, folder: Path) -> list[tuple[Task, list[Task]]]:
     made_with = [__version__, _versions(), host.architecture, host.cpu_features]
     found = []
     for model in matrix.models:
-        task, content, why = _model_task(model, matrix, folder, hash_of)
+        with refusing(lambda why, model=model: InputError(f"{shortened(model.title, 80)} cannot be built: {why}")):  # type: ignore[misc]
+            task, content, why = _model_task(model, matrix, folder, hash_of)
         for precision in model.precisions or matrix.precisions:
             digest = _digest(made_with, content, precision)
             build = msgspec.structs.replace(task, precision=precision, digest=digest, why=why)

@@ -409,7 +409,7 @@ def _has_our_manifest(folder: Path) -> bool:
 def _refuse_escape(folder: Path, record: FileRecord) -> Path:
     """The file's place on disk; raises ManifestError for a path that leaves the folder, or leads over a link."""
     parts = record.path.split("/")
-    if any(sign in record.path for sign in "\\:\0") or {"", ".", ".."} & set(parts):
+    if any(sign in record.path for sign in "\\:") or not record.path.isprintable() or {"", ".", ".."} & set(parts):
         raise ManifestError(
             f"{folder / MANIFEST} names {shortened(record.path, 120)!r}, which is not a plain path inside the bundle: refused"
         )

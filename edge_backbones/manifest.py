@@ -24,6 +24,7 @@ MAX_MANIFEST_BYTES = 4 << 20
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]  # "$" also matches before a line break
 RelativePath = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+Word = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 Case = Annotated[str, msgspec.Meta(pattern="^[a-z]+$", max_length=16)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
@@ -184,13 +185,18 @@ class EngineKey(_Strict, frozen=True):
     """
 
     flavour: Flavour
-    library_version: Name
-    architecture: Name
-    cpu_features: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)]
-    device_name: Name
+    library_version: Word
+    architecture: Word
+    cpu_features: Annotated[tuple[Word, ...], msgspec.Meta(max_length=64)]
+    device_name: Word
     precision: Precision
     graph_sha256: Sha256
     gpu: GpuKey | None = None
+
+    def __post_init__(self) -> None:
+        words = (self.library_version, self.architecture, *self.cpu_features, self.device_name)
+        if bad := [word for word in words if not word.isprintable()]:
+            raise ValueError(f"{bad[0]!r} is no name of a library or a device")
 
     @property
     def name(self) -> str:

@@ -31,8 +31,13 @@ from edge_backbones.errors import (
     refuse_lack,
 )
 from edge_backbones.onnx_gate import graph_fault
+<<<<<<< HEAD
 from edge_backbones.runtime import exits, forks, plan
 from edge_backbones.spec import BackboneSpec, InputSpec
+=======
+from edge_backbones.reading import refusing, shortened
+from edge_backbones.runtime import forks
+>>>>>>> w-gates
 
 if TYPE_CHECKING:
     import openvino
@@ -163,7 +168,10 @@ class OpenVinoSession:
                 "run edge-backbones compile on this machine"
             ) from error
         # A port may have several names: an engine merges tensors that are the same.
-        names = [next(iter(port.get_names() & set(outputs)), port.get_any_name()) for port in model.outputs]
+        with refusing(
+            lambda why: EngineMismatchError(f"the outputs of this engine have no names ({why}): compile it again")
+        ):
+            names = [next(iter(port.get_names() & set(outputs)), port.get_any_name()) for port in model.outputs]
         if sorted(names) != sorted(outputs):
             raise EngineMismatchError(
                 f"the engine returns {names}, the manifest promises {list(outputs)}: build it again"
@@ -321,7 +329,7 @@ def cause(error: BaseException) -> str:
     for operation, message in _FAILED.findall(text):
         node = _NODE.search(message)
         reasons.append(f"{operation}{f' {node.group(1)!r}' if node else ''}: {_without_frames(message)}")
-    return "; ".join(reasons) or _without_frames(text) or first_line(error)
+    return shortened("; ".join(reasons) or _without_frames(text) or first_line(error), 500)
 
 
 def _without_frames(text: str) -> str:

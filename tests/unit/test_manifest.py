@@ -97,11 +97,8 @@ def test_every_flipped_byte_is_noticed(data):
     bit = data.draw(st.integers(0, 7))
     flipped = bytearray(original)
     flipped[position] ^= 1 << bit
-    try:
-        decoded = manifest.decode(bytes(flipped))
-    except ManifestError:
-        return
-    assert manifest.encode(decoded) == original  # only white space can differ without a difference in meaning
+    with pytest.raises(ManifestError):
+        manifest.decode(bytes(flipped))
 
 
 def test_engine_name_says_flavour_version_architecture_feature_precision(document):
