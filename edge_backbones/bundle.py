@@ -234,7 +234,7 @@ _BEGUN = ".writing-"  # in the name of a file that is not whole yet
 _ENGINE_FILE = re.compile(r"engines/[a-z_]+-[^/]+-[0-9a-f]{8}\.[0-9a-f]{8}\.(blob|plan|ts|pt2|layers\.json|cache)")
 # What a bundle of any release holds, and what a writer of one leaves. All else in the folder is somebody's own.
 _OWN_FILE = re.compile(
-    r"manifest\.json|golden\.npz|calibration\.json|graphs/[a-z0-9]+\.(onnx|ts)|signature/(manifest\.json|model\.sig)"
+    r"manifest\.json|golden\.npz|calibration\.json|graphs/[a-z0-9]+\.(onnx|ts)|signature/(manifest\.json|model\.sig|[0-9a-f]+\.local)"
     r"|engines/[a-z_]+-[^/]+\.(blob|plan|ts|pt2|layers\.json|cache)|([a-z]+/)?\.[^/]+\.writing-[a-z0-9_]+"
 )
 _PATIENCE = 60.0  # seconds: many times what it takes to write an engine, even on a memory card

@@ -31,13 +31,9 @@ from edge_backbones.errors import (
     refuse_lack,
 )
 from edge_backbones.onnx_gate import graph_fault
-<<<<<<< HEAD
+from edge_backbones.reading import refusing, shortened
 from edge_backbones.runtime import exits, forks, plan
 from edge_backbones.spec import BackboneSpec, InputSpec
-=======
-from edge_backbones.reading import refusing, shortened
-from edge_backbones.runtime import forks
->>>>>>> w-gates
 
 if TYPE_CHECKING:
     import openvino
@@ -167,24 +163,20 @@ class OpenVinoSession:
                 f"OpenVINO {openvino.get_version()} does not load this engine ({cause(error)}): "
                 "run edge-backbones compile on this machine"
             ) from error
-        # A port may have several names: an engine merges tensors that are the same.
+        wanted = "" if input is None else input.name
         with refusing(
-            lambda why: EngineMismatchError(f"the outputs of this engine have no names ({why}): compile it again")
+            lambda why: EngineMismatchError(f"the ports of this engine cannot be read ({why}): compile it again")
         ):
+            # A port may have several names: an engine merges tensors that are the same.
             names = [next(iter(port.get_names() & set(outputs)), port.get_any_name()) for port in model.outputs]
+            inputs = [plan.Tensor(_name(port, wanted), "INPUT", *_form(port)) for port in model.inputs]
+            made = [plan.Tensor(name, "OUTPUT", *_form(port)) for name, port in zip(names, model.outputs, strict=True)]
         if sorted(names) != sorted(outputs):
             raise EngineMismatchError(
                 f"the engine returns {names}, the manifest promises {list(outputs)}: build it again"
             )
-        if input is not None:
-            ports = [plan.Tensor(_name(port, input.name), "INPUT", *_form(port)) for port in model.inputs]
-            ports += [
-                plan.Tensor(name, "OUTPUT", *_form(port)) for name, port in zip(names, model.outputs, strict=True)
-            ]
-            if wrong := plan.mismatches(ports, input, outputs, spec):
-                raise EngineMismatchError(
-                    f"the engine is not the one of this manifest: {'; '.join(wrong)}. Build it again"
-                )
+        if input is not None and (wrong := plan.mismatches([*inputs, *made], input, outputs, spec)):
+            raise EngineMismatchError(f"the engine is not the one of this manifest: {'; '.join(wrong)}. Build it again")
         self._tensor = openvino.Tensor
         self._loaded: _Loaded | None = _Loaded(blob, model)
         self._keeps_requests = True
