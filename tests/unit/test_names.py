@@ -102,8 +102,8 @@ def hostile(tmp_path_factory) -> Path:
         passed=True,
         blocks=(HOSTILE,),
     )
-    # Another engine, which does not run here, and says why in words of the manifest.
-    other = replace(engine, key=replace(engine.key, architecture=f"cpu{HOSTILE}", device_name=HOSTILE))
+    # Another engine, which does not run here. Its key may hold no control characters: it names a file.
+    other = replace(engine, key=replace(engine.key, architecture="another", device_name="Größe"))
     blob = bytes(bundle.read(engine.file))
     other = replace(other, file=record_bytes(other.key.path(blob, ".blob"), blob))
     (bundle.path / other.file.path).write_bytes(blob)
