@@ -46,7 +46,7 @@ class EngineModule(nn.Module):
         dtype = values.dtype if values.is_floating_point() else torch.float32
         if self.backbone.device == "cpu":
             values = values.cpu()
-        if values.dtype == torch.bfloat16 or (values.is_cuda and values.is_floating_point()):
+        if values.dtype == torch.bfloat16 or (self.backbone.device != "cpu" and values.is_floating_point()):
             values = values.float()  # numpy has no bfloat16, and an engine on a GPU takes nothing but float32
         output = self.backbone(values, **arguments)
 
