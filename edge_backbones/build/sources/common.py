@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from torch import nn
 from edge_backbones.build.sources.checkpoints import flat_tensors
 from edge_backbones.errors import HubUnreachableError, InputError, SourceError, first_line
 from edge_backbones.images import ImageConfig
+from edge_backbones.reading import read_file, refusing
 from edge_backbones.spec import align_stages
 
 _HUB_TIMEOUT_S = 5.0
 _ASLEEP, _AWAKE = 1e-3, 0.05  # scale of a residual branch: untrained, and woken
 _TABLE_STD = 0.02  # what most networks start their position embeddings with
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_MAX_JSON_BYTES = 16 << 20  # configurations with a label for each of 20,000 classes have 2 MB
 OFFLINE_ADVICE = "pass a local file (--weights model.safetensors) or seeded random weights (--weights random:0)"
 IMAGENET = ImageConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _SMALL_FILES = ["config.json", "preprocessor_config.json", "processor_config.json"]
@@ -66,6 +69,16 @@ def kept_stages(
     if not kept[0]:
         raise InputError(f"no stage is kept: choose at least one of {list(stage_names)}")
     return kept
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A configuration that may be a stranger's: a regular file of bounded size that holds one object. ``what``: what it
+    should be, for the SourceError that names the file."""
+    with refusing(lambda why: SourceError(f"{path} is not {what}: {why}")):
+        content = json.loads(read_file(path, limit=_MAX_JSON_BYTES))
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+    return content
 
 
 def refuse_dataset_index(options: SourceOptions) -> None:

@@ -23,6 +23,7 @@ from edge_backbones.build.sources.common import (
     hub_answers,
     hub_folder,
     kept_stages,
+    read_json,
     refuse_dataset_index,
     tensors_sha256,
 )
@@ -157,7 +158,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _is_timm_folder(folder: Path) -> bool:
-    return '"architecture"' in (folder / "config.json").read_text(encoding="utf-8")
+    return "architecture" in read_json(folder / "config.json", "a model's configuration")
 
 
 def _load_live(module: nn.Module, options: SourceOptions, source: Source | None = None) -> LoadedBackbone:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from edge_backbones.build.sources.common import IMAGENET
+from edge_backbones.build.sources.common import IMAGENET, read_json
 from edge_backbones.errors import SourceError, first_line
 from edge_backbones.images import ImageConfig, fit, network_input
 from edge_backbones.manifest import Source
 from edge_backbones.spec import InputSpec, ShapeRange
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_WHAT = "an image processor's configuration"
 _OF_A_PROCESSOR = (
     "image_processor_type",
     "feature_extractor_type",
@@ -125,7 +125,7 @@ def given(image: Any) -> Preprocessing | None:
 
 def _given_path(path: Path) -> Preprocessing:
     if path.is_file():
-        return of_processor(_instance(_content(path), str(path)), f"in {path.name}")
+        return of_processor(_instance(read_json(path, _WHAT), str(path)), f"in {path.name}")
     found = read_processor(path) if path.is_dir() else None
     if found is None:
         raise SourceError(
@@ -141,21 +141,11 @@ def read_processor(folder: Path) -> Preprocessing | None:
         path = folder / name
         if not path.is_file():
             continue
-        content = _content(path)
+        content = read_json(path, _WHAT)
         content = content.get("image_processor", content)  # one file for the processors of text and images
         if isinstance(content, dict) and any(key in content for key in _OF_A_PROCESSOR):
             return of_processor(_instance(content, str(path)), f"in {name}")
     return None
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}")
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise SourceError(f"{path} is not an image processor's configuration: {first_line(error)}") from error
-    return content
 
 
 def _instance(content: dict[str, Any], where: str) -> Any:

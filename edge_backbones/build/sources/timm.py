@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,6 +35,7 @@ from edge_backbones.build.sources.common import (
     kept_stages,
     random_seed,
     read_checkpoint,
+    read_json,
     refuse_dataset_index,
     seeded,
     wake_residual_branches,
@@ -110,8 +110,8 @@ def load_timm_module(
 
 def load_timm_folder(folder: Path, options: SourceOptions) -> LoadedBackbone:
     """A model that timm saved for the hub: ``config.json`` names its architecture and preprocessing."""
+    content = read_json(folder / "config.json", "a timm model's configuration")
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name, preprocessing = str(content["architecture"]), dict(content.get("pretrained_cfg") or {})
     except (ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{folder / 'config.json'} is not a timm model's configuration: {error!r}") from error

@@ -38,6 +38,7 @@ from edge_backbones.build.sources.common import (
     kept_stages,
     random_seed,
     read_checkpoint,
+    read_json,
     refuse_dataset_index,
     seeded,
     wake_residual_branches,
@@ -270,6 +271,7 @@ def _stride(pixels: int, cells: int, patch: int) -> int:
 
 def read_config(path: Path) -> Any:
     """A configuration file, or the one in a folder. Raises SourceError for one that this transformers does not know."""
+    read_json(path / "config.json" if path.is_dir() else path, "a model's configuration")
     try:
         return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # JSON, validation and unknown-type errors have no common base
