@@ -859,7 +859,7 @@ def test_a_folders_configuration_with_other_weights(tmp_path):
     ("config", "words"),
     [
         ("{", "is not a model.s configuration: Expecting"),
-        ("[]", "does not read"),
+        ("[]", "is not a model.s configuration: it holds a list"),
         ('{"model_type": "nope"}', "does not read .*nope"),
         ('{"model_type": "vit"}', "ViTConfig is not a backbone"),
         ('{"model_type": "resnet"}', "cannot be loaded as ResNetBackbone"),  # no weights
