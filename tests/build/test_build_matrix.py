@@ -268,7 +268,7 @@ def test_what_fails_fails_alone_and_is_tried_again(folder):
         "test_resnet.fp32 on rtx-40": MemoryError(),
     }
     endings, said = carry_out(path, Pretender(failing))
-    assert endings["test_resnet.int8"].why == "made to fail"
+    assert endings["test_resnet.int8"].why == r"made to\nfail"
     assert endings["test_resnet.int8 on rtx-40"].why == "its bundle was not built"
     assert endings["test_efficientnet.fp32 on rtx-40"].why == "OSError: [Errno 28] No space left on device"
     assert endings["test_resnet.fp32 on rtx-40"].why == "MemoryError"

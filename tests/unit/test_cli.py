@@ -17,6 +17,7 @@ from edge_backbones.bundle import Bundle, record_bytes, write_manifest
 from edge_backbones.manifest import EngineRecord, Gate, GraphRecord
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled, pooling_input
+from tests.simulated_builder import GRAPH
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -109,8 +110,8 @@ def test_verify_measures_every_engine_though_one_fails(tmp_path):
 
     def add(precision, gate, *, measured):
         path = f"graphs/{precision}.onnx"
-        graph = GraphRecord(format="onnx", precision=precision, file=record_bytes(path, b"graph"), gate=gate)
-        (bundle.path / path).write_bytes(b"graph")
+        graph = GraphRecord(format="onnx", precision=precision, file=record_bytes(path, GRAPH), gate=gate)
+        (bundle.path / path).write_bytes(GRAPH)
         manifest = Bundle.open(bundle.path).manifest
         write_manifest(bundle.path, msgspec.structs.replace(manifest, graphs=(*manifest.graphs, graph)))
         key = msgspec.structs.replace(made.key, precision=precision, graph_sha256=graph.file.sha256)

@@ -17,6 +17,7 @@ from edge_backbones.manifest import Gate, GraphRecord, Manifest
 from edge_backbones.runtime import compat, promises, session
 from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.testing import make_bundle, pooling_input
+from tests.simulated_builder import GRAPH
 
 replace = msgspec.structs.replace
 
@@ -88,7 +89,7 @@ def test_a_gate_that_nobody_set_is_refused_and_not_used_by_verify(bundle, monkey
 def test_a_gate_that_the_user_set_is_kept_and_one_that_asks_for_nothing_is_none(bundle):
     """A bundle built with gates of its own has them at its graphs, and runs by them."""
     own = Gate(max_relative=0.5)
-    data = b"graph"
+    data = GRAPH
     [engine] = bundle.manifest.engines
     path = "graphs/fp32.onnx"
     (bundle.path / "graphs").mkdir()
