@@ -29,6 +29,7 @@ from edge_backbones.errors import (
     MissingDependencyError,
     first_line,
     refuse_lack,
+    visible,
 )
 from edge_backbones.onnx_gate import graph_fault
 from edge_backbones.reading import refusing, shortened
@@ -321,7 +322,8 @@ def cause(error: BaseException) -> str:
     for operation, message in _FAILED.findall(text):
         node = _NODE.search(message)
         reasons.append(f"{operation}{f' {node.group(1)!r}' if node else ''}: {_without_frames(message)}")
-    return shortened("; ".join(reasons) or _without_frames(text) or first_line(error), 500)
+    # Escapes are longer than what they stand for: they come first.
+    return shortened(visible("; ".join(reasons) or _without_frames(text) or first_line(error)), 500)
 
 
 def _without_frames(text: str) -> str:
