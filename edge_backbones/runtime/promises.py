@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from edge_backbones.manifest import EngineKey, EngineRecord, Gate, Manifest, StageParity
+from edge_backbones.reading import shortened
 from edge_backbones.runtime.compat import COMPILE, Host
 from edge_backbones.spec import Precision
 from edge_backbones.system import default_cache
@@ -71,7 +72,8 @@ def reasons_against(manifest: Manifest, engine: EngineRecord) -> list[str]:
         return [f"was measured against the gate {report.gate}, and its bundle asks for {gate}: {VERIFY}"]
     reported = [stage.stage for stage in report.stages]
     if sorted(reported) != sorted(manifest.backbone.outputs):
-        return [f"returns {list(manifest.backbone.outputs)}, and its parity is reported for {reported}: {VERIFY}"]
+        outputs, others = (shortened(str(list(names)), 150) for names in (manifest.backbone.outputs, reported))
+        return [f"returns {outputs}, and its parity is reported for {others}: {VERIFY}"]
     judged = [msgspec.structs.replace(stage, passed=stage.passed and _holds(stage, gate)) for stage in report.stages]
     if failures := msgspec.structs.replace(report, stages=tuple(judged)).failures():
         return [f"was outside its gate ({gate}) when it was measured ({failures}): {COMPILE}"]
