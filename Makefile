@@ -5,7 +5,7 @@
 # make gpu    tests and benchmark on this machine's NVIDIA GPU; writes benchmarks/results/<device>.json; installs nothing
 # make bench  the figures of the README, side by side with their peers, in half an hour; writes benchmarks/results.
 #             BENCH=--quick: five minutes, stores nothing. BENCH="--only resnet50 growth": these, the others stay.
-# make fuzz   random damage to every kind of file that a stranger may hand over, for an hour or two; prints what it found.
+# make fuzz   random damage to every kind of file that a stranger may hand over, in some minutes; prints what it found.
 #             FUZZ="--share 0.01": a minute. FUZZ="--only manifests golden": these kinds.
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,4 +1,4 @@
-"""``python -m build_scripts.fuzz``: random damage to every kind of file that a stranger may hand over, for an hour or two.
+"""``python -m build_scripts.fuzz``: random damage to every kind of file that a stranger may hand over, for some minutes.
 
 Each kind runs in a child process, which is told what to try by number: the same number gives the same bytes. A case ends well
 when the file is read, or refused with one line. Everything else is a finding, and is printed with its number: another
