@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV2
 from torch.optim.swa_utils import AveragedModel
 
 from build_scripts.write_networks import TARGET, described
-from edge_backbones.build.sources.checkpoints import common_prefix, flat_tensors, stage_spelling
+from edge_backbones.build.sources.checkpoints import common_prefix, flat_tensors, learned_shapes, stage_spelling
 from edge_backbones.build.sources.common import SourceOptions, read_checkpoint
 from edge_backbones.build.sources.nearest import nearest
 from edge_backbones.build.sources.timm import load_timm
@@ -104,6 +104,40 @@ def test_every_feature_wrapper_of_timm(wrapper, tmp_path):
     with torch.no_grad():
         maps = net(pixels())
         assert_same_maps(loaded.module(pixels()), list(maps.values()) if isinstance(maps, dict) else maps)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrapper", "size"),
+    [
+        ("coat_tiny", "fx", (224, 224)),  # without a norm of one branch, which the last stage does not need
+        ("crossvit_9_240", "fx", (240, 240)),  # without the fusion of the last block
+        ("pit_ti_distilled_224", "getter", (224, 224)),  # without the norm behind the last stage
+        ("efficientvim_m1", "fx", (224, 224)),  # without the weights that join states
+    ],
+)
+def test_a_wrapper_may_leave_out_what_its_maps_do_not_need(name, wrapper, size, tmp_path):
+    """The last stage is that of the whole network: fx returns tokens of its own layout."""
+    whole = trained(name)
+    net = timm.create_model(name, features_only=True, feature_cls=wrapper)
+    (inner,) = (child for child in net.children())
+    inner.load_state_dict(whole.state_dict(), strict=False)
+    loaded = load(name, saved(net.state_dict(), tmp_path / "own.pth"))
+    assert len(learned_shapes(loaded.module)) > len(learned_shapes(net)), "the file lacks nothing: nothing is tried"
+    reference = load(name, saved(whole.state_dict(), tmp_path / "whole.pth"))
+    with torch.no_grad():
+        assert_same_maps(loaded.module(pixels(size)), reference.module(pixels(size)))
+
+
+def test_what_a_map_needs_may_not_be_absent(tmp_path):
+    """timm's FeatureListNet of coat has no class tokens, and cannot run itself: nothing says what they were."""
+    net = timm.create_model("coat_tiny", features_only=True, feature_cls="list")
+    said = refusal("coat_tiny", saved(net.state_dict(), tmp_path / "own.pth"))
+    assert "has no weights for 4 tensors of coat_tiny, cls_token1 first" in said
+    state = trained("test_resnet", features_only=True).state_dict()
+    lost = next(key for key in reversed(state) if key.endswith("running_var"))
+    del state[lost]
+    said = refusal("test_resnet", saved(state, tmp_path / "cut.pth"))
+    assert f"has no weights for 1 tensors of test_resnet, {lost} first" in said
 
 
 def test_a_file_of_fewer_stages_serves_these_stages_and_no_deeper_ones(tmp_path):

@@ -146,6 +146,12 @@ def place(path: object, what: str, state: State, wanted: Shapes, names: Iterable
     return chosen[0] if chosen else None
 
 
+def absent(what: str, state: State, wanted: Shapes) -> frozenset[str]:
+    """Return the wanted tensors that the file lacks where it holds the most of them; nothing where it holds under half."""
+    keys = _best(what, state, wanted).keys
+    return frozenset(name for name in wanted if name not in keys) if 2 * len(keys) >= len(wanted) else frozenset()
+
+
 def surplus_tensors(state: State, wanted: Shapes, whole: Iterable[str], placement: Placement) -> list[str]:
     """Return tensors that the file's backbone has and the network lacks, for which it would be another function.
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from edge_backbones.build.artifacts import LoadedBackbone
 from edge_backbones.build.sources.checkpoints import (
+    absent,
     fits,
     learned_shapes,
     main_part,
@@ -338,6 +339,9 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
     names = whole_names(extractor.state_dict(), every)
     wanted = {names[key]: shape for key, shape in learned_shapes(extractor).items()}
     placement = place(path, name, state, wanted, every)
+    if placement is None and (unused := _unused(name, arguments, names, absent(name, state, wanted))):
+        wanted = {key: shape for key, shape in wanted.items() if key not in unused}
+        placement = place(path, name, state, wanted, every)
     fillers: dict[str, torch.Tensor] = {}
     if placement is None:
         attempts = [main_part(state)]
@@ -364,15 +368,47 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
     raise SourceError(f"{path} {misfit(name, state, wanted, unreached=missing, near=near)}")
 
 
+def _unused(
+    name: str, arguments: Mapping[str, Any], names: Mapping[str, str], absent: frozenset[str]
+) -> frozenset[str]:
+    """Return ``absent`` if no feature map depends on these tensors, else nothing.
+
+    timm's FeatureGraphNet and FeatureGetterNet leave out what their maps do not need, such as a last norm, while the
+    wrapper that is made here may keep it. NaN in every absent tensor would reach each map that depends on one.
+    """
+    if not absent:
+        return absent
+    with seeded(0):
+        net = _create(name, {**arguments, "pretrained": False}).eval()
+    for key, tensor in net.state_dict().items():
+        if names[key] in absent and tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    channels, *size = resolve_model_data_config(net)["input_size"]  # type: ignore[no-untyped-call]
+    image = torch.zeros(1, arguments.get("in_chans", channels), *(arguments.get("img_size") or size))
+    unused = False
+    with torch.no_grad(), _foreign_keys():
+        maps = net(image)
+        unused = all(bool(m.isfinite().all()) for m in (maps.values() if isinstance(maps, dict) else maps))
+    return absent if unused else frozenset()
+
+
 @contextlib.contextmanager
 def _foreign_keys() -> Iterator[None]:
-    """Give up an attempt for whatever timm's key mappings trip over; memory that ran out says nothing of the keys."""
+    """Give up an attempt for whatever timm's key mappings trip over; memory that ran out says nothing of the keys.
+
+    timm's warnings list every key that it does not know: they are held back, since a refusal says what matters of them.
+    """
+    log = logging.getLogger("timm")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
-        logging.getLogger(__name__).debug("timm does not map these keys: %r", error)
+        logging.getLogger(__name__).debug("timm cannot work with these keys: %r", error)
+    finally:
+        log.setLevel(level)
 
 
 def _as_it_is(
