@@ -708,7 +708,7 @@ def run(
             maps = backbone(to_input(photograph[None], config, spec)).feature_maps
             by_stage = {stage: m[0] for stage, m in zip(backbone.out_features, maps, strict=True)}
             features.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(features, **by_stage)  # type: ignore[arg-type]
+            _save_maps(features, by_stage)
             drawable = {}
             for (stage, m), layout, stride in zip(by_stage.items(), backbone.layouts, backbone.strides, strict=True):
                 drawn = as_map(m, layout, (spec.height.opt // stride[0], spec.width.opt // stride[1]))
@@ -1151,6 +1151,16 @@ def _precisions(wanted: list[Wanted]) -> tuple[Precision, ...] | Literal["auto"]
     if len(wanted) > 1:
         raise typer.BadParameter("auto chooses among all: give it alone", param_hint="--precision")
     return "auto"
+
+
+def _save_maps(path: Path, maps: Mapping[str, Any]) -> None:
+    """Write an .npz file. Stages may have names that numpy.savez takes for its own arguments: ``file``, ``allow_pickle``."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for stage, feature_map in maps.items():
+            with archive.open(f"{stage}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, feature_map, allow_pickle=False)
 
 
 def _print_json(value: Any) -> None:

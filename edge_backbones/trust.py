@@ -44,6 +44,7 @@ from edge_backbones import manifest as manifest_module
 from edge_backbones.bundle import MANIFEST, Bundle, write_beside_and_rename
 from edge_backbones.errors import BundleError, InputError, MissingDependencyError, TrustError, first_line
 from edge_backbones.manifest import MAX_MANIFEST_BYTES, EngineRecord, Manifest
+from edge_backbones.reading import opened, read_file
 
 MACHINE_KEYS = Path(
     "C:/ProgramData/edge_backbones/trusted" if sys.platform == "win32" else "/etc/edge_backbones/trusted"
@@ -189,7 +190,7 @@ def sign_bundle(
         raise InputError("certificates and a passphrase belong to a key: pass --key private.pem too")
     bundle = Bundle.open(path)
     bundle.check_files()
-    manifest = _read(bundle.path / MANIFEST, MAX_MANIFEST_BYTES)
+    manifest = read_file(bundle.path / MANIFEST, limit=MAX_MANIFEST_BYTES, follow=False)
     if manifest_module.decode(manifest) != bundle.manifest:
         raise BundleError(f"{bundle.path} was changed while it was being signed: sign it again")
     config: Callable[[Any], Any]
@@ -251,31 +252,13 @@ def _files_in(folder: Path) -> tuple[Path, ...]:
         raise TrustError(f"{folder} is to hold trusted keys, and cannot be read: {error.strerror}") from error
 
 
-def _read(path: Path, limit: int, *, follow: bool = False, private: bool = False) -> bytes:
-    """A regular file of at most ``limit`` bytes. Raises OSError, and TrustError for what is no such file.
-
-    ``follow``: links too, as secrets are mounted. ``private``: only where nobody else may read or write it.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    handle = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise TrustError(f"{path} is not a file")
-        if found.st_size > limit:
-            raise TrustError(f"{path} has {found.st_size} bytes, more than the {limit} that are read")
-        if private and os.name == "posix" and found.st_mode & 0o077:
-            raise TrustError(f"{path} can be read or written by others ({stat.S_IMODE(found.st_mode):04o}): delete it")
-        return file.read(limit)
-
-
 def _read_signed(bundle: Bundle, name: str, asking: str) -> bytes:
     path = bundle.path / name
     limit = _MAX_BYTES if name == SIGNATURE else MAX_MANIFEST_BYTES
     try:
         if path.parent.is_symlink():
             raise TrustError(f"{path.parent} is a link, which a bundle may not have: copy the bundle again")
-        return _read(path, limit)
+        return read_file(path, limit=limit, follow=False)
     except FileNotFoundError as error:
         raise TrustError(
             f"{bundle.path} is not signed ({name} is missing), and a signature is asked for by {asking}: sign it where the "
@@ -438,7 +421,7 @@ def _need_cryptography() -> None:
 
 def _read_key(path: Path) -> bytes:
     try:
-        return _read(path, _MAX_BYTES, follow=True)
+        return read_file(path, limit=_MAX_BYTES)
     except OSError as error:
         raise TrustError(f"the key {path} cannot be read: {error.strerror}") from error
 
@@ -460,7 +443,7 @@ def _hint(public_key: Any) -> str:
 def read_passphrase(path: str | os.PathLike[str]) -> bytes:
     """The first line of a file. Raises TrustError where it cannot be read or is empty."""
     try:
-        line = _read(Path(path), _MAX_BYTES, follow=True).split(b"\n")[0].rstrip(b"\r")
+        line = read_file(path, limit=_MAX_BYTES).split(b"\n")[0].rstrip(b"\r")
     except OSError as error:
         raise TrustError(f"the passphrase in {path} cannot be read: {error.strerror}") from error
     if not line:
@@ -589,8 +572,8 @@ def _reason_against(bundle: Bundle, manifest: bytes, engine: EngineRecord) -> st
     compile_it = "compile it here (edge-backbones compile), or have the bundle signed again"
     message = _message(manifest, engine)
     try:
-        said = _read(bundle.path / _voucher(message), 64)
-    except (OSError, TrustError):
+        said = read_file(bundle.path / _voucher(message), limit=64, follow=False)
+    except OSError:
         return f"was added after signing, and not by this machine: {compile_it}"
     reasons = []
     for folder in _state_folders():
@@ -661,7 +644,10 @@ def _device_key() -> bytes:
 
 
 def _read_device_key(path: Path) -> bytes:
-    key = _read(path, 32, private=True)
-    if len(key) != 32:
-        raise TrustError(f"{path} has {len(key)} bytes, not 32: delete it")
-    return key
+    with opened(path, follow=False) as (file, size):
+        mode = os.fstat(file.fileno()).st_mode
+        if os.name == "posix" and mode & 0o077:
+            raise TrustError(f"{path} can be read or written by others ({stat.S_IMODE(mode):04o}): delete it")
+        if size != 32:
+            raise TrustError(f"{path} has {size} bytes, not 32: delete it")
+        return file.read(32)

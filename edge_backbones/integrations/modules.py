@@ -69,6 +69,7 @@ def open_for_client(
     threads: int | None,
     same_weights: bool,
     check_finite: bool,
+    allow_host_code: bool,
 ) -> EdgeBackbone:
     """Open a bundle narrowed to what a client reads, after ``original`` and the bundle gave the same maps.
 
@@ -103,7 +104,9 @@ def open_for_client(
             f"the client's own backbone does not take the images of {bundle.path} ({input.describe()}): {first_line(error)}"
         ) from error
     _check_maps(bundle.path, maps, [golden[f"opt/{stage}"][chosen] for stage in wanted], wanted, same_weights)
-    backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads, check_finite=check_finite)
+    backbone = EdgeBackbone.from_pretrained(
+        path, engine=engine, threads=threads, check_finite=check_finite, allow_host_code=allow_host_code
+    )
     backbone.out_features = wanted
     return backbone
 

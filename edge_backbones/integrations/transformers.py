@@ -140,12 +140,14 @@ def replace_backbone(
     threads: int | None = None,
     same_weights: bool = True,
     check_finite: bool = True,
+    allow_host_code: bool = False,
 ) -> nn.Module:
     """Put a bundle in the place of a model's backbone, and return the module that was there.
 
     Before anything changes, the model's own backbone runs on an image that the bundle carries: the number of maps, their
-    channels and their sizes must be the bundle's, and with ``same_weights`` their values too. ``engine``, ``threads`` and
-    ``check_finite`` as in :meth:`EdgeBackbone.from_pretrained`. Whatever is refused, the model is as it was.
+    channels and their sizes must be the bundle's, and with ``same_weights`` their values too. ``engine``, ``threads``,
+    ``check_finite`` and ``allow_host_code`` as in :meth:`EdgeBackbone.from_pretrained`. Whatever is refused, the model is
+    as it was.
 
     What ``model.state_dict()`` and ``save_pretrained`` hold afterwards is the model without its backbone. ``torch.save`` of
     the whole model: see :class:`EngineModule`.
@@ -175,6 +177,7 @@ def replace_backbone(
         threads=threads,
         same_weights=same_weights,
         check_finite=check_finite,
+        allow_host_code=allow_host_code,
     )
     if needs_tokens and not backbone.has_cls_tokens:
         raise ClientMismatchError(

@@ -865,3 +865,14 @@ def test_pyramid_refuses_other_layouts(layout: str) -> None:
     with pytest.raises(ClientMismatchError, match=layout) as refusal:
         EdgeBackboneWithFPN(backbone_of([8, 16], [8, 16], layout))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_torchscript_engine_in_a_client(client_of: Callable[[str], Client], bundle_of: Callable[..., Path]) -> None:
+    """Engines that are code are loaded where the caller says that he trusts them."""
+    client, bundle = client_of("detr"), bundle_of("detr", torchscript=True, flavours=("torchscript",))
+    (engine,) = (e.name for e in Bundle.open(bundle).manifest.engines if e.key.flavour == "torchscript")
+    with pytest.raises(EngineMismatchError, match="allow_host_code=True"):
+        swapped(client, bundle, engine=engine)
+    model, images = swapped(client, bundle, engine=engine, allow_host_code=True), client.images(1)
+    assert engine_of(model).backbone.engine == engine
+    torch.testing.assert_close(client(images, model).logits, client(images).logits, rtol=1e-3, atol=1e-4)

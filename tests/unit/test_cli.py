@@ -304,3 +304,14 @@ def test_a_library_that_breaks_in_the_middle_is_told_in_one_line(monkeypatch, ca
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "an installed library is not for this machine" in line
     assert "pydantic_core" in line
+
+
+def test_stages_are_saved_under_any_name(tmp_path):
+    maps = {
+        name: np.full((1, 2, 2), i, np.float32) for i, name in enumerate(("file", "allow_pickle", "arr_0", "a.0/b"))
+    }
+    cli._save_maps(tmp_path / "maps.npz", maps)
+    with np.load(tmp_path / "maps.npz", allow_pickle=False) as saved:
+        assert saved.files == list(maps)
+        for name, feature_map in maps.items():
+            np.testing.assert_array_equal(saved[name], feature_map)

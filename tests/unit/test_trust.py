@@ -287,7 +287,7 @@ def test_files_that_are_no_signature(signed, keys, name, trap):
         path.write_bytes({"empty": b"", "deep": b"[" * 100_000, "null": b"null"}[trap])
     said = refusal(signed, keys / "alice.pem")
     assert name in said
-    assert {"fifo": "is not a file", "huge": "has 4294967296 bytes, more than the "}.get(trap, "") in said
+    assert {"fifo": "it is no regular file", "huge": "has 4294967296 bytes, more than the "}.get(trap, "") in said
 
 
 def test_a_signature_folder_elsewhere(signed, keys):
