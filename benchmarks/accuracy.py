@@ -26,10 +26,10 @@ import torch
 from benchmarks import accuracy_peers, digits, readme_table
 from benchmarks.run import machine
 from edge_backbones import BuildOptions, EdgeBackbone, build_bundle
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.load import load_source
-from edge_backbones.manifest import Gate
+from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.load import load_source
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 CALIBRATION = 128

@@ -18,9 +18,11 @@ import numpy as np
 
 from benchmarks.gpu_tasks import pooling_input
 from edge_backbones import EdgeBackbone
-from edge_backbones.runtime import cuda, tensorrt_library
-from edge_backbones.runtime.device_arrays import DeviceArray
-from edge_backbones.runtime.tensorrt import TensorRtSession
+from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.gpu.arrays import DeviceArray
+from edge_backbones.engines.tensorrt import library as tensorrt_library
+from edge_backbones.engines.tensorrt.session import TensorRtSession
+from edge_backbones.machine import gpus
 from edge_backbones.spec import InputSpec
 from edge_backbones.testing import SPEC
 
@@ -98,10 +100,11 @@ def measure() -> dict[str, float]:
     """Microseconds by kind of call."""
     input, found = pooling_input(), {}
     memory = cuda.Memory(0, cuda.CudaBindings(0, FreeDriver()))
-    gpu = cuda.Gpu(0, "none", "sm_90", 1 << 34, "13.0", 1, False)
+    gpu = gpus.Gpu(0, "none", "sm_90", 1 << 34, "13.0", 1, False)
     log = SimpleNamespace(clear=lambda: None, last_error=lambda: "")
     with (
-        mock.patch.multiple(cuda, gpus=lambda: (gpu,), no_gpu_reason=lambda: "", open_memory=lambda *_: memory),
+        mock.patch.multiple(gpus, find_gpus=lambda: (gpu,), no_gpu_reason=lambda: ""),
+        mock.patch.object(cuda, "open_memory", lambda *_: memory),
         mock.patch.multiple(
             tensorrt_library,
             load_library=lambda _: free_tensorrt(input),

@@ -1,6 +1,6 @@
 """``python -m benchmarks.end_to_end``: a camera frame to feature maps, our preprocessing against timm's, one network.
 
-Ours: :func:`edge_backbones.images.fit` and an engine that takes uint8 frames, normalisation inside. Theirs: the transform
+Ours: :func:`edge_backbones.images.fit.fit` and an engine that takes uint8 frames, normalisation inside. Theirs: the transform
 that timm makes of the network's own configuration, and the same network's int8 engine for normalised floats. The frame is
 a photograph, enlarged to 1080 x 1920 pixels and decoded already. Both get the same number of threads, each alone in its
 process, in turn; ratios are of one round, and their median counts. Results: benchmarks/results/end_to_end.json.
@@ -26,10 +26,10 @@ from benchmarks.growth import timing_bundle
 from edge_backbones.bench.compare import calm_turns
 from edge_backbones.bench.contender import stolen_ticks
 from edge_backbones.bench.results import ratio_of
-from edge_backbones.build.parity import compare as compare_maps
-from edge_backbones.bundle import Bundle
-from edge_backbones.images import fit
-from edge_backbones.manifest import Gate
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.deploy.parity import compare as compare_maps
+from edge_backbones.images.fit import fit
+from edge_backbones.parity_report import Gate
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 MODELS: dict[str, tuple[int, ...]] = {

@@ -26,8 +26,8 @@ print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 _BUILD = """
 import json, sys, time
 import torch, timm, onnx, onnxscript
-import edge_backbones.build.onnx_runtime
-from edge_backbones.runtime.openvino import load_library
+import edge_backbones.toolchain.onnx_runtime
+from edge_backbones.engines.openvino.session import load_library
 from edge_backbones import BuildOptions, build_bundle
 load_library()
 start = time.perf_counter()
@@ -45,9 +45,9 @@ _CALIBRATE = """
 import json, sys, tempfile, time
 from pathlib import Path
 from edge_backbones import Bundle
-from edge_backbones.build.artifacts import ExportedGraph, no_progress
-from edge_backbones.build.calibrate import Feed, calibrate
-from edge_backbones.build.calibration import gather_images
+from edge_backbones.toolchain.artifacts import ExportedGraph, no_progress
+from edge_backbones.toolchain.calibration.calibrate import Feed, calibrate
+from edge_backbones.toolchain.calibration.images import gather_images
 manifest = Bundle.open(sys.argv[2]).manifest
 graph = ExportedGraph(Path(sys.argv[2]) / "graphs" / "fp32.onnx", manifest.backbone, manifest.input)
 with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def resnet50_build(photographs: Path, target: Path) -> dict[str, float]:
 def rtx_build(bundle: Path, repeats: int = 5) -> float:
     """Seconds of compiling the bundle's int8 graph with TensorRT-RTX for every architecture that it knows; the median."""
     from edge_backbones import Bundle
-    from edge_backbones.build.tensorrt import compile_plan
+    from edge_backbones.engines.tensorrt.compile import compile_plan
     from edge_backbones.spec import Precision
 
     graph, input = (bundle / "graphs" / "int8.onnx").read_bytes(), Bundle.open(bundle).manifest.input
@@ -118,7 +118,7 @@ def call_overhead(bundle: Path, calls: int = 1000) -> dict[str, float]:
     The overhead is the median of the differences within each turn.
     """
     from edge_backbones import EdgeBackbone
-    from edge_backbones.runtime.openvino import load_library
+    from edge_backbones.engines.openvino.session import load_library
 
     with EdgeBackbone.from_pretrained(bundle, engine="int8", threads=2) as backbone:
         images = np.random.default_rng(0).standard_normal(backbone.input.opt_shape).astype(np.float32)

@@ -55,8 +55,8 @@ from benchmarks.gpu_tasks import (
     rtx_refusal,
     trained_like,
 )
-from edge_backbones.profiles import FIRST_ARCHITECTURE
-from edge_backbones.runtime import cuda
+from edge_backbones.machine import gpus
+from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "gpu"
@@ -150,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare(options.prepare)
         return PASSED
     suite = Suite(options)
-    reason = cuda.no_gpu_reason()
-    found = () if reason else cuda.gpus()
+    reason = gpus.no_gpu_reason()
+    found = () if reason else gpus.find_gpus()
     if not reason and not 0 <= options.device < len(found):
         reason = f"there is no cuda:{options.device}, {len(found)} GPUs are visible"
     if reason:
@@ -170,7 +170,7 @@ class Suite:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.gpu: cuda.Gpu | None = None
+        self.gpu: gpus.Gpu | None = None
         self.parts: list[Part] = []
         self._end = time.monotonic() + options.seconds
         self._described: dict[str, Any] | None = None
@@ -550,7 +550,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def describe_machine(gpu: cuda.Gpu | None, commit: str | None) -> dict[str, Any]:
+def describe_machine(gpu: gpus.Gpu | None, commit: str | None) -> dict[str, Any]:
     """Device, driver, versions, commit and date. What cannot be found out is None."""
     versions = {}
     for name in _LIBRARIES:
@@ -739,8 +739,8 @@ def _build(source: Any, target: Path, photographs: str, options: Any) -> None:
     import msgspec
 
     from edge_backbones import build_bundle
-    from edge_backbones.bundle import write_manifest
-    from edge_backbones.errors import ParityError
+    from edge_backbones.bundle.reader import write_manifest
+    from edge_backbones.parity_report import ParityError
 
     try:
         bundle = build_bundle(source, target, images=photographs, options=options, overwrite=True).bundle

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.runtime import cuda
+from edge_backbones.machine import gpus
 
 TENSORRT = ("tensorrt", "tensorrt_rtx")
 # Kept stages by network; the first is measured always, the others while time is left.
@@ -66,7 +67,7 @@ def is_missing(error: Exception) -> bool:
 
 def require_tensorrt(flavour: str) -> Any:
     """TensorRT's module; MissingError where it is not installed."""
-    from edge_backbones.runtime.tensorrt_library import load_library
+    from edge_backbones.engines.tensorrt.library import load_library
 
     try:
         return load_library(flavour)  # type: ignore[arg-type]
@@ -82,8 +83,8 @@ def trained_like(model: str, out_indices: Sequence[int] | None = None, seed: int
     """
     import torch
 
-    from edge_backbones.build.sources.common import SourceOptions
-    from edge_backbones.build.sources.timm import load_timm
+    from edge_backbones.toolchain.sources.base import SourceOptions
+    from edge_backbones.toolchain.sources.timm import load_timm
 
     indices = None if out_indices is None else tuple(out_indices)
     loaded = load_timm(model, SourceOptions(weights=f"random:{seed}", out_indices=indices))
@@ -258,10 +259,10 @@ def _torchscript(loaded: Any, batch: int, size: int, device: int | str, images: 
     import torch
 
     from edge_backbones import EdgeBackbone
-    from edge_backbones.build.prepare import prepare as fold
-    from edge_backbones.build.torchscript import trace_torchscript
-    from edge_backbones.runtime.torchscript import TorchScriptSession
+    from edge_backbones.engines.torch.session import TorchScriptSession
     from edge_backbones.spec import Precision
+    from edge_backbones.toolchain.prepare import prepare as fold
+    from edge_backbones.toolchain.trace import trace_torchscript
 
     place = "cpu" if device == "cpu" else f"cuda:{device}"
     on_cpu = dataclasses.replace(loaded, module=copy.deepcopy(loaded.module).cpu())
@@ -324,7 +325,7 @@ def _plan_contender(
 
 def on_device(memory: cuda.Memory, values: np.ndarray) -> tuple[Any, int]:
     """A copy on the GPU (it lives as long as the process), and a stream to work on."""
-    from edge_backbones.runtime.device_arrays import DeviceArray
+    from edge_backbones.engines.gpu.arrays import DeviceArray
 
     values = np.ascontiguousarray(values)
     with memory:
@@ -339,8 +340,8 @@ def on_device(memory: cuda.Memory, values: np.ndarray) -> tuple[Any, int]:
 def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, Any]]:
     """Compile a bundle's graphs for this GPU; parity against fp32 is measured on the way, its gate is the bundle's."""
     from edge_backbones import compile_bundle
-    from edge_backbones.build.tensorrt import PlanOptions, Shapes
-    from edge_backbones.bundle import Bundle
+    from edge_backbones.bundle.reader import Bundle
+    from edge_backbones.engines.tensorrt.compile import PlanOptions, Shapes
     from edge_backbones.spec import Precision, ShapeRange
 
     manifest = Bundle.open(bundle).manifest
@@ -498,12 +499,12 @@ def rooflines(
 def rtx_answer(device: int, bundles: str | None = None) -> Iterator[dict[str, Any]]:
     """What TensorRT-RTX says to this GPU, in its own words: plans for its default targets, and for the GPU at hand."""
     library = require_tensorrt("tensorrt_rtx")
-    from edge_backbones.runtime.tensorrt_library import logger_of
+    from edge_backbones.engines.tensorrt.library import logger_of
 
     graph = pooling_onnx(None if bundles is None else Path(bundles))
     log = logger_of(library)
     with contextlib.ExitStack() as stack:
-        if cuda.gpus():  # it speaks of the device that is current in this thread
+        if gpus.find_gpus():  # it speaks of the device that is current in this thread
             stack.enter_context(cuda.open_memory(device))
         plan = _rtx_plan(library, graph, log, current=False)
         if plan is None:
@@ -592,10 +593,10 @@ def must(result: Any, what: str, log: Any) -> Any:
 
 def _plan_overhead(device: int, flavour: Any, graph: bytes, cuda_graphs: bool) -> dict[str, Any]:
     from edge_backbones import EdgeBackbone
-    from edge_backbones.build.tensorrt import compile_plan as build
-    from edge_backbones.runtime.device_arrays import from_foreign
-    from edge_backbones.runtime.tensorrt import TensorRtSession
-    from edge_backbones.runtime.tensorrt_library import load_library, logger_of
+    from edge_backbones.engines.gpu.arrays import from_foreign
+    from edge_backbones.engines.tensorrt.compile import compile_plan as build
+    from edge_backbones.engines.tensorrt.library import load_library, logger_of
+    from edge_backbones.engines.tensorrt.session import TensorRtSession
     from edge_backbones.spec import Precision
     from edge_backbones.testing import SPEC
 
@@ -668,11 +669,11 @@ def _torchscript_overhead(device: int) -> dict[str, Any]:
     import torch
 
     from edge_backbones import EdgeBackbone
-    from edge_backbones.build.torchscript import trace_torchscript
-    from edge_backbones.runtime.device_arrays import from_foreign
-    from edge_backbones.runtime.torchscript import TorchScriptSession
+    from edge_backbones.engines.gpu.arrays import from_foreign
+    from edge_backbones.engines.torch.session import TorchScriptSession
     from edge_backbones.spec import Precision
     from edge_backbones.testing import SPEC
+    from edge_backbones.toolchain.trace import trace_torchscript
 
     input = pooling_input()
     data = trace_torchscript(pooling_module(), input, Precision.FP32)

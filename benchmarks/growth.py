@@ -173,7 +173,7 @@ def timing_bundle(model: str, name: str, **options: Any) -> Path:
 
 def _options(options: dict[str, Any]) -> Any:
     from edge_backbones import BuildOptions
-    from edge_backbones.manifest import Gate
+    from edge_backbones.parity_report import Gate
     from edge_backbones.spec import Precision
 
     gates = {Precision.INT8: Gate(min_cosine=1e-6)}
@@ -221,9 +221,9 @@ def run_build(model: str, images: int) -> dict[str, float]:
     import onnxscript  # noqa: F401
     import timm  # noqa: F401
 
-    import edge_backbones.build.onnx_runtime  # noqa: F401
+    import edge_backbones.toolchain.onnx_runtime  # noqa: F401
     from edge_backbones import build_bundle
-    from edge_backbones.runtime.openvino import load_library
+    from edge_backbones.engines.openvino.session import load_library
     from edge_backbones.spec import Precision
 
     load_library()

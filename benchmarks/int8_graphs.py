@@ -33,16 +33,17 @@ from edge_backbones import Bundle
 from edge_backbones.bench.compare import CompareOptions, measure
 from edge_backbones.bench.contender import Task
 from edge_backbones.bench.results import ratio_of
-from edge_backbones.build import calibrate, cpu_graph
-from edge_backbones.build.artifacts import ExportedGraph, TypedGraph
-from edge_backbones.build.calibration import gather_images
-from edge_backbones.build.compile import compile_engine
-from edge_backbones.build.quantize import write_typed_graph
-from edge_backbones.build.tensorrt import PlanOptions, compile_plan
+from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino import int8_graph as cpu_graph
+from edge_backbones.engines.openvino import session as openvino
+from edge_backbones.engines.openvino.session import OpenVinoSession
+from edge_backbones.engines.tensorrt.compile import PlanOptions, compile_plan
 from edge_backbones.errors import CompileError
-from edge_backbones.runtime import openvino
-from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.artifacts import ExportedGraph, TypedGraph
+from edge_backbones.toolchain.calibration import calibrate
+from edge_backbones.toolchain.calibration.images import gather_images
+from edge_backbones.toolchain.quantize.qdq import write_typed_graph
 
 RESULTS = Path(__file__).parent / "results" / "int8_graphs.json"
 MODELS = ("resnet50", "mobilenetv3_large_100", "convnext_tiny", "vit_small_patch16_224")

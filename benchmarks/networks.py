@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import edge_backbones
 from benchmarks import digits
 from benchmarks.growth import CACHE, photograph_folder
 from edge_backbones import BuildOptions, Bundle, build_bundle
-from edge_backbones import build as build_code
-from edge_backbones.build.device import compile_bundle
+from edge_backbones.deploy.compile import compile_bundle
 from edge_backbones.errors import BundleError
 from edge_backbones.spec import Precision
 
@@ -91,7 +91,7 @@ def refreshed(bundle: Path) -> bool:
         graphs = [bundle / graph.file.path for graph in Bundle.open(bundle).manifest.graphs]
     except BundleError:
         return False
-    changed = max(file.stat().st_mtime for file in Path(build_code.__path__[0]).rglob("*.py"))
+    changed = max(file.stat().st_mtime for file in Path(edge_backbones.__path__[0]).rglob("*.py"))
     if min(graph.stat().st_mtime for graph in graphs) < changed:
         return False
     compile_bundle(bundle)

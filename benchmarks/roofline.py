@@ -253,7 +253,7 @@ def measure_ceilings(threads: int) -> Ceilings:
 
 def _product_rate(kind: Literal["fp32", "int8"], threads: int) -> float:
     """Multiply-adds times two per second."""
-    from edge_backbones.runtime.openvino import OpenVinoSession, compile_model, read_model
+    from edge_backbones.engines.openvino.session import OpenVinoSession, compile_model, read_model
 
     blob = compile_model(read_model(product_graph(kind, _SIDE, _PRODUCTS)))
     session = OpenVinoSession(bytearray(blob), outputs=("product",), threads=threads)

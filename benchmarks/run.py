@@ -25,9 +25,9 @@ import msgspec
 from benchmarks import end_to_end, figures, growth, networks, readme_table, roofline
 from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, regressions
-from edge_backbones.bundle import Bundle
+from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import InputError
-from edge_backbones.runtime.compat import this_host
+from edge_backbones.machine.hosts import this_host
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -9,7 +9,7 @@ from PIL import Image
 from benchmarks.networks import bundle_of
 from build_scripts.photographs import photographs
 from edge_backbones import EdgeBackbone
-from edge_backbones.images import fit, to_input
+from edge_backbones.images.fit import fit, to_input
 
 pytestmark = pytest.mark.benchmark(min_rounds=20, warmup=True, warmup_iterations=3)
 

@@ -63,18 +63,20 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edge_backbones import __version__
-from edge_backbones.bundle import Bundle
+from edge_backbones.bundle.manifest import EngineRecord, Flavour, encode
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.engines import select as session
 from edge_backbones.errors import BundleError, EdgeBackbonesError, InputError
-from edge_backbones.manifest import EngineRecord, Flavour, Gate, encode
-from edge_backbones.profiles import RTX_ARCHITECTURES, load_profile
+from edge_backbones.machine import gpus, hosts
+from edge_backbones.machine.profiles import RTX_ARCHITECTURES, load_profile
+from edge_backbones.parity_report import Gate
 from edge_backbones.reading import read_file, refusing, shortened
-from edge_backbones.runtime import compat, cuda, session
 from edge_backbones.spec import Precision, ShapeRange
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from edge_backbones.build.pipeline import BuildOptions
+    from edge_backbones.toolchain.build import BuildOptions
 
 _LIBRARIES = (
     "torch",
@@ -95,7 +97,7 @@ _STRUCTURED = {  # options that are no plain values
     "width": int | ShapeRange,
 }
 # Cells are forked from a server that has imported what takes seconds and starts no thread (OpenVINO and ONNX Runtime do).
-_PRELOADED = ["edge_backbones.build.pipeline", "timm", "onnxscript"]
+_PRELOADED = ["edge_backbones.toolchain.build", "timm", "onnxscript"]
 _PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 _MAX_BYTES = 1 << 20
 _MAX_STATE_BYTES = 64 << 20
@@ -197,7 +199,7 @@ def read_matrix(path: Path) -> Matrix:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     with refusing(lambda why: InputError(f"{path} is not a build matrix: {why}")):
         matrix = msgspec.toml.decode(data, type=Matrix)
-    from edge_backbones.build.pipeline import BuildOptions
+    from edge_backbones.toolchain.build import BuildOptions
 
     known = {field.name for field in dataclasses.fields(BuildOptions)} - {"precisions", "cache", "calibration"}
     for model in matrix.models:
@@ -223,7 +225,7 @@ def tasks_of(matrix: Matrix, folder: Path) -> list[tuple[Task, list[Task]]]:
     Digests are of contents, not of places and names: a folder may move.
     """
     hash_of = functools.cache(_hash_of)
-    host = compat.this_host({})
+    host = hosts.this_host({})
     made_with = [__version__, _versions(), host.architecture, host.cpu_features]
     found = []
     for model in matrix.models:
@@ -465,7 +467,7 @@ def carry_out(task: Task, bundle: Path) -> tuple[str, ...]:
     """Build the bundle, or add the engine to it; returns the names of the engines that are in it for that."""
     if task.flavour is not None:
         return add_engine(bundle, **_order(task))
-    from edge_backbones.build.pipeline import build_bundle
+    from edge_backbones.toolchain.build import build_bundle
 
     options = build_options(task)
     built = build_bundle(task.source, bundle, images=task.images, options=options, overwrite=True)
@@ -474,7 +476,7 @@ def carry_out(task: Task, bundle: Path) -> tuple[str, ...]:
 
 def build_options(task: Task) -> BuildOptions:
     """Raises InputError that names the option."""
-    from edge_backbones.build.pipeline import OF_CALIBRATED, BuildOptions
+    from edge_backbones.toolchain.build import OF_CALIBRATED, BuildOptions
 
     elsewhere = () if task.precision.is_calibrated else OF_CALIBRATED  # what the cells beside this one are told
     options = {name: value for name, value in task.options.items() if name not in elsewhere}
@@ -501,8 +503,8 @@ def _order(task: Task) -> dict[str, Any]:
 def add_engine(
     bundle: Path, *, precision: str, flavour: Any, profile: str, targets: tuple[str, ...]
 ) -> tuple[str, ...]:
-    from edge_backbones.build.device import compile_bundle
-    from edge_backbones.build.tensorrt import PlanOptions
+    from edge_backbones.deploy.compile import compile_bundle
+    from edge_backbones.engines.tensorrt.compile import PlanOptions
 
     plan = PlanOptions(targets=targets)
     result = compile_bundle(bundle, precisions=(Precision(precision),), flavour=flavour, profile=profile, plan=plan)
@@ -713,7 +715,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def local_resources() -> dict[str, float]:
     """The GPUs that are here, by architecture."""
-    return {gpu.architecture: 1.0 for gpu in cuda.gpus()}
+    return {gpu.architecture: 1.0 for gpu in gpus.find_gpus()}
 
 
 def show(endings: Mapping[str, Ending]) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import timm
 
 from build_scripts.photographs import photographs, write_crops
-from edge_backbones.build.sources.common import hub_answers
-from edge_backbones.build.sources.timm import cached_weights
+from edge_backbones.toolchain.sources.base import hub_answers
+from edge_backbones.toolchain.sources.timm import cached_weights
 
 OUTPUT = Path("demo_output")
 MODEL = "resnet50"
@@ -49,7 +49,7 @@ def edge_backbones(*arguments: object) -> None:
     """Show and run one command as a user would type it."""
     words = [str(argument) for argument in arguments]
     print(f"$ edge-backbones {shlex.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "edge_backbones.cli", *words], check=False)
+    done = subprocess.run([sys.executable, "-m", "edge_backbones.cli.main", *words], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 

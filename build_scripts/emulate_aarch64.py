@@ -32,10 +32,10 @@ import numpy as np
 import edge_backbones
 from build_scripts.device_install import OLDEST, ROOT, build_small, build_wheel
 from edge_backbones import Bundle, EdgeBackbonesError
-from edge_backbones.build.parity import compare
-from edge_backbones.bundle import load_golden
-from edge_backbones.manifest import Gate
-from edge_backbones.runtime.openvino import load_library
+from edge_backbones.bundle.reader import load_golden
+from edge_backbones.deploy.parity import compare
+from edge_backbones.engines.openvino.session import load_library
+from edge_backbones.parity_report import Gate
 
 RESULTS = ROOT / "benchmarks" / "results" / "aarch64.json"
 CACHE = ROOT / ".cache" / "aarch64"
@@ -84,9 +84,9 @@ _RUN = """
 import collections, json, platform, sys
 import numpy
 from edge_backbones import Bundle, EdgeBackbone
-from edge_backbones.bundle import load_golden
-from edge_backbones.runtime.compat import this_host
-from edge_backbones.runtime.openvino import load_library
+from edge_backbones.bundle.reader import load_golden
+from edge_backbones.engines.compat import this_host
+from edge_backbones.engines.openvino.session import load_library
 
 path, out, *precisions = sys.argv[1:]
 bundle, products = Bundle.open(path), {}

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_backbones.runtime.tensorrt_library import TensorRtFlavour
+from edge_backbones.engines.tensorrt.library import TensorRtFlavour
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,16 @@ import msgspec
 import numpy as np
 
 from edge_backbones.bench import results
-from edge_backbones.build.calibrate import read_calibration
-from edge_backbones.bundle import Bundle, load_golden, record_bytes
+from edge_backbones.bundle.manifest import CalibrationFile
+from edge_backbones.bundle.onnx_gate import graph_fault
+from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes
+from edge_backbones.engines.openvino.session import OpenVinoSession, compile_model, read_model
 from edge_backbones.errors import EdgeBackbonesError
-from edge_backbones.images import ImageConfig
-from edge_backbones.manifest import CalibrationFile
-from edge_backbones.onnx_gate import graph_fault
-from edge_backbones.profiles import explain, load_profile, refusals
-from edge_backbones.runtime.openvino import OpenVinoSession, compile_model, read_model
+from edge_backbones.images.fit import ImageConfig
+from edge_backbones.machine.profiles import explain, load_profile, refusals
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
+from edge_backbones.toolchain.calibration.calibrate import read_calibration
 
 COUNTS = {
     "manifests": 60_000,
@@ -394,7 +394,7 @@ def comparison() -> results.Comparison:
 
 
 def _bench() -> Kind:
-    from edge_backbones.report import _comparison
+    from edge_backbones.report.page import _comparison
 
     now = comparison()
     good = results.encode(now)

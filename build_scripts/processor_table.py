@@ -18,9 +18,9 @@ from PIL import Image
 from torch import nn
 
 from build_scripts.photographs import photographs
-from edge_backbones.build.prepare import _FromImage
-from edge_backbones.build.sources.processors import Preprocessing, of_processor, pixels_of
-from edge_backbones.images import fit
+from edge_backbones.images.fit import fit
+from edge_backbones.toolchain.prepare import _FromImage
+from edge_backbones.toolchain.sources.processors import Preprocessing, of_processor, pixels_of
 
 OUT = Path("benchmarks/results/preprocessing.md")
 

@@ -293,8 +293,8 @@ def build_at(
 ) -> Path:
     """The bundle with as many precisions as can be had; each that fails leaves its cause in the result."""
     from edge_backbones import BuildOptions, build_bundle
-    from edge_backbones.errors import CalibrationError, ExportError, ParityError, SourceError
-    from edge_backbones.manifest import Gate
+    from edge_backbones.errors import CalibrationError, ExportError, SourceError
+    from edge_backbones.parity_report import Gate, ParityError
     from edge_backbones.spec import Precision, ShapeRange
 
     height, width = size or (None, None)
@@ -372,8 +372,8 @@ def run_other_batches(bundle: Path, result: dict[str, Any]) -> None:
     import numpy as np
 
     from edge_backbones import EdgeBackbone
-    from edge_backbones.build.parity import compare
-    from edge_backbones.runtime.promises import DEFAULT_GATES
+    from edge_backbones.deploy.parity import compare
+    from edge_backbones.engines.promises import DEFAULT_GATES
     from edge_backbones.spec import Precision
 
     golden = np.load(bundle / "golden.npz")
@@ -398,9 +398,9 @@ def compare_with_graph(bundle: Path, precision: str, result: dict[str, Any]) -> 
     """
     import numpy as np
 
-    from edge_backbones.build.onnx_runtime import onnxruntime
-    from edge_backbones.build.parity import compare
-    from edge_backbones.manifest import Gate
+    from edge_backbones.deploy.parity import compare
+    from edge_backbones.parity_report import Gate
+    from edge_backbones.toolchain.onnx_runtime import onnxruntime
 
     golden = np.load(bundle / "golden.npz")
     options = onnxruntime.SessionOptions()
@@ -426,8 +426,8 @@ def compare_with_graph(bundle: Path, precision: str, result: dict[str, Any]) -> 
 
 def compile_with_rtx(bundle: Path, precision: str) -> bytes:
     """The plan that TensorRT-RTX makes ahead of time for every GPU that has the format, without one here."""
-    from edge_backbones.build.tensorrt import compile_plan
-    from edge_backbones.bundle import Bundle
+    from edge_backbones.bundle.reader import Bundle
+    from edge_backbones.engines.tensorrt.compile import compile_plan
     from edge_backbones.spec import Precision
 
     graph, input = (bundle / "graphs" / f"{precision}.onnx").read_bytes(), Bundle.open(bundle).manifest.input

@@ -12,9 +12,9 @@ from pathlib import Path
 import timm
 import torch
 
-from edge_backbones.build.sources.nearest import backbone_shapes, signature
+from edge_backbones.toolchain.sources.nearest import backbone_shapes, signature
 
-TARGET = Path(__file__).parents[1] / "edge_backbones" / "build" / "sources" / "timm_networks.txt"
+TARGET = Path(__file__).parents[1] / "edge_backbones" / "toolchain" / "sources" / "timm_networks.txt"
 
 
 def described(name: str) -> tuple[str, str, int]:

@@ -1,4 +1,4 @@
-"""Write edge_backbones/manifest.schema.json from the structs of manifest.py; a test says when it is out of date."""
+"""Write edge_backbones/bundle/manifest.schema.json from the structs of manifest.py; a test says when it is out of date."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edge_backbones import manifest
+from edge_backbones.bundle import manifest
 
 PATH = Path(manifest.__file__).with_name("manifest.schema.json")
 

@@ -14,29 +14,29 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from edge_backbones.auto import AutoEdgeBackbone as AutoEdgeBackbone
-    from edge_backbones.build.device import compile_bundle as compile_bundle
-    from edge_backbones.build.device import verify_bundle as verify_bundle
-    from edge_backbones.build.pipeline import BuildOptions as BuildOptions
-    from edge_backbones.build.pipeline import build_bundle as build_bundle
-    from edge_backbones.build.sources.load import ModuleSource as ModuleSource
-    from edge_backbones.bundle import Bundle as Bundle
+    from edge_backbones.bundle.reader import Bundle as Bundle
+    from edge_backbones.bundle.trust import sign_bundle as sign_bundle
+    from edge_backbones.deploy.compile import compile_bundle as compile_bundle
+    from edge_backbones.deploy.verify import verify_bundle as verify_bundle
     from edge_backbones.errors import EdgeBackbonesError as EdgeBackbonesError
     from edge_backbones.runtime.backbone import BackboneOutput as BackboneOutput
     from edge_backbones.runtime.backbone import EdgeBackbone as EdgeBackbone
-    from edge_backbones.trust import sign_bundle as sign_bundle
+    from edge_backbones.toolchain.build import BuildOptions as BuildOptions
+    from edge_backbones.toolchain.build import build_bundle as build_bundle
+    from edge_backbones.toolchain.sources.load import ModuleSource as ModuleSource
 
 _HOMES = {
     "AutoEdgeBackbone": "edge_backbones.auto",
     "BackboneOutput": "edge_backbones.runtime.backbone",
     "EdgeBackbone": "edge_backbones.runtime.backbone",
-    "Bundle": "edge_backbones.bundle",
+    "Bundle": "edge_backbones.bundle.reader",
     "EdgeBackbonesError": "edge_backbones.errors",
-    "ModuleSource": "edge_backbones.build.sources.load",
-    "BuildOptions": "edge_backbones.build.pipeline",
-    "build_bundle": "edge_backbones.build.pipeline",
-    "compile_bundle": "edge_backbones.build.device",
-    "sign_bundle": "edge_backbones.trust",
-    "verify_bundle": "edge_backbones.build.device",
+    "ModuleSource": "edge_backbones.toolchain.sources.load",
+    "BuildOptions": "edge_backbones.toolchain.build",
+    "build_bundle": "edge_backbones.toolchain.build",
+    "compile_bundle": "edge_backbones.deploy.compile",
+    "sign_bundle": "edge_backbones.bundle.trust",
+    "verify_bundle": "edge_backbones.deploy.verify",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 

@@ -1,5 +1,5 @@
 """``python -m edge_backbones``: the command line."""
 
-from edge_backbones.cli import main
+from edge_backbones.cli.main import main
 
 main()

@@ -19,20 +19,21 @@ import msgspec
 import numpy as np
 
 import edge_backbones
-from edge_backbones.build.artifacts import LoadedBackbone, Progress, no_progress
-from edge_backbones.build.pipeline import BuildOptions, build_bundle
 from edge_backbones.errors import BundleError, CalibrationError, InputError, MissingDependencyError
-from edge_backbones.images import list_images
-from edge_backbones.profiles import DeviceProfile, load_profile
+from edge_backbones.images.fit import list_images
+from edge_backbones.machine.profiles import DeviceProfile, load_profile
+from edge_backbones.machine.system import default_cache
+from edge_backbones.progress import Progress, no_progress
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
-from edge_backbones.system import default_cache
+from edge_backbones.toolchain.artifacts import LoadedBackbone
+from edge_backbones.toolchain.build import BuildOptions, build_bundle
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-    from edge_backbones.build.calibration import ImageSource
+    from edge_backbones.toolchain.calibration.images import ImageSource
 
 CACHE_LIMIT_BYTES = 16 << 30
 _CHOOSE_THE_NETWORK = (
@@ -144,7 +145,7 @@ def _open(
     options = dataclasses.replace(options, precisions=(Precision(engine),))
     progress("loading the network", 0, None)
     try:
-        from edge_backbones.build.sources.load import load_source
+        from edge_backbones.toolchain.sources.load import load_source
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
     profile = None if options.profile is None else load_profile(options.profile)
@@ -169,8 +170,8 @@ def _content_key(
     loaded: LoadedBackbone, options: BuildOptions, profile: DeviceProfile | None, images: ImageSource
 ) -> str:
     """The same for everything that makes the same bundle, wherever its files lie; another for everything else."""
-    from edge_backbones.build.calibrate import read_calibration
-    from edge_backbones.build.sources.common import tensors_sha256
+    from edge_backbones.toolchain.calibration.calibrate import read_calibration
+    from edge_backbones.toolchain.sources.base import tensors_sha256
 
     # What chose the network is in the loaded network; what is left says what is made of it.
     by_value = vars(options).keys() - {*_CHOOSE_THE_NETWORK, *_BY_CONTENT}

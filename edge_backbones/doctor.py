@@ -15,12 +15,16 @@ from pathlib import Path
 
 import msgspec
 
-from edge_backbones.bundle import Bundle
+from edge_backbones.bundle.manifest import EngineRecord, Flavour
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.engines import compat
+from edge_backbones.engines import select as session
+from edge_backbones.engines.openvino import session as openvino
+from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.errors import root_cause
-from edge_backbones.manifest import EngineRecord, Flavour
-from edge_backbones.profiles import RTX_ARCHITECTURES, DeviceProfile, modules_of, profile_of
-from edge_backbones.runtime import compat, cuda, openvino, session, tensorrt_library
-from edge_backbones.system import System, gib, read_system
+from edge_backbones.machine import gpus, hosts
+from edge_backbones.machine.profiles import RTX_ARCHITECTURES, DeviceProfile, modules_of, profile_of
+from edge_backbones.machine.system import System, gib, read_system
 
 _FAST_INT8 = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 _BUILD = ("torch", "timm", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "openvino")
@@ -66,13 +70,13 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     those that load. ``broken``: distributions that are installed and do not load, and why. ``no_gpu``: why there is none."""
 
     system: System
-    host: compat.Host
+    host: hosts.Host
     cores: int
     python: Python
     libraries: Mapping[str, str]
     tensorrt: Mapping[str, str]
     broken: Mapping[str, str] = {}
-    gpus: tuple[cuda.Gpu, ...] = ()
+    gpus: tuple[gpus.Gpu, ...] = ()
     no_gpu: str = ""
 
 
@@ -90,10 +94,10 @@ def look(root: Path = Path("/")) -> Machine:
             openvino.load_library()
         except Exception as error:
             broken["openvino"] = " ".join(str(root_cause(error)).split())[:200]
-    found = cuda.gpus()
+    found = gpus.find_gpus()
     return Machine(
         system=read_system(root),
-        host=compat.this_host(session.installed_versions(), device=0 if found else None),
+        host=session.this_machine(0 if found else None),
         cores=os.cpu_count() or 1,
         python=Python(
             version=platform.python_version(),
@@ -110,7 +114,7 @@ def look(root: Path = Path("/")) -> Machine:
             if (version := tensorrt_library.library_version(flavour)) is not None
         },
         gpus=found,
-        no_gpu=cuda.no_gpu_reason(),
+        no_gpu=gpus.no_gpu_reason(),
     )
 
 
@@ -234,7 +238,7 @@ def _python(machine: Machine) -> Finding:
     return Finding(topic="python", ok=True, found=f"{python.version} ({python.executable}){seen}")
 
 
-def _int8(host: compat.Host) -> Finding:
+def _int8(host: hosts.Host) -> Finding:
     """Without dot-product instructions int8 still runs, at about the speed of fp32."""
     fast = [feature for feature in host.cpu_features if feature in _FAST_INT8]
     found = f"instructions: {', '.join(host.cpu_features) or 'not known on this system'}"

@@ -11,7 +11,7 @@
     ├── CalibrationError
     ├── QuantizationError
     ├── CompileError
-    ├── ParityError
+    ├── ParityError (parity_report.py)
     ├── BundleError
     │   ├── ManifestError
     │   ├── IntegrityError
@@ -36,10 +36,7 @@ import platform
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from edge_backbones.manifest import ParityReport
+from typing import Any
 
 
 class EdgeBackbonesError(Exception):
@@ -105,14 +102,6 @@ class QuantizationError(EdgeBackbonesError):
 
 class CompileError(EdgeBackbonesError):
     """An engine library refused a graph."""
-
-
-class ParityError(EdgeBackbonesError):
-    """A feature map left its gate. ``reports`` hold the figures of every stage, one report per engine that left it."""
-
-    def __init__(self, message: str, *reports: ParityReport) -> None:
-        super().__init__(message)
-        self.reports = reports
 
 
 class BundleError(EdgeBackbonesError):

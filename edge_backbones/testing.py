@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_backbones import golden as golden_file
-from edge_backbones.build.compile import engine_key
-from edge_backbones.build.parity import compare
-from edge_backbones.bundle import Bundle, new_bundle, record_bytes, record_file, write_manifest
-from edge_backbones.images import ImageConfig
-from edge_backbones.manifest import EngineRecord, GoldenRecord, Manifest, ParityReport, Provenance, Source
-from edge_backbones.runtime.openvino import compile_model, load_library
-from edge_backbones.runtime.promises import DEFAULT_GATES
+from edge_backbones.bundle import golden as golden_file
+from edge_backbones.bundle.manifest import EngineRecord, GoldenRecord, Manifest, Provenance, Source
+from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.deploy.parity import compare
+from edge_backbones.engines.compile import engine_key
+from edge_backbones.engines.openvino.session import compile_model, load_library
+from edge_backbones.engines.promises import DEFAULT_GATES
+from edge_backbones.images.fit import ImageConfig
+from edge_backbones.parity_report import ParityReport
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
 
 SPEC = BackboneSpec(

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_backbones import child
-from edge_backbones.build import device
-from edge_backbones.errors import CompileError, ParityError
-from edge_backbones.manifest import Gate, ParityReport
+from edge_backbones.deploy import compile as device
+from edge_backbones.deploy import parity, verify
+from edge_backbones.errors import CompileError
+from edge_backbones.machine import child
+from edge_backbones.parity_report import Gate, ParityError, ParityReport
 from edge_backbones.spec import Precision
 
 
@@ -100,5 +101,5 @@ def engine_ends_by_signal(path: str, *, in_process: bool, progress: Callable[...
     def ended(*_: Any, **__: Any) -> Any:
         os.kill(os.getpid(), signal.SIGSEGV)
 
-    device.measure_engine = ended
-    device.verify_bundle(path, in_process=True, progress=progress)
+    parity.measure_engine = ended
+    verify.verify_bundle(path, in_process=True, progress=progress)

@@ -28,14 +28,14 @@ def _cache_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions that start a process of their own run here: for tests that replace what they call."""
-    from edge_backbones import child
+    from edge_backbones.machine import child
 
     def run_here(
         function: str,
         arguments: Sequence[Any],
         options: Mapping[str, Any],
         *,
-        progress: Callable[..., None] | None,
+        progress: Callable[..., None] | None = None,
         **_: Any,
     ) -> Any:
         module, _, name = function.partition(":")
@@ -61,5 +61,5 @@ def _signal_stack_is_mapped() -> Iterator[None]:
     with open("/proc/self/maps") as maps:
         spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
     assert not stack.address or any(start <= stack.address < end for start, end in spans), (
-        "the signal stack of this thread is not mapped: use edge_backbones.runtime.openvino.core, not a Core of your own"
+        "the signal stack of this thread is not mapped: use edge_backbones.engines.openvino.session.core, not a Core of your own"
     )

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_backbones.bundle import Bundle, record_bytes, write_manifest
-from edge_backbones.manifest import GraphRecord
+from edge_backbones.bundle.manifest import GraphRecord
+from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
 

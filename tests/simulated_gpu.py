@@ -19,9 +19,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from edge_backbones.runtime import compat, cuda, tensorrt_library
-from edge_backbones.runtime.device_arrays import ForeignArray
-from edge_backbones.runtime.tensorrt import TensorRtSession
+from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.gpu.arrays import ForeignArray
+from edge_backbones.engines.tensorrt import library as tensorrt_library
+from edge_backbones.engines.tensorrt.session import TensorRtSession
+from edge_backbones.machine import gpus, hosts
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import SPEC, pooled, pooling_input
 from tests.simulated_builder import GRAPH
@@ -624,11 +626,11 @@ class Machine:
     def __init__(self, monkeypatch) -> None:
         self.gpu = NumpyGpu()
         self.library = NumpyTensorRt(self.gpu)
-        self.described = cuda.Gpu(0, "Numpy GPU", "sm_90", 1 << 30, "13.0", 1, False)
+        self.described = gpus.Gpu(0, "Numpy GPU", "sm_90", 1 << 30, "13.0", 1, False)
         self.memory = cuda.Memory(0, cuda.CudaBindings(0, self.gpu))
-        for module in (cuda, compat):
+        for module in (gpus, hosts):
             monkeypatch.setattr(module, "no_gpu_reason", lambda: "")
-            monkeypatch.setattr(module, "gpus", lambda: (self.described,))
+            monkeypatch.setattr(module, "find_gpus", lambda: (self.described,))
         monkeypatch.setattr(cuda, "open_memory", lambda device, backend=None: self.memory)
         monkeypatch.setattr(tensorrt_library, "load_library", lambda flavour: self.library)
 

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import onnx
 
-from edge_backbones.bundle import Bundle, record_bytes, write_manifest
+from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
 from tests.graphs import bundle_with_graph, pooling_graph, with_graph
 
 Trap = Callable[[Bundle, Path], object]

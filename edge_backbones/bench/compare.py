@@ -26,18 +26,19 @@ from typing import IO, Any, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from edge_backbones import trust
 from edge_backbones.bench import energy
 from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, load_network
 from edge_backbones.bench.results import FEWEST_TURNS, Comparison, Machine, Measurement, ratio_of
-from edge_backbones.build.artifacts import Progress, no_progress
-from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.bundle import trust
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.engines import select as session
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, MissingDependencyError
-from edge_backbones.images import fit, list_images, open_image, to_input
-from edge_backbones.runtime import compat, cuda, session
+from edge_backbones.images.fit import fit, list_images, open_image, to_input
+from edge_backbones.machine import gpus, hosts
+from edge_backbones.machine.system import settings
+from edge_backbones.progress import Progress, no_progress
 from edge_backbones.runtime.backbone import parse_device
 from edge_backbones.spec import Precision
-from edge_backbones.system import settings
 
 _MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # what a peer imports, where that is not its name
 _INSTALL = {
@@ -112,7 +113,7 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
     options = options or CompareOptions()
     bundle, _ = trust.admit(Bundle.open(path))
     kind, gpu = parse_device(options.device)
-    host = compat.this_host(session.installed_versions(), device=gpu)
+    host = session.this_machine(gpu)
     engine = session.choose_engine(bundle, host, options.engine, device=kind, allow_host_code=options.allow_host_code)
     with tempfile.TemporaryDirectory(prefix="edge-backbones-bench-") as work:
         tasks: dict[str, Task] = {}
@@ -319,8 +320,8 @@ def _fp32_graph(bundle: Bundle, work: Path, progress: Progress) -> _Graph:
         return _Graph(bundle.path / held.file.path, exact=True)
     progress("exporting the network in fp32", 0, None)
     try:
-        from edge_backbones.build.export import export_onnx
-        from edge_backbones.build.prepare import prepare
+        from edge_backbones.toolchain.export import export_onnx
+        from edge_backbones.toolchain.prepare import prepare
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"exporting the network in fp32 ({error.name} is not installed)", "build"
@@ -403,10 +404,10 @@ def _measurement(name: str, what: str, start: Start, turns: Sequence[Calls]) -> 
 
 def this_machine(*, root: Path = Path("/"), repository: Path | None = None) -> Machine:
     """This machine. ``repository``: a git checkout whose commit is recorded."""
-    host = compat.this_host({})
+    host = hosts.this_host({})
     gpu_clocks: dict[str, str] = {}
     try:
-        gpu = next((f"{g.name} ({g.architecture}), driver for CUDA {g.driver}" for g in cuda.gpus()), None)
+        gpu = next((f"{g.name} ({g.architecture}), driver for CUDA {g.driver}" for g in gpus.find_gpus()), None)
         gpu_clocks = energy.gpu_settings()
     except EdgeBackbonesError as error:
         gpu = str(error)

@@ -19,14 +19,14 @@ import msgspec
 import numpy as np
 
 from edge_backbones.bench import energy
-from edge_backbones.build.artifacts import LoadedBackbone
-from edge_backbones.build.compile import compile_engine
-from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino.session import OpenVinoSession, load_library
 from edge_backbones.errors import EdgeBackbonesError, InputError, first_line
-from edge_backbones.images import network_input
+from edge_backbones.images.fit import network_input
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.openvino import OpenVinoSession, load_library
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.artifacts import LoadedBackbone
 
 Call: TypeAlias = Callable[[np.ndarray], Sequence[Any]]
 
@@ -140,7 +140,7 @@ def torchscript(bundle: Bundle, task: Task) -> Loaded:
 
 
 def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
-    from edge_backbones.build.onnx_runtime import onnxruntime as library
+    from edge_backbones.toolchain.onnx_runtime import onnxruntime as library
 
     options = library.SessionOptions()
     options.intra_op_num_threads = task.threads
@@ -224,8 +224,8 @@ def _network(bundle: Bundle, task: Task) -> tuple[Any, Any]:
 
 def load_network(bundle: Bundle) -> LoadedBackbone:
     """The bundle's network as its library makes it, with random weights: they do not decide how fast it is."""
-    from edge_backbones.build.sources.common import SourceOptions
-    from edge_backbones.build.sources.load import load_source
+    from edge_backbones.toolchain.sources.base import SourceOptions
+    from edge_backbones.toolchain.sources.load import load_source
 
     source, spec, input = bundle.manifest.source, bundle.manifest.backbone, bundle.manifest.input
     if source.library == "torch":
@@ -325,8 +325,8 @@ def _start(task: Task) -> tuple[Call, np.ndarray, Start]:
 
 def _parity(call: Call, bundle: Bundle, golden: dict[str, np.ndarray]) -> tuple[float, float]:
     """The worst image of the golden samples of opt size, over all feature maps."""
-    from edge_backbones.build.parity import compare
-    from edge_backbones.manifest import Gate
+    from edge_backbones.deploy.parity import compare
+    from edge_backbones.parity_report import Gate
 
     input, names = bundle.manifest.input, bundle.manifest.backbone.out_features
     outputs = bundle.manifest.backbone.outputs

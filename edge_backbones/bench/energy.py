@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_backbones.runtime import cuda
-from edge_backbones.system import is_jetson
+from edge_backbones.machine import gpus
+from edge_backbones.machine.system import is_jetson
 
 _SAMPLES_PER_SECOND = 20
 _INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")  # what Jetson boards call the input of the whole module
@@ -126,7 +126,7 @@ def device_memory_mb(device: str) -> float | None:
     if library is None:
         return None
     try:
-        handle = _handle(library, cuda.gpus()[int(device.partition(":")[2] or 0)])
+        handle = _handle(library, gpus.find_gpus()[int(device.partition(":")[2] or 0)])
         return float(library.nvmlDeviceGetMemoryInfo(handle).used) / 1e6
     except library.NVMLError:
         return None  # a Jetson's GPU, which has no memory of its own
@@ -134,8 +134,8 @@ def device_memory_mb(device: str) -> float | None:
 
 def gpu_settings() -> dict[str, str]:
     """Clocks and power limit of the first GPU that this process may use, as far as NVML shows them."""
-    library, gpus = _nvml(), cuda.gpus()
-    if library is None or not gpus:
+    library, there = _nvml(), gpus.find_gpus()
+    if library is None or not there:
         return {}
     asked: dict[str, Callable[[Any], float]] = {
         "GPU MHz now": lambda gpu: library.nvmlDeviceGetClockInfo(gpu, library.NVML_CLOCK_SM),
@@ -146,11 +146,11 @@ def gpu_settings() -> dict[str, str]:
     found = {}
     for name, ask in asked.items():
         with contextlib.suppress(library.NVMLError):  # not every GPU has every sensor
-            found[name] = f"{ask(_handle(library, gpus[0])):.0f}"
+            found[name] = f"{ask(_handle(library, there[0])):.0f}"
     return found
 
 
-def _handle(library: Any, gpu: cuda.Gpu) -> Any:
+def _handle(library: Any, gpu: gpus.Gpu) -> Any:
     """NVML's own order is not CUDA's, and it does not know CUDA_VISIBLE_DEVICES: the bus address is the same in both."""
     return library.nvmlDeviceGetHandleByPciBusId(gpu.bus_address.encode())
 

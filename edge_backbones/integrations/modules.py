@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
 
-from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.difference import relative_error
 from edge_backbones.errors import ClientMismatchError, InputError, first_line
 from edge_backbones.runtime.backbone import EdgeBackbone

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BackboneOutput
 
+from edge_backbones.bundle.manifest import Source
 from edge_backbones.errors import ClientMismatchError
 from edge_backbones.integrations.clients import find_backbone, is_backbone
 from edge_backbones.integrations.modules import EngineModule, open_for_client
-from edge_backbones.manifest import Source
 from edge_backbones.runtime.backbone import BackboneConfig, EdgeBackbone
 
 _BEFORE_5_1 = importlib.util.find_spec("transformers.backbone_utils") is None

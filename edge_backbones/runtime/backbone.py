@@ -15,13 +15,14 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from edge_backbones import trust
-from edge_backbones.bundle import Bundle, read_current
+from edge_backbones.bundle import trust
+from edge_backbones.bundle.manifest import EngineRecord, Source
+from edge_backbones.bundle.reader import Bundle, read_current
+from edge_backbones.engines import base
+from edge_backbones.engines import select as session
+from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu, refuse_views, stream_pointer
+from edge_backbones.engines.gpu.memory import MemoryBackend
 from edge_backbones.errors import BundleError, EngineMismatchError, InputError, first_line, lack_told, refuse_lack
-from edge_backbones.manifest import EngineRecord, Source
-from edge_backbones.runtime import compat, session
-from edge_backbones.runtime.cuda import MemoryBackend
-from edge_backbones.runtime.device_arrays import from_foreign, is_on_gpu, refuse_views, stream_pointer
 from edge_backbones.spec import BackboneSpec, InputSpec, align_stages
 
 
@@ -206,7 +207,7 @@ class EdgeBackbone:
         self,
         spec: BackboneSpec,
         input: InputSpec,
-        engine: session.EngineSession,
+        engine: base.EngineSession,
         source: Source | None = None,
         *,
         device: str = "cpu",
@@ -262,7 +263,7 @@ class EdgeBackbone:
         takes less than 1 % of a call of mobilenetv3_large_100 on one image of 224 x 224.
 
         ``trusted``: the PEM file of a public key, or several, or a folder of them: the bundle must be signed by one (see
-        :mod:`edge_backbones.trust`), as it must be where the machine or the user has such a folder. Engines that were added
+        :mod:`edge_backbones.bundle.trust`), as it must be where the machine or the user has such a folder. Engines that were added
         since and that this machine did not make are passed over.
 
         Raises BundleError for a damaged bundle, TrustError (a BundleError) for one that is not signed as asked,
@@ -279,7 +280,7 @@ class EdgeBackbone:
 
         refused: dict[str, str] = {}
 
-        def open_engine(bundle: Bundle) -> tuple[EngineRecord, session.EngineSession]:
+        def open_engine(bundle: Bundle) -> tuple[EngineRecord, base.EngineSession]:
             nonlocal refused
             bundle, refused = trust.admit(bundle, trusted)
             try:
@@ -300,13 +301,13 @@ class EdgeBackbone:
             )
             return record, opened
 
-        host = compat.this_host(session.installed_versions(), device=gpu)
+        host = session.this_machine(gpu)
         try:
             bundle, (record, opened) = read_current(path, open_engine)
         except EngineMismatchError:
             if on_mismatch == "raise" or (gpu is not None and host.gpu is None):
                 raise
-            session.compile_here(path, host, engine, device=gpu, allow_host_code=allow_host_code)
+            session.compile_here(path, engine, device=gpu, allow_host_code=allow_host_code)
             bundle, (record, opened) = read_current(path, open_engine)
         place = "cpu" if gpu is None else f"cuda:{gpu}"
         manifest = bundle.manifest

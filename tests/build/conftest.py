@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_backbones.build import parity
-from edge_backbones.build.pipeline import BuildOptions, BuildResult, build_bundle
+from edge_backbones.deploy import parity
 from edge_backbones.spec import Precision, ShapeRange
+from edge_backbones.toolchain.build import BuildOptions, BuildResult, build_bundle
 
 FP32 = {"weights": "random:0", "precisions": (Precision.FP32,), "cache": None}
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from edge_backbones.build.artifacts import LoadedBackbone
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.timm import load_timm
-from edge_backbones.images import ImageConfig
-from edge_backbones.manifest import Source
+from edge_backbones.bundle.manifest import Source
+from edge_backbones.images.fit import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
+from edge_backbones.toolchain.artifacts import LoadedBackbone
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.timm import load_timm
 
 PLAIN = ImageConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 

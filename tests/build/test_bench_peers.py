@@ -15,8 +15,8 @@ from edge_backbones import BuildOptions, build_bundle
 from edge_backbones.bench.compare import PEERS, CompareOptions, compare, read_images
 from edge_backbones.bench.contender import MAKERS, Task
 from edge_backbones.bench.results import Comparison
-from edge_backbones.bundle import Bundle, load_golden
-from edge_backbones.manifest import Manifest
+from edge_backbones.bundle.manifest import Manifest
+from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
 
@@ -97,7 +97,7 @@ def test_photographs_become_inputs(cnn, vit, photograph_folder):
 
 def test_the_command_line_compares_stores_and_notices_lost_ground(cnn, tmp_path):
     def run(*arguments) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "edge_backbones.cli", "bench", cnn.bundle.path, *arguments]
+        command = [sys.executable, "-m", "edge_backbones.cli.main", "bench", cnn.bundle.path, *arguments]
         quick = ("--turns", "6", "--seconds", "0", "--threads", "1")
         return subprocess.run([*map(str, command), *quick], capture_output=True, text=True, check=False)
 

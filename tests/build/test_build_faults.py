@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from edge_backbones.build.pipeline import BuildOptions, build_bundle
-from edge_backbones.build.sources.load import ModuleSource
-from edge_backbones.bundle import Bundle
+from edge_backbones.bundle.onnx_gate import graph_fault
+from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import BundleError
-from edge_backbones.onnx_gate import graph_fault
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.sources.load import ModuleSource
 from tests.faults import failing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the operations and limits are those of Linux")

@@ -28,10 +28,11 @@ from PIL import Image
 from build_scripts import build_matrix as module
 from build_scripts.build_matrix import Ending, Task, build_matrix, read_matrix, tasks_of
 from edge_backbones import Bundle, EdgeBackbone
-from edge_backbones.bundle import record_bytes
+from edge_backbones.bundle.manifest import EngineRecord
+from edge_backbones.bundle.reader import record_bytes
 from edge_backbones.errors import EdgeBackbonesError, InputError, MissingDependencyError
-from edge_backbones.manifest import EngineRecord, Gate
-from edge_backbones.profiles import load_profile
+from edge_backbones.machine.profiles import load_profile
+from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.testing import make_bundle
 

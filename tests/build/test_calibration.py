@@ -20,18 +20,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from edge_backbones.build import calibrate as calibrate_module
-from edge_backbones.build import choose, ranges
-from edge_backbones.build.artifacts import ExportedGraph, no_progress
-from edge_backbones.build.calibrate import Feed, calibrate, check_fits
-from edge_backbones.build.calibration import ImageSet, gather_images, halves, split, stand_ins
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.pipeline import BuildOptions, BuildResult, build_bundle
-from edge_backbones.build.prepare import prepare
+from edge_backbones.bundle.manifest import CalibrationFile
 from edge_backbones.errors import CalibrationError, InputError, QuantizationError
-from edge_backbones.images import fit, open_image, to_input
-from edge_backbones.manifest import CalibrationFile, Gate
+from edge_backbones.images.fit import fit, open_image, to_input
+from edge_backbones.parity_report import Gate
+from edge_backbones.progress import no_progress
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.artifacts import ExportedGraph
+from edge_backbones.toolchain.build import BuildOptions, BuildResult, build_bundle
+from edge_backbones.toolchain.calibration import calibrate as calibrate_module
+from edge_backbones.toolchain.calibration import noise as choose
+from edge_backbones.toolchain.calibration import ranges
+from edge_backbones.toolchain.calibration.calibrate import Feed, calibrate, check_fits
+from edge_backbones.toolchain.calibration.images import ImageSet, gather_images, halves, split, stand_ins
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
 
 FLOATS = networks.input_spec(48, 64)
 FRAMES = networks.input_spec(48, 64, name="image")
@@ -622,7 +625,7 @@ def test_golden_images_that_an_earlier_build_calibrated_on_are_said(int8, quiet,
 @pytest.fixture
 def one_loud(quiet, monkeypatch) -> np.ndarray:
     """One image of 24 drives values beyond fp16; it is none of the eight that are run again and again."""
-    monkeypatch.setattr("edge_backbones.build.calibrate._PIXELS", 0)
+    monkeypatch.setattr("edge_backbones.toolchain.calibration.calibrate._PIXELS", 0)
     calibrating = split(24, 2)[0]
     assert 13 in calibrating
     assert 13 not in stand_ins(calibrating, (), 8)

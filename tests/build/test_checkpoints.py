@@ -16,11 +16,11 @@ from timm.utils import ModelEmaV2
 from torch.optim.swa_utils import AveragedModel
 
 from build_scripts.write_networks import TARGET, described
-from edge_backbones.build.sources.checkpoints import common_prefix, flat_tensors, learned_shapes, stage_spelling
-from edge_backbones.build.sources.common import SourceOptions, read_checkpoint
-from edge_backbones.build.sources.nearest import nearest
-from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.errors import SourceError
+from edge_backbones.toolchain.sources.base import SourceOptions, read_checkpoint
+from edge_backbones.toolchain.sources.checkpoints import common_prefix, flat_tensors, learned_shapes, stage_spelling
+from edge_backbones.toolchain.sources.nearest import nearest
+from edge_backbones.toolchain.sources.timm import load_timm
 
 HEIGHT, WIDTH = 64, 96
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from build_scripts.photographs import write_crops
-from edge_backbones.bundle import Bundle
+from edge_backbones.bundle.reader import Bundle
 
 SMALL = ("--weights", "random:0", "--size", "64x96", "--no-torchscript")
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "edge_backbones.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "edge_backbones.cli.main", *map(str, arguments)]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:

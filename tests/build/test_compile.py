@@ -14,9 +14,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edge_backbones.build import compile as compiler
+from edge_backbones.engines import compile as compiler
+from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.errors import CompileError, EngineMismatchError, MissingDependencyError
-from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.spec import Precision
 
 
@@ -179,7 +179,7 @@ def test_without_openvino_the_message_is_the_install_command(monkeypatch):
 CLOSED_IN_ANOTHER_ORDER = """
 import os, signal, sys, time
 from pathlib import Path
-from edge_backbones.runtime.openvino import OpenVinoSession, compile_model, read_model
+from edge_backbones.engines.openvino.session import OpenVinoSession, compile_model, read_model
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 blob = compile_model(read_model(Path(sys.argv[1]).read_bytes()))

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_backbones.engines.gpu import arrays as device_arrays
+from edge_backbones.engines.gpu.arrays import ForeignArray, from_foreign, is_on_gpu
 from edge_backbones.errors import InputError
-from edge_backbones.runtime import device_arrays
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.device_arrays import ForeignArray, from_foreign, is_on_gpu
 from edge_backbones.testing import SPEC, NumpySession, pooled, pooling_input
 
 CPU = 1

@@ -17,26 +17,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_backbones import (
-    BuildOptions,
-    Bundle,
-    EdgeBackbone,
-    build_bundle,
-    child,
-    cli,
-    compile_bundle,
-    doctor,
-    verify_bundle,
-)
-from edge_backbones.build import device as module
-from edge_backbones.build.compile import compile_engine
-from edge_backbones.build.tensorrt import PlanOptions
-from edge_backbones.bundle import write_manifest
-from edge_backbones.errors import BundleError, CompileError, EngineMismatchError, OutOfMemoryError, ParityError
-from edge_backbones.manifest import Gate, ParityReport
-from edge_backbones.profiles import load_profile
-from edge_backbones.runtime import compat, session
-from edge_backbones.runtime.cuda import Gpu
+from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, compile_bundle, doctor, verify_bundle
+from edge_backbones.bundle.reader import write_manifest
+from edge_backbones.cli import main as cli
+from edge_backbones.deploy import compile as module
+from edge_backbones.deploy import parity, timing
+from edge_backbones.engines import select as session
+from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.tensorrt.compile import PlanOptions
+from edge_backbones.errors import BundleError, CompileError, EngineMismatchError, OutOfMemoryError
+from edge_backbones.machine import child, hosts
+from edge_backbones.machine.gpus import Gpu
+from edge_backbones.machine.profiles import load_profile
+from edge_backbones.parity_report import Gate, ParityError, ParityReport
 from edge_backbones.spec import Precision
 
 pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
@@ -82,7 +75,7 @@ def planted(monkeypatch, **milliseconds: float) -> list[list[str]]:
             opener().close()  # it loads
         return [milliseconds[record.key.precision.value] for record in records]
 
-    monkeypatch.setattr(module, "time_engines", measure)
+    monkeypatch.setattr(timing, "time_engines", measure)
     return together
 
 
@@ -151,7 +144,7 @@ def test_a_compilation_that_was_killed_goes_on_behind_what_it_finished(bundle):
         RUN_APART("apart_functions:second_engine_is_killed", (str(bundle),), {})
     [finished] = Bundle.open(bundle).manifest.engines
     Bundle.open(bundle).check_files()
-    RUN_APART("edge_backbones.build.device:compile_bundle", (str(bundle),), {"resume": True})
+    RUN_APART("edge_backbones.deploy.compile:compile_bundle", (str(bundle),), {"resume": True})
     assert names(bundle) == expected
     assert finished.name in names(bundle)
     assert finished.file in [engine.file for engine in Bundle.open(bundle).manifest.engines]
@@ -200,7 +193,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from edge_backbones import compile_bundle
-from edge_backbones.build import device
+from edge_backbones.deploy import compile as device
 from edge_backbones.errors import BundleError
 compiled = []
 device.compile_engine = lambda *_, **__: compiled.append(1)
@@ -268,8 +261,8 @@ def test_what_serves_a_machine(monkeypatch, gpu, board, versions, expected):
     if gpu is not None:
         name, architecture, gib, integrated = gpu
         found = Gpu(0, name, architecture, int(gib * 2**30), "13.0", 8, integrated)
-    host = compat.Host("aarch64", (), "cpu", dict.fromkeys(versions, "10.3.0"), found)
-    monkeypatch.setattr(compat, "this_host", lambda *_, **__: host)
+    host = hosts.Host("aarch64", (), "cpu", dict.fromkeys(versions, "10.3.0"), found)
+    monkeypatch.setattr(hosts, "this_host", lambda *_, **__: host)
     monkeypatch.setattr(module, "board_name", lambda: board)
     flavour, profile = module.flavour_here()
     assert (flavour, profile and profile.name) == expected
@@ -287,10 +280,10 @@ def test_what_serves_a_machine(monkeypatch, gpu, board, versions, expected):
 )
 def test_the_profile_where_a_flavour_is_given(monkeypatch, flavour, targets, expected):
     found = Gpu(0, "NVIDIA GeForce RTX 4090", "sm_89", 24 << 30, "13.0", 128, False)
-    monkeypatch.setattr(compat, "this_host", lambda *_, **__: compat.Host("x86_64", (), "cpu", {}, found))
+    monkeypatch.setattr(hosts, "this_host", lambda *_, **__: hosts.Host("x86_64", (), "cpu", {}, found))
     profile = module.profile_here(flavour, targets)
     assert (profile and profile.name) == expected
-    monkeypatch.setattr(compat, "this_host", lambda *_, **__: compat.Host("x86_64", (), "cpu", {}))
+    monkeypatch.setattr(hosts, "this_host", lambda *_, **__: hosts.Host("x86_64", (), "cpu", {}))
     assert module.profile_here(flavour, targets) is None
 
 
@@ -317,8 +310,8 @@ def test_the_command_line_compiling_on_the_spot_and_the_doctor_agree(monkeypatch
     """TensorRT 10.0 beside TensorRT-RTX on sm_89, say: who compiles for this GPU is decided in one place."""
     gpu = Gpu(0, "a GPU", architecture, 24 << 30, "13.0", 128, False)
     versions = {name: it for name, it in (("tensorrt", tensorrt), ("tensorrt_rtx", rtx)) if it}
-    host = compat.Host("x86_64", (), "cpu", versions, gpu)
-    monkeypatch.setattr(compat, "this_host", lambda *_, **__: host)
+    host = hosts.Host("x86_64", (), "cpu", versions, gpu)
+    monkeypatch.setattr(hosts, "this_host", lambda *_, **__: host)
     monkeypatch.setattr(module, "board_name", lambda: "")
     makes_plans = tensorrt in ("10.3.0", "11.4.0")
     expected = "tensorrt" if makes_plans else "tensorrt_rtx" if rtx and architecture == "sm_89" else "openvino"
@@ -336,8 +329,8 @@ def test_the_command_line_compiling_on_the_spot_and_the_doctor_agree(monkeypatch
 
 def test_a_tensorrt_too_old_for_plans_is_passed_over(monkeypatch):
     """JetPack 6.0: the command line says what to upgrade, and compiles for the CPU where it can."""
-    host = compat.Host("aarch64", (), "cpu", {"tensorrt": "8.6.2", "openvino": "2026.4.1"}, ORIN, jetson=True)
-    monkeypatch.setattr(compat, "this_host", lambda *_, **__: host)
+    host = hosts.Host("aarch64", (), "cpu", {"tensorrt": "8.6.2", "openvino": "2026.4.1"}, ORIN, jetson=True)
+    monkeypatch.setattr(hosts, "this_host", lambda *_, **__: host)
     flavour, profile = module.flavour_here()
     assert (flavour, profile.name) == ("openvino", "cpu")
 
@@ -564,8 +557,8 @@ def test_the_command_for_an_engine_that_the_bundle_lacks_compiles_its_graph(bund
 def test_an_engine_for_a_board_is_compiled_on_the_board(bundle, monkeypatch, capsys, gpu, flavour):
     """And nothing else is advised on a workstation, with a GPU of its own or without one."""
     no_gpu = "" if gpu else "no NVIDIA driver (libcuda.so.1 is missing)"
-    host = compat.Host("x86_64", (), "cpu", {"tensorrt": "10.3.0", "openvino": "2026.4.1"}, gpu, no_gpu)
-    monkeypatch.setattr(compat, "this_host", lambda *_, **__: host)
+    host = hosts.Host("x86_64", (), "cpu", {"tensorrt": "10.3.0", "openvino": "2026.4.1"}, gpu, no_gpu)
+    monkeypatch.setattr(hosts, "this_host", lambda *_, **__: host)
     assert cli._run(["compile", str(bundle), "--profile", "jetson-orin-nano", *flavour]) == 1
     told = " ".join(capsys.readouterr().err.split())
     here = "has NVIDIA GeForce RTX 4090, sm_89" if gpu else "has none (no NVIDIA driver (libcuda.so.1 is missing))"
@@ -617,7 +610,7 @@ def test_an_engine_that_another_process_took_out_while_it_was_timed_is_no_failur
         Bundle.open(bundle).remove_engine(taken)
         return [1.0] * len(engines)
 
-    monkeypatch.setattr(module, "time_engines", measure)
+    monkeypatch.setattr(timing, "time_engines", measure)
     [added] = compile_bundle(bundle, precisions=(Precision.FP32,), progress=lambda step, *_: said.append(step)).engines
     assert any(step.startswith("not timed: ") and "another process took" in step for step in said)
     assert names(bundle) == [added.name]
@@ -631,7 +624,7 @@ def test_two_whose_engines_differ_do_not_disturb_each_other(bundle, monkeypatch)
         return dataclasses.replace(engine, data=engine.data + bytes([threading.get_ident() % 251]))
 
     monkeypatch.setattr(module, "compile_engine", compile_one)
-    monkeypatch.setattr(module, "measure_engine", lambda key, *_, **__: passing(bundle, key.precision))
+    monkeypatch.setattr(parity, "measure_engine", lambda key, *_, **__: passing(bundle, key.precision))
     for _ in range(3):
         with ThreadPoolExecutor(2) as pool:
             both = [pool.submit(compile_bundle, bundle) for _ in range(2)]
@@ -660,14 +653,14 @@ def test_an_engine_of_the_bundle_that_was_here_before_is_refused(bundle, tmp_pat
 
 
 def test_an_engine_that_fails_when_it_is_measured_keeps_no_other_back(bundle, monkeypatch):
-    measure = module.measure_engine
+    measure = parity.measure_engine
 
     def fails(key, *rest, **more):
         if key.precision is Precision.FP16:
             raise OutOfMemoryError("cuda:0 has no 3.0 GB left")
         return measure(key, *rest, **more)
 
-    monkeypatch.setattr(module, "measure_engine", fails)
+    monkeypatch.setattr(parity, "measure_engine", fails)
     said = []
     [added] = compile_bundle(bundle, progress=lambda step, *_: said.append(step)).engines
     assert added.key.precision is Precision.FP32

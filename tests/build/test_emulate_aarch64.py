@@ -9,8 +9,8 @@ import pytest
 
 from build_scripts import emulate_aarch64 as module
 from build_scripts.emulate_aarch64 import EmulationError
-from edge_backbones.manifest import Gate
-from edge_backbones.runtime.compat import cpu_features
+from edge_backbones.machine.hosts import cpu_features
+from edge_backbones.parity_report import Gate
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux alone")
 

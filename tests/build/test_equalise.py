@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from edge_backbones.build import equalise
-from edge_backbones.build.choose import Sample, choose_factors, noise_of_blocks
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.quantize import quantized_layers, tensors_to_calibrate
-from edge_backbones.build.ranges import collect_magnitudes, find_ranges
 from edge_backbones.errors import CalibrationError
+from edge_backbones.toolchain.calibration.noise import Sample, choose_factors, noise_of_blocks
+from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.quantize import equalise
+from edge_backbones.toolchain.quantize.qdq import quantized_layers, tensors_to_calibrate
 
 
 def with_loud_channels(name: str, **options):

@@ -19,18 +19,19 @@ from onnx import numpy_helper
 from openvino import opset13 as ops
 from PIL import Image
 
-from edge_backbones.build import cpu_graph, explain
-from edge_backbones.build.artifacts import ExportedGraph
-from edge_backbones.build.compile import compile_engine
-from edge_backbones.build.device import explain_bundle, verify_bundle
-from edge_backbones.build.explain import allowed_noise
-from edge_backbones.build.parity import measure_engine
-from edge_backbones.build.pipeline import BuildOptions, build_bundle
-from edge_backbones.build.quantize import write_typed_graph
-from edge_backbones.bundle import Bundle, load_golden, record_bytes, record_file, write_manifest
-from edge_backbones.errors import ParityError
-from edge_backbones.manifest import EngineRecord, Gate, ParityReport
+from edge_backbones.bundle.manifest import EngineRecord
+from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes, record_file, write_manifest
+from edge_backbones.deploy.parity import measure_engine
+from edge_backbones.deploy.verify import verify_bundle
+from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino import int8_graph as cpu_graph
+from edge_backbones.parity_report import Gate, ParityError, ParityReport
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain import explain
+from edge_backbones.toolchain.artifacts import ExportedGraph
+from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.explain import allowed_noise, explain_bundle
+from edge_backbones.toolchain.quantize.qdq import write_typed_graph
 
 pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
 
@@ -312,7 +313,7 @@ def test_noise_that_a_gate_allows(gate, noise):
 
 
 def verify(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edge_backbones.cli", "verify", *map(str, arguments)]
+    command = [sys.executable, "-m", "edge_backbones.cli.main", "verify", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from edge_backbones.build.export import (
+from edge_backbones.errors import ExportError, SourceError
+from edge_backbones.spec import Precision
+from edge_backbones.toolchain.export import (
     OPSET,
     check_onnx,
     check_torchscript,
@@ -23,10 +25,8 @@ from edge_backbones.build.export import (
     golden_samples,
     zero_stages,
 )
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.torchscript import trace_torchscript
-from edge_backbones.errors import ExportError, SourceError
-from edge_backbones.spec import Precision
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.trace import trace_torchscript
 
 ROUNDING = 1e-5
 SMALLER = {

@@ -17,15 +17,17 @@ from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, com
 from edge_backbones.bench import contender
 from edge_backbones.bench.compare import CompareOptions, compare
 from edge_backbones.bench.contender import Task
-from edge_backbones.build import pipeline, torch_tensorrt
-from edge_backbones.build.artifacts import no_progress
-from edge_backbones.build.prepare import prepare
-from edge_backbones.bundle import record_bytes, write_manifest
-from edge_backbones.cli import _run
+from edge_backbones.bundle.reader import record_bytes, write_manifest
+from edge_backbones.cli.main import _run
+from edge_backbones.engines import select as session
 from edge_backbones.errors import CompileError, EngineMismatchError, InputError
-from edge_backbones.profiles import load_profile
-from edge_backbones.runtime import cuda, session
+from edge_backbones.machine import gpus
+from edge_backbones.machine.profiles import load_profile
+from edge_backbones.progress import no_progress
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain import build as pipeline
+from edge_backbones.toolchain import torch_tensorrt
+from edge_backbones.toolchain.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
 
@@ -134,7 +136,7 @@ def test_what_cannot_be_compiled_here_leaves_nothing(built, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="leave torchscript=True"):
         BuildOptions(flavours=("torchscript",), torchscript=False)
-    if not cuda.gpus():
+    if not gpus.find_gpus():
         target = tmp_path / "t.bundle"
         with pytest.raises(
             CompileError, match="torch_tensorrt compiles on the GPU that will run the engine: no NVIDIA"
@@ -146,14 +148,14 @@ def test_what_cannot_be_compiled_here_leaves_nothing(built, tmp_path, capsys):
 @pytest.mark.parametrize(("program", "suffix"), [("torchscript", ".ts"), ("exported_program", ".pt2")])
 def test_torch_tensorrt_writes_the_program_that_was_asked_for(monkeypatch, program, suffix):
     """What comes of the options where a GPU is; the GPU and torch_tensorrt are made up."""
-    gpu = cuda.Gpu(1, "Made-up", "sm_87", 1 << 30, "12.6", 8, integrated=True)
+    gpu = gpus.Gpu(1, "Made-up", "sm_87", 1 << 30, "12.6", 8, integrated=True)
     asked = []
 
     def compiled(module, input, **options):
         asked.append(options)
         return options["output_format"].encode()
 
-    monkeypatch.setattr(cuda, "gpus", lambda: [gpu])
+    monkeypatch.setattr(gpus, "find_gpus", lambda: [gpu])
     monkeypatch.setattr(torch_tensorrt, "compile_torch_tensorrt", compiled)
     wanted = {**OPTIONS, "precisions": (Precision.FP32, Precision.BF16), "flavours": ("torch_tensorrt",)}
     prepared = prepare(networks.trained_like("test_resnet", out_indices=(1, 4)), networks.input_spec(64, 96))
@@ -201,6 +203,6 @@ def test_an_engine_that_does_not_fit_is_compiled_on_the_spot_when_asked(tmp_path
     assert Bundle.open(target).manifest.engines[0].key.library_version == "2024.0.0"
     assert len(Bundle.open(target).manifest.engines) == 2
     EdgeBackbone.from_pretrained(target).close()  # from now on there is one that fits
-    if not cuda.gpus():
+    if not gpus.find_gpus():
         with pytest.raises(EngineMismatchError, match="runs on cpu, not on cuda"):
             EdgeBackbone.from_pretrained(target, device="cuda", on_mismatch="compile")

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from edge_backbones.errors import InputError
-from edge_backbones.frames import as_frame
-from edge_backbones.images import ImageConfig, fit
+from edge_backbones.images.fit import ImageConfig, fit
+from edge_backbones.images.frames import as_frame
 
 
 def config(channels: int) -> ImageConfig:

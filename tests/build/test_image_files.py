@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_backbones import image_files
 from edge_backbones.errors import InputError
-from edge_backbones.image_files import IMAGE_SUFFIXES, decode, grouped, list_images, open_image, why_no_images
+from edge_backbones.images import decode as image_files
+from edge_backbones.images.decode import IMAGE_SUFFIXES, decode, grouped, list_images, open_image, why_no_images
 
 SAVED = (
     ".jpg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".tif", ".bmp", ".gif", ".avif", ".jp2", ".ppm", ".qoi", ".tga"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
-from edge_backbones import images
 from edge_backbones.errors import InputError
-from edge_backbones.images import ImageConfig, fit, list_images, network_input, open_image, to_input
+from edge_backbones.images import fit as images
+from edge_backbones.images.fit import ImageConfig, fit, list_images, network_input, open_image, to_input
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from edge_backbones.build.artifacts import TypedGraph
-from edge_backbones.build.compile import compile_engine
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.quantize import tensors_to_calibrate, write_typed_graph
-from edge_backbones.build.ranges import collect_magnitudes, find_ranges
-from edge_backbones.runtime.openvino import OpenVinoSession
+from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.artifacts import TypedGraph
+from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.quantize.qdq import tensors_to_calibrate, write_typed_graph
 
 
 class Joined(nn.Module):

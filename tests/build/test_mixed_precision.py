@@ -15,8 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_backbones.build import attempts, parity
-from edge_backbones.build.choose import (
+from edge_backbones.deploy import parity, timing
+from edge_backbones.deploy.parity import compare, excess_noise
+from edge_backbones.errors import CalibrationError, QuantizationError
+from edge_backbones.parity_report import Gate, ParityError
+from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.spec import Precision
+from edge_backbones.toolchain import candidates as attempts
+from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.calibration.noise import (
     Fold,
     Sample,
     blocks_to_exclude,
@@ -24,16 +31,15 @@ from edge_backbones.build.choose import (
     correct_biases,
     noise_of_blocks,
 )
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.parity import compare, excess_noise
-from edge_backbones.build.pipeline import BuildOptions, build_bundle
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.quantize import quantized_layers, select_layers, tensors_to_calibrate, write_typed_graph
-from edge_backbones.build.ranges import METHODS, collect_magnitudes, find_ranges
-from edge_backbones.errors import CalibrationError, ParityError, QuantizationError
-from edge_backbones.manifest import Gate
-from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.spec import Precision
+from edge_backbones.toolchain.calibration.ranges import METHODS, collect_magnitudes, find_ranges
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.quantize.qdq import (
+    quantized_layers,
+    select_layers,
+    tensors_to_calibrate,
+    write_typed_graph,
+)
 
 SMALL = {
     "weights": "random:0",
@@ -459,7 +465,7 @@ def test_engines_take_turns_and_none_is_left_open(monkeypatch):
     monkeypatch.setattr(parity.time, "perf_counter", lambda: next(clock) * 1e-3)
     monkeypatch.setattr(parity, "_ROUNDS", 7)
     engines = [functools.partial(Session, name) for name in ("fast", "slow")]
-    figures = parity.time_engines(engines, networks.input_spec(64, 96, batch=2))
+    figures = timing.time_engines(engines, networks.input_spec(64, 96, batch=2))
     assert figures == pytest.approx([2.0, 3.0])
     turn = [("open", "fast"), ("close", "fast"), ("open", "slow"), ("close", "slow")]
     assert events == turn * (len(events) // 4)
@@ -483,7 +489,9 @@ def rebuilt(calibrated, target: Path, images, **options):
 
 
 def test_ranges_serve_another_choice_of_layers(calibrated, photograph_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_backbones.build.ranges.collect_magnitudes", lambda *_, **__: pytest.fail("counted again"))
+    monkeypatch.setattr(
+        "edge_backbones.toolchain.calibration.ranges.collect_magnitudes", lambda *_, **__: pytest.fail("counted again")
+    )
     result = rebuilt(calibrated, tmp_path / "net.bundle", photograph_folder, exclude=("layer1", "op:Add"))
     old, new = (json.loads((b.path / "calibration.json").read_bytes()) for b in (calibrated.bundle, result.bundle))
     assert new == old

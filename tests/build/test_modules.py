@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from edge_backbones.build.artifacts import LoadedBackbone, PreparedBackbone
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.load import ModuleSource, load_source
-from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.errors import SourceError
+from edge_backbones.toolchain.artifacts import LoadedBackbone, PreparedBackbone
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.load import ModuleSource, load_source
+from edge_backbones.toolchain.sources.timm import load_timm
 
 ROUNDING = 1e-6
 SIZE = (32, 48)

@@ -14,15 +14,15 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from edge_backbones.build.compile import compile_engine
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.pipeline import BuildOptions, build_bundle
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.quantize import quantized_layers, tensors_to_calibrate, write_typed_graph
-from edge_backbones.build.ranges import collect_magnitudes, find_ranges, tensors_beyond_half
+from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.errors import CalibrationError
-from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges, tensors_beyond_half
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.quantize.qdq import quantized_layers, tensors_to_calibrate, write_typed_graph
 
 NETWORKS = {
     "test_resnet": {"out_indices": (1, 4)},

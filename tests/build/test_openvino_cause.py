@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_backbones.engines.openvino import session as openvino
 from edge_backbones.errors import CompileError, EngineMismatchError, InferenceError
-from edge_backbones.runtime import openvino
 
 WEIGHT = np.ones((4, 3, 3, 3), np.float32)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from edge_backbones.build.parity import advice_on_building, compare, measure_parity
-from edge_backbones.bundle import Bundle, load_golden
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.deploy.parity import advice_on_building, compare, measure_parity
+from edge_backbones.engines.ports import Profile
+from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.errors import IntegrityError
-from edge_backbones.manifest import Gate, ParityReport, StageParity
+from edge_backbones.parity_report import Gate, ParityReport, StageParity
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.plan import Profile
-from edge_backbones.runtime.promises import DEFAULT_GATES
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, pooled, pooling_input
 

@@ -19,12 +19,11 @@ from msgspec import structs
 from PIL import Image
 from torch import nn
 
-from edge_backbones.build.device import compile_bundle, verify_bundle
-from edge_backbones.build.pipeline import BuildOptions, build_bundle
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.load import ModuleSource
-from edge_backbones.build.sources.timm import load_timm
-from edge_backbones.bundle import Bundle, load_golden, write_manifest
+from edge_backbones.bundle.reader import Bundle, load_golden, write_manifest
+from edge_backbones.deploy.compile import compile_bundle
+from edge_backbones.deploy.verify import verify_bundle
+from edge_backbones.engines import promises
+from edge_backbones.engines import select as session
 from edge_backbones.errors import (
     BundleError,
     CalibrationError,
@@ -32,14 +31,17 @@ from edge_backbones.errors import (
     InputError,
     IntegrityError,
     ManifestError,
-    ParityError,
     SourceError,
 )
-from edge_backbones.images import ImageConfig, fit, list_images
-from edge_backbones.manifest import Gate
-from edge_backbones.runtime import compat, promises, session
+from edge_backbones.images.fit import ImageConfig, fit, list_images
+from edge_backbones.machine import hosts
+from edge_backbones.parity_report import Gate, ParityError
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision, ShapeRange
+from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.load import ModuleSource
+from edge_backbones.toolchain.sources.timm import load_timm
 
 pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
 
@@ -307,7 +309,7 @@ def test_a_bundle_with_gates_of_its_own_runs_by_them(tmp_path):
     for engine in ("openvino", "torchscript"):
         [report] = verify_bundle(made.path, engine=engine, allow_host_code=True)
         assert report.gate == gates[Precision.FP32]
-    host = compat.this_host(session.installed_versions())
+    host = hosts.this_host(session.installed_versions())
     assert all(promises.is_measured_here(made.manifest, engine, host) for engine in made.manifest.engines)
 
 
@@ -330,7 +332,7 @@ def test_what_is_not_a_bundle_is_never_overwritten(tmp_path):
 
 BUILD = """
     import sys
-    from edge_backbones.build.pipeline import BuildOptions, build_bundle
+    from edge_backbones.toolchain.build import BuildOptions, build_bundle
     from edge_backbones.spec import Precision
     build_bundle(
         "test_resnet",

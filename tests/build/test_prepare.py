@@ -13,9 +13,9 @@ import torch
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
-from edge_backbones.build import prepare as steps
-from edge_backbones.build.prepare import fold_batch_norm, prepare, warm_batch_norm
 from edge_backbones.errors import ExportError, SourceError
+from edge_backbones.toolchain import prepare as steps
+from edge_backbones.toolchain.prepare import fold_batch_norm, prepare, warm_batch_norm
 
 ROUNDING = 1e-5  # relative; folding reorders float32 arithmetic
 

@@ -93,7 +93,7 @@ def test_torchscript_in_a_forked_child_is_refused(tmp_path):
         import io, os, sys, warnings
         import numpy as np
         import torch
-        from edge_backbones.runtime.torchscript import TorchScriptSession
+        from edge_backbones.engines.torch.session import TorchScriptSession
         from edge_backbones.testing import pooling_input
 
         warnings.simplefilter("ignore")
@@ -139,7 +139,7 @@ def test_a_process_ends_while_threads_run_torchscript(tmp_path, ending):
         import numpy as np
         import torch
         from edge_backbones import EdgeBackbonesError
-        from edge_backbones.runtime.torchscript import TorchScriptSession
+        from edge_backbones.engines.torch.session import TorchScriptSession
         from edge_backbones.spec import InputSpec, ShapeRange
 
         one = ShapeRange.fixed

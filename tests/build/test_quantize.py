@@ -15,15 +15,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from edge_backbones.build.artifacts import ExportedGraph, TypedGraph
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.prepare import prepare, warm_batch_norm
-from edge_backbones.build.quantize import tensors_to_calibrate, write_typed_graph
-from edge_backbones.build.ranges import collect_magnitudes, find_ranges
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.errors import QuantizationError
 from edge_backbones.spec import BackboneSpec, Precision
+from edge_backbones.toolchain.artifacts import ExportedGraph, TypedGraph
+from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare, warm_batch_norm
+from edge_backbones.toolchain.quantize.qdq import tensors_to_calibrate, write_typed_graph
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.timm import load_timm
 
 HEIGHT, WIDTH = 64, 96
 

@@ -19,7 +19,7 @@ def watch(event, arguments):
             and "ldconfig" not in str(arguments)):
         seen.append(f"{event} {arguments}")
 sys.addaudithook(watch)
-from edge_backbones.cli import app
+from edge_backbones.cli.main import app
 assert not app(sys.argv[1:], standalone_mode=False)
 import onnxruntime, os
 assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"

@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edge_backbones.build.ranges import (
+from edge_backbones.errors import CalibrationError
+from edge_backbones.toolchain.calibration.ranges import (
     DEAD_TENSOR_THRESHOLD,
     METHODS,
     collect_magnitudes,
@@ -19,7 +20,6 @@ from edge_backbones.build.ranges import (
     merge_magnitudes,
     tensors_beyond_half,
 )
-from edge_backbones.errors import CalibrationError
 
 BIN = 1 / 2048  # the widest a bin can be, relative to the largest value
 

@@ -28,10 +28,10 @@ from msgspec.structs import replace
 from PIL import Image
 
 from build_scripts import fetch_chromium
-from edge_backbones import child, verify_bundle
+from edge_backbones import verify_bundle
 from edge_backbones.bench.results import Comparison, Machine, Measurement, Ratio
-from edge_backbones.build.pipeline import BuildOptions, build_bundle
-from edge_backbones.bundle import Bundle, load_golden, record_file, write_manifest
+from edge_backbones.bundle.manifest import BlockNoise, CalibrationFile, Decision, GpuKey, Trial
+from edge_backbones.bundle.reader import Bundle, load_golden, record_file, write_manifest
 from edge_backbones.errors import (
     EngineMismatchError,
     InferenceError,
@@ -39,11 +39,13 @@ from edge_backbones.errors import (
     IntegrityError,
     MissingDependencyError,
 )
-from edge_backbones.manifest import BlockNoise, CalibrationFile, Decision, GpuKey, ParityReport, Trial
-from edge_backbones.report import write_report
+from edge_backbones.machine import child
+from edge_backbones.parity_report import ParityReport
+from edge_backbones.report.page import write_report
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
+from edge_backbones.toolchain.build import BuildOptions, build_bundle
 
 HOSTILE = '<script>alert_(1)</script><img src="https://example.org/x.png">\'" onload="alert(2)'
 
@@ -449,7 +451,7 @@ def test_an_engine_that_was_never_measured_here_runs_in_a_process_of_its_own(tmp
 
     monkeypatch.setattr(child, "run_apart", ended)
     assert "failed here: the process that was running it ended by SIGSEGV" in Page(write_report(bundle.path)).text
-    assert asked == ["edge_backbones.report:run_engine"]
+    assert asked == ["edge_backbones.report.page:run_engine"]
     verify_bundle(bundle.path, in_process=True)
     assert "failed here" not in Page(write_report(bundle.path)).text
     assert len(asked) == 1
@@ -600,7 +602,7 @@ def test_the_module_imports_with_numpy_and_msgspec_alone():
         "jinja2",
         "rich",
     )
-    code = f"import sys; sys.modules.update(dict.fromkeys({poisoned!r})); import edge_backbones.report"
+    code = f"import sys; sys.modules.update(dict.fromkeys({poisoned!r})); import edge_backbones.report.page"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

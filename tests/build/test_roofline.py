@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import roofline as module
 from benchmarks.roofline import Ceilings, Roofline, Work, count_graph, measure_ceilings, roofline
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.pipeline import BuildOptions, build_bundle
-from edge_backbones.build.prepare import prepare
+from edge_backbones.engines.openvino.session import core, settings
 from edge_backbones.errors import InputError
-from edge_backbones.manifest import Gate
-from edge_backbones.runtime.openvino import core, settings
+from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision, ShapeRange
+from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
 
 
 def write(path, nodes, input_shape, outputs=("y",), constants=None, dtype=TensorProto.FLOAT):

@@ -105,7 +105,7 @@ def test_a_network_that_is_refused_leaves_a_cause(tmp_path: Path) -> None:
 
 
 def test_other_precisions_are_built_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_backbones.build import calibrate
+    from edge_backbones.toolchain.calibration import calibrate
 
     def broken(*arguments: object, **options: object) -> None:
         raise IndexError("no\n  ranges")

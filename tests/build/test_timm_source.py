@@ -13,9 +13,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.timm import load_timm
 from edge_backbones.errors import HubUnreachableError, InputError, SourceError
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.timm import load_timm
 
 RESNET_STAGES = ("act1", "layer1", "layer2", "layer3", "layer4")
 

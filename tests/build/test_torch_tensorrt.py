@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.torch_tensorrt import compile_torch_tensorrt
+from edge_backbones.engines.torch.session import TorchScriptSession, load_torch_tensorrt
 from edge_backbones.errors import CompileError, EngineMismatchError, ExportError, InputError, MissingDependencyError
-from edge_backbones.runtime import cuda
-from edge_backbones.runtime.torchscript import TorchScriptSession, load_torch_tensorrt
+from edge_backbones.machine import gpus
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.torch_tensorrt import compile_torch_tensorrt
 
 NO_DRIVER = (
     "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
@@ -286,7 +286,7 @@ IMPORT_FAILURES = {
 
 @pytest.mark.parametrize("failure", IMPORT_FAILURES)
 def test_an_import_that_fails_is_a_compile_error_with_the_reason(package, monkeypatch, cnn, failure):
-    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: "no NVIDIA driver (libcuda.so.1 is missing)")
+    monkeypatch.setattr(gpus, "no_gpu_reason", lambda: "no NVIDIA driver (libcuda.so.1 is missing)")
     code, said = IMPORT_FAILURES[failure]
     mine = package(code)
     for _ in range(2):  # what is left of the first attempt must not change the second
@@ -299,7 +299,7 @@ def test_an_import_that_fails_is_a_compile_error_with_the_reason(package, monkey
 
 
 def test_with_a_gpu_the_advice_is_about_versions(package, monkeypatch):
-    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: "")
+    monkeypatch.setattr(gpus, "no_gpu_reason", lambda: "")
     package(IMPORT_FAILURES["another TensorRT"][0])
     with pytest.raises(EngineMismatchError, match=r"install the release that is made for this torch .*pip check"):
         load_torch_tensorrt()
@@ -316,7 +316,7 @@ def test_without_it_the_message_is_the_install_command(monkeypatch, cnn):
 
 def test_without_a_gpu_nothing_is_compiled(install, monkeypatch, cnn):
     install("2.14.0")
-    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: "no NVIDIA driver (libcuda.so.1 is missing)")
+    monkeypatch.setattr(gpus, "no_gpu_reason", lambda: "no NVIDIA driver (libcuda.so.1 is missing)")
     with pytest.raises(CompileError, match="cuda needs an NVIDIA GPU: no NVIDIA driver"):
         compile_torch_tensorrt(cnn[1].module, cnn[1].input)
 

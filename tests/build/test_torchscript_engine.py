@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from edge_backbones.build.export import export_torchscript
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.torchscript import TypedModule, trace_torchscript
+from edge_backbones.engines.gpu.arrays import ForeignArray, from_foreign
+from edge_backbones.engines.torch import session as torchscript
+from edge_backbones.engines.torch.session import TorchScriptSession
 from edge_backbones.errors import (
     EngineMismatchError,
     ExportError,
@@ -26,15 +26,16 @@ from edge_backbones.errors import (
     MissingDependencyError,
     OutOfMemoryError,
 )
-from edge_backbones.runtime import cuda, torchscript
-from edge_backbones.runtime.device_arrays import ForeignArray, from_foreign
-from edge_backbones.runtime.torchscript import TorchScriptSession
+from edge_backbones.machine import gpus
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.export import export_torchscript
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.trace import TypedModule, trace_torchscript
 
 ROUNDING = 1e-5
 SQUARES = networks.input_spec((32, 64, 128), (32, 96, 160), batch=(1, 2, 4), size_multiple=32)
 
-needs_gpu = pytest.mark.skipif(not cuda.gpus(), reason=cuda.no_gpu_reason())
+needs_gpu = pytest.mark.skipif(not gpus.find_gpus(), reason=gpus.no_gpu_reason())
 
 
 class Case:
@@ -320,7 +321,7 @@ def test_without_torch_the_message_is_the_install_command(cnn, monkeypatch):
 
 def test_the_version_is_known_without_importing_torch():
     code = (
-        "import sys; from edge_backbones.runtime import torchscript; print(torchscript.library_version()); "
+        "import sys; from edge_backbones.engines.torch import session as torchscript; print(torchscript.library_version()); "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -329,7 +330,7 @@ def test_the_version_is_known_without_importing_torch():
 
 
 def test_a_gpu_that_is_not_there_is_a_mismatch_with_the_reason(cnn, monkeypatch):
-    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: "no NVIDIA driver (libcuda.so.1 is missing)")
+    monkeypatch.setattr(gpus, "no_gpu_reason", lambda: "no NVIDIA driver (libcuda.so.1 is missing)")
     with pytest.raises(EngineMismatchError, match=r"cuda:1 needs an NVIDIA GPU: no NVIDIA driver"):
         cnn.open(device="cuda:1")
 
@@ -338,8 +339,8 @@ def test_a_torch_that_does_not_serve_the_gpu_is_a_mismatch(cnn, monkeypatch):
     def refuse(index):
         raise AssertionError("Torch not compiled with CUDA enabled")
 
-    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: "")
-    monkeypatch.setattr(cuda, "gpus", lambda: ("one",))
+    monkeypatch.setattr(gpus, "no_gpu_reason", lambda: "")
+    monkeypatch.setattr(gpus, "find_gpus", lambda: ("one",))
     monkeypatch.setattr(torch.cuda, "get_device_properties", refuse)
     with pytest.raises(EngineMismatchError, match="does not serve cuda: Torch not compiled with CUDA enabled"):
         cnn.open(device="cuda")

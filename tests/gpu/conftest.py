@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_backbones.runtime import cuda
+from edge_backbones.machine import gpus
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    reason = cuda.no_gpu_reason()
+    reason = gpus.no_gpu_reason()
     for item in items if reason else ():
         if here in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_tasks
-from edge_backbones.runtime import cuda
+from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.machine import gpus
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("torchscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt")
@@ -64,14 +65,14 @@ def pooling_file(kind: str, device: int) -> bytes:
 
     input = gpu_tasks.pooling_input(512)
     if kind == "torchscript":
-        from edge_backbones.build.torchscript import trace_torchscript
+        from edge_backbones.toolchain.trace import trace_torchscript
 
         return trace_torchscript(gpu_tasks.pooling_module(), input, Precision.FP32)
     if kind == "torch_tensorrt":
-        from edge_backbones.build.torch_tensorrt import compile_torch_tensorrt
+        from edge_backbones.toolchain.torch_tensorrt import compile_torch_tensorrt
 
         return compile_torch_tensorrt(gpu_tasks.pooling_module(), input, device=f"cuda:{device}")
-    from edge_backbones.build.tensorrt import compile_plan
+    from edge_backbones.engines.tensorrt.compile import compile_plan
 
     return compile_plan(gpu_tasks.pooling_onnx(), input, Precision.FP32, flavour=kind, device=device).data
 
@@ -86,12 +87,12 @@ def open_session(kind: str, device: int, *, compiled_on: int | None = None, **op
     input = gpu_tasks.pooling_input(512)
     data = pooling_file(kind, home)
     if kind in gpu_tasks.TENSORRT:
-        from edge_backbones.runtime.tensorrt import TensorRtSession
+        from edge_backbones.engines.tensorrt.session import TensorRtSession
 
         return TensorRtSession(
             bytearray(data), flavour=kind, input=input, outputs=SPEC.outputs, device=device, **options
         )
-    from edge_backbones.runtime.torchscript import TorchScriptSession
+    from edge_backbones.engines.torch.session import TorchScriptSession
 
     return TorchScriptSession(data, input=input, outputs=SPEC.outputs, device=f"cuda:{device}", **options)
 
@@ -135,7 +136,7 @@ class Context:
 def free_bytes(memory: cuda.Memory) -> int:
     """Device memory that nobody has, of any process, once the GPU is idle."""
     gc.collect()
-    driver = cuda.CtypesDriver(cuda.load_driver())
+    driver = gpus.CtypesDriver(gpus.load_driver())
     with memory:
         memory.wait_for_all()
         code, free, _ = driver.cuMemGetInfo()

@@ -9,9 +9,9 @@ import gpu_engines
 import numpy as np
 import pytest
 
+from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.gpu.arrays import DeviceArray, from_foreign, is_on_gpu, stream_pointer
 from edge_backbones.errors import InputError
-from edge_backbones.runtime import cuda
-from edge_backbones.runtime.device_arrays import DeviceArray, from_foreign, is_on_gpu, stream_pointer
 
 BUSY = 200_000_000  # clock cycles: about a tenth of a second
 

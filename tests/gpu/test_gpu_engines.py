@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from gpu_engines import assert_pooled, open_backbone, pictures
 
+from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.errors import InputError, OutOfMemoryError
-from edge_backbones.runtime import cuda
+from edge_backbones.machine import gpus
 
 BUSY = 100_000_000  # clock cycles
 TENSORRT = ("tensorrt", "tensorrt_rtx")
@@ -255,7 +256,7 @@ def test_a_gpu_that_is_not_there(kind, gpu):
     from edge_backbones.errors import EngineMismatchError
 
     with pytest.raises(EngineMismatchError, match="smaller index"):
-        gpu_engines.open_session(kind, len(cuda.gpus()), compiled_on=gpu)
+        gpu_engines.open_session(kind, len(gpus.find_gpus()), compiled_on=gpu)
 
 
 def test_an_engine_on_the_cpu_names_the_way_out(torch, gpu):
@@ -383,8 +384,8 @@ def test_no_host_memory_is_allocated_per_call(tensorrt, gpu):
 
 def test_a_damaged_plan(tensorrt, gpu):
     from benchmarks import gpu_tasks
+    from edge_backbones.engines.tensorrt.session import TensorRtSession
     from edge_backbones.errors import EngineMismatchError
-    from edge_backbones.runtime.tensorrt import TensorRtSession
     from edge_backbones.testing import SPEC
 
     open_backbone(tensorrt, gpu).close()  # skips where this GPU is refused

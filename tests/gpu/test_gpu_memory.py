@@ -1,4 +1,4 @@
-"""runtime/cuda.py on a real GPU, with both libraries that manage memory there. Needs no engine and no torch."""
+"""engines/gpu/memory.py on a real GPU, with both libraries that manage memory there. Needs no engine and no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import gpu_engines
 import numpy as np
 import pytest
 
+from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.errors import DeviceError, OutOfMemoryError
-from edge_backbones.runtime import cuda
+from edge_backbones.machine import gpus
 
 LARGE = 256 << 20  # bytes: a copy takes longer than enqueueing the next
 
@@ -70,7 +71,7 @@ def noise(size, seed=0):
 
 
 def test_the_gpu_is_described(gpu):
-    found = cuda.gpus()[gpu]
+    found = gpus.find_gpus()[gpu]
     assert found.index == gpu
     assert found.name
     assert found.memory_bytes > 1 << 30
@@ -78,8 +79,8 @@ def test_the_gpu_is_described(gpu):
     assert tuple(map(int, found.driver.split("."))) >= (11, 0)
     major = int(found.architecture.removeprefix("sm_")) // 10
     assert 5 <= major <= 20
-    if cuda.no_gpu_reason() == "":
-        assert len(cuda.gpus()) == len({one.index for one in cuda.gpus()})
+    if gpus.no_gpu_reason() == "":
+        assert len(gpus.find_gpus()) == len({one.index for one in gpus.find_gpus()})
 
 
 @pytest.mark.skipif(gpu_engines.missing("torch") != "", reason=gpu_engines.missing("torch") or "torch is here")
@@ -87,7 +88,7 @@ def test_torch_describes_the_same_gpu(gpu):
     import torch
 
     theirs = torch.cuda.get_device_properties(gpu)
-    ours = cuda.gpus()[gpu]
+    ours = gpus.find_gpus()[gpu]
     assert ours.name == theirs.name
     assert ours.architecture == f"sm_{theirs.major}{theirs.minor}"
     assert ours.multiprocessors == theirs.multi_processor_count
@@ -182,7 +183,7 @@ def test_a_refusal_is_typed_and_harms_nothing(memory, stream, buffers):
 BEYOND_THE_END = """
 import numpy as np
 from edge_backbones.errors import DeviceError
-from edge_backbones.runtime import cuda
+from edge_backbones.engines.gpu import memory as cuda
 with cuda.open_memory({gpu}, {backend!r}) as memory:
     first, second = memory.allocate(1 << 20), memory.allocate(1 << 20)
     try:
@@ -385,7 +386,7 @@ def test_graphs_leave_nothing_behind(memory, stream, buffers):
 
 COPY_PATHS = """
 import numpy as np
-from edge_backbones.runtime import cuda
+from edge_backbones.engines.gpu import memory as cuda
 memory = cuda.open_memory({gpu}, {backend!r})
 values = np.random.default_rng(0).integers(0, 256, 100_003, np.uint8)
 with memory:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_suite, gpu_tasks
+from edge_backbones.machine.gpus import find_gpus
 
 SIZES = ((96, 96), (64, 160))  # one of them not square
 BATCHES = (1, 32)
@@ -18,7 +19,7 @@ def reference(model, out_size):
     """A network with trained-like statistics, its input and its fp32 maps on the CPU; the module is prepared for export."""
     import torch
 
-    from edge_backbones.build.prepare import prepare
+    from edge_backbones.toolchain.prepare import prepare
 
     batch, height, width = out_size
     loaded = gpu_tasks.trained_like(model)
@@ -32,8 +33,8 @@ def reference(model, out_size):
 def check(session, prepared, images, expected, precision):
     """Through EdgeBackbone; every map inside the gate that bundles of this precision have."""
     from edge_backbones import EdgeBackbone
-    from edge_backbones.build.parity import compare
-    from edge_backbones.runtime.promises import DEFAULT_GATES
+    from edge_backbones.deploy.parity import compare
+    from edge_backbones.engines.promises import DEFAULT_GATES
 
     with EdgeBackbone(prepared.spec, prepared.input, session, device="cuda") as backbone:
         maps = backbone(images).feature_maps
@@ -60,9 +61,9 @@ CASES = [
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("model", "shape"), CASES)
 def test_torchscript(gpu, model, shape, precision):
-    from edge_backbones.build.torchscript import trace_torchscript
-    from edge_backbones.runtime.torchscript import TorchScriptSession
+    from edge_backbones.engines.torch.session import TorchScriptSession
     from edge_backbones.spec import Precision
+    from edge_backbones.toolchain.trace import trace_torchscript
 
     prepared, images, expected = reference(model, shape)
     data = trace_torchscript(prepared.module, prepared.input, Precision(precision))
@@ -74,9 +75,9 @@ def test_torchscript(gpu, model, shape, precision):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("model", "shape"), CASES)
 def test_torch_tensorrt(gpu, model, shape, precision):
-    from edge_backbones.build.torch_tensorrt import compile_torch_tensorrt
-    from edge_backbones.runtime.torchscript import TorchScriptSession
+    from edge_backbones.engines.torch.session import TorchScriptSession
     from edge_backbones.spec import Precision
+    from edge_backbones.toolchain.torch_tensorrt import compile_torch_tensorrt
 
     prepared, images, expected = reference(model, shape)
     data = compile_torch_tensorrt(prepared.module, prepared.input, precision=Precision(precision), device=f"cuda:{gpu}")
@@ -90,14 +91,13 @@ def test_torch_tensorrt(gpu, model, shape, precision):
 def test_plans_of_prepared_bundles(gpu, bundles, tmp_path, flavour, model, precision):
     """Compiled on this GPU for a range of sizes and for batches from 1 to 32; golden maps are those of the fp32 network."""
     from edge_backbones import Bundle, EdgeBackbone, compile_bundle
-    from edge_backbones.build.parity import compare
-    from edge_backbones.bundle import load_golden
-    from edge_backbones.profiles import FIRST_ARCHITECTURE
-    from edge_backbones.runtime.cuda import gpus
+    from edge_backbones.bundle.reader import load_golden
+    from edge_backbones.deploy.parity import compare
+    from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
 
     needed = FIRST_ARCHITECTURE.get(precision, 0)
-    if int(gpus()[gpu].architecture.removeprefix("sm_")) < needed:
-        pytest.skip(f"{gpus()[gpu].name} has no {precision}, which came with sm_{needed}")
+    if int(find_gpus()[gpu].architecture.removeprefix("sm_")) < needed:
+        pytest.skip(f"{find_gpus()[gpu].name} has no {precision}, which came with sm_{needed}")
     if flavour == "tensorrt_rtx" and gpu_engines.rtx_refusal(gpu):
         pytest.skip(gpu_engines.rtx_refusal(gpu))
     if bundles is None or not (bundles / f"parity-{model}-{precision}.bundle").is_dir():

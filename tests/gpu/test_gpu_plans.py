@@ -22,7 +22,7 @@ FORMS = {
 
 
 def compiled(gpu: int, **options):
-    from edge_backbones.build.tensorrt import PlanOptions, compile_plan
+    from edge_backbones.engines.tensorrt.compile import PlanOptions, compile_plan
     from edge_backbones.spec import Precision
 
     return compile_plan(
@@ -37,7 +37,7 @@ def compiled(gpu: int, **options):
 
 def run(plan, gpu: int, flavour: str = "tensorrt", **options) -> None:
     from edge_backbones import EdgeBackbone
-    from edge_backbones.runtime.tensorrt import TensorRtSession
+    from edge_backbones.engines.tensorrt.session import TensorRtSession
     from edge_backbones.testing import SPEC
 
     input = gpu_tasks.pooling_input(512)
@@ -52,10 +52,10 @@ def run(plan, gpu: int, flavour: str = "tensorrt", **options) -> None:
 @gpu_engines.needs("tensorrt")
 @pytest.mark.parametrize("form", list(FORMS))
 def test_a_plan_of_every_form_runs(gpu, form):
-    from edge_backbones.runtime import cuda
+    from edge_backbones.machine import gpus
 
     options = FORMS[form]
-    described = cuda.gpus()[gpu]
+    described = gpus.find_gpus()[gpu]
     if options.get("hardware_compatibility") and (described.integrated or int(described.architecture[3:]) < 80):
         pytest.skip(f"{described.name} has no hardware compatibility")
     plan = compiled(gpu, **options)

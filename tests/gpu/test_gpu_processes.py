@@ -12,7 +12,7 @@ OURS = """
 import sys
 sys.path.insert(0, "tests/gpu")
 import numpy as np
-from edge_backbones.runtime import cuda
+from edge_backbones.engines.gpu import memory as cuda
 
 def ours():
     memory = cuda.open_memory({gpu}, {backend!r})

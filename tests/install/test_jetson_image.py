@@ -23,9 +23,9 @@ import yaml
 from dockerfile_parse import DockerfileParser
 
 from edge_backbones import Bundle
-from edge_backbones.profiles import load_profile
-from edge_backbones.runtime.compat import this_host
-from edge_backbones.runtime.session import choose_engine, installed_versions
+from edge_backbones.engines.select import choose_engine, installed_versions
+from edge_backbones.machine.hosts import this_host
+from edge_backbones.machine.profiles import load_profile
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile.jetson"

@@ -13,12 +13,14 @@ import pytest
 import torch
 from transformers import ResNetBackbone, ResNetConfig, TimmBackboneConfig
 
-from edge_backbones import AutoEdgeBackbone, BuildOptions, auto, profiles
-from edge_backbones.build import device
+from edge_backbones import AutoEdgeBackbone, BuildOptions, auto
+from edge_backbones.bundle.manifest import CalibrationFile
+from edge_backbones.deploy import verify
+from edge_backbones.engines import promises
 from edge_backbones.errors import CalibrationError, InputError, SourceError
-from edge_backbones.images import ImageConfig
-from edge_backbones.manifest import CalibrationFile, Gate
-from edge_backbones.runtime import promises
+from edge_backbones.images.fit import ImageConfig
+from edge_backbones.machine import profiles
+from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
 
 SMALL = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 80], "depths": [1, 1, 1, 1]}
@@ -166,7 +168,7 @@ def test_a_calibration_is_known_by_what_is_in_it(key, tmp_path):
 
 
 def test_a_profile_is_known_by_what_is_in_it(key, tmp_path):
-    shipped = Path(profiles.__file__).parents[1] / "profiles" / "cpu.toml"
+    shipped = Path(profiles.__file__).parents[2] / "profiles" / "cpu.toml"
     first, second = tmp_path / "cpu.toml", tmp_path / "elsewhere" / "cpu.toml"
     second.parent.mkdir()
     for path in (first, second):
@@ -180,7 +182,7 @@ def test_a_profile_is_known_by_what_is_in_it(key, tmp_path):
 
 def test_a_profile_gives_its_size_to_a_network_that_knows_none(tmp_path):
     mine = tmp_path / "cpu.toml"
-    shipped = Path(profiles.__file__).parents[1] / "profiles" / "cpu.toml"
+    shipped = Path(profiles.__file__).parents[2] / "profiles" / "cpu.toml"
     mine.write_text(re.sub(r"size = \d+", "size = 96", shipped.read_text()))
     options = BuildOptions(**{**vars(OPTIONS), "height": None, "width": None, "profile": mine})
     with AutoEdgeBackbone.from_config(config(), options=options, cache=tmp_path) as backbone:
@@ -215,7 +217,7 @@ def test_images_are_known_by_what_is_in_them(key, tmp_path):
 def test_an_engine_of_another_release_is_compiled_again_from_the_bundle(cache, builds, monkeypatch):
     AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=cache).close()
     assert len(builds) == 1
-    from edge_backbones.runtime import compat
+    from edge_backbones.engines import compat
 
     monkeypatch.setattr(compat, "reasons_against", _first_time_refused(compat.reasons_against))
     with AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=cache) as backbone:
@@ -227,13 +229,13 @@ def test_an_engine_that_this_machine_has_not_measured_is_measured_in_a_process_o
     tmp_path, builds, monkeypatch
 ):
     """A cache that several machines share. What it has built itself is opened at once."""
-    verify, asked = device.verify_bundle, []
+    measure, asked = verify.verify_bundle, []
 
     def verified(path, **options):
         asked.append(options)
-        return verify(path, **options)
+        return measure(path, **options)
 
-    monkeypatch.setattr(device, "verify_bundle", verified)
+    monkeypatch.setattr(verify, "verify_bundle", verified)
     AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=tmp_path).close()
     assert (len(builds), asked) == (1, [])
     (tmp_path / "id").write_text("another machine")

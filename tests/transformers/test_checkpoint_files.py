@@ -14,10 +14,10 @@ from clients import CLIENTS, trained_like
 from transformers import CONFIG_MAPPING, AutoBackbone
 
 from build_scripts.architectures import TRANSFORMERS, transformers_config
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.load import load_source
 from edge_backbones.errors import SourceError
 from edge_backbones.integrations.clients import find_backbone
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.load import load_source
 
 SMALL = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 80], "depths": [1, 1, 1, 1]}
 OFFERED = [name for name in TRANSFORMERS if name in CONFIG_MAPPING and name != "timm_backbone"]

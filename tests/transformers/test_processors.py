@@ -15,12 +15,12 @@ from PIL import Image
 
 from build_scripts.processor_table import CASES, NOTED, classes, largest_difference, pictures
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle
-from edge_backbones.build.sources import processors
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.load import ModuleSource, load_source
 from edge_backbones.errors import SourceError
-from edge_backbones.images import ImageConfig, fit
+from edge_backbones.images.fit import ImageConfig, fit
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.sources import processors
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.load import ModuleSource, load_source
 
 FP32 = {"precisions": (Precision.FP32,), "torchscript": False}
 MADE = [(case, kind) for case in CASES for kind in classes(case)]

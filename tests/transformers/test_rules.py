@@ -13,9 +13,9 @@ import transformers
 from transformers import ResNetBackbone, ResNetConfig, TimmBackbone, TimmBackboneConfig
 from transformers.modeling_outputs import BackboneOutput as TransformersOutput
 
+from edge_backbones.bundle.manifest import Source
 from edge_backbones.errors import InputError
 from edge_backbones.integrations.transformers import EdgeBackboneModule
-from edge_backbones.manifest import Source
 from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
 from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange, align_stages
 

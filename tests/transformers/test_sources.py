@@ -39,13 +39,13 @@ from transformers.utils import logging
 
 from build_scripts.architectures import TRANSFORMERS, transformers_config
 from edge_backbones import BuildOptions, build_bundle
-from edge_backbones.build.artifacts import LoadedBackbone
-from edge_backbones.build.sources import common
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.load import ModuleSource, load_source
 from edge_backbones.errors import HubUnreachableError, InputError, MissingDependencyError, SourceError
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.artifacts import LoadedBackbone
+from edge_backbones.toolchain.sources import base as common
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.load import ModuleSource, load_source
 
 HEIGHT, WIDTH = 64, 96
 OFFERED = [name for name in TRANSFORMERS if name in CONFIG_MAPPING]
@@ -456,8 +456,8 @@ def test_an_architecture_whose_library_is_missing_is_refused(monkeypatch):
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     config = ResNetConfig(**SMALL)
-    module = "edge_backbones.build.sources.transformers"
-    monkeypatch.delattr(sys.modules["edge_backbones.build.sources"], "transformers")
+    module = "edge_backbones.toolchain.sources.transformers"
+    monkeypatch.delattr(sys.modules["edge_backbones.toolchain.sources"], "transformers")
     monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with refused(MissingDependencyError, "a backbone of transformers .*transformers is not installed.*pip install"):

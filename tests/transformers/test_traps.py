@@ -30,12 +30,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoBackbone, ResNetConfig, TimmBackbone, TimmBackboneConfig
 
 from build_scripts.architectures import TRANSFORMERS
-from edge_backbones.build.artifacts import LoadedBackbone, PreparedBackbone
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.load import ModuleSource, load_source
 from edge_backbones.spec import InputSpec, ShapeRange
+from edge_backbones.toolchain.artifacts import LoadedBackbone, PreparedBackbone
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.load import ModuleSource, load_source
 
 ROUNDING = 2e-5  # relative
 SMALL_RESNET = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 80], "depths": [1, 1, 1, 1]}

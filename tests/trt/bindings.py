@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from build_scripts.fetch_bindings import Release, default_folder
-from edge_backbones.runtime.tensorrt_library import load_library
+from edge_backbones.engines.tensorrt.library import load_library
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge_backbones import Bundle
-from edge_backbones.bundle import record_file, write_manifest
-from edge_backbones.manifest import GraphRecord
+from edge_backbones.bundle.manifest import GraphRecord
+from edge_backbones.bundle.reader import record_file, write_manifest
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
 

@@ -30,12 +30,12 @@ NEWER = tuple(release for release in EVERYWHERE if release != "tensorrt-10.3")
 
 # The releases that each of our modules runs with.
 MODULES = {
-    "runtime/tensorrt_library.py": EVERYWHERE,
-    "runtime/tensorrt.py": EVERYWHERE,
-    "build/tensorrt.py": BUILDERS,
+    "engines/tensorrt/library.py": EVERYWHERE,
+    "engines/tensorrt/session.py": EVERYWHERE,
+    "engines/tensorrt/compile.py": BUILDERS,
 }
 
-PLAN = "edge_backbones/runtime/plan.py"
+PLAN = "edge_backbones/engines/ports.py"
 
 # What our code touches: class -> the releases that have it -> names.
 TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
@@ -258,7 +258,7 @@ def test_networks_are_made_with_flags_of_the_enum() -> None:
 
 BEHAVIOUR = """
 import json, sys
-from edge_backbones.runtime.tensorrt_library import FLAVOURS, library_version, load_library, logger_of
+from edge_backbones.engines.tensorrt.library import FLAVOURS, library_version, load_library, logger_of
 
 flavour = sys.argv[1]
 for other in FLAVOURS:  # real ones of this environment stay out
@@ -277,7 +277,7 @@ sys.modules["tensorrt"] = library  # torch-tensorrt-rtx does this
 found["in its place"] = {name: library_version(name) for name in FLAVOURS}
 
 if flavour != "tensorrt_lean":
-    from edge_backbones.build import tensorrt
+    from edge_backbones.engines.tensorrt import compile as tensorrt
     found["flags"] = [tensorrt._network_flags(library, weak=weak) for weak in (False, True)]
     if hasattr(library.BuilderFlag, "INT8"):
         calibrator = tensorrt._calibrator(library, b"scales")

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from edge_backbones import Bundle, EdgeBackbone, compile_bundle, verify_bundle
-from edge_backbones.build import tensorrt as builder
-from edge_backbones.build.tensorrt import PlanOptions
-from edge_backbones.errors import EngineMismatchError, MissingDependencyError, ParityError
-from edge_backbones.runtime import tensorrt_library
+from edge_backbones.engines.tensorrt import compile as builder
+from edge_backbones.engines.tensorrt import library as tensorrt_library
+from edge_backbones.engines.tensorrt.compile import PlanOptions
+from edge_backbones.errors import EngineMismatchError, MissingDependencyError
+from edge_backbones.parity_report import ParityError
 from edge_backbones.testing import pooled
 from tests.simulated_builder import Library
 from tests.simulated_gpu import Machine, plan_of, shapes

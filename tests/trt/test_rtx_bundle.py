@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from edge_backbones import Bundle, EdgeBackbone, compile_bundle, verify_bundle
-from edge_backbones.build.tensorrt import PlanOptions
-from edge_backbones.bundle import write_manifest
-from edge_backbones.cli import _run
+from edge_backbones.bundle.reader import write_manifest
+from edge_backbones.cli.main import _run
+from edge_backbones.engines.tensorrt.compile import PlanOptions
 from edge_backbones.errors import CompileError, EngineMismatchError, InputError, IntegrityError
-from edge_backbones.runtime import cuda
+from edge_backbones.machine import gpus
 from edge_backbones.spec import Precision
 from edge_backbones.testing import pooled
 
@@ -45,8 +45,8 @@ def test_a_plan_for_another_gpu_waits_until_it_is_measured(bundle, monkeypatch):
     with pytest.raises(EngineMismatchError, match="runs on cuda, not on cpu"):
         EdgeBackbone.from_pretrained(bundle.path, engine=added.name)
     # verify says why it cannot measure it here.
-    monkeypatch.setattr("edge_backbones.runtime.compat.gpus", tuple)
-    monkeypatch.setattr("edge_backbones.runtime.compat.no_gpu_reason", lambda: "no NVIDIA driver")
+    monkeypatch.setattr("edge_backbones.engines.compat.gpus", tuple)
+    monkeypatch.setattr("edge_backbones.engines.compat.no_gpu_reason", lambda: "no NVIDIA driver")
     with pytest.raises(EngineMismatchError, match="needs an NVIDIA GPU: no NVIDIA driver"):
         verify_bundle(bundle.path, engine="tensorrt_rtx")
     assert [report.passed for report in verify_bundle(bundle.path)] == [True]  # the CPU's
@@ -103,7 +103,7 @@ def test_the_command_line(bundle, capsys):
     assert any("never measured" in why for why in reasons[engine_name(bundle)])
     assert _run([*arguments, "--shapes", "2x32"]) == 2
     assert _run([*arguments, "--target", "sm_90", "--json"]) == 1
-    if not cuda.gpus():
+    if not gpus.find_gpus():
         assert _run(["compile", str(bundle.path), "--flavour", "tensorrt"]) == 1
         assert "TensorRT compiles on the GPU that will run the plan" in capsys.readouterr().err.replace("\n", " ")
 

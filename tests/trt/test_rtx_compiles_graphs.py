@@ -17,22 +17,23 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from edge_backbones.build import tensorrt as compiler
-from edge_backbones.build.artifacts import ExportedGraph, Progress, TypedGraph
-from edge_backbones.build.export import export_onnx
-from edge_backbones.build.prepare import prepare
-from edge_backbones.build.quantize import tensors_to_calibrate, write_typed_graph
-from edge_backbones.build.ranges import collect_magnitudes, find_ranges
-from edge_backbones.build.sources.common import SourceOptions
-from edge_backbones.build.sources.timm import load_timm
-from edge_backbones.build.tensorrt import Plan, PlanOptions, Shapes, compile_plan
+from edge_backbones.bundle.manifest import EngineKey
+from edge_backbones.engines.compat import reasons_in_plan
+from edge_backbones.engines.tensorrt import compile as compiler
+from edge_backbones.engines.tensorrt.compile import Plan, PlanOptions, Shapes, compile_plan
+from edge_backbones.engines.tensorrt.library import logger_of
+from edge_backbones.engines.tensorrt.session import _load
 from edge_backbones.errors import CompileError, EngineMismatchError
-from edge_backbones.manifest import EngineKey
-from edge_backbones.runtime.compat import reasons_in_plan
-from edge_backbones.runtime.cuda import Gpu, gpus
-from edge_backbones.runtime.tensorrt import _load
-from edge_backbones.runtime.tensorrt_library import logger_of
+from edge_backbones.machine.gpus import Gpu, find_gpus
+from edge_backbones.progress import Progress
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
+from edge_backbones.toolchain.artifacts import ExportedGraph, TypedGraph
+from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.quantize.qdq import tensors_to_calibrate, write_typed_graph
+from edge_backbones.toolchain.sources.base import SourceOptions
+from edge_backbones.toolchain.sources.timm import load_timm
 
 trt = pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
 
@@ -187,13 +188,13 @@ def test_turing_has_the_older_formats(case: Case, precision: Precision, tmp_path
 
 
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
-@pytest.mark.skipif(bool(gpus()), reason="with a GPU it can")
+@pytest.mark.skipif(bool(find_gpus()), reason="with a GPU it can")
 def test_rtx_itself_writes_no_plan_without_weights_here(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is refused on a machine without a GPU before it is tried, the library cannot do there; its words come through."""
     pretended = Gpu(0, "no GPU", "sm_89", 24 << 30, "13.0", 58, False)
-    monkeypatch.setattr(compiler.cuda, "gpus", lambda: (pretended,))
+    monkeypatch.setattr(compiler.gpus, "find_gpus", lambda: (pretended,))
     monkeypatch.setattr(compiler.cuda, "open_memory", lambda device: contextlib.nullcontext())
     for option in ("strip", "refit"):
         with pytest.raises(CompileError, match=r"cannot compile this graph: .*CUDA_SUCCESS.*edge-backbones doctor"):
@@ -208,7 +209,7 @@ def test_rtx_itself_has_no_lean_runtime(case: Case, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
-@pytest.mark.skipif(bool(gpus()), reason="with a GPU it loads")
+@pytest.mark.skipif(bool(find_gpus()), reason="with a GPU it loads")
 def test_what_rtx_says_to_plans_that_it_does_not_load(case: Case, tmp_path: Path) -> None:
     """Without a driver it loads none, damaged ones it never loads: its words come through, and the process lives."""
     graph = typed(case, Precision.FP32, tmp_path)
@@ -263,7 +264,7 @@ def test_what_rtx_cannot_do_or_would_ignore_is_refused(
     if message is None:
         assert compiled(graph, **options).memory_estimate > 1 << 60  # no GPU here whose memory it could exceed
         return
-    if "GPU only" in message and gpus():
+    if "GPU only" in message and find_gpus():
         assert compiled(graph, **options).gpu.refittable
         return
     with pytest.raises(CompileError, match=message):
@@ -273,7 +274,7 @@ def test_what_rtx_cannot_do_or_would_ignore_is_refused(
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
 def test_tensorrt_needs_the_gpu_it_compiles_for(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Builder ends the process where there is no driver: it must not be reached."""
-    monkeypatch.setattr(compiler.cuda, "gpus", tuple)
+    monkeypatch.setattr(compiler.gpus, "find_gpus", tuple)
     monkeypatch.setattr(compiler, "load_library", lambda flavour: pytest.fail("the library was touched"))
     graph = typed(case, Precision.FP32, tmp_path)
     with pytest.raises(CompileError, match="TensorRT compiles on the GPU that will run the plan"):

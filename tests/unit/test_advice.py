@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 import edge_backbones
-from edge_backbones.cli import app
+from edge_backbones.cli.main import app
 
 PACKAGE = Path(edge_backbones.__file__).parent
 COMMANDS = get_command(app).commands

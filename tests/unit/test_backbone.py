@@ -9,13 +9,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_backbones.bundle import record_bytes
+from edge_backbones.bundle.manifest import Source
+from edge_backbones.bundle.reader import record_bytes
+from edge_backbones.engines import select as session
+from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
+from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.errors import EngineMismatchError, InferenceError, InputError, IntegrityError
-from edge_backbones.manifest import Source
-from edge_backbones.runtime import compat, session
+from edge_backbones.machine import hosts
 from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
-from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray
-from edge_backbones.runtime.promises import DEFAULT_GATES
 from edge_backbones.spec import ExtraOutput, InputSpec, Precision, ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooled, pooling_input
 
@@ -555,14 +556,14 @@ def test_fewer_bits_are_preferred_among_engines_that_fit(tmp_path):
         parity = msgspec.structs.replace(only.parity, precision=key.precision, gate=DEFAULT_GATES[key.precision])
         record = msgspec.structs.replace(only, key=key, file=file, parity=parity)
         bundle = bundle.add_engine(record, {file.path: data})
-    host = compat.this_host(session.installed_versions())
+    host = hosts.this_host(session.installed_versions())
     assert session.choose_engine(bundle, host).key.precision == "int8"
     assert session.choose_engine(bundle, host, "fp16").key.precision == "fp16"
 
 
 def test_an_engine_of_another_machine_is_passed_over_with_the_reason(tmp_path):
     bundle = make_bundle(tmp_path / "b.bundle")
-    host = compat.Host("aarch64", ("asimd",), "Cortex", {"openvino": "2025.1"})
+    host = hosts.Host("aarch64", ("asimd",), "Cortex", {"openvino": "2025.1"})
     with pytest.raises(EngineMismatchError) as caught:
         session.choose_engine(bundle, host)
     message = str(caught.value)
@@ -673,7 +674,7 @@ def test_a_device_that_is_not_one_is_refused(tmp_path, device):
 )
 def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind, index):
     bundle = make_bundle(tmp_path / "b.bundle")
-    hosts, seen = [], []
+    looked, seen = [], []
 
     def open_session(bundle, engine, **options):
         seen.append(options)
@@ -683,13 +684,13 @@ def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind
         seen.append(options)
         return bundle.manifest.engines[0]
 
-    monkeypatch.setattr(compat, "this_host", lambda versions, **options: hosts.append(options))
+    monkeypatch.setattr(session, "this_machine", looked.append)
     monkeypatch.setattr(session, "open_session", open_session)
     monkeypatch.setattr(session, "choose_engine", choose_engine)
     opened = EdgeBackbone.from_pretrained(
         bundle.path, device=device, threads=3, memory="pycuda", cuda_graphs=True, allow_host_code=True
     )
-    assert hosts == [{"device": index}]
+    assert looked == [index]
     options = {"threads": 3, "memory": "pycuda", "cuda_graphs": True, "allow_host_code": True}
     assert seen == [{"device": kind, "allow_host_code": True}, {"device": index, **options}]
     assert opened.device == ("cpu" if index is None else f"cuda:{index}")

@@ -24,8 +24,8 @@ from edge_backbones.bench import energy
 from edge_backbones.bench.compare import CompareOptions, calm_turns, compare, read_images, this_machine
 from edge_backbones.bench.results import Comparison, Ratio, decode, encode, median_bounds, ratio_of, regressions
 from edge_backbones.errors import EngineMismatchError, InferenceError, InputError
-from edge_backbones.runtime.cuda import Gpu
-from edge_backbones.system import settings
+from edge_backbones.machine.gpus import Gpu
+from edge_backbones.machine.system import settings
 from edge_backbones.testing import make_bundle, pooling_input
 
 # ---- what the figures mean
@@ -405,12 +405,12 @@ class Nvml:
 def test_nvml_is_asked_for_the_gpu_that_cuda_means(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
     gpus = tuple(Gpu(i, "NVIDIA L4", "sm_89", 24 << 30, "13.0", 58, False, f"0000:0{2 - i}:00.0") for i in (0, 1))
-    monkeypatch.setattr(energy.cuda, "gpus", lambda: gpus)
+    monkeypatch.setattr(energy.gpus, "find_gpus", lambda: gpus)
     assert [energy.device_memory_mb(name) for name in ("cuda", "cuda:0", "cuda:1")] == [3000, 3000, 5000]
     clocks = {"GPU MHz now": "1410", "GPU MHz at most": "1980", "GPU memory MHz now": "1593"}
     assert energy.gpu_settings() == clocks
     assert clocks.items() <= this_machine().settings.items()
-    monkeypatch.setattr(energy.cuda, "gpus", lambda: (dataclasses.replace(gpus[0], bus_address="0000:00:00.0"),))
+    monkeypatch.setattr(energy.gpus, "find_gpus", lambda: (dataclasses.replace(gpus[0], bus_address="0000:00:00.0"),))
     assert energy.device_memory_mb("cuda") is None  # a Jetson's, which NVML does not have
     assert energy.gpu_settings() == {}
 

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from edge_backbones import EdgeBackbone
-from edge_backbones import bundle as bundle_module
-from edge_backbones.bundle import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.bundle import reader as bundle_module
+from edge_backbones.bundle.manifest import EngineRecord
+from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.errors import BundleError, IntegrityError, ManifestError
-from edge_backbones.manifest import EngineRecord
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled
 
@@ -264,7 +264,7 @@ def test_a_null_byte_in_a_path_is_a_manifest_error(bundle):
 KILLED_WRITER = """
 import sys, time
 from pathlib import Path
-from edge_backbones.bundle import new_bundle
+from edge_backbones.bundle.reader import new_bundle
 with new_bundle(sys.argv[1], overwrite=True) as folder:
     (folder / "half").write_bytes(b"x" * 1000)
     print("writing", flush=True)
@@ -439,7 +439,7 @@ def test_a_disk_that_is_full_leaves_the_bundle_as_it_was(bundle, tmp_path):
     before = {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()}
     code = """
 import resource, signal, sys
-from edge_backbones.bundle import Bundle, record_bytes
+from edge_backbones.bundle.reader import Bundle, record_bytes
 from edge_backbones.spec import Precision
 import msgspec
 bundle = Bundle.open(sys.argv[1])

@@ -15,8 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge_backbones import child, verify_bundle
-from edge_backbones.errors import CompileError, InferenceError, IntegrityError, ParityError
+from edge_backbones import verify_bundle
+from edge_backbones.errors import CompileError, InferenceError, IntegrityError
+from edge_backbones.machine import child
+from edge_backbones.parity_report import ParityError
 from edge_backbones.testing import make_bundle
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are a POSIX matter")
@@ -40,7 +42,7 @@ def own_process_of(caller: int) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(caller).children():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            found += [process] if "edge_backbones.child" in " ".join(process.cmdline()) else []
+            found += [process] if "edge_backbones.machine.child" in " ".join(process.cmdline()) else []
     return found
 
 
@@ -153,7 +155,7 @@ def test_an_interrupt_here_ends_the_other_process(tmp_path, monkeypatch, stubbor
 
 WAITING = """
 import pathlib, sys
-from edge_backbones import child
+from edge_backbones.machine import child
 said = lambda step, *_: print(step, flush=True)
 child.run_apart("apart_functions:wait", (pathlib.Path(sys.argv[1]), False), {}, progress=said)
 """
@@ -213,8 +215,8 @@ def test_nothing_in_the_folder_where_it_is_called_is_run(tmp_path: Path):
     bundle = make_bundle(tmp_path / "net.bundle")
     for name in ("msgspec", "edge_backbones", "numpy", "pickle"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the folder')")
-    code = "import sys; del sys.path[0]; from edge_backbones.cli import main; main()"  # as in bin/edge-backbones
-    env = {**os.environ, "PYTHONPATH": str(Path(child.__file__).parents[1])}
+    code = "import sys; del sys.path[0]; from edge_backbones.cli.main import main; main()"  # as in bin/edge-backbones
+    env = {**os.environ, "PYTHONPATH": str(Path(child.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", code, "compile", str(bundle.path), "--precision", "int8", "--json"],
         cwd=tmp_path, capture_output=True, text=True, check=False, env=env,

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_backbones import cli
-from edge_backbones.bundle import Bundle, record_bytes, write_manifest
-from edge_backbones.manifest import EngineRecord, Gate, GraphRecord
+from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
+from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
+from edge_backbones.cli import main as cli
+from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled, pooling_input
 from tests.simulated_builder import GRAPH
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "edge_backbones.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "edge_backbones.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
@@ -247,7 +248,7 @@ def test_doctor_names_every_extra_that_is_missing():
         "def missing(name): raise m.PackageNotFoundError(name)\n"
         "m.version = missing\n"
         "from edge_backbones.doctor import judge, look\n"
-        "from edge_backbones.runtime.cuda import Gpu\n"
+        "from edge_backbones.machine.gpus import Gpu\n"
         "import msgspec\n"
         "gpu = Gpu(0, 'NVIDIA H100', 'sm_90', 80 << 30, '13.0', 132, False)\n"
         "print([f.fix for f in judge(msgspec.structs.replace(look(), gpus=(gpu,))) if not f.ok])"
@@ -266,7 +267,7 @@ def test_doctor_shows_the_whole_install_command():
         "import importlib.metadata as m, sys\n"
         "def missing(name): raise m.PackageNotFoundError(name)\n"
         "m.version = missing\n"
-        "import edge_backbones.cli as cli\n"
+        "import edge_backbones.cli.main as cli\n"
         "cli._out.width = 200\n"
         "sys.exit(cli._run(['doctor']))"
     )
@@ -277,7 +278,7 @@ def test_doctor_shows_the_whole_install_command():
 def test_an_interrupt_that_a_library_swallows_ends_the_next_step():
     code = """
 import contextlib, signal
-from edge_backbones import cli
+from edge_backbones.cli import main as cli
 before = signal.getsignal(signal.SIGINT)
 try:
     with cli._Steps(quiet=True) as progress:

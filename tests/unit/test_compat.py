@@ -7,17 +7,10 @@ import re
 import msgspec
 import pytest
 
-from edge_backbones.manifest import EngineKey, GpuKey
-from edge_backbones.runtime.compat import (
-    Host,
-    _numbers,
-    cpu_features,
-    device_name,
-    flavour_to_load,
-    reasons_against,
-    reasons_in_plan,
-)
-from edge_backbones.runtime.cuda import Gpu
+from edge_backbones.bundle.manifest import EngineKey, GpuKey
+from edge_backbones.engines.compat import _numbers, flavour_to_load, reasons_against, reasons_in_plan
+from edge_backbones.machine.gpus import Gpu
+from edge_backbones.machine.hosts import Host, cpu_features, device_name
 
 KEY = EngineKey(
     flavour="openvino",

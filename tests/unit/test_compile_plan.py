@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import pytest
 
-from edge_backbones.build import tensorrt
-from edge_backbones.build.tensorrt import DlaCoverage, PlanOptions, Shapes, calibration_cache, compile_plan
+from edge_backbones.engines.tensorrt import compile as tensorrt
+from edge_backbones.engines.tensorrt.compile import DlaCoverage, PlanOptions, Shapes, calibration_cache, compile_plan
 from edge_backbones.errors import CompileError, InputError
-from edge_backbones.runtime.cuda import Gpu
+from edge_backbones.machine.gpus import Gpu
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 from tests.simulated_builder import GRAPH, Library
 
@@ -59,7 +59,7 @@ def compiled(monkeypatch):
     Context.entered.clear()
 
     def compile(library, precision=Precision.FP16, input=None, ranges=None, gpu=ORIN, **options):
-        monkeypatch.setattr(tensorrt.cuda, "gpus", lambda: (gpu,))
+        monkeypatch.setattr(tensorrt.gpus, "find_gpus", lambda: (gpu,))
         monkeypatch.setattr(tensorrt, "load_library", lambda flavour: library)
         return compile_plan(
             GRAPH,

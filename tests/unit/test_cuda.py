@@ -12,8 +12,9 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.errors import DeviceError, InputError, MissingDependencyError, OutOfMemoryError
-from edge_backbones.runtime import cuda
+from edge_backbones.machine import gpus
 
 NAMES = {2: b"CUDA_ERROR_OUT_OF_MEMORY", 100: b"CUDA_ERROR_NO_DEVICE", 719: b"CUDA_ERROR_LAUNCH_FAILED"}
 
@@ -77,7 +78,7 @@ def libcuda(devices=1, *, fails=None, missing=()) -> SimpleNamespace:
 
         return call
 
-    symbols = [*functions, *(prototype[0] for prototype in cuda._PROTOTYPES.values())]
+    symbols = [*functions, *(prototype[0] for prototype in gpus._PROTOTYPES.values())]
     library = SimpleNamespace(**{symbol: make(symbol) for symbol in symbols if symbol not in missing})
     library.cuGetErrorName = error_name
     library.calls = calls
@@ -85,8 +86,8 @@ def libcuda(devices=1, *, fails=None, missing=()) -> SimpleNamespace:
 
 
 def test_gpus_are_described_through_the_driver_alone():
-    first, second = cuda.gpus(lambda: libcuda(2))
-    assert first == cuda.Gpu(
+    first, second = gpus.find_gpus(lambda: libcuda(2))
+    assert first == gpus.Gpu(
         index=0,
         name="Fake GPU 0",
         architecture="sm_90",
@@ -97,7 +98,7 @@ def test_gpus_are_described_through_the_driver_alone():
         bus_address="0000:01:00.0",
     )
     assert (second.index, second.name, second.bus_address) == (1, "Fake GPU 1", "0000:02:00.0")
-    assert cuda.no_gpu_reason(lambda: libcuda(2)) == ""
+    assert gpus.no_gpu_reason(lambda: libcuda(2)) == ""
 
 
 def refusing(message):
@@ -112,11 +113,11 @@ def refusing(message):
     [
         (
             refusing("libcuda.so.1: cannot open shared object file: No such file or directory"),
-            f"no NVIDIA driver ({cuda._LIBRARY} is missing)",
+            f"no NVIDIA driver ({gpus._LIBRARY} is missing)",
         ),
         (
             refusing("libcuda.so.1: undefined symbol: x"),
-            f"no NVIDIA driver ({cuda._LIBRARY} cannot be loaded: libcuda.so.1: undefined symbol: x)",
+            f"no NVIDIA driver ({gpus._LIBRARY} cannot be loaded: libcuda.so.1: undefined symbol: x)",
         ),
         (lambda: libcuda(fails={"cuInit": 100}), "driver present, cuInit failed: CUDA_ERROR_NO_DEVICE"),
         (lambda: libcuda(fails={"cuInit": 803}), "driver present, cuInit failed: CUDA error 803"),
@@ -133,14 +134,14 @@ def refusing(message):
     ],
 )
 def test_no_gpu_has_a_reason(monkeypatch, load, reason):
-    monkeypatch.setattr(cuda, "kernel_has_driver", lambda: False)
-    assert cuda.no_gpu_reason(load) == reason
-    assert cuda.gpus(load) == ()
+    monkeypatch.setattr(gpus, "kernel_has_driver", lambda: False)
+    assert gpus.no_gpu_reason(load) == reason
+    assert gpus.find_gpus(load) == ()
 
 
 def test_a_container_that_did_not_ask_for_the_gpu_is_told(monkeypatch):
-    monkeypatch.setattr(cuda, "kernel_has_driver", lambda: True)
-    reason = cuda.no_gpu_reason(refusing("libcuda.so.1: cannot open shared object file: No such file or directory"))
+    monkeypatch.setattr(gpus, "kernel_has_driver", lambda: True)
+    reason = gpus.no_gpu_reason(refusing("libcuda.so.1: cannot open shared object file: No such file or directory"))
     assert "is missing; the kernel has the driver, which a container sees with docker run --runtime nvidia" in reason
 
 
@@ -149,12 +150,12 @@ def test_a_container_that_did_not_ask_for_the_gpu_is_told(monkeypatch):
 )
 def test_a_gpu_that_is_counted_and_not_described_is_an_error(symbol):
     with pytest.raises(DeviceError, match=r"cuD\w+.* failed: CUDA_ERROR_LAUNCH_FAILED"):
-        cuda.gpus(lambda: libcuda(fails={symbol: 719}))
+        gpus.find_gpus(lambda: libcuda(fails={symbol: 719}))
 
 
 def test_the_probe_of_this_machine_answers_and_imports_no_library_of_cuda():
     code = (
-        "import sys; from edge_backbones.runtime import cuda; print(bool(cuda.gpus()) == (cuda.no_gpu_reason() == ''));"
+        "import sys; from edge_backbones.machine import gpus; print(bool(gpus.find_gpus()) == (gpus.no_gpu_reason() == ''));"
         "print(not {'cuda', 'pycuda', 'tensorrt'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -162,7 +163,7 @@ def test_the_probe_of_this_machine_answers_and_imports_no_library_of_cuda():
 
 
 def test_a_function_that_the_driver_lacks_is_named():
-    driver = cuda.CtypesDriver(libcuda(missing=("cuGraphInstantiateWithFlags",)))
+    driver = gpus.CtypesDriver(libcuda(missing=("cuGraphInstantiateWithFlags",)))
     with pytest.raises(DeviceError, match="the NVIDIA driver has no cuGraphInstantiateWithFlags: update the driver"):
         driver.cuGraphInstantiateWithFlags(1, 0)
     with pytest.raises(AttributeError):
@@ -170,7 +171,7 @@ def test_a_function_that_the_driver_lacks_is_named():
 
 
 def test_functions_return_code_and_values_as_the_bindings_do():
-    driver = cuda.CtypesDriver(libcuda())
+    driver = gpus.CtypesDriver(libcuda())
     assert driver.cuInit(0) == (0,)
     assert driver.cuMemGetInfo() == (0, 1 << 20, 8 << 30)
     assert driver.cuEventCreate(2) == (0, 0xE0)
@@ -181,7 +182,7 @@ def test_functions_return_code_and_values_as_the_bindings_do():
 def test_every_function_that_is_used_is_one_of_cuda_bindings():
     from cuda.bindings import driver as bindings
 
-    for name in cuda._PROTOTYPES:
+    for name in gpus._PROTOTYPES:
         if name != "cuGraphInstantiateWithFlags":  # renamed in CUDA 12
             assert hasattr(bindings, name), name
     assert int(bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED) == 2
@@ -271,7 +272,7 @@ class Library:
 
 def over_pycuda(**options) -> tuple[cuda.Memory, Library, SimpleNamespace]:
     library, native = Library(), libcuda(**options)
-    return cuda.Memory(0, cuda.PyCuda(0, library, cuda.CtypesDriver(native))), library, native
+    return cuda.Memory(0, cuda.PyCuda(0, library, gpus.CtypesDriver(native))), library, native
 
 
 def test_pycuda_works_in_the_primary_context_and_leaves_what_was_current():
@@ -432,7 +433,7 @@ def test_pycuda_is_taken_where_the_bindings_are_not(monkeypatch):
     library, native = Library(), libcuda()
     monkeypatch.setattr(cuda, "_cuda_bindings", lambda: (_ for _ in ()).throw(MissingDependencyError("x", "tensorrt")))
     monkeypatch.setattr(cuda, "_pycuda", lambda: library)
-    monkeypatch.setattr(cuda, "load_driver", lambda: native)
+    monkeypatch.setattr(gpus, "load_driver", lambda: native)
     cuda._opened.cache_clear()
     try:
         assert cuda.open_memory(0).backend == "pycuda"

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_backbones.engines.gpu import arrays as device_arrays
+from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray, from_foreign, is_on_gpu, stream_pointer
 from edge_backbones.errors import InputError
-from edge_backbones.runtime import device_arrays
-from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray, from_foreign, is_on_gpu, stream_pointer
 
 ADDRESS = 0x7F00_0000_0000  # nothing may read what is there
 CPU, CUDA, CUDA_HOST, ROCM, MANAGED = 1, 2, 3, 10, 13
@@ -693,7 +693,7 @@ def test_a_thread_that_python_does_not_know_may_give_the_memory_back(versioned):
 def test_memory_given_back_after_the_interpreter_ended_is_no_crash(versioned):
     program = f"""
         import ctypes
-        from edge_backbones.runtime import device_arrays as da
+        from edge_backbones.engines.gpu import arrays as da
         array = da.DeviceArray({ADDRESS}, (2, 3), "f4", device=0, owner=object(), synchronize=None)
         capsule = array.__dlpack__(max_version={(1, 0) if versioned else None})
         name, managed = da._managed(capsule)

@@ -11,13 +11,13 @@ import msgspec
 import pytest
 
 from edge_backbones import doctor
-from edge_backbones.bundle import Bundle
+from edge_backbones.bundle.manifest import GpuKey
+from edge_backbones.bundle.reader import Bundle
 from edge_backbones.doctor import Finding, Machine, Python, judge, judge_engines
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.manifest import GpuKey
-from edge_backbones.runtime import compat
-from edge_backbones.runtime.cuda import Gpu
-from edge_backbones.system import read_system
+from edge_backbones.machine import hosts
+from edge_backbones.machine.gpus import Gpu
+from edge_backbones.machine.system import read_system
 from edge_backbones.testing import make_bundle
 
 MACHINES = Path(__file__).with_name("machines")
@@ -48,10 +48,10 @@ def machine(
     root = MACHINES / name
     cpuinfo = (root / "proc/cpuinfo").read_text()
     architecture = "aarch64" if name.startswith("jetpack") else "x86_64"
-    host = compat.Host(
+    host = hosts.Host(
         architecture,
-        compat.cpu_features(cpuinfo, architecture),
-        compat.device_name(cpuinfo) or architecture,
+        hosts.cpu_features(cpuinfo, architecture),
+        hosts.device_name(cpuinfo) or architecture,
         {**({"openvino": libraries["openvino"]} if "openvino" in libraries else {}), **(tensorrt or {})},
         gpus[0] if gpus else None,
         "" if gpus else no_gpu,
@@ -372,7 +372,7 @@ def test_this_machine_is_looked_at():
 def test_which_engines_of_a_bundle_run_there(tmp_path):
     bundle = make_bundle(tmp_path / "net.bundle")
     [engine] = bundle.manifest.engines
-    here = msgspec.structs.replace(machine("laptop"), host=compat.this_host({"openvino": engine.key.library_version}))
+    here = msgspec.structs.replace(machine("laptop"), host=hosts.this_host({"openvino": engine.key.library_version}))
     [found] = judge_engines(here, bundle)
     assert (found.ok, found.found, found.topic) == (True, "runs here", f"engine {engine.name}")
     bare = machine("laptop", libraries={})

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_backbones.engines import exits
 from edge_backbones.errors import InferenceError
-from edge_backbones.runtime import exits
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.testing import make_bundle, pooled, pooling_input
 

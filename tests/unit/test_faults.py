@@ -14,10 +14,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_backbones import bundle as bundle_module
-from edge_backbones.bundle import Bundle, new_bundle, record_bytes
+from edge_backbones.bundle import reader as bundle_module
+from edge_backbones.bundle.manifest import EngineRecord
+from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes
 from edge_backbones.errors import BundleError
-from edge_backbones.manifest import EngineRecord
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
 from tests.faults import OPERATIONS, failing
@@ -114,7 +114,7 @@ import os, sys
 from pathlib import Path
 from tests.faults import crashing
 from tests.unit.test_faults import CHANGES, contents_of, engine_like, restore
-from edge_backbones.bundle import Bundle
+from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import BundleError
 from edge_backbones.spec import Precision
 

@@ -23,15 +23,15 @@ from benchmarks.gpu_suite import (
     PartFailedError,
     Suite,
 )
-from edge_backbones.runtime import cuda
+from edge_backbones.machine import gpus
 
 NO_DRIVER = "no NVIDIA driver (libcuda.so.1 is missing)"
-H100 = cuda.Gpu(0, "NVIDIA H100 80GB HBM3", "sm_90", 85 << 30, "13.0", 132, False)
+H100 = gpus.Gpu(0, "NVIDIA H100 80GB HBM3", "sm_90", 85 << 30, "13.0", 132, False)
 
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: NO_DRIVER)
+    monkeypatch.setattr(gpus, "no_gpu_reason", lambda: NO_DRIVER)
 
 
 def options(**given):
@@ -82,8 +82,8 @@ def test_nothing_is_written_where_no_gpu_gives_a_name(no_gpu, capsys):
 
 
 def test_a_gpu_that_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: "")
-    monkeypatch.setattr(cuda, "gpus", lambda: (H100,))
+    monkeypatch.setattr(gpus, "no_gpu_reason", lambda: "")
+    monkeypatch.setattr(gpus, "find_gpus", lambda: (H100,))
     out = tmp_path / "here.json"
     assert gpu_suite.main(["--device", "3", "--out", str(out)]) == NOTHING_RUN
     assert "no cuda:3" in out.read_text(encoding="utf-8")
@@ -328,7 +328,7 @@ def test_what_tensorrt_rtx_answers():
         answer = child.read(120)
     assert answer["version"]
     assert answer["validity"] in ("VALID", "SUBOPTIMAL", "INVALID")
-    if not cuda.gpus():
+    if not gpus.find_gpus():
         assert not answer["accepted"]
         assert "cudaError" in answer["deserialise_log"]
         assert "cudaError" in answer["validity_log"]

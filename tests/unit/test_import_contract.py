@@ -8,39 +8,19 @@ import sys
 
 import pytest
 
-import edge_backbones.bench
-import edge_backbones.runtime
+import edge_backbones
 
 WORKSTATION = ("torch", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+OF_THE_WORKSTATION = ("auto", "cli", "integrations", "pictures", "toolchain")
 ON_DEVICE = [
     "edge_backbones",
     *(
-        f"edge_backbones.{name}"
-        for name in (
-            "difference",
-            "errors",
-            "spec",
-            "frames",
-            "image_files",
-            "images",
-            "manifest",
-            "profiles",
-            "system",
-            "bundle",
-            "trust",
-            "child",
-            "doctor",
-            "report",
-            "testing",
-        )
+        module.name
+        for module in pkgutil.walk_packages(edge_backbones.__path__, "edge_backbones.")
+        if module.name.split(".")[1] not in (*OF_THE_WORKSTATION, "__main__")
     ),
-    *(f"edge_backbones.bench.{module.name}" for module in pkgutil.iter_modules(edge_backbones.bench.__path__)),
-    *(
-        f"edge_backbones.build.{name}"
-        for name in ("artifacts", "compile", "cpu_graph", "device", "parity", "pipeline", "tensorrt")
-    ),
-    "edge_backbones.runtime",
-    *(f"edge_backbones.runtime.{module.name}" for module in pkgutil.iter_modules(edge_backbones.runtime.__path__)),
+    "edge_backbones.toolchain.artifacts",
+    "edge_backbones.toolchain.build",
 ]
 
 
@@ -61,9 +41,9 @@ def test_a_library_that_does_not_load_is_told_with_the_way_out():
     *_, last = done.stderr.strip().splitlines()
     assert last.startswith("edge_backbones.errors.BrokenLibraryError: an installed library is not for this machine")
     assert "python3 -m venv ENV" in last
-    other = run_without(("edge_backbones.bundle",), "from edge_backbones import EdgeBackbone")
+    other = run_without(("edge_backbones.bundle.reader",), "from edge_backbones import EdgeBackbone")
     assert "BrokenLibraryError" not in other.stderr
-    assert "edge_backbones.bundle" in other.stderr
+    assert "edge_backbones.bundle.reader" in other.stderr
 
 
 @pytest.mark.parametrize("module", ON_DEVICE)
@@ -93,7 +73,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_a_missing_engine_library_is_named_with_its_install_command(tmp_path):
     code = (
-        "from edge_backbones.runtime.openvino import load_library\n"
+        "from edge_backbones.engines.openvino.session import load_library\n"
         "from edge_backbones import EdgeBackbonesError\n"
         "try:\n    load_library()\nexcept EdgeBackbonesError as error:\n    print(error)"
     )
@@ -102,7 +82,7 @@ def test_a_missing_engine_library_is_named_with_its_install_command(tmp_path):
 
 
 def test_a_missing_command_line_library_is_named_with_its_install_command():
-    done = run_without(("typer",), "import edge_backbones.cli")
+    done = run_without(("typer",), "import edge_backbones.cli.main")
     assert done.returncode == 1
     assert "pip install 'edge-backbones[cli]'" in done.stderr
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from build_scripts.write_schema import json_schema
-from edge_backbones import manifest
+from edge_backbones import parity_report
+from edge_backbones.bundle import manifest
 from edge_backbones.errors import ManifestError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "manifest.v6.json"
@@ -110,12 +111,14 @@ def test_engine_name_says_flavour_version_architecture_feature_precision(documen
 
 
 def test_failures_name_stage_and_figures():
-    stage = manifest.StageParity(
+    stage = parity_report.StageParity(
         stage="layer4", cosine=0.5, sqnr_db=3.21, max_abs=2.0, relative=0.7, finite=True, passed=False
     )
     broken = msgspec.structs.replace(stage, stage="layer1", finite=False)
     fine = msgspec.structs.replace(stage, stage="layer2", passed=True)
-    report = manifest.ParityReport(precision="int8", gate=manifest.Gate(min_cosine=0.98), stages=(fine, broken, stage))
+    report = parity_report.ParityReport(
+        precision="int8", gate=parity_report.Gate(min_cosine=0.98), stages=(fine, broken, stage)
+    )
     assert not report.passed
     assert report.failures() == (
         "layer1 has values that are not finite; layer4 has cosine 0.5000, SQNR 3.2 dB, relative error 7.00e-01, "

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_backbones import errors, testing
-from edge_backbones.bundle import record_bytes, write_manifest
+from edge_backbones import errors, parity_report, testing
+from edge_backbones.bundle.manifest import Decision, Trial
+from edge_backbones.bundle.reader import record_bytes, write_manifest
 from edge_backbones.errors import visible
-from edge_backbones.manifest import Decision, Trial
 from edge_backbones.spec import Precision
 
 HOSTILE = "\x1b[2J\x1b]0;t\x07\u202e\u2066\x9b31m\r\u2028"
@@ -48,7 +48,9 @@ def test_a_text_is_shown_on_one_line(text, shown):
     assert visible(text) == shown
 
 
-@pytest.mark.parametrize("kind", [errors.BundleError, errors.InputError, errors.ParityError, errors.OutOfMemoryError])
+@pytest.mark.parametrize(
+    "kind", [errors.BundleError, errors.InputError, parity_report.ParityError, errors.OutOfMemoryError]
+)
 def test_an_error_shows_what_it_quotes(kind):
     error = kind(f"{KEPT} {HOSTILE} is not there")
     assert str(error) == f"{KEPT} {SHOWN} is not there"

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_backbones import onnx_gate
-from edge_backbones.onnx_gate import graph_fault
+from edge_backbones.bundle import onnx_gate
+from edge_backbones.bundle.onnx_gate import graph_fault
 from tests.graphs import pooling_graph
 
 ORT_MEMORY = "*/_ORT_MEM_ADDR_/*"

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_backbones.engines import ports as plan
+from edge_backbones.engines.ports import Piece, Profile, Tensor
 from edge_backbones.errors import InputError
-from edge_backbones.runtime import plan
-from edge_backbones.runtime.plan import Piece, Profile, Tensor
 from edge_backbones.spec import InputSpec, ShapeRange
 from edge_backbones.testing import pooling_input
 

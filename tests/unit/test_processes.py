@@ -16,12 +16,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_backbones import errors
-from edge_backbones.bundle import record_bytes
+from edge_backbones import errors, parity_report
+from edge_backbones.bundle.reader import record_bytes
+from edge_backbones.engines import forks
+from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.errors import BundleError, EngineMismatchError, InputError
-from edge_backbones.runtime import forks
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.openvino import OpenVinoSession
 from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooled, pooling_input
 
 ROOT = Path(__file__).parents[2]
@@ -300,7 +300,7 @@ def test_other_weights_are_not_taken_for_the_old_ones(tmp_path):
 def test_an_engine_that_is_not_there_any_more_is_named_with_the_bundle(path, monkeypatch):
     with EdgeBackbone.from_pretrained(path) as backbone:
         data = pickle.dumps(backbone)
-    monkeypatch.setattr("edge_backbones.runtime.compat.reasons_against", lambda key, host: ["is of another machine"])
+    monkeypatch.setattr("edge_backbones.engines.compat.reasons_against", lambda key, host: ["is of another machine"])
     with pytest.raises(EngineMismatchError, match=r"no engine of .*pool\.bundle can run here.*is of another machine"):
         pickle.loads(data)
 
@@ -310,7 +310,7 @@ def test_an_engine_that_is_not_there_any_more_is_named_with_the_bundle(path, mon
     [
         errors.MissingDependencyError("the CPU engine", "cpu"),
         errors.BrokenLibraryError(ImportError("wrong ELF class")),
-        errors.ParityError("it left its gate", 1, 2),  # type: ignore[arg-type]
+        parity_report.ParityError("it left its gate", 1, 2),  # type: ignore[arg-type]
         errors.InputError("it does not fit"),
     ],
     ids=lambda error: type(error).__name__,

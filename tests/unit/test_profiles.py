@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from edge_backbones.errors import InputError
-from edge_backbones.profiles import (
+from edge_backbones.machine.profiles import (
     FIRST_ARCHITECTURE,
     RTX_ARCHITECTURES,
     explain,

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from edge_backbones import EdgeBackbone, verify_bundle
-from edge_backbones.build import device
-from edge_backbones.build.parity import compare
-from edge_backbones.bundle import Bundle, record_bytes, write_manifest
-from edge_backbones.errors import EngineMismatchError, InferenceError, ParityError
-from edge_backbones.manifest import Gate, GraphRecord, Manifest
-from edge_backbones.runtime import compat, promises, session
+from edge_backbones.bundle.manifest import GraphRecord, Manifest
+from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
+from edge_backbones.deploy import compile as device
+from edge_backbones.deploy import parity, verify
+from edge_backbones.deploy.parity import compare
+from edge_backbones.engines import promises
+from edge_backbones.engines import select as session
+from edge_backbones.errors import EngineMismatchError, InferenceError
+from edge_backbones.machine import hosts
+from edge_backbones.parity_report import Gate, ParityError
 from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.testing import make_bundle, pooling_input
 from tests.simulated_builder import GRAPH
@@ -80,7 +84,7 @@ def test_a_gate_that_nobody_set_is_refused_and_not_used_by_verify(bundle, monkey
     EdgeBackbone.from_pretrained(forged.path).close()
 
     wrong = lambda *a, **k: compare(*a, **k) if a[0] != "pool8" else compare(a[0], a[1], a[2] * 1.01, *a[3:], **k)  # noqa: E731
-    monkeypatch.setattr("edge_backbones.build.parity.compare", wrong)
+    monkeypatch.setattr("edge_backbones.deploy.parity.compare", wrong)
     forged = with_report(bundle, gate=gate)
     with pytest.raises(ParityError, match="outside its gate"):
         verify_bundle(forged.path, in_process=True)
@@ -169,8 +173,8 @@ def test_sizes_that_vary_are_taken_as_they_are(tmp_path):
 # ---- what this machine has measured
 
 
-def host() -> compat.Host:
-    return compat.this_host(session.installed_versions())
+def host() -> hosts.Host:
+    return hosts.this_host(session.installed_versions())
 
 
 def test_what_was_verified_here_is_remembered_until_anything_changes(bundle, monkeypatch, tmp_path):
@@ -185,7 +189,7 @@ def test_what_was_verified_here_is_remembered_until_anything_changes(bundle, mon
     assert not promises.is_measured_here(manifest, other_bytes, host())
     golden = replace(manifest.golden, file=replace(manifest.golden.file, sha256="0" * 64))
     assert not promises.is_measured_here(replace(manifest, golden=golden), engine, host())
-    elsewhere = compat.Host("x86_64", (), "another CPU", {"openvino": engine.key.library_version})
+    elsewhere = hosts.Host("x86_64", (), "another CPU", {"openvino": engine.key.library_version})
     assert not promises.is_measured_here(manifest, engine, elsewhere)
     monkeypatch.setattr(promises, "_MACHINE_ID", tmp_path / "id")
     (tmp_path / "id").write_text("another machine")
@@ -200,7 +204,7 @@ def test_an_engine_that_fails_later_is_forgotten(bundle, monkeypatch):
         [stage, *rest] = engine.parity.stages
         return replace(engine.parity, stages=(replace(stage, passed=False), *rest))
 
-    monkeypatch.setattr(device, "measure_engine", failing)
+    monkeypatch.setattr(parity, "measure_engine", failing)
     with pytest.raises(ParityError):
         verify_bundle(bundle.path, in_process=True)
     assert not promises.is_measured_here(bundle.manifest, engine, host())
@@ -218,15 +222,15 @@ def test_without_a_cache_folder_nothing_is_remembered_and_nothing_fails(bundle, 
     assert not promises.is_measured_here(bundle.manifest, bundle.manifest.engines[0], host())
 
 
-def test_on_mismatch_compile_measures_once_and_apart_what_was_never_measured_here(bundle, monkeypatch):
+def test_on_mismatch_compile_measures_once_and_apart_what_was_never_measured_here(bundle, monkeypatch, in_process):
     asked = []
-    verify = device.verify_bundle
+    measure = verify.verify_bundle
 
     def verified(path, **options):
         asked.append(options["engine"])
-        return verify(path, **options)
+        return measure(path, **options)
 
-    monkeypatch.setattr(device, "verify_bundle", verified)
+    monkeypatch.setattr(verify, "verify_bundle", verified)
     EdgeBackbone.from_pretrained(bundle.path).close()  # by the figures of the manifest, in this process
     assert asked == []
     for _ in range(2):
@@ -234,12 +238,12 @@ def test_on_mismatch_compile_measures_once_and_apart_what_was_never_measured_her
     assert asked == [bundle.manifest.engines[0].name]
 
 
-def test_an_engine_that_ends_the_process_that_measures_it_is_compiled_anew(bundle, monkeypatch):
+def test_an_engine_that_ends_the_process_that_measures_it_is_compiled_anew(bundle, monkeypatch, in_process):
     def died(*_, **__):
         raise InferenceError("the process that was running it ended by SIGSEGV")
 
     compiled = []
-    monkeypatch.setattr(device, "verify_bundle", died)
+    monkeypatch.setattr(verify, "verify_bundle", died)
     monkeypatch.setattr(device, "compile_bundle", lambda path, **options: compiled.append(path))
     with pytest.raises(EngineMismatchError, match="ended by SIGSEGV"):  # this compile made none
         EdgeBackbone.from_pretrained(bundle.path, on_mismatch="compile")

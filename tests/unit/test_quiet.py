@@ -60,7 +60,7 @@ def run(code: str, *arguments: object, home: Path, folder: Path) -> list[str]:
 
 def command(*arguments: str) -> str:
     return f"""
-from edge_backbones.cli import app
+from edge_backbones.cli.main import app
 arguments = [argument.replace("BUNDLE", sys.argv[1]) for argument in {arguments!r}]
 assert not app(arguments, standalone_mode=False)
 """
@@ -127,7 +127,7 @@ def test_the_kernel_sees_no_socket_either(path, tmp_path):
 BOTH = """
 import openvino_telemetry
 {first}
-from edge_backbones.runtime.openvino import load_library
+from edge_backbones.engines.openvino.session import load_library
 load_library()
 import openvino.tools.ovc.telemetry_utils as used
 assert used.tm.__name__ == "openvino.tools.ovc.telemetry_stub", used.tm
@@ -139,7 +139,7 @@ def test_a_program_that_uses_the_telemetry_of_openvino_itself_keeps_it(tmp_path)
     """Whether it was imported before or is imported later: it is what the program would have had."""
     before = BOTH.replace("{first}", "")
     later = """
-from edge_backbones.runtime.openvino import load_library
+from edge_backbones.engines.openvino.session import load_library
 load_library()
 assert "openvino_telemetry" not in sys.modules
 import openvino_telemetry
@@ -153,7 +153,7 @@ assert openvino_telemetry.Telemetry is Telemetry
 def test_threads_that_load_openvino_at_once_leave_nothing_hidden(tmp_path):
     code = """
 import threading
-from edge_backbones.runtime import openvino
+from edge_backbones.engines.openvino import session as openvino
 threads = [threading.Thread(target=openvino.load_library) for _ in range(8)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
@@ -164,7 +164,7 @@ import openvino_telemetry
 
 
 def test_a_failed_import_of_openvino_hides_nothing():
-    from edge_backbones.runtime import openvino
+    from edge_backbones.engines.openvino import session as openvino
 
     before = sys.modules.get("openvino_telemetry", "nothing")
     with pytest.raises(ZeroDivisionError), openvino._without_telemetry():
@@ -173,7 +173,10 @@ def test_a_failed_import_of_openvino_hides_nothing():
     assert sys.modules.get("openvino_telemetry", "nothing") is before
 
 
-IMPORTERS = {"openvino": {"runtime/openvino.py", "bench/nncf_graph.py"}, "onnxruntime": {"build/onnx_runtime.py"}}
+IMPORTERS = {
+    "openvino": {"engines/openvino/session.py", "bench/nncf_graph.py"},
+    "onnxruntime": {"toolchain/onnx_runtime.py"},
+}
 
 
 def test_libraries_that_report_are_imported_in_one_place_each():

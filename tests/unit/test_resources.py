@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from edge_backbones.engines import select as session
+from edge_backbones.engines.openvino import session as openvino
 from edge_backbones.errors import (
     EngineMismatchError,
     InferenceError,
@@ -21,7 +23,6 @@ from edge_backbones.errors import (
     lack_told,
     refuse_lack,
 )
-from edge_backbones.runtime import openvino, session
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.testing import make_bundle, pooled
 
@@ -167,7 +168,8 @@ LIMITED = """
 import os, resource, sys
 import numpy as np
 from edge_backbones import EdgeBackbone, EdgeBackbonesError
-from edge_backbones.runtime import backbone, openvino
+from edge_backbones.engines.openvino import session as openvino
+from edge_backbones.runtime import backbone
 
 def limit(what, room):
     if what == "AS":

@@ -9,13 +9,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge_backbones.bundle.manifest import EngineKey, EngineRecord, FileRecord, GpuKey
+from edge_backbones.deploy import compile as deployed
+from edge_backbones.engines import select as session
+from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.errors import EngineMismatchError, MissingDependencyError
-from edge_backbones.manifest import EngineKey, EngineRecord, FileRecord, GpuKey, ParityReport, StageParity
-from edge_backbones.profiles import profile_of
-from edge_backbones.runtime import session
-from edge_backbones.runtime.compat import Host
-from edge_backbones.runtime.cuda import Gpu
-from edge_backbones.runtime.promises import DEFAULT_GATES
+from edge_backbones.machine.gpus import Gpu
+from edge_backbones.machine.hosts import Host
+from edge_backbones.machine.profiles import profile_of
+from edge_backbones.parity_report import ParityReport, StageParity
 from edge_backbones.spec import Precision
 
 L4 = Gpu(
@@ -177,42 +179,36 @@ def test_what_was_never_measured_is_passed_over():
         chosen(pending)
 
 
-def test_compiling_on_the_spot_is_for_the_gpu_at_hand(monkeypatch):
+def test_compiling_on_the_spot_is_for_the_gpu_at_hand(monkeypatch, in_process):
     asked = []
-    compiler = types.SimpleNamespace(
-        PlanOptions=lambda targets: targets,
-        compile_bundle=lambda path, **options: asked.append(options),
-        profile_here=lambda flavour, targets, device: profile_of(L4) if flavour == "tensorrt" else None,
-    )
-    monkeypatch.setattr(session.importlib, "import_module", lambda name: compiler)
-    session.compile_here("b.bundle", HOST, "int8", device=0)
+    profiles = {"tensorrt": profile_of(L4)}
+    monkeypatch.setattr(deployed, "compile_bundle", lambda path, **options: asked.append(options))
+    monkeypatch.setattr(deployed, "profile_here", lambda flavour, targets, device: profiles.get(flavour))
     only_rtx = Host("x86_64", (), "CPU", {"tensorrt_rtx": "1.7.1"}, changed(L4, architecture="sm_120"))
-    session.compile_here("b.bundle", only_rtx, None, device=0)
-    session.compile_here("b.bundle", HOST, None, device=None)
+    for machine, engine, gpu in ((HOST, "int8", 0), (only_rtx, None, 0), (HOST, None, None)):
+        monkeypatch.setattr(session, "this_machine", lambda device, machine=machine: machine)
+        session.compile_here("b.bundle", engine, device=gpu)
     with pytest.raises(EngineMismatchError, match=r"cannot be made here: its name is of the machine.*engine='int8'"):
-        session.compile_here("b.bundle", HOST, "tensorrt-10.3.0-sm_87-int8-0a1b2c3d", device=0)
-    assert [(o["flavour"], o["precisions"], o["plan"], o["profile"]) for o in asked] == [
+        session.compile_here("b.bundle", "tensorrt-10.3.0-sm_87-int8-0a1b2c3d", device=0)
+    assert [(o["flavour"], o["precisions"], o["plan"].targets, o["profile"]) for o in asked] == [
         ("tensorrt", ("int8",), (), "l4"),
         ("tensorrt_rtx", None, ("sm_120",), None),
         ("openvino", None, (), None),
     ]
 
 
-def test_compiling_on_the_spot_needs_no_profiles(monkeypatch):
+def test_compiling_on_the_spot_needs_no_profiles(monkeypatch, in_process):
     """Python 3.10 without the cli extra has no TOML reader."""
 
     def unreadable(*_):
         raise MissingDependencyError("reading device profiles on this Python", "cli")
 
     asked = []
-    compiler = types.SimpleNamespace(
-        PlanOptions=lambda targets: targets,
-        compile_bundle=lambda path, **options: asked.append(options),
-        profile_here=unreadable,
-    )
-    monkeypatch.setattr(session.importlib, "import_module", lambda name: compiler)
-    session.compile_here("b.bundle", HOST, "tensorrt_rtx", device=0)
-    assert [(o["flavour"], o["plan"], o["profile"]) for o in asked] == [("tensorrt_rtx", ("sm_89",), None)]
+    monkeypatch.setattr(deployed, "compile_bundle", lambda path, **options: asked.append(options))
+    monkeypatch.setattr(deployed, "profile_here", unreadable)
+    monkeypatch.setattr(session, "this_machine", lambda device: HOST)
+    session.compile_here("b.bundle", "tensorrt_rtx", device=0)
+    assert [(o["flavour"], o["plan"].targets, o["profile"]) for o in asked] == [("tensorrt_rtx", ("sm_89",), None)]
 
 
 def changed(gpu: Gpu, **changes) -> Gpu:

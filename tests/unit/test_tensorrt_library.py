@@ -7,15 +7,15 @@ import types
 
 import pytest
 
-from edge_backbones import system
-from edge_backbones.errors import MissingDependencyError
-from edge_backbones.runtime.tensorrt_library import (
+from edge_backbones.engines.tensorrt.library import (
     FLAVOURS,
     against_driver,
     against_release,
     library_version,
     load_library,
 )
+from edge_backbones.errors import MissingDependencyError
+from edge_backbones.machine import system
 
 
 @pytest.fixture

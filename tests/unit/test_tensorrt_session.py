@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 
 from benchmarks import call_cost
+from edge_backbones.engines import ports as plan
+from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray, from_foreign
+from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.errors import (
     EdgeBackbonesError,
     EngineMismatchError,
@@ -22,9 +25,8 @@ from edge_backbones.errors import (
     InputError,
     OutOfMemoryError,
 )
-from edge_backbones.runtime import cuda, plan, tensorrt_library
+from edge_backbones.machine import gpus
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.device_arrays import DeviceArray, ForeignArray, from_foreign
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, pooled, pooling_input
 from tests.simulated_builder import GRAPH
@@ -640,7 +642,7 @@ def test_rtx_is_asked_whether_a_stream_can_be_captured(machine, monkeypatch):
 
 
 def test_without_a_driver_nothing_of_tensorrt_is_touched(machine, monkeypatch):
-    monkeypatch.setattr(cuda, "no_gpu_reason", lambda: "no NVIDIA driver (libcuda.so.1 is missing)")
+    monkeypatch.setattr(gpus, "no_gpu_reason", lambda: "no NVIDIA driver (libcuda.so.1 is missing)")
     monkeypatch.setattr(tensorrt_library, "load_library", lambda flavour: pytest.fail("touched"))
     with pytest.raises(EngineMismatchError, match="the tensorrt_lean engine needs an NVIDIA GPU: no NVIDIA driver"):
         machine.open(flavour="tensorrt_lean")
@@ -845,11 +847,11 @@ def test_every_native_call_may_fail_and_nothing_is_leaked(monkeypatch):
 
 def test_what_a_call_costs_can_be_measured_without_a_gpu(monkeypatch):
     """benchmarks.call_cost: its stand-ins answer everything that a session asks, and it leaves no stand-in behind."""
-    before = cuda.gpus
+    before = gpus.find_gpus
     monkeypatch.setattr(call_cost, "microseconds", lambda call: call() is not None and 1.0)
     assert call_cost.measure() == {
         "backbone(array), cuda_graphs=False": 1.0,
         "backbone(array), cuda_graphs=True": 1.0,
         "backbone.graphed(array)()": 1.0,
     }
-    assert cuda.gpus is before
+    assert gpus.find_gpus is before

@@ -23,8 +23,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from edge_backbones import EdgeBackbone, cli, sign_bundle, trust, verify_bundle
-from edge_backbones.bundle import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones import EdgeBackbone, sign_bundle, verify_bundle
+from edge_backbones.bundle import trust
+from edge_backbones.bundle.manifest import EngineRecord
+from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.cli import main as cli
 from edge_backbones.errors import (
     EngineMismatchError,
     InputError,
@@ -32,7 +35,6 @@ from edge_backbones.errors import (
     MissingDependencyError,
     TrustError,
 )
-from edge_backbones.manifest import EngineRecord
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled
 
@@ -183,8 +185,8 @@ def test_checking_a_key_loads_no_sigstore_and_asks_the_network_nothing(signed, k
 import sys
 asked = []
 sys.addaudithook(lambda event, _: asked.append(event) if event.startswith("socket.") else None)
-from edge_backbones import trust
-from edge_backbones.bundle import Bundle
+from edge_backbones.bundle import trust
+from edge_backbones.bundle.reader import Bundle
 trust.admit(Bundle.open({str(signed)!r}), {str(keys / "alice.pem")!r})
 print(asked, [name for name in ("model_signing", "sigstore", "tuf", "requests", "OpenSSL") if name in sys.modules])
 """
@@ -603,7 +605,7 @@ def test_a_new_bundle_in_the_place_of_a_signed_one_is_not_signed(signed, made, k
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "edge_backbones.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "edge_backbones.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 

@@ -1,0 +1,169 @@
+"""A typed graph becomes an engine of one flavour. Runs on the device: numpy, msgspec and the engine library only.
+
+Engines are cached by content: the same graph, library and CPU give the same engine without compiling again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from edge_backbones.bundle.manifest import EngineKey, GpuKey
+from edge_backbones.engines.base import CompiledEngine
+from edge_backbones.engines.openvino import int8_graph as cpu_graph
+from edge_backbones.engines.openvino import session as openvino
+from edge_backbones.engines.tensorrt import compile as tensorrt
+from edge_backbones.engines.torch import session as torchscript
+from edge_backbones.errors import MissingDependencyError
+from edge_backbones.machine import gpus, hosts
+from edge_backbones.machine.system import gib
+from edge_backbones.progress import Progress, no_progress
+from edge_backbones.spec import InputSpec, Precision
+
+CACHE_LIMIT_BYTES = 4 << 30
+
+
+def engine_key(graph: bytes, precision: Precision) -> EngineKey:
+    """The key of the OpenVINO engine that this machine would make of a graph."""
+    version = openvino.library_version()
+    if version is None:
+        raise MissingDependencyError("compiling the CPU engine", "cpu")
+    host = hosts.this_host({"openvino": version})
+    return EngineKey(
+        flavour="openvino",
+        library_version=version,
+        architecture=host.architecture,
+        cpu_features=host.cpu_features,
+        device_name=host.device_name,
+        precision=precision,
+        graph_sha256=hashlib.sha256(graph).hexdigest(),
+    )
+
+
+def compile_engine(
+    graph: bytes, precision: Precision, *, cache: Path | None, as_written: bool = False
+) -> CompiledEngine:
+    """Compile ONNX bytes for this machine's CPU, or take the engine from ``cache``.
+
+    An int8 graph is adapted to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`) unless ``as_written``: then the engine rounds
+    as TensorRT does. Raises CompileError with the library's words, MissingDependencyError where OpenVINO is not installed.
+    """
+    key = engine_key(graph, precision)
+    name = hashlib.sha256(msgspec.json.encode([key, openvino.settings(None), as_written])).hexdigest()
+    if cache is not None and (cached := _read_cached(cache, name)) is not None:
+        return CompiledEngine(cached, key, ".blob", from_cache=True)
+    model = openvino.read_model(graph)
+    if precision is Precision.INT8 and not as_written:
+        cpu_graph.adapt(model)
+    data = openvino.compile_model(model)
+    if cache is not None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            _write_cached(cache, name, data)
+    return CompiledEngine(data, key, ".blob", from_cache=False)
+
+
+def compile_for_gpu(
+    graph: bytes,
+    input: InputSpec,
+    precision: Precision,
+    *,
+    flavour: tensorrt.PlanFlavour,
+    options: tensorrt.PlanOptions,
+    device: int = 0,
+    ranges: Mapping[str, float] | None = None,
+    progress: Progress = no_progress,
+) -> CompiledEngine:
+    """Compile ONNX bytes to a plan of TensorRT or TensorRT-RTX: see :func:`edge_backbones.engines.tensorrt.compile.compile_plan`."""
+    plan = tensorrt.compile_plan(
+        graph, input, precision, flavour=flavour, options=options, device=device, ranges=ranges, progress=progress
+    )
+    host = hosts.this_host({})
+    key = EngineKey(
+        flavour=flavour,
+        library_version=plan.library_version,
+        architecture=host.architecture,
+        cpu_features=(),
+        device_name=plan.device_name,
+        precision=precision,
+        graph_sha256=hashlib.sha256(graph).hexdigest(),
+        gpu=plan.gpu,
+    )
+    notes = [f"memory that the compilation needed: {gib(plan.memory_estimate)} at least", *plan.warnings]
+    return CompiledEngine(
+        plan.data,
+        key,
+        ".plan",
+        from_cache=False,
+        layers=plan.layers,
+        timing_cache=plan.timing_cache,
+        notes=tuple(notes),
+    )
+
+
+def engine_of_torchscript(module: bytes) -> CompiledEngine:
+    """The frozen TorchScript module as an engine: torch compiles it where it runs."""
+    version = torchscript.library_version()
+    if version is None:
+        raise MissingDependencyError("the TorchScript engine", "build")
+    host = hosts.this_host({})
+    key = EngineKey(
+        flavour="torchscript",
+        library_version=version,
+        architecture=host.architecture,
+        cpu_features=(),
+        device_name="any",
+        precision=Precision.FP32,
+        graph_sha256=hashlib.sha256(module).hexdigest(),
+    )
+    return CompiledEngine(module, key, ".ts", from_cache=False)
+
+
+def engine_of_torch_tensorrt(program: bytes, suffix: str, precision: Precision, gpu: gpus.Gpu) -> CompiledEngine:
+    """A program with TensorRT engines inside, as it was compiled on this GPU."""
+    key = EngineKey(
+        flavour="torch_tensorrt",
+        library_version=torchscript.torch_tensorrt_version() or "unknown",
+        architecture=hosts.this_host({}).architecture,
+        cpu_features=(),
+        device_name=gpu.name,
+        precision=precision,
+        graph_sha256=hashlib.sha256(program).hexdigest(),
+        gpu=GpuKey(architectures=(gpu.architecture,), driver=gpu.driver),
+    )
+    return CompiledEngine(program, key, suffix, from_cache=False)
+
+
+def _read_cached(cache: Path, name: str) -> bytes | None:
+    """File names are key-content hashes, so that a damaged engine is noticed and made again."""
+    with contextlib.suppress(OSError):  # a cache that cannot be read only costs time
+        for path in cache.glob(f"{name}-*.blob"):
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]:
+                os.utime(path)
+                return data
+            path.unlink()
+    return None
+
+
+def _write_cached(cache: Path, name: str, data: bytes) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=cache, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, cache / f"{name}-{hashlib.sha256(data).hexdigest()}.blob")
+    except OSError:
+        os.unlink(temporary)
+        raise
+    by_age = sorted(cache.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for path in by_age:
+        total += path.stat().st_size
+        if total > CACHE_LIMIT_BYTES:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,190 @@
+"""Memory of feature maps on the GPU: who holds it, which streams may still read it, and when it is used again."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.ports import StreamKey
+from edge_backbones.errors import DeviceError, OutOfMemoryError
+
+_UNUSABLE_BUFFERS = 8  # of one size that other streams may still read, before the GPU is waited for
+_FREE_BUFFERS = 256  # outputs that nobody holds and that are kept for later calls
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Device memory. ``key``: the stream whose work may still read or write it, None for none.
+
+    ``foreign``: another stream reads it too, so only a wait for the whole GPU tells when it is free.
+    """
+
+    pointer: int
+    size: int
+    key: StreamKey | None = None
+    foreign: bool = False
+
+    def follows(self, key: StreamKey) -> bool:
+        """Is work on the stream ``key`` ordered behind everything that uses this memory?"""
+        return not self.foreign and self.key in (None, key)
+
+
+class Ready:
+    """An event behind the work of one call, given back when neither an output nor the context refers to it."""
+
+    __slots__ = ("_pool", "event")
+
+    def __init__(self, pool: Pool, event: int) -> None:
+        self._pool = pool
+        self.event = event
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._pool.give_back_event(self.event)
+
+
+class Lease:
+    """One output that somebody holds: what a DeviceArray, and whoever took it through DLPack, keeps alive."""
+
+    __slots__ = ("_give_back", "_pool", "_ready", "buffer")
+
+    def __init__(self, buffer: Buffer, ready: Ready, pool: Pool, give_back: Callable[[Buffer], None]) -> None:
+        self.buffer = buffer
+        self._ready = ready
+        self._pool = pool
+        self._give_back = give_back
+
+    def order(self, consumer: int) -> None:
+        """Let the stream ``consumer`` wait for this output."""
+        with self._pool.memory as memory:
+            if memory.stream_key(consumer) != self.buffer.key:
+                self.buffer.foreign = True
+                memory.follow(consumer, self._ready.event)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._give_back(self.buffer)
+
+
+class Attempts:
+    """Steps of which each is made whatever became of those before."""
+
+    def __init__(self) -> None:
+        self._first: DeviceError | None = None
+
+    def make(self, step: Callable[..., None], *arguments: Any) -> None:
+        try:
+            step(*arguments)
+        except DeviceError as error:
+            self._first = self._first or error
+
+    def end(self) -> None:
+        """Raise the first failure, if there was one."""
+        if self._first is not None:
+            raise self._first
+
+
+class Pool:
+    """Device memory and events that outlive a call. What is given back is used again by work that is ordered behind it.
+
+    Giving back only notes it (a garbage collection may do so anywhere, also while somebody captures a graph) until the pool
+    is closed; then it frees.
+    """
+
+    def __init__(self, memory: cuda.Memory) -> None:
+        self.memory = memory
+        # Reentrant: a collection may give something back while this thread is inside.
+        self.lock = threading.RLock()
+        self._free: dict[int, list[Buffer]] = {}
+        self._count = 0  # of free buffers
+        self._events: list[int] = []
+        self._closed = False
+
+    def take(self, size: int, key: StreamKey) -> Buffer:
+        """A buffer of ``size`` bytes, rounded, for work on the stream ``key``; inside ``with memory:``."""
+        with self.lock:
+            same = self._free.get(size, []) if self._count <= _FREE_BUFFERS else []
+            for i in range(len(same) - 1, -1, -1):
+                if same[i].follows(key):
+                    self._count -= 1
+                    buffer = same.pop(i)
+                    buffer.key = key
+                    return buffer
+            settle = len(same) >= _UNUSABLE_BUFFERS or self._count > _FREE_BUFFERS
+        if settle:
+            self._settle()
+            return self.take(size, key)
+        try:
+            pointer = self.memory.allocate(size)
+        except OutOfMemoryError:
+            if not self._count:
+                raise
+            self._release_free()
+            pointer = self.memory.allocate(size)
+        return Buffer(pointer, size, key)
+
+    def _take_free(self) -> list[Buffer]:
+        with self.lock:
+            free, self._free, self._count = self._free, {}, 0
+        return [buffer for same in free.values() for buffer in same]
+
+    def _settle(self) -> None:
+        """Wait until every stream is past the free buffers, and free what is more than is likely to be used again."""
+        settled, surplus = self._take_free(), []
+        try:
+            self.memory.wait_for_all()
+            for buffer in settled:
+                buffer.key, buffer.foreign = None, False
+            surplus, settled = settled[: -_FREE_BUFFERS // 2], settled[-_FREE_BUFFERS // 2 :]
+        finally:
+            for buffer in settled:
+                self._keep(buffer)
+        attempts = Attempts()
+        for buffer in surplus:
+            attempts.make(self.memory.free, buffer.pointer)
+        attempts.end()
+
+    def _keep(self, buffer: Buffer) -> None:
+        with self.lock:
+            self._free.setdefault(buffer.size, []).append(buffer)
+            self._count += 1
+
+    def _release_free(self) -> None:
+        free = self._take_free()
+        with self.lock:
+            events, self._events = self._events, []
+        attempts = Attempts()
+        for buffer in free:
+            attempts.make(self.memory.free, buffer.pointer)
+        for event in events:
+            attempts.make(self.memory.free_event, event)
+        attempts.end()
+
+    def new_ready(self) -> Ready:
+        with self.lock:
+            event = self._events.pop() if self._events else None
+        return Ready(self, self.memory.new_event() if event is None else event)
+
+    def give_back(self, buffer: Buffer) -> None:
+        self._keep(buffer)
+        self._after_close()
+
+    def give_back_event(self, event: int) -> None:
+        with self.lock:
+            self._events.append(event)
+        self._after_close()
+
+    def _after_close(self) -> None:
+        if self._closed:
+            with contextlib.suppress(DeviceError), self.memory:
+                self._release_free()
+
+    def close(self) -> None:
+        """Free what is not held now, and from now on what is given back."""
+        self._closed = True
+        self._release_free()

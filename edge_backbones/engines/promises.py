@@ -1,0 +1,125 @@
+"""What has to be true of an engine before it is run, and what this machine remembers to have measured itself.
+
+The manifest holds figures and gates as whoever wrote it left them. They are compared here again, so that an engine runs only
+if its figures are there, fit each other and are inside the gate. That they were measured at all, only a signature or a
+measurement on this machine can show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from edge_backbones.bundle.manifest import EngineKey, EngineRecord, Manifest
+from edge_backbones.engines.compat import COMPILE
+from edge_backbones.machine.hosts import Host
+from edge_backbones.machine.system import default_cache
+from edge_backbones.parity_report import Gate, StageParity
+from edge_backbones.reading import shortened
+from edge_backbones.spec import Precision
+
+DEFAULT_GATES = {
+    Precision.FP32: Gate(max_relative=1e-3),
+    Precision.FP16: Gate(min_cosine=0.9999),
+    Precision.BF16: Gate(min_sqnr_db=27.0),
+    Precision.INT8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
+    Precision.FP8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
+}
+VERIFY = "run edge-backbones verify on this device"
+_NO_CACHE = (OSError, RuntimeError)  # a folder that refuses; a user without a home
+_MACHINE_ID = Path("/etc/machine-id")
+
+
+def refuses_zeros(gate: Gate) -> bool:
+    """Whether a map of zeros (cosine 0, SQNR 0 dB, relative error 1) is outside a gate; if not, the gate asks for nothing."""
+    return (
+        (gate.min_cosine is not None and gate.min_cosine > 0)
+        or (gate.min_sqnr_db is not None and gate.min_sqnr_db > 0)
+        or (gate.max_relative is not None and gate.max_relative < 1)
+    )
+
+
+def is_inside(gate: Gate, *, cosine: float, sqnr_db: float, relative: float) -> bool:
+    """Whether the figures of one map keep every bound of a gate."""
+    return (
+        (gate.min_cosine is None or cosine >= gate.min_cosine)
+        and (gate.min_sqnr_db is None or sqnr_db >= gate.min_sqnr_db)
+        and (gate.max_relative is None or relative <= gate.max_relative)
+    )
+
+
+def gate_of(manifest: Manifest, engine: EngineKey, own: Gate | None = None) -> Gate:
+    """The gate that an engine has to hold: that of its bundle's graph of the same precision, or the precision's default.
+
+    ``own``: the gate of its report, which counts for torch_tensorrt alone: such an engine has no graph in the bundle. A gate
+    that a map of zeros passes asks for nothing, and counts as none.
+    """
+    given = [graph.gate for graph in manifest.graphs if graph.precision == engine.precision]
+    if engine.flavour == "torch_tensorrt":
+        given.append(own)
+    return next((gate for gate in given if gate is not None and refuses_zeros(gate)), DEFAULT_GATES[engine.precision])
+
+
+def reasons_against(manifest: Manifest, engine: EngineRecord) -> list[str]:
+    """Why the parity report of an engine does not let it run, one phrase with the way out; empty where it does."""
+    report, gate = engine.parity, gate_of(manifest, engine.key, engine.parity.gate)
+    if not report.measured:
+        return [f"was compiled ahead of time and never measured: {VERIFY}"]
+    if report.precision != engine.key.precision:
+        return [f"is {engine.key.precision}, and its parity is reported as that of {report.precision}: {VERIFY}"]
+    if report.gate != gate:
+        return [f"was measured against the gate {report.gate}, and its bundle asks for {gate}: {VERIFY}"]
+    reported = [stage.stage for stage in report.stages]
+    if sorted(reported) != sorted(manifest.backbone.outputs):
+        outputs, others = (shortened(str(list(names)), 150) for names in (manifest.backbone.outputs, reported))
+        return [f"returns {outputs}, and its parity is reported for {others}: {VERIFY}"]
+    judged = [msgspec.structs.replace(stage, passed=stage.passed and _holds(stage, gate)) for stage in report.stages]
+    if failures := msgspec.structs.replace(report, stages=tuple(judged)).failures():
+        return [f"was outside its gate ({gate}) when it was measured ({failures}): {COMPILE}"]
+    return []
+
+
+def _holds(stage: StageParity, gate: Gate) -> bool:
+    return stage.finite and is_inside(gate, cosine=stage.cosine, sqnr_db=stage.sqnr_db, relative=stage.relative)
+
+
+def remember(manifest: Manifest, engine: EngineRecord, host: Host) -> None:
+    """Note in the user's cache folder that this machine has run these engine bytes and that they held their gate.
+
+    A folder that cannot be written to is left as it is: the engine is measured again when it matters.
+    """
+    with contextlib.suppress(*_NO_CACHE):
+        note = _note(manifest, engine, host)
+        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        note.write_text(f"{engine.name}\n", encoding="utf-8")
+
+
+def forget(manifest: Manifest, engine: EngineRecord, host: Host) -> None:
+    """Take such a note away: the engine was measured again and did not hold."""
+    with contextlib.suppress(*_NO_CACHE):
+        _note(manifest, engine, host).unlink(missing_ok=True)
+
+
+def is_measured_here(manifest: Manifest, engine: EngineRecord, host: Host) -> bool:
+    """Whether this machine, with the library that it has now, has measured exactly these engine bytes, and they held."""
+    try:
+        return _note(manifest, engine, host).is_file()
+    except _NO_CACHE:
+        return False
+
+
+def _note(manifest: Manifest, engine: EngineRecord, host: Host) -> Path:
+    """The place of a note; its name changes with everything that the measurement depended on."""
+    try:
+        machine = _MACHINE_ID.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        machine = ""
+    gpu = None if engine.key.gpu is None or host.gpu is None else [host.gpu.name, host.gpu.driver]
+    measured = [engine.file.sha256, engine.key, manifest.golden.file.sha256, manifest.backbone, manifest.input]
+    against = gate_of(manifest, engine.key, engine.parity.gate)
+    here = [machine, host.architecture, host.cpu_features, host.device_name, host.versions.get(engine.key.flavour), gpu]
+    name = hashlib.sha256(msgspec.json.encode([measured, against, here])).hexdigest()
+    return default_cache() / "measured" / name

@@ -1,0 +1,183 @@
+"""What a machine's own files say of it: system, board, memory, driver, clocks. Nothing is started, no library is loaded.
+
+``root`` is another machine's tree where one was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import msgspec
+
+# Jetson Linux release to JetPack, the newest that is not newer; NVIDIA's JetPack archive.
+_JETPACKS = (
+    ((32, 1), "4"), ((34, 1), "5.0"), ((35, 1), "5.0.2"), ((35, 2, 1), "5.1"), ((35, 3, 1), "5.1.1"), ((35, 4, 1), "5.1.2"),
+    ((35, 5), "5.1.3"), ((35, 6), "5.1.4"), ((36, 2), "6.0"), ((36, 4), "6.1"), ((36, 4, 3), "6.2"), ((36, 4, 4), "6.2.1"),
+    ((36, 5), "6.2.2"), ((38, 2), "7.0"), ((38, 4), "7.1"), ((39,), "7.2"),
+)  # fmt: skip
+_CPU_FILES = {
+    "cpu governor": "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
+    "cpu MHz now": "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",
+    "cpu MHz at most": "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq",
+    "turbo off": "sys/devices/system/cpu/intel_pstate/no_turbo",
+    "boost": "sys/devices/system/cpu/cpufreq/boost",
+}
+_UNITS_PER_MHZ = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3}
+
+
+def default_cache() -> Path:
+    """The user's cache folder of this package: compiled engines (at most 4 GiB), bundles of AutoEdgeBackbone (at most 16 GiB)
+    and notes of what was measured here.
+
+    This package writes to the bundle, to the files that a command names (``run``: features/, ``verify --explain``:
+    explanation.png, ``build`` and ``report``: <bundle>.report.html), to hidden files beside these while it writes, and here.
+    Compiling for a signed bundle makes the device's key once (see :mod:`edge_backbones.bundle.trust`). Opening and running an engine
+    writes nothing at all. ``bench`` has files in the system's folder for temporary ones.
+
+    Libraries of the workstation have places of their own: huggingface_hub keeps what it was asked to download (HF_HOME),
+    matplotlib a list of fonts (``matplotlib`` in the cache and configuration folders), torch an empty folder for its compiler
+    (``torchinductor_<user>`` beside temporary files). The telemetry of OpenVINO and ONNX Runtime, which writes too, is off.
+    """
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "edge_backbones"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge_backbones"
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes; ``available``: without swapping."""
+
+    total: int
+    available: int
+    swap: int
+
+
+class System(msgspec.Struct, frozen=True, kw_only=True):
+    """What the files say; None or empty where they do not.
+
+    ``jetson``: see :func:`is_jetson`. ``l4t``: Jetson Linux release, ``36.4.3``. ``driver``: NVIDIA's kernel module.
+    ``cuda``: the toolkit in /usr/local/cuda. ``tensorrt_pythons``: versions of Python (``3.10``) for which the system
+    itself has a tensorrt package. ``settings``: governor, clocks, power mode.
+    """
+
+    name: str = ""
+    board: str = ""
+    jetson: bool = False
+    l4t: str | None = None
+    memory: Memory | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    tensorrt_pythons: tuple[str, ...] = ()
+    container: bool = False
+    settings: dict[str, str] = {}
+
+    @property
+    def jetpack(self) -> str | None:
+        """The JetPack that came with this Jetson Linux; of a release newer than this table, the last that it has."""
+        if self.l4t is None:
+            return None
+        release = tuple(int(part) for part in self.l4t.split("."))
+        return next((jetpack for first, jetpack in reversed(_JETPACKS) if release >= first), "3 or older")
+
+
+def read_system(root: Path = Path("/")) -> System:
+    """Read this machine, or the one whose files lie under ``root``."""
+    release = re.search(r'^PRETTY_NAME="?(.*?)"?$', _text(root / "etc/os-release"), re.MULTILINE)
+    l4t = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", _text(root / "etc/nv_tegra_release"))
+    driver = re.search(r"Module\s+(?:for \w+\s+)?([\d.]+)", _text(root / "proc/driver/nvidia/version"))
+    packages = (root / "usr/lib").glob("python3*/dist-packages/tensorrt/__init__.py")
+    return System(
+        name=release.group(1) if release else "",
+        board=board_name(root),
+        jetson=is_jetson(root),
+        l4t=f"{l4t.group(1)}.{l4t.group(2)}" if l4t else None,
+        memory=_memory(_text(root / "proc/meminfo")),
+        driver=driver.group(1) if driver else None,
+        cuda=_cuda(_text(root / "usr/local/cuda/version.json")),
+        tensorrt_pythons=tuple(
+            sorted(
+                (path.parts[-4].removeprefix("python") for path in packages),
+                key=lambda python: [int(part) for part in re.findall(r"\d+", python)],
+            )
+        ),
+        container=(root / ".dockerenv").exists() or (root / "run/.containerenv").exists(),
+        settings=settings(root),
+    )
+
+
+def board_name(root: Path = Path("/")) -> str:
+    """What a Jetson's device tree calls its board, or where Docker hides that, the copy of it that containers for Jetson are
+    given (a custom of jetson-containers); empty on other machines."""
+    return _text(root / "proc/device-tree/model") or _text(root / "tmp/nv_jetson_model")
+
+
+def is_jetson(root: Path = Path("/")) -> bool:
+    """Whether JetPack serves this machine. In a container the chip alone tells: Docker hides the device tree, and has the
+    container's /etc."""
+    return (
+        _text(root / "sys/devices/soc0/family").startswith("Tegra")
+        or (root / "etc/nv_tegra_release").exists()
+        or "Jetson" in _text(root / "proc/device-tree/model")
+    )
+
+
+def kernel_has_driver(root: Path = Path("/")) -> bool:
+    """Whether there is an NVIDIA GPU under this kernel, seen from here or not: containers see one when they ask for it."""
+    return is_jetson(root) or (root / "proc/driver/nvidia/version").exists()
+
+
+def settings(root: Path = Path("/")) -> dict[str, str]:
+    """Governor, turbo, clocks and a Jetson's power mode, as far as they are shown: what decides how fast it is today."""
+    found = {}
+    for name, path in _CPU_FILES.items():
+        text = _text(root / path)
+        if text:
+            unit = _UNITS_PER_MHZ.get(name)
+            found[name] = f"{float(text) / unit:.0f}" if unit and text.isdigit() else text
+    if board := board_name(root):
+        found["Jetson"] = board
+    # Xavier's, Orin's on JetPack 5 and 6, Thor's.
+    gpus = [p for p in (root / "sys/class/devfreq").glob("*") if re.search(r"\.(gv11b|ga10b|gpu)$|^gpu-gpc-0$", p.name)]
+    clocks = [text for path in gpus if (text := _text(path / "cur_freq")).isdigit()]
+    if clocks:
+        found["Jetson GPU MHz now"] = f"{int(clocks[0]) / 1e6:.0f}"
+    status = _text(root / "var/lib/nvpmodel/status")
+    if mode := re.search(r"pmode:(\d+)", status):
+        names = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", _text(root / "etc/nvpmodel.conf"))
+        number = int(mode.group(1))
+        known = {int(identity): name for identity, name in names}
+        found["Jetson power mode"] = known.get(number, str(number))
+    return found
+
+
+def _memory(meminfo: str) -> Memory | None:
+    rows = {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", meminfo, re.MULTILINE)}
+    if "MemTotal" not in rows:
+        return None
+    return Memory(
+        total=rows["MemTotal"],
+        available=rows.get("MemAvailable", rows.get("MemFree", 0)),
+        swap=rows.get("SwapFree", 0),
+    )
+
+
+def _cuda(document: str) -> str | None:
+    try:
+        return str(json.loads(document)["cuda"]["version"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "replace").strip("\0 \n")
+    except OSError:
+        return ""
+
+
+def gib(size: int) -> str:
+    """Bytes for a message: ``7.4 GiB``."""
+    return f"{size / 2**30:.1f} GiB"

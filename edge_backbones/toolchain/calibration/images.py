@@ -1,0 +1,271 @@
+"""Calibration and golden images: a folder, an .npz or an iterable becomes network inputs in one file on disk.
+
+Images are decoded and preprocessed once, by the network's own data config, and spooled; every later pass (batch-norm
+warming, ranges, golden samples) reads slices of that file, so memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from edge_backbones.errors import CalibrationError, InputError
+from edge_backbones.images.decode import decode, grouped, list_images, shown, why_no_images
+from edge_backbones.images.fit import ImageConfig, fit, to_input
+from edge_backbones.images.frames import as_array, as_frame
+from edge_backbones.progress import Progress, no_progress
+from edge_backbones.reading import in_short, shortened
+from edge_backbones.spec import InputSpec
+
+ImageSource = str | os.PathLike[str] | Iterable[np.ndarray] | None
+"""A folder of images (searched recursively), an .npz file, an iterable of arrays, or None for synthetic images.
+
+Arrays are photographs (uint8, (height, width, channels) or a batch of them, of any size: preprocessed here; pictures of
+Pillow too), or finished network inputs (float32 (channels, height, width) or a batch of them). An .npz holds one array
+of either kind, the first axis counting images, or names it ``pixel_values`` or ``image``.
+"""
+
+_SYNTHETIC_IMAGES = 8
+_LARGEST_IMAGE = 1 << 30  # bytes of one image of an .npz: 100 megapixels as float64 RGB are twice that
+FEWEST_TO_HOLD_OUT = 8
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Network inputs on disk.
+
+    ``inputs``: memory-mapped (images, *one input's shape); ``reasons``: why files were skipped, by name; ``blank``: of one
+    colour.
+    """
+
+    inputs: np.ndarray
+    names: tuple[str, ...]
+    reasons: Mapping[str, str]
+    blank: tuple[str, ...]
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.names) or not len(self.names):
+            raise ValueError(f"{len(self.inputs)} inputs and {len(self.names)} names do not agree")
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the files that are not among the images."""
+        return tuple(self.reasons)
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        """A copy of these images as one batch."""
+        return np.stack([np.array(self.inputs[i]) for i in indices])
+
+    def batches(self, size: int, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """Copies of the chosen images, ``size`` at a time."""
+        for start in range(0, len(indices), size):
+            yield self.take(indices[start : start + size])
+
+
+def gather_images(
+    source: ImageSource, *, input: InputSpec, config: ImageConfig, spool: Path, progress: Progress = no_progress
+) -> ImageSet:
+    """Read every image of ``source`` into the file ``spool``, at the input's opt size.
+
+    A file that does not decode is skipped; the result has its name and the reason. Raises CalibrationError when nothing is
+    left, or for an array that is neither a photograph nor an input of this network.
+    """
+    reasons: dict[str, str] = {}
+    names: list[str] = []
+    blank: list[str] = []
+    digest = hashlib.sha256()
+    shape = input.shape(1, input.height.opt, input.width.opt)[1:]
+    with spool.open("wb") as file:
+        for name, array in _named_arrays(source, input, config, reasons, progress):
+            data = np.ascontiguousarray(array, input.dtype).reshape(shape)
+            digest.update(data.data)
+            file.write(data.data)  # tofile() does not say why a disk takes no more
+            names.append(name)
+            if _is_blank(data, input):
+                blank.append(name)
+    if not names:
+        raise CalibrationError(_why_nothing(source, reasons))
+    inputs = np.memmap(spool, dtype=input.dtype, mode="r", shape=(len(names), *shape))
+    return ImageSet(inputs, tuple(names), reasons, tuple(blank), digest.hexdigest())
+
+
+def split(count: int, golden: int) -> tuple[list[int], list[int]]:
+    """(calibration, golden) image indices: golden ones are evenly spaced, and held out when enough are left."""
+    golden = min(golden, count)
+    chosen = sorted({round(i * (count - 1) / max(1, golden - 1)) for i in range(golden)})
+    rest = [i for i in range(count) if i not in chosen]
+    return (rest if len(rest) >= golden else list(range(count))), chosen
+
+
+def _is_blank(image: np.ndarray, input: InputSpec) -> bool:
+    axes = (1, 2) if input.layout == "NCHW" else (0, 1)
+    return bool((image.max(axis=axes) == image.min(axis=axes)).all())
+
+
+def halves(indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Two halves of the images, to judge what one shows on the other; too few images are both halves."""
+    if len(indices) < FEWEST_TO_HOLD_OUT:
+        return list(indices), list(indices)
+    return list(indices[::2]), list(indices[1::2])
+
+
+def stand_ins(indices: Sequence[int], furthest: Iterable[int], count: int) -> dict[int, float]:
+    """At most ``count`` of the images, and how many each stands for: a sample in two strata.
+
+    Half of them are those that ``furthest`` has most often: images with the largest values, which a sample would miss and
+    clipping changes most. They stand for themselves, evenly spaced others for the rest.
+    """
+    if len(indices) <= count:
+        return dict.fromkeys(indices, 1.0)
+    known = set(indices)
+    often = Counter(index for index in furthest if index in known)
+    extremes = [index for index, _ in often.most_common(count // 2)]
+    rest = [index for index in indices if index not in extremes]
+    spaced = [rest[i * len(rest) // (count - len(extremes))] for i in range(count - len(extremes))]
+    weights = {**dict.fromkeys(extremes, 1.0), **dict.fromkeys(spaced, len(rest) / len(spaced))}
+    return dict(sorted(weights.items()))
+
+
+def _named_arrays(
+    source: ImageSource, input: InputSpec, config: ImageConfig, reasons: dict[str, str], progress: Progress
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every image as an array of one input's shape, with a name for reports."""
+    step = "reading images"
+    if source is None:
+        for index, pixels in enumerate(_synthetic(input)):
+            yield f"synthetic {index}", _to_network_input(pixels, f"synthetic {index}", input, config)
+        return
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.is_dir():
+            if input.channels not in (1, 3):
+                raise CalibrationError(
+                    f"image files have 1 or 3 channels, the network takes {input.channels}: pass an .npz"
+                )
+            files = list_images(path)
+            for done, file in enumerate(files):
+                progress(step, done, len(files))
+                name = shown(file.relative_to(path))
+                try:
+                    image = decode(file, input.channels)
+                except InputError as error:
+                    reasons[name] = str(error)
+                    continue
+                pixels = fit(image, config, input.height.opt, input.width.opt)
+                yield name, to_input(pixels[None], config, input)[0]
+            progress(step, len(files), len(files))
+            return
+        if not path.is_file():
+            raise CalibrationError(f"{path} is neither a folder of images nor an .npz file")
+        if path.suffix != ".npz":
+            raise CalibrationError(f"{path} is not an .npz file: pass a folder of images or an .npz with one array")
+        arrays: Iterable[np.ndarray] = _npz_rows(path)
+    elif isinstance(source, np.ndarray):
+        arrays = [source]
+    else:
+        arrays = source
+    index = 0
+    for given in arrays:
+        try:
+            array = as_array(given)
+        except InputError as error:
+            raise CalibrationError(f"array {index}: {error}") from error
+        for one in array if array.ndim == 4 else [given]:
+            progress(step, index, None)
+            yield f"array {index}", _to_network_input(one, f"array {index}", input, config)
+            index += 1
+
+
+def _to_network_input(given: object, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
+    """One photograph or finished input, checked."""
+    expected = input.shape(1, input.height.opt, input.width.opt)[1:]
+    array, takes_floats = as_array(given), input.name == "pixel_values"
+    if takes_floats and array.dtype.kind == "f" and array.shape == expected:
+        if not np.isfinite(array).all():
+            raise CalibrationError(f"{name} has values that are not finite: leave it out")
+        return array
+    try:
+        frame = as_frame(given, input.channels)
+    except InputError as error:
+        inputs = f"; or pass network inputs, float32 {expected}" if takes_floats else ""
+        raise CalibrationError(f"{name}: {error}{inputs}") from error
+    pixels = np.asarray(frame)
+    if pixels.shape[:2] != (input.height.opt, input.width.opt):
+        if input.channels not in (1, 3):
+            raise CalibrationError(
+                f"photographs of {input.channels} channels cannot be resized here: pass them at full size"
+            )
+        pixels = fit(frame, config, input.height.opt, input.width.opt)
+    photograph: np.ndarray = to_input(np.atleast_3d(pixels)[None], config, input)[0]
+    return photograph
+
+
+def _npz_rows(path: Path) -> Iterator[np.ndarray]:
+    """The images of an .npz one by one, without holding the array in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [name for name in archive.namelist() if name.endswith(".npy")]
+            named = [name for name in members if name in ("pixel_values.npy", "image.npy")]
+            if len(named or members) != 1:
+                raise CalibrationError(
+                    f"{path} holds {shortened(str(members), 200)}: it needs one array, or one named pixel_values or image"
+                )
+            with archive.open((named or members)[0]) as file:
+                shape, dtype = _npy_header(file)
+                if len(shape) != 4:
+                    said = shortened(str(shape), 100)
+                    raise CalibrationError(f"{path} holds an array of shape {said}: its first axis must count images")
+                size = math.prod(shape[1:]) * dtype.itemsize
+                if not 0 < size <= _LARGEST_IMAGE or min(shape) < 0:
+                    raise CalibrationError(
+                        f"{path} holds an array of shape {shortened(str(shape), 100)}, not of images"
+                    )
+                for _ in range(shape[0]):
+                    yield np.frombuffer(file.read(size), dtype).reshape(shape[1:])
+    except CalibrationError:
+        raise
+    except Exception as error:  # what zipfile, zlib and numpy's header parser raise on garbage has no common base
+        raise CalibrationError(f"{path} cannot be read as .npz: {in_short(error)}") from error
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the .npy that starts here; pickled and column-major arrays are refused."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if fortran_order or dtype.hasobject:
+        raise ValueError("arrays of objects or in column-major order are not read")
+    return shape, dtype
+
+
+def _synthetic(input: InputSpec) -> Iterator[np.ndarray]:
+    """Seeded images with the 1/f spectrum of photographs: for fp32 and fp16 builds that were given no image."""
+    height, width = input.height.opt, input.width.opt
+    random = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
+    frequency[0, 0] = np.inf
+    for _ in range(_SYNTHETIC_IMAGES):
+        spectrum = np.fft.rfft2(random.standard_normal((input.channels, height, width))) / frequency
+        image = np.fft.irfft2(spectrum, s=(height, width))
+        image = image / (3 * image.std(axis=(1, 2), keepdims=True)) + 0.5
+        yield np.clip(255 * image, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def _why_nothing(source: ImageSource, reasons: Mapping[str, str]) -> str:
+    if not isinstance(source, (str, os.PathLike)):
+        return "the calibration iterable has no images"
+    if not Path(source).is_dir():
+        return f"{source} has no images"
+    if not reasons:
+        return why_no_images(Path(source))
+    return f"{shown(Path(source))}: none of its {len(reasons)} files is read: {'; '.join(grouped(reasons))}"

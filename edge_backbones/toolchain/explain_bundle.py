@@ -1,0 +1,66 @@
+"""Where the error of a bundle's engines is born. Imports the libraries of the workstation when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_backbones.bundle import trust
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.deploy.parity import measure_in_bundle
+from edge_backbones.deploy.verify import runnable, say_what_is_run
+from edge_backbones.engines import promises
+from edge_backbones.errors import BundleError, InferenceError, MissingDependencyError
+from edge_backbones.machine import child
+from edge_backbones.progress import Progress, no_progress
+from edge_backbones.spec import Precision
+
+if TYPE_CHECKING:
+    from edge_backbones.toolchain.explain import Explanation
+
+
+@child.apart(InferenceError)
+def explain_bundle(
+    path: str | Path,
+    *,
+    engine: str | None = None,
+    device: int = 0,
+    in_process: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[Explanation, ...]:
+    """For every engine that can run here (or just ``engine``) and is outside its gate: where its error is born.
+
+    Needs the libraries of the workstation. Runs in a process of its own, as `verify_bundle` does. Raises BundleError for a
+    damaged file or a graph that the bundle lacks, EngineMismatchError when no engine can run here, MissingDependencyError.
+    """
+    del in_process  # child.apart has read it
+    try:
+        from edge_backbones.toolchain.explain import explain
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"explaining an error ({error.name} is not installed)", "build") from error
+    bundle, _ = trust.admit(Bundle.open(path))
+    bundle.check_files()
+    golden, input = load_golden(bundle), bundle.manifest.input
+    found = []
+    for record in runnable(bundle, engine, device, code=False):
+        progress(f"verifying {record.key.precision}", 0, None)
+        precision, gate = record.key.precision, promises.gate_of(bundle.manifest, record.key, record.parity.gate)
+        say_what_is_run(bundle, record)
+        on = None if record.key.gpu is None else device
+        report = measure_in_bundle(bundle, record.key, bundle.read(record.file), golden, gate, on)
+        if report.passed:
+            continue
+        if record.key.gpu is not None:
+            raise BundleError(
+                f"{record.name} is outside its gate ({report.failures()}); where the error is born is found for CPU engines "
+                "only: compile this graph for the CPU and explain that engine"
+            )
+        graph = bundle.manifest.onnx_graph(precision)
+        if graph is None:
+            raise BundleError(f"{bundle.path} has no {precision} graph, and without it an error cannot be explained")
+        fp32 = bundle.manifest.onnx_graph(Precision.FP32)
+        plain = None if fp32 is None or precision is Precision.FP32 else bundle.path / fp32.file.path
+        typed = bundle.path / graph.file.path
+        child.doing(f"was explaining {record.name}", f"{typed} is hostile, {child.OR_A_FAULT}")
+        found.append(explain(typed, report, golden, input.name, plain=plain, progress=progress))
+    return tuple(found)

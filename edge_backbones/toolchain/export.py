@@ -1,0 +1,309 @@
+"""A prepared backbone as files: one fp32 ONNX graph, frozen TorchScript, and the golden samples to compare with."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnxscript.optimizer import optimize
+
+from edge_backbones.difference import relative_error, usual_norm
+from edge_backbones.errors import ExportError, SourceError, first_line, root_cause
+from edge_backbones.images.fit import network_input
+from edge_backbones.spec import InputSpec, Precision, ShapeRange
+from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
+from edge_backbones.toolchain.trace import example_of, trace_torchscript
+
+OPSET = 20
+"""Gelu is one node from 20 on and fp16 Q/DQ scales are allowed from 19; 23 adds an Attention node that TensorRT-RTX
+does not build in fp32."""
+
+_MAX_RELATIVE_ERROR = 1e-3
+_WRAPPERS = ("net", "model")  # modules that this package and timm put around a network
+_ANY_SIZE = 2**31  # bytes; a graph is limited to that
+
+
+def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
+    """Write the fp32 graph: input named as ``prepared.input``, outputs as the kept stages, no machine paths inside.
+
+    Raises ExportError with the exporter's first words; a network whose code fixes the size says so there.
+    """
+    input, spec = prepared.input, prepared.spec
+    axes = _dynamic_axes(input)
+    # The exporter specialises a dynamic axis whose example size is 1.
+    batch = max(2, input.batch.opt) if not input.batch.is_fixed else input.batch.opt
+    example = example_of(input, batch)
+    try:
+        with quiet(), torch.no_grad():
+            # Left to itself torch.onnx falls back on a draft that leaves out what the code says of sizes: a transformer
+            # of fixed size would become a graph with dynamic axes that runs at one size only.
+            dynamic_shapes = (axes,) if axes else None
+            captured = torch.export.export(prepared.module, (example,), dynamic_shapes=dynamic_shapes, strict=False)
+            program = torch.onnx.export(
+                captured,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[input.name],
+                output_names=list(spec.outputs),
+                verbose=False,
+                custom_translation_table={torch.ops.aten.col2im.default: _fold},
+            )
+        assert program is not None  # only dynamo=False returns None
+        # Whatever depends on no image is computed here, at any size: standardised weights (int8 quantises constants
+        # only), tables of relative positions. The exporter itself leaves tensors above 8192 numbers to the engine.
+        optimize(program.model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
+        _name_nodes(program.model.graph)
+        model = program.model_proto
+    except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
+        advice = _fixed(input) or "this architecture has no ONNX form here"
+        raise ExportError(
+            f"the network cannot be exported with {input.describe()}: {_cause(error)}; {advice}"
+        ) from error
+    _strip_debug_information(model)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, path)
+    except OSError:  # a full disk: the graph is as good
+        raise
+    except Exception as error:  # the checker, shape inference and protobuf (over 2 GiB) have no common base
+        raise ExportError(f"the exported graph is not valid ONNX, or over 2 GiB: {error}") from error
+    names = [output.name for output in model.graph.output]
+    if names != list(spec.outputs):
+        raise ExportError(f"the exported graph returns {names} instead of {list(spec.outputs)}")
+    return ExportedGraph(path, spec, input)
+
+
+def _cause(error: Exception) -> str:
+    """Why torch refused, in its own words: the first exception of the chain has them, and its first line, but for a heading
+    above the constraints that are violated."""
+    first = root_cause(error)
+    violated = re.search(r"^Constraints violated .*\n\s*- (.*?)(?:\. |\n|$)", str(first))
+    said = violated.group(1) if violated else first_line(first)
+    return said.partition(" For more information")[0].rstrip(". ")
+
+
+def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
+    """Write the traced and frozen module; it returns a tuple in stage order."""
+    path.write_bytes(trace_torchscript(prepared.module, prepared.input, Precision.FP32))
+
+
+def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``<case>/<input>`` and the fp32 outputs ``<case>/<output>`` of the network as it was loaded: unfolded, unexported.
+
+    ``cases`` are inputs in the engine's own form (normalised NCHW, or uint8 NHWC which is normalised here in numpy). Raises
+    SourceError when the network does not take one of these sizes, or when a map of it is not finite.
+    """
+    golden = {}
+    for case, array in cases.items():
+        pixel_values = np.array(network_input(array, loaded.image_config, input))  # a copy: networks may write into it
+        try:
+            with torch.no_grad():
+                maps = loaded.module(torch.from_numpy(pixel_values))
+        except Exception as error:  # a network fails with whatever it trips over
+            size = "x".join(str(n) for n in pixel_values.shape[2:])
+            advice = "" if case == "opt" else f"; {_fixed(input)}"
+            raise SourceError(
+                f"the network does not take images of {size} (height x width): {first_line(error)}{advice}"
+            ) from error
+        golden[f"{case}/{input.name}"] = array
+        for stage, feature_map in zip(loaded.spec.outputs, maps, strict=True):
+            values = feature_map.numpy().copy()
+            unsound = [i for i, one in enumerate(values) if not np.isfinite(one).all()]
+            if unsound:
+                raise SourceError(
+                    f"{stage} of the network itself is not finite on image {unsound[0] + 1} of {len(values)} golden images "
+                    f"({case} size): it overflows or divides by zero there; leave such images out, or repair the network"
+                )
+            golden[f"{case}/{stage}"] = values
+    return golden
+
+
+def zero_stages(golden: Mapping[str, np.ndarray], stages: Sequence[str]) -> list[str]:
+    """Name the stages whose reference maps are zero on every golden image: parity says nothing of their values."""
+    return [stage for stage in stages if not any(golden[key].any() for key in golden if key.partition("/")[2] == stage)]
+
+
+def check_onnx(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
+    """Run the graph in ONNX Runtime on every golden sample; raises ExportError naming the stage that is off."""
+    from edge_backbones.toolchain.onnx_runtime import onnxruntime
+
+    quiet_options = onnxruntime.SessionOptions()
+    quiet_options.log_severity_level = 4  # what goes wrong is raised as well
+    try:
+        session = onnxruntime.InferenceSession(graph.path, quiet_options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base
+        raise ExportError(f"ONNX Runtime does not load the exported graph: {first_line(error)}") from error
+    for case in sorted({key.partition("/")[0] for key in golden}, key=lambda case: (case != "opt", case)):
+        _check_maps(
+            f"ONNX graph ({case} size)",
+            lambda array: session.run(None, {graph.input.name: array}),
+            graph.spec.outputs,
+            graph.input.batch.max if graph.input.batch.is_fixed else 1,
+            graph.input,
+            {key.partition("/")[2]: array for key, array in golden.items() if key.startswith(f"{case}/")},
+        )
+
+
+def check_torchscript(path: Path, prepared: PreparedBackbone, golden: Mapping[str, np.ndarray]) -> None:
+    """Load the file and run it on the golden samples of the size it was traced at; raises ExportError as above."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        module = torch.jit.load(path)  # type: ignore[no-untyped-call]
+        _check_maps(
+            "TorchScript module",
+            lambda array: [feature_map.numpy() for feature_map in module(torch.from_numpy(array))],
+            prepared.spec.outputs,
+            prepared.input.batch.opt,
+            prepared.input,
+            {key.removeprefix("opt/"): array for key, array in golden.items() if key.startswith("opt/")},
+        )
+
+
+def _check_maps(
+    what: str,
+    run: Callable[[np.ndarray], Sequence[np.ndarray]],
+    stages: Sequence[str],
+    batch: int,
+    input: InputSpec,
+    golden: Mapping[str, np.ndarray],
+) -> None:
+    """Compare the fp32 maps of one case, ``batch`` images at a time; the last batch is filled from the beginning."""
+    (images,) = (array for name, array in golden.items() if name not in stages)
+    height, width = images.shape[2:] if input.layout == "NCHW" else images.shape[1:3]
+    opt = f"{input.height.opt}x{input.width.opt}"
+    other_size = ""
+    if (size := f"{height}x{width}") != opt:  # the graph was right at the usual size, which is checked first
+        other_size = (
+            f"the exported {what} is right on images of {opt} and not on {size}: the network keeps a table (a mask, a grid) "
+            f"for the size that it saw; {_fixed(input)}"
+        )
+    for start in range(0, len(images), batch):
+        chosen = np.arange(start, start + batch) % len(images)
+        try:
+            maps = run(images[chosen])
+        except Exception as error:  # the exceptions of ONNX Runtime and torch have no common base
+            if other_size:
+                raise ExportError(other_size) from error
+            shape = list(images[chosen].shape)
+            raise ExportError(f"the exported {what} does not run on {shape}: {first_line(error)}") from error
+        for stage, actual in zip(stages, maps, strict=True):
+            expected = golden[stage][chosen]
+            if not np.isfinite(actual).all():
+                raise ExportError(f"the exported {what} is wrong: its {stage} is not finite, and the network's is")
+            differences = [
+                relative_error(one, reference, usual=usual_norm(golden[stage]))
+                for one, reference in zip(actual, expected, strict=True)
+            ]
+            if not max(differences) <= _MAX_RELATIVE_ERROR:
+                if other_size:
+                    raise ExportError(other_size)
+                raise ExportError(
+                    f"the exported {what} is wrong: {stage} differs from the network by {max(differences):.1e} relative, "
+                    f"at most {_MAX_RELATIVE_ERROR:g} is allowed"
+                )
+
+
+def _fixed(input: InputSpec) -> str:
+    """The advice for what runs at one size or batch only: "" when both are fixed already."""
+    batch, height, width = input.batch.opt, input.height.opt, input.width.opt
+    fixed = []
+    if not input.batch.is_fixed:
+        fixed.append(("batch", f"--batch {batch}", f"batch={batch}"))
+    if not (input.height.is_fixed and input.width.is_fixed):
+        fixed.append(("size", f"--size {height}x{width}", f"height={height}, width={width}"))
+    if not fixed:
+        return ""
+    names, options, arguments = zip(*fixed, strict=True)
+    return f"build it for a fixed {' and '.join(names)}: {' '.join(options)} ({', '.join(arguments)})"
+
+
+def _fold(
+    patches: Any, output_size: Sequence[int], kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
+    stride: Sequence[int],
+) -> Any:  # fmt: skip
+    """torch's fold as a ConvTranspose that only adds up: TensorRT has no Col2Im."""
+    from onnxscript import opset20 as op
+
+    pixels = int(np.prod(kernel))
+    channels = int(patches.shape[1]) // pixels
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    cells = [(n + 2 * p - span) // s + 1 for n, p, span, s in zip(output_size, padding, spans, stride, strict=True)]
+    rest = [n + 2 * p - span - (c - 1) * s
+            for n, p, span, c, s in zip(output_size, padding, spans, cells, stride, strict=True)]  # fmt: skip
+    weight = np.tile(np.eye(pixels, dtype=np.float32).reshape(pixels, 1, *kernel), (channels, 1, 1, 1))
+    shape = np.array([0, channels * pixels, *cells])
+    return op.ConvTranspose(
+        op.Reshape(patches, op.Constant(value=onnx.numpy_helper.from_array(shape))),  # type: ignore[arg-type]
+        op.Constant(value=onnx.numpy_helper.from_array(weight)),
+        group=channels,
+        kernel_shape=list(kernel),
+        strides=list(stride),
+        dilations=list(dilation),
+        pads=[*padding, *padding],
+        output_padding=rest,
+    )
+
+
+def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
+    """torch.export dimensions of the axes that are not fixed; sizes go in steps of ``size_multiple``."""
+
+    def dimension(name: str, sizes: ShapeRange, step: int) -> Any:
+        if step == 1:
+            return torch.export.Dim(name, min=sizes.min, max=sizes.max)
+        return step * torch.export.Dim(name, min=-(-sizes.min // step), max=sizes.max // step)
+
+    height, width = (2, 3) if input.layout == "NCHW" else (1, 2)
+    axes = {0: ("batch", input.batch, 1)}
+    axes[height] = ("height", input.height, input.size_multiple)
+    axes[width] = ("width", input.width, input.size_multiple)
+    return {axis: dimension(name, sizes, step) for axis, (name, sizes, step) in axes.items() if not sizes.is_fixed}
+
+
+def _name_nodes(graph: Any) -> None:
+    """``layer1.0.conv1/Conv``: the module that a node comes from, and its type; numbered from the second on.
+
+    Layers are called so wherever they are shown or chosen. The name is unique, and the same in every precision.
+    """
+    count: Counter[str] = Counter()
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        parts = scopes[-2].split(".") if len(scopes) > 1 and "_empty" not in scopes[-2] else []
+        while parts and parts[0] in _WRAPPERS:
+            parts.pop(0)
+        name = f"{'.'.join(parts)}/{node.op_type}".removeprefix("/")
+        count[name] += 1
+        node.name = name if count[name] == 1 else f"{name}#{count[name]}"
+
+
+def _strip_debug_information(model: onnx.ModelProto) -> None:
+    """Source lines and paths of the build machine: no engine reads them, and they would differ between machines."""
+    del model.metadata_props[:]
+    model.doc_string = ""
+    graph = model.graph
+    del graph.metadata_props[:]
+    for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """For libraries that warn and log about their own internals; errors are raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,128 @@
+"""TorchScript in half precision: the number formats are in the code, as they are in a typed ONNX graph.
+
+There is no compile step from a TorchScript file to an engine: the frozen file is the engine. What
+`torch.jit.optimize_for_inference` makes of it cannot be saved and is not faster in the first place (its convolutions
+change layout around every call), and torch compiles a module by itself in its first calls wherever it is loaded.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from edge_backbones.engines.torch.session import cause
+from edge_backbones.errors import ExportError
+from edge_backbones.spec import InputSpec, Precision
+
+DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+
+_TENSOR = torch.Tensor
+# Where the arithmetic is, and nothing is summed that half precision could not hold: engines add up in fp32 inside.
+_IN_HALF = frozenset[Any]({
+    functional.conv1d, functional.conv2d, functional.conv3d, functional.conv_transpose1d, functional.conv_transpose2d,
+    functional.conv_transpose3d, functional.linear, functional.scaled_dot_product_attention, torch.matmul, torch.mm,
+    torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, _TENSOR.matmul, _TENSOR.mm, _TENSOR.bmm, _TENSOR.addmm,
+    _TENSOR.baddbmm, _TENSOR.__matmul__, _TENSOR.__rmatmul__,
+})  # fmt: skip
+# Normalisations, softmax and sums, as in typed ONNX graphs: an engine may keep their intermediate values in their type.
+_IN_FULL = frozenset[Any]({
+    functional.batch_norm, functional.group_norm, functional.instance_norm, functional.layer_norm,
+    functional.local_response_norm, functional.normalize, functional.softmax, functional.log_softmax, torch.softmax,
+    torch.log_softmax, torch.batch_norm, torch.group_norm, torch.layer_norm, torch.norm, torch.sum, torch.mean, torch.var,
+    torch.std, torch.var_mean, torch.prod, torch.cumsum, torch.exp, torch.log, torch.pow, torch.rsqrt, torch.sqrt,
+    _TENSOR.softmax, _TENSOR.log_softmax, _TENSOR.norm, _TENSOR.sum, _TENSOR.mean, _TENSOR.var, _TENSOR.std, _TENSOR.prod,
+    _TENSOR.cumsum, _TENSOR.exp, _TENSOR.log, _TENSOR.pow, _TENSOR.__pow__, _TENSOR.rsqrt, _TENSOR.sqrt,
+    torch.linalg.vector_norm, *([functional.rms_norm] if hasattr(functional, "rms_norm") else []),
+})  # fmt: skip
+
+
+class TypedModule(nn.Module):
+    """``module`` with convolutions and matrix products in ``dtype``; its maps are float32 whatever that is.
+
+    torch.autocast does the same on the device it runs on, and differs between them: what it writes into a trace on the CPU
+    (normalisation of half values with fp32 weights) a GPU refuses. This is the same everywhere.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+        self.train(module.training)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with _Casts(self.dtype):
+            maps = self.module(pixels)
+        return tuple(feature_map.float() for feature_map in maps)
+
+
+class _Casts(TorchFunctionMode):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _IN_HALF:
+            args, kwargs = _cast(args, self._dtype), _cast(kwargs, self._dtype)
+        elif func in _IN_FULL:
+            args, kwargs = _cast(args, torch.float32), _cast(kwargs, torch.float32)
+        return func(*args, **kwargs)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Every float tensor in arguments, which may be lists of tensors, as ``dtype``."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, Mapping):
+        return {name: _cast(item, dtype) for name, item in value.items()}
+    return value
+
+
+def trace_torchscript(module: nn.Module, input: InputSpec, precision: Precision) -> bytes:
+    """``module``, traced at its usual size, frozen and saved: fp32, fp16 or bf16. It returns a tuple of float32 maps.
+
+    Convolutions in fp32 are that on a GPU too, where torch would round their factors to TF32 by default: the trace says
+    so. Raises ExportError for a module that cannot be traced, and for int8 and fp8, which TorchScript has no operators for.
+    """
+    if precision not in DTYPES:
+        raise ExportError(
+            f"TorchScript has no {precision}: choose one of {', '.join(map(str, DTYPES))}, or compile the {precision} graph "
+            "with --flavour openvino, tensorrt or tensorrt_rtx"
+        )
+    typed = module if precision is Precision.FP32 else TypedModule(module, DTYPES[precision])
+    file = io.BytesIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
+            warnings.simplefilter("ignore")  # torch deprecates TorchScript and warns of every Python branch in a trace
+            traced = torch.jit.trace(typed, example_of(input), check_trace=False)  # type: ignore[no-untyped-call]
+            torch.jit.save(torch.jit.freeze(traced.eval()), file)  # type: ignore[no-untyped-call]
+    except Exception as error:  # the network's own code runs, and fails with whatever it trips over
+        raise ExportError(
+            f"the network cannot be traced as TorchScript in {precision} ({cause(error)}): use the ONNX graph "
+            "(--no-torchscript)"
+        ) from error
+    return file.getvalue()
+
+
+def example_of(input: InputSpec, batch: int | None = None) -> torch.Tensor:
+    """Reproducible values of the input's usual shape and dtype, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    shape = input.shape(batch or input.batch.opt, input.height.opt, input.width.opt)
+    if input.dtype == "uint8":
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return torch.randn(shape, generator=generator)
