@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_backbones.deploy import parity
+from edge_backbones.deploy import timing
 from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.toolchain.build import BuildOptions, BuildResult, build_bundle
 
@@ -23,7 +23,7 @@ def _quick_timing() -> Iterator[None]:
     """Where several engines are built they are timed: no test depends on how fast they are."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"_ROUNDS": 1, "_WARM_UP": 1, "_CALLS": 1, "_SECONDS": 0.0}.items():
-            patch.setattr(parity, name, value)
+            patch.setattr(timing, name, value)
         yield
 
 

@@ -133,6 +133,9 @@ def test_what_a_map_needs_may_not_be_absent(tmp_path):
     net = timm.create_model("coat_tiny", features_only=True, feature_cls="list")
     said = refusal("coat_tiny", saved(net.state_dict(), tmp_path / "own.pth"))
     assert "has no weights for 4 tensors of coat_tiny, cls_token1 first" in said
+    net = timm.create_model("sequencer2d_s", features_only=True)  # three stages of four, each under stages_
+    said = refusal("sequencer2d_s", saved(net.state_dict(), tmp_path / "three.pth"))
+    assert "has no weights for 80 tensors of sequencer2d_s, stages.3." in said
     state = trained("test_resnet", features_only=True).state_dict()
     lost = next(key for key in reversed(state) if key.endswith("running_var"))
     del state[lost]

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_backbones.deploy import parity, timing
+from edge_backbones.deploy import timing
 from edge_backbones.deploy.parity import compare, excess_noise
 from edge_backbones.errors import CalibrationError, QuantizationError
 from edge_backbones.parity_report import Gate, ParityError
@@ -462,8 +462,8 @@ def test_engines_take_turns_and_none_is_left_open(monkeypatch):
         def close(self):
             events.append(("close", self.name))
 
-    monkeypatch.setattr(parity.time, "perf_counter", lambda: next(clock) * 1e-3)
-    monkeypatch.setattr(parity, "_ROUNDS", 7)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 1e-3)
+    monkeypatch.setattr(timing, "_ROUNDS", 7)
     engines = [functools.partial(Session, name) for name in ("fast", "slow")]
     figures = timing.time_engines(engines, networks.input_spec(64, 96, batch=2))
     assert figures == pytest.approx([2.0, 3.0])

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -339,8 +339,9 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
     names = whole_names(extractor.state_dict(), every)
     wanted = {names[key]: shape for key, shape in learned_shapes(extractor).items()}
     placement = place(path, name, state, wanted, every)
-    if placement is None and (unused := _unused(name, arguments, names, absent(name, state, wanted))):
-        wanted = {key: shape for key, shape in wanted.items() if key not in unused}
+    lacking = frozenset() if placement is not None else absent(name, state, wanted)
+    if lacking and _are_unused(name, arguments, names, lacking):
+        wanted = {key: shape for key, shape in wanted.items() if key not in lacking}
         placement = place(path, name, state, wanted, every)
     fillers: dict[str, torch.Tensor] = {}
     if placement is None:
@@ -364,24 +365,21 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
             net, unreached = _mapped_by_timm(name, attempt, fillers, arguments)
             if not unreached:
                 return net
-    missing, near = [names[key] for key in unreached], nearest(state, but=name)
+    missing = [key for key in wanted if key in lacking] or [names[key] for key in unreached]
+    near = nearest(state, but=name)
     raise SourceError(f"{path} {misfit(name, state, wanted, unreached=missing, near=near)}")
 
 
-def _unused(
-    name: str, arguments: Mapping[str, Any], names: Mapping[str, str], absent: frozenset[str]
-) -> frozenset[str]:
-    """Return ``absent`` if no feature map depends on these tensors, else nothing.
+def _are_unused(name: str, arguments: Mapping[str, Any], names: Mapping[str, str], lacking: Set[str]) -> bool:
+    """Whether no feature map depends on these tensors.
 
     timm's FeatureGraphNet and FeatureGetterNet leave out what their maps do not need, such as a last norm, while the
-    wrapper that is made here may keep it. NaN in every absent tensor would reach each map that depends on one.
+    wrapper that is made here may keep it. NaN in every one of these tensors would reach each map that depends on one.
     """
-    if not absent:
-        return absent
     with seeded(0):
         net = _create(name, {**arguments, "pretrained": False}).eval()
     for key, tensor in net.state_dict().items():
-        if names[key] in absent and tensor.is_floating_point():
+        if names[key] in lacking and tensor.is_floating_point():
             tensor.fill_(float("nan"))
     channels, *size = resolve_model_data_config(net)["input_size"]  # type: ignore[no-untyped-call]
     image = torch.zeros(1, arguments.get("in_chans", channels), *(arguments.get("img_size") or size))
@@ -389,7 +387,7 @@ def _unused(
     with torch.no_grad(), _foreign_keys():
         maps = net(image)
         unused = all(bool(m.isfinite().all()) for m in (maps.values() if isinstance(maps, dict) else maps))
-    return absent if unused else frozenset()
+    return unused
 
 
 @contextlib.contextmanager
