@@ -355,7 +355,7 @@ def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, A
     )
     held = tuple(Precision(g.precision) for g in manifest.graphs if g.format == "onnx")
     start = time.perf_counter()
-    result = compile_bundle(bundle, precisions=held, flavour=flavour, plan=plan, device=device)  # type: ignore[arg-type]
+    result = compile_bundle(bundle, precisions=held, flavour=flavour, plan=plan, gpu=device)  # type: ignore[arg-type]
     yield {
         "seconds": time.perf_counter() - start,
         "notes": result.notes,

@@ -33,9 +33,9 @@ from edge_backbones import Bundle
 from edge_backbones.bench.compare import CompareOptions, measure
 from edge_backbones.bench.contender import Task
 from edge_backbones.bench.results import ratio_of
-from edge_backbones.engines.compile import compile_engine
 from edge_backbones.engines.openvino import int8_graph as cpu_graph
 from edge_backbones.engines.openvino import session as openvino
+from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.engines.tensorrt.compile import PlanOptions, compile_plan
 from edge_backbones.errors import CompileError
@@ -137,7 +137,7 @@ def call_by_call(bundle: Path, theirs: Path, rounds: int) -> dict[str, Any]:
     """How many times as long as our graph ModelOpt's takes, and ours once more: medians over rounds, with their bounds."""
     ours = bundle / "graphs" / "int8.onnx"
     files = {"ours": ours, "modelopt": theirs, "ours again": ours}
-    blobs = {name: compile_engine(file.read_bytes(), Precision.INT8, cache=None).data for name, file in files.items()}
+    blobs = {name: compile_graph(file.read_bytes(), Precision.INT8, cache=None).data for name, file in files.items()}
     manifest = Bundle.open(bundle).manifest
     image = np.random.default_rng(0).standard_normal(manifest.input.opt_shape).astype(np.float32)
     medians: dict[str, list[float]] = {name: [] for name in files}

@@ -63,9 +63,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edge_backbones import __version__
-from edge_backbones.bundle.manifest import EngineRecord, Flavour, encode
+from edge_backbones.bundle.manifest import EngineRecord, encode
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.engines import select as session
+from edge_backbones.engines import registry
 from edge_backbones.errors import BundleError, EdgeBackbonesError, InputError
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.profiles import RTX_ARCHITECTURES, load_profile
@@ -128,7 +128,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     profile: str
     name: str | None = None
-    flavour: Flavour | None = None
+    flavour: str | None = None
     resource: str | None = None
 
     @property
@@ -154,7 +154,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""
     images: str | None = None
     options: dict[str, Any] = {}
-    flavour: Flavour | None = None
+    flavour: str | None = None
     profile: str | None = None
     targets: tuple[str, ...] = ()
     resource: str | None = None
@@ -270,7 +270,7 @@ def engine_task(build: Task, device: Device, folder: Path) -> Task | None:
     """None for this machine's own CPU: that engine comes with the bundle."""
     path = _found_profile(device.profile, folder)
     profile = load_profile(path)
-    kinds: dict[str, Flavour] = {"cpu": "openvino", "rtx": "tensorrt_rtx"}
+    kinds = {"cpu": "openvino", "rtx": "tensorrt_rtx"}
     flavour = device.flavour or kinds.get(profile.kind, "tensorrt")
     if flavour == "openvino" and device.resource is None:
         return None
@@ -279,7 +279,7 @@ def engine_task(build: Task, device: Device, folder: Path) -> Task | None:
     resource = device.resource or (None if anywhere else profile.architecture)
     library = None  # of a worker: nobody knows before it is asked
     if resource is None or resource in local_resources():
-        library = session.installed_versions().get(flavour)
+        library = registry.InstalledVersions().get(flavour)
     return Task(
         model=build.model,
         precision=build.precision,

@@ -34,9 +34,10 @@ from edge_backbones.bundle.manifest import CalibrationFile
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes
 from edge_backbones.engines.openvino.session import OpenVinoSession, compile_model, read_model
+from edge_backbones.engines.refusals import refusals
 from edge_backbones.errors import EdgeBackbonesError
 from edge_backbones.images.fit import ImageConfig
-from edge_backbones.machine.profiles import explain, load_profile, refusals
+from edge_backbones.machine.profiles import explain, load_profile
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
 from edge_backbones.toolchain.calibration.calibrate import read_calibration

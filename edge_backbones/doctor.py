@@ -15,10 +15,11 @@ from pathlib import Path
 
 import msgspec
 
-from edge_backbones.bundle.manifest import EngineRecord, Flavour
+from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.engines import compat
+from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
+from edge_backbones.engines.base import COMPILE
 from edge_backbones.engines.openvino import session as openvino
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.errors import root_cause
@@ -97,7 +98,7 @@ def look(root: Path = Path("/")) -> Machine:
     found = gpus.find_gpus()
     return Machine(
         system=read_system(root),
-        host=session.this_machine(0 if found else None),
+        host=registry.this_machine(0 if found else None),
         cores=os.cpu_count() or 1,
         python=Python(
             version=platform.python_version(),
@@ -165,7 +166,7 @@ def _way_to_run(machine: Machine, engine: EngineRecord, path: Path, reasons: Seq
         return _gpu(machine).fix or f"it is for a machine with that GPU; {instead}"
     if not engine.parity.measured:
         return f"edge-backbones verify {path}"
-    if any(compat.COMPILE in reason for reason in reasons):
+    if any(COMPILE in reason for reason in reasons):
         return f"edge-backbones compile {path}" + (" --flavour openvino" if not engine.key.gpu and machine.gpus else "")
     return "; ".join(reason.rpartition(": ")[2] for reason in reasons)  # each ends with its way out
 
@@ -315,11 +316,11 @@ def why_not_the_gpu(machine: Machine) -> str:
     return f"{machine.gpus[0].name} is here, and TensorRT is not usable ({finding.found}): {finding.fix}"
 
 
-def _serving(machine: Machine) -> Flavour:
-    """What `edge-backbones compile` takes there when nothing is said."""
+def _serving(machine: Machine) -> str:
+    """Return the flavour that `edge-backbones compile` takes on a machine when none is named."""
     gpu = machine.gpus[0] if machine.gpus else None
     host = dataclasses.replace(machine.host, versions=machine.tensorrt, gpu=gpu, jetson=machine.system.jetson)
-    return compat.serving_flavour(host)
+    return registry.serving(host).name
 
 
 def _tensorrt(machine: Machine) -> Finding:

@@ -13,6 +13,7 @@ from typing import Any
 
 from edge_backbones.deploy import compile as device
 from edge_backbones.deploy import parity, verify
+from edge_backbones.engines.openvino import compile as openvino_compile
 from edge_backbones.errors import CompileError
 from edge_backbones.machine import child
 from edge_backbones.parity_report import Gate, ParityError, ParityReport
@@ -85,15 +86,15 @@ def wait(file: Path, stubborn: bool, *, in_process: bool, progress: Callable[...
 
 
 def second_engine_is_killed(path: str, *, in_process: bool, progress: Callable[..., None]) -> None:
-    compile_engine, made = device.compile_engine, []
+    compile_graph, made = openvino_compile.compile_graph, []
 
     def killed(*arguments: Any, **options: Any) -> Any:
         if made:
             os.kill(os.getpid(), signal.SIGKILL)
         made.append(1)
-        return compile_engine(*arguments, **options)
+        return compile_graph(*arguments, **options)
 
-    device.compile_engine = killed
+    openvino_compile.compile_graph = killed
     device.compile_bundle(path, in_process=True, progress=progress)
 
 

@@ -31,6 +31,7 @@ from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, T
 from edge_backbones.bench.results import FEWEST_TURNS, Comparison, Machine, Measurement, ratio_of
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, MissingDependencyError
 from edge_backbones.images.fit import fit, list_images, open_image, to_input
@@ -113,7 +114,7 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
     options = options or CompareOptions()
     bundle, _ = trust.admit(Bundle.open(path))
     kind, gpu = parse_device(options.device)
-    host = session.this_machine(gpu)
+    host = registry.this_machine(gpu)
     engine = session.choose_engine(bundle, host, options.engine, device=kind, allow_host_code=options.allow_host_code)
     with tempfile.TemporaryDirectory(prefix="edge-backbones-bench-") as work:
         tasks: dict[str, Task] = {}

@@ -20,7 +20,7 @@ import numpy as np
 
 from edge_backbones.bench import energy
 from edge_backbones.bundle.reader import Bundle, load_golden
-from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession, load_library
 from edge_backbones.errors import EdgeBackbonesError, InputError, first_line
 from edge_backbones.images.fit import network_input
@@ -180,7 +180,7 @@ def openvino(bundle: Bundle, task: Task) -> Loaded:
 
 def graph(bundle: Bundle, task: Task) -> Loaded:
     file = _graph_of(task)
-    blob = compile_engine(file.read_bytes(), Precision.INT8, cache=None).data
+    blob = compile_graph(file.read_bytes(), Precision.INT8, cache=None).data
     runtime = OpenVinoSession(bytearray(blob), outputs=bundle.manifest.backbone.outputs, threads=task.threads)
     return Loaded(call=runtime.run, versions=_version("openvino"), file=file, exact=task.exact)
 

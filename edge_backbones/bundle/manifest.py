@@ -35,7 +35,8 @@ Factor = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
 Shift = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 Percentile = Annotated[float, msgspec.Meta(gt=0, le=100)]
 Axes = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
-Flavour = Literal["openvino", "torchscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt"]
+FlavourName = Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]*$", max_length=40)]
+"""Name of an engine library. A bundle may hold engines of libraries that this release does not know."""
 Architecture = Annotated[str, msgspec.Meta(pattern="^sm_[0-9]{2,3}$", max_length=6)]
 
 
@@ -166,7 +167,7 @@ class EngineKey(_Strict, frozen=True):
     ``architecture`` and ``cpu_features`` are those of the CPU; ``gpu`` is None for an engine that runs on it.
     """
 
-    flavour: Flavour
+    flavour: FlavourName
     library_version: Word
     architecture: Word
     cpu_features: Annotated[tuple[Word, ...], msgspec.Meta(max_length=64)]

@@ -136,7 +136,9 @@ class Bundle:
             current = Bundle.open(self.path)
             _clear_after_dead_writers(current)
             graphs = {graph.file.sha256 for graph in current.manifest.graphs}
-            if graphs and engine.key.graph_sha256 not in graphs and engine.key.flavour != "torch_tensorrt":
+            # An engine that the build compiled from the network itself is its own graph.
+            is_own_graph = engine.key.graph_sha256 == engine.file.sha256 and engine.file.path.startswith("engines/")
+            if graphs and engine.key.graph_sha256 not in graphs and not is_own_graph:
                 raise BundleError(f"{self.path} was built anew since {engine.name} was begun: compile it again")
             held = current.manifest.files()
             gone = [file.path for file in engine.files if file.path not in contents and file not in held]
@@ -233,11 +235,11 @@ def read_current(path: str | os.PathLike[str], read: Callable[[Bundle], _Read]) 
 _REPAIR = "copy the bundle again or build it again"
 _BEGUN = ".writing-"  # in the name of a file that is not whole yet
 # EngineKey.path, and what lies beside an engine.
-_ENGINE_FILE = re.compile(r"engines/[a-z_]+-[^/]+-[0-9a-f]{8}\.[0-9a-f]{8}\.(blob|plan|ts|pt2|layers\.json|cache)")
+_ENGINE_FILE = re.compile(r"engines/[a-z0-9_]+-[^/]+-[0-9a-f]{8}\.[0-9a-f]{8}\.([a-z0-9]{1,10}|layers\.json)")
 # What a bundle of any release holds, and what a writer of one leaves. All else in the folder is somebody's own.
 _OWN_FILE = re.compile(
     r"manifest\.json|golden\.npz|calibration\.json|graphs/[a-z0-9]+\.(onnx|ts)|signature/(manifest\.json|model\.sig|[0-9a-f]+\.local)"
-    r"|engines/[a-z_]+-[^/]+\.(blob|plan|ts|pt2|layers\.json|cache)|([a-z]+/)?\.[^/]+\.writing-[a-z0-9_]+"
+    r"|engines/[a-z0-9_]+-[^/]+\.([a-z0-9]{1,10}|layers\.json)|([a-z]+/)?\.[^/]+\.writing-[a-z0-9_]+"
 )
 _PATIENCE = 60.0  # seconds: many times what it takes to write an engine, even on a memory card
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
 
+from edge_backbones.engines import registry
 from edge_backbones.errors import why_no_import
 
 try:
@@ -28,7 +29,7 @@ except ImportError as broken:
 
 from edge_backbones import __version__
 from edge_backbones.bench.results import Comparison
-from edge_backbones.bundle.manifest import Decision, Flavour
+from edge_backbones.bundle.manifest import Decision
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import (
     CompileError,
@@ -121,6 +122,16 @@ class Wanted(str, enum.Enum):
 class TorchFlavour(str, enum.Enum):
     TORCHSCRIPT = "torchscript"
     TORCH_TENSORRT = "torch_tensorrt"
+
+
+def _known_flavour(name: str | None) -> str | None:
+    """Refuse a name of no engine library: those of other packages are found when they are asked for."""
+    if name is not None:
+        from edge_backbones.engines import registry
+
+        if registry.find(name) is None:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(registry.names())}")
+    return name
 
 
 @app.command()
@@ -322,8 +333,10 @@ def compile_(
         list[Precision] | None, typer.Option(help="Only these graphs; all by default.", show_default=False)
     ] = None,
     flavour: Annotated[
-        Flavour | None,
+        str | None,
         typer.Option(
+            callback=_known_flavour,
+            metavar="FLAVOUR",
             help="openvino: this CPU. tensorrt: this GPU. tensorrt_rtx: the GPUs of --target, without one here. "
             "torchscript, torch_tensorrt: programs for torch. By default what serves this machine: its GPU, else its CPU.",
             show_default=False,
@@ -394,7 +407,7 @@ def compile_(
 
     if timing_cache is not None and not timing_cache.is_file():
         raise InputError(f"{timing_cache} does not exist: --timing-cache is a .cache file of an earlier compilation")
-    chosen: Flavour
+    chosen: str
     if flavour is not None:
         chosen = flavour
         found = profile_here(chosen, target or (), gpu)
@@ -437,7 +450,7 @@ def compile_(
             flavour=chosen,
             plan=plan,
             profile=profile,
-            device=gpu,
+            gpu=gpu,
             allow_host_code=allow_host_code,
             resume=resume,
             cache=default_cache(),
@@ -607,7 +620,7 @@ def verify(
             reports = verify_bundle(
                 bundle,
                 engine=engine,
-                device=gpu,
+                gpu=gpu,
                 allow_host_code=allow_host_code,
                 trusted=key or None,
                 sigstore=identity,
@@ -633,7 +646,7 @@ def _explain(
     from edge_backbones.toolchain.explain_bundle import explain_bundle
 
     with _Steps(as_json) as progress:
-        found = explain_bundle(bundle, engine=engine, device=gpu, in_process=in_process, progress=progress)
+        found = explain_bundle(bundle, engine=engine, gpu=gpu, in_process=in_process, progress=progress)
     drawn = [one for one in found if one.layers]
     files = [picture if len(drawn) == 1 else picture.with_stem(f"{picture.stem}.{one.precision}") for one in drawn]
     for one, file in zip(drawn, files, strict=True):
@@ -734,13 +747,12 @@ def run(
 @app.command()
 def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     """What is in a bundle, and which of its engines run on this machine. Reads the manifest only."""
-    from edge_backbones.engines import compat, promises
-    from edge_backbones.engines import select as session
+    from edge_backbones.engines import promises
 
     manifest = Bundle.open(bundle).manifest
     on_gpu = any(engine.key.gpu is not None for engine in manifest.engines)
-    host = session.this_machine(0 if on_gpu else None)
-    reasons = {engine.name: compat.reasons_against(engine.key, host) for engine in manifest.engines}
+    host = registry.this_machine(0 if on_gpu else None)
+    reasons = {engine.name: registry.reasons_against(engine.key, host) for engine in manifest.engines}
     for engine in manifest.engines:
         reasons[engine.name] += promises.reasons_against(manifest, engine)
     if as_json:

@@ -11,6 +11,7 @@ from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.difference import reference_norm, relative_error, usual_norm
 from edge_backbones.engines import select as session
+from edge_backbones.engines.base import LoadOptions
 from edge_backbones.engines.ports import Profile, choose_profile
 from edge_backbones.engines.promises import is_inside
 from edge_backbones.engines.select import load_engine
@@ -69,14 +70,10 @@ def measure_engine(
     golden: Mapping[str, np.ndarray],
     gate: Gate,
     *,
-    device: int | None = None,
-    allow_host_code: bool = False,
-    weights: bytes | bytearray | None = None,
+    options: LoadOptions | None = None,
 ) -> ParityReport:
-    """The same for raw engine bytes, through the real runtime; ``device`` is the GPU's index, None for the CPU."""
-    engine = load_engine(
-        key, bytearray(data), spec, input, device=device, allow_host_code=allow_host_code, weights=weights
-    )
+    """Do the same for raw engine bytes, which are loaded as ``options`` say."""
+    engine = load_engine(key, bytearray(data), spec, input, options)
     shapes = () if key.gpu is None else key.gpu.profiles
     profiles = [Profile(number, *of_one) for number, of_one in enumerate(shapes)]
     with EdgeBackbone(spec, input, engine) as backbone:
@@ -197,10 +194,10 @@ def measure_in_bundle(
     data: bytes | bytearray,
     golden: Mapping[str, np.ndarray],
     gate: Gate,
-    device: int | None,
+    gpu: int | None,
     *,
     code: bool = False,
 ) -> ParityReport:
     """The same for an engine of a bundle; a plan that was written without weights gets them from the bundle's graph."""
-    spec, input, weights = bundle.manifest.backbone, bundle.manifest.input, session.weights_of(bundle, key)
-    return measure_engine(key, data, spec, input, golden, gate, device=device, allow_host_code=code, weights=weights)
+    options = LoadOptions(gpu=gpu, allow_host_code=code, weights=session.weights_of(bundle, key))
+    return measure_engine(key, data, bundle.manifest.backbone, bundle.manifest.input, golden, gate, options=options)

@@ -13,8 +13,9 @@ import numpy as np
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.reader import Bundle, read_current
+from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
-from edge_backbones.engines.base import EngineSession
+from edge_backbones.engines.base import EngineSession, LoadOptions
 from edge_backbones.errors import EdgeBackbonesError
 from edge_backbones.machine import child
 from edge_backbones.progress import Progress, no_progress
@@ -59,24 +60,24 @@ def _one_turn(load: Callable[[], EngineSession], images: np.ndarray) -> float:
     return statistics.median(taken)
 
 
-def engines_here(bundle: Bundle, device: int | None, *, code: bool) -> list[EngineRecord]:
-    place, host = "cpu" if device is None else "cuda", session.this_machine(device)
+def engines_here(bundle: Bundle, gpu: int | None, *, code: bool) -> list[EngineRecord]:
+    place, host = "cpu" if gpu is None else "cuda", registry.this_machine(gpu)
     bundle, _ = trust.admit(bundle)
     return [e for e in bundle.manifest.engines if not session.reasons_against(bundle, e, host, device=place, code=code)]
 
 
 def time_bundle(
-    bundle: Bundle, device: int | None, *, code: bool, anew: bool, progress: Progress
+    bundle: Bundle, gpu: int | None, *, code: bool, anew: bool, progress: Progress
 ) -> tuple[Bundle, tuple[str, ...]]:
     """The bundle with latencies, and what to note of them: engines that can run here are timed side by side, ``anew`` or
     where one has none. Without them the engines are as good: what fails here is noted, not raised."""
 
     def timed_of(current: Bundle) -> list[EngineRecord]:
-        here = engines_here(current, device, code=code)
+        here = engines_here(current, gpu, code=code)
         if len(here) < 2 or not (anew or any(engine.milliseconds is None for engine in here)):
             return []
         engines = [
-            functools.partial(session.open_session, current, engine, device=device, allow_host_code=code)
+            functools.partial(session.open_session, current, engine, LoadOptions(gpu=gpu, allow_host_code=code))
             for engine in here
         ]
         figures = time_engines(engines, current.manifest.input, progress=progress)

@@ -11,7 +11,7 @@ from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.reader import Bundle, load_golden, read_current
 from edge_backbones.deploy.parity import measure_in_bundle, require
 from edge_backbones.deploy.timing import time_bundle
-from edge_backbones.engines import compat, promises
+from edge_backbones.engines import promises, registry
 from edge_backbones.engines import select as session
 from edge_backbones.errors import InferenceError, IntegrityError
 from edge_backbones.machine import child
@@ -24,7 +24,7 @@ def verify_bundle(
     path: str | Path,
     *,
     engine: str | None = None,
-    device: int = 0,
+    gpu: int = 0,
     allow_host_code: bool = False,
     trusted: trust.Trusted | None = None,
     sigstore: trust.SigstoreIdentity | None = None,
@@ -35,7 +35,7 @@ def verify_bundle(
 
     An engine that was compiled ahead of time is measured for the first time, and the report is added to the bundle: from
     then on runtimes take it. So is that of an engine whose stored report does not let it run, and which holds its gate. One
-    that another process takes out meanwhile is left out. ``device``: the GPU for engines that need one.
+    that another process takes out meanwhile is left out. ``gpu``: index of the GPU for engines that need one.
     ``allow_host_code``: run programs (TorchScript, which ``engine`` has to name) and the code that a plan may carry.
     ``trusted`` and ``sigstore``: who must have signed, checked before anything runs, as in
     :func:`edge_backbones.bundle.trust.admit`; engines that it refuses are passed over, and ``progress`` gets why.
@@ -54,7 +54,7 @@ def verify_bundle(
     golden = load_golden(bundle)
     reports: list[ParityReport] = []
     advice: dict[int, str] = {}
-    for record in runnable(bundle, engine, device, code=allow_host_code):
+    for record in runnable(bundle, engine, gpu, code=allow_host_code):
         progress(f"verifying {record.key.precision}", 0, None)
         try:
             data = bundle.read(record.file)
@@ -62,16 +62,16 @@ def verify_bundle(
             if record in Bundle.open(path).manifest.engines:
                 raise
             continue  # taken out since
-        on = None if record.key.gpu is None else device
+        on = None if record.key.gpu is None else gpu
         gate = promises.gate_of(bundle.manifest, record.key, record.parity.gate)
         say_what_is_run(bundle, record)
         measured = measure_in_bundle(bundle, record.key, data, golden, gate, on, code=allow_host_code)
         reports.append(measured)
         advice[id(measured)] = _advice_on_verifying(bundle, record)
         if not measured.passed:
-            promises.forget(bundle.manifest, record, session.this_machine(on))
+            promises.forget(bundle.manifest, record, registry.this_machine(on))
             continue
-        promises.remember(bundle.manifest, record, session.this_machine(on))
+        promises.remember(bundle.manifest, record, registry.this_machine(on))
         if promises.reasons_against(bundle.manifest, record):
             fresh = msgspec.structs.replace(record, parity=measured)
             if doubt := trust.vouch(bundle, fresh, instead_of=record):
@@ -90,13 +90,13 @@ def say_what_is_run(bundle: Bundle, record: EngineRecord) -> None:
     child.doing(f"was running {record.name}", f"the engine is hostile or damaged, {child.OR_A_FAULT}; {way}")
 
 
-def runnable(bundle: Bundle, engine: str | None, device: int, *, code: bool) -> list[EngineRecord]:
+def runnable(bundle: Bundle, engine: str | None, gpu: int, *, code: bool) -> list[EngineRecord]:
     """The engines that ``engine`` means and that can run here; raises EngineMismatchError when there is none."""
     on_gpu = any(record.key.gpu is not None for record in bundle.manifest.engines)
-    host = session.this_machine(device if on_gpu else None)
+    host = registry.this_machine(gpu if on_gpu else None)
 
     def reasons_against(record: EngineRecord) -> list[str]:
-        return [*session.code_reasons(record, engine, code=code), *compat.reasons_against(record.key, host)]
+        return [*session.code_reasons(record, engine, code=code), *registry.reasons_against(record.key, host)]
 
     return session.fitting_engines(bundle, engine, reasons_against)
 
@@ -104,10 +104,9 @@ def runnable(bundle: Bundle, engine: str | None, device: int, *, code: bool) -> 
 def _advice_on_verifying(bundle: Bundle, record: EngineRecord) -> str:
     """What helps where an engine in a bundle is outside its gate."""
     key = record.key
-    again = f"edge-backbones compile {bundle.path} --flavour {key.flavour} --precision {key.precision}"
-    if key.flavour == "torch_tensorrt":
-        again = f"edge-backbones build MODEL {bundle.path} --flavour torch_tensorrt --overwrite"
+    flavour = registry.get(key.flavour)
+    again = flavour.way_to_compile(bundle.path, f" --precision {key.precision}")
     before = "It held its gate when it was compiled: " if record.parity.measured else ""
-    explain = f"; edge-backbones verify {bundle.path} --explain finds the layer" if key.flavour == "openvino" else ""
+    explain = f"; edge-backbones verify {bundle.path} --explain finds the layer" if flavour.devices == ("cpu",) else ""
     compile_it = f"{before}compile it again with {again}"
     return compile_it[0].upper() + compile_it[1:] + explain

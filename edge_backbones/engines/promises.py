@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 
 from edge_backbones.bundle.manifest import EngineKey, EngineRecord, Manifest
-from edge_backbones.engines.compat import COMPILE
+from edge_backbones.engines import registry
+from edge_backbones.engines.base import COMPILE
 from edge_backbones.machine.hosts import Host
 from edge_backbones.machine.system import default_cache
 from edge_backbones.parity_report import Gate, StageParity
@@ -54,11 +55,12 @@ def is_inside(gate: Gate, *, cosine: float, sqnr_db: float, relative: float) -> 
 def gate_of(manifest: Manifest, engine: EngineKey, own: Gate | None = None) -> Gate:
     """The gate that an engine has to hold: that of its bundle's graph of the same precision, or the precision's default.
 
-    ``own``: the gate of its report, which counts for torch_tensorrt alone: such an engine has no graph in the bundle. A gate
-    that a map of zeros passes asks for nothing, and counts as none.
+    ``own``: the gate of its report, which counts only for engines that the build compiled from the network itself: they have
+    no graph in the bundle. A gate that a map of zeros passes asks for nothing, and counts as none.
     """
     given = [graph.gate for graph in manifest.graphs if graph.precision == engine.precision]
-    if engine.flavour == "torch_tensorrt":
+    flavour = registry.find(engine.flavour)
+    if flavour is not None and flavour.graph_format is None:
         given.append(own)
     return next((gate for gate in given if gate is not None and refuses_zeros(gate)), DEFAULT_GATES[engine.precision])
 

@@ -48,18 +48,21 @@ def device_name(cpuinfo: str) -> str:
     return next((line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
 
 
-def this_host(versions: Mapping[str, str], *, device: int | None = None) -> Host:
-    """Read this machine, and the GPU ``device`` where one is meant; without /proc/cpuinfo (macOS, Windows) no CPU feature is
-    known. Asking for a GPU starts the driver, which takes part of a second: it is not asked for a CPU."""
+def this_host(versions: Mapping[str, str], *, gpu: int | None = None) -> Host:
+    """Read this machine, and the GPU of index ``gpu`` where one is meant.
+
+    Without /proc/cpuinfo (macOS, Windows) no CPU feature is known. Asking for a GPU starts the driver, which takes part of a
+    second: it is not asked for a CPU.
+    """
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         cpuinfo = ""
     architecture = platform.machine()
     name = device_name(cpuinfo) or platform.processor() or architecture
-    gpu, no_gpu = None, ""
-    if device is not None:
+    described, no_gpu = None, ""
+    if gpu is not None:
         found = find_gpus()
-        gpu = found[device] if 0 <= device < len(found) else None
-        no_gpu = no_gpu_reason() or ("" if gpu else f"this machine has {len(found)} GPUs, and none is cuda:{device}")
-    return Host(architecture, cpu_features(cpuinfo, architecture), name, versions, gpu, no_gpu, is_jetson())
+        described = found[gpu] if 0 <= gpu < len(found) else None
+        no_gpu = no_gpu_reason() or ("" if described else f"this machine has {len(found)} GPUs, and none is cuda:{gpu}")
+    return Host(architecture, cpu_features(cpuinfo, architecture), name, versions, described, no_gpu, is_jetson())

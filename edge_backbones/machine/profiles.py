@@ -10,20 +10,18 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import msgspec
 
-from edge_backbones.bundle.manifest import Architecture, Flavour
+from edge_backbones.bundle.manifest import Architecture, FlavourName
 from edge_backbones.errors import InputError, MissingDependencyError
 from edge_backbones.reading import read_file, refusing, shortened
-from edge_backbones.spec import InputSpec, Precision, ShapeRange, Size
+from edge_backbones.spec import Precision, ShapeRange, Size
 
 Kind = Literal["cpu", "jetson", "datacenter", "rtx"]
 NumberFormat = Literal["fp32", "fp16", "bf16", "int8", "fp8", "fp4"]
-ServingFlavour = Literal[Flavour, "tensorrt_lean"]
 Versions = Annotated[
     str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)*( to [0-9]+(\.[0-9]+)*| and later)?\Z", max_length=60)
 ]
@@ -35,8 +33,6 @@ FIRST_ARCHITECTURE = {Precision.BF16: 80, Precision.FP8: 89}
 """The first architecture whose tensor cores compute a format; the others are computed by every one listed here."""
 
 _KINDS: tuple[Kind, ...] = ("cpu", "jetson", "datacenter", "rtx")
-_DLA_LARGEST_BATCH = 4096
-_DLA_LARGEST_SIZE = 8192
 _MAX_BYTES = 1 << 20
 _IN_WHEEL = Path(__file__).parents[1] / "profiles_data"
 _IN_CHECKOUT = Path(__file__).parents[2] / "profiles"
@@ -85,7 +81,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     unified_memory: bool = False
     precisions: Annotated[tuple[NumberFormat, ...], msgspec.Meta(min_length=1)]
     pays: dict[NumberFormat, str]
-    flavours: Annotated[tuple[ServingFlavour, ...], msgspec.Meta(min_length=1)]
+    flavours: Annotated[tuple[FlavourName, ...], msgspec.Meta(min_length=1)]
     modules: tuple[Module, ...] = ()
     software: tuple[Software, ...] = ()
     defaults: Defaults
@@ -104,6 +100,11 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def dla_cores(self) -> int:
         """Of the module that has most."""
         return max((module.dla_cores for module in self.modules), default=0)
+
+    @property
+    def compilers(self) -> str:
+        """The engine libraries that compile for it, for a message: ``tensorrt or torch_tensorrt``."""
+        return " or ".join(name for name in self.flavours if name != "tensorrt_lean")
 
 
 class DetectedGpu(Protocol):
@@ -142,7 +143,8 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
 def profile_of(gpu: DetectedGpu | None, *, board: str = "") -> DeviceProfile | None:
     """The profile of a detected GPU, of the CPU for None; None where nothing here fits, or several do.
 
-    ``board``: what :func:`edge_backbones.machine.system.board_name` says. Orin Nano and Orin NX of 8 GB are alike to CUDA: the board
+    ``board``: what :func:`edge_backbones.machine.system.board_name` says. Orin Nano and Orin NX of 8 GB are alike to
+    CUDA: the board
     alone tells them apart.
     """
     if gpu is None:
@@ -163,30 +165,6 @@ def modules_of(profile: DeviceProfile, gpu: DetectedGpu | None) -> tuple[Module,
     """The modules of a profile that have the memory of this GPU; all of them without one, or when none does."""
     fitting = tuple(module for module in profile.modules if gpu is not None and _fits(gpu.memory_bytes, module))
     return fitting or profile.modules
-
-
-def refusals(
-    profile: DeviceProfile,
-    *,
-    precision: Precision,
-    flavour: ServingFlavour,
-    input: InputSpec,
-    dla_core: int | None = None,
-    targets: Sequence[str] = (),
-) -> list[str]:
-    """Why this build cannot serve the device, each a sentence with the way out; empty when nothing speaks against it.
-
-    ``input``: the sizes that the engine is compiled for. ``targets``: architectures for TensorRT-RTX, none for its own
-    choice. What only the engine library can tell (layers, memory) is left to it.
-    """
-    reasons = _against_flavour(profile, flavour)
-    if not reasons:
-        reasons += _against_targets(profile, precision, flavour, targets)
-        if flavour != "torchscript" and precision.value not in profile.precisions:
-            reasons.append(_against_precision(profile, precision))
-    if dla_core is not None:
-        reasons += _against_dla(profile, precision, flavour, input, dla_core)
-    return reasons
 
 
 def explain(profile: DeviceProfile) -> str:
@@ -244,102 +222,3 @@ def _has_word(text: str, word: str) -> bool:
 def _fits(memory_bytes: int, module: Module) -> bool:
     # CUDA reports what the system left of it: 14.1 of 16 GiB on an Orin NX.
     return 0.75 * module.memory_gib < memory_bytes / 2**30 <= module.memory_gib
-
-
-def _against_flavour(profile: DeviceProfile, flavour: ServingFlavour) -> list[str]:
-    if flavour == "tensorrt_lean":
-        return ["tensorrt_lean runs plans and compiles none: compile with flavour tensorrt and version_compatible=True"]
-    if flavour in profile.flavours:
-        return []
-    others = " or ".join(name for name in profile.flavours if name != "tensorrt_lean")
-    if flavour == "tensorrt_rtx" and profile.architecture is not None:
-        return [
-            f"TensorRT-RTX compiles for {', '.join(RTX_ARCHITECTURES)} and {profile.name} is {profile.architecture}: "
-            f"use flavour {others}"
-        ]
-    if flavour == "openvino":
-        return [f"openvino runs on CPUs and {profile.name} is a GPU: use flavour {others}, or the profile cpu"]
-    return [f"{flavour} does not serve {profile.name}: use flavour {others}"]
-
-
-def _against_precision(profile: DeviceProfile, precision: Precision) -> str:
-    first = FIRST_ARCHITECTURE.get(precision)
-    needs = f"{precision} needs sm_{first} or newer" if first else f"{precision} is not among what it computes"
-    buildable = [precision.value for precision in Precision]
-    instead = " or ".join(name for name in profile.pays if name in buildable) or "fp32"
-    return f"{needs} and {profile.name} is {profile.architecture or 'a CPU'}: choose {instead}"
-
-
-def _against_targets(
-    profile: DeviceProfile, precision: Precision, flavour: ServingFlavour, targets: Sequence[str]
-) -> list[str]:
-    if flavour != "tensorrt_rtx":
-        if targets:
-            return [f"targets are for tensorrt_rtx and {flavour} compiles for the GPU it finds: leave them out"]
-        return []
-    reasons = []
-    unknown = [target for target in targets if target not in RTX_ARCHITECTURES]
-    if unknown:
-        reasons.append(
-            f"TensorRT-RTX does not compile for {', '.join(unknown)}: choose among {', '.join(RTX_ARCHITECTURES)}"
-        )
-    if targets and profile.architecture not in targets:
-        reasons.append(
-            f"an engine for {', '.join(targets)} does not run on {profile.name}: add the target {profile.architecture}"
-        )
-    if not targets and profile.architecture == "sm_75":
-        reasons.append(
-            f"TensorRT-RTX leaves sm_75 out of its portable engines and {profile.name} is one: name the target sm_75"
-        )
-    first = FIRST_ARCHITECTURE.get(precision, 0)
-    # The device's own architecture is answered for by its precisions.
-    late = [
-        target
-        for target in targets
-        if target in RTX_ARCHITECTURES and target != profile.architecture and _number(target) < first
-    ]
-    if late:
-        reasons.append(
-            f"{precision} needs sm_{first} or newer and the targets have {', '.join(late)}: leave those out or choose "
-            "another precision"
-        )
-    return reasons
-
-
-def _against_dla(
-    profile: DeviceProfile, precision: Precision, flavour: ServingFlavour, input: InputSpec, core: int
-) -> list[str]:
-    count = profile.dla_cores
-    if not count:
-        return [
-            f"DLA core {core} was asked for and {profile.name} has none: leave it out, and the GPU runs every layer"
-        ]
-    reasons = []
-    if not 0 <= core < count:
-        cores = "core 0 alone" if count == 1 else f"cores 0 to {count - 1}"
-        reasons.append(f"DLA core {core} does not exist: {profile.name} has {cores}")
-    if flavour != "tensorrt":
-        reasons.append(f"{flavour} compiles nothing for DLA: use flavour tensorrt")
-    return reasons + against_dla(precision, input)
-
-
-def against_dla(precision: Precision, input: InputSpec) -> list[str]:
-    """Why no DLA core computes this, each a sentence with the way out."""
-    reasons = []
-    if precision not in (Precision.FP16, Precision.INT8):
-        reasons.append(f"DLA computes fp16 and int8, not {precision}: choose one of them, or leave dla_core out")
-    axes = {"batch": input.batch, "height": input.height, "width": input.width}
-    dynamic = [f"{name} {axis}" for name, axis in axes.items() if not axis.is_fixed]
-    if dynamic:
-        reasons.append(f"DLA takes fixed shapes and this input has {', '.join(dynamic)}: give each one size")
-    if input.batch.max > _DLA_LARGEST_BATCH:
-        reasons.append(
-            f"DLA takes batches of at most {_DLA_LARGEST_BATCH}, not {input.batch.max}: choose a smaller one"
-        )
-    sizes = {"channels": input.channels, "height": input.height.max, "width": input.width.max}
-    large = [f"{name} {size}" for name, size in sizes.items() if size > _DLA_LARGEST_SIZE]
-    if large:
-        reasons.append(
-            f"DLA takes sizes of at most {_DLA_LARGEST_SIZE}, not {', '.join(large)}: choose a smaller input"
-        )
-    return reasons

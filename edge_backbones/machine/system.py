@@ -35,7 +35,8 @@ def default_cache() -> Path:
 
     This package writes to the bundle, to the files that a command names (``run``: features/, ``verify --explain``:
     explanation.png, ``build`` and ``report``: <bundle>.report.html), to hidden files beside these while it writes, and here.
-    Compiling for a signed bundle makes the device's key once (see :mod:`edge_backbones.bundle.trust`). Opening and running an engine
+    Compiling for a signed bundle makes the device's key once (see :mod:`edge_backbones.bundle.trust`). Opening and
+    running an engine
     writes nothing at all. ``bench`` has files in the system's folder for temporary ones.
 
     Libraries of the workstation have places of their own: huggingface_hub keeps what it was asked to download (HF_HOME),

@@ -29,8 +29,9 @@ from edge_backbones.bundle.manifest import (
     decode_calibration,
 )
 from edge_backbones.bundle.reader import Bundle, load_golden, write_beside_and_rename
-from edge_backbones.engines import promises
+from edge_backbones.engines import promises, registry
 from edge_backbones.engines import select as session
+from edge_backbones.engines.base import LoadOptions
 from edge_backbones.errors import (
     EngineMismatchError,
     InferenceError,
@@ -62,13 +63,6 @@ _MOVERS = frozenset({
     "Identity", "Pad", "QuantizeLinear", "Range", "Reshape", "Shape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile",
     "Transpose", "Unsqueeze",
 })  # fmt: skip
-_FLAVOURS: dict[str, str] = {
-    "openvino": "OpenVINO",
-    "tensorrt": "TensorRT",
-    "tensorrt_rtx": "TensorRT-RTX",
-    "torch_tensorrt": "Torch-TensorRT",
-    "torchscript": "TorchScript",
-}
 _PRECISIONS_OF_LAYERS = (Precision.INT8, Precision.FP8, Precision.FP16, Precision.BF16, Precision.FP32)
 
 
@@ -111,7 +105,7 @@ def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
     )
-    environment.filters.update(mb=_mb, fixed=_fixed, times=_times, flavour=_FLAVOURS.__getitem__, signs=_signs)
+    environment.filters.update(mb=_mb, fixed=_fixed, times=_times, flavour=_title, signs=_signs)
     source = resources.files("edge_backbones.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     manifest = bundle.manifest
     golden = load_golden(bundle)
@@ -181,7 +175,7 @@ def _sentence(engine: EngineRecord) -> str:
     feature = f" with {key.cpu_features[-1]}" if key.cpu_features and key.gpu is None else ""
     place = f"{key.architecture}{feature}" if key.gpu is None else ", ".join(key.gpu.architectures)
     device = f" ({key.device_name})" if key.device_name else ""
-    library = f"{_FLAVOURS[key.flavour]} {key.library_version.partition('-')[0]}"
+    library = f"{_title(key.flavour)} {key.library_version.partition('-')[0]}"
     start = f"{key.precision} for {library} on {place}{device}, {_mb(engine.file.size)}"
     report = engine.parity
     if not report.measured:
@@ -216,7 +210,7 @@ def _gpu_facts(engine: EngineRecord) -> list[tuple[str, str]]:
 def _this_host(bundle: Bundle) -> hosts.Host:
     """The GPU is looked for where an engine needs one: that takes a while."""
     on_gpu = any(engine.key.gpu is not None for engine in bundle.manifest.engines)
-    return session.this_machine(0 if on_gpu else None)
+    return registry.this_machine(0 if on_gpu else None)
 
 
 def _reasons(bundle: Bundle, host: hosts.Host) -> dict[str, list[str]]:
@@ -264,9 +258,15 @@ def run_engine(
     child.doing(f"was running {record.name}", "the engine is hostile or damaged, or the library has a fault")
     bundle = Bundle.open(path)
     spec, input = bundle.manifest.backbone, bundle.manifest.input
-    opened = session.open_session(bundle, record, device=gpu)
+    opened = session.open_session(bundle, record, LoadOptions(gpu=gpu))
     with EdgeBackbone(spec, input, opened, device="cpu" if gpu is None else "cuda") as backbone:
         return backbone.run(images)
+
+
+def _title(flavour: str) -> str:
+    """Return the name of an engine library for people; an unknown one keeps its name."""
+    found = registry.find(flavour)
+    return flavour if found is None else found.title
 
 
 class _Picture(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.manifest import EngineRecord, Source
 from edge_backbones.bundle.reader import Bundle, read_current
-from edge_backbones.engines import base
+from edge_backbones.engines import base, registry
 from edge_backbones.engines import select as session
 from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu, refuse_views, stream_pointer
 from edge_backbones.engines.gpu.memory import MemoryBackend
@@ -218,6 +218,7 @@ class EdgeBackbone:
         self._spec = spec
         self._input = input
         self._engine = engine
+        self._on_device = engine if isinstance(engine, base.DeviceSession) else None
         self._source = source
         self._device = device
         self._engine_name = engine_name
@@ -263,7 +264,8 @@ class EdgeBackbone:
         takes less than 1 % of a call of mobilenetv3_large_100 on one image of 224 x 224.
 
         ``trusted``: the PEM file of a public key, or several, or a folder of them: the bundle must be signed by one (see
-        :mod:`edge_backbones.bundle.trust`), as it must be where the machine or the user has such a folder. Engines that were added
+        :mod:`edge_backbones.bundle.trust`), as it must be where the machine or the user has such a folder. Engines that
+        were added
         since and that this machine did not make are passed over.
 
         Raises BundleError for a damaged bundle, TrustError (a BundleError) for one that is not signed as asked,
@@ -278,6 +280,9 @@ class EdgeBackbone:
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
+        load = base.LoadOptions(
+            gpu=gpu, threads=threads, memory=memory, cuda_graphs=cuda_graphs, allow_host_code=allow_host_code
+        )
         refused: dict[str, str] = {}
 
         def open_engine(bundle: Bundle) -> tuple[EngineRecord, base.EngineSession]:
@@ -289,25 +294,16 @@ class EdgeBackbone:
                 told = "".join(f". Not trusted: {name}: {why}" for name, why in refused.items())
                 raise EngineMismatchError(f"{error}{told}") from error
             if on_mismatch == "compile":
-                session.measure_here(bundle, record, host, device=gpu, allow_host_code=allow_host_code)
-            opened = session.open_session(
-                bundle,
-                record,
-                threads=threads,
-                device=gpu,
-                memory=memory,
-                cuda_graphs=cuda_graphs,
-                allow_host_code=allow_host_code,
-            )
-            return record, opened
+                session.measure_here(bundle, record, host, gpu=gpu, allow_host_code=allow_host_code)
+            return record, session.open_session(bundle, record, load)
 
-        host = session.this_machine(gpu)
+        host = registry.this_machine(gpu)
         try:
             bundle, (record, opened) = read_current(path, open_engine)
         except EngineMismatchError:
             if on_mismatch == "raise" or (gpu is not None and host.gpu is None):
                 raise
-            session.compile_here(path, engine, device=gpu, allow_host_code=allow_host_code)
+            session.compile_here(path, engine, gpu=gpu, allow_host_code=allow_host_code)
             bundle, (record, opened) = read_current(path, open_engine)
         place = "cpu" if gpu is None else f"cuda:{gpu}"
         manifest = bundle.manifest
@@ -528,13 +524,13 @@ class EdgeBackbone:
         next call overwrites. For TensorRT, memory at a multiple of 256 bytes, a batch that the engine takes, no default
         stream: InputError else. One thread at a time.
         """
-        record = getattr(self._engine, "graphed", None)
-        if record is None or not is_on_gpu(pixel_values):
+        engine = self._engine
+        if not isinstance(engine, base.GraphedSession) or not is_on_gpu(pixel_values):
             raise InputError(f"no CUDA graph on {self._device}: open a TensorRT engine, and pass an array on its GPU")
         pointer = stream_pointer(stream)
         array = from_foreign(pixel_values, stream=pointer)
         self._input.batch_height_width(array.shape)
-        call = record(array, pointer)
+        call = engine.graphed(array, pointer)
         output = self._output(call.outputs, None)
 
         def replay() -> BackboneOutput:
@@ -610,8 +606,8 @@ class EdgeBackbone:
         return pieces[0] if len(pieces) == 1 else [np.concatenate(maps) for maps in zip(*pieces, strict=True)]
 
     def _run_on_gpu(self, values: Any, stream: Any) -> Sequence[Any]:
-        run = getattr(self._engine, "run_on_device", None)
-        if run is None:
+        engine = self._on_device
+        if engine is None:
             advice = (
                 "copy it there" if self._device != "cpu" else "open the bundle with device='cuda', or copy it there"
             )
@@ -621,8 +617,7 @@ class EdgeBackbone:
         pointer = stream_pointer(stream)
         array = from_foreign(values, stream=pointer)
         self._input.batch_height_width(array.shape)
-        outputs: Sequence[Any] = run(array, pointer)
-        return outputs
+        return engine.run_on_device(array, pointer)
 
     def _run_piece(self, piece: np.ndarray) -> list[np.ndarray]:
         count, smallest = len(piece), self._input.batch.min

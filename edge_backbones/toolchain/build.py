@@ -33,11 +33,11 @@ from edge_backbones.bundle.manifest import (
 )
 from edge_backbones.bundle.reader import Bundle, new_bundle, record_file, write_manifest
 from edge_backbones.deploy.parity import advice_on_building, measure_engine, require
-from edge_backbones.engines import promises
-from edge_backbones.engines import select as session
-from edge_backbones.engines.base import CompiledEngine
-from edge_backbones.engines.compile import engine_of_torch_tensorrt, engine_of_torchscript
+from edge_backbones.engines import promises, registry
+from edge_backbones.engines.base import CompiledEngine, LoadOptions
 from edge_backbones.engines.promises import DEFAULT_GATES
+from edge_backbones.engines.refusals import refusals
+from edge_backbones.engines.torch.flavour import engine_of_torch_tensorrt, engine_of_torchscript
 from edge_backbones.errors import (
     CalibrationError,
     CompileError,
@@ -89,7 +89,8 @@ class BuildOptions:
     images that parity is measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside
     those of OpenVINO: that module itself, or the network compiled by torch-tensorrt for this machine's GPU (fp32, fp16 or
     bf16 as in ``precisions``, fp16 where they have none of these), as what ``program`` says. ``profile``: the device that the
-    bundle is for (:mod:`edge_backbones.machine.profiles`): what it cannot run is refused before it is built, and sizes that nobody
+    bundle is for (:mod:`edge_backbones.machine.profiles`): what it cannot run is refused before it is built, and sizes
+    that nobody
     asked for are those that suit it.
     ``cache``: folder of compiled engines, None for no cache.
 
@@ -226,7 +227,8 @@ def build_bundle(
 
     ``source``: a timm name, a hub id, a ``save_pretrained`` folder, a configuration of transformers, a live backbone, or
     a plain module with a description: see :func:`edge_backbones.toolchain.sources.load.load_source`. It is not changed.
-    ``images``: photographs for calibration and parity (see :data:`edge_backbones.toolchain.calibration.images.ImageSource`); int8
+    ``images``: photographs for calibration and parity (see
+    :data:`edge_backbones.toolchain.calibration.images.ImageSource`); int8
     needs them, fp32 and fp16 fall back on synthetic images (noise with the spectrum of photographs). Random weights get
     their batch-norm statistics from them.
 
@@ -410,7 +412,7 @@ def build_bundle(
         del image_set, feed
     bundle = Bundle.open(target)
     for record in bundle.manifest.engines:
-        host = session.this_machine(None if record.key.gpu is None else 0)
+        host = registry.this_machine(None if record.key.gpu is None else 0)
         promises.remember(bundle.manifest, record, host)
     return BuildResult(bundle, tuple(e.parity for e in engines), reasons, tuple(notes))
 
@@ -420,10 +422,10 @@ def _refuse_for(profile: DeviceProfile, options: BuildOptions, input: InputSpec)
     reasons = [
         reason
         for precision in options.wanted
-        for reason in profiles.refusals(profile, precision=precision, flavour=profile.flavours[0], input=input)
+        for reason in refusals(profile, precision=precision, flavour=profile.flavours[0], input=input)
     ]
     for flavour in options.flavours:
-        reasons += profiles.refusals(profile, precision=Precision.FP16, flavour=flavour, input=input)
+        reasons += refusals(profile, precision=Precision.FP16, flavour=flavour, input=input)
     if reasons:
         raise CompileError("; ".join(dict.fromkeys(reasons)))
 
@@ -453,11 +455,9 @@ def _measured(
     """The parity of an engine that no graph of another precision was tried for; raises ParityError outside its gate."""
     precision = engine.key.precision
     gate = options.gates.get(precision, DEFAULT_GATES[precision])
-    on = None if engine.key.gpu is None else 0
     # The program was made here, of the network that the user gave.
-    report = measure_engine(
-        engine.key, engine.data, graph.spec, graph.input, golden, gate, device=on, allow_host_code=True
-    )
+    load = LoadOptions(gpu=None if engine.key.gpu is None else 0, allow_host_code=True)
+    report = measure_engine(engine.key, engine.data, graph.spec, graph.input, golden, gate, options=load)
     library = {"torchscript": "torch", "torch_tensorrt": "torch-tensorrt"}.get(engine.key.flavour, engine.key.flavour)
     return require(report, advice=functools.partial(advice_on_building, library=library))
 

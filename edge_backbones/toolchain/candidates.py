@@ -21,7 +21,7 @@ from edge_backbones.deploy.parity import advice_on_building, excess_noise, measu
 from edge_backbones.deploy.timing import time_engines
 from edge_backbones.engines import select as session
 from edge_backbones.engines.base import CompiledEngine
-from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.parity_report import Gate, ParityReport
 from edge_backbones.progress import Progress
@@ -107,11 +107,11 @@ class Workshop:
             graph, precision=precision, path=path, ranges=ranges, shifts=shifts, excluded=excluded, large=self.large
         )
         self.progress(f"compiling {precision}", 0, None)
-        engine = compile_engine(path.read_bytes(), precision, cache=self.cache)
+        engine = compile_graph(path.read_bytes(), precision, cache=self.cache)
         self.progress(f"verifying {precision}", 0, None)
         report = shipped = self.measure(engine, gate)
         if precision is Precision.INT8:
-            as_written = compile_engine(path.read_bytes(), precision, cache=self.cache, as_written=True)
+            as_written = compile_graph(path.read_bytes(), precision, cache=self.cache, as_written=True)
             report = self.measure(as_written, gate)
         return Attempt(typed, engine, report, shipped, tuple(blocks), tuple(sorted(excluded)))
 

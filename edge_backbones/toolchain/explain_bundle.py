@@ -24,7 +24,7 @@ def explain_bundle(
     path: str | Path,
     *,
     engine: str | None = None,
-    device: int = 0,
+    gpu: int = 0,
     in_process: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[Explanation, ...]:
@@ -42,11 +42,11 @@ def explain_bundle(
     bundle.check_files()
     golden, input = load_golden(bundle), bundle.manifest.input
     found = []
-    for record in runnable(bundle, engine, device, code=False):
+    for record in runnable(bundle, engine, gpu, code=False):
         progress(f"verifying {record.key.precision}", 0, None)
         precision, gate = record.key.precision, promises.gate_of(bundle.manifest, record.key, record.parity.gate)
         say_what_is_run(bundle, record)
-        on = None if record.key.gpu is None else device
+        on = None if record.key.gpu is None else gpu
         report = measure_in_bundle(bundle, record.key, bundle.read(record.file), golden, gate, on)
         if report.passed:
             continue

@@ -1,4 +1,5 @@
-"""ONNX Runtime without its telemetry: ``from edge_backbones.toolchain.onnx_runtime import onnxruntime``, here and nowhere else.
+"""ONNX Runtime without its telemetry: ``from edge_backbones.toolchain.onnx_runtime import onnxruntime``, here and
+nowhere else.
 
 From release 1.29 on it reports which graphs it opens (names, hashes, sizes) to its maker, from threads of its own, and keeps
 an identifier of the device in the home folder. Nobody who builds a bundle asked for that.

@@ -248,7 +248,7 @@ def profile_file(path: Path) -> str:
 def test_another_library_makes_again_what_it_made(folder, monkeypatch):
     path = write(folder)
     carry_out(path, Pretender())
-    monkeypatch.setattr(module.session, "installed_versions", lambda: {"tensorrt_rtx": "99.1"})
+    monkeypatch.setattr(module.registry, "InstalledVersions", lambda: {"tensorrt_rtx": "99.1"})
     carry_out(path, engines := Pretender())
     assert set(engines.asked) == {name for name in ALL if "rtx-40" in name}
     monkeypatch.setattr(module, "_versions", lambda: {"onnxruntime": "99.1"})

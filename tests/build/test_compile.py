@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edge_backbones.engines import compile as compiler
+from edge_backbones.engines.openvino import compile as compiler
 from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.errors import CompileError, EngineMismatchError, MissingDependencyError
 from edge_backbones.spec import Precision
@@ -59,7 +59,7 @@ def three_results(rows: int | str) -> bytes:
 @pytest.mark.parametrize("order", [("last", "first"), ("first", "last"), ("same", "first"), ("first", "same")])
 def test_outputs_come_in_the_order_of_the_bundle_and_not_of_the_library(rows, order):
     """Whatever order the library has: it sorts, merges and drops outputs between releases."""
-    engine = compiler.compile_engine(two_of(three_results(rows), order), Precision.FP32, cache=None)
+    engine = compiler.compile_graph(two_of(three_results(rows), order), Precision.FP32, cache=None)
     images = np.arange(6, dtype=np.float32).reshape(2, 3)
     expected = {"last": 3 * images, "first": images.sum(axis=1, keepdims=True), "same": 3 * images}
     for asked in (order, order[::-1]):
@@ -81,7 +81,7 @@ def two_of(graph: bytes, order: Sequence[str]) -> bytes:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("last", "first", "same"))))
 def test_a_tensor_of_two_names_is_two_outputs(order):
-    engine = compiler.compile_engine(two_of(three_results(2), order), Precision.FP32, cache=None)
+    engine = compiler.compile_graph(two_of(three_results(2), order), Precision.FP32, cache=None)
     images = np.arange(6, dtype=np.float32).reshape(2, 3)
     expected = {"last": 3 * images, "first": images.sum(axis=1, keepdims=True), "same": 3 * images}
     session = OpenVinoSession(bytearray(engine.data), outputs=order)
@@ -90,7 +90,7 @@ def test_a_tensor_of_two_names_is_two_outputs(order):
 
 
 def test_an_engine_without_an_output_of_the_bundle_is_refused():
-    engine = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=None)
+    engine = compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=None)
     with pytest.raises(EngineMismatchError, match=r"the engine returns \['y'\], the manifest promises \['z'\]"):
         OpenVinoSession(bytearray(engine.data), outputs=["z"])
 
@@ -99,7 +99,7 @@ def test_whatever_decides_what_the_engine_is_decides_which_entry_of_the_cache(tm
     """Graph, precision, library, CPU, settings, and whether an int8 graph is adapted."""
 
     def from_cache(graph=3.0, precision=Precision.INT8, **options) -> bool:
-        return compiler.compile_engine(scaling_graph(graph), precision, cache=tmp_path, **options).from_cache
+        return compiler.compile_graph(scaling_graph(graph), precision, cache=tmp_path, **options).from_cache
 
     assert not from_cache()
     assert from_cache()
@@ -113,17 +113,17 @@ def test_whatever_decides_what_the_engine_is_decides_which_entry_of_the_cache(tm
     with monkeypatch.context() as changed:
         changed.setattr(compiler.openvino, "library_version", lambda: "2030.1")
         assert not from_cache()
-    here = compiler.compat.this_host({})
+    here = compiler.hosts.this_host({})
     with monkeypatch.context() as changed:
-        changed.setattr(compiler.compat, "this_host", lambda _: dataclasses.replace(here, cpu_features=("avx2",)))
+        changed.setattr(compiler.hosts, "this_host", lambda _: dataclasses.replace(here, cpu_features=("avx2",)))
         assert not from_cache()
     assert from_cache()
 
 
 def test_an_engine_comes_from_the_cache_the_second_time(tmp_path, monkeypatch):
-    first = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    first = compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
     monkeypatch.setattr(compiler.openvino, "compile_model", lambda graph: pytest.fail("compiled again"))
-    again = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    again = compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
     assert (first.from_cache, again.from_cache) == (False, True)
     assert again.data == first.data
     assert again.key == first.key
@@ -131,28 +131,28 @@ def test_an_engine_comes_from_the_cache_the_second_time(tmp_path, monkeypatch):
 
 
 def test_another_graph_or_precision_is_another_engine(tmp_path):
-    compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
-    other = compiler.compile_engine(scaling_graph(5.0), Precision.FP32, cache=tmp_path)
+    compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    other = compiler.compile_graph(scaling_graph(5.0), Precision.FP32, cache=tmp_path)
     assert not other.from_cache
     np.testing.assert_array_equal(result_of(other.data), np.full((2, 3), 5.0))
-    assert not compiler.compile_engine(scaling_graph(3.0), Precision.FP16, cache=tmp_path).from_cache
+    assert not compiler.compile_graph(scaling_graph(3.0), Precision.FP16, cache=tmp_path).from_cache
 
 
 def test_a_damaged_cache_entry_is_made_again(tmp_path):
-    first = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    first = compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
     (entry,) = tmp_path.glob("*.blob")
     entry.write_bytes(first.data[:-1])
-    healed = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
+    healed = compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
     assert not healed.from_cache
-    assert compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=tmp_path).from_cache
+    assert compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=tmp_path).from_cache
     np.testing.assert_array_equal(result_of(healed.data), np.full((2, 3), 3.0))
 
 
 def test_the_cache_forgets_the_oldest_engines(tmp_path, monkeypatch):
-    compiler.compile_engine(scaling_graph(1.0), Precision.FP32, cache=tmp_path)
+    compiler.compile_graph(scaling_graph(1.0), Precision.FP32, cache=tmp_path)
     (oldest,) = tmp_path.glob("*.blob")
     monkeypatch.setattr(compiler, "CACHE_LIMIT_BYTES", oldest.stat().st_size + 10)
-    compiler.compile_engine(scaling_graph(2.0), Precision.FP32, cache=tmp_path)
+    compiler.compile_graph(scaling_graph(2.0), Precision.FP32, cache=tmp_path)
     assert oldest not in set(tmp_path.glob("*.blob"))
     assert len(list(tmp_path.glob("*.blob"))) == 1
 
@@ -160,20 +160,20 @@ def test_the_cache_forgets_the_oldest_engines(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    engine = compiler.compile_engine(scaling_graph(3.0), Precision.FP32, cache=blocked / "cache")
+    engine = compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=blocked / "cache")
     np.testing.assert_array_equal(result_of(engine.data), np.full((2, 3), 3.0))
 
 
 @pytest.mark.parametrize("garbage", [b"", b"not onnx", scaling_graph(1.0)[:40]])
 def test_what_is_no_graph_is_a_compile_error_before_openvino_sees_it(garbage):
     with pytest.raises(CompileError, match="this graph is given to no library: "):
-        compiler.compile_engine(garbage, Precision.FP32, cache=None)
+        compiler.compile_graph(garbage, Precision.FP32, cache=None)
 
 
 def test_without_openvino_the_message_is_the_install_command(monkeypatch):
     monkeypatch.setattr(compiler.openvino, "library_version", lambda: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'edge-backbones\[cpu\]'"):
-        compiler.compile_engine(scaling_graph(1.0), Precision.FP32, cache=None)
+        compiler.compile_graph(scaling_graph(1.0), Precision.FP32, cache=None)
 
 
 CLOSED_IN_ANOTHER_ORDER = """

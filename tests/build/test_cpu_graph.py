@@ -13,8 +13,8 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from edge_backbones.engines.compile import compile_engine
 from edge_backbones.engines.openvino import int8_graph as cpu_graph
+from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession, core, read_model, settings
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
@@ -118,7 +118,7 @@ def with_unsigned_tensors(graph: bytes) -> tuple[onnx.ModelProto, int]:
 
 
 def run(graph: bytes, images: np.ndarray, *, as_written: bool = False, outputs=("stage0",)) -> list[np.ndarray]:
-    engine = compile_engine(graph, Precision.INT8, cache=None, as_written=as_written)
+    engine = compile_graph(graph, Precision.INT8, cache=None, as_written=as_written)
     session = OpenVinoSession(bytearray(engine.data), outputs=outputs)
     try:
         return [array.copy() for array in session.run(images)]
@@ -207,8 +207,8 @@ def test_what_has_both_signs_or_is_joined_is_left_alone(photographs, tmp_path):
 
 def test_both_forms_are_cached_apart(photographs, tmp_path):
     graph = typed_graph(Residual(), tmp_path, networks.normalised(networks.crops(photographs, 2, 32, 32)))
-    forms = [compile_engine(graph, Precision.INT8, cache=tmp_path, as_written=form) for form in (False, True)]
-    again = [compile_engine(graph, Precision.INT8, cache=tmp_path, as_written=form) for form in (False, True)]
+    forms = [compile_graph(graph, Precision.INT8, cache=tmp_path, as_written=form) for form in (False, True)]
+    again = [compile_graph(graph, Precision.INT8, cache=tmp_path, as_written=form) for form in (False, True)]
     assert [engine.from_cache for engine in (*forms, *again)] == [False, False, True, True]
     assert [engine.data for engine in again] == [engine.data for engine in forms]
     assert forms[0].data != forms[1].data

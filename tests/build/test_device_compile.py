@@ -23,7 +23,9 @@ from edge_backbones.cli import main as cli
 from edge_backbones.deploy import compile as module
 from edge_backbones.deploy import parity, timing
 from edge_backbones.engines import select as session
-from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino import compile as openvino_compile
+from edge_backbones.engines.openvino.compile import compile_graph
+from edge_backbones.engines.tensorrt import flavour as tensorrt_flavour
 from edge_backbones.engines.tensorrt.compile import PlanOptions
 from edge_backbones.errors import BundleError, CompileError, EngineMismatchError, OutOfMemoryError
 from edge_backbones.machine import child, hosts
@@ -106,12 +108,12 @@ def test_what_tensorrt_measured_goes_with_the_bundle_and_into_the_next_compilati
 
     def compile_for_gpu(graph, input, precision, *, options, **_):
         given.append(options.timing_cache)
-        engine = compile_engine(graph, precision, cache=None)
+        engine = compile_graph(graph, precision, cache=None)
         measured = f"measured {len(given)}".encode()
         return dataclasses.replace(engine, timing_cache=measured, layers='{"Layers": []}')
 
-    monkeypatch.setattr(module, "compile_for_gpu", compile_for_gpu)
-    monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
+    monkeypatch.setattr(tensorrt_flavour, "compile_engine", compile_for_gpu)
+    monkeypatch.setattr(tensorrt_flavour.TensorRt, "check", lambda *_: None)
     added = compile_bundle(bundle, flavour="tensorrt").engines
     assert given == [None, b"measured 1"]  # the second precision starts from what the first has measured
     opened = Bundle.open(bundle)
@@ -154,7 +156,7 @@ def test_a_compilation_without_memory_is_told_what_to_do(bundle, monkeypatch, ca
     def full(*_, **__):
         raise MemoryError("std::bad_alloc")
 
-    monkeypatch.setattr(module, "compile_engine", full)
+    monkeypatch.setattr(openvino_compile, "compile_graph", full)
     assert cli._run(["compile", str(bundle), "--flavour", "openvino", "--in-process"]) == 1
     told = capsys.readouterr().err
     assert "compiling found no memory left (std::bad_alloc). Make room: add swap" in told
@@ -168,7 +170,7 @@ def test_a_disk_without_room_is_refused_before_the_work(bundle, monkeypatch):
     compiled = []
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=engines))
-        full.setattr(module, "compile_engine", lambda *_, **__: compiled.append(1))
+        full.setattr(openvino_compile, "compile_graph", lambda *_, **__: compiled.append(1))
         with pytest.raises(BundleError, match=r"engines of about \d+ MB have to go to .*, and \d+ MB are free") as told:
             compile_bundle(bundle)
         assert not compiled
@@ -193,10 +195,10 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from edge_backbones import compile_bundle
-from edge_backbones.deploy import compile as device
+from edge_backbones.engines.openvino import compile as compiler
 from edge_backbones.errors import BundleError
 compiled = []
-device.compile_engine = lambda *_, **__: compiled.append(1)
+compiler.compile_graph = lambda *_, **__: compiled.append(1)
 try:
     compile_bundle(sys.argv[1], in_process=True)
 except BundleError as error:
@@ -319,7 +321,7 @@ def test_the_command_line_compiling_on_the_spot_and_the_doctor_agree(monkeypatch
 
     asked = []
     monkeypatch.setattr(module, "compile_bundle", lambda path, **options: asked.append(options["flavour"]))
-    session.compile_here("b.bundle", host, None, device=0)
+    session.compile_here("b.bundle", None, gpu=0)
     # Asked for the GPU where nothing compiles for it: TensorRT's own refusal says what is missing.
     assert asked == ["tensorrt" if expected == "openvino" else expected]
 
@@ -342,8 +344,8 @@ def test_the_workspace_is_the_profiles_unless_another_is_said(bundle, monkeypatc
         seen.append(options.workspace)
         raise BundleError("far enough")
 
-    monkeypatch.setattr(module, "compile_for_gpu", stop)
-    monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
+    monkeypatch.setattr(tensorrt_flavour, "compile_engine", stop)
+    monkeypatch.setattr(tensorrt_flavour.TensorRt, "check", lambda *_: None)
     monkeypatch.setattr(module, "_refuse_elsewhere", lambda *_: None)
     for workspace in (None, 64 << 20):
         with pytest.raises(BundleError, match="far enough"):
@@ -456,11 +458,11 @@ def test_what_tensorrt_says_is_in_the_result_and_at_the_command_line(bundle, mon
     """On a TensorRT that is made up: its plan is the engine of the CPU."""
 
     def compile_for_gpu(graph, input, precision, **_):
-        engine = compile_engine(graph, precision, cache=None)
+        engine = compile_graph(graph, precision, cache=None)
         return dataclasses.replace(engine, notes=(f"TensorRT warned of {precision}", "it needed 1.0 GiB"))
 
-    monkeypatch.setattr(module, "compile_for_gpu", compile_for_gpu)
-    monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
+    monkeypatch.setattr(tensorrt_flavour, "compile_engine", compile_for_gpu)
+    monkeypatch.setattr(tensorrt_flavour.TensorRt, "check", lambda *_: None)
     gated(bundle, fp16=1000.0)
     said: list[str] = []
     result = compile_bundle(bundle, flavour="tensorrt", progress=lambda step, *_: said.append(step))
@@ -575,10 +577,12 @@ def test_a_graph_that_the_board_lacks_is_left_out_unless_it_was_asked_for(bundle
     opened = Bundle.open(bundle)
     as_fp8 = msgspec.structs.replace(opened.manifest.onnx_graph(Precision.FP32), precision=Precision.FP8)
     write_manifest(bundle, msgspec.structs.replace(opened.manifest, graphs=(as_fp8, *opened.manifest.graphs)))
-    monkeypatch.setattr(module, "_refuse_plan", lambda *_, **__: None)
+    monkeypatch.setattr(tensorrt_flavour.TensorRt, "check", lambda *_: None)
     monkeypatch.setattr(module, "_refuse_elsewhere", lambda *_: None)
     monkeypatch.setattr(
-        module, "compile_for_gpu", lambda graph, _, precision, **__: compile_engine(graph, precision, cache=None)
+        tensorrt_flavour,
+        "compile_engine",
+        lambda graph, _, precision, **__: compile_graph(graph, precision, cache=None),
     )
     said = []
     options = {"flavour": "tensorrt", "profile": "jetson-orin-nano"}
@@ -620,10 +624,10 @@ def test_two_whose_engines_differ_do_not_disturb_each_other(bundle, monkeypatch)
     """TensorRT's plans of one graph differ from run to run: each replaces the file that the other has just named."""
 
     def compile_one(graph, precision, *, cache):
-        engine = compile_engine(graph, precision, cache=None)
+        engine = compile_graph(graph, precision, cache=None)
         return dataclasses.replace(engine, data=engine.data + bytes([threading.get_ident() % 251]))
 
-    monkeypatch.setattr(module, "compile_engine", compile_one)
+    monkeypatch.setattr(openvino_compile, "compile_graph", compile_one)
     monkeypatch.setattr(parity, "measure_engine", lambda key, *_, **__: passing(bundle, key.precision))
     for _ in range(3):
         with ThreadPoolExecutor(2) as pool:
@@ -642,9 +646,9 @@ def test_an_engine_of_the_bundle_that_was_here_before_is_refused(bundle, tmp_pat
 
     def compile_one(graph, precision, *, cache):
         build_bundle("test_resnet", bundle, options=options, overwrite=True)
-        return compile_engine(graph, precision, cache=None)
+        return compile_graph(graph, precision, cache=None)
 
-    monkeypatch.setattr(module, "compile_engine", compile_one)
+    monkeypatch.setattr(openvino_compile, "compile_graph", compile_one)
     with pytest.raises(BundleError, match=r"was built anew since .* was begun: compile it again"):
         compile_bundle(bundle, precisions=(Precision.FP32,))
     opened = Bundle.open(bundle)

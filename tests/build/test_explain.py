@@ -23,8 +23,8 @@ from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes, record_file, write_manifest
 from edge_backbones.deploy.parity import measure_engine
 from edge_backbones.deploy.verify import verify_bundle
-from edge_backbones.engines.compile import compile_engine
 from edge_backbones.engines.openvino import int8_graph as cpu_graph
+from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.parity_report import Gate, ParityError, ParityReport
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain import explain
@@ -59,7 +59,7 @@ def with_engine(bundle: Path, graph: onnx.ModelProto, precision: Precision, gate
     """Replace the engine of a precision by one that was compiled from another graph."""
     opened = Bundle.open(bundle)
     spec, input = opened.manifest.backbone, opened.manifest.input
-    engine = compile_engine(graph.SerializeToString(), precision, cache=None)
+    engine = compile_graph(graph.SerializeToString(), precision, cache=None)
     report = measure_engine(engine.key, engine.data, spec, input, load_golden(opened), gate)
     assert not report.passed  # else nothing was planted
     file = record_bytes(engine.key.path(engine.data, engine.suffix), engine.data)

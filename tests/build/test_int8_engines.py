@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import TypedGraph
@@ -68,7 +68,7 @@ def test_the_engine_computes_what_the_int8_graph_says(net, batch, photographs, t
     expected = onnxruntime.InferenceSession(typed.path, providers=["CPUExecutionProvider"]).run(
         None, {"pixel_values": images}
     )[0]
-    compiled = compile_engine(typed.path.read_bytes(), Precision.INT8, cache=None, as_written=True)
+    compiled = compile_graph(typed.path.read_bytes(), Precision.INT8, cache=None, as_written=True)
     engine = OpenVinoSession(bytearray(compiled.data), outputs=("stage0",))
     (actual,) = engine.run(images)
     (reference,) = networks.maps_of(net, images)

@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from edge_backbones.engines.compile import compile_engine
+from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.errors import CalibrationError
 from edge_backbones.spec import Precision
@@ -47,7 +47,7 @@ def case(request, tmp_path_factory, photographs) -> Case:
 
 
 def of_engine(path: Path, precision: Precision, outputs, images: np.ndarray) -> list[np.ndarray]:
-    engine = compile_engine(path.read_bytes(), precision, cache=None)
+    engine = compile_graph(path.read_bytes(), precision, cache=None)
     session = OpenVinoSession(bytearray(engine.data), outputs=outputs)
     try:
         return session.run(images)

@@ -22,8 +22,7 @@ from torch import nn
 from edge_backbones.bundle.reader import Bundle, load_golden, write_manifest
 from edge_backbones.deploy.compile import compile_bundle
 from edge_backbones.deploy.verify import verify_bundle
-from edge_backbones.engines import promises
-from edge_backbones.engines import select as session
+from edge_backbones.engines import promises, registry
 from edge_backbones.errors import (
     BundleError,
     CalibrationError,
@@ -309,7 +308,7 @@ def test_a_bundle_with_gates_of_its_own_runs_by_them(tmp_path):
     for engine in ("openvino", "torchscript"):
         [report] = verify_bundle(made.path, engine=engine, allow_host_code=True)
         assert report.gate == gates[Precision.FP32]
-    host = hosts.this_host(session.installed_versions())
+    host = hosts.this_host(registry.InstalledVersions())
     assert all(promises.is_measured_here(made.manifest, engine, host) for engine in made.manifest.engines)
 
 

@@ -104,7 +104,7 @@ def test_plans_of_prepared_bundles(gpu, bundles, tmp_path, flavour, model, preci
         pytest.skip(f"parity-{model}-{precision}.bundle was not prepared: benchmarks.gpu_suite --prepare")
     folder = tmp_path / "copy.bundle"
     shutil.copytree(bundles / f"parity-{model}-{precision}.bundle", folder)
-    (record,) = compile_bundle(folder, flavour=flavour, device=gpu).engines
+    (record,) = compile_bundle(folder, flavour=flavour, gpu=gpu).engines
     assert record.parity.passed  # golden batches, at the smallest, usual and largest size
     golden = load_golden(Bundle.open(folder))
     for case in sorted({key.partition("/")[0] for key in golden}):

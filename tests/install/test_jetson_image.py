@@ -23,7 +23,8 @@ import yaml
 from dockerfile_parse import DockerfileParser
 
 from edge_backbones import Bundle
-from edge_backbones.engines.select import choose_engine, installed_versions
+from edge_backbones.engines.registry import InstalledVersions
+from edge_backbones.engines.select import choose_engine
 from edge_backbones.machine.hosts import this_host
 from edge_backbones.machine.profiles import load_profile
 
@@ -279,7 +280,7 @@ def test_the_application_changes_engines_between_frames(bundle, tmp_path):
     mine = shutil.copytree(bundle, tmp_path / "net.bundle")
     opened = Bundle.open(mine)
     # Of this network int8 or fp32, whichever was the faster when they were timed.
-    best = choose_engine(opened, this_host(installed_versions()))
+    best = choose_engine(opened, this_host(InstalledVersions()))
     contents = {file.path: bytes(opened.read(file)) for file in best.files}
     opened.remove_engine(best.name)
     command = [sys.executable, str(JETSON / "robot.py"), str(mine), "--every", "0.2"]

@@ -217,9 +217,9 @@ def test_images_are_known_by_what_is_in_them(key, tmp_path):
 def test_an_engine_of_another_release_is_compiled_again_from_the_bundle(cache, builds, monkeypatch):
     AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=cache).close()
     assert len(builds) == 1
-    from edge_backbones.engines import compat
+    from edge_backbones.engines import registry
 
-    monkeypatch.setattr(compat, "reasons_against", _first_time_refused(compat.reasons_against))
+    monkeypatch.setattr(registry, "reasons_against", _first_time_refused(registry.reasons_against))
     with AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=cache) as backbone:
         assert backbone.channels == [64]
     assert len(builds) == 1

@@ -45,8 +45,8 @@ def test_a_plan_for_another_gpu_waits_until_it_is_measured(bundle, monkeypatch):
     with pytest.raises(EngineMismatchError, match="runs on cuda, not on cpu"):
         EdgeBackbone.from_pretrained(bundle.path, engine=added.name)
     # verify says why it cannot measure it here.
-    monkeypatch.setattr("edge_backbones.engines.compat.gpus", tuple)
-    monkeypatch.setattr("edge_backbones.engines.compat.no_gpu_reason", lambda: "no NVIDIA driver")
+    monkeypatch.setattr("edge_backbones.machine.hosts.find_gpus", tuple)
+    monkeypatch.setattr("edge_backbones.machine.hosts.no_gpu_reason", lambda: "no NVIDIA driver")
     with pytest.raises(EngineMismatchError, match="needs an NVIDIA GPU: no NVIDIA driver"):
         verify_bundle(bundle.path, engine="tensorrt_rtx")
     assert [report.passed for report in verify_bundle(bundle.path)] == [True]  # the CPU's

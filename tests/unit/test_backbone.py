@@ -11,7 +11,9 @@ import pytest
 
 from edge_backbones.bundle.manifest import Source
 from edge_backbones.bundle.reader import record_bytes
+from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
+from edge_backbones.engines.base import LoadOptions
 from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
 from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.errors import EngineMismatchError, InferenceError, InputError, IntegrityError
@@ -556,7 +558,7 @@ def test_fewer_bits_are_preferred_among_engines_that_fit(tmp_path):
         parity = msgspec.structs.replace(only.parity, precision=key.precision, gate=DEFAULT_GATES[key.precision])
         record = msgspec.structs.replace(only, key=key, file=file, parity=parity)
         bundle = bundle.add_engine(record, {file.path: data})
-    host = hosts.this_host(session.installed_versions())
+    host = hosts.this_host(registry.InstalledVersions())
     assert session.choose_engine(bundle, host).key.precision == "int8"
     assert session.choose_engine(bundle, host, "fp16").key.precision == "fp16"
 
@@ -676,7 +678,7 @@ def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind
     bundle = make_bundle(tmp_path / "b.bundle")
     looked, seen = [], []
 
-    def open_session(bundle, engine, **options):
+    def open_session(bundle, engine, options):
         seen.append(options)
         return NumpySession(bundle.manifest.input)
 
@@ -684,7 +686,7 @@ def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind
         seen.append(options)
         return bundle.manifest.engines[0]
 
-    monkeypatch.setattr(session, "this_machine", looked.append)
+    monkeypatch.setattr(registry, "this_machine", looked.append)
     monkeypatch.setattr(session, "open_session", open_session)
     monkeypatch.setattr(session, "choose_engine", choose_engine)
     opened = EdgeBackbone.from_pretrained(
@@ -692,7 +694,7 @@ def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind
     )
     assert looked == [index]
     options = {"threads": 3, "memory": "pycuda", "cuda_graphs": True, "allow_host_code": True}
-    assert seen == [{"device": kind, "allow_host_code": True}, {"device": index, **options}]
+    assert seen == [{"device": kind, "allow_host_code": True}, LoadOptions(gpu=index, **options)]
     assert opened.device == ("cpu" if index is None else f"cuda:{index}")
 
 
@@ -703,7 +705,7 @@ def test_a_bundle_that_others_write_to_is_read_again(tmp_path, monkeypatch):
     file = bundle.path / engine.file.path
     data, writers, read = file.read_bytes(), iter(["first", "second"]), session.open_session
 
-    def while_others_write(opened, record, **options):
+    def while_others_write(opened, record, options):
         writer = next(writers, None)
         if writer is None:
             file.write_bytes(data)
@@ -711,7 +713,7 @@ def test_a_bundle_that_others_write_to_is_read_again(tmp_path, monkeypatch):
             file.write_bytes(b"half")
             key = msgspec.structs.replace(engine.key, device_name=writer)
             bundle.add_engine(msgspec.structs.replace(engine, key=key), {})
-        return read(opened, record, **options)
+        return read(opened, record, options)
 
     monkeypatch.setattr(session, "open_session", while_others_write)
     with EdgeBackbone.from_pretrained(bundle.path) as backbone:

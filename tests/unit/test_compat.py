@@ -8,7 +8,9 @@ import msgspec
 import pytest
 
 from edge_backbones.bundle.manifest import EngineKey, GpuKey
-from edge_backbones.engines.compat import _numbers, flavour_to_load, reasons_against, reasons_in_plan
+from edge_backbones.engines.compat import numbers
+from edge_backbones.engines.registry import reasons_against
+from edge_backbones.engines.tensorrt.plans import library_to_load, reasons_in_plan
 from edge_backbones.machine.gpus import Gpu
 from edge_backbones.machine.hosts import Host, cpu_features, device_name
 
@@ -200,12 +202,12 @@ def test_on_a_jetson_tensorrt_is_jetpacks():
 
 def test_the_lean_runtime_takes_over_for_newer_plans_only():
     compatible = key(version_compatible=True, host_code=True)
-    assert flavour_to_load(compatible, host()) == "tensorrt"
-    assert flavour_to_load(compatible, host(versions={"tensorrt_lean": "11.4.0"})) == "tensorrt_lean"
+    assert library_to_load(compatible, host()) == "tensorrt"
+    assert library_to_load(compatible, host(versions={"tensorrt_lean": "11.4.0"})) == "tensorrt_lean"
     assert (
-        flavour_to_load(compatible, host(versions={"tensorrt": "10.1.0", "tensorrt_lean": "11.4.0"})) == "tensorrt_lean"
+        library_to_load(compatible, host(versions={"tensorrt": "10.1.0", "tensorrt_lean": "11.4.0"})) == "tensorrt_lean"
     )
-    assert flavour_to_load(key(), host()) == "tensorrt"
+    assert library_to_load(key(), host()) == "tensorrt"
 
 
 def test_plans_of_tensorrt_whose_header_nobody_documented():
@@ -215,7 +217,7 @@ def test_plans_of_tensorrt_whose_header_nobody_documented():
 
 
 @pytest.mark.parametrize(
-    ("version", "numbers"),
+    ("version", "expected"),
     [
         ("10.3.0", (10, 3, 0)),
         ("2026.4.1-22982-e2", (2026, 4, 1, 22982, 2)),
@@ -224,10 +226,10 @@ def test_plans_of_tensorrt_whose_header_nobody_documented():
         ("\u0663.1", (1,)),
     ],
 )
-def test_a_version_is_read_as_its_numbers(version, numbers):
-    assert _numbers(version) == numbers
+def test_a_version_is_read_as_its_numbers(version, expected):
+    assert numbers(version) == expected
 
 
 def test_a_version_of_many_digits_is_no_crash():
     """Python reads at most a few thousand digits of a number, and a manifest may have more."""
-    assert _numbers("9" * 10_000)[0] == 999_999_999
+    assert numbers("9" * 10_000)[0] == 999_999_999

@@ -300,7 +300,7 @@ def test_other_weights_are_not_taken_for_the_old_ones(tmp_path):
 def test_an_engine_that_is_not_there_any_more_is_named_with_the_bundle(path, monkeypatch):
     with EdgeBackbone.from_pretrained(path) as backbone:
         data = pickle.dumps(backbone)
-    monkeypatch.setattr("edge_backbones.engines.compat.reasons_against", lambda key, host: ["is of another machine"])
+    monkeypatch.setattr("edge_backbones.engines.registry.reasons_against", lambda key, host: ["is of another machine"])
     with pytest.raises(EngineMismatchError, match=r"no engine of .*pool\.bundle can run here.*is of another machine"):
         pickle.loads(data)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge_backbones.engines.refusals import refusals
 from edge_backbones.errors import InputError
 from edge_backbones.machine.profiles import (
     FIRST_ARCHITECTURE,
@@ -17,7 +18,6 @@ from edge_backbones.machine.profiles import (
     list_profiles,
     load_profile,
     profile_of,
-    refusals,
 )
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
@@ -125,7 +125,7 @@ def edited(tmp_path: Path, old: str, new: str, *, of: str = "t4") -> Path:
         ('"sm_75"', '"7.5"', r"\$.architecture"),
         ('"int8"]', '"int4"]', r"'int4' - at `\$.precisions"),
         ('"fp16", "int8"]', '"fp16"]', "pays has int8"),
-        ('"tensorrt_rtx", ', '"trt_rtx", ', r"'trt_rtx' - at `\$.flavours"),
+        ('"tensorrt_rtx", ', '"TensorRT RTX", ', r"Expected `str` matching regex .* - at `\$.flavours"),
         ('"10.3 and later"', '"10.3+"', r"\$.software\[.+\].tensorrt"),
         ("opt = 8,", "opt = 80,", "1 <= min <= opt <= max"),
         ("size = 224", 'size = "224"', r"\$.defaults.size"),

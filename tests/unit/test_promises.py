@@ -14,8 +14,7 @@ from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
 from edge_backbones.deploy import compile as device
 from edge_backbones.deploy import parity, verify
 from edge_backbones.deploy.parity import compare
-from edge_backbones.engines import promises
-from edge_backbones.engines import select as session
+from edge_backbones.engines import promises, registry
 from edge_backbones.errors import EngineMismatchError, InferenceError
 from edge_backbones.machine import hosts
 from edge_backbones.parity_report import Gate, ParityError
@@ -174,7 +173,7 @@ def test_sizes_that_vary_are_taken_as_they_are(tmp_path):
 
 
 def host() -> hosts.Host:
-    return hosts.this_host(session.installed_versions())
+    return hosts.this_host(registry.InstalledVersions())
 
 
 def test_what_was_verified_here_is_remembered_until_anything_changes(bundle, monkeypatch, tmp_path):

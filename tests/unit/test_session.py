@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from edge_backbones.bundle.manifest import EngineKey, EngineRecord, FileRecord, GpuKey
 from edge_backbones.deploy import compile as deployed
+from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
 from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.errors import EngineMismatchError, MissingDependencyError
@@ -185,12 +187,16 @@ def test_compiling_on_the_spot_is_for_the_gpu_at_hand(monkeypatch, in_process):
     monkeypatch.setattr(deployed, "compile_bundle", lambda path, **options: asked.append(options))
     monkeypatch.setattr(deployed, "profile_here", lambda flavour, targets, device: profiles.get(flavour))
     only_rtx = Host("x86_64", (), "CPU", {"tensorrt_rtx": "1.7.1"}, changed(L4, architecture="sm_120"))
-    for machine, engine, gpu in ((HOST, "int8", 0), (only_rtx, None, 0), (HOST, None, None)):
-        monkeypatch.setattr(session, "this_machine", lambda device, machine=machine: machine)
-        session.compile_here("b.bundle", engine, device=gpu)
+    for machine, engine, gpu in (
+        (HOST, "int8", 0),
+        (only_rtx, None, 0),
+        (dataclasses.replace(HOST, gpu=None), None, None),
+    ):
+        monkeypatch.setattr(registry, "this_machine", lambda gpu, machine=machine: machine)
+        session.compile_here("b.bundle", engine, gpu=gpu)
     with pytest.raises(EngineMismatchError, match=r"cannot be made here: its name is of the machine.*engine='int8'"):
-        session.compile_here("b.bundle", "tensorrt-10.3.0-sm_87-int8-0a1b2c3d", device=0)
-    assert [(o["flavour"], o["precisions"], o["plan"].targets, o["profile"]) for o in asked] == [
+        session.compile_here("b.bundle", "tensorrt-10.3.0-sm_87-int8-0a1b2c3d", gpu=0)
+    assert [(o["flavour"], o["precisions"], getattr(o["plan"], "targets", ()), o["profile"]) for o in asked] == [
         ("tensorrt", ("int8",), (), "l4"),
         ("tensorrt_rtx", None, ("sm_120",), None),
         ("openvino", None, (), None),
@@ -206,9 +212,11 @@ def test_compiling_on_the_spot_needs_no_profiles(monkeypatch, in_process):
     asked = []
     monkeypatch.setattr(deployed, "compile_bundle", lambda path, **options: asked.append(options))
     monkeypatch.setattr(deployed, "profile_here", unreadable)
-    monkeypatch.setattr(session, "this_machine", lambda device: HOST)
-    session.compile_here("b.bundle", "tensorrt_rtx", device=0)
-    assert [(o["flavour"], o["plan"].targets, o["profile"]) for o in asked] == [("tensorrt_rtx", ("sm_89",), None)]
+    monkeypatch.setattr(registry, "this_machine", lambda gpu: HOST)
+    session.compile_here("b.bundle", "tensorrt_rtx", gpu=0)
+    assert [(o["flavour"], getattr(o["plan"], "targets", ()), o["profile"]) for o in asked] == [
+        ("tensorrt_rtx", ("sm_89",), None)
+    ]
 
 
 def changed(gpu: Gpu, **changes) -> Gpu:

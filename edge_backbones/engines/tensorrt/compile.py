@@ -24,10 +24,11 @@ from edge_backbones.bundle.manifest import GpuKey
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.engines import ports as plan
 from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.refusals import against_dla
 from edge_backbones.engines.tensorrt.library import against_driver, against_release, load_library, logger_of
 from edge_backbones.errors import CompileError, InputError
 from edge_backbones.machine import gpus
-from edge_backbones.machine.profiles import FIRST_ARCHITECTURE, against_dla
+from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
 from edge_backbones.machine.system import gib, is_jetson, read_system
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
@@ -124,11 +125,12 @@ def compile_plan(
     *,
     flavour: PlanFlavour,
     options: PlanOptions | None = None,
-    device: int = 0,
+    gpu: int = 0,
     ranges: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
-    """Compile ONNX bytes, whose number formats are those of ``precision``, for the GPU ``device`` or ``options.targets``.
+    """Compile ONNX bytes, whose number formats are those of ``precision``, for the GPU of index ``gpu`` or
+    ``options.targets``.
 
     ``progress`` gets TensorRT's phases; Ctrl-C (KeyboardInterrupt) ends the compilation at its next step. ``ranges``: |x|
     thresholds by tensor, with an fp32 graph, ``precision`` int8 and a DLA core of a TensorRT that still has weak typing
@@ -138,14 +140,14 @@ def compile_plan(
     what TensorRT's timing needs; more are safe.
     """
     options = options or PlanOptions()
-    library, gpu, targets, profiles = _agreed(input, precision, flavour, options, device, weak=ranges is not None)
+    library, card, targets, profiles = _agreed(input, precision, flavour, options, gpu, weak=ranges is not None)
 
     log = logger_of(library)
     log.clear()
     log.warnings.clear()
     # TensorRT times kernels on the GPU whose context is current, in the thread that builds too.
     times = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs the GPU for these alone
-    current = cuda.open_memory(gpu.index) if times and gpu is not None else contextlib.nullcontext()
+    current = cuda.open_memory(card.index) if times and card is not None else contextlib.nullcontext()
     with current:
         with _null_pointers_explained(log):
             builder = _made(library.Builder(log), "a builder", log)
@@ -171,8 +173,8 @@ def compile_plan(
             )
             raise CompileError(f"{flavour} cannot read this graph: {'; '.join(causes) or log.last_error()}")
         estimate = least_memory(network, profiles, options)
-        if gpu is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in the memory of this machine
-            _refuse_for_memory(estimate, gpu)
+        if card is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in the memory of this machine
+            _refuse_for_memory(estimate, card)
 
         config = _made(builder.create_builder_config(), "a configuration", log)
         coverage = None
@@ -202,17 +204,17 @@ def compile_plan(
             refittable=options.refit or options.strip,
             stripped=options.strip,
             dla_core=options.dla_core,
-            driver=None if gpu is None or flavour == "tensorrt_rtx" else gpu.driver,
-            multiprocessors=None if gpu is None or flavour == "tensorrt_rtx" else gpu.multiprocessors,
+            driver=None if card is None or flavour == "tensorrt_rtx" else card.driver,
+            multiprocessors=None if card is None or flavour == "tensorrt_rtx" else card.multiprocessors,
             profiles=tuple(shapes_of(input, shapes) for shapes in profiles),
         )
         return Plan(
             data=compiled,
             gpu=key,
             library_version=str(library.__version__),
-            device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or gpu is None else gpu.name,
+            device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or card is None else card.name,
             timing_cache=_written_timing_cache(config, flavour),
-            layers=None if gpu is None or options.strip else _layers(library, compiled, log, options),
+            layers=None if card is None or options.strip else _layers(library, compiled, log, options),
             coverage=coverage,
             memory_estimate=estimate,
             warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
@@ -225,11 +227,11 @@ def check_plan(
     *,
     flavour: PlanFlavour,
     options: PlanOptions,
-    device: int = 0,
+    gpu: int = 0,
     weak: bool = False,
 ) -> None:
     """Raise CompileError for what `compile_plan` would refuse before it compiles."""
-    _agreed(input, precision, flavour, options, device, weak=weak)
+    _agreed(input, precision, flavour, options, gpu, weak=weak)
 
 
 def has_weak_typing(flavour: PlanFlavour) -> bool:
@@ -287,10 +289,10 @@ def _tensor_bytes(tensor: Any, batch: int) -> int:
 
 
 def _agreed(
-    input: InputSpec, precision: Precision, flavour: PlanFlavour, options: PlanOptions, device: int, *, weak: bool
+    input: InputSpec, precision: Precision, flavour: PlanFlavour, options: PlanOptions, index: int, *, weak: bool
 ) -> tuple[Any, gpus.Gpu | None, tuple[str, ...], tuple[Shapes, ...]]:
     """The library, the GPU, the architectures and the profiles, if all of it goes together."""
-    gpu = _gpu(flavour, device)
+    gpu = _gpu(flavour, index)
     if gpu is not None and flavour == "tensorrt" and (old := against_driver(flavour, gpu.driver)):
         raise CompileError(old)
     library = load_library(flavour)
@@ -305,12 +307,12 @@ def _agreed(
     return library, gpu, targets, profiles
 
 
-def _gpu(flavour: PlanFlavour, device: int) -> gpus.Gpu | None:
+def _gpu(flavour: PlanFlavour, index: int) -> gpus.Gpu | None:
     found = gpus.find_gpus()
-    if 0 <= device < len(found):
-        return found[device]
+    if 0 <= index < len(found):
+        return found[index]
     if flavour == "tensorrt":  # without a driver its Builder ends the process
-        reason = gpus.no_gpu_reason() or f"this machine has {len(found)} GPUs, device {device} is none of them"
+        reason = gpus.no_gpu_reason() or f"this machine has {len(found)} GPUs, cuda:{index} is none of them"
         raise CompileError(f"TensorRT compiles on the GPU that will run the plan: {reason}")
     return None
 

@@ -1,4 +1,4 @@
-"""A typed graph becomes an engine of one flavour. Runs on the device: numpy, msgspec and the engine library only.
+"""Compile a typed ONNX graph for this machine's CPU.
 
 Engines are cached by content: the same graph, library and CPU give the same engine without compiling again.
 """
@@ -9,22 +9,17 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from edge_backbones.bundle.manifest import EngineKey, GpuKey
+from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.engines.base import CompiledEngine
 from edge_backbones.engines.openvino import int8_graph as cpu_graph
 from edge_backbones.engines.openvino import session as openvino
-from edge_backbones.engines.tensorrt import compile as tensorrt
-from edge_backbones.engines.torch import session as torchscript
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.machine import gpus, hosts
-from edge_backbones.machine.system import gib
-from edge_backbones.progress import Progress, no_progress
-from edge_backbones.spec import InputSpec, Precision
+from edge_backbones.machine import hosts
+from edge_backbones.spec import Precision
 
 CACHE_LIMIT_BYTES = 4 << 30
 
@@ -46,12 +41,13 @@ def engine_key(graph: bytes, precision: Precision) -> EngineKey:
     )
 
 
-def compile_engine(
+def compile_graph(
     graph: bytes, precision: Precision, *, cache: Path | None, as_written: bool = False
 ) -> CompiledEngine:
     """Compile ONNX bytes for this machine's CPU, or take the engine from ``cache``.
 
-    An int8 graph is adapted to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`) unless ``as_written``: then the engine rounds
+    An int8 graph is adapted to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`) unless ``as_written``: then
+    the engine rounds
     as TensorRT does. Raises CompileError with the library's words, MissingDependencyError where OpenVINO is not installed.
     """
     key = engine_key(graph, precision)
@@ -66,77 +62,6 @@ def compile_engine(
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             _write_cached(cache, name, data)
     return CompiledEngine(data, key, ".blob", from_cache=False)
-
-
-def compile_for_gpu(
-    graph: bytes,
-    input: InputSpec,
-    precision: Precision,
-    *,
-    flavour: tensorrt.PlanFlavour,
-    options: tensorrt.PlanOptions,
-    device: int = 0,
-    ranges: Mapping[str, float] | None = None,
-    progress: Progress = no_progress,
-) -> CompiledEngine:
-    """Compile ONNX bytes to a plan of TensorRT or TensorRT-RTX: see :func:`edge_backbones.engines.tensorrt.compile.compile_plan`."""
-    plan = tensorrt.compile_plan(
-        graph, input, precision, flavour=flavour, options=options, device=device, ranges=ranges, progress=progress
-    )
-    host = hosts.this_host({})
-    key = EngineKey(
-        flavour=flavour,
-        library_version=plan.library_version,
-        architecture=host.architecture,
-        cpu_features=(),
-        device_name=plan.device_name,
-        precision=precision,
-        graph_sha256=hashlib.sha256(graph).hexdigest(),
-        gpu=plan.gpu,
-    )
-    notes = [f"memory that the compilation needed: {gib(plan.memory_estimate)} at least", *plan.warnings]
-    return CompiledEngine(
-        plan.data,
-        key,
-        ".plan",
-        from_cache=False,
-        layers=plan.layers,
-        timing_cache=plan.timing_cache,
-        notes=tuple(notes),
-    )
-
-
-def engine_of_torchscript(module: bytes) -> CompiledEngine:
-    """The frozen TorchScript module as an engine: torch compiles it where it runs."""
-    version = torchscript.library_version()
-    if version is None:
-        raise MissingDependencyError("the TorchScript engine", "build")
-    host = hosts.this_host({})
-    key = EngineKey(
-        flavour="torchscript",
-        library_version=version,
-        architecture=host.architecture,
-        cpu_features=(),
-        device_name="any",
-        precision=Precision.FP32,
-        graph_sha256=hashlib.sha256(module).hexdigest(),
-    )
-    return CompiledEngine(module, key, ".ts", from_cache=False)
-
-
-def engine_of_torch_tensorrt(program: bytes, suffix: str, precision: Precision, gpu: gpus.Gpu) -> CompiledEngine:
-    """A program with TensorRT engines inside, as it was compiled on this GPU."""
-    key = EngineKey(
-        flavour="torch_tensorrt",
-        library_version=torchscript.torch_tensorrt_version() or "unknown",
-        architecture=hosts.this_host({}).architecture,
-        cpu_features=(),
-        device_name=gpu.name,
-        precision=precision,
-        graph_sha256=hashlib.sha256(program).hexdigest(),
-        gpu=GpuKey(architectures=(gpu.architecture,), driver=gpu.driver),
-    )
-    return CompiledEngine(program, key, suffix, from_cache=False)
 
 
 def _read_cached(cache: Path, name: str) -> bytes | None:

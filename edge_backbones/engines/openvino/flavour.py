@@ -1,0 +1,47 @@
+"""OpenVINO: engines for CPUs, compiled ahead of time to blobs."""
+
+from __future__ import annotations
+
+from edge_backbones.bundle.manifest import EngineKey, GraphRecord
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.engines import compat
+from edge_backbones.engines.base import CompiledEngine, CompileOptions, EngineSession, Flavour, LoadOptions
+from edge_backbones.engines.openvino import compile as compiler
+from edge_backbones.engines.openvino import session
+from edge_backbones.machine.hosts import Host
+from edge_backbones.machine.profiles import DeviceProfile
+from edge_backbones.progress import Progress
+from edge_backbones.spec import BackboneSpec, InputSpec
+
+
+class OpenVino(Flavour):
+    """Blobs are bound to the release that wrote them and to the instruction sets of the CPU."""
+
+    name, title, extra = "openvino", "OpenVINO", "cpu"
+
+    def version(self) -> str | None:
+        return session.library_version()
+
+    def reasons_against(self, key: EngineKey, host: Host) -> list[str]:
+        return compat.against_library(self, key, host) + compat.against_cpu(self, key, host)
+
+    def load(
+        self, key: EngineKey, data: bytearray, spec: BackboneSpec, input: InputSpec, options: LoadOptions
+    ) -> EngineSession:
+        return session.OpenVinoSession(data, outputs=spec.outputs, threads=options.threads, input=input, spec=spec)
+
+    def compile(
+        self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
+    ) -> CompiledEngine:
+        return compiler.compile_graph(bytes(bundle.read(graph.file)), graph.precision, cache=options.cache)
+
+    def serves(self, host: Host) -> bool:
+        return host.versions.get(self.name) is not None
+
+    def against_profile(self, profile: DeviceProfile) -> str:
+        if self.name not in profile.flavours:
+            return f"openvino runs on CPUs and {profile.name} is a GPU: use flavour {profile.compilers}, or the profile cpu"
+        return ""
+
+
+OPENVINO = OpenVino()

@@ -1,0 +1,220 @@
+"""TensorRT, TensorRT-RTX and the lean runtime of TensorRT: engines for NVIDIA GPUs, compiled ahead of time to plans."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from edge_backbones.bundle import trust
+from edge_backbones.bundle.manifest import EngineKey, GraphRecord, decode_calibration
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.engines.base import CompiledEngine, CompileOptions, EngineSession, Flavour, LoadOptions
+from edge_backbones.engines.refusals import against_rtx_targets
+from edge_backbones.engines.tensorrt import compile as compiler
+from edge_backbones.engines.tensorrt import library, plans
+from edge_backbones.engines.tensorrt.compile import PlanFlavour, PlanOptions
+from edge_backbones.errors import BundleError, CompileError, EngineMismatchError
+from edge_backbones.machine import hosts
+from edge_backbones.machine.hosts import Host
+from edge_backbones.machine.profiles import RTX_ARCHITECTURES, DeviceProfile
+from edge_backbones.machine.system import gib
+from edge_backbones.progress import Progress, no_progress
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision
+
+
+class TensorRt(Flavour):
+    """TensorRT and TensorRT-RTX, which have one API. ``name`` tells which."""
+
+    devices = ("cuda",)
+
+    def __init__(self, name: PlanFlavour, title: str, extra: str, *, has_dla: bool = False) -> None:
+        self.name, self.title, self.extra, self.has_dla = name, title, extra, has_dla
+        self._name: PlanFlavour = name
+
+    def version(self) -> str | None:
+        return library.library_version(self._name)
+
+    def install(self, host: Host) -> str:
+        return library.FROM_JETPACK if host.jetson and self.name == "tensorrt" else super().install(host)
+
+    def reasons_against(self, key: EngineKey, host: Host) -> list[str]:
+        return plans.reasons_against(self, key, host)
+
+    def load(
+        self, key: EngineKey, data: bytearray, spec: BackboneSpec, input: InputSpec, options: LoadOptions
+    ) -> EngineSession:
+        wrong = plans.reasons_in_plan(key, data)
+        if wrong:
+            raise EngineMismatchError(f"{key.name}: {' and '.join(wrong)}")
+        from edge_backbones.engines.registry import this_machine  # what the table of libraries imports
+        from edge_backbones.engines.tensorrt.session import TensorRtSession
+
+        return TensorRtSession(
+            data,
+            flavour=plans.library_to_load(key, this_machine(None)),
+            input=input,
+            outputs=spec.outputs,
+            device=options.gpu or 0,
+            memory=options.memory,
+            cuda_graphs=options.cuda_graphs,
+            allow_host_code=options.allow_host_code,
+            dla_core=None if key.gpu is None else key.gpu.dla_core,
+            weights=options.weights,
+            spec=spec,
+        )
+
+    def check(self, graph: GraphRecord, input: InputSpec, options: CompileOptions) -> None:
+        plan = options.plan or PlanOptions()
+        weak = self._is_weak(graph, plan)
+        compiler.check_plan(input, graph.precision, flavour=self._name, options=plan, gpu=options.gpu, weak=weak)
+
+    def source_graph(self, bundle: Bundle, graph: GraphRecord, options: CompileOptions) -> GraphRecord:
+        if self._is_weak(graph, options.plan or PlanOptions()):
+            return bundle.manifest.onnx_graph(Precision.FP32) or graph
+        return graph
+
+    def compile(
+        self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
+    ) -> CompiledEngine:
+        options_of_plan = options.plan or PlanOptions()
+        source, ranges = self._graph_and_ranges(bundle, graph, options_of_plan)
+        if self.name == "tensorrt" and options_of_plan.timing_cache is None:
+            options_of_plan = dataclasses.replace(options_of_plan, timing_cache=_latest_timing_cache(bundle))
+        return compile_engine(
+            source,
+            bundle.manifest.input,
+            graph.precision,
+            flavour=self._name,
+            options=options_of_plan,
+            gpu=options.gpu,
+            ranges=ranges,
+            progress=progress,
+        )
+
+    def serves(self, host: Host) -> bool:
+        version = host.versions.get(self.name) if host.gpu is not None else None
+        return version is not None and not library.against_release(self._name, version, jetson=host.jetson)
+
+    def _is_weak(self, graph: GraphRecord, plan: PlanOptions) -> bool:
+        """Return whether int8 is compiled from the fp32 graph and the ranges: DLA of older releases takes no Q/DQ pairs."""
+        is_int8_on_dla = plan.dla_core is not None and graph.precision is Precision.INT8
+        return is_int8_on_dla and compiler.has_weak_typing(self._name)
+
+    def _graph_and_ranges(
+        self, bundle: Bundle, graph: GraphRecord, plan: PlanOptions
+    ) -> tuple[bytes, Mapping[str, float] | None]:
+        if not self._is_weak(graph, plan):
+            return bytes(bundle.read(graph.file)), None
+        plain, record = bundle.manifest.onnx_graph(Precision.FP32), bundle.manifest.calibration
+        if plain is None or record is None:
+            raise CompileError(
+                f"int8 on this DLA is compiled from the fp32 graph and calibrated ranges, and {bundle.path} has no "
+                f"{'fp32 graph' if plain is None else 'calibration'}: build it with --precision int8 --precision fp32"
+            )
+        found = decode_calibration(bundle.read(record.file), str(bundle.path / record.file.path))
+        if found.factors:
+            raise CompileError(
+                "the ranges of this bundle are of an equalised graph, which DLA cannot run: build it with --method max"
+            )
+        return bytes(bundle.read(plain.file)), found.ranges
+
+
+class TensorRtRtx(TensorRt):
+    """TensorRT-RTX: compiles without a GPU for the architectures that it is told, and knows no Jetson or datacenter GPU."""
+
+    def serves(self, host: Host) -> bool:
+        return host.gpu is not None and host.gpu.architecture in RTX_ARCHITECTURES and super().serves(host)
+
+    def default_options(self, host: Host) -> CompileOptions:
+        targets = () if host.gpu is None else (host.gpu.architecture,)
+        return CompileOptions(plan=PlanOptions(targets=targets))
+
+    def against_profile(self, profile: DeviceProfile) -> str:
+        if self.name not in profile.flavours and profile.architecture is not None:
+            return (
+                f"TensorRT-RTX compiles for {', '.join(RTX_ARCHITECTURES)} and {profile.name} is {profile.architecture}: "
+                f"use flavour {profile.compilers}"
+            )
+        return super().against_profile(profile)
+
+    def against_targets(self, profile: DeviceProfile, precision: Precision, targets: Sequence[str]) -> list[str]:
+        return against_rtx_targets(profile, precision, targets)
+
+
+class TensorRtLean(Flavour):
+    """The lean runtime of TensorRT: it runs version-compatible plans of TensorRT, and compiles none."""
+
+    name, title, extra, devices = "tensorrt_lean", "TensorRT's lean runtime", "tensorrt", ("cuda",)
+    graph_format = None
+
+    def version(self) -> str | None:
+        return library.library_version("tensorrt_lean")
+
+    def reasons_against(self, key: EngineKey, host: Host) -> list[str]:
+        return plans.reasons_against(self, key, host)
+
+    def load(
+        self, key: EngineKey, data: bytearray, spec: BackboneSpec, input: InputSpec, options: LoadOptions
+    ) -> EngineSession:
+        return TENSORRT.load(key, data, spec, input, options)
+
+    def compile(
+        self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
+    ) -> CompiledEngine:
+        raise CompileError(self._refusal())
+
+    def check(self, graph: GraphRecord, input: InputSpec, options: CompileOptions) -> None:
+        raise CompileError(self._refusal())
+
+    def against_profile(self, profile: DeviceProfile) -> str:
+        return self._refusal()
+
+    def _refusal(self) -> str:
+        return "tensorrt_lean runs plans and compiles none: compile with flavour tensorrt and version_compatible=True"
+
+
+def compile_engine(
+    graph: bytes,
+    input: InputSpec,
+    precision: Precision,
+    *,
+    flavour: PlanFlavour,
+    options: PlanOptions,
+    gpu: int = 0,
+    ranges: Mapping[str, float] | None = None,
+    progress: Progress = no_progress,
+) -> CompiledEngine:
+    """Compile ONNX bytes to a plan with its key: see :func:`edge_backbones.engines.tensorrt.compile.compile_plan`."""
+    plan = compiler.compile_plan(
+        graph, input, precision, flavour=flavour, options=options, gpu=gpu, ranges=ranges, progress=progress
+    )
+    key = EngineKey(
+        flavour=flavour,
+        library_version=plan.library_version,
+        architecture=hosts.this_host({}).architecture,
+        cpu_features=(),
+        device_name=plan.device_name,
+        precision=precision,
+        graph_sha256=hashlib.sha256(graph).hexdigest(),
+        gpu=plan.gpu,
+    )
+    notes = (f"memory that the compilation needed: {gib(plan.memory_estimate)} at least", *plan.warnings)
+    return CompiledEngine(
+        plan.data, key, ".plan", from_cache=False, layers=plan.layers, timing_cache=plan.timing_cache, notes=notes
+    )
+
+
+def _latest_timing_cache(bundle: Bundle) -> bytes | None:
+    """Return what an earlier compilation measured; TensorRT itself leaves out what another GPU measured."""
+    for engine in reversed(trust.known_engines(bundle)):
+        if engine.timing_cache is not None:
+            with contextlib.suppress(BundleError):  # damaged, or gone with its engine: it only saves time
+                return bytes(bundle.read(engine.timing_cache))
+    return None
+
+
+TENSORRT = TensorRt("tensorrt", "TensorRT", "tensorrt", has_dla=True)
+TENSORRT_RTX = TensorRtRtx("tensorrt_rtx", "TensorRT-RTX", "rtx")
+TENSORRT_LEAN = TensorRtLean()
