@@ -26,7 +26,7 @@ print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 _BUILD = """
 import json, sys, time
 import torch, timm, onnx, onnxscript
-import edge_backbones.toolchain.onnx_runtime
+from edge_backbones.engines.onnxruntime.library import onnxruntime
 from edge_backbones.engines.openvino.session import load_library
 from edge_backbones import BuildOptions, build_bundle
 load_library()

@@ -221,8 +221,8 @@ def run_build(model: str, images: int) -> dict[str, float]:
     import onnxscript  # noqa: F401
     import timm  # noqa: F401
 
-    import edge_backbones.toolchain.onnx_runtime  # noqa: F401
     from edge_backbones import build_bundle
+    from edge_backbones.engines.onnxruntime.library import onnxruntime  # noqa: F401
     from edge_backbones.engines.openvino.session import load_library
     from edge_backbones.spec import Precision
 

@@ -399,8 +399,8 @@ def compare_with_graph(bundle: Path, precision: str, result: dict[str, Any]) -> 
     import numpy as np
 
     from edge_backbones.deploy.parity import compare
+    from edge_backbones.engines.onnxruntime.library import onnxruntime
     from edge_backbones.parity_report import Gate
-    from edge_backbones.toolchain.onnx_runtime import onnxruntime
 
     golden = np.load(bundle / "golden.npz")
     options = onnxruntime.SessionOptions()

@@ -140,7 +140,7 @@ def torchscript(bundle: Bundle, task: Task) -> Loaded:
 
 
 def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
-    from edge_backbones.toolchain.onnx_runtime import onnxruntime as library
+    from edge_backbones.engines.onnxruntime.library import onnxruntime as library
 
     options = library.SessionOptions()
     options.intra_op_num_threads = task.threads

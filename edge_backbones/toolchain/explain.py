@@ -23,6 +23,7 @@ from onnx_ir.passes import common as passes
 
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.deploy.parity import allowed_noise
+from edge_backbones.engines.onnxruntime.library import onnxruntime
 from edge_backbones.engines.openvino import int8_graph as cpu_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession, compile_model, read_model
 from edge_backbones.errors import IntegrityError
@@ -30,7 +31,6 @@ from edge_backbones.parity_report import ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.calibration.noise import reference_options
-from edge_backbones.toolchain.onnx_runtime import onnxruntime
 from edge_backbones.toolchain.quantize.qdq import block_of
 
 _LAYERS = frozenset({"Add", "Conv", "Gemm", "LayerNormalization", "MatMul", "Mul", "Relu", "Softmax"})

@@ -135,7 +135,7 @@ def zero_stages(golden: Mapping[str, np.ndarray], stages: Sequence[str]) -> list
 
 def check_onnx(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
     """Run the graph in ONNX Runtime on every golden sample; raises ExportError naming the stage that is off."""
-    from edge_backbones.toolchain.onnx_runtime import onnxruntime
+    from edge_backbones.engines.onnxruntime.library import onnxruntime
 
     quiet_options = onnxruntime.SessionOptions()
     quiet_options.log_severity_level = 4  # what goes wrong is raised as well

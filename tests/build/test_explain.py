@@ -21,7 +21,7 @@ from PIL import Image
 
 from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes, record_file, write_manifest
-from edge_backbones.deploy.parity import measure_engine
+from edge_backbones.deploy.parity import allowed_noise, measure_engine
 from edge_backbones.deploy.verify import verify_bundle
 from edge_backbones.engines.openvino import int8_graph as cpu_graph
 from edge_backbones.engines.openvino.compile import compile_graph
@@ -30,7 +30,6 @@ from edge_backbones.spec import Precision
 from edge_backbones.toolchain import explain
 from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.build import BuildOptions, build_bundle
-from edge_backbones.deploy.parity import allowed_noise
 from edge_backbones.toolchain.explain_bundle import explain_bundle
 from edge_backbones.toolchain.quantize.qdq import write_typed_graph
 

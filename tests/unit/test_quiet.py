@@ -175,7 +175,7 @@ def test_a_failed_import_of_openvino_hides_nothing():
 
 IMPORTERS = {
     "openvino": {"engines/openvino/session.py", "bench/nncf_graph.py"},
-    "onnxruntime": {"toolchain/onnx_runtime.py"},
+    "onnxruntime": {"engines/onnxruntime/library.py"},
 }
 
 

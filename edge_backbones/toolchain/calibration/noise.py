@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 
+from edge_backbones.engines.onnxruntime.library import onnxruntime
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.calibration.ranges import METHODS, Magnitudes, chunks, find_ranges, merge_magnitudes
-from edge_backbones.toolchain.onnx_runtime import onnxruntime
 from edge_backbones.toolchain.quantize import equalise
 from edge_backbones.toolchain.quantize.qdq import activation_scale, quantized_layers, write_typed_graph
 

@@ -28,7 +28,7 @@ from edge_backbones.errors import CalibrationError
 from edge_backbones.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    from edge_backbones.toolchain.onnx_runtime import onnxruntime
+    from edge_backbones.engines.onnxruntime.library import onnxruntime
 
 METHODS = ("max", "percentile", "entropy", "mse")
 
@@ -163,7 +163,7 @@ def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxrunti
     """A session over the graph with `tensors` as its only outputs (the input itself needs no output)."""
     import onnx
 
-    from edge_backbones.toolchain.onnx_runtime import onnxruntime
+    from edge_backbones.engines.onnxruntime.library import onnxruntime
 
     model = onnx.load(model_path, load_external_data=False)
     inputs = {value.name for value in model.graph.input}
