@@ -177,7 +177,7 @@ class EngineKey(_Strict, frozen=True):
     gpu: GpuKey | None = None
 
     def __post_init__(self) -> None:
-        words = (self.library_version, self.architecture, *self.cpu_features, self.device_name)
+        words = (self.flavour, self.library_version, self.architecture, *self.cpu_features, self.device_name)
         if bad := [word for word in words if not word.isprintable()]:
             raise ValueError(f"{bad[0]!r} is no name of a library or a device")
 

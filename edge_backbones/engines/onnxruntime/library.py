@@ -15,7 +15,7 @@ from edge_backbones.errors import MissingDependencyError, refuse_lack
 
 
 def load_library() -> Any:
-    """Return the onnxruntime module, with its telemetry off; raises MissingDependencyError with the command that installs it."""
+    """Return the onnxruntime module, with its telemetry off. Raises MissingDependencyError where it is not installed."""
     # Read once, when the library starts. It stays set, so that child processes are quiet too; a value of the user's wins.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
