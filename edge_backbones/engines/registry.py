@@ -20,6 +20,7 @@ ROWS = {
     "tensorrt": "edge_backbones.engines.tensorrt.flavour:TENSORRT",
     "tensorrt_rtx": "edge_backbones.engines.tensorrt.flavour:TENSORRT_RTX",
     "openvino": "edge_backbones.engines.openvino.flavour:OPENVINO",
+    "onnxruntime": "edge_backbones.engines.onnxruntime.flavour:ONNXRUNTIME",
     "torch_tensorrt": "edge_backbones.engines.torch.flavour:TORCH_TENSORRT",
     "torchscript": "edge_backbones.engines.torch.flavour:TORCHSCRIPT",
     "tensorrt_lean": "edge_backbones.engines.tensorrt.flavour:TENSORRT_LEAN",

@@ -1,0 +1,122 @@
+"""ONNX Runtime on the CPU: the session that runs a typed graph."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import numpy as np
+
+from edge_backbones.bundle.onnx_gate import graph_fault
+from edge_backbones.engines import exits, forks, ports
+from edge_backbones.engines.onnxruntime.library import load_library
+from edge_backbones.errors import (
+    EdgeBackbonesError,
+    EngineMismatchError,
+    InferenceError,
+    InputError,
+    first_line,
+    refuse_lack,
+)
+from edge_backbones.reading import refusing
+from edge_backbones.spec import BackboneSpec, InputSpec
+
+_DTYPES = {
+    "tensor(float)": "FLOAT",
+    "tensor(float16)": "HALF",
+    "tensor(bfloat16)": "BF16",
+    "tensor(uint8)": "UINT8",
+}
+_FEWEST_MESSAGES = 3  # errors only: warnings go to the terminal of whoever runs the program
+
+
+def library_version() -> str | None:
+    """Return the version of ONNX Runtime, or None where it is not installed. Does not import it."""
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+class OnnxRuntimeSession:
+    """A typed ONNX graph that ONNX Runtime has compiled for this CPU while it loaded it. Threads may share it.
+
+    ``input`` and ``spec``: what the manifest promises. ``threads``: most threads of one call, None for one per core.
+
+    Raises EngineMismatchError for a graph that ONNX Runtime does not load or whose inputs and outputs are others,
+    MissingDependencyError without the library, InferenceError for a call in a forked child.
+    """
+
+    def __init__(
+        self, graph: bytes | bytearray, *, input: InputSpec, spec: BackboneSpec, threads: int | None = None
+    ) -> None:
+        library = load_library()
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, got {threads}")
+        if fault := graph_fault(graph):
+            raise EngineMismatchError(f"this graph is given to no library: {fault}. Build the bundle again")
+        options = library.SessionOptions()
+        options.log_severity_level = _FEWEST_MESSAGES
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        what = f"ONNX Runtime {library.__version__}"
+        try:
+            with exits.calls:
+                session = library.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
+        except EdgeBackbonesError:
+            raise
+        except Exception as error:  # it has an exception type for every status
+            refuse_lack(f"loading a graph with {what}", error)
+            raise EngineMismatchError(
+                f"{what} does not load this graph ({cause(error)}): choose another flavour"
+            ) from error
+        with refusing(
+            lambda why: EngineMismatchError(f"the ports of this graph cannot be read ({why}): build it again")
+        ):
+            found = [_port(port, "INPUT") for port in session.get_inputs()]
+            found += [_port(port, "OUTPUT") for port in session.get_outputs()]
+        if wrong := ports.mismatches(found, input, spec.outputs, spec):
+            raise EngineMismatchError(f"the graph is not the one of this manifest: {'; '.join(wrong)}. Build it again")
+        self._session: Any = session
+        self._input, self._outputs = input.name, list(spec.outputs)
+        self._refusal: EdgeBackbonesError = InputError("this EdgeBackbone was closed: open the bundle again")
+        forks.abandon_in_children(self)
+
+    def run(self, array: np.ndarray) -> list[np.ndarray]:
+        """See EngineSession."""
+        session = self._session
+        if session is None:
+            raise self._refusal
+        try:
+            with exits.calls:
+                outputs: list[np.ndarray] = session.run(self._outputs, {self._input: array})
+        except EdgeBackbonesError:
+            raise
+        except Exception as error:  # it has an exception type for every status
+            refuse_lack(f"running ONNX Runtime on {array.dtype} {array.shape}", error)
+            raise InferenceError(f"ONNX Runtime failed on {array.dtype} {array.shape}: {cause(error)}") from error
+        return outputs
+
+    def close(self) -> None:
+        """See EngineSession."""
+        self._session = None
+
+    def abandon(self) -> None:
+        """See forks.Inherited."""
+        forks.keep_for_good(self._session)
+        if self._session is not None:
+            self._refusal = forks.refusal("ONNX Runtime")
+        self.close()
+
+
+def _port(port: Any, mode: Any) -> ports.Tensor:
+    sizes = tuple(size if isinstance(size, int) else -1 for size in port.shape)
+    return ports.Tensor(port.name, mode, _DTYPES.get(port.type, port.type), sizes)
+
+
+def cause(error: BaseException) -> str:
+    """Return why ONNX Runtime failed, without its status code: ``[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : ...``."""
+    said = first_line(error)
+    return said.split(" : ", 3)[-1] if said.startswith("[ONNXRuntimeError]") else said
