@@ -341,7 +341,7 @@ def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, A
     """Compile a bundle's graphs for this GPU; parity against fp32 is measured on the way, its gate is the bundle's."""
     from edge_backbones import compile_bundle
     from edge_backbones.bundle.reader import Bundle
-    from edge_backbones.engines.tensorrt.compile import PlanOptions, Shapes
+    from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
     from edge_backbones.spec import Precision, ShapeRange
 
     manifest = Bundle.open(bundle).manifest

@@ -37,7 +37,8 @@ from edge_backbones.engines.openvino import int8_graph as cpu_graph
 from edge_backbones.engines.openvino import session as openvino
 from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession
-from edge_backbones.engines.tensorrt.compile import PlanOptions, compile_plan
+from edge_backbones.engines.tensorrt.compile import compile_plan
+from edge_backbones.engines.tensorrt.options import PlanOptions
 from edge_backbones.errors import CompileError
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph, TypedGraph

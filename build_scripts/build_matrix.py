@@ -504,7 +504,7 @@ def add_engine(
     bundle: Path, *, precision: str, flavour: Any, profile: str, targets: tuple[str, ...]
 ) -> tuple[str, ...]:
     from edge_backbones.deploy.compile import compile_bundle
-    from edge_backbones.engines.tensorrt.compile import PlanOptions
+    from edge_backbones.engines.tensorrt.options import PlanOptions
 
     plan = PlanOptions(targets=targets)
     result = compile_bundle(bundle, precisions=(Precision(precision),), flavour=flavour, profile=profile, plan=plan)

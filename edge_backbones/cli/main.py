@@ -401,7 +401,7 @@ def compile_(
 ) -> None:
     """Add engines to a bundle, each verified first. Needs no torch. Ctrl-C stops and leaves the bundle as it was."""
     from edge_backbones.deploy.compile import compile_bundle, flavour_here, profile_here
-    from edge_backbones.engines.tensorrt.compile import PlanOptions
+    from edge_backbones.engines.tensorrt.options import PlanOptions
     from edge_backbones.machine import gpus
     from edge_backbones.machine.system import default_cache
 
@@ -1214,7 +1214,7 @@ def _sizes(text: str) -> tuple[ShapeRange, ShapeRange]:
 
 
 def _shapes(text: str) -> Any:
-    from edge_backbones.engines.tensorrt.compile import Shapes
+    from edge_backbones.engines.tensorrt.options import Shapes
 
     parts = text.lower().split("x")
     if len(parts) != 3:

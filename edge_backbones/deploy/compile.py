@@ -24,7 +24,7 @@ from edge_backbones.engines import promises, registry
 from edge_backbones.engines import select as session
 from edge_backbones.engines.base import ALLOW, CompiledEngine, CompileOptions, Flavour
 from edge_backbones.engines.refusals import refusals
-from edge_backbones.engines.tensorrt.compile import PlanOptions
+from edge_backbones.engines.tensorrt.options import PlanOptions
 from edge_backbones.errors import (
     BundleError,
     CompileError,

@@ -23,7 +23,7 @@ from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 if TYPE_CHECKING:
     from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
     from edge_backbones.engines.gpu.memory import MemoryBackend
-    from edge_backbones.engines.tensorrt.compile import PlanOptions
+    from edge_backbones.engines.tensorrt.options import PlanOptions
 
 ALLOW = "allow_host_code=True (--allow-host-code)"
 COMPILE = "run edge-backbones compile here"

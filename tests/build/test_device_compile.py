@@ -26,7 +26,7 @@ from edge_backbones.engines import select as session
 from edge_backbones.engines.openvino import compile as openvino_compile
 from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.tensorrt import flavour as tensorrt_flavour
-from edge_backbones.engines.tensorrt.compile import PlanOptions
+from edge_backbones.engines.tensorrt.options import PlanOptions
 from edge_backbones.errors import BundleError, CompileError, EngineMismatchError, OutOfMemoryError
 from edge_backbones.machine import child, hosts
 from edge_backbones.machine.gpus import Gpu

@@ -22,7 +22,8 @@ FORMS = {
 
 
 def compiled(gpu: int, **options):
-    from edge_backbones.engines.tensorrt.compile import PlanOptions, compile_plan
+    from edge_backbones.engines.tensorrt.compile import compile_plan
+    from edge_backbones.engines.tensorrt.options import PlanOptions
     from edge_backbones.spec import Precision
 
     return compile_plan(

@@ -31,8 +31,13 @@ NEWER = tuple(release for release in EVERYWHERE if release != "tensorrt-10.3")
 # The releases that each of our modules runs with.
 MODULES = {
     "engines/tensorrt/library.py": EVERYWHERE,
+    "engines/tensorrt/engine.py": EVERYWHERE,
+    "engines/tensorrt/contexts.py": EVERYWHERE,
     "engines/tensorrt/session.py": EVERYWHERE,
     "engines/tensorrt/compile.py": BUILDERS,
+    "engines/tensorrt/dla.py": BUILDERS,
+    "engines/tensorrt/messages.py": BUILDERS,
+    "engines/tensorrt/options.py": BUILDERS,
 }
 
 PLAN = "edge_backbones/engines/ports.py"
@@ -123,6 +128,7 @@ RECEIVERS = {
     "builder": "Builder",
     "config": "IBuilderConfig",
     "context": "IExecutionContext",
+    "self._engine.new_context": "IExecutionContext",
     "engine": "ICudaEngine",
     "get_error": "ParserError",
     "handle": "ICudaEngine",
@@ -138,6 +144,7 @@ RECEIVERS = {
         (
             "array",
             "buffer",
+            "card",
             "gpu",
             "inner",
             "log",
@@ -167,7 +174,7 @@ def here(names: tuple[str, ...]) -> list[Api]:
 
 def read(text: str) -> Source:
     return Source(
-        dedent(text), here(EVERYWHERE), RECEIVERS, given=("_made",), computed=tuple(AS_TEXT), ours=our_names()
+        dedent(text), here(EVERYWHERE), RECEIVERS, given=("made",), computed=tuple(AS_TEXT), ours=our_names()
     )
 
 
@@ -280,7 +287,8 @@ if flavour != "tensorrt_lean":
     from edge_backbones.engines.tensorrt import compile as tensorrt
     found["flags"] = [tensorrt._network_flags(library, weak=weak) for weak in (False, True)]
     if hasattr(library.BuilderFlag, "INT8"):
-        calibrator = tensorrt._calibrator(library, b"scales")
+        from edge_backbones.engines.tensorrt import dla
+        calibrator = dla._calibrator(library, b"scales")
         found["calibrator"] = [calibrator.get_algorithm().name, calibrator.read_calibration_cache().decode()]
 if flavour == "tensorrt_rtx":  # the one that needs no GPU to begin
     from edge_backbones.errors import CompileError

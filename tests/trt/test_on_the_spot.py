@@ -14,7 +14,7 @@ import pytest
 from edge_backbones import Bundle, EdgeBackbone, compile_bundle, verify_bundle
 from edge_backbones.engines.tensorrt import compile as builder
 from edge_backbones.engines.tensorrt import library as tensorrt_library
-from edge_backbones.engines.tensorrt.compile import PlanOptions
+from edge_backbones.engines.tensorrt.options import PlanOptions
 from edge_backbones.errors import EngineMismatchError, MissingDependencyError
 from edge_backbones.parity_report import ParityError
 from edge_backbones.testing import pooled

@@ -10,7 +10,9 @@ from typing import ClassVar
 import pytest
 
 from edge_backbones.engines.tensorrt import compile as tensorrt
-from edge_backbones.engines.tensorrt.compile import DlaCoverage, PlanOptions, Shapes, calibration_cache, compile_plan
+from edge_backbones.engines.tensorrt.compile import compile_plan
+from edge_backbones.engines.tensorrt.dla import DlaCoverage, calibration_cache
+from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
 from edge_backbones.errors import CompileError, InputError
 from edge_backbones.machine.gpus import Gpu
 from edge_backbones.spec import InputSpec, Precision, ShapeRange

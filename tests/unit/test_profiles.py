@@ -276,8 +276,20 @@ RANGED = msgspec.structs.replace(INPUT, batch=ShapeRange(min=1, opt=2, max=8), w
         ),
         ("jetson-agx-orin", "fp16", "tensorrt_rtx", {}, "jetson-agx-orin is sm_87: use flavour tensorrt"),
         ("jetson-thor", "fp16", "tensorrt_rtx", {}, "jetson-thor is sm_110: use flavour tensorrt"),
-        ("cpu", "int8", "tensorrt", {}, "tensorrt does not serve cpu: use flavour openvino or onnxruntime or torchscript"),
-        ("cpu", "int8", "tensorrt_rtx", {}, "tensorrt_rtx does not serve cpu: use flavour openvino or onnxruntime or torchscript"),
+        (
+            "cpu",
+            "int8",
+            "tensorrt",
+            {},
+            "tensorrt does not serve cpu: use flavour openvino or onnxruntime or torchscript",
+        ),
+        (
+            "cpu",
+            "int8",
+            "tensorrt_rtx",
+            {},
+            "tensorrt_rtx does not serve cpu: use flavour openvino or onnxruntime or torchscript",
+        ),
         ("l4", "int8", "openvino", {}, "openvino runs on CPUs and l4 is a GPU: use flavour tensorrt or tensorrt_rtx"),
         (
             "l4",

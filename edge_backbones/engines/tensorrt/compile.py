@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,78 +24,20 @@ from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.engines import ports as plan
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.refusals import against_dla
+from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, quantise_implicitly
 from edge_backbones.engines.tensorrt.library import against_driver, against_release, load_library, logger_of
-from edge_backbones.errors import CompileError, InputError
+from edge_backbones.engines.tensorrt.messages import cause, explained, made, null_pointers_explained, refusals_explained
+from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
+from edge_backbones.errors import CompileError
 from edge_backbones.machine import gpus
 from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
 from edge_backbones.machine.system import gib, is_jetson, read_system
 from edge_backbones.progress import Progress, no_progress
-from edge_backbones.spec import InputSpec, Precision, ShapeRange
+from edge_backbones.spec import InputSpec, Precision
 
 PlanFlavour = Literal["tensorrt", "tensorrt_rtx"]
 
 _RTX_DEFAULT = ("sm_80", "sm_86", "sm_89", "sm_120")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """One optimisation profile: the sizes that its kernels are chosen for."""
-
-    batch: ShapeRange
-    height: ShapeRange
-    width: ShapeRange
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """How a plan is compiled. ``None`` and ``False`` leave a setting to TensorRT.
-
-    ``profiles``: input sizes, each inside those of the graph; none means one profile with all of them. ``targets``:
-    architectures for TensorRT-RTX (``sm_89``). ``workspace``: bytes of scratch memory that a kernel may ask for. ``level``:
-    builder optimisation level, 0 to 5. ``hardware_compatibility``: ``ampere_plus`` (any GPU since Ampere, slower) or
-    ``same_compute_capability``. ``version_compatible``: newer releases and the lean runtime run it; ``embed_runtime``
-    carries a lean runtime inside, which is code that a device has to allow. ``refit``: weights can be replaced later;
-    ``strip``: the plan is written without them. ``sparse``: use 2:4 sparse weights. ``dla_core``: compile for this core of
-    the deep-learning accelerator; ``gpu_fallback``: layers that it cannot run go to the GPU. ``timing_cache``: what an
-    earlier compilation measured.
-    """
-
-    profiles: tuple[Shapes, ...] = ()
-    targets: tuple[str, ...] = ()
-    workspace: int | None = None
-    level: int | None = None
-    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
-    version_compatible: bool = False
-    embed_runtime: bool = False
-    refit: bool = False
-    strip: bool = False
-    sparse: bool = False
-    dla_core: int | None = None
-    gpu_fallback: bool = True
-    timing_cache: bytes | None = None
-
-    def __post_init__(self) -> None:
-        for target in self.targets:
-            if not re.fullmatch(r"sm_\d{2,3}", target):
-                raise InputError(f"target {target!r} is not an architecture: write sm_89 for compute capability 8.9")
-        if self.level is not None and not 0 <= self.level <= 5:
-            raise InputError(f"builder level must be 0 to 5, got {self.level}")
-        if self.workspace is not None and not 1 <= self.workspace < 1 << 63:
-            raise InputError(f"workspace must be at least 1 byte and below 2**63, got {self.workspace}")
-        if self.embed_runtime and not self.version_compatible:
-            raise InputError("embed_runtime is for version-compatible plans: set version_compatible=True too")
-
-
-@dataclass(frozen=True)
-class DlaCoverage:
-    """Which layers a DLA core runs, asked before anything is compiled."""
-
-    layers: int
-    refused: tuple[str, ...]
-
-    def __str__(self) -> str:
-        some = f" ({', '.join(self.refused[:5])}{', ...' if len(self.refused) > 5 else ''})" if self.refused else ""
-        return f"DLA runs {self.layers - len(self.refused)} of {self.layers} layers; the GPU {len(self.refused)}{some}"
 
 
 @dataclass(frozen=True)
@@ -149,17 +90,15 @@ def compile_plan(
     times = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs the GPU for these alone
     current = cuda.open_memory(card.index) if times and card is not None else contextlib.nullcontext()
     with current:
-        with _null_pointers_explained(log):
-            builder = _made(library.Builder(log), "a builder", log)
+        with null_pointers_explained(log):
+            builder = made(library.Builder(log), "a builder", log)
             cores = builder.num_DLA_cores
             if options.dla_core is not None and not 0 <= options.dla_core < cores:
                 raise CompileError(
                     f"there is no DLA core {options.dla_core} here, which has {cores}: leave --dla-core out"
                 )
-            network = _made(builder.create_network(_network_flags(library, weak=ranges is not None)), "a network", log)
-            parser = _made(
-                library.OnnxParser(network, log), "a parser", log
-            )  # owns the weights: it stays until the end
+            network = made(builder.create_network(_network_flags(library, weak=ranges is not None)), "a network", log)
+            parser = made(library.OnnxParser(network, log), "a parser", log)  # owns the weights: it stays until the end
         if options.dla_core is not None and hasattr(library.OnnxParserFlag, "ADJUST_FOR_DLA"):
             parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
         progress("reading the graph", 0, None)
@@ -168,7 +107,7 @@ def compile_plan(
             raise CompileError(f"this graph is given to no library: {fault}")
         if not parser.parse(graph):
             causes = dict.fromkeys(
-                _cause(parser.get_error(index).node_operator(), parser.get_error(index).desc())
+                cause(parser.get_error(index).node_operator(), parser.get_error(index).desc())
                 for index in range(parser.num_errors)
             )
             raise CompileError(f"{flavour} cannot read this graph: {'; '.join(causes) or log.last_error()}")
@@ -176,14 +115,14 @@ def compile_plan(
         if card is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in the memory of this machine
             _refuse_for_memory(estimate, card)
 
-        config = _made(builder.create_builder_config(), "a configuration", log)
+        config = made(builder.create_builder_config(), "a configuration", log)
         coverage = None
-        with _refusals_explained(log):
+        with refusals_explained(log):
             _configure(library, builder, config, options, targets)
             if ranges is not None:
-                _quantise_implicitly(library, network, config, ranges)
+                quantise_implicitly(library, network, config, ranges)
             if options.dla_core is not None:  # behind the number formats: a DLA core runs nothing in fp32
-                coverage = _place_on_dla(library, builder, network, config, options)
+                coverage = place_on_dla(library, builder, network, config, options)
                 progress(str(coverage), 0, None)
             for number, shapes in enumerate(profiles):
                 _add_profile(builder, config, input, shapes, number, log)
@@ -193,7 +132,7 @@ def compile_plan(
         data = _serialized(library, builder, network, config, progress, current)
         if data is None:
             raise CompileError(
-                f"{flavour} {library.__version__} cannot compile this graph: {_explained(log.last_error())}"
+                f"{flavour} {library.__version__} cannot compile this graph: {explained(log.last_error())}"
             )
         compiled = bytes(data)
         key = GpuKey(
@@ -476,68 +415,8 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
                 raise CompileError(f"TensorRT-RTX {library.__version__} refused the target {target}")
 
 
-def _place_on_dla(library: Any, builder: Any, network: Any, config: Any, options: PlanOptions) -> DlaCoverage:
-    core = options.dla_core
-    assert core is not None  # the caller asks for DLA
-    config.default_device_type = library.DeviceType.DLA
-    config.DLA_core = core
-    if options.gpu_fallback:
-        config.set_flag(library.BuilderFlag.GPU_FALLBACK)
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    computing = [layer for layer in layers if layer.type.name not in ("CONSTANT", "SHAPE")]
-    refused = tuple(layer.name for layer in computing if not config.can_run_on_DLA(layer))
-    coverage = DlaCoverage(len(computing), refused)
-    if refused and not options.gpu_fallback:
-        raise CompileError(f"{coverage}: allow them there (gpu_fallback=True), or leave --dla-core out")
-    return coverage
-
-
-def _quantise_implicitly(library: Any, network: Any, config: Any, ranges: Mapping[str, float]) -> None:
-    """Weak typing: a tensor with a scale may be computed in int8, everything else in fp16."""
-    if not hasattr(library.BuilderFlag, "INT8"):
-        raise CompileError(f"TensorRT {library.__version__} has no weak typing left: compile the typed int8 graph")
-    config.set_flag(library.BuilderFlag.INT8)
-    config.set_flag(library.BuilderFlag.FP16)
-    tensors = [network.get_input(index) for index in range(network.num_inputs)]
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        tensors += [layer.get_output(i) for i in range(layer.num_outputs)]
-    known = {tensor.name: ranges[tensor.name] for tensor in tensors if ranges.get(tensor.name, 0) > 0}
-    if not known:
-        raise CompileError("none of the calibrated tensors is in this graph: calibrate again for it")
-    config.int8_calibrator = _calibrator(library, calibration_cache(str(library.__version__), known))
-
-
-def calibration_cache(version: str, ranges: Mapping[str, float]) -> bytes:
-    """What TensorRT of this version would have written after calibrating: range / 127 of each tensor, as the hexadecimal
-    digits of a big-endian float32. TensorRT leaves a table of another version or algorithm unread."""
-    major, minor, patch = map(int, version.split(".")[:3])
-    lines = [f"TRT-{major * 10000 + minor * 100 + patch}-EntropyCalibration2"]
-    lines += [f"{name}: {struct.pack('>f', value / 127).hex()}" for name, value in ranges.items()]
-    return "\n".join([*lines, ""]).encode()
-
-
-def _calibrator(library: Any, cache: bytes) -> Any:
-    class Calibrator(library.IInt8EntropyCalibrator2):  # type: ignore[misc,name-defined]
-        """The kind that DLA takes."""
-
-        def get_batch_size(self) -> int:
-            return 1
-
-        def get_batch(self, names: Sequence[str]) -> None:
-            return None
-
-        def read_calibration_cache(self) -> bytes:
-            return cache
-
-        def write_calibration_cache(self, cache: bytes) -> None:
-            pass
-
-    return Calibrator()
-
-
 def _add_profile(builder: Any, config: Any, input: InputSpec, shapes: Shapes, number: int, log: Any) -> None:
-    profile = _made(builder.create_optimization_profile(), "an optimisation profile", log)
+    profile = made(builder.create_optimization_profile(), "an optimisation profile", log)
     least, usual, most = shapes_of(input, shapes)
     if profile.set_shape(input.name, least, usual, most) is False or config.add_optimization_profile(profile) != number:
         raise CompileError(f"TensorRT refused the profile {least} to {most}: {log.last_error()}")
@@ -644,75 +523,12 @@ def _layers(library: Any, plan: bytes, log: Any, options: PlanOptions) -> str | 
     says why, and raises."""
     if not hasattr(library, "EngineInspector"):
         return None
-    with _null_pointers_explained(log):
-        runtime = _made(library.Runtime(log), "a runtime", log)
+    with null_pointers_explained(log):
+        runtime = made(library.Runtime(log), "a runtime", log)
     if options.embed_runtime:  # code that this very call has made
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return None
-    inspector = _made(engine.create_engine_inspector(), "an inspector", log)
+    inspector = made(engine.create_engine_inspector(), "an inspector", log)
     return str(inspector.get_engine_information(library.LayerInformationFormat.JSON))
-
-
-def _made(thing: Any, what: str, log: Any) -> Any:
-    if thing is None:
-        raise CompileError(f"TensorRT did not make {what}: {log.last_error()}")
-    return thing
-
-
-@contextlib.contextmanager
-def _null_pointers_explained(log: Any) -> Iterator[None]:
-    """A constructor of TensorRT that fails is a TypeError of pybind, for the null pointer it got; the log has the reason."""
-    try:
-        yield
-    except TypeError as error:
-        raise CompileError(f"TensorRT did not start: {log.last_error()} ({error})") from error
-
-
-@contextlib.contextmanager
-def _refusals_explained(log: Any) -> Iterator[None]:
-    """What the bindings raise for a setting that they do not take."""
-    try:
-        yield
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        words = " ".join(str(error).split())
-        raise CompileError(f"TensorRT does not take a setting of this plan ({words}): {log.last_error()}") from error
-
-
-_IN_A_LAYER = re.compile(r"Error Code \d+: [\w ]+ \((.*?)\.? In \S+ at /", re.DOTALL)
-_CONDITION = re.compile(r"^Assertion failed: .*?: (?=\S)|^.* && (?=\")", re.DOTALL)
-
-
-def _cause(operation: str, text: str) -> str:
-    """Why the parser refused a node, in its own words, without the conditions in C++ and the frames around them.
-
-    Its text for an operation that it has no importer for is ``false``, or that there is no plugin of that name.
-    """
-    if text.strip() in ("", "false") or "Plugin not found" in text:
-        return f"no layer for {operation or 'a node'}"
-    found = _IN_A_LAYER.search(text)  # the layer that it made of the node says more than the node itself
-    said = found.group(1) if found else _CONDITION.sub("", text.strip().splitlines()[0]).strip('"')
-    return f"{operation}: {said}".removeprefix(": ").rstrip(".")
-
-
-_WAYS_OUT: tuple[tuple[str, str], ...] = (
-    (r"HW-specific datatypes", "this architecture lacks a number format of the graph: leave the target out"),
-    (r"libnvinfer_lean", "this installation has no lean runtime: leave version compatibility out"),
-    (
-        r"(?i)out ?of ?memory|OutOfMemory|memory allocation fail",
-        "choose a smaller workspace, batch or size, or add swap",
-    ),
-    (r"(?i)no optimization profile", "the graph has sizes that no profile fixes"),
-    (r"(?i)insufficient workspace|workspace.*(smaller|too small|exceeds)", "allow more workspace"),
-    (
-        r"(?i)cuda ?error|CUDA initialization|CUDA_SUCCESS",
-        "the GPU or its driver did not answer: run edge-backbones doctor",
-    ),
-)
-
-
-def _explained(message: str) -> str:
-    """TensorRT's words, with a way out where one is known."""
-    ways = [way for pattern, way in _WAYS_OUT if re.search(pattern, message)]
-    return f"{message} ({ways[0]})" if ways else message

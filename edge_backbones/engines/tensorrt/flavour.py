@@ -14,7 +14,8 @@ from edge_backbones.engines.base import CompiledEngine, CompileOptions, EngineSe
 from edge_backbones.engines.refusals import against_rtx_targets
 from edge_backbones.engines.tensorrt import compile as compiler
 from edge_backbones.engines.tensorrt import library, plans
-from edge_backbones.engines.tensorrt.compile import PlanFlavour, PlanOptions
+from edge_backbones.engines.tensorrt.compile import PlanFlavour
+from edge_backbones.engines.tensorrt.options import PlanOptions
 from edge_backbones.errors import BundleError, CompileError, EngineMismatchError
 from edge_backbones.machine import hosts
 from edge_backbones.machine.hosts import Host

@@ -1,0 +1,83 @@
+"""The deep-learning accelerator of Jetsons: which layers it runs, and int8 by ranges instead of Q/DQ pairs."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edge_backbones.engines.tensorrt.options import PlanOptions
+from edge_backbones.errors import CompileError
+
+
+@dataclass(frozen=True)
+class DlaCoverage:
+    """Which layers a DLA core runs, asked before anything is compiled."""
+
+    layers: int
+    refused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        some = f" ({', '.join(self.refused[:5])}{', ...' if len(self.refused) > 5 else ''})" if self.refused else ""
+        return f"DLA runs {self.layers - len(self.refused)} of {self.layers} layers; the GPU {len(self.refused)}{some}"
+
+
+def place_on_dla(library: Any, builder: Any, network: Any, config: Any, options: PlanOptions) -> DlaCoverage:
+    core = options.dla_core
+    assert core is not None  # the caller asks for DLA
+    config.default_device_type = library.DeviceType.DLA
+    config.DLA_core = core
+    if options.gpu_fallback:
+        config.set_flag(library.BuilderFlag.GPU_FALLBACK)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    computing = [layer for layer in layers if layer.type.name not in ("CONSTANT", "SHAPE")]
+    refused = tuple(layer.name for layer in computing if not config.can_run_on_DLA(layer))
+    coverage = DlaCoverage(len(computing), refused)
+    if refused and not options.gpu_fallback:
+        raise CompileError(f"{coverage}: allow them there (gpu_fallback=True), or leave --dla-core out")
+    return coverage
+
+
+def quantise_implicitly(library: Any, network: Any, config: Any, ranges: Mapping[str, float]) -> None:
+    """Weak typing: a tensor with a scale may be computed in int8, everything else in fp16."""
+    if not hasattr(library.BuilderFlag, "INT8"):
+        raise CompileError(f"TensorRT {library.__version__} has no weak typing left: compile the typed int8 graph")
+    config.set_flag(library.BuilderFlag.INT8)
+    config.set_flag(library.BuilderFlag.FP16)
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        tensors += [layer.get_output(i) for i in range(layer.num_outputs)]
+    known = {tensor.name: ranges[tensor.name] for tensor in tensors if ranges.get(tensor.name, 0) > 0}
+    if not known:
+        raise CompileError("none of the calibrated tensors is in this graph: calibrate again for it")
+    config.int8_calibrator = _calibrator(library, calibration_cache(str(library.__version__), known))
+
+
+def calibration_cache(version: str, ranges: Mapping[str, float]) -> bytes:
+    """What TensorRT of this version would have written after calibrating: range / 127 of each tensor, as the hexadecimal
+    digits of a big-endian float32. TensorRT leaves a table of another version or algorithm unread."""
+    major, minor, patch = map(int, version.split(".")[:3])
+    lines = [f"TRT-{major * 10000 + minor * 100 + patch}-EntropyCalibration2"]
+    lines += [f"{name}: {struct.pack('>f', value / 127).hex()}" for name, value in ranges.items()]
+    return "\n".join([*lines, ""]).encode()
+
+
+def _calibrator(library: Any, cache: bytes) -> Any:
+    class Calibrator(library.IInt8EntropyCalibrator2):  # type: ignore[misc,name-defined]
+        """The kind that DLA takes."""
+
+        def get_batch_size(self) -> int:
+            return 1
+
+        def get_batch(self, names: Sequence[str]) -> None:
+            return None
+
+        def read_calibration_cache(self) -> bytes:
+            return cache
+
+        def write_calibration_cache(self, cache: bytes) -> None:
+            pass
+
+    return Calibrator()

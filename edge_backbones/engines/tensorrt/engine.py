@@ -1,0 +1,171 @@
+"""A plan that TensorRT has deserialised, checked against what its manifest promises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edge_backbones.bundle.onnx_gate import graph_fault
+from edge_backbones.engines import ports as plan
+from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.ports import Profile
+from edge_backbones.engines.tensorrt import library as tensorrt_library
+from edge_backbones.engines.tensorrt.library import TensorRtFlavour
+from edge_backbones.errors import (
+    EngineMismatchError,
+    InferenceError,
+    OutOfMemoryError,
+)
+from edge_backbones.spec import BackboneSpec, InputSpec
+
+
+@dataclass
+class Engine:
+    """A deserialised plan. ``runtime`` and ``handle`` are dropped by ``close``, after every context."""
+
+    library: Any
+    logger: Any
+    runtime: Any
+    handle: Any
+    input: str
+    item_bytes: int
+    outputs: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+
+    def new_context(self) -> Any:
+        """An execution context whose memory is that of its profile, where TensorRT can do so. TensorRT-RTX would begin with
+        spare kernels and compile others meanwhile, which nobody has measured."""
+        self.logger.clear()
+        strategies = getattr(self.library, "ExecutionContextAllocationStrategy", None)
+        on_change = getattr(strategies, "ON_PROFILE_CHANGE", None)
+        chosen = [on_change] if on_change is not None and len(self.profiles) > 1 else []
+        if hasattr(self.library, "DynamicShapesKernelSpecializationStrategy"):
+            config = self.handle.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                self.library.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            for strategy in chosen:
+                config.set_execution_context_allocation_strategy(strategy)
+            chosen = [config]
+        context = self.handle.create_execution_context(*chosen)
+        if context is None:
+            needed = int(self.handle.device_memory_size_v2)
+            raise self.failure(f"TensorRT made no execution context, which takes {cuda.readable(needed)} of its own")
+        return context
+
+    def check(self, done: Any, what: str) -> None:
+        """TensorRT says that something failed by returning False, and why in its log."""
+        if not done:
+            raise self.failure(f"TensorRT refused {what}")
+
+    def failure(self, what: str) -> InferenceError:
+        log = self.logger.last_error()
+        if plan.says_out_of_memory(log):
+            return OutOfMemoryError(
+                f"{what}: {log}. Run smaller batches or fewer threads, or end what else uses this GPU"
+            )
+        return InferenceError(f"{what}: {log}")
+
+    def close(self) -> None:
+        self.handle = None
+        self.runtime = None
+
+
+def load(
+    library: Any,
+    data: bytearray,
+    flavour: TensorRtFlavour,
+    input: InputSpec,
+    outputs: Sequence[str],
+    allow_host_code: bool,
+    dla_core: int | None,
+    weights: bytes | bytearray | None,
+    spec: BackboneSpec | None,
+) -> Engine:
+    logger = tensorrt_library.logger_of(library)
+    logger.clear()
+    try:
+        runtime = library.Runtime(logger)
+    except TypeError as error:  # what pybind11 makes of a null pointer
+        raise EngineMismatchError(f"{flavour} cannot start: {logger.last_error()}") from error
+    if allow_host_code:
+        if not hasattr(runtime, "engine_host_code_allowed"):
+            raise EngineMismatchError(f"allow_host_code: {flavour} {library.__version__} runs no plan with host code")
+        runtime.engine_host_code_allowed = True
+    if dla_core is not None:
+        runtime.DLA_core = dla_core
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        log = logger.last_error()
+        if plan.says_out_of_memory(log):
+            raise OutOfMemoryError(f"the plan does not fit into the memory of this GPU: {log}")
+        hint = "run edge-backbones compile on this machine"
+        if not allow_host_code and (flavour == "tensorrt_lean" or plan.says_host_code(log)):
+            hint = f"if the plan carries a lean runtime and you trust it, pass allow_host_code=True; else {hint}"
+        raise EngineMismatchError(f"{flavour} {library.__version__} does not load this plan ({log}): {hint}")
+    try:
+        if weights is not None:
+            _refit(library, engine, weights, flavour)
+        profiles = _agreed_profiles(engine, input, outputs, spec)
+    except BaseException:
+        engine = None  # before its runtime
+        raise
+    item_bytes = np.dtype(input.dtype).itemsize
+    return Engine(library, logger, runtime, engine, input.name, item_bytes, tuple(outputs), profiles)
+
+
+def _refit(library: Any, engine: Any, graph: bytes | bytearray, flavour: TensorRtFlavour) -> None:
+    """Give a plan that was written without weights those of its ONNX graph."""
+    logger = tensorrt_library.logger_of(library)
+    fault = graph_fault(graph)
+    if fault is not None:
+        raise EngineMismatchError(f"the graph with the weights is given to no library: {fault}")
+    if not hasattr(library, "OnnxParserRefitter"):
+        raise EngineMismatchError(f"{flavour} takes no weights from a graph: compile the plan without --strip")
+    try:
+        refitter = library.Refitter(engine, logger)
+        parser = library.OnnxParserRefitter(refitter, logger)
+    except TypeError as error:  # what pybind11 makes of a null pointer
+        raise EngineMismatchError(f"{flavour} cannot refit this plan: {logger.last_error()}") from error
+    if not parser.refit_from_bytes(bytes(graph)) or not refitter.refit_cuda_engine():
+        raise EngineMismatchError(
+            f"{flavour} does not take the weights of this graph ({logger.last_error()}): compile the plan again"
+        )
+
+
+def _agreed_profiles(
+    engine: Any, input: InputSpec, outputs: Sequence[str], spec: BackboneSpec | None
+) -> tuple[Profile, ...]:
+    """The optimisation profiles of an engine that is the one of the manifest; EngineMismatchError for another."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    tensors = [
+        plan.Tensor(
+            name,
+            engine.get_tensor_mode(name).name,
+            engine.get_tensor_dtype(name).name,
+            tuple(engine.get_tensor_shape(name)),
+        )
+        for name in names
+    ]
+    wrong = plan.mismatches(tensors, input, outputs, spec)
+    if wrong:
+        raise EngineMismatchError(f"the plan is not the one of this manifest: {'; '.join(wrong)}. Build it again")
+    profiles = _profiles(engine, input.name)
+    missing = plan.uncovered(profiles, input)
+    if missing:
+        raise EngineMismatchError(
+            f"the plan has no optimisation profile for {missing}, which the manifest promises "
+            f"({'; '.join(map(str, profiles))}): compile it again"
+        )
+    return profiles
+
+
+def _profiles(engine: Any, input: str) -> tuple[Profile, ...]:
+    shape = tuple(engine.get_tensor_shape(input))
+    if -1 not in shape:
+        return (Profile(0, shape, shape, shape),)
+    bounds = [engine.get_tensor_profile_shape(input, i) for i in range(engine.num_optimization_profiles)]
+    return tuple(Profile(i, *(tuple(bound) for bound in bounds[i])) for i in range(len(bounds)))
