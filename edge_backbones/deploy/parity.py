@@ -12,9 +12,9 @@ from edge_backbones.bundle.reader import Bundle
 from edge_backbones.difference import reference_norm, relative_error, usual_norm
 from edge_backbones.engines import select as session
 from edge_backbones.engines.base import LoadOptions
-from edge_backbones.engines.ports import Profile, choose_profile
 from edge_backbones.engines.promises import is_inside
 from edge_backbones.engines.select import load_engine
+from edge_backbones.engines.tensorrt.profiles import Profile, choose_profile
 from edge_backbones.parity_report import Gate, ParityError, ParityReport, StageParity
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision

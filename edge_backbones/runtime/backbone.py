@@ -20,137 +20,13 @@ from edge_backbones.bundle.manifest import EngineRecord, Source
 from edge_backbones.bundle.reader import Bundle, read_current
 from edge_backbones.engines import base, registry
 from edge_backbones.engines import select as session
-from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu, refuse_views, stream_pointer
+from edge_backbones.engines.batching import run_in_pieces
+from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu, stream_pointer
 from edge_backbones.engines.gpu.memory import MemoryBackend
-from edge_backbones.errors import BundleError, EngineMismatchError, InputError, first_line, lack_told, refuse_lack
-from edge_backbones.spec import BackboneSpec, InputSpec, align_stages
-
-
-class BackboneOutput(dict[str, tuple[Any, ...]]):
-    """``transformers.modeling_outputs.BackboneOutput`` without torch.
-
-    ``feature_maps`` is a tuple of float32 arrays in stage order: numpy's, or DeviceArrays for input that was on the GPU.
-    As in transformers, fields that are None are not keys, ``output[0]``, ``output["feature_maps"]`` and
-    ``output.feature_maps`` are the same, and iterating gives the keys.
-    """
-
-    def __init__(
-        self,
-        feature_maps: tuple[Any, ...],
-        hidden_states: tuple[Any | None, ...] | None = None,
-        attentions: None = None,
-        cls_tokens: tuple[Any, ...] | None = None,
-    ) -> None:
-        fields = {
-            "feature_maps": feature_maps,
-            "hidden_states": hidden_states,
-            "attentions": attentions,
-            "cls_tokens": cls_tokens,
-        }
-        super().__init__({name: value for name, value in fields.items() if value is not None})
-
-    @property
-    def feature_maps(self) -> tuple[Any, ...]:
-        """One array per chosen stage: NCHW, or what ``EdgeBackbone.layouts`` says."""
-        return super().__getitem__("feature_maps")
-
-    @property
-    def hidden_states(self) -> tuple[Any | None, ...] | None:
-        """One array per layer or stage, as the network has it, None where it was not asked for."""
-        return self.get("hidden_states")
-
-    @property
-    def attentions(self) -> None:
-        """Always None: attention weights do not exist in a compiled engine."""
-
-    @property
-    def cls_tokens(self) -> tuple[Any, ...] | None:
-        """(batch, channels) per chosen stage, for networks that return class tokens beside their maps."""
-        return self.get("cls_tokens")
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None."""
-        return tuple(self.values())
-
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def __repr__(self) -> str:
-        fields = (f"{name}=[{', '.join(str(a.shape) for a in arrays)}]" for name, arrays in self.items())
-        return f"BackboneOutput({', '.join(fields)})"
-
-
-class BackboneConfig:
-    """The configuration that the network came with, and the stages that its backbone returns: ``backbone.config``.
-
-    As in transformers, setting ``out_features`` or ``out_indices`` narrows the backbone, under the rules of
-    :attr:`EdgeBackbone.out_features`. What follows from the compiled stages (``stage_names``, ``channels``,
-    ``num_features``) cannot be set. Every other attribute (``hidden_size``, ``patch_size``, ...) is a plain value.
-    """
-
-    def __init__(self, spec: BackboneSpec, source: Mapping[str, Any]) -> None:
-        plain = {key: value for key, value in source.items() if key not in _OF_THE_STAGES}
-        self.__dict__.update(copy.deepcopy(plain))
-        self._spec = spec
-        self._chosen = tuple(range(len(spec.out_features)))
-        self._out_indices = list(spec.out_indices)
-
-    @property
-    def stage_names(self) -> list[str]:
-        return list(self._spec.stage_names)
-
-    @property
-    def out_features(self) -> list[str]:
-        return [self._spec.out_features[i] for i in self._chosen]
-
-    @out_features.setter
-    def out_features(self, out_features: Sequence[str] | None) -> None:
-        self._choose(*align_stages(self._spec.stage_names, out_features=out_features))
-
-    @property
-    def out_indices(self) -> list[int]:
-        return list(self._out_indices)
-
-    @out_indices.setter
-    def out_indices(self, out_indices: Sequence[int] | None) -> None:
-        self._choose(*align_stages(self._spec.stage_names, out_indices=out_indices))
-
-    @property
-    def channels(self) -> list[int]:
-        return [self._spec.channels[i] for i in self._chosen]
-
-    @property
-    def num_features(self) -> list[int]:
-        return list(self._spec.num_features)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A copy as plain values. For a bundle from transformers, ``Config.from_dict`` of that library takes it."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("_spec", "_chosen", "_out_indices")}
-        return {**copy.deepcopy(plain), **{key: getattr(self, key) for key in _OF_THE_STAGES}}
-
-    def __getattr__(self, name: str) -> Any:  # for type checkers: the attributes are those of the source
-        raise AttributeError(f"this configuration has no {name!r}: the source of the bundle has none")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BackboneConfig) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"BackboneConfig({', '.join(f'{key}={value!r}' for key, value in self.to_dict().items())})"
-
-    def _choose(self, wanted: tuple[str, ...], indices: tuple[int, ...]) -> None:
-        missing = [name for name in wanted if name not in self._spec.out_features]
-        if missing:
-            raise InputError(
-                f"stages {missing} are not compiled into this bundle, which holds {list(self._spec.out_features)}: "
-                "build it again with these out_features"
-            )
-        self._chosen = tuple(self._spec.out_features.index(name) for name in wanted)
-        self._out_indices = list(indices)
-
-
-_OF_THE_STAGES = ("stage_names", "out_features", "out_indices", "channels", "num_features")
+from edge_backbones.errors import BundleError, EngineMismatchError, InputError, lack_told, refuse_lack
+from edge_backbones.runtime.inputs import host_array, refuse_not_finite
+from edge_backbones.runtime.output import BackboneConfig, BackboneOutput, selected
+from edge_backbones.spec import BackboneSpec, InputSpec
 
 
 @dataclass(frozen=True)
@@ -501,7 +377,7 @@ class EdgeBackbone:
         hidden_states = None
         if output_hidden_states:
             states = [outputs[i] for i in self._hidden_states]
-            chosen = _selected(output_hidden_states, len(states))
+            chosen = selected(output_hidden_states, len(states))
             hidden_states = tuple(state if i in chosen else None for i, state in enumerate(states))
         cls_tokens = tuple(outputs[self._cls_tokens[i]] for i in self._config._chosen) if self._cls_tokens else None
         return BackboneOutput(feature_maps, hidden_states, cls_tokens=cls_tokens)
@@ -589,21 +465,20 @@ class EdgeBackbone:
         usual = type(pixel_values) is np.ndarray and (pixel_values.dtype, pixel_values.shape) == self._usual
         if usual and stream is None and pixel_values.flags.carray:
             if self._checks_values and not math.isfinite(np.vdot(pixel_values, pixel_values)):
-                _refuse_not_finite(pixel_values, self._input)
+                refuse_not_finite(pixel_values, self._input)
             return self._engine.run(pixel_values)
         if not isinstance(pixel_values, np.ndarray) and is_on_gpu(pixel_values):
             return self._run_on_gpu(pixel_values, stream)
         if stream is not None:
             raise InputError(f"stream= is for arrays on the GPU, and {self._input.name} is not there: leave it out")
-        array = _host_array(pixel_values, self._input)
+        array = host_array(pixel_values, self._input)
         sizes = self._input.batch
         count = self._input.batch_height_width(array.shape)[0]
         if self._checks_values and not math.isfinite(np.vdot(array, array)):
-            _refuse_not_finite(array, self._input)
+            refuse_not_finite(array, self._input)
         if count in sizes:
             return self._engine.run(array)
-        pieces = [self._run_piece(array[start : start + sizes.max]) for start in range(0, count, sizes.max)]
-        return pieces[0] if len(pieces) == 1 else [np.concatenate(maps) for maps in zip(*pieces, strict=True)]
+        return run_in_pieces(self._engine.run, array, sizes)
 
     def _run_on_gpu(self, values: Any, stream: Any) -> Sequence[Any]:
         engine = self._on_device
@@ -619,14 +494,6 @@ class EdgeBackbone:
         self._input.batch_height_width(array.shape)
         return engine.run_on_device(array, pointer)
 
-    def _run_piece(self, piece: np.ndarray) -> list[np.ndarray]:
-        count, smallest = len(piece), self._input.batch.min
-        if count >= smallest:
-            return self._engine.run(piece)
-        filled = np.zeros((smallest, *piece.shape[1:]), piece.dtype)
-        filled[:count] = piece
-        return [feature_map[:count] for feature_map in self._engine.run(filled)]
-
 
 def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:
     """``cpu`` or ``cuda``, and the index of the GPU, None for the CPU."""
@@ -636,14 +503,6 @@ def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:
     if found is None:
         raise InputError(f"device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}")
     return "cuda", int(found[1] or 0)
-
-
-def _selected(hidden_states: bool | int | Sequence[int], count: int) -> set[int]:
-    """Which of ``count`` hidden states are asked for, by the rules of transformers' ``output_hidden_states``."""
-    if isinstance(hidden_states, bool):
-        return set(range(count))
-    indices = [hidden_states] if isinstance(hidden_states, int) else hidden_states
-    return {i % count for i in indices if -count <= i < count}
 
 
 def _reopen(kind: type[EdgeBackbone], origin: _Origin, config: BackboneConfig) -> EdgeBackbone:
@@ -670,61 +529,3 @@ def _reopen(kind: type[EdgeBackbone], origin: _Origin, config: BackboneConfig) -
         )
     backbone._config = config
     return backbone
-
-
-def _refuse_not_finite(array: np.ndarray, spec: InputSpec) -> None:
-    """Raise InputError for NaN or infinity; return where the sum of squares has only overflowed."""
-    found = {}
-    for index, sample in enumerate(array):
-        counts = {"NaN": int(np.isnan(sample).sum()), "infinite": int(np.isinf(sample).sum())}
-        if any(counts.values()):
-            found[index] = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    if found:
-        first = ", ".join(f"{what} in sample {index}" for index, what in list(found.items())[:3])
-        more = f", and more in {len(found) - 3} other samples" if len(found) > 3 else ""
-        raise InputError(
-            f"{spec.name} of shape {array.shape} has values that are not finite ({first}{more}): replace them, as "
-            "np.nan_to_num(array, posinf=0, neginf=0) does, or open the bundle with check_finite=False"
-        )
-
-
-def _host_array(values: Any, spec: InputSpec) -> np.ndarray:
-    """A C-contiguous array of the engine's dtype over the caller's memory, copied only where it has to be."""
-    if not isinstance(values, np.ndarray):
-        values = _from_dlpack(values, spec)
-    elif isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        raise InputError(
-            f"{spec.name} has {np.ma.getmaskarray(values).sum()} masked values, and an engine has no mask: "
-            "pass array.filled(0)"
-        )
-    is_float = values.dtype.kind == "f" or values.dtype.name == "bfloat16"  # of ml_dtypes, as jax has it
-    if spec.dtype == "float32" and is_float:
-        try:
-            with np.errstate(over="raise"):
-                values = values.astype(np.float32, copy=False)
-        except FloatingPointError as error:
-            raise InputError(
-                f"{spec.name} of dtype {values.dtype} has values beyond float32, whose largest is 3.4e38, and this engine "
-                f"takes {spec.describe()}: scale them, or np.clip them"
-            ) from error
-    elif values.dtype != spec.dtype:
-        raise InputError(f"{spec.name} of dtype {values.dtype} does not fit: this engine takes {spec.describe()}")
-    # OpenVINO wraps writable memory only; it does not write to an input.
-    return np.require(np.asarray(values), requirements=("C", "W"))
-
-
-def _from_dlpack(values: Any, spec: InputSpec) -> np.ndarray:
-    if not hasattr(values, "__dlpack__"):
-        raise InputError(
-            f"{spec.name} of type {type(values).__name__} does not fit: pass a numpy array or a DLPack tensor, "
-            f"{spec.describe()}"
-        )
-    refuse_views(values)
-    try:
-        return np.from_dlpack(values)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        dtype, cause = getattr(values, "dtype", "unknown dtype"), first_line(error).rstrip(".")
-        raise InputError(
-            f"{spec.name} of {dtype} cannot be read through DLPack ({cause}): pass a dense {spec.dtype} tensor on the CPU, "
-            "detached"
-        ) from error

@@ -10,8 +10,8 @@ from msgspec import structs
 
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.deploy.parity import advice_on_building, compare, measure_parity
-from edge_backbones.engines.ports import Profile
 from edge_backbones.engines.promises import DEFAULT_GATES
+from edge_backbones.engines.tensorrt.profiles import Profile
 from edge_backbones.errors import IntegrityError
 from edge_backbones.parity_report import Gate, ParityReport, StageParity
 from edge_backbones.runtime.backbone import EdgeBackbone

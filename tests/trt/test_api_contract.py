@@ -173,9 +173,7 @@ def here(names: tuple[str, ...]) -> list[Api]:
 
 
 def read(text: str) -> Source:
-    return Source(
-        dedent(text), here(EVERYWHERE), RECEIVERS, given=("made",), computed=tuple(AS_TEXT), ours=our_names()
-    )
+    return Source(dedent(text), here(EVERYWHERE), RECEIVERS, given=("made",), computed=tuple(AS_TEXT), ours=our_names())
 
 
 def broken_in(source: Source, names: tuple[str, ...]) -> list[str]:

@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_backbones.engines import ports as plan
-from edge_backbones.engines.ports import Piece, Profile, Tensor
+from edge_backbones.engines.batching import Piece, pieces
+from edge_backbones.engines.gpu.streams import ALIGNMENT, is_default, rounded, stream_key
+from edge_backbones.engines.ports import Tensor, mismatches
+from edge_backbones.engines.tensorrt.profiles import (
+    Profile,
+    choose_profile,
+    says_host_code,
+    says_out_of_memory,
+    uncovered,
+)
 from edge_backbones.errors import InputError
 from edge_backbones.spec import InputSpec, ShapeRange
 from edge_backbones.testing import pooling_input
@@ -27,17 +35,17 @@ def ranges(draw) -> ShapeRange:
 
 
 def test_the_tightest_profile_that_holds_a_shape_is_chosen():
-    assert plan.choose_profile([MANY, ONE], (1, 3, 32, 32)) is ONE
-    assert plan.choose_profile([ONE, MANY], (2, 3, 32, 32)) is MANY
+    assert choose_profile([MANY, ONE], (1, 3, 32, 32)) is ONE
+    assert choose_profile([ONE, MANY], (2, 3, 32, 32)) is MANY
     twin = Profile(2, MANY.min, (2, 3, 32, 32), MANY.max)
-    assert plan.choose_profile([MANY, twin], (2, 3, 32, 32)) is twin
-    assert plan.choose_profile([MANY, twin], (8, 3, 32, 32)) is MANY
+    assert choose_profile([MANY, twin], (2, 3, 32, 32)) is twin
+    assert choose_profile([MANY, twin], (8, 3, 32, 32)) is MANY
 
 
 @pytest.mark.parametrize("shape", [(17, 3, 32, 32), (1, 3, 96, 32), (1, 1, 32, 32), (3, 32, 32)])
 def test_a_shape_outside_every_profile_is_told_min_opt_and_max_of_each(shape):
     with pytest.raises(InputError) as caught:
-        plan.choose_profile([ONE, MANY], shape)
+        choose_profile([ONE, MANY], shape)
     for part in (str(shape), "profile 0: min (1, 3, 32, 32), opt (1, 3, 32, 32), max (1, 3, 64, 64)", "profile 1: min"):
         assert part in str(caught.value)
 
@@ -48,25 +56,25 @@ def test_a_chosen_profile_holds_the_shape_and_none_that_does_is_smaller(drawn, b
     fitting = [p for p, (b, s) in zip(profiles, drawn, strict=True) if batch in b and size in s]
     if not fitting:
         with pytest.raises(InputError, match=re.escape(str((batch, size)))):
-            plan.choose_profile(profiles, (batch, size))
+            choose_profile(profiles, (batch, size))
         return
-    chosen = plan.choose_profile(profiles, (batch, size))
+    chosen = choose_profile(profiles, (batch, size))
     assert chosen in fitting
     assert math.prod(chosen.max) == min(math.prod(p.max) for p in fitting)
 
 
 @given(st.integers(1, 200), ranges())
 def test_pieces_cover_a_batch_once_in_order_and_each_can_be_run(count, batch):
-    pieces = plan.pieces(count, batch)
-    assert [i for piece in pieces for i in range(piece.start, piece.start + piece.count)] == list(range(count))
-    assert all(piece.count <= piece.run and piece.run in batch for piece in pieces)
-    assert len(pieces) == math.ceil(count / batch.max)
-    assert all(piece.count == piece.run for piece in pieces[:-1])
+    found = pieces(count, batch)
+    assert [i for piece in found for i in range(piece.start, piece.start + piece.count)] == list(range(count))
+    assert all(piece.count <= piece.run and piece.run in batch for piece in found)
+    assert len(found) == math.ceil(count / batch.max)
+    assert all(piece.count == piece.run for piece in found[:-1])
 
 
 def test_pieces_by_example():
-    assert plan.pieces(2, ShapeRange(min=3, opt=4, max=8)) == [Piece(0, 2, 3)]
-    assert plan.pieces(9, ShapeRange.fixed(4)) == [Piece(0, 4, 4), Piece(4, 4, 4), Piece(8, 1, 4)]
+    assert pieces(2, ShapeRange(min=3, opt=4, max=8)) == [Piece(0, 2, 3)]
+    assert pieces(9, ShapeRange.fixed(4)) == [Piece(0, 4, 4), Piece(4, 4, 4), Piece(8, 1, 4)]
 
 
 RIGHT = [Tensor("pixel_values", "INPUT", "FLOAT"), Tensor("a", "OUTPUT", "FLOAT"), Tensor("b", "OUTPUT", "FLOAT")]
@@ -86,27 +94,25 @@ RIGHT = [Tensor("pixel_values", "INPUT", "FLOAT"), Tensor("a", "OUTPUT", "FLOAT"
     ],
 )
 def test_a_plan_is_held_against_the_manifest(tensors, phrase):
-    found = plan.mismatches(tensors, pooling_input(2), ["a", "b"])
+    found = mismatches(tensors, pooling_input(2), ["a", "b"])
     assert not found if phrase is None else any(phrase in reason for reason in found), found
 
 
 def test_a_camera_frame_is_uint8():
     fixed = ShapeRange.fixed
     spec = InputSpec(name="image", channels=3, batch=fixed(1), height=fixed(32), width=fixed(48))
-    assert plan.mismatches([Tensor("image", "INPUT", "UINT8")], spec, []) == []
-    assert "its input is FLOAT, the manifest says UINT8" in plan.mismatches(
-        [Tensor("image", "INPUT", "FLOAT")], spec, []
-    )
+    assert mismatches([Tensor("image", "INPUT", "UINT8")], spec, []) == []
+    assert "its input is FLOAT, the manifest says UINT8" in mismatches([Tensor("image", "INPUT", "FLOAT")], spec, [])
 
 
 def test_sizes_of_the_manifest_that_no_profile_holds_are_named():
     spec = pooling_input(ShapeRange(min=1, opt=2, max=8))
     whole = Profile(0, (1, 3, 32, 48), (2, 3, 32, 48), (8, 3, 32, 48))
     small = Profile(0, (1, 3, 32, 48), (2, 3, 32, 48), (4, 3, 32, 48))
-    assert plan.uncovered([whole], spec) == []
-    assert plan.uncovered([small], spec) == [(5, 3, 32, 48), (8, 3, 32, 48)]
+    assert uncovered([whole], spec) == []
+    assert uncovered([small], spec) == [(5, 3, 32, 48), (8, 3, 32, 48)]
     only = [Profile(i, *((size, 3, 32, 48),) * 3) for i, size in enumerate((1, 2, 8))]
-    assert plan.uncovered(only, spec) == [(3, 3, 32, 48)]  # a hole between them
+    assert uncovered(only, spec) == [(3, 3, 32, 48)]  # a hole between them
 
 
 def test_mixed_corners_and_steps_count():
@@ -117,27 +123,27 @@ def test_mixed_corners_and_steps_count():
     small, large = (
         Profile(i, *((b, 3, n, n) for b in (1, 1, most))) for i, (n, most) in enumerate(((64, 4), (128, 4)))
     )
-    missing = plan.uncovered([small, large], spec)
+    missing = uncovered([small, large], spec)
     assert (1, 3, 64, 128) in missing
     assert (1, 3, 96, 96) in missing
     assert all(shape[2] % 32 == shape[3] % 32 == 0 for shape in missing)
-    assert plan.uncovered([Profile(0, (1, 3, 64, 64), (1, 3, 64, 64), (4, 3, 128, 128))], spec) == []
+    assert uncovered([Profile(0, (1, 3, 64, 64), (1, 3, 64, 64), (4, 3, 128, 128))], spec) == []
 
 
 @given(st.integers(1, 1 << 40))
 def test_a_size_grows_by_an_eighth_or_one_alignment_at_most(size):
-    allocated = plan.rounded(size)
-    assert size <= allocated <= size + max(plan.ALIGNMENT, size // 8)
-    assert allocated % plan.ALIGNMENT == 0
-    assert plan.rounded(allocated) == allocated
+    allocated = rounded(size)
+    assert size <= allocated <= size + max(ALIGNMENT, size // 8)
+    assert allocated % ALIGNMENT == 0
+    assert rounded(allocated) == allocated
 
 
 def test_streams_that_are_one_queue_have_one_key():
-    assert plan.stream_key(0, 7) == plan.stream_key(1, 8)
-    assert plan.stream_key(2, 7) != plan.stream_key(2, 8)
-    assert plan.stream_key(0x7F00, 7) == plan.stream_key(0x7F00, 8)
-    assert len({plan.stream_key(stream, 7) for stream in (0, 2, 0x7F00)}) == 3
-    assert [plan.is_default(stream) for stream in (0, 1, 2, 3)] == [True, True, True, False]
+    assert stream_key(0, 7) == stream_key(1, 8)
+    assert stream_key(2, 7) != stream_key(2, 8)
+    assert stream_key(0x7F00, 7) == stream_key(0x7F00, 8)
+    assert len({stream_key(stream, 7) for stream in (0, 2, 0x7F00)}) == 3
+    assert [is_default(stream) for stream in (0, 1, 2, 3)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -152,4 +158,4 @@ def test_streams_that_are_one_queue_have_one_key():
     ],
 )
 def test_reasons_are_read_off_the_log(log, memory, host_code):
-    assert (plan.says_out_of_memory(log), plan.says_host_code(log)) == (memory, host_code)
+    assert (says_out_of_memory(log), says_host_code(log)) == (memory, host_code)

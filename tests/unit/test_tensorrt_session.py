@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import call_cost
-from edge_backbones.engines import ports as plan
+from edge_backbones.engines.batching import pieces
 from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray, from_foreign
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.errors import (
@@ -373,7 +373,7 @@ def test_batches_of_every_size_are_cut_filled_and_joined_on_the_gpu(machine, bat
         maps = session.run_on_device(machine.gpu.put(images, offset), stream)
         check([machine.gpu.value(m, stream) for m in maps], images)
     assert machine.counted("cuMemcpyHtoDAsync") == machine.counted("cuMemcpyDtoHAsync") == 0
-    filled = any(piece.run != piece.count for piece in plan.pieces(count, batch))
+    filled = any(piece.run != piece.count for piece in pieces(count, batch))
     assert machine.counted("cuMemsetD8Async") == (3 if filled else 0)
 
 

@@ -21,8 +21,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from edge_backbones.engines import ports as plan
-from edge_backbones.engines.ports import StreamKey
+from edge_backbones.engines.gpu.streams import StreamKey, stream_key
 from edge_backbones.errors import DeviceError, InputError, MissingDependencyError, OutOfMemoryError
 from edge_backbones.machine import gpus
 from edge_backbones.machine.gpus import checked
@@ -252,7 +251,7 @@ class Memory:
         if stream in (0, 1):
             return 0
         if self._stream_id is None:
-            return plan.stream_key(stream, threading.get_ident())
+            return stream_key(stream, threading.get_ident())
         return 1 + int(self._check(self._stream_id(stream), "cuStreamGetId of %#x", stream))
 
     def wait(self, stream: int) -> None:

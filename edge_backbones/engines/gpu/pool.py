@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_backbones.engines.gpu import memory as cuda
-from edge_backbones.engines.ports import StreamKey
+from edge_backbones.engines.gpu.streams import StreamKey
 from edge_backbones.errors import DeviceError, OutOfMemoryError
 
 _UNUSABLE_BUFFERS = 8  # of one size that other streams may still read, before the GPU is waited for

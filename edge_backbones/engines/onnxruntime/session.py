@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.bundle.onnx_gate import graph_fault
-from edge_backbones.engines import exits, forks, ports
+from edge_backbones.engines import exits, forks
 from edge_backbones.engines.onnxruntime.library import load_library
+from edge_backbones.engines.ports import Tensor, mismatches
 from edge_backbones.errors import (
     EdgeBackbonesError,
     EngineMismatchError,
@@ -77,7 +78,7 @@ class OnnxRuntimeSession:
         ):
             found = [_port(port, "INPUT") for port in session.get_inputs()]
             found += [_port(port, "OUTPUT") for port in session.get_outputs()]
-        if wrong := ports.mismatches(found, input, spec.outputs, spec):
+        if wrong := mismatches(found, input, spec.outputs, spec):
             raise EngineMismatchError(f"the graph is not the one of this manifest: {'; '.join(wrong)}. Build it again")
         self._session: Any = session
         self._input, self._outputs = input.name, list(spec.outputs)
@@ -111,9 +112,9 @@ class OnnxRuntimeSession:
         self.close()
 
 
-def _port(port: Any, mode: Any) -> ports.Tensor:
+def _port(port: Any, mode: Any) -> Tensor:
     sizes = tuple(size if isinstance(size, int) else -1 for size in port.shape)
-    return ports.Tensor(port.name, mode, _DTYPES.get(port.type, port.type), sizes)
+    return Tensor(port.name, mode, _DTYPES.get(port.type, port.type), sizes)
 
 
 def cause(error: BaseException) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.engines import exits, forks
-from edge_backbones.engines import ports as plan
+from edge_backbones.engines.ports import Shape, Tensor, mismatches
 from edge_backbones.errors import (
     CompileError,
     EdgeBackbonesError,
@@ -171,13 +171,13 @@ class OpenVinoSession:
         ):
             # A port may have several names: an engine merges tensors that are the same.
             names = [next(iter(port.get_names() & set(outputs)), port.get_any_name()) for port in model.outputs]
-            inputs = [plan.Tensor(_name(port, wanted), "INPUT", *_form(port)) for port in model.inputs]
-            made = [plan.Tensor(name, "OUTPUT", *_form(port)) for name, port in zip(names, model.outputs, strict=True)]
+            inputs = [Tensor(_name(port, wanted), "INPUT", *_form(port)) for port in model.inputs]
+            made = [Tensor(name, "OUTPUT", *_form(port)) for name, port in zip(names, model.outputs, strict=True)]
         if sorted(names) != sorted(outputs):
             raise EngineMismatchError(
                 f"the engine returns {names}, the manifest promises {list(outputs)}: build it again"
             )
-        if input is not None and (wrong := plan.mismatches([*inputs, *made], input, outputs, spec)):
+        if input is not None and (wrong := mismatches([*inputs, *made], input, outputs, spec)):
             raise EngineMismatchError(f"the engine is not the one of this manifest: {'; '.join(wrong)}. Build it again")
         self._tensor = openvino.Tensor
         self._loaded: _Loaded | None = _Loaded(blob, model)
@@ -270,8 +270,8 @@ def _name(port: Any, wanted: str) -> str:
     return wanted if wanted in names or not names else str(port.get_any_name())
 
 
-def _form(port: Any) -> tuple[str, plan.Shape | None]:
-    """The dtype and the shape of a port, as plan.Tensor has them."""
+def _form(port: Any) -> tuple[str, Shape | None]:
+    """The dtype and the shape of a port, as Tensor has them."""
     dtype, shape = port.get_element_type().get_type_name(), port.get_partial_shape()
     sizes = None if shape.rank.is_dynamic else tuple(-1 if d.is_dynamic else d.get_length() for d in shape)
     return _DTYPES.get(dtype, dtype), sizes

@@ -21,13 +21,13 @@ import numpy as np
 
 from edge_backbones.bundle.manifest import GpuKey
 from edge_backbones.bundle.onnx_gate import graph_fault
-from edge_backbones.engines import ports as plan
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.refusals import against_dla
 from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, quantise_implicitly
 from edge_backbones.engines.tensorrt.library import against_driver, against_release, load_library, logger_of
 from edge_backbones.engines.tensorrt.messages import cause, explained, made, null_pointers_explained, refusals_explained
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
+from edge_backbones.engines.tensorrt.profiles import Profile, uncovered
 from edge_backbones.errors import CompileError
 from edge_backbones.machine import gpus
 from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
@@ -304,8 +304,8 @@ def _profiles(input: InputSpec, options: PlanOptions) -> tuple[Shapes, ...]:
                     f"a profile asks for {axis} {inner}, the graph has {outer}: build the bundle for more sizes"
                 )
     profiles = options.profiles or (whole,)
-    numbered = [plan.Profile(number, *shapes_of(input, shapes)) for number, shapes in enumerate(profiles)]
-    missing = plan.uncovered(numbered, input)
+    numbered = [Profile(number, *shapes_of(input, shapes)) for number, shapes in enumerate(profiles)]
+    missing = uncovered(numbered, input)
     if missing:
         raise CompileError(
             f"no profile holds {missing[0]}, and the bundle promises {input.min_shape} to {input.max_shape}: add a profile "

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.engines import forks
-from edge_backbones.engines import ports as plan
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.gpu.arrays import ForeignArray
 from edge_backbones.engines.gpu.pool import Attempts, Buffer, Lease, Pool, Ready
-from edge_backbones.engines.ports import Profile, Shape, StreamKey
+from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, float32_bytes, is_default, rounded
+from edge_backbones.engines.ports import Shape
 from edge_backbones.engines.tensorrt.engine import Engine
+from edge_backbones.engines.tensorrt.profiles import Profile
 from edge_backbones.errors import (
     DeviceError,
     EdgeBackbonesError,
@@ -105,7 +106,7 @@ class Slot:
             self._engine.check(done, f"optimisation profile {self._profile.index}")
             self._memory.wait(self._stream)
         self.set_shape(self._largest)
-        self._capacities = [plan.float32_bytes(shape) for shape in self.output_shapes]
+        self._capacities = [float32_bytes(shape) for shape in self.output_shapes]
 
     @property
     def stream(self) -> int:
@@ -180,20 +181,20 @@ class Slot:
         memory = self._memory
         work = self._begin(stream, key)
         source = pointer
-        if count != self.shape[0] or pointer % plan.ALIGNMENT:
+        if count != self.shape[0] or pointer % ALIGNMENT:
             source = self._input_pointer()
             size = count * (self._bytes_of(self.shape) // self.shape[0])
             memory.copy(source, pointer, size, work)
             if count != self.shape[0]:
                 memory.clear(source + size, self._bytes_of(self.shape) - size, work)
-        direct = [target % plan.ALIGNMENT == 0 for target in targets]
+        direct = [target % ALIGNMENT == 0 for target in targets]
         own = targets if all(direct) else self._output_pointers()
         written = [target if fits else mine for target, fits, mine in zip(targets, direct, own, strict=True)]
         self._bind(source, written)
         self._enqueue(work)
         for target, address, shape in zip(targets, written, self.output_shapes, strict=True):
             if target != address:
-                memory.copy(target, address, plan.float32_bytes(shape), work)
+                memory.copy(target, address, float32_bytes(shape), work)
         return self._end(work, stream, key)
 
     def replay(self, array: ForeignArray, stream: int, key: StreamKey) -> Ready:
@@ -202,7 +203,7 @@ class Slot:
             self.set_shape(array.shape)
         if not self._outputs:
             for shape in self.output_shapes:
-                self._outputs.append(self._pool.take(plan.rounded(plan.float32_bytes(shape)), key))
+                self._outputs.append(self._pool.take(rounded(float32_bytes(shape)), key))
                 self._at_home.append(self._outputs[-1])
         elif not all(buffer.follows(key) for buffer in self._outputs):
             self._memory.wait_for_all()
@@ -237,7 +238,7 @@ class Slot:
     def _begin(self, stream: int, key: StreamKey) -> int:
         """The stream to work on: the caller's, or beside a default stream the own one, behind what is on both."""
         work = stream
-        if plan.is_default(stream):
+        if is_default(stream):
             work = self.stream
             assert self._fence is not None
             self._memory.record(self._fence, stream)
@@ -275,7 +276,7 @@ class Slot:
         while len(self._own_outputs) < len(self._capacities):
             self._own_outputs.append(self._memory.allocate(self._capacities[len(self._own_outputs)]))
         for shape, capacity in zip(self.output_shapes, self._capacities, strict=True):
-            if plan.float32_bytes(shape) > capacity:
+            if float32_bytes(shape) > capacity:
                 raise self._engine.failure(f"TensorRT gives an output of shape {shape} for an input of {self.shape}")
         return self._own_outputs
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.bundle.onnx_gate import graph_fault
-from edge_backbones.engines import ports as plan
 from edge_backbones.engines.gpu import memory as cuda
-from edge_backbones.engines.ports import Profile
+from edge_backbones.engines.ports import Tensor, mismatches
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.engines.tensorrt.library import TensorRtFlavour
+from edge_backbones.engines.tensorrt.profiles import Profile, says_host_code, says_out_of_memory, uncovered
 from edge_backbones.errors import (
     EngineMismatchError,
     InferenceError,
@@ -63,7 +63,7 @@ class Engine:
 
     def failure(self, what: str) -> InferenceError:
         log = self.logger.last_error()
-        if plan.says_out_of_memory(log):
+        if says_out_of_memory(log):
             return OutOfMemoryError(
                 f"{what}: {log}. Run smaller batches or fewer threads, or end what else uses this GPU"
             )
@@ -100,10 +100,10 @@ def load(
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         log = logger.last_error()
-        if plan.says_out_of_memory(log):
+        if says_out_of_memory(log):
             raise OutOfMemoryError(f"the plan does not fit into the memory of this GPU: {log}")
         hint = "run edge-backbones compile on this machine"
-        if not allow_host_code and (flavour == "tensorrt_lean" or plan.says_host_code(log)):
+        if not allow_host_code and (flavour == "tensorrt_lean" or says_host_code(log)):
             hint = f"if the plan carries a lean runtime and you trust it, pass allow_host_code=True; else {hint}"
         raise EngineMismatchError(f"{flavour} {library.__version__} does not load this plan ({log}): {hint}")
     try:
@@ -142,7 +142,7 @@ def _agreed_profiles(
     """The optimisation profiles of an engine that is the one of the manifest; EngineMismatchError for another."""
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     tensors = [
-        plan.Tensor(
+        Tensor(
             name,
             engine.get_tensor_mode(name).name,
             engine.get_tensor_dtype(name).name,
@@ -150,11 +150,11 @@ def _agreed_profiles(
         )
         for name in names
     ]
-    wrong = plan.mismatches(tensors, input, outputs, spec)
+    wrong = mismatches(tensors, input, outputs, spec)
     if wrong:
         raise EngineMismatchError(f"the plan is not the one of this manifest: {'; '.join(wrong)}. Build it again")
     profiles = _profiles(engine, input.name)
-    missing = plan.uncovered(profiles, input)
+    missing = uncovered(profiles, input)
     if missing:
         raise EngineMismatchError(
             f"the plan has no optimisation profile for {missing}, which the manifest promises "

@@ -16,15 +16,17 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_backbones.engines import exits
-from edge_backbones.engines import ports as plan
+from edge_backbones.engines.batching import Piece, pieces
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
 from edge_backbones.engines.gpu.pool import Buffer, Lease
-from edge_backbones.engines.ports import Profile, Shape, StreamKey
+from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, float32_bytes, is_default, rounded
+from edge_backbones.engines.ports import Shape
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.engines.tensorrt.contexts import Contexts, Lent, close_quietly
 from edge_backbones.engines.tensorrt.engine import load as load_engine
 from edge_backbones.engines.tensorrt.library import TensorRtFlavour
+from edge_backbones.engines.tensorrt.profiles import Profile, choose_profile
 from edge_backbones.errors import (
     DeviceError,
     EngineMismatchError,
@@ -177,12 +179,12 @@ class TensorRtSession:
     def graphed(self, array: ForeignArray, stream: int) -> GraphedCall:
         """See EdgeBackbone.graphed."""
         route = self._route(array)
-        if not route.exact or array.pointer % plan.ALIGNMENT:
+        if not route.exact or array.pointer % ALIGNMENT:
             raise InputError(
                 f"{self._input.name} of shape {array.shape} at {array.pointer:#x} is not read in place: pass a batch that "
-                f"this engine takes, at a multiple of {plan.ALIGNMENT}"
+                f"this engine takes, at a multiple of {ALIGNMENT}"
             )
-        if plan.is_default(stream):
+        if is_default(stream):
             raise InputError("a default stream cannot be captured: pass another")
         with self._memory as memory:
             self._require_here(array.pointer)
@@ -219,7 +221,7 @@ class TensorRtSession:
         if route is None:
             if not shape or shape[0] < 1:
                 raise InputError(f"{name} of shape {shape} does not fit: this engine takes {self._input.describe()}")
-            runs = [(piece, (piece.run, *shape[1:])) for piece in plan.pieces(shape[0], self._input.batch)]
+            runs = [(piece, (piece.run, *shape[1:])) for piece in pieces(shape[0], self._input.batch)]
             parts = [(piece, self._profile(run), run) for piece, run in runs]
             route = _Route(parts, array.nbytes // shape[0])
             if len(self._routes) < _KNOWN_SHAPES:
@@ -229,7 +231,7 @@ class TensorRtSession:
     def _profile(self, shape: Shape) -> Profile:
         profile = self._chosen.get(shape)
         if profile is None:
-            profile = plan.choose_profile(self._profiles, shape)
+            profile = choose_profile(self._profiles, shape)
             if len(self._chosen) < _KNOWN_SHAPES:
                 self._chosen[shape] = profile
         return profile
@@ -245,7 +247,7 @@ class GraphedCall:
         buffers: list[Buffer] = []
         try:
             for shape in slot.output_shapes:
-                buffers.append(pool.take(plan.rounded(plan.float32_bytes(shape)), key))
+                buffers.append(pool.take(rounded(float32_bytes(shape)), key))
             for _ in range(2):  # the second enqueue of a context is captured
                 targets = [buffer.pointer for buffer in buffers]
                 ready = slot.run_on_device(array.pointer, array.shape[0], targets, stream, key)
@@ -289,7 +291,7 @@ class _Route:
     ``image``: bytes of one image of the input. ``outputs`` are known once a context was told the shape.
     """
 
-    parts: list[tuple[plan.Piece, Profile, Shape]]
+    parts: list[tuple[Piece, Profile, Shape]]
     image: int
     outputs: tuple[_Output, ...] = ()
 
@@ -300,9 +302,9 @@ class _Route:
 
     def set_outputs(self, count: int, shapes: Sequence[Shape]) -> None:
         last = self.parts[-1][0]
-        images = [plan.float32_bytes(shape[1:]) for shape in shapes]
+        images = [float32_bytes(shape[1:]) for shape in shapes]
         self.outputs = tuple(
-            _Output((count, *shape[1:]), plan.rounded((last.start + last.run) * image), image)
+            _Output((count, *shape[1:]), rounded((last.start + last.run) * image), image)
             for shape, image in zip(shapes, images, strict=True)
         )
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.engines import exits, forks
-from edge_backbones.engines import ports as plan
+from edge_backbones.engines.batching import pieces
 from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
 from edge_backbones.errors import (
     EdgeBackbonesError,
@@ -258,7 +258,7 @@ class TorchScriptSession:
         if count in sizes:
             return self._run(pixels)
         ran = []
-        for piece in plan.pieces(count, sizes):
+        for piece in pieces(count, sizes):
             images = pixels[piece.start : piece.start + piece.count]
             if piece.run > piece.count:
                 images = torch.cat([images, images.new_zeros((piece.run - piece.count, *images.shape[1:]))])

@@ -1,0 +1,73 @@
+"""Optimisation profiles of a plan, and what its log says."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_backbones.engines.ports import Shape
+from edge_backbones.errors import InputError
+from edge_backbones.spec import InputSpec
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimisation profile: the smallest, the usual and the largest shape of the input."""
+
+    index: int
+    min: Shape
+    opt: Shape
+    max: Shape
+
+    def holds(self, shape: Sequence[int]) -> bool:
+        return len(shape) == len(self.min) and all(
+            low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
+        )
+
+    def __str__(self) -> str:
+        return f"profile {self.index}: min {self.min}, opt {self.opt}, max {self.max}"
+
+
+def choose_profile(profiles: Sequence[Profile], shape: Shape) -> Profile:
+    """The tightest profile that holds a shape: the smallest maximum, then the nearest optimum, then the first.
+
+    InputError with the shape and the min, opt and max of every profile when none does.
+    """
+    fitting = [profile for profile in profiles if profile.holds(shape)]
+    if not fitting:
+        raise InputError(
+            f"the input of shape {shape} fits no optimisation profile of this engine ({'; '.join(map(str, profiles))}): "
+            "pass a shape inside one, or build the engine with wider ranges"
+        )
+    size = math.prod(shape)
+    return min(fitting, key=lambda p: (math.prod(p.max), abs(math.prod(p.opt) - size), p.index))
+
+
+def uncovered(profiles: Sequence[Profile], input: InputSpec) -> list[Shape]:
+    """Inputs that the manifest promises and no profile holds: all corners are tried, and what lies beyond each profile."""
+    axes = (0, 2, 3) if input.layout == "NCHW" else (0, 1, 2)
+    tried: list[list[int]] = []
+    for axis, sizes, step in zip(
+        axes, (input.batch, input.height, input.width), (1, input.size_multiple, input.size_multiple), strict=True
+    ):
+        beyond = [profile.max[axis] + step for profile in profiles]
+        inside = (size for size in beyond if sizes.min <= size <= sizes.max)
+        tried.append(sorted({sizes.min, sizes.opt, sizes.max, *inside}))
+    shapes = dict.fromkeys(input.shape(*sizes) for sizes in itertools.product(*tried))
+    return [shape for shape in shapes if not any(profile.holds(shape) for profile in profiles)]
+
+
+def says_out_of_memory(log: str) -> bool:
+    """Is memory the reason that TensorRT logged?"""
+    text = log.lower().replace(" ", "")
+    return any(
+        words in text for words in ("outofmemory", "out_of_memory", "cudaerrormemoryallocation", "couldnotallocate")
+    )
+
+
+def says_host_code(log: str) -> bool:
+    """Is code for the host in the plan the reason that TensorRT logged?"""
+    text = log.lower().replace(" ", "").replace("-", "").replace("_", "")
+    return any(words in text for words in ("hostcode", "leanruntime", "versioncompatib"))

@@ -1,0 +1,69 @@
+"""What callers pass on the host: arrays of several libraries, checked and made contiguous."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edge_backbones.engines.gpu.arrays import refuse_views
+from edge_backbones.errors import InputError, first_line
+from edge_backbones.spec import InputSpec
+
+
+def refuse_not_finite(array: np.ndarray, spec: InputSpec) -> None:
+    """Raise InputError for NaN or infinity; return where the sum of squares has only overflowed."""
+    found = {}
+    for index, sample in enumerate(array):
+        counts = {"NaN": int(np.isnan(sample).sum()), "infinite": int(np.isinf(sample).sum())}
+        if any(counts.values()):
+            found[index] = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    if found:
+        first = ", ".join(f"{what} in sample {index}" for index, what in list(found.items())[:3])
+        more = f", and more in {len(found) - 3} other samples" if len(found) > 3 else ""
+        raise InputError(
+            f"{spec.name} of shape {array.shape} has values that are not finite ({first}{more}): replace them, as "
+            "np.nan_to_num(array, posinf=0, neginf=0) does, or open the bundle with check_finite=False"
+        )
+
+
+def host_array(values: Any, spec: InputSpec) -> np.ndarray:
+    """A C-contiguous array of the engine's dtype over the caller's memory, copied only where it has to be."""
+    if not isinstance(values, np.ndarray):
+        values = _from_dlpack(values, spec)
+    elif isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise InputError(
+            f"{spec.name} has {np.ma.getmaskarray(values).sum()} masked values, and an engine has no mask: "
+            "pass array.filled(0)"
+        )
+    is_float = values.dtype.kind == "f" or values.dtype.name == "bfloat16"  # of ml_dtypes, as jax has it
+    if spec.dtype == "float32" and is_float:
+        try:
+            with np.errstate(over="raise"):
+                values = values.astype(np.float32, copy=False)
+        except FloatingPointError as error:
+            raise InputError(
+                f"{spec.name} of dtype {values.dtype} has values beyond float32, whose largest is 3.4e38, and this engine "
+                f"takes {spec.describe()}: scale them, or np.clip them"
+            ) from error
+    elif values.dtype != spec.dtype:
+        raise InputError(f"{spec.name} of dtype {values.dtype} does not fit: this engine takes {spec.describe()}")
+    # OpenVINO wraps writable memory only; it does not write to an input.
+    return np.require(np.asarray(values), requirements=("C", "W"))
+
+
+def _from_dlpack(values: Any, spec: InputSpec) -> np.ndarray:
+    if not hasattr(values, "__dlpack__"):
+        raise InputError(
+            f"{spec.name} of type {type(values).__name__} does not fit: pass a numpy array or a DLPack tensor, "
+            f"{spec.describe()}"
+        )
+    refuse_views(values)
+    try:
+        return np.from_dlpack(values)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        dtype, cause = getattr(values, "dtype", "unknown dtype"), first_line(error).rstrip(".")
+        raise InputError(
+            f"{spec.name} of {dtype} cannot be read through DLPack ({cause}): pass a dense {spec.dtype} tensor on the CPU, "
+            "detached"
+        ) from error

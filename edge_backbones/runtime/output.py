@@ -1,0 +1,144 @@
+"""What a backbone returns and how it is configured, as in transformers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edge_backbones.errors import InputError
+from edge_backbones.spec import BackboneSpec, align_stages
+
+_OF_THE_STAGES = ("stage_names", "out_features", "out_indices", "channels", "num_features")
+
+
+class BackboneOutput(dict[str, tuple[Any, ...]]):
+    """``transformers.modeling_outputs.BackboneOutput`` without torch.
+
+    ``feature_maps`` is a tuple of float32 arrays in stage order: numpy's, or DeviceArrays for input that was on the GPU.
+    As in transformers, fields that are None are not keys, ``output[0]``, ``output["feature_maps"]`` and
+    ``output.feature_maps`` are the same, and iterating gives the keys.
+    """
+
+    def __init__(
+        self,
+        feature_maps: tuple[Any, ...],
+        hidden_states: tuple[Any | None, ...] | None = None,
+        attentions: None = None,
+        cls_tokens: tuple[Any, ...] | None = None,
+    ) -> None:
+        fields = {
+            "feature_maps": feature_maps,
+            "hidden_states": hidden_states,
+            "attentions": attentions,
+            "cls_tokens": cls_tokens,
+        }
+        super().__init__({name: value for name, value in fields.items() if value is not None})
+
+    @property
+    def feature_maps(self) -> tuple[Any, ...]:
+        """One array per chosen stage: NCHW, or what ``EdgeBackbone.layouts`` says."""
+        return super().__getitem__("feature_maps")
+
+    @property
+    def hidden_states(self) -> tuple[Any | None, ...] | None:
+        """One array per layer or stage, as the network has it, None where it was not asked for."""
+        return self.get("hidden_states")
+
+    @property
+    def attentions(self) -> None:
+        """Always None: attention weights do not exist in a compiled engine."""
+
+    @property
+    def cls_tokens(self) -> tuple[Any, ...] | None:
+        """(batch, channels) per chosen stage, for networks that return class tokens beside their maps."""
+        return self.get("cls_tokens")
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None."""
+        return tuple(self.values())
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __repr__(self) -> str:
+        fields = (f"{name}=[{', '.join(str(a.shape) for a in arrays)}]" for name, arrays in self.items())
+        return f"BackboneOutput({', '.join(fields)})"
+
+
+class BackboneConfig:
+    """The configuration that the network came with, and the stages that its backbone returns: ``backbone.config``.
+
+    As in transformers, setting ``out_features`` or ``out_indices`` narrows the backbone, under the rules of
+    :attr:`EdgeBackbone.out_features`. What follows from the compiled stages (``stage_names``, ``channels``,
+    ``num_features``) cannot be set. Every other attribute (``hidden_size``, ``patch_size``, ...) is a plain value.
+    """
+
+    def __init__(self, spec: BackboneSpec, source: Mapping[str, Any]) -> None:
+        plain = {key: value for key, value in source.items() if key not in _OF_THE_STAGES}
+        self.__dict__.update(copy.deepcopy(plain))
+        self._spec = spec
+        self._chosen = tuple(range(len(spec.out_features)))
+        self._out_indices = list(spec.out_indices)
+
+    @property
+    def stage_names(self) -> list[str]:
+        return list(self._spec.stage_names)
+
+    @property
+    def out_features(self) -> list[str]:
+        return [self._spec.out_features[i] for i in self._chosen]
+
+    @out_features.setter
+    def out_features(self, out_features: Sequence[str] | None) -> None:
+        self._choose(*align_stages(self._spec.stage_names, out_features=out_features))
+
+    @property
+    def out_indices(self) -> list[int]:
+        return list(self._out_indices)
+
+    @out_indices.setter
+    def out_indices(self, out_indices: Sequence[int] | None) -> None:
+        self._choose(*align_stages(self._spec.stage_names, out_indices=out_indices))
+
+    @property
+    def channels(self) -> list[int]:
+        return [self._spec.channels[i] for i in self._chosen]
+
+    @property
+    def num_features(self) -> list[int]:
+        return list(self._spec.num_features)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A copy as plain values. For a bundle from transformers, ``Config.from_dict`` of that library takes it."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("_spec", "_chosen", "_out_indices")}
+        return {**copy.deepcopy(plain), **{key: getattr(self, key) for key in _OF_THE_STAGES}}
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: the attributes are those of the source
+        raise AttributeError(f"this configuration has no {name!r}: the source of the bundle has none")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BackboneConfig) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"BackboneConfig({', '.join(f'{key}={value!r}' for key, value in self.to_dict().items())})"
+
+    def _choose(self, wanted: tuple[str, ...], indices: tuple[int, ...]) -> None:
+        missing = [name for name in wanted if name not in self._spec.out_features]
+        if missing:
+            raise InputError(
+                f"stages {missing} are not compiled into this bundle, which holds {list(self._spec.out_features)}: "
+                "build it again with these out_features"
+            )
+        self._chosen = tuple(self._spec.out_features.index(name) for name in wanted)
+        self._out_indices = list(indices)
+
+
+def selected(hidden_states: bool | int | Sequence[int], count: int) -> set[int]:
+    """Which of ``count`` hidden states are asked for, by the rules of transformers' ``output_hidden_states``."""
+    if isinstance(hidden_states, bool):
+        return set(range(count))
+    indices = [hidden_states] if isinstance(hidden_states, int) else hidden_states
+    return {i % count for i in indices if -count <= i < count}
