@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from edge_backbones.deploy.compile import compile_bundle as compile_bundle
     from edge_backbones.deploy.verify import verify_bundle as verify_bundle
     from edge_backbones.errors import EdgeBackbonesError as EdgeBackbonesError
-    from edge_backbones.runtime.backbone import BackboneOutput as BackboneOutput
     from edge_backbones.runtime.backbone import EdgeBackbone as EdgeBackbone
+    from edge_backbones.runtime.output import BackboneOutput as BackboneOutput
     from edge_backbones.toolchain.build import BuildOptions as BuildOptions
     from edge_backbones.toolchain.build import build_bundle as build_bundle
     from edge_backbones.toolchain.sources.load import ModuleSource as ModuleSource
 
 _HOMES = {
     "AutoEdgeBackbone": "edge_backbones.auto",
-    "BackboneOutput": "edge_backbones.runtime.backbone",
+    "BackboneOutput": "edge_backbones.runtime.output",
     "EdgeBackbone": "edge_backbones.runtime.backbone",
     "Bundle": "edge_backbones.bundle.reader",
     "EdgeBackbonesError": "edge_backbones.errors",
