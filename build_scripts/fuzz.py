@@ -32,7 +32,8 @@ import numpy as np
 from edge_backbones.bench import results
 from edge_backbones.bundle.manifest import CalibrationFile
 from edge_backbones.bundle.onnx_gate import graph_fault
-from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.engines.openvino.session import OpenVinoSession, compile_model, read_model
 from edge_backbones.errors import EdgeBackbonesError
 from edge_backbones.images.fit import ImageConfig

@@ -12,7 +12,8 @@ import numpy as np
 
 from edge_backbones.bundle import golden as golden_file
 from edge_backbones.bundle.manifest import EngineRecord, GoldenRecord, Manifest, Provenance, Source
-from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.deploy.parity import compare
 from edge_backbones.engines.compile import engine_key
 from edge_backbones.engines.openvino.session import compile_model, load_library

@@ -11,7 +11,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_backbones.bundle.manifest import GraphRecord
-from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import record_bytes, write_manifest
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
 

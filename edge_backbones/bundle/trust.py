@@ -42,7 +42,8 @@ import msgspec
 
 from edge_backbones.bundle import manifest as manifest_module
 from edge_backbones.bundle.manifest import MAX_MANIFEST_BYTES, EngineRecord, Manifest
-from edge_backbones.bundle.reader import MANIFEST, Bundle, write_beside_and_rename
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.storage import MANIFEST, write_beside_and_rename
 from edge_backbones.errors import BundleError, InputError, MissingDependencyError, TrustError, first_line
 from edge_backbones.reading import opened, read_file
 

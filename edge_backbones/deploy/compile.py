@@ -18,7 +18,8 @@ import numpy as np
 
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.manifest import EngineKey, EngineRecord, Flavour, GraphRecord, decode_calibration
-from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.deploy.parity import advice_on_building, measure_in_bundle, require
 from edge_backbones.deploy.timing import engines_here, time_bundle
 from edge_backbones.engines import compat, promises

@@ -140,10 +140,10 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
 
 
 def profile_of(gpu: DetectedGpu | None, *, board: str = "") -> DeviceProfile | None:
-    """The profile of a detected GPU, of the CPU for None; None where nothing here fits, or several do.
+    """Return the profile of a detected GPU, or of the CPU for None; return None if no profile fits or several do.
 
-    ``board``: what :func:`edge_backbones.machine.system.board_name` says. Orin Nano and Orin NX of 8 GB are alike to CUDA: the board
-    alone tells them apart.
+    ``board``: the name from :func:`edge_backbones.machine.system.board_name`. CUDA reports Orin Nano and Orin NX of 8 GB
+    alike: only the name of the board tells them apart.
     """
     if gpu is None:
         return load_profile("cpu")

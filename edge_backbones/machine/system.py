@@ -30,17 +30,20 @@ _UNITS_PER_MHZ = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3}
 
 
 def default_cache() -> Path:
-    """The user's cache folder of this package: compiled engines (at most 4 GiB), bundles of AutoEdgeBackbone (at most 16 GiB)
-    and notes of what was measured here.
+    """Return the user's cache folder of this package.
 
-    This package writes to the bundle, to the files that a command names (``run``: features/, ``verify --explain``:
-    explanation.png, ``build`` and ``report``: <bundle>.report.html), to hidden files beside these while it writes, and here.
-    Compiling for a signed bundle makes the device's key once (see :mod:`edge_backbones.bundle.trust`). Opening and running an engine
-    writes nothing at all. ``bench`` has files in the system's folder for temporary ones.
+    It holds compiled engines (at most 4 GiB), bundles of AutoEdgeBackbone (at most 16 GiB) and notes of what was measured
+    on this machine.
 
-    Libraries of the workstation have places of their own: huggingface_hub keeps what it was asked to download (HF_HOME),
-    matplotlib a list of fonts (``matplotlib`` in the cache and configuration folders), torch an empty folder for its compiler
-    (``torchinductor_<user>`` beside temporary files). The telemetry of OpenVINO and ONNX Runtime, which writes too, is off.
+    This is all that the package writes: the bundle; the files that a command names (``run``: features/, ``verify
+    --explain``: explanation.png, ``build`` and ``report``: <bundle>.report.html); hidden files beside these during a write;
+    and this folder. Compiling for a signed bundle makes the device's key once (see :mod:`edge_backbones.bundle.vouchers`).
+    ``bench`` uses the system's folder for temporary files. Loading and running an engine writes nothing.
+
+    Libraries of the workstation have folders of their own. huggingface_hub keeps its downloads (HF_HOME), matplotlib a list
+    of fonts (``matplotlib`` in the cache and configuration folders), torch an empty folder for its compiler
+    (``torchinductor_<user>`` beside temporary files). The telemetry of OpenVINO and ONNX Runtime, which would write files
+    too, is switched off.
     """
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "edge_backbones"

@@ -28,7 +28,8 @@ from edge_backbones.bundle.manifest import (
     Manifest,
     decode_calibration,
 )
-from edge_backbones.bundle.reader import Bundle, load_golden, write_beside_and_rename
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.storage import write_beside_and_rename
 from edge_backbones.engines import promises
 from edge_backbones.engines import select as session
 from edge_backbones.errors import (

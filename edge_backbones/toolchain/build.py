@@ -31,7 +31,8 @@ from edge_backbones.bundle.manifest import (
     Manifest,
     Provenance,
 )
-from edge_backbones.bundle.reader import Bundle, new_bundle, record_file, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import new_bundle, record_file, write_manifest
 from edge_backbones.deploy.parity import advice_on_building, measure_engine, require
 from edge_backbones.engines import promises
 from edge_backbones.engines import select as session

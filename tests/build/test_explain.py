@@ -20,7 +20,8 @@ from openvino import opset13 as ops
 from PIL import Image
 
 from edge_backbones.bundle.manifest import EngineRecord
-from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes, record_file, write_manifest
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import record_bytes, record_file, write_manifest
 from edge_backbones.deploy.parity import measure_engine
 from edge_backbones.deploy.verify import verify_bundle
 from edge_backbones.engines.compile import compile_engine

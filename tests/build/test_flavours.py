@@ -17,7 +17,7 @@ from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, com
 from edge_backbones.bench import contender
 from edge_backbones.bench.compare import CompareOptions, compare
 from edge_backbones.bench.contender import Task
-from edge_backbones.bundle.reader import record_bytes, write_manifest
+from edge_backbones.bundle.writer import record_bytes, write_manifest
 from edge_backbones.cli.main import _run
 from edge_backbones.engines import select as session
 from edge_backbones.errors import CompileError, EngineMismatchError, InputError

@@ -19,7 +19,8 @@ from msgspec import structs
 from PIL import Image
 from torch import nn
 
-from edge_backbones.bundle.reader import Bundle, load_golden, write_manifest
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import write_manifest
 from edge_backbones.deploy.compile import compile_bundle
 from edge_backbones.deploy.verify import verify_bundle
 from edge_backbones.engines import promises

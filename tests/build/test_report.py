@@ -31,7 +31,8 @@ from build_scripts import fetch_chromium
 from edge_backbones import verify_bundle
 from edge_backbones.bench.results import Comparison, Machine, Measurement, Ratio
 from edge_backbones.bundle.manifest import BlockNoise, CalibrationFile, Decision, GpuKey, Trial
-from edge_backbones.bundle.reader import Bundle, load_golden, record_file, write_manifest
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import record_file, write_manifest
 from edge_backbones.errors import (
     EngineMismatchError,
     InferenceError,

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, compile_bundle, sign_bundle
 from edge_backbones.bundle import trust
-from edge_backbones.bundle.reader import write_manifest
+from edge_backbones.bundle.writer import write_manifest
 from edge_backbones.errors import EngineMismatchError, TrustError
 from edge_backbones.spec import Precision
 

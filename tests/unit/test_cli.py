@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
-from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import record_bytes, write_manifest
 from edge_backbones.cli import main as cli
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision

@@ -16,7 +16,7 @@ from PIL import Image
 
 from edge_backbones import errors, parity_report, testing
 from edge_backbones.bundle.manifest import Decision, Trial
-from edge_backbones.bundle.reader import record_bytes, write_manifest
+from edge_backbones.bundle.writer import record_bytes, write_manifest
 from edge_backbones.errors import visible
 from edge_backbones.spec import Precision
 

@@ -26,7 +26,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from edge_backbones import EdgeBackbone, sign_bundle, verify_bundle
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.manifest import EngineRecord
-from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.cli import main as cli
 from edge_backbones.errors import (
     EngineMismatchError,

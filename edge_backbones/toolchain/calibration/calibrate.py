@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 
 from edge_backbones.bundle.manifest import CalibrationFile, decode_calibration
-from edge_backbones.bundle.reader import Bundle, record_file
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import record_file
 from edge_backbones.errors import CalibrationError
 from edge_backbones.images.fit import ImageConfig
 from edge_backbones.progress import Progress

@@ -18,7 +18,7 @@ from timm.models._features import FeatureGetterNet, FeatureHookNet
 from torch import nn
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.bundle.reader import record_file
+from edge_backbones.bundle.writer import record_file
 from edge_backbones.errors import HubUnreachableError, SourceError
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
 from edge_backbones.toolchain.artifacts import LoadedBackbone

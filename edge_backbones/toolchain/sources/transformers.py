@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import logging as library_logging
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.bundle.reader import record_file
+from edge_backbones.bundle.writer import record_file
 from edge_backbones.errors import InputError, SourceError, first_line
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
 from edge_backbones.toolchain.artifacts import LoadedBackbone

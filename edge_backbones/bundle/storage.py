@@ -1,0 +1,258 @@
+"""How the files of a bundle lie on disk: its folder's lock, plain paths, renames that readers never see half done.
+
+Nothing here knows what the files mean, except where manifest.json lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from edge_backbones.bundle import manifest as manifest_module
+from edge_backbones.bundle.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest
+from edge_backbones.errors import BundleError, ManifestError, refuse_lack
+from edge_backbones.reading import read_file, shortened
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".writing-"
+"""In the name of a file that is not whole yet."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a bundle's manifest.json and the paths that it names.
+
+    Raises BundleError for a folder that is no bundle, ManifestError for a manifest that is not what the format says.
+    """
+    try:
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is not a bundle: there is no such folder")
+        data = read_file(folder / MANIFEST, limit=MAX_MANIFEST_BYTES, follow=False)
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}") from error
+    except OSError as error:
+        refuse_lack(f"reading {folder / MANIFEST}", error)
+        raise ManifestError(f"{folder / MANIFEST} cannot be read: {error.strerror or error}") from error
+    manifest = manifest_module.decode(data, str(folder / MANIFEST))
+    for record in manifest.files():
+        place_of(folder, record)
+    return manifest
+
+
+def place_of(folder: Path, record: FileRecord) -> Path:
+    """The file's place on disk; raises ManifestError for a path that leaves the folder, or leads over a link."""
+    parts = record.path.split("/")
+    if any(sign in record.path for sign in "\\:") or not record.path.isprintable() or {"", ".", ".."} & set(parts):
+        raise ManifestError(
+            f"{folder / MANIFEST} names {shortened(record.path, 120)!r}, which is not a plain path inside the bundle: refused"
+        )
+    refuse_links(folder, record.path)
+    return folder / record.path
+
+
+def refuse_links(folder: Path, path: str) -> None:
+    place = folder
+    for part in path.split("/"):
+        place /= part
+        try:
+            linked = stat.S_ISLNK(place.lstat().st_mode)
+        except OSError:  # not there: nor is what would lie in it
+            return
+        if linked:
+            raise ManifestError(
+                f"{shortened(str(place), 300)} is a link, which may lead outside of the bundle: refused. Put what it leads "
+                "to in its place"
+            )
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there, and no link to one."""
+    with contextlib.suppress(OSError, ValueError):
+        return stat.S_ISDIR(path.lstat().st_mode)
+    return False
+
+
+def write_file(path: Path, data: bytes | bytearray) -> None:
+    """BundleError where the disk does not take it; nothing is left then."""
+    try:
+        write_beside_and_rename(path, data)
+    except OSError as error:
+        raise BundleError(
+            f"{path} ({len(data) / 1e6:.1f} MB) cannot be written: {_reason(error, path.parent)}. The bundle is as it was: "
+            f"{_way_out(error)}"
+        ) from error
+
+
+def write_beside_and_rename(path: Path, data: bytes | bytearray) -> None:
+    """Write beside, flush to disk, rename: readers find the old file or the new one, whole. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}{UNFINISHED}{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:  # no link, nothing that is there; with the rights that umask leaves
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def lock(target: Path, *, patience: float = 0.0) -> Iterator[None]:
+    """One writer per bundle and machine; released by the kernel when the process dies.
+
+    BundleError when another still holds it after ``patience`` seconds. A change of a bundle takes a moment and is waited for;
+    a build takes minutes and is not.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock: there, writers of one bundle must not run at the same time
+        yield
+        return
+    with explained(target):
+        target = Path(os.path.realpath(target))
+    path = target.parent / f".{target.name}.lock"
+    until = time.monotonic() + patience
+    while True:
+        with _opened_lock(path, target) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):  # a file system without locks
+                    raise BundleError(f"{path} cannot be locked: {error.strerror or error}") from error
+                if time.monotonic() < until:
+                    time.sleep(0.02)
+                    continue
+                raise BundleError(
+                    f"another process is writing {target}: wait for it, or choose another folder"
+                ) from None
+            ours = False
+            with contextlib.suppress(OSError):
+                ours = os.stat(path).st_ino == os.fstat(file.fileno()).st_ino
+            if ours:
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                return
+
+
+def _opened_lock(path: Path, target: Path) -> BinaryIO:
+    """The file that writers take turns by. Raises BundleError for a link or a pipe in its place, which is left alone."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    strange = BundleError(
+        f"{target} cannot be changed: {path} is not the file that its writers take turns by; remove it"
+    )
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise strange from error
+        raise BundleError(
+            f"{target} cannot be changed: its writers take turns by a file beside it, and {path} cannot be written "
+            f"({error.strerror or error}). Copy the bundle to where its folder can be written to, or mount that folder and "
+            "not the bundle alone"
+        ) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise strange
+    return os.fdopen(handle, "r+b")
+
+
+@contextlib.contextmanager
+def explained(target: Path, staging: Path | None = None) -> Iterator[None]:
+    """Turn an OSError into a BundleError with its cause and what helps.
+
+    ``staging``: turn only those of files in there, and those that only a disk has: others are of what the caller reads.
+    """
+    try:
+        yield
+    except OSError as error:
+        if staging is not None and error.errno not in _DISK_ERRORS and not _is_inside(error, staging):
+            raise
+        raise BundleError(
+            f"{target} was not written: {_reason(error, target.parent)}. What was there before is as it was: "
+            f"{_way_out(error)}"
+        ) from error
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def _is_inside(error: OSError, folder: Path) -> bool:
+    names = (name for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike)))
+    return any(Path(os.path.abspath(name)).is_relative_to(folder) for name in names)
+
+
+def _reason(error: OSError, folder: Path) -> str:
+    """What the system says, of which file, and how much room there is."""
+    said = error.strerror or str(error)
+    where = f" ({error.filename})" if isinstance(error.filename, str) else ""
+    with contextlib.suppress(OSError):
+        return f"{said}{where}, {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
+    return f"{said}{where}"
+
+
+def _way_out(error: OSError) -> str:
+    if error.errno == errno.EFBIG:
+        return "raise the limit on the size of files (ulimit -f unlimited)"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit on open files (ulimit -n 4096)"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "choose a folder that can be written to"
+    return "make room, or copy it to where there is some"
+
+
+def exchange(new: Path, old: Path) -> None:
+    """Swap two folders: in one step where the kernel can, so that a reader always finds a bundle at ``old``."""
+    if sys.platform == "linux":
+        at_fdcwd, rename_exchange = -100, 2
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if renameat2 is not None and renameat2(at_fdcwd, bytes(new), at_fdcwd, bytes(old), rename_exchange) == 0:
+            return
+    aside = aside_of(old)
+    shutil.rmtree(aside, ignore_errors=True)
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    aside.rename(new)
+
+
+def aside_of(target: Path) -> Path:
+    """Where the old bundle waits while the new one takes its place, on systems that cannot exchange folders."""
+    return target.with_name(f".{target.name}.replaced")
+
+
+def sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        with path.open("r+b") if path.is_file() else contextlib.nullcontext() as file:
+            if file is not None:
+                os.fsync(file.fileno())
+            else:
+                sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
