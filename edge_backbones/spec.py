@@ -99,6 +99,11 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def layout(self) -> str:
         return "NCHW" if self.name == "pixel_values" else "NHWC"
 
+    @property
+    def size_axes(self) -> tuple[int, int]:
+        """Return where height and width are among the four axes."""
+        return self.layout.index("H"), self.layout.index("W")
+
     def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The four axes in this input's layout."""
         if self.layout == "NCHW":

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_backbones.bundle import golden as golden_file
-from edge_backbones.bundle.manifest import EngineRecord, GoldenRecord, Manifest, Provenance, Source
+from edge_backbones.bundle.golden import GoldenSamples
+from edge_backbones.bundle.manifest import EngineRecord, Provenance, Source
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.bundle.writer import new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.bundle.writer import BundleWriter, new_bundle
 from edge_backbones.deploy.parity import compare
 from edge_backbones.engines.compile import engine_key
 from edge_backbones.engines.openvino.session import compile_model, load_library
@@ -78,31 +78,24 @@ def make_bundle(target: Path, input: InputSpec | None = None) -> Bundle:
     gate = DEFAULT_GATES[Precision.FP32]
     stages = tuple(compare(stage, feature_map, feature_map, gate) for stage, feature_map in maps.items())
     with new_bundle(target) as folder:
-        (folder / "engines").mkdir()
+        writer = BundleWriter(folder)
         engine = EngineRecord(
             key=key,
-            file=record_bytes(key.path(blob, ".blob"), blob),
+            file=writer.add_file(key.path(blob, ".blob"), blob),
             parity=ParityReport(precision=Precision.FP32, gate=gate, stages=stages),
         )
-        (folder / engine.file.path).write_bytes(blob)
-        arrays = {"opt/pixel_values": images, **{f"opt/{stage}": feature_map for stage, feature_map in maps.items()}}
-        golden_file.write(folder / "golden.npz", arrays)
-        golden = GoldenRecord(file=record_file(folder, "golden.npz"), cases=("opt",), images=("noise 0", "noise 1"))
-        write_manifest(
-            folder,
-            Manifest(
-                schema_version=6,
-                backbone=SPEC,
-                input=input,
-                image=ImageConfig(mean=(0.5,) * 3, std=(0.25,) * 3),
-                source=Source(library="timm", name="average_pooling", weights="random", seed=0),
-                graphs=(),
-                engines=(engine,),
-                golden=golden,
-                calibration=None,
-                decision=None,
-                provenance=Provenance(created="2026-01-01T00:00:00+00:00", versions={}),
-            ),
+        samples = GoldenSamples(input.name, {"opt": images}, {"opt": maps})
+        writer.finish(
+            backbone=SPEC,
+            input=input,
+            image=ImageConfig(mean=(0.5,) * 3, std=(0.25,) * 3),
+            source=Source(library="timm", name="average_pooling", weights="random", seed=0),
+            graphs=(),
+            engines=(engine,),
+            golden=writer.add_golden(samples, images=("noise 0", "noise 1")),
+            calibration=None,
+            decision=None,
+            provenance=Provenance(created="2026-01-01T00:00:00+00:00", versions={}),
         )
     return Bundle.open(target)
 

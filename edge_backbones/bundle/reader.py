@@ -35,9 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
-from edge_backbones.bundle import golden, writer
+from edge_backbones.bundle import writer
+from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import EngineRecord, FileRecord, Manifest
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.bundle.storage import place_of, read_manifest
@@ -149,12 +148,12 @@ def read_current(path: str | os.PathLike[str], read: Callable[[Bundle], _Read]) 
             bundle = replacement
 
 
-def load_golden(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Golden samples of a bundle as ``<case>/<input or stage>``; raises IntegrityError when they are not what it says."""
+def load_golden(bundle: Bundle) -> GoldenSamples:
+    """Return the golden samples of a bundle; raise IntegrityError if they are not what the manifest says."""
     record, backbone, input = bundle.manifest.golden, bundle.manifest.backbone, bundle.manifest.input
     path = bundle.path / record.file.path
     data = bundle.read(record.file)
     with refusing(
         lambda why: IntegrityError(f"{path} does not hold what the manifest says: {why}; build the bundle again")
     ):
-        return golden.decode(data, record.cases, input, backbone)
+        return GoldenSamples.decode(data, record.cases, input, backbone)

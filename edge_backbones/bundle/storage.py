@@ -1,7 +1,4 @@
-"""How the files of a bundle lie on disk: its folder's lock, plain paths, renames that readers never see half done.
-
-Nothing here knows what the files mean, except where manifest.json lies.
-"""
+"""The folder of a bundle on disk: read its manifest, lock it, write files that readers see whole, explain disk errors."""
 
 from __future__ import annotations
 
@@ -49,7 +46,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def place_of(folder: Path, record: FileRecord) -> Path:
-    """The file's place on disk; raises ManifestError for a path that leaves the folder, or leads over a link."""
+    """Return the file's path on disk; raise ManifestError for a path that leaves the folder or goes through a link."""
     parts = record.path.split("/")
     if any(sign in record.path for sign in "\\:") or not record.path.isprintable() or {"", ".", ".."} & set(parts):
         raise ManifestError(
@@ -60,12 +57,13 @@ def place_of(folder: Path, record: FileRecord) -> Path:
 
 
 def refuse_links(folder: Path, path: str) -> None:
+    """Raise ManifestError if any part of ``path`` below ``folder`` is a link."""
     place = folder
     for part in path.split("/"):
         place /= part
         try:
             linked = stat.S_ISLNK(place.lstat().st_mode)
-        except OSError:  # not there: nor is what would lie in it
+        except OSError:  # it is missing, and so is everything below it
             return
         if linked:
             raise ManifestError(
@@ -75,14 +73,14 @@ def refuse_links(folder: Path, path: str) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there, and no link to one."""
+    """Return whether ``path`` is a folder. A link to a folder is not one."""
     with contextlib.suppress(OSError, ValueError):
         return stat.S_ISDIR(path.lstat().st_mode)
     return False
 
 
 def write_file(path: Path, data: bytes | bytearray) -> None:
-    """BundleError where the disk does not take it; nothing is left then."""
+    """Write a file of a bundle in one rename. Raises BundleError if the disk refuses it, and leaves the old file then."""
     try:
         write_beside_and_rename(path, data)
     except OSError as error:
@@ -93,11 +91,14 @@ def write_file(path: Path, data: bytes | bytearray) -> None:
 
 
 def write_beside_and_rename(path: Path, data: bytes | bytearray) -> None:
-    """Write beside, flush to disk, rename: readers find the old file or the new one, whole. Raises OSError."""
+    """Write a hidden file beside ``path``, flush it to disk and rename it to ``path``. Raises OSError.
+
+    Readers find the whole old file or the whole new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{UNFINISHED}{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as file:  # no link, nothing that is there; with the rights that umask leaves
+        with temporary.open("xb") as file:  # "x" follows no link and opens no existing file; umask decides the rights
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -111,14 +112,14 @@ def write_beside_and_rename(path: Path, data: bytes | bytearray) -> None:
 
 @contextlib.contextmanager
 def lock(target: Path, *, patience: float = 0.0) -> Iterator[None]:
-    """One writer per bundle and machine; released by the kernel when the process dies.
+    """Hold the lock of the bundle at ``target``: one writer per bundle and machine. The kernel frees it if the process dies.
 
-    BundleError when another still holds it after ``patience`` seconds. A change of a bundle takes a moment and is waited for;
-    a build takes minutes and is not.
+    Raises BundleError if another writer still holds it after ``patience`` seconds. Wait for a change of a bundle, which
+    takes a moment; do not wait for a build, which takes minutes.
     """
     try:
         import fcntl
-    except ImportError:  # Windows has no flock: there, writers of one bundle must not run at the same time
+    except ImportError:  # Windows has no flock: writers of one bundle must not run at the same time there
         yield
         return
     with explained(target):
@@ -148,10 +149,11 @@ def lock(target: Path, *, patience: float = 0.0) -> Iterator[None]:
                     with contextlib.suppress(OSError):
                         path.unlink()
                 return
+        # The previous writer removed the file between our open and our lock: that lock protects nothing, try again.
 
 
 def _opened_lock(path: Path, target: Path) -> BinaryIO:
-    """The file that writers take turns by. Raises BundleError for a link or a pipe in its place, which is left alone."""
+    """Open the lock file. Raises BundleError for a link or a pipe in its place, and leaves that alone."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     strange = BundleError(
         f"{target} cannot be changed: {path} is not the file that its writers take turns by; remove it"
@@ -174,9 +176,10 @@ def _opened_lock(path: Path, target: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def explained(target: Path, staging: Path | None = None) -> Iterator[None]:
-    """Turn an OSError into a BundleError with its cause and what helps.
+    """Turn an OSError into a BundleError with the cause and the way out.
 
-    ``staging``: turn only those of files in there, and those that only a disk has: others are of what the caller reads.
+    ``staging``: turn only errors of files in this folder and errors that only a disk raises. Other errors belong to the
+    files that the caller reads, and pass.
     """
     try:
         yield
@@ -198,7 +201,7 @@ def _is_inside(error: OSError, folder: Path) -> bool:
 
 
 def _reason(error: OSError, folder: Path) -> str:
-    """What the system says, of which file, and how much room there is."""
+    """Return the system's message, the file that it is about and how much room the disk has."""
     said = error.strerror or str(error)
     where = f" ({error.filename})" if isinstance(error.filename, str) else ""
     with contextlib.suppress(OSError):
@@ -217,7 +220,7 @@ def _way_out(error: OSError) -> str:
 
 
 def exchange(new: Path, old: Path) -> None:
-    """Swap two folders: in one step where the kernel can, so that a reader always finds a bundle at ``old``."""
+    """Swap two folders, in one step where the kernel can: then a reader finds a bundle at ``old`` at any time."""
     if sys.platform == "linux":
         at_fdcwd, rename_exchange = -100, 2
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -235,11 +238,12 @@ def exchange(new: Path, old: Path) -> None:
 
 
 def aside_of(target: Path) -> Path:
-    """Where the old bundle waits while the new one takes its place, on systems that cannot exchange folders."""
+    """Return where the old bundle lies while the new one is renamed, on systems that cannot swap folders in one step."""
     return target.with_name(f".{target.name}.replaced")
 
 
 def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below ``folder`` to disk. Raises OSError."""
     for path in sorted(folder.rglob("*")):
         with path.open("r+b") if path.is_file() else contextlib.nullcontext() as file:
             if file is not None:
@@ -250,6 +254,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, where the system can. Raises OSError."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Write bundles: a new one in one step, and engines into one that is there. The format is in reader.py."""
+"""Write bundles: a new one in one step, or engines into an existing one. The format is described in reader.py."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from edge_backbones.bundle import manifest as manifest_module
-from edge_backbones.bundle.manifest import MAX_MANIFEST_BYTES, EngineRecord, FileRecord, Manifest
+from edge_backbones.bundle.golden import GoldenSamples
+from edge_backbones.bundle.manifest import (
+    MAX_MANIFEST_BYTES,
+    SCHEMA_VERSION,
+    EngineRecord,
+    FileRecord,
+    GoldenRecord,
+    Manifest,
+)
 from edge_backbones.bundle.storage import (
     MANIFEST,
     UNFINISHED,
@@ -33,29 +42,66 @@ from edge_backbones.bundle.storage import (
     write_file,
 )
 from edge_backbones.errors import BundleError, ManifestError
-from edge_backbones.reading import read_file, refusing, shortened
+from edge_backbones.reading import file_sha256, read_file, refusing, shortened
 
-# EngineKey.path, and what lies beside an engine.
+# Files of engines, as EngineKey.path names them, and the files that TensorRT adds to them.
 _ENGINE_FILE = re.compile(r"engines/[a-z_]+-[^/]+-[0-9a-f]{8}\.[0-9a-f]{8}\.(blob|plan|ts|pt2|layers\.json|cache)")
-# What a bundle of any release holds, and what a writer of one leaves. All else in the folder is somebody's own.
+# Files that a bundle of any release holds or that a killed writer leaves. Other files in the folder belong to the user.
 _OWN_FILE = re.compile(
     r"manifest\.json|golden\.npz|calibration\.json|graphs/[a-z0-9]+\.(onnx|ts)|signature/(manifest\.json|model\.sig|[0-9a-f]+\.local)"
     r"|engines/[a-z_]+-[^/]+\.(blob|plan|ts|pt2|layers\.json|cache)|([a-z]+/)?\.[^/]+\.writing-[a-z0-9_]+"
 )
-_PATIENCE = 60.0  # seconds: many times what it takes to write an engine, even on a memory card
+_PATIENCE = 60.0  # seconds: writing an engine takes far less, even on a memory card
+
+
+class BundleWriter:
+    """Fill the folder of a new bundle: write or hash each file once, then write the manifest that names them.
+
+    ::
+
+        with new_bundle("pool.bundle") as folder:
+            writer = BundleWriter(folder)
+            graph = GraphRecord(format="onnx", precision=..., file=writer.add_file("graphs/fp32.onnx", data))
+            golden = writer.add_golden(samples, images=names)
+            writer.finish(graphs=(graph,), golden=golden, ...)
+        bundle = Bundle.open("pool.bundle")
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add_file(self, path: str, data: bytes | bytearray | None = None) -> FileRecord:
+        """Return the record of a file at ``path``, relative to the folder. ``data`` is written there; None: it exists."""
+        if data is None:
+            return record_file(self.folder, path)
+        place = self.folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+        return record_bytes(path, data)
+
+    def add_golden(self, samples: GoldenSamples, images: Sequence[str]) -> GoldenRecord:
+        """Write golden.npz and return its record. ``images``: the names of the images, in the order of the samples."""
+        file = self.add_file("golden.npz", samples.encode())
+        return GoldenRecord(file=file, cases=samples.cases, images=tuple(images))
+
+    def finish(self, **fields: Any) -> Manifest:
+        """Write manifest.json and return the manifest.
+
+        ``fields``: those of :class:`edge_backbones.bundle.manifest.Manifest` except ``schema_version`` and ``digest``. Raises
+        ManifestError for values that a reader would refuse.
+        """
+        manifest = Manifest(schema_version=SCHEMA_VERSION, **fields)
+        write_manifest(self.folder, manifest)
+        return manifest
 
 
 def record_file(folder: Path, path: str) -> FileRecord:
-    """Hash a file that has been written into a bundle folder."""
-    digest = hashlib.sha256()
-    with (folder / path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return FileRecord(path=path, sha256=digest.hexdigest(), size=(folder / path).stat().st_size)
+    """Return the record of a file that lies at ``path`` in the bundle's folder."""
+    return FileRecord(path=path, sha256=file_sha256(folder / path), size=(folder / path).stat().st_size)
 
 
 def record_bytes(path: str, data: bytes | bytearray) -> FileRecord:
-    """The record of bytes that will be written to ``path``."""
+    """Return the record of bytes that are going to be written to ``path``."""
     return FileRecord(path=path, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
@@ -66,10 +112,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def new_bundle(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside ``target`` to write a bundle into; on a clean exit it becomes ``target``, else it is removed.
+    """Make a folder beside ``target`` for a new bundle and yield it; rename it to ``target`` when the block ends well.
 
-    Raises BundleError when ``target`` exists and ``overwrite`` is False, or is something that is not a bundle. The old
-    bundle stays where it is until the new one is complete and on disk.
+    After an exception the folder is removed. The old bundle stays where it is until the new one is complete and on disk.
+    Raises BundleError when ``target`` exists and ``overwrite`` is False, when it is not a bundle, and when another writer
+    holds it.
     """
     target = Path(os.path.abspath(target))
     _refuse_target(target, overwrite)
@@ -77,9 +124,9 @@ def new_bundle(target: str | os.PathLike[str], *, overwrite: bool = False) -> It
         target.parent.mkdir(parents=True, exist_ok=True)
     with lock(target):
         with explained(target):
-            if is_folder(aside_of(target)) and not os.path.lexists(target):  # a writer died between its two renames
+            if is_folder(aside_of(target)) and not os.path.lexists(target):  # a writer died between two renames
                 aside_of(target).rename(target)
-            for stale in target.parent.glob(f".{target.name}.building-*"):  # ours: the lock says nobody writes there
+            for stale in target.parent.glob(f".{target.name}.building-*"):  # under the lock nobody writes there
                 if is_folder(stale):
                     shutil.rmtree(stale, ignore_errors=True)
             staging = target.parent / f".{target.name}.building-{secrets.token_hex(4)}"
@@ -125,8 +172,8 @@ def add_engine(folder: Path, engine: EngineRecord, contents: Mapping[str, bytes 
                     write_file(path, contents[file.path])
             write_manifest(folder, manifest)
         except BaseException:
-            with contextlib.suppress(BundleError, OSError):  # they would hide the cause
-                named = {file.path for file in read_manifest(folder).files()}  # of the new one, if it is there
+            with contextlib.suppress(BundleError, OSError):  # such an error would hide the first one
+                named = {file.path for file in read_manifest(folder).files()}  # the new manifest may be there
                 for path in written:
                     if path.relative_to(folder).as_posix() not in named:
                         path.unlink(missing_ok=True)
@@ -188,6 +235,7 @@ def require_writable(folder: Path, *, room: int = 0) -> None:
 
 
 def _refuse_target(target: Path, overwrite: bool) -> None:
+    """Raise BundleError unless a new bundle may be put at ``target``."""
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -203,7 +251,10 @@ def _refuse_target(target: Path, overwrite: bool) -> None:
 
 
 def _strange_files(folder: Path, most: int) -> list[str]:
-    """Files (links, pipes, closed folders too) in a bundle's folder that no writer of bundles put there; the first few."""
+    """Return the first few files in a bundle's folder that no writer of bundles made, up to about ``most``.
+
+    Links, pipes and folders that cannot be read count too.
+    """
     found: list[str] = []
     closed: list[OSError] = []
     for place, folders, files in os.walk(folder, onerror=closed.append):
@@ -220,7 +271,7 @@ def _strange_files(folder: Path, most: int) -> list[str]:
 
 
 def _has_our_manifest(folder: Path) -> bool:
-    """Other programs name files manifest.json too: only a folder with one of ours may be replaced."""
+    """Return whether manifest.json is that of a bundle: other programs give files this name too."""
     try:
         data = read_file(folder / MANIFEST, limit=MAX_MANIFEST_BYTES, follow=False)
         with refusing(ManifestError):
@@ -231,11 +282,11 @@ def _has_our_manifest(folder: Path) -> bool:
 
 
 def _remove_unnamed(folder: Path, before: Manifest, after: Manifest) -> None:
-    """Files of engines that a manifest named and the one that took its place does not."""
+    """Remove the files of engines that the manifest ``before`` names and the one in its place, ``after``, does not."""
     named = {record.path for record in after.files()}
     for file in (file for engine in before.engines for file in engine.files):
         if file.path not in named and _ENGINE_FILE.fullmatch(file.path):
-            with contextlib.suppress(OSError):  # the next writer finds it
+            with contextlib.suppress(OSError):  # the next writer removes it
                 place_of(folder, file).unlink(missing_ok=True)
 
 

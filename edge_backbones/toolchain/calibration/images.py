@@ -108,7 +108,7 @@ def split(count: int, golden: int) -> tuple[list[int], list[int]]:
 
 
 def _is_blank(image: np.ndarray, input: InputSpec) -> bool:
-    axes = (1, 2) if input.layout == "NCHW" else (0, 1)
+    axes = tuple(axis - 1 for axis in input.size_axes)  # of one image
     return bool((image.max(axis=axes) == image.min(axis=axes)).all())
 
 

@@ -24,8 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import logging as library_logging
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.bundle.writer import record_file
 from edge_backbones.errors import InputError, SourceError, first_line
+from edge_backbones.reading import file_sha256
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources.base import (
@@ -77,7 +77,7 @@ def load_config(config: Any, options: SourceOptions) -> LoadedBackbone:
         else:
             path = Path(options.weights)
             net = _from_checkpoint(config, path)
-            sha256 = record_file(path.parent, path.name).sha256
+            sha256 = file_sha256(path)
             source = msgspec.structs.replace(source, weights="checkpoint", weights_sha256=sha256)
     return load_module(net, source, options)
 
