@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import msgspec
-import numpy as np
 
 from edge_backbones.bundle import trust
+from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import EngineKey, EngineRecord, Flavour, GraphRecord, decode_calibration
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.bundle.writer import record_bytes
@@ -235,7 +235,7 @@ def _compiled(
 def _passed(
     bundle: Bundle,
     graph: GraphRecord,
-    golden: Mapping[str, np.ndarray],
+    golden: GoldenSamples,
     engine: CompiledEngine,
     device: int,
     *,
