@@ -36,7 +36,7 @@ from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.engines.openvino.session import OpenVinoSession, compile_model, read_model
 from edge_backbones.errors import EdgeBackbonesError
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.machine.profiles import explain, load_profile, refusals
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle

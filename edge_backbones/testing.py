@@ -18,7 +18,7 @@ from edge_backbones.deploy.parity import compare
 from edge_backbones.engines.compile import engine_key
 from edge_backbones.engines.openvino.session import compile_model, load_library
 from edge_backbones.engines.promises import DEFAULT_GATES
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.parity_report import ParityReport
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
 

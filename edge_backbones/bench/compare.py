@@ -34,7 +34,8 @@ from edge_backbones.bundle.golden import full_batches
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.engines import select as session
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, MissingDependencyError
-from edge_backbones.images.fit import fit, list_images, open_image, to_input
+from edge_backbones.images.decode import list_images, open_image
+from edge_backbones.images.fit import fit, to_input
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.system import settings
 from edge_backbones.progress import Progress, no_progress

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from edge_backbones.errors import CalibrationError, ManifestError
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.parity_report import Cosine, Decibels, Gate, ParityReport, Share
 from edge_backbones.reading import refusing
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision

@@ -29,7 +29,9 @@ def as_frame(given: object, channels: int) -> Image.Image | np.ndarray:
     if given is None:
         raise InputError(f"{wanted}, got None: the camera or the file that should give it gave nothing")
     if isinstance(given, (str, bytes, os.PathLike)):
-        raise InputError(f"{wanted}, got a {type(given).__name__}: pass open_image(path) of edge_backbones.images.fit")
+        raise InputError(
+            f"{wanted}, got a {type(given).__name__}: pass open_image(path) of edge_backbones.images.decode"
+        )
     frame = as_array(given)
     if frame.dtype == np.uint8 and frame.ndim == 2 and channels == 1:
         frame = frame[..., None]
@@ -66,7 +68,7 @@ def _fix(frame: np.ndarray, channels: int, code: str) -> str:
     """The expression that makes a frame of this array, called ``code``; in words where there is none."""
     shape, known = frame.shape, {1, 2, 3, 4, channels}
     if frame.dtype.kind not in "buif":
-        return "its elements are no pixels: decode files with open_image(path) of edge_backbones.images.fit"
+        return "its elements are no pixels: decode files with open_image(path) of edge_backbones.images.decode"
     if not frame.size:
         return "it has no pixels, look at what captured or cropped it"
     if len(shape) == 4:

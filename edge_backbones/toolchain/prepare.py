@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from edge_backbones.difference import relative_error
 from edge_backbones.errors import CalibrationError, ExportError, SourceError, first_line
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec
 from edge_backbones.toolchain.artifacts import LoadedBackbone, PreparedBackbone
 

@@ -34,7 +34,9 @@ from edge_backbones.errors import (
     ManifestError,
     SourceError,
 )
-from edge_backbones.images.fit import ImageConfig, fit, list_images
+from edge_backbones.images.config import ImageConfig
+from edge_backbones.images.decode import list_images
+from edge_backbones.images.fit import fit
 from edge_backbones.machine import hosts
 from edge_backbones.parity_report import Gate, ParityError
 from edge_backbones.runtime.backbone import EdgeBackbone

@@ -12,7 +12,7 @@ import numpy as np
 from edge_backbones.bundle.manifest import CalibrationFile, decode_calibration
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import CalibrationError
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.progress import Progress
 from edge_backbones.reading import file_sha256, read_file
 from edge_backbones.toolchain.artifacts import ExportedGraph
