@@ -96,7 +96,13 @@ def test_the_wheel_is_small_and_for_every_machine(wheel):
         for name in names
         if "dist-info" not in name
     )
-    for needed in ("profiles_data/jetson-orin-nano.toml", "report/report.html.jinja", "py.typed"):
+    for needed in (
+        "bundle/manifest.schema.json",
+        "profiles_data/jetson-orin-nano.toml",
+        "report/report.html.jinja",
+        "toolchain/sources/timm_networks.txt",
+        "py.typed",
+    ):
         assert f"edge_backbones/{needed}" in names
     always = sorted(line.partition(">")[0].strip() for line in asked if "extra ==" not in line)
     assert always == ["msgspec", "numpy"]
