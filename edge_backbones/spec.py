@@ -215,6 +215,17 @@ class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return (*self.out_features, *(extra.name for extra in self.extras))
 
 
+def measured_stride(pixels: int, cells: int, claimed: int | None = None) -> int:
+    """Return the input pixels per cell of a feature map along one axis.
+
+    At borders the quotient of the two is uneven: padding makes up to one cell more, convolutions without padding lose up to
+    two. So ``claimed``, the stride that the network's library names, is returned if it explains the map.
+    """
+    if claimed is not None and -claimed < pixels - cells * claimed < 2 * claimed:
+        return claimed
+    return max(1, round(pixels / cells))
+
+
 def align_stages(
     stage_names: Sequence[str] | None,
     out_features: Sequence[str] | None = None,

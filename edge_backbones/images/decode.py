@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edge_backbones.errors import InputError, MissingDependencyError
+from edge_backbones.reading import in_short
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -102,7 +103,7 @@ def decode(path: Path, channels: int) -> Image.Image:
                 f"is larger than Pillow reads: {size}: scale it down, or set PIL.Image.MAX_IMAGE_PIXELS in Python"
             ) from error
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
-            raise InputError(f"{_BROKEN}: {_cause(error)}") from error
+            raise InputError(f"{_BROKEN}: {in_short(error)}") from error
 
 
 def grouped(reasons: Mapping[str, str], most: int = 4) -> list[str]:
@@ -210,7 +211,7 @@ def _why_unknown(file: BinaryIO, start: bytes, formats: list[str]) -> str:
             try:
                 factory(file, "")
             except Exception as error:
-                return f"{_BROKEN}: it is cut off, or a kind of {name} that Pillow does not read ({_cause(error)})"
+                return f"{_BROKEN}: it is cut off, or a kind of {name} that Pillow does not read ({in_short(error)})"
     return f"{_BROKEN}: it begins with {start!r}, and no format that is read here does"
 
 
@@ -225,7 +226,3 @@ def _register_heif() -> None:
     except ModuleNotFoundError:
         return
     pillow_heif.register_heif_opener()
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_backbones.errors import InputError
+from edge_backbones.reading import in_short
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,8 +47,7 @@ def as_array(given: object) -> np.ndarray:
     try:
         return np.asarray(given)
     except Exception as error:  # a list of unequal rows, a tensor on a GPU: each library has its own, with its advice
-        cause = " ".join(str(error).split())
-        raise InputError(f"numpy makes no array of this {type(given).__name__}: {cause}") from error
+        raise InputError(f"numpy makes no array of this {type(given).__name__}: {in_short(error)}") from error
 
 
 def _checked_picture(picture: Image.Image, channels: int) -> Image.Image:
