@@ -63,7 +63,7 @@ def read_file(path: str | os.PathLike[str], *, limit: int, follow: bool = True) 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file of any size as hex digits. Raises OSError."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with opened(path) as (file, _):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,29 +1,29 @@
-"""The bundle: a folder that holds graphs, engines and the proof that they are right. This docstring is its format.
+"""Read a bundle: a folder with graphs, engines and their golden samples. This docstring describes the format.
 
 ::
 
     resnet50.bundle/
-      manifest.json        what is inside, and why this engine: structs of manifest.py, manifest.schema.json, at most 4 MiB
+      manifest.json        names all files: structs of manifest.py, manifest.schema.json; at most 4 MiB
       graphs/int8.onnx     one typed ONNX graph per precision; graphs/fp32.ts is the frozen TorchScript
-      golden.npz           inputs and the fp32 reference of every engine output: plain arrays, no pickles
-      calibration.json     ranges of every tensor that may be quantised, and the hashes of what made them
-      engines/*.blob       raw engine bytes with nothing in front, named flavour-version-architecture-feature-precision;
-                           .plan of TensorRT, with what it says of its layers (.layers.json) and what it measured (.cache)
+      golden.npz           images and the fp32 reference of every engine output: plain arrays, no pickles
+      calibration.json     ranges of every tensor that may be quantised, and hashes of the network and the images
+      engines/*.blob       the bytes of an engine, named flavour-version-architecture-feature-precision; TensorRT has .plan,
+                           with a description of the layers (.layers.json) and a timing cache (.cache)
 
-1. manifest.json MUST name every file that a reader opens, with its SHA-256 and size. Files it does not name are ignored.
-2. A path MUST be relative, use forward slashes, have no ``..``, and lead over no link: links in a bundle are not followed.
+1. manifest.json MUST name every file that a reader opens, with its SHA-256 and size. Other files are ignored.
+2. A path MUST be relative, use forward slashes, have no ``..`` and go through no link: links in a bundle are not followed.
 3. A reader MUST refuse unknown keys, another ``schema_version``, a wrong digest, and any file whose size or hash differs.
-   golden.npz MUST hold the arrays that the manifest promises and no others, stored and not compressed.
-4. Nothing is unpickled. TorchScript is code: it is opened only when asked for by name.
-5. A writer MUST make a new bundle beside the target and rename it into place, and MUST replace manifest.json by rename
-   after the files it names are on disk. A reader therefore sees the old state or the new one, never a mixture.
-6. What a killed writer left, the next one removes: hidden files with ``.writing-`` in their names, and files in engines/
-   that are named as engines are and that the manifest does not name. Nothing else is ever removed: a bundle whose folder
-   holds other files is not overwritten.
+   golden.npz MUST hold exactly the arrays that the manifest promises, stored and not compressed.
+4. Nothing is unpickled. TorchScript is code: it is loaded only if it is asked for by name.
+5. A writer MUST make a new bundle beside the target and rename it to the target. It MUST write files before the manifest
+   that names them, and replace manifest.json by rename. So a reader sees the old state or the new one, never a mixture.
+6. The next writer removes what a killed writer left: hidden files with ``.writing-`` in their names, and files in engines/
+   with the name of an engine that the manifest does not name. Nothing else is ever removed: a bundle whose folder holds
+   other files is not overwritten.
 
-A bundle that is replaced is exchanged for the new one in one system call where the kernel can (Linux ``renameat2``).
-Elsewhere it is renamed aside first: a reader may find nothing for a moment, and a crash in that moment is repaired by the
-next writer. One who opened a manifest before it was replaced reopens it when a file is not there any more.
+Where the kernel can (Linux ``renameat2``), a bundle is replaced in one system call. Elsewhere the old bundle is renamed
+first: a reader may find no bundle for a moment, and the next writer repairs a crash in that moment. A reader that opened a
+manifest before it was replaced opens it again when a file is missing (`read_current`).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def read_current(path: str | os.PathLike[str], read: Callable[[Bundle], _Read]) 
             return bundle, read(bundle)
         except IntegrityError:
             replacement = Bundle.open(path)
-            if replacement.manifest.digest == bundle.manifest.digest:  # or taken out, and added again since
+            if replacement.manifest.digest == bundle.manifest.digest:  # or it was removed, and added again since
                 if not again:
                     raise
                 again = False

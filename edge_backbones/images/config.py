@@ -8,17 +8,17 @@ from typing import Literal
 import msgspec
 
 _MOST_EDGE = 1 << 20
-_MOST_PIXEL = 1e6  # of mean, std and 1 / std: pixels lie in 0..1, in 0..255 for who scales them so
+_MOST_PIXEL = 1e6  # the limit of mean, std and 1 / std; pixels lie in 0..1
 _LEAST_CROP = 0.01
-_MOST_CROP = 4.0  # crop_pct above 1: the picture is smaller than its crop, and gets a border
+_MOST_CROP = 4.0  # above 1 the scaled picture is smaller than the input and gets a border
 
 
 class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The network's own preprocessing: how a picture gets the size of the input, and how pixels are normalised.
+    """The preprocessing that a network was trained with: how a picture is resized and how its pixels are normalised.
 
-    ``mean`` and ``std``: one value per channel of the picture (RGB for three), for pixels scaled to 0..1. A processor that
-    scales pixels otherwise is stored with ``mean`` and ``std`` changed to match. ``channel_order``: ``bgr`` for a network
-    that takes the channels reversed; they are reversed last, after normalisation.
+    ``mean`` and ``std``: one value per channel of the picture (RGB for three), for pixels scaled to 0..1. The values of a
+    processor that scales pixels otherwise are converted. ``channel_order``: ``bgr`` if the network takes the channels
+    reversed; they are reversed last, after normalisation.
 
     ``crop_mode``, for an input of height x width:
 
@@ -27,16 +27,16 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     - ``border``: scale the picture until it fits inside, and put it in the centre.
     - ``pad``: scale the picture until it fits inside, and put it in the top left corner, as detection models do.
 
-    ``short_edge`` and ``long_edge``, for ``border`` and ``pad``: the sides that the processor scales to, in pixels: the short
-    side to ``short_edge``, unless the long side would get longer than ``long_edge``. A picture that is then larger than the
-    input is scaled until it fits inside. Without them the picture always fills the input. ``size_multiple``: scaled sides
-    are rounded up to a multiple of it. ``fill``: colour of what the picture leaves free.
+    ``short_edge`` and ``long_edge`` are for ``border`` and ``pad``. The short side is scaled to ``short_edge`` pixels, but
+    the long side to at most ``long_edge``. A picture that is then larger than the input is scaled until it fits inside.
+    Without both the picture always fills the input. ``size_multiple``: scaled sides are rounded up to a multiple of it.
+    ``fill``: the colour around the picture.
 
-    ``sampling``: with ``antialias`` the filter grows as a picture gets smaller, as in Pillow. Without it the filter keeps
-    its width: pixels lie at the ``centres`` of their cells, or the outermost ones at the ``corners`` (torch's
-    ``align_corners``), and ``bicubic`` is that of torch and OpenCV (a = -0.75). ``arithmetic``: the library whose integers
-    are repeated bit for bit, which differ by a grey level or two, or ``float`` for one that rounds only once, at the end.
-    ``rounding``: the library whose rules round scaled sides and the position of crops and borders.
+    ``sampling``: with ``antialias`` the filter grows as the picture shrinks, as in Pillow. Otherwise the filter keeps its
+    width and ``bicubic`` is that of torch and OpenCV (a = -0.75); pixels lie at the ``centres`` of their cells, or the
+    outermost ones at the ``corners`` (torch's ``align_corners``). ``arithmetic``: the library whose integer arithmetic is
+    repeated bit for bit (they differ by a grey level or two), or ``float`` for one that rounds once, at the end.
+    ``rounding``: the library whose rules round the scaled sides and the position of crops and borders.
     """
 
     mean: tuple[float, ...]
@@ -74,13 +74,15 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     @property
     def colours(self) -> tuple[int, ...]:
-        """The colour of what the picture leaves free, 0..255 per channel: by default the mean around a whole picture, which
-        normalisation makes 0, and black around one that is too small for its crop."""
+        """Return the colour around the picture, 0..255 per channel.
+
+        By default it is the mean for ``border`` and ``pad``, which normalisation turns into 0, and black otherwise.
+        """
         fill = self.fill or ("mean" if self.crop_mode in ("border", "pad") else "black")
         return tuple(round(min(1.0, max(0.0, mean)) * 255) if fill == "mean" else 0 for mean in self.mean)
 
     def describe(self, height: int, width: int) -> str:
-        """What is done to a picture for an input of height x width, in one line."""
+        """Return one line that says how a picture is preprocessed for an input of height x width."""
         size, scaled = f"{height}x{width}", self.scaled_size(height, width)
         edges = [
             f"{name} side to {'at most ' if name == 'long' and self.short_edge else ''}{edge}"
@@ -110,4 +112,5 @@ class ImageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return f"{how} ({filter}), {order}, mean {mean}, std {std} of pixels in 0..1"
 
     def scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and the width of the input divided by ``crop_pct``."""
         return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)

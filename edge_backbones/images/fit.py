@@ -1,7 +1,7 @@
-"""Photographs to network input, the same way at build time and on the device: files with Pillow, camera frames with numpy.
+"""Turn photographs and camera frames into network input, in the same way at build time and on the device.
 
 :func:`fit` repeats the evaluation transform of timm (``timm.data.create_transform(is_training=False)``) bit for bit, so
-that a device without torch sees what the network was trained on; a test compares the two.
+a device without torch gives the network the pixels that it was trained on. A test compares the two.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 def fit(
     image: Image.Image | np.ndarray, config: ImageConfig, height: int, width: int, threads: int | None = None
 ) -> np.ndarray:
-    """Resize and crop to (height, width): uint8 array (height, width, channels).
+    """Resize and crop a picture; return a uint8 array (height, width, channels).
 
-    ``image``: a picture of Pillow, or a camera frame as uint8 (rows, columns, channels), grey ones without the last axis
-    too. ``threads`` share a large one, by default as many as there are cores; the pixels do not depend on them. Raises
-    InputError for what is no frame of as many channels as ``config`` has, with what makes one of it.
+    ``image``: a picture of Pillow, or a camera frame as uint8 (rows, columns, channels); a grey frame may lack the last axis.
+    ``threads`` share a large picture, by default one per core; the pixels do not depend on their number. Raises InputError
+    for anything else, and for another number of channels than ``config`` has, with the expression that fixes it.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, got {threads}")
@@ -44,7 +44,7 @@ def fit(
 
 
 def _resized_size(source: tuple[int, int], config: ImageConfig, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) that a picture of ``source`` (rows, columns) is scaled to, before it is cropped or padded."""
+    """Return the (rows, columns) that a picture of ``source`` (rows, columns) is scaled to before the crop or the border."""
     scaled = config.scaled_size(height, width)
     if config.crop_mode == "squash":
         return scaled
@@ -72,10 +72,10 @@ def _resized_size(source: tuple[int, int], config: ImageConfig, height: int, wid
 def _by_edges(
     source: tuple[int, int], short_edge: int | None, long_edge: int | None, whole: Callable[[float], int]
 ) -> tuple[int, int]:
-    """(rows, columns) with the sides that are asked for, in the order of transformers' own arithmetic."""
+    """Return the (rows, columns) that ``short_edge`` and ``long_edge`` ask for, with the arithmetic of transformers."""
     short, long = sorted(source)
     if short_edge is None:
-        assert long_edge is not None  # one of the two is asked for
+        assert long_edge is not None  # one of the two is given
         sides = whole(long_edge * (short / long)), long_edge
     elif long_edge is not None and long / short * short_edge > long_edge:
         exact = long_edge * short / long
@@ -93,13 +93,16 @@ def _resized_centre(
     config: ImageConfig,
     threads: int | None,
 ) -> np.ndarray:
-    """The middle ``wanted`` rows and columns of the picture resized to ``size``; all of them where it has fewer."""
+    """Resize to ``size`` and return the ``wanted`` rows and columns in the middle, or all if there are fewer."""
     down = config.rounding != "timm"
     rows, columns = kept = _middle(size[0], wanted[0], down=down), _middle(size[1], wanted[1], down=down)
     pixels = np.atleast_3d(np.asarray(image))
     source = pixels.shape[:2]
     if size != source:
-        is_plain = isinstance(image, np.ndarray) or image.mode in ("L", "RGB")  # Pillow multiplies by transparency
+        is_plain = isinstance(image, np.ndarray) or image.mode in (
+            "L",
+            "RGB",
+        )  # Pillow multiplies other modes by transparency
         method = Method(config.interpolation, config.sampling, config.arithmetic)
         is_pillow = method[1:] == ("antialias", "pillow")
         if config.interpolation in FILTERS and (not is_pillow or (is_plain and _widths_first(source, size))):
@@ -112,19 +115,21 @@ def _resized_centre(
 
 
 def _middle(length: int, wanted: int, *, down: bool) -> range:
-    """Where a centre crop lies on a side; the whole side where it is too short. An odd rest is halved as in transformers
-    (``down``), or as in torchvision and timm."""
+    """Return where a centre crop lies on a side: all of the side if it is too short.
+
+    An odd rest is halved as in transformers (``down``), or as in torchvision and timm.
+    """
     start = (length - wanted) // 2 if down else round((length - wanted) / 2.0)
     return range(start, start + wanted) if length > wanted else range(length)
 
 
 def _widths_first(source: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether Pillow resizes along the rows first: some releases begin with the other side of a tall picture (Resample.c)."""
+    """Return whether every release of Pillow resizes along the rows first: for a tall picture some do not (Resample.c)."""
     return source[0] - size[0] <= max(0, 2 * (source[1] - size[1]))
 
 
 def _padded(pixels: np.ndarray, config: ImageConfig, height: int, width: int) -> np.ndarray:
-    """With a border of ``config.colours`` where a side is short of (height, width)."""
+    """Add a border of ``config.colours`` where a side is shorter than (height, width)."""
     if pixels.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels)
     padded = np.empty((height, width, pixels.shape[2]), np.uint8)
@@ -138,12 +143,12 @@ def _padded(pixels: np.ndarray, config: ImageConfig, height: int, width: int) ->
 
 
 def to_input(images: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
-    """uint8 (batch, height, width, channels) to what the graph takes: itself, or normalised float32 NCHW."""
+    """Turn uint8 (batch, height, width, channels) into the input of the graph: uint8 NHWC, or normalised float32 NCHW."""
     return np.ascontiguousarray(images) if input.name == "image" else _normalised(images, config)
 
 
 def network_input(array: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
-    """An input of the graph as the float32 NCHW that the bare network takes."""
+    """Turn an input of the graph into the normalised float32 NCHW that the network itself takes."""
     return _normalised(array, config) if input.name == "image" else array
 
 

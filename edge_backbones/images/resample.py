@@ -1,4 +1,4 @@
-"""Resize pictures as Pillow's Resample.c and torchvision do, bit for bit, and only the pixels that a crop keeps.
+"""Resize pictures as Pillow's Resample.c and torchvision do, bit for bit, but only the pixels that a crop keeps.
 
 Both add products of pixels and integer weights. In float64 such sums are exact in any order, so BLAS may compute them:
 neighbouring pixels times a matrix of weights, first along rows, then along columns.
@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 _BITS = 22
-_PIXELS = 8  # of a block: the more, the more of its weights are 0
-_ROWS = 128  # that are taken at a time: they stay in the cache, and OpenBLAS leaves them to the thread that asks
-_BAND_PIXELS = 250_000  # of the source, for which a thread is worth its start
+_PIXELS = 8  # resized pixels in a block; a larger block has more weights that are 0
+_ROWS = 128  # rows in one product: they stay in the cache, and OpenBLAS starts no threads for them
+_BAND_PIXELS = 250_000  # pixels of the source for which a thread is worth its start
 
 
 class Method(NamedTuple):
-    """See ImageConfig."""
+    """The fields of ImageConfig that decide how pixels are computed."""
 
     filter: str
     sampling: str
@@ -29,7 +29,7 @@ class Method(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Resized pixels ``place`` along a side: those of the source in ``read`` times ``weights``, (read, place)."""
+    """The resized pixels ``place`` along a side: the source pixels ``read`` times ``weights``, of shape (read, place)."""
 
     read: slice
     weights: np.ndarray
@@ -39,9 +39,10 @@ class _Block(NamedTuple):
 def resample(
     pixels: np.ndarray, size: tuple[int, int], kept: tuple[range, range], method: Method, threads: int
 ) -> np.ndarray:
-    """The rows and columns ``kept`` of ``pixels`` resized to ``size``: uint8 (rows, columns, channels), like ``pixels``.
+    """Resize ``pixels`` to ``size`` (rows, columns) and return the rows and columns ``kept`` of the result.
 
-    ``threads`` share a large picture, a band of rows each.
+    Both are uint8 (rows, columns, channels). ``threads`` share a large picture, a band of rows each; the pixels do not depend
+    on their number.
     """
     height, width, channels = pixels.shape
     down, across = _blocks(height, size[0], kept[0], method), _blocks(width, size[1], kept[1], method)
@@ -64,9 +65,9 @@ def resample(
 def _resample_band(
     pixels: np.ndarray, down: list[_Block], across: list[_Block], resized: np.ndarray, *, between: type
 ) -> None:
-    """The rows of ``resized`` that the blocks ``down`` make; ``between``: dtype of what is resized along the rows only.
+    """Compute the rows of ``resized`` that the blocks ``down`` stand for.
 
-    Channels come first in here: each is a matrix.
+    ``between``: the dtype of the picture that is resized along the rows only. Channels come first here: each is a matrix.
     """
     top, bottom = down[0].read.start, max(block.read.stop for block in down)
     left, right = across[0].read.start, max(block.read.stop for block in across)
@@ -86,14 +87,14 @@ def _resample_band(
 
 
 def _in_range(sums: np.ndarray) -> np.ndarray:
-    """Round, in place, what is about to be cut to 8 bits; ties go up."""
+    """Round sums in place and clip them to 0..255, before a cast to uint8 cuts them off. Ties are rounded up."""
     sums += 0.5
     return np.clip(sums, 0, 255, out=sums)
 
 
-@functools.lru_cache(8)  # a camera's frames are all of one size
+@functools.lru_cache(8)  # all frames of a camera have one size
 def _blocks(source: int, size: int, kept: range, method: Method) -> list[_Block]:
-    """What makes the pixels ``kept`` of a side of ``source`` pixels resized to ``size``."""
+    """Return the blocks that resize a side of ``source`` pixels to ``size``, for the pixels ``kept`` of it."""
     first, weights = _weights(source, size, kept, method)
     found = []
     for begin in range(0, len(kept), _PIXELS):
@@ -101,20 +102,22 @@ def _blocks(source: int, size: int, kept: range, method: Method) -> list[_Block]
         read = slice(int(first[begin]), min(source, int(first[place][-1]) + weights.shape[1]))
         matrix = np.zeros((source, place.stop - begin))
         for column, (start, of_one) in enumerate(zip(first[place], weights[place], strict=True)):
-            matrix[start : start + len(of_one), column] = of_one[: source - start]  # those past the end are 0
+            matrix[start : start + len(of_one), column] = of_one[: source - start]  # weights past the end are 0
         found.append(_Block(read, matrix[read].copy(), place))
     return found
 
 
 def _weights(source: int, size: int, kept: range, method: Method) -> tuple[np.ndarray, np.ndarray]:
-    """For every pixel kept: the first that it reads, and the weights of that and those behind it; integers / 2**bits, but for
-    ``float``."""
+    """Return for each pixel kept the first source pixel that it reads, and the weights from there on: (kept, taps).
+
+    The weights are integers / 2**bits, except for the arithmetic ``float``.
+    """
     taps = _grown_weights if method.sampling == "antialias" else _plain_weights
     first, weights = taps(source, size, kept, method)
     if method.arithmetic == "float":
         return first, weights
     bits = _BITS
-    if method.arithmetic == "torchvision":  # as many bits as fit into an int16, of the weights of the whole side
+    if method.arithmetic == "torchvision":  # the largest weight of the whole side has to fit into an int16
         largest = float(taps(source, size, range(size), method)[1].max())
         bits = next(bits for bits in range(_BITS) if int(0.5 + largest * (1 << (bits + 1))) >= 1 << 15)
     weights = weights * (1 << bits)
@@ -122,7 +125,7 @@ def _weights(source: int, size: int, kept: range, method: Method) -> tuple[np.nd
 
 
 def _grown_weights(source: int, size: int, kept: range, method: Method) -> tuple[np.ndarray, np.ndarray]:
-    """Of a filter that grows as the picture gets smaller, and is cut off at the border."""
+    """Return the weights of a filter that grows as the picture shrinks and is cut off at the border."""
     shape, support = FILTERS[method.filter]
     scale = source / size
     stretch = max(scale, 1.0)
@@ -131,11 +134,11 @@ def _grown_weights(source: int, size: int, kept: range, method: Method) -> tuple
     stop = np.minimum(source, (centres + support * stretch + 0.5).astype(int))
     read = first[:, None] + np.arange((stop - first).max())
     weights = np.where(read < stop[:, None], shape((read - centres[:, None] + 0.5) * (1 / stretch)), 0.0)
-    return first, weights / np.cumsum(weights, axis=1)[:, -1:]  # added one by one, as there
+    return first, weights / np.cumsum(weights, axis=1)[:, -1:]  # summed one by one, as Pillow does
 
 
 def _plain_weights(source: int, size: int, kept: range, method: Method) -> tuple[np.ndarray, np.ndarray]:
-    """Of a filter as wide as it is, which reads the pixel at the border in place of those beyond it."""
+    """Return the weights of a filter of constant width, which reads the border pixel in place of pixels beyond it."""
     shape, support = FILTERS[method.filter]
     if method.filter == "bicubic":
         shape = functools.partial(_bicubic, a=-0.75)
