@@ -34,14 +34,14 @@ SPEC = BackboneSpec(
 
 
 def pooling_input(batch: ShapeRange | int = 2, height: int = 32, width: int = 48) -> InputSpec:
-    """The input of the pooling backbone: float32 NCHW of fixed size."""
+    """Return the input of the pooling backbone: float32 NCHW of fixed height and width."""
     batch = batch if isinstance(batch, ShapeRange) else ShapeRange.fixed(batch)
     sizes = ShapeRange.fixed(height), ShapeRange.fixed(width)
     return InputSpec(name="pixel_values", channels=3, batch=batch, height=sizes[0], width=sizes[1])
 
 
 def pooled(pixel_values: np.ndarray) -> list[np.ndarray]:
-    """What the pooling backbone returns, in numpy: float32 NCHW maps of pool4 and pool8."""
+    """Compute the pooling backbone in numpy: float32 NCHW maps of pool4 and pool8."""
     batch, channels, height, width = pixel_values.shape
     return [
         pixel_values.reshape(batch, channels, height // k, k, width // k, k).mean(axis=(3, 5)).astype(np.float32)
@@ -58,12 +58,14 @@ class NumpySession:
         self.closed = False
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
+        """Return the maps of a batch; raise AssertionError for a batch that the input does not allow."""
         if len(array) not in self.input.batch:
             raise AssertionError(f"batch {len(array)} is outside {self.input.batch}")
         self.batches.append(len(array))
         return pooled(array)
 
     def close(self) -> None:
+        """Note that the session was closed."""
         self.closed = True
 
 

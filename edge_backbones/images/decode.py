@@ -110,9 +110,8 @@ def grouped(reasons: Mapping[str, str], most: int = 4) -> list[str]:
     """Sum up reasons by file name in a few lines: each reason with the first file and how many more files have it."""
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        groups.setdefault(re.sub(r"\d+", "0", reason), []).append(
-            name
-        )  # numbers in a reason differ, the reason does not
+        group = re.sub(r"\d+", "0", reason)  # reasons that differ in numbers only are one
+        groups.setdefault(group, []).append(name)
     ordered = sorted(groups.values(), key=len, reverse=True)
     most += len(ordered) == most + 1  # do not spend the last line on a single other reason
     lines = [

@@ -99,10 +99,8 @@ def _resized_centre(
     pixels = np.atleast_3d(np.asarray(image))
     source = pixels.shape[:2]
     if size != source:
-        is_plain = isinstance(image, np.ndarray) or image.mode in (
-            "L",
-            "RGB",
-        )  # Pillow multiplies other modes by transparency
+        # Pillow multiplies pictures of other modes by their transparency.
+        is_plain = isinstance(image, np.ndarray) or image.mode in ("L", "RGB")
         method = Method(config.interpolation, config.sampling, config.arithmetic)
         is_pillow = method[1:] == ("antialias", "pillow")
         if config.interpolation in FILTERS and (not is_pillow or (is_plain and _widths_first(source, size))):

@@ -14,12 +14,8 @@ from edge_backbones.reading import in_short
 if TYPE_CHECKING:
     from PIL import Image
 
-_MODES = {
-    1: "L",
-    2: "LA",
-    3: "RGB",
-    4: "RGBA",
-}  # modes of Pillow whose numbers are grey levels or colours: no palette, no single bits
+# By number of channels, the mode of Pillow whose numbers are grey levels or colours: no palette, no single bits.
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def as_frame(given: object, channels: int) -> Image.Image | np.ndarray:
@@ -52,9 +48,7 @@ def as_array(given: object) -> np.ndarray:
     """Return ``np.asarray(given)``, of any shape and dtype. Raises InputError if numpy makes no array of it."""
     try:
         return np.asarray(given)
-    except (
-        Exception
-    ) as error:  # a list of unequal rows, a tensor on a GPU: each library raises its own error, with its advice
+    except Exception as error:  # each library raises its own: for lists of unequal rows, for tensors on a GPU
         raise InputError(f"numpy makes no array of this {type(given).__name__}: {in_short(error)}") from error
 
 

@@ -12,12 +12,13 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import msgspec
 
 from edge_backbones.bundle.manifest import Architecture, Flavour
 from edge_backbones.errors import InputError, MissingDependencyError
+from edge_backbones.machine.gpus import Gpu
 from edge_backbones.reading import read_file, refusing, shortened
 from edge_backbones.spec import InputSpec, Precision, ShapeRange, Size
 
@@ -108,26 +109,6 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         return max((module.dla_cores for module in self.modules), default=0)
 
 
-class DetectedGpu(Protocol):
-    """What the driver reports of a GPU: see :class:`edge_backbones.machine.gpus.Gpu`."""
-
-    @property
-    def name(self) -> str:
-        """Return the name of the device."""
-
-    @property
-    def architecture(self) -> str:
-        """Return the architecture, ``sm_87``."""
-
-    @property
-    def memory_bytes(self) -> int:
-        """Return the size of its memory."""
-
-    @property
-    def integrated(self) -> bool:
-        """Return whether it shares the memory of the CPU."""
-
-
 @functools.cache
 def list_profiles() -> tuple[DeviceProfile, ...]:
     """Return the profiles of the package: the CPU, then Jetsons, datacenter and RTX cards, each by architecture."""
@@ -148,7 +129,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
     return profiles[text]
 
 
-def profile_of(gpu: DetectedGpu | None, *, board: str = "") -> DeviceProfile | None:
+def profile_of(gpu: Gpu | None, *, board: str = "") -> DeviceProfile | None:
     """Return the profile of a detected GPU, or of the CPU for None; return None if no profile fits or several do.
 
     ``board``: the name from :func:`edge_backbones.machine.system.board_name`. CUDA reports Orin Nano and Orin NX of 8 GB
@@ -168,7 +149,7 @@ def profile_of(gpu: DetectedGpu | None, *, board: str = "") -> DeviceProfile | N
     return found[0] if len(found) == 1 else None
 
 
-def modules_of(profile: DeviceProfile, gpu: DetectedGpu | None) -> tuple[Module, ...]:
+def modules_of(profile: DeviceProfile, gpu: Gpu | None) -> tuple[Module, ...]:
     """Return the modules of a profile with the memory size of this GPU; all modules without a GPU or if none fits."""
     fitting = tuple(module for module in profile.modules if gpu is not None and _fits(gpu.memory_bytes, module))
     return fitting or profile.modules

@@ -22,7 +22,7 @@ from PIL import Image
 
 from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.reader import Bundle, load_golden
-from edge_backbones.bundle.writer import record_bytes, record_file, write_manifest
+from edge_backbones.bundle.writer import BundleWriter, record_file, write_manifest
 from edge_backbones.deploy.parity import measure_engine
 from edge_backbones.deploy.verify import verify_bundle
 from edge_backbones.engines.compile import compile_engine
@@ -65,8 +65,7 @@ def with_engine(bundle: Path, graph: onnx.ModelProto, precision: Precision, gate
     engine = compile_engine(graph.SerializeToString(), precision, cache=None)
     report = measure_engine(engine.key, engine.data, spec, input, load_golden(opened), gate)
     assert not report.passed  # else nothing was planted
-    file = record_bytes(engine.key.path(engine.data, engine.suffix), engine.data)
-    (bundle / file.path).write_bytes(engine.data)
+    file = BundleWriter(bundle).add_file(engine.key.path(engine.data, engine.suffix), engine.data)
     others = tuple(e for e in opened.manifest.engines if e.key.precision != precision)
     record = EngineRecord(key=engine.key, file=file, parity=report)
     write_manifest(bundle, structs.replace(opened.manifest, engines=(*others, record)))
