@@ -739,7 +739,7 @@ def _build(source: Any, target: Path, photographs: str, options: Any) -> None:
     import msgspec
 
     from edge_backbones import build_bundle
-    from edge_backbones.bundle.reader import write_manifest
+    from edge_backbones.bundle.writer import write_manifest
     from edge_backbones.parity_report import ParityError
 
     try:

@@ -95,8 +95,8 @@ for precision in precisions:
     with EdgeBackbone.from_pretrained(path, engine=precision) as backbone:
         maps = {
             f"{case}/{stage}": feature_map
-            for case in bundle.manifest.golden.cases
-            for stage, feature_map in backbone.run(golden[f"{case}/{backbone.input.name}"]).items()
+            for case in golden.cases
+            for stage, feature_map in backbone.run(golden.inputs[case]).items()
         }
         facts = [op.get_rt_info() for op in backbone._engine._loaded.model.get_runtime_model().get_ops()]
     numpy.savez(f"{out}/{precision}.npz", **maps)
@@ -215,7 +215,12 @@ def emulate(bundle: Path | None, root: Path, cpu: str) -> dict[str, Any]:
     qemu = command("qemu-aarch64-static", "--version").splitlines()[0]
     try:
         opened = Bundle.open(bundle or build_small(CACHE / "net.bundle"))
-        golden, precisions = load_golden(opened), precisions_of(opened)
+        precisions = precisions_of(opened)
+        references = {
+            f"{case}/{stage}": values
+            for case, maps in load_golden(opened).outputs.items()
+            for stage, values in maps.items()
+        }
         shutil.copytree(opened.path, work / "net.bundle")
         about = {"network": opened.manifest.source.name, "qemu": qemu, "system": root.name}
         install(root, cpu, work)
@@ -242,7 +247,7 @@ def emulate(bundle: Path | None, root: Path, cpu: str) -> dict[str, Any]:
         for precision in precisions:
             gate = next(e.parity.gate for e in opened.manifest.engines if e.key.precision == precision)
             with np.load(there / f"{precision}.npz") as theirs, np.load(here / f"{precision}.npz") as ours:
-                stages[precision] = judge(precision, gate, dict(theirs), {"golden": golden, "x86_64": dict(ours)})
+                stages[precision] = judge(precision, gate, dict(theirs), {"golden": references, "x86_64": dict(ours)})
     finally:
         shutil.rmtree(work, ignore_errors=True)
     passed = all(stage["passed"] for rows in stages.values() for stage in rows)

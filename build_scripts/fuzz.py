@@ -32,11 +32,12 @@ import numpy as np
 from edge_backbones.bench import results
 from edge_backbones.bundle.manifest import CalibrationFile
 from edge_backbones.bundle.onnx_gate import graph_fault
-from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.engines.openvino.session import OpenVinoSession, compile_model, read_model
 from edge_backbones.engines.refusals import refusals
 from edge_backbones.errors import EdgeBackbonesError
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.machine.profiles import explain, load_profile
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
@@ -235,7 +236,8 @@ def _manifests(bundle: Bundle) -> Kind:
 def _golden(bundle: Bundle) -> Kind:
     place = bundle.path / "golden.npz"
     good = place.read_bytes()
-    arrays = load_golden(bundle)
+    with np.load(place) as archive:
+        arrays = dict(archive)
 
     def damage(draw: random.Random) -> bytes:
         if draw.random() < 0.6:

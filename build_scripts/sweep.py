@@ -371,19 +371,20 @@ def run_other_batches(bundle: Path, result: dict[str, Any]) -> None:
     """Run the fp32 engine at batches that the build did not, against the same golden maps."""
     import numpy as np
 
-    from edge_backbones import EdgeBackbone
+    from edge_backbones import Bundle, EdgeBackbone
+    from edge_backbones.bundle.reader import load_golden
     from edge_backbones.deploy.parity import compare
     from edge_backbones.engines.promises import DEFAULT_GATES
     from edge_backbones.spec import Precision
 
-    golden = np.load(bundle / "golden.npz")
+    golden = load_golden(Bundle.open(bundle))
     limit = DEFAULT_GATES[Precision.FP32]
     with EdgeBackbone.from_pretrained(bundle, engine="fp32") as backbone:
-        images = golden[f"opt/{backbone.input.name}"]
+        images = golden.inputs["opt"]
         for batch in _OTHER_BATCHES:
             chosen = np.arange(batch) % len(images)
             for stage, feature_map in zip(backbone.out_features, backbone(images[chosen]).feature_maps, strict=True):
-                parity = compare(stage, golden[f"opt/{stage}"][chosen], feature_map, limit)
+                parity = compare(stage, golden.outputs["opt"][stage][chosen], feature_map, limit)
                 result["fp32"]["relative"] = max(result["fp32"]["relative"], significant(parity.relative))
                 if not parity.passed:
                     result["fp32"]["passed"] = False
@@ -398,21 +399,23 @@ def compare_with_graph(bundle: Path, precision: str, result: dict[str, Any]) -> 
     """
     import numpy as np
 
+    from edge_backbones import Bundle
+    from edge_backbones.bundle.reader import load_golden
     from edge_backbones.deploy.parity import compare
     from edge_backbones.engines.onnxruntime.library import onnxruntime
     from edge_backbones.parity_report import Gate
 
-    golden = np.load(bundle / "golden.npz")
+    golden = load_golden(Bundle.open(bundle))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     path = bundle / "graphs" / f"{precision}.onnx"
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (input,), names = session.get_inputs(), [output.name for output in session.get_outputs()]
-    outputs = session.run(names, {input.name: golden[f"opt/{input.name}"]})
+    outputs = session.run(names, {input.name: golden.inputs["opt"]})
     stages = [
         compare(name, expected, np.asarray(actual), Gate())
         for name, images in zip(names, outputs, strict=True)
-        for expected, actual in zip(golden[f"opt/{name}"], images, strict=True)
+        for expected, actual in zip(golden.outputs["opt"][name], images, strict=True)
     ]
     of_graph, of_engine = significant(min(stage.sqnr_db for stage in stages)), result[precision]["sqnr_db"]
     result[precision]["graph_sqnr_db"] = of_graph

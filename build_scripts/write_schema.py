@@ -1,10 +1,9 @@
-"""Write edge_backbones/bundle/manifest.schema.json from the structs of manifest.py; a test says when it is out of date."""
+"""Write edge_backbones/bundle/manifest.schema.json from the structs of manifest.py; a test fails when it is out of date."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -13,16 +12,19 @@ from edge_backbones.bundle import manifest
 PATH = Path(manifest.__file__).with_name("manifest.schema.json")
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON schema of manifest.json, for readers in other languages. What its fields mean is said in the structs."""
-    schema: dict[str, Any] = msgspec.json.decode(
-        msgspec.json.encode(msgspec.json.schema(manifest.Manifest))
-    )  # no tuples
-    for struct in schema["$defs"].values():
-        struct.pop("description", None)
-    return schema
+def schema_text() -> str:
+    """Return the JSON schema of manifest.json for readers in other languages, keys in the order of the structs.
+
+    The docstrings of the structs are the descriptions.
+    """
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"manifest.json of edge_backbones bundles, schema_version {manifest.SCHEMA_VERSION}",
+        **msgspec.json.schema(manifest.Manifest),
+    }
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
-    PATH.write_text(json.dumps(json_schema(), separators=(",", ":")) + "\n", encoding="utf-8")
+    PATH.write_text(schema_text(), encoding="utf-8")
     print(f"wrote {PATH}")

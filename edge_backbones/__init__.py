@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edge_backbones.auto import AutoEdgeBackbone as AutoEdgeBackbone
     from edge_backbones.bundle.reader import Bundle as Bundle
-    from edge_backbones.bundle.trust import sign_bundle as sign_bundle
+    from edge_backbones.bundle.signing import sign_bundle as sign_bundle
     from edge_backbones.deploy.compile import compile_bundle as compile_bundle
     from edge_backbones.deploy.verify import verify_bundle as verify_bundle
     from edge_backbones.errors import EdgeBackbonesError as EdgeBackbonesError
@@ -35,7 +35,7 @@ _HOMES = {
     "BuildOptions": "edge_backbones.toolchain.build",
     "build_bundle": "edge_backbones.toolchain.build",
     "compile_bundle": "edge_backbones.deploy.compile",
-    "sign_bundle": "edge_backbones.bundle.trust",
+    "sign_bundle": "edge_backbones.bundle.signing",
     "verify_bundle": "edge_backbones.deploy.verify",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604

@@ -20,7 +20,7 @@ import numpy as np
 
 import edge_backbones
 from edge_backbones.errors import BundleError, CalibrationError, InputError, MissingDependencyError
-from edge_backbones.images.fit import list_images
+from edge_backbones.images.decode import list_images
 from edge_backbones.machine.profiles import DeviceProfile, load_profile
 from edge_backbones.machine.system import default_cache
 from edge_backbones.progress import Progress, no_progress

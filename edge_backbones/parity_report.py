@@ -1,4 +1,4 @@
-"""How near an engine's feature maps are to fp32 torch, and how near they have to be."""
+"""How close the outputs of an engine are to fp32 torch, and how close they have to be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Cosine = Annotated[float, msgspec.Meta(ge=-1.001, le=1.001)]
 
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Bounds that every feature map must keep; None means not asked."""
+    """Bounds that every output of an engine must keep. None: no bound."""
 
     min_cosine: Cosine | None = None
     min_sqnr_db: Decibels | None = None
@@ -31,10 +31,10 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class StageParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A feature map (or other output) against its fp32 reference over all golden samples; the worst case counts.
+    """An output x of an engine compared with its fp32 reference r; each figure is that of the worst golden image.
 
-    ``cosine`` of the flattened maps, ``sqnr_db`` = 10 log10(|r|^2 / |r - x|^2), ``max_abs`` = max |r - x|,
-    ``relative`` = |r - x| / |r| (Frobenius). A value that is not finite is stored as ``finite = False`` and zeros.
+    ``cosine``: of the flattened maps. ``sqnr_db``: 10 log10(|r|^2 / |r - x|^2). ``max_abs``: max |r - x|. ``relative``:
+    |r - x| / |r|, Frobenius norms. ``finite``: whether all values are finite; if not, the figures are zeros.
     """
 
     stage: Name
@@ -47,9 +47,9 @@ class StageParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Every output of one engine, measured through the real runtime on the golden samples.
+    """Every output of one engine, measured through the runtime on the golden samples.
 
-    Without ``stages`` it is still to be measured: the engine was compiled ahead of time for a GPU that was not there.
+    ``stages`` is empty for an engine that was not measured yet: it was compiled ahead of time for a GPU that was not there.
     """
 
     precision: Precision
@@ -58,14 +58,16 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     @property
     def measured(self) -> bool:
+        """Return whether the engine was measured."""
         return bool(self.stages)
 
     @property
     def passed(self) -> bool:
+        """Return whether the engine was measured and every output is inside the gate."""
         return self.measured and all(stage.passed for stage in self.stages)
 
     def failures(self) -> str:
-        """One phrase per failing stage, with its figures."""
+        """Return a phrase for each output outside the gate, with its figures."""
         return "; ".join(
             f"{stage.stage} has cosine {stage.cosine:.4f}, SQNR {stage.sqnr_db:.1f} dB, relative error "
             f"{stage.relative:.2e}, max |difference| {stage.max_abs:.3g}"
@@ -77,7 +79,7 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class ParityError(EdgeBackbonesError):
-    """A feature map left its gate. ``reports`` hold the figures of every stage, one report per engine that left it."""
+    """An output is outside its gate. ``reports``: the figures of every output, one report per engine outside its gate."""
 
     def __init__(self, message: str, *reports: ParityReport) -> None:
         super().__init__(message)

@@ -1,13 +1,14 @@
-"""Read files that a stranger may have made: no links, pipes or devices, no more bytes than expected, and every failure typed.
+"""Read files that a stranger may have made: no pipes or devices, no more bytes than expected, and every failure typed.
 
-`opened` and `read_file` raise OSError, whose ``strerror`` says what is wrong with the file. `refusing` is the boundary around
-a parser: whatever the parser raises becomes one error of ours with one short line.
+`opened`, `read_file` and `file_sha256` raise OSError, whose ``strerror`` says what is wrong with the file. `refusing` is put
+around a parser: whatever the parser raises becomes an error of this package with a reason in one line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -20,9 +21,9 @@ _LONGEST_REASON = 240
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], *, follow: bool = True) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file for reading; yields it and its size in bytes.
+    """Open a regular file for reading and yield it with its size in bytes.
 
-    A pipe or a device is refused instead of waited for. ``follow``: whether ``path`` itself may be a link. Raises OSError.
+    Raises OSError, also for a pipe or a device, which could block. ``follow``: ``path`` itself may be a link.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     if not follow:
@@ -49,9 +50,9 @@ def opened(path: str | os.PathLike[str], *, follow: bool = True) -> Iterator[tup
 
 
 def read_file(path: str | os.PathLike[str], *, limit: int, follow: bool = True) -> bytes:
-    """The bytes of a regular file of at most ``limit`` bytes, whose size is looked at before memory is taken.
+    """Return the bytes of a regular file; raise OSError for one of more than ``limit`` bytes before memory is taken.
 
-    ``follow``: as in `opened`. Raises OSError.
+    ``follow``: as in `opened`.
     """
     with opened(path, follow=follow) as (file, size):
         if size > limit:
@@ -59,12 +60,21 @@ def read_file(path: str | os.PathLike[str], *, limit: int, follow: bool = True) 
         return file.read(size)
 
 
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file of any size as hex digits. Raises OSError."""
+    digest = hashlib.sha256()
+    with opened(path) as (file, _):
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def refusing(refusal: Callable[[str], EdgeBackbonesError]) -> Iterator[None]:
-    """The boundary around a parser of a stranger's bytes: what it raises becomes ``refusal(why)``, with why in one line.
+    """Turn any exception of a parser of foreign bytes into ``refusal(why)``, with ``why`` in one line.
 
-    Parsers fail with whatever they trip over (RecursionError and MemoryError too), so everything is caught here, and
-    nowhere else. Errors of ours pass as they are.
+    Parsers raise many types of errors (RecursionError and MemoryError too), so this catches every Exception. Errors of this
+    package pass as they are.
     """
     try:
         yield
@@ -75,7 +85,11 @@ def refusing(refusal: Callable[[str], EdgeBackbonesError]) -> Iterator[None]:
 
 
 def in_short(error: BaseException) -> str:
-    """The text of an error in one line of at most a few hundred characters; where it was, at the end, is kept."""
+    """Return the whole text of an error in one line of at most 240 characters, cut in the middle.
+
+    For errors of parsers and decoders, which say what is wrong at the start and where at the end. Use
+    `edge_backbones.errors.first_line` for libraries that write a reason and then lines of advice or a trace.
+    """
     said = " ".join(str(error).split())
     if not said or isinstance(error, (KeyError, MemoryError, RecursionError)):
         said = ": ".join(filter(None, (type(error).__name__, said)))
@@ -83,7 +97,7 @@ def in_short(error: BaseException) -> str:
 
 
 def shortened(text: str, longest: int) -> str:
-    """Cut the middle out of a text that has more than ``longest`` characters."""
+    """Return a text with its middle cut out if it has more than ``longest`` characters."""
     if len(text) <= longest:
         return text
     end = longest // 3

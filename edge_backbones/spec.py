@@ -1,8 +1,8 @@
-"""What a backbone takes and returns: the vocabulary that every other module shares.
+"""What a backbone takes and returns: the structs that all other modules share.
 
-Stages are named and numbered as in transformers: ``stage_names`` lists every stage of the network, ``out_features`` /
-``out_indices`` the ones that are kept, always in stage order. :func:`align_stages` holds the rules of
-``transformers.backbone_utils.BackboneConfigMixin`` (with its messages), and is the only place where they live.
+Stages are named and numbered as in transformers: ``stage_names`` lists every stage of the network, ``out_features`` and
+``out_indices`` the stages that are kept, in stage order. :func:`align_stages` repeats the rules and the messages of
+``transformers.backbone_utils.BackboneConfigMixin``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import msgspec
 from edge_backbones.errors import InputError
 
 Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
-"""Axes of an engine output: maps (batch, channels, height, width) or channels last; tokens (batch, tokens, channels),
-prefix tokens such as the class token included; or one vector per image."""
+"""Axes of an engine output, one letter each: N the batch, C channels, H height, W width, L tokens.
+
+Tokens include prefix tokens such as the class token. ``NC`` is one vector per image. ``layout.index("C")`` is the position of
+the channels.
+"""
 
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=300)]
@@ -51,7 +54,7 @@ class Precision(str, enum.Enum):
 
 
 class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Sizes that one axis may take: TensorRT's optimisation profile for that axis. Fixed when min == opt == max."""
+    """The sizes that an axis may have, as in an optimisation profile of TensorRT. The axis is fixed if min == max."""
 
     min: Size
     opt: Size
@@ -63,10 +66,12 @@ class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     @classmethod
     def fixed(cls, size: int) -> ShapeRange:
+        """Return the range of an axis that has one size."""
         return cls(min=size, opt=size, max=size)
 
     @property
     def is_fixed(self) -> bool:
+        """Return whether the axis has one size."""
         return self.min == self.max
 
     def __contains__(self, size: int) -> bool:
@@ -79,9 +84,9 @@ class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The one input of a graph.
 
-    ``pixel_values`` is float32, NCHW, already normalised, as transformers has it. ``image`` is uint8, NHWC, as a
-    camera delivers it (RGB for three channels): cast, layout and ``mean`` / ``std`` are inside the graph.
-    ``size_multiple``: a height or width that is not fixed must be a multiple of it.
+    ``name``: ``pixel_values`` is float32 NCHW, already normalised, as in transformers. ``image`` is uint8 NHWC, as a camera
+    delivers it (RGB for three channels): the cast, the layout and ``mean`` / ``std`` are in the graph. ``size_multiple``: a
+    height or width that is not fixed must be a multiple of it.
     """
 
     name: Literal["pixel_values", "image"]
@@ -93,32 +98,42 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     @property
     def dtype(self) -> str:
+        """Return numpy's name of the dtype."""
         return "float32" if self.name == "pixel_values" else "uint8"
 
     @property
     def layout(self) -> str:
+        """Return the order of the four axes, as in `Layout`."""
         return "NCHW" if self.name == "pixel_values" else "NHWC"
 
+    @property
+    def size_axes(self) -> tuple[int, int]:
+        """Return where height and width are among the four axes."""
+        return self.layout.index("H"), self.layout.index("W")
+
     def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """The four axes in this input's layout."""
+        """Return the sizes of the four axes in the layout of this input."""
         if self.layout == "NCHW":
             return batch, self.channels, height, width
         return batch, height, width, self.channels
 
     @property
     def opt_shape(self) -> tuple[int, int, int, int]:
+        """Return the shape that engines are optimised for."""
         return self.shape(self.batch.opt, self.height.opt, self.width.opt)
 
     @property
     def min_shape(self) -> tuple[int, int, int, int]:
+        """Return the smallest shape that engines are compiled for."""
         return self.shape(self.batch.min, self.height.min, self.width.min)
 
     @property
     def max_shape(self) -> tuple[int, int, int, int]:
+        """Return the largest shape that engines are compiled for."""
         return self.shape(self.batch.max, self.height.max, self.width.max)
 
     def batch_height_width(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Split a four-axis shape of this input's layout; raises InputError when the engine cannot take it."""
+        """Return batch, height and width of a shape in this layout; raise InputError if the engine cannot take it."""
         if len(shape) == 4:
             batch, height, width, channels = (
                 (shape[0], shape[2], shape[3], shape[1]) if self.layout == "NCHW" else tuple(shape)
@@ -132,7 +147,7 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return size in axis and (axis.is_fixed or size % self.size_multiple == 0)
 
     def describe(self) -> str:
-        """One phrase for messages: dtype, layout and the size of every axis."""
+        """Return a phrase for messages: dtype, layout and the size of every axis."""
         height, width = str(self.height), str(self.width)
         sizes = f"(batch, {self.channels}, {height}, {width})"
         if self.layout == "NHWC":
@@ -143,7 +158,7 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class ExtraOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An engine output that is not the feature map of a kept stage. ``channels`` is the size of its C axis."""
+    """An engine output that is not the feature map of a kept stage. ``channels``: the size of its C axis."""
 
     name: Name
     layout: Layout
@@ -151,16 +166,16 @@ class ExtraOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Stages of a backbone and what was measured of the kept ones.
+    """The stages of a backbone, and what was measured of the kept ones.
 
-    ``out_indices`` are as they were given: -1 stays -1, as in transformers. ``num_features`` has one entry per stage
-    name, as transformers has it; ``channels``, ``strides`` and ``layouts`` have one per kept stage and were read off a
-    real forward. A stride is input pixels per feature-map cell, (vertical, horizontal).
+    ``out_indices``: as they were given, -1 stays -1 as in transformers. ``num_features``: channels, one entry per stage name,
+    as in transformers. ``channels``, ``strides`` and ``layouts``: one entry per kept stage, measured in a forward of the
+    network. A stride is (vertical, horizontal) input pixels per feature-map cell.
 
-    ``cls_tokens`` names the engine output with the class token of each kept stage, ``hidden_states`` the output that is
-    each hidden state (a feature map serves as one where the network returns the same tensor twice). Both are empty for
-    networks without them, and when they were not asked for. ``extras`` describes every output that is not a feature
-    map. ``has_attentions`` is transformers' word for a network that could return attention weights.
+    ``cls_tokens``: the engine output with the class token of each kept stage. ``hidden_states``: the output that is each
+    hidden state; it may be a feature map, if the network returns the same tensor twice. Both are empty for networks without
+    them and if they were not asked for. ``extras``: every output that is not a feature map. ``has_attentions``: transformers'
+    attribute of networks that can return attention weights.
     """
 
     stage_names: Names
@@ -196,8 +211,19 @@ class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of all engine outputs, in the order in which an engine returns them: feature maps first."""
+        """Return the names of all engine outputs in the order in which an engine returns them: feature maps first."""
         return (*self.out_features, *(extra.name for extra in self.extras))
+
+
+def measured_stride(pixels: int, cells: int, claimed: int | None = None) -> int:
+    """Return the input pixels per cell of a feature map along one axis.
+
+    At borders the quotient of the two is uneven: padding makes up to one cell more, convolutions without padding lose up to
+    two. So ``claimed``, the stride that the network's library names, is returned if it explains the map.
+    """
+    if claimed is not None and -claimed < pixels - cells * claimed < 2 * claimed:
+        return claimed
+    return max(1, round(pixels / cells))
 
 
 def align_stages(
@@ -205,11 +231,11 @@ def align_stages(
     out_features: Sequence[str] | None = None,
     out_indices: Sequence[int] | None = None,
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and indices of the chosen stages, in stage order; neither given means the last stage.
+    """Return the names and the indices of the chosen stages, in stage order; the last stage if nothing is chosen.
 
-    Indices come back as they were given, negative ones too. The rules and messages are those of transformers, and where
-    transformers trips over its own input (an out-of-range negative index, an int, a str) the ValueError that it should
-    raise. Raises InputError, a ValueError.
+    Indices are returned as they were given, negative ones too. Raises InputError (a ValueError) with the rules and messages
+    of transformers. It also raises it where transformers fails with another error: a negative index out of range, an int, a
+    str.
     """
     if stage_names is None:
         raise InputError("Stage_names must be set for transformers backbones")

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_backbones.bundle import golden as golden_file
-from edge_backbones.bundle.manifest import EngineRecord, GoldenRecord, Manifest, Provenance, Source
-from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.bundle.golden import GoldenSamples
+from edge_backbones.bundle.manifest import EngineRecord, Provenance, Source
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import BundleWriter, new_bundle
 from edge_backbones.deploy.parity import compare
 from edge_backbones.engines.openvino.compile import engine_key
 from edge_backbones.engines.openvino.session import compile_model, load_library
 from edge_backbones.engines.promises import DEFAULT_GATES
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.parity_report import ParityReport
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
 
@@ -33,14 +34,14 @@ SPEC = BackboneSpec(
 
 
 def pooling_input(batch: ShapeRange | int = 2, height: int = 32, width: int = 48) -> InputSpec:
-    """The input of the pooling backbone: float32 NCHW of fixed size."""
+    """Return the input of the pooling backbone: float32 NCHW of fixed height and width."""
     batch = batch if isinstance(batch, ShapeRange) else ShapeRange.fixed(batch)
     sizes = ShapeRange.fixed(height), ShapeRange.fixed(width)
     return InputSpec(name="pixel_values", channels=3, batch=batch, height=sizes[0], width=sizes[1])
 
 
 def pooled(pixel_values: np.ndarray) -> list[np.ndarray]:
-    """What the pooling backbone returns, in numpy: float32 NCHW maps of pool4 and pool8."""
+    """Compute the pooling backbone in numpy: float32 NCHW maps of pool4 and pool8."""
     batch, channels, height, width = pixel_values.shape
     return [
         pixel_values.reshape(batch, channels, height // k, k, width // k, k).mean(axis=(3, 5)).astype(np.float32)
@@ -57,12 +58,14 @@ class NumpySession:
         self.closed = False
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
+        """Return the maps of a batch; raise AssertionError for a batch that the input does not allow."""
         if len(array) not in self.input.batch:
             raise AssertionError(f"batch {len(array)} is outside {self.input.batch}")
         self.batches.append(len(array))
         return pooled(array)
 
     def close(self) -> None:
+        """Note that the session was closed."""
         self.closed = True
 
 
@@ -77,31 +80,24 @@ def make_bundle(target: Path, input: InputSpec | None = None) -> Bundle:
     gate = DEFAULT_GATES[Precision.FP32]
     stages = tuple(compare(stage, feature_map, feature_map, gate) for stage, feature_map in maps.items())
     with new_bundle(target) as folder:
-        (folder / "engines").mkdir()
+        writer = BundleWriter(folder)
         engine = EngineRecord(
             key=key,
-            file=record_bytes(key.path(blob, ".blob"), blob),
+            file=writer.add_file(key.path(blob, ".blob"), blob),
             parity=ParityReport(precision=Precision.FP32, gate=gate, stages=stages),
         )
-        (folder / engine.file.path).write_bytes(blob)
-        arrays = {"opt/pixel_values": images, **{f"opt/{stage}": feature_map for stage, feature_map in maps.items()}}
-        golden_file.write(folder / "golden.npz", arrays)
-        golden = GoldenRecord(file=record_file(folder, "golden.npz"), cases=("opt",), images=("noise 0", "noise 1"))
-        write_manifest(
-            folder,
-            Manifest(
-                schema_version=6,
-                backbone=SPEC,
-                input=input,
-                image=ImageConfig(mean=(0.5,) * 3, std=(0.25,) * 3),
-                source=Source(library="timm", name="average_pooling", weights="random", seed=0),
-                graphs=(),
-                engines=(engine,),
-                golden=golden,
-                calibration=None,
-                decision=None,
-                provenance=Provenance(created="2026-01-01T00:00:00+00:00", versions={}),
-            ),
+        samples = GoldenSamples(input.name, {"opt": images}, {"opt": maps})
+        writer.finish(
+            backbone=SPEC,
+            input=input,
+            image=ImageConfig(mean=(0.5,) * 3, std=(0.25,) * 3),
+            source=Source(library="timm", name="average_pooling", weights="random", seed=0),
+            graphs=(),
+            engines=(engine,),
+            golden=writer.add_golden(samples, images=("noise 0", "noise 1")),
+            calibration=None,
+            decision=None,
+            provenance=Provenance(created="2026-01-01T00:00:00+00:00", versions={}),
         )
     return Bundle.open(target)
 

@@ -11,7 +11,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_backbones.bundle.manifest import GraphRecord
-from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import BundleWriter, write_manifest
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
 
@@ -53,10 +54,10 @@ def bundle_with_graph(target: Path, graph: bytes | None = None) -> Bundle:
 
 def with_graph(bundle: Bundle, data: bytes) -> Bundle:
     """The bundle with these bytes as its graph, whatever they are, and a manifest that fits."""
-    path = bundle.path / "graphs" / "fp32.onnx"
-    path.unlink(missing_ok=True)
-    path.write_bytes(data)
-    record = GraphRecord(format="onnx", precision=Precision.FP32, file=record_bytes("graphs/fp32.onnx", data), opset=17)
+    path = "graphs/fp32.onnx"
+    (bundle.path / path).unlink(missing_ok=True)
+    file = BundleWriter(bundle.path).add_file(path, data)
+    record = GraphRecord(format="onnx", precision=Precision.FP32, file=file, opset=17)
     [engine] = bundle.manifest.engines
     key = msgspec.structs.replace(engine.key, graph_sha256=hashlib.sha256(data).hexdigest())
     engines = (msgspec.structs.replace(engine, key=key),)

@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 import onnx
 
-from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import record_bytes, write_manifest
 from tests.graphs import bundle_with_graph, pooling_graph, with_graph
 
 Trap = Callable[[Bundle, Path], object]

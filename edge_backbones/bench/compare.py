@@ -30,11 +30,13 @@ from edge_backbones.bench import energy
 from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, load_network
 from edge_backbones.bench.results import FEWEST_TURNS, Comparison, Machine, Measurement, ratio_of
 from edge_backbones.bundle import trust
+from edge_backbones.bundle.golden import full_batches
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, MissingDependencyError
-from edge_backbones.images.fit import fit, list_images, open_image, to_input
+from edge_backbones.images.decode import list_images, open_image
+from edge_backbones.images.fit import fit, to_input
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.system import settings
 from edge_backbones.progress import Progress, no_progress
@@ -338,8 +340,8 @@ def _nncf_graph(bundle: Bundle, graph: Path | None, options: CompareOptions, wor
     input = bundle.manifest.input
     images, batch = options.images, input.batch.opt
     if images is None:
-        images = load_golden(bundle)[f"opt/{input.name}"]
-    images = np.concatenate([images, images[: -len(images) % batch]])  # whole batches
+        images = load_golden(bundle).inputs["opt"]
+    images = np.concatenate([images[chosen] for chosen in full_batches(len(images), batch)])
     np.savez(work / "images.npz", images=images.reshape(-1, *input.opt_shape))
     out = work / "nncf.xml"
     script = str(Path(__file__).with_name("nncf_graph.py"))

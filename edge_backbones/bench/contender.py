@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from edge_backbones.bench import energy
+from edge_backbones.bundle.golden import GoldenSamples, full_batches
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession, load_library
@@ -323,24 +324,18 @@ def _start(task: Task) -> tuple[Call, np.ndarray, Start]:
     return loaded.call, images, start
 
 
-def _parity(call: Call, bundle: Bundle, golden: dict[str, np.ndarray]) -> tuple[float, float]:
+def _parity(call: Call, bundle: Bundle, golden: GoldenSamples) -> tuple[float, float]:
     """The worst image of the golden samples of opt size, over all feature maps."""
     from edge_backbones.deploy.parity import compare
     from edge_backbones.parity_report import Gate
 
-    input, names = bundle.manifest.input, bundle.manifest.backbone.out_features
-    outputs = bundle.manifest.backbone.outputs
-    inputs = golden[f"opt/{input.name}"]
-    batch = input.batch.opt
+    spec, images, references = bundle.manifest.backbone, golden.inputs["opt"], golden.outputs["opt"]
     found = []
-    for first in range(0, len(inputs), batch):
-        images = inputs[first : first + batch]
-        filled = np.concatenate([images, images[-1:].repeat(batch - len(images), axis=0)])
-        maps = dict(zip(outputs, call(np.ascontiguousarray(filled)), strict=False))
-        for name in names:
-            for index in range(len(images)):
-                expected = golden[f"opt/{name}"][first + index]
-                found.append(compare(name, expected, np.asarray(maps[name][index]), Gate()))
+    for chosen in full_batches(len(images), bundle.manifest.input.batch.opt):
+        maps = dict(zip(spec.outputs, call(images[chosen]), strict=False))
+        for name in spec.out_features:
+            for index, actual in zip(chosen, maps[name], strict=True):
+                found.append(compare(name, references[name][index], np.asarray(actual), Gate()))
     return min(one.cosine for one in found), min(one.sqnr_db for one in found)
 
 

@@ -1,8 +1,8 @@
-"""The bundle's manifest.json as typed structs; manifest.schema.json is generated from them (``make schema``).
+"""The bundle's manifest.json as typed structs; ``make schema`` writes manifest.schema.json from them.
 
-Decoding is strict: unknown keys, missing keys, keys that come twice, wrong types and numbers out of bounds are refused with
+Decoding is strict: unknown keys, missing keys, keys that occur twice, wrong types and numbers out of bounds are refused with
 the path of the field. The file ends with ``"digest": "<64 hex digits>"``, a line break, ``}`` and a line break. The digest is
-the SHA-256 of the file's bytes without those 64, so a byte that changed anywhere in it is noticed, white space too.
+the SHA-256 of the bytes of the file without those 64 digits: a change of any byte is noticed, white space included.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from edge_backbones.errors import CalibrationError, ManifestError
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.parity_report import Cosine, Decibels, Gate, ParityReport, Share
 from edge_backbones.reading import refusing
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION: Final = 6
 MAX_MANIFEST_BYTES = 4 << 20
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]  # "$" also matches before a line break
@@ -41,7 +41,7 @@ Architecture = Annotated[str, msgspec.Meta(pattern="^sm_[0-9]{2,3}$", max_length
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What every struct of the manifest shares."""
+    """The options that all structs of the manifest share."""
 
 
 class FileRecord(_Strict, frozen=True):
@@ -55,11 +55,11 @@ class FileRecord(_Strict, frozen=True):
 class Source(_Strict, frozen=True):
     """Where the network came from.
 
-    ``name``: a timm name, a hub id, a folder's name or a class name. ``weights``: ``module`` means those of a live
-    module. ``weights_sha256``: of the checkpoint file, or of the module's tensors; ``seed``: of random weights.
-    ``options``: numbers that the network was made with. ``config``: the library's own configuration, as JSON.
-    ``preprocessing``: where the manifest's ``image`` was read, a phrase; ``preprocessing_notes``: what it does not repeat of
-    that, a sentence each.
+    ``name``: a timm name, a hub id, the name of a folder or of a class. ``weights``: ``module`` for the weights of a live
+    module. ``weights_sha256``: hash of the checkpoint file or of the module's tensors. ``seed``: seed of random weights.
+    ``options``: numbers that the network was created with. ``config``: the library's own configuration, as JSON.
+    ``preprocessing``: where the manifest's ``image`` was read, a phrase. ``preprocessing_notes``: what ``image`` does not
+    repeat of it, a sentence each.
     """
 
     library: Literal["timm", "transformers", "torch"]
@@ -75,8 +75,11 @@ class Source(_Strict, frozen=True):
 
 
 class GraphRecord(_Strict, frozen=True):
-    """One graph file. ``opset`` is None for TorchScript. ``excluded``: layers that int8 leaves as fp16 has them. ``gate``:
-    what engines of it have to hold; None for the default of its precision."""
+    """One graph file.
+
+    ``opset``: None for TorchScript. ``excluded``: layers that an int8 graph keeps in fp16. ``gate``: the bounds for engines
+    of this graph, None for the default of its precision.
+    """
 
     format: Literal["onnx", "torchscript"]
     precision: Precision
@@ -87,7 +90,10 @@ class GraphRecord(_Strict, frozen=True):
 
 
 class GoldenRecord(_Strict, frozen=True):
-    """golden.npz: input ``<case>/<input name>`` and fp32 map ``<case>/<stage>`` for every case."""
+    """The golden samples in golden.npz: per case the input ``<case>/<input name>`` and each fp32 output ``<case>/<output>``.
+
+    ``images``: names of the images, in the order of the first axis.
+    """
 
     file: FileRecord
     cases: Annotated[tuple[Case, ...], msgspec.Meta(min_length=1, max_length=16)]
@@ -95,10 +101,11 @@ class GoldenRecord(_Strict, frozen=True):
 
 
 class CalibrationRecord(_Strict, frozen=True):
-    """How the int8 ranges were found; the ranges themselves are in the file.
+    """How the int8 ranges were found. The ranges themselves are in the file.
 
-    ``chosen``: of ``auto``, the estimator of the tensors behind each output. ``images`` were counted; ``held_out`` of them
-    decided, each on the counts of others. ``reused``: the ranges came from another build's calibration.json.
+    ``chosen``: by output, the estimator that ``auto`` chose for the tensors behind it. ``images``: how many images the ranges
+    come from. ``held_out``: how many of them chose the estimator, each on ranges from other images. ``skipped``: files that
+    could not be read. ``reused``: the ranges come from the calibration.json of another build.
     """
 
     file: FileRecord
@@ -112,13 +119,14 @@ class CalibrationRecord(_Strict, frozen=True):
 
 
 class CalibrationFile(_Strict, frozen=True):
-    """calibration.json: |x| thresholds by tensor, and what they hold for.
+    """calibration.json: the range of each tensor, and the network and the images that it holds for.
 
-    Ranges are those of every tensor that int8 may quantise, so that another choice of layers needs no images.
-    ``network_sha256``: of the fp32 graph, weights included. ``data_sha256``: of the network inputs. ``largest``: |x| by
-    tensor, where fp8 clips: it has the range that int8 lacks. ``factors``: what each channel of a tensor is divided by
-    before it is quantised; ranges are those of the quotients. ``shifts``: what int8 adds to the bias of a layer.
-    ``large``: tensors that come near what fp16 can hold; None in files of before they were looked for on every image.
+    ``ranges``: by tensor, the |x| where int8 clips. Every tensor that int8 may quantise has one, so another choice of layers
+    needs no images. ``largest``: by tensor, the |x| where fp8 clips: the largest value. ``network_sha256``: hash of the fp32
+    graph with its weights. ``data_sha256``: hash of the network's inputs. ``factors``: what each channel of a tensor is
+    divided by before it is quantised; the ranges are those of the quotients. ``shifts``: what int8 adds to the bias of a
+    layer. ``silent``: tensors that are zero on every image. ``large``: tensors with values near the limit of fp16; None in
+    files of releases that did not look for them on every image.
     """
 
     network_sha256: Sha256
@@ -139,14 +147,15 @@ class CalibrationFile(_Strict, frozen=True):
 
 
 class GpuKey(_Strict, frozen=True):
-    """What an engine asks of a GPU.
+    """What an engine requires of a GPU.
 
-    ``architectures``: ``sm_87`` for compute capability 8.7, those that the plan was compiled for. ``hardware_compatibility``:
-    which others run it, slower. ``version_compatible``: the lean runtime of its release runs it too, and newer ones with
-    ``host_code``: a lean runtime is inside, which is code for the CPU. ``refittable``: weights can be replaced; ``stripped``:
-    they have to be, before it runs. ``driver``: CUDA version of the driver that compiled it; ``multiprocessors``: of the GPU
-    that kernels were timed on (modules of one name differ in it); None where no GPU took part. ``profiles``: input shapes
-    (min, opt, max) of each optimisation profile.
+    ``architectures``: those that the plan was compiled for, ``sm_87`` for compute capability 8.7. ``hardware_compatibility``:
+    which other architectures run it, more slowly. ``version_compatible``: the lean runtime of the same release runs it too,
+    and newer releases run it with ``host_code``. ``host_code``: the plan holds a lean runtime, which is code for the CPU.
+    ``refittable``: the weights can be replaced. ``stripped``: the plan has no weights; they are put in before it runs.
+    ``driver``: the CUDA version of the driver that compiled it. ``multiprocessors``: how many the GPU has on which kernels
+    were timed (modules of one name differ in it). Both are None if no GPU took part. ``profiles``: input shapes (min, opt,
+    max) of each optimisation profile.
     """
 
     architectures: Annotated[tuple[Architecture, ...], msgspec.Meta(min_length=1)]
@@ -162,9 +171,9 @@ class GpuKey(_Strict, frozen=True):
 
 
 class EngineKey(_Strict, frozen=True):
-    """Where engine bytes may run: everything that compat.py compares with the machine at hand.
+    """Where an engine may run: everything that compat.py compares with the machine.
 
-    ``architecture`` and ``cpu_features`` are those of the CPU; ``gpu`` is None for an engine that runs on it.
+    ``architecture`` and ``cpu_features``: those of the CPU. ``gpu``: None for an engine that runs on the CPU.
     """
 
     flavour: FlavourName
@@ -183,9 +192,9 @@ class EngineKey(_Strict, frozen=True):
 
     @property
     def name(self) -> str:
-        """``openvino-2026.4.1-x86_64-avx512_vnni-int8-1b2c3d4e``: to be read, and by its hash different for every key.
+        """Return a readable name, different for every key: ``openvino-2026.4.1-x86_64-avx512_vnni-int8-1b2c3d4e``.
 
-        With a GPU the first architecture takes the place of the CPU's: ``tensorrt-10.3.0-sm_87-int8-1b2c3d4e``.
+        For a GPU its first architecture takes the place of the CPU's: ``tensorrt-10.3.0-sm_87-int8-1b2c3d4e``.
         """
         version = self.library_version.split("-")[0]
         device = "-".join([self.architecture, *self.cpu_features[-1:]])
@@ -195,16 +204,16 @@ class EngineKey(_Strict, frozen=True):
         return f"{self.flavour}-{version}-{device}-{self.precision}-{digest}"
 
     def path(self, data: bytes | bytearray, suffix: str) -> str:
-        """Where these engine bytes lie in a bundle; other bytes lie elsewhere, so that no file is ever overwritten."""
+        """Return the path of an engine's bytes in a bundle. Other bytes have another path, so no file is overwritten."""
         return f"engines/{self.name}.{hashlib.sha256(data).hexdigest()[:8]}{suffix}"
 
 
 class EngineRecord(_Strict, frozen=True):
-    """One compiled engine, and the parity that let it into the bundle.
+    """One compiled engine and its parity with fp32.
 
-    ``milliseconds``: median of a call at opt batch and size, timed in turns with every other engine of the bundle that the
-    machine runs; None where there was none to compare it with. Runtimes take the fastest. ``layers``: what TensorRT says of
-    its layers, as JSON. ``timing_cache``: with it the same engine is compiled faster.
+    ``milliseconds``: median latency of a call at opt batch and size, timed in turns with every other engine of the bundle
+    that the machine runs; None if there was no other. Runtimes take the fastest engine. ``layers``: TensorRT's description of
+    the layers, as JSON. ``timing_cache``: TensorRT's timing cache, with which the engine is compiled again faster.
     """
 
     key: EngineKey
@@ -216,18 +225,21 @@ class EngineRecord(_Strict, frozen=True):
 
     @property
     def name(self) -> str:
+        """Return the name of the engine's key."""
         return self.key.name
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
+        """Return the files that the engine consists of."""
         return tuple(file for file in (self.file, self.layers, self.timing_cache) if file is not None)
 
 
 class Trial(_Strict, frozen=True):
-    """One graph that was tried: the worst of its outputs, and its engine's latency (median, batch opt) where it was timed.
+    """One graph that the build tried: the figures of its worst output, and the latency of its engine if it was timed.
 
-    The outputs are of the graph as it is written, signed as TensorRT asks: a CPU engine may be better (see its own parity).
-    ``blocks``: those that int8 leaves as fp16 has them.
+    ``cosine`` and ``sqnr_db`` are those of the graph as it is written, with the signed activations that TensorRT requires. A
+    CPU engine may be better, see its own parity. ``blocks``: those that int8 keeps in fp16. ``milliseconds``: median at batch
+    opt.
     """
 
     precision: Precision
@@ -239,16 +251,16 @@ class Trial(_Strict, frozen=True):
 
 
 class BlockNoise(_Strict, frozen=True):
-    """What quantising one block alone does to every output: ``sqnr_db`` of each, on calibration images."""
+    """The noise of quantising one block alone. ``sqnr_db``: by output, on calibration images."""
 
     block: str
     sqnr_db: dict[str, Decibels]
 
 
 class Decision(_Strict, frozen=True):
-    """Why this engine and no other, in one sentence, and what was tried on which device.
+    """Why the build chose these engines, in one sentence, and what it tried on which device.
 
-    ``sensitivity``: the blocks, loudest first, where a gate asked which of them to leave in half.
+    ``sensitivity``: the noise of each block, noisiest first, if the build had to choose blocks that stay in fp16.
     """
 
     sentence: str
@@ -258,14 +270,14 @@ class Decision(_Strict, frozen=True):
 
 
 class Provenance(_Strict, frozen=True):
-    """When and with what the graphs were built."""
+    """When the graphs were built, and with which versions of Python and of libraries."""
 
     created: str
     versions: dict[str, str]
 
 
 class Manifest(_Strict, frozen=True):
-    """The whole of manifest.json."""
+    """The whole of manifest.json. ``digest``: the last field of the file, the SHA-256 of its other bytes."""
 
     schema_version: Literal[6]
     backbone: BackboneSpec
@@ -290,27 +302,27 @@ class Manifest(_Strict, frozen=True):
             if twice := [name for name, count in Counter(names).items() if count > 1]:
                 raise ValueError(f"two {what} are {twice[0]!r}")
         by_path: dict[str, FileRecord] = {}
-        for file in self.files():  # an engine of TorchScript is the graph's file
+        for file in self.files():  # a TorchScript engine is the same file as its graph
             if by_path.setdefault(file.path, file) != file:
                 raise ValueError(f"two files are at {file.path!r}")
         if "opt" not in self.golden.cases:
             raise ValueError("the golden samples lack the case 'opt'")
 
     def files(self) -> tuple[FileRecord, ...]:
-        """Every file that the bundle must hold."""
+        """Return every file that the bundle must hold."""
         calibration = () if self.calibration is None else (self.calibration.file,)
         graphs, engines = (g.file for g in self.graphs), (file for e in self.engines for file in e.files)
         return (*graphs, *engines, self.golden.file, *calibration)
 
     @property
     def preprocessing(self) -> str:
-        """What is done to a picture before the network sees it, and where that was read, in one line."""
+        """Return one line that says how a picture is preprocessed and where that was read."""
         height, width = self.input.height.opt, self.input.width.opt
         read_from = f"; read from {self.source.preprocessing}" if self.source.preprocessing else ""
         return f"preprocessing: {self.image.describe(height, width)}{read_from}"
 
     def onnx_graph(self, precision: Precision) -> GraphRecord | None:
-        """The ONNX graph of a precision, if the bundle has it."""
+        """Return the ONNX graph of a precision, or None if the bundle has none."""
         return next((g for g in self.graphs if g.format == "onnx" and g.precision == precision), None)
 
 
@@ -319,8 +331,8 @@ _KEYS = re.compile(rb'"(?:[^"\\]|\\.)*"(\s*:)?')
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Indented JSON with the digest filled in. Raises ManifestError for what `decode` would refuse."""
-    # As a reader will have it: a whole number given for a float is written without a point and read with one.
+    """Return indented JSON with the digest filled in. Raises ManifestError for a manifest that `decode` would refuse."""
+    # Make of the values what a reader makes of them: an int in a float field is written without a point and read with one.
     with refusing(lambda why: ManifestError(f"this manifest cannot be written: {why}")):
         manifest = msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
     body = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, digest="")), indent=2) + b"\n"
@@ -329,7 +341,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes | bytearray, source: str = "manifest.json") -> Manifest:
-    """Parse and check; raises ManifestError that names ``source`` and the field that is wrong."""
+    """Parse and check a manifest; raise ManifestError that names ``source`` and the wrong field."""
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{source} has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} a manifest may have")
     with refusing(
@@ -342,7 +354,7 @@ def decode(data: bytes | bytearray, source: str = "manifest.json") -> Manifest:
                 + ("upgrade edge-backbones" if version > SCHEMA_VERSION else "build the bundle again")
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-        # Readers take the first or the last of two keys: they would not read the same.
+        # Of two equal keys, some readers take the first and others the last: they would read different manifests.
         if _count_keys(data) != _count_keys(msgspec.json.encode(msgspec.json.decode(data))):
             raise ValueError("a key comes twice in one object")
     found = _DIGEST.search(data, len(data) - _DIGEST_BYTES)
@@ -365,6 +377,6 @@ def _count_keys(data: bytes | bytearray) -> int:
 
 
 def decode_calibration(data: bytes | bytearray, source: str) -> CalibrationFile:
-    """Parse a calibration.json; raises CalibrationError that names ``source`` and the field that is wrong."""
+    """Parse a calibration.json; raise CalibrationError that names ``source`` and the wrong field."""
     with refusing(lambda why: CalibrationError(f"{source} is not a calibration.json: {why}; calibrate again")):
         return msgspec.json.decode(data, type=CalibrationFile)

@@ -1,8 +1,8 @@
-"""The one gate that an ONNX graph passes before any library sees it.
+"""Check an ONNX graph before any library parses it.
 
-Libraries trust a graph more than they should: OpenVINO and TensorRT read external data from files beside the current folder,
-OpenVINO also from addresses in the memory of this process, and a tensor that has fewer bytes than its shape says ends the
-process. So the graph is walked first, over the wire format of protobuf: no onnx, no protobuf, no copy of weights.
+Libraries trust a graph more than they should. OpenVINO and TensorRT read external data from files in the current folder, and
+OpenVINO also from addresses in the memory of this process. A tensor with fewer bytes than its shape asks for crashes it. So
+the wire format of protobuf is walked first, without onnx, without protobuf and without a copy of the weights.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ IntIntListEntryProto key=1:int value=2:int*
 ShardedDimProto axis=1:int simple_sharding=2:SimpleShardedDimProto*
 SimpleShardedDimProto dim_value=1:int dim_param=2:string num_shards=3:int
 """
-"""Messages of onnx.proto (IR version 13) with the name, number and kind of every field; ``*`` after one that repeats."""
+"""The messages of onnx.proto (IR version 13) with the name, number and kind of each field; ``*`` marks repeated fields."""
 
 
 class Field(NamedTuple):
@@ -101,8 +101,8 @@ def _messages(text: str) -> dict[str, dict[int, Field]]:
 
 MESSAGES = _messages(_MESSAGES_TEXT)
 
-# Of every TensorProto.DataType: bits of an element, the field that holds its values where raw_data does not, and how many
-# elements one value there is.
+# For each TensorProto.DataType: the bits of an element, the field that holds the values if raw_data does not, and how many
+# elements one value of that field holds.
 _TYPES: dict[int, tuple[int, str, float]] = {
     1: (32, "float_data", 1), 2: (8, "int32_data", 1), 3: (8, "int32_data", 1), 4: (16, "int32_data", 1),
     5: (16, "int32_data", 1), 6: (32, "int32_data", 1), 7: (64, "int64_data", 1), 8: (0, "string_data", 1),
@@ -120,11 +120,11 @@ class _FaultError(Exception):
 
 
 def graph_fault(graph: bytes | bytearray) -> str | None:
-    """Why no library may be given this graph, a phrase; None for a sound one.
+    """Return a phrase that says why libraries may not parse this graph; None for a sound graph.
 
-    A sound graph is one whole ModelProto with one graph in it. Every tensor in it (weights, attributes, subgraphs, functions)
-    holds its values itself, as many bytes as its shape and type ask for. There are no fields that ONNX does not have, no
-    sparse tensors, and no message is deeper than 40 others. Says nothing about operators: libraries check those.
+    A sound graph is one whole ModelProto with one graph. Every tensor (weights, attributes, subgraphs, functions) holds its
+    own values, with as many bytes as its shape and type ask for. There are no fields that ONNX does not define, no sparse
+    tensors, and no message is nested deeper than 40 others. Operators are not checked: libraries do that.
     """
     if len(graph) > _MOST_BYTES:
         return f"it has {len(graph)} bytes, and an ONNX graph has less than 2 GiB"
@@ -139,12 +139,14 @@ def graph_fault(graph: bytes | bytearray) -> str | None:
 
 
 class _Walk:
+    """A walk over the wire format of one graph. Methods raise `_FaultError`; positions are bytes of ``data``."""
+
     def __init__(self, data: bytes | bytearray) -> None:
         self.data = data
         self.left = _MOST_FIELDS
 
     def message(self, kind: str, start: int, end: int, depth: int) -> set[str]:
-        """Check a message and all in it; returns the names of the fields that it has."""
+        """Check a message and everything in it; return the names of its fields."""
         if depth > _DEEPEST:
             raise _FaultError(f"it nests messages deeper than {_DEEPEST}")
         if kind == "TensorProto":
@@ -167,7 +169,7 @@ class _Walk:
         return seen
 
     def tensor(self, start: int, end: int) -> None:
-        """Check that a tensor has its own values, as many as its shape and type ask for."""
+        """Check that a tensor holds its own values, as many as its shape and type ask for."""
         shape: list[int] = []
         counts: dict[str, int] = {}
         data_type, name, raw, external = 0, "", None, False
@@ -215,7 +217,7 @@ class _Walk:
             raise _FaultError(f"{which} has {found} values, and its shape {_shown(shape)} asks for {expected}")
 
     def fields(self, kind: str, start: int, end: int) -> Iterator[tuple[Field, int, int, int]]:
-        """Every field of a message with its wire type: an integer and 0, or where the value begins and ends."""
+        """Yield each field of a message with its wire type, and its integer and 0 or where its value begins and ends."""
         data, known = self.data, MESSAGES[kind]
         once = set()
         position = start
@@ -250,7 +252,7 @@ class _Walk:
             position += length
 
     def varint(self, position: int, end: int) -> tuple[int, int]:
-        """An unsigned 64-bit integer, and where the next field begins."""
+        """Return an unsigned 64-bit integer and the position behind it."""
         data, value, shift = self.data, 0, 0
         while position < end and shift < 70:
             byte = data[position]
@@ -262,6 +264,7 @@ class _Walk:
         raise _FaultError(f"its integer before byte {position} is cut off or longer than 64 bits")
 
     def varints(self, start: int, end: int) -> list[int]:
+        """Return the integers of a packed field, at most one more than a shape may have."""
         found: list[int] = []
         while start < end and len(found) <= _MOST_AXES:
             value, start = self.varint(start, end)
@@ -269,7 +272,7 @@ class _Walk:
         return found
 
     def packed(self, field: Field, start: int, end: int) -> int:
-        """How many values lie in a packed field."""
+        """Return how many values a packed field holds."""
         if field.kind in _WIDTHS:
             if (end - start) % _WIDTHS[field.kind]:
                 raise _FaultError(f"{field.name} at byte {start} is not whole")
@@ -282,6 +285,7 @@ class _Walk:
         return int(np.count_nonzero(values < 128))
 
     def text(self, start: int, end: int) -> str:
+        """Return a string; a name that is not UTF-8 is a fault."""
         try:
             return str(self.data[start:end], "utf-8")
         except UnicodeDecodeError:

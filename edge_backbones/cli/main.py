@@ -543,14 +543,14 @@ def sign(
     resnet50.bundle --key public.pem**. Keys are made with **openssl ecparam -name prime256v1 -genkey -noout -out
     private.pem** and **openssl ec -in private.pem -pubout -out public.pem**.
     """
-    from edge_backbones.bundle import trust
+    from edge_backbones.bundle import signing
 
     passphrase = None
     if passphrase_file is not None:
-        passphrase = trust.read_passphrase(passphrase_file)
-    elif key is not None and sys.stdin.isatty() and trust.has_passphrase(key):
+        passphrase = signing.read_passphrase(passphrase_file)
+    elif key is not None and sys.stdin.isatty() and signing.has_passphrase(key):
         passphrase = typer.prompt(f"passphrase of {key}", hide_input=True, err=True).encode()
-    signer = trust.sign_bundle(
+    signer = signing.sign_bundle(
         bundle,
         key=key,
         passphrase=passphrase,
@@ -559,9 +559,9 @@ def sign(
         trust_config=sigstore_config,
     )
     if as_json:
-        _print_json({"bundle": str(bundle), "signature": str(bundle / trust.SIGNATURE), "signer": signer})
+        _print_json({"bundle": str(bundle), "signature": str(bundle / signing.SIGNATURE), "signer": signer})
         return
-    _out.print(f"signed {bundle} with {signer}: {bundle / trust.SIGNATURE}")
+    _out.print(f"signed {bundle} with {signer}: {bundle / signing.SIGNATURE}")
 
 
 @app.command()

@@ -8,16 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from edge_backbones.bundle import trust
+from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import EngineKey, EngineRecord, GraphRecord
-from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.deploy.parity import advice_on_building, measure_in_bundle, require
 from edge_backbones.deploy.timing import engines_here, time_bundle
 from edge_backbones.engines import promises, registry
@@ -213,7 +214,7 @@ class _Work:
         self.options = dataclasses.replace(self.options, plan=plan)
         return list(graphs)
 
-    def add(self, graph: GraphRecord, golden: Mapping[str, np.ndarray]) -> None:
+    def add(self, graph: GraphRecord, golden: GoldenSamples) -> None:
         """Compile one graph, measure the engine where it runs here, and add it to the bundle."""
         self.progress(f"compiling {graph.precision}", 0, None)
         hint = f"{self.bundle.path / graph.file.path} is hostile, {child.OR_A_FAULT}; another --precision may do"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.difference import reference_norm, relative_error, usual_norm
@@ -24,7 +25,7 @@ _MAX_SQNR_DB = 300.0  # equal maps: JSON has no infinity
 
 def measure_parity(
     backbone: EdgeBackbone,
-    golden: Mapping[str, np.ndarray],
+    golden: GoldenSamples,
     precision: Precision,
     gate: Gate,
     profiles: Sequence[Profile] = (),
@@ -35,14 +36,14 @@ def measure_parity(
     ``profiles``: of the engine, each with kernels of its own: every one that takes a case's size is run.
     """
     worst: dict[str, StageParity] = {}
-    for case in sorted({key.partition("/")[0] for key in golden}):
-        images = golden[f"{case}/{backbone.input.name}"]
+    for case in golden.cases:
+        images, references = golden.inputs[case], golden.outputs[case]
         for batch in _batches(images.shape, profiles):
             chosen = np.arange(batch) % len(images)
             for output, actual in backbone.run(images[chosen]).items():
-                usual = usual_norm(golden[f"{case}/{output}"])
+                usual = usual_norm(references[output])
                 for actual_image, i in zip(actual, chosen, strict=True):
-                    measured = compare(output, golden[f"{case}/{output}"][i], actual_image, gate, usual=usual)
+                    measured = compare(output, references[output][i], actual_image, gate, usual=usual)
                     worst[output] = _worse(worst.get(output, measured), measured)
     return ParityReport(precision=precision, gate=gate, stages=tuple(worst.values()))
 
@@ -67,7 +68,7 @@ def measure_engine(
     data: bytes | bytearray,
     spec: BackboneSpec,
     input: InputSpec,
-    golden: Mapping[str, np.ndarray],
+    golden: GoldenSamples,
     gate: Gate,
     *,
     options: LoadOptions | None = None,
@@ -192,7 +193,7 @@ def measure_in_bundle(
     bundle: Bundle,
     key: EngineKey,
     data: bytes | bytearray,
-    golden: Mapping[str, np.ndarray],
+    golden: GoldenSamples,
     gate: Gate,
     gpu: int | None,
     *,

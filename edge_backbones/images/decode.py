@@ -1,8 +1,8 @@
-"""Image files: which files of a folder are images, and how each becomes 8-bit pixels or is refused with the reason.
+"""Find the image files in a folder, and decode them to 8-bit pixels or refuse them with the reason.
 
-A file is read as timm and transformers read it for training: Pillow decodes the first frame, and ``convert`` makes RGB or
-grey of it. Transparency is dropped, so the colour that is stored behind it counts; colour profiles are not applied; of 16
-bits per colour channel the upper 8 are kept. Unlike timm, a photograph is turned upright first (EXIF).
+A file is read as timm and transformers read it for training: Pillow decodes the first frame, and ``convert`` turns it into
+RGB or grey. Transparency is dropped, and the colour stored behind it is kept. Colour profiles are not applied. Of 16 bits per
+colour channel the upper 8 are kept. Unlike timm, photographs are turned upright first (EXIF).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edge_backbones.errors import InputError, MissingDependencyError
+from edge_backbones.reading import in_short
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# Pillow's names of the formats that are read, and the suffixes that each goes by. Loaders of PostScript, Windows metafiles
-# and rare formats never see a file: they have the most holes, and start other programs.
+# Pillow's names of the formats that are read, and the suffixes of each. Loaders of PostScript, Windows metafiles and rare
+# formats are not used: they have the most security holes, and some start other programs.
 _FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -58,7 +59,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def why_no_images(folder: Path) -> str:
-    """Say what a folder holds in which `list_images` finds nothing."""
+    """Return a sentence that says what a folder holds in which `list_images` finds nothing."""
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in _files(folder))
     if not suffixes:
         return f"{shown(folder)} has no images: it is empty, or its files are hidden"
@@ -67,7 +68,7 @@ def why_no_images(folder: Path) -> str:
 
 
 def open_image(path: Path, channels: int = 3) -> Image.Image:
-    """Decode a file upright (EXIF) as RGB, or as grey for one channel. Raises InputError: the file and the reason."""
+    """Decode a file upright (EXIF) as RGB, or as grey for one channel. Raises InputError with the file and the reason."""
     try:
         return decode(path, channels)
     except InputError as error:
@@ -75,7 +76,7 @@ def open_image(path: Path, channels: int = 3) -> Image.Image:
 
 
 def decode(path: Path, channels: int) -> Image.Image:
-    """`open_image`, whose InputError holds the reason alone: for those who count reasons over many files."""
+    """Decode a file like `open_image`, but raise InputError with the reason alone, to be counted over many files."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -102,16 +103,17 @@ def decode(path: Path, channels: int) -> Image.Image:
                 f"is larger than Pillow reads: {size}: scale it down, or set PIL.Image.MAX_IMAGE_PIXELS in Python"
             ) from error
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them trip over
-            raise InputError(f"{_BROKEN}: {_cause(error)}") from error
+            raise InputError(f"{_BROKEN}: {in_short(error)}") from error
 
 
 def grouped(reasons: Mapping[str, str], most: int = 4) -> list[str]:
-    """Sum up the reasons by file name in a few lines: how many files have the same one, and the first of them."""
+    """Sum up reasons by file name in a few lines: each reason with the first file and how many more files have it."""
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        groups.setdefault(re.sub(r"\d+", "0", reason), []).append(name)  # "truncated (13 bytes...)" is one reason
+        group = re.sub(r"\d+", "0", reason)  # reasons that differ in numbers only are one
+        groups.setdefault(group, []).append(name)
     ordered = sorted(groups.values(), key=len, reverse=True)
-    most += len(ordered) == most + 1  # the last line tells of several, or is the reason itself
+    most += len(ordered) == most + 1  # do not spend the last line on a single other reason
     lines = [
         f"{names[0]} {reasons[names[0]]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
         for names in ordered[:most]
@@ -121,18 +123,18 @@ def grouped(reasons: Mapping[str, str], most: int = 4) -> list[str]:
 
 
 def shown(path: Path) -> str:
-    """A path as text that can be printed and stored; bytes of it that are not UTF-8 become ``\\udce9``."""
+    r"""Return a path as text that can be printed and stored; bytes that are not UTF-8 become ``\udce9``."""
     return path.as_posix().encode("utf-8", "backslashreplace").decode()
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below that is not hidden, broken links too, and folders that may not be read."""
+    """Yield every file below a folder that is not hidden, also broken links and folders that may not be read."""
     root = Path(os.path.realpath(folder))
     waiting: list[Path] = [folder]
     linked: list[Path] = []
     seen: set[Path] = set()
     while waiting or linked:
-        here = (waiting or linked).pop(0)  # links last: a folder inside is known by its own path
+        here = (waiting or linked).pop(0)  # links last: a folder that lies inside is then listed under its own path
         real = Path(os.path.realpath(here))
         if real in seen or (seen and root.is_relative_to(real)):
             continue
@@ -162,7 +164,7 @@ def _decoded(file: BinaryIO, suffix: str, channels: int) -> Image.Image:
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     if suffix not in _FORMATS["TGA"]:
-        formats.remove("TGA")  # it has no signature: much that is no picture looks like one
+        formats.remove("TGA")  # TGA has no signature: many other files look like one
     try:
         opened = Image.open(file, formats=formats)
     except UnidentifiedImageError:
@@ -181,17 +183,17 @@ def _decoded(file: BinaryIO, suffix: str, channels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """That of EXIF. TIFF is upright once it is loaded, of which not every release of Pillow tells EXIF."""
+    """Return the orientation in EXIF. Pillow turns TIFF upright itself; not every release updates the EXIF then."""
     if image.format == "TIFF":
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # as of the decoders; viewers show such a photograph as it is stored
+    except Exception:  # broken EXIF raises errors of many types; viewers show such a photograph as it is stored
         return 1
 
 
 def _why_unknown(file: BinaryIO, start: bytes, formats: list[str]) -> str:
-    """The reason of Pillow's "cannot identify image file", which it keeps to itself."""
+    """Return why Pillow does not identify a file, which its own error does not say."""
     from PIL import Image
 
     if not start:
@@ -210,12 +212,12 @@ def _why_unknown(file: BinaryIO, start: bytes, formats: list[str]) -> str:
             try:
                 factory(file, "")
             except Exception as error:
-                return f"{_BROKEN}: it is cut off, or a kind of {name} that Pillow does not read ({_cause(error)})"
+                return f"{_BROKEN}: it is cut off, or a kind of {name} that Pillow does not read ({in_short(error)})"
     return f"{_BROKEN}: it begins with {start!r}, and no format that is read here does"
 
 
 def _brand(start: bytes) -> bytes:
-    """What a file of the ISO base media format says it is: ``heic``, ``avif``."""
+    """Return the brand of a file of the ISO base media format: ``heic``, ``avif``. Empty for other files."""
     return start[8:12] if start[4:8] == b"ftyp" else b""
 
 
@@ -225,7 +227,3 @@ def _register_heif() -> None:
     except ModuleNotFoundError:
         return
     pillow_heif.register_heif_opener()
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""One check for everything that takes a frame: what is refused, and the expression that makes a frame of it."""
+"""Check camera frames, and name the Python expression that turns what was passed into a frame."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_backbones.errors import InputError
+from edge_backbones.reading import in_short
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, whose numbers are what they say: no palette, no single bits
+# By number of channels, the mode of Pillow whose numbers are grey levels or colours: no palette, no single bits.
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def as_frame(given: object, channels: int) -> Image.Image | np.ndarray:
-    """Check one photograph or camera frame: a picture of Pillow, or a uint8 array (rows, columns, channels).
+    """Check a photograph or camera frame; return a picture of Pillow or a uint8 array (rows, columns, channels).
 
-    ``given``: that, or what numpy makes such an array of (a list, a torch tensor on the CPU); two axes are a grey frame
-    where ``channels`` is 1. Raises InputError with the values and, where there is one, the expression that fixes them.
+    ``given``: a picture, an array, or anything that numpy turns into one without a change of values (a list, a torch tensor
+    on the CPU). An array of two axes is a grey frame if ``channels`` is 1. Raises InputError with what was passed and, if
+    there is one, the expression that fixes it.
     """
     pillow = sys.modules.get("PIL.Image")
     if pillow is not None and isinstance(given, pillow.Image):
@@ -29,7 +32,9 @@ def as_frame(given: object, channels: int) -> Image.Image | np.ndarray:
     if given is None:
         raise InputError(f"{wanted}, got None: the camera or the file that should give it gave nothing")
     if isinstance(given, (str, bytes, os.PathLike)):
-        raise InputError(f"{wanted}, got a {type(given).__name__}: pass open_image(path) of edge_backbones.images.fit")
+        raise InputError(
+            f"{wanted}, got a {type(given).__name__}: pass open_image(path) of edge_backbones.images.decode"
+        )
     frame = as_array(given)
     if frame.dtype == np.uint8 and frame.ndim == 2 and channels == 1:
         frame = frame[..., None]
@@ -40,12 +45,11 @@ def as_frame(given: object, channels: int) -> Image.Image | np.ndarray:
 
 
 def as_array(given: object) -> np.ndarray:
-    """What numpy makes of it, of any shape and type. Raises InputError where it makes nothing."""
+    """Return ``np.asarray(given)``, of any shape and dtype. Raises InputError if numpy makes no array of it."""
     try:
         return np.asarray(given)
-    except Exception as error:  # a list of unequal rows, a tensor on a GPU: each library has its own, with its advice
-        cause = " ".join(str(error).split())
-        raise InputError(f"numpy makes no array of this {type(given).__name__}: {cause}") from error
+    except Exception as error:  # each library raises its own: for lists of unequal rows, for tensors on a GPU
+        raise InputError(f"numpy makes no array of this {type(given).__name__}: {in_short(error)}") from error
 
 
 def _checked_picture(picture: Image.Image, channels: int) -> Image.Image:
@@ -63,10 +67,10 @@ def _checked_picture(picture: Image.Image, channels: int) -> Image.Image:
 
 
 def _fix(frame: np.ndarray, channels: int, code: str) -> str:
-    """The expression that makes a frame of this array, called ``code``; in words where there is none."""
+    """Return advice with the expression that turns this array, called ``code``, into a frame; in words if none exists."""
     shape, known = frame.shape, {1, 2, 3, 4, channels}
     if frame.dtype.kind not in "buif":
-        return "its elements are no pixels: decode files with open_image(path) of edge_backbones.images.fit"
+        return "its elements are no pixels: decode files with open_image(path) of edge_backbones.images.decode"
     if not frame.size:
         return "it has no pixels, look at what captured or cropped it"
     if len(shape) == 4:
@@ -83,7 +87,7 @@ def _fix(frame: np.ndarray, channels: int, code: str) -> str:
 
 
 def _as_bytes(frame: np.ndarray, code: str) -> tuple[str, str]:
-    """The expression that makes uint8 of the values, and what there is to say about it."""
+    """Return the expression that turns the values into uint8, and a remark on the values."""
     if frame.dtype == np.uint8:
         return code, ""
     if frame.dtype == np.bool_:
@@ -100,7 +104,7 @@ def _as_bytes(frame: np.ndarray, code: str) -> tuple[str, str]:
 
 
 def _with_channels(code: str, found: int, wanted: int) -> str | None:
-    """The expression that makes ``wanted`` channels of uint8; None where that is a choice."""
+    """Return the expression that turns uint8 into ``wanted`` channels; None if several would do."""
     if found == wanted:
         return code
     if found == 1:

@@ -92,10 +92,11 @@ def open_for_client(
             f"build it again with out_features={wanted}"
         )
     golden = load_golden(bundle)
+    references = golden.outputs["opt"]
     # Of the golden images the one with the strongest map: a black frame would be alike for any weights.
-    strongest = int(np.argmax([np.linalg.norm(one) for one in golden[f"opt/{wanted[-1]}"]])) if wanted else 0
+    strongest = int(np.argmax([np.linalg.norm(one) for one in references[wanted[-1]]])) if wanted else 0
     chosen = slice(strongest, strongest + 1)
-    images = torch.from_numpy(golden[f"opt/{input.name}"][chosen])
+    images = torch.from_numpy(golden.inputs["opt"][chosen])
     try:
         with _in_eval_mode(original), torch.no_grad():
             maps = [m.float().cpu().numpy() for m in run(_as_of(original, images), bundle.manifest.source)]
@@ -103,7 +104,7 @@ def open_for_client(
         raise ClientMismatchError(
             f"the client's own backbone does not take the images of {bundle.path} ({input.describe()}): {first_line(error)}"
         ) from error
-    _check_maps(bundle.path, maps, [golden[f"opt/{stage}"][chosen] for stage in wanted], wanted, same_weights)
+    _check_maps(bundle.path, maps, [references[stage][chosen] for stage in wanted], wanted, same_weights)
     backbone = EdgeBackbone.from_pretrained(
         path, engine=engine, threads=threads, check_finite=check_finite, allow_host_code=allow_host_code
     )

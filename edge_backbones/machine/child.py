@@ -1,8 +1,8 @@
-"""Native work in a process of its own: what kills that process is reported, and the caller lives on.
+"""Run native code in a process of its own, so that a crash is reported and the caller lives on.
 
-Libraries that parse a graph or load an engine are C++: a file that was made to harm them, or a fault of theirs, ends the
-whole process. Functions with :func:`apart` run in a fresh interpreter (never a fork, which a process with threads cannot
-survive), and give the same result, the same errors and the same progress as in the caller's own process.
+Libraries that parse a graph or load an engine are written in C++: a hostile file or a fault of theirs ends the whole process.
+Functions with :func:`apart` run in a new interpreter (not in a fork, which is unsafe in a process with threads). Results,
+errors and progress are the same as in the caller's process.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ LESS_MEMORY = (
     "--resume goes on with the rest"
 )
 OR_A_FAULT = "or the library has a fault"
-"""What an explanation of a death by a hostile file ends in."""
+"""The end of a hint that blames a hostile file first."""
 _GRACE = 10.0  # seconds in which a process that was interrupted may end by itself
-_READY = b"edge_backbones: the answers follow\n"  # whatever a start-up file of the user prints comes before it
+_READY = b"edge_backbones: the answers follow\n"  # start-up files of the user may print something before it
 
-# The current folder is not searched for modules: anybody may have written there.
+# The current folder is not searched for modules: anybody may write there.
 _ROOT = str(Path(__file__).parents[2])
 _MAIN = (
-    "import marshal, sys; sys.path[:] = marshal.load(sys.stdin.buffer); "  # both are built in, and so searched for nowhere
+    "import marshal, sys; sys.path[:] = marshal.load(sys.stdin.buffer); "  # both are built in: no folder is searched for them
     "from edge_backbones.machine.child import serve; serve()"
 )
 
 
 class _Caller:
-    """``tell``: in a process of its own, what sends a message to the process that started it; None anywhere else."""
+    """The process that started this one. ``tell`` sends it a message; None in a process that `run_apart` did not start."""
 
     tell: Callable[[str, Any], None] | None = None
 
 
 class _OtherTraceback(Exception):  # noqa: N818
-    """Where an error that is not one of ours was raised in the other process."""
+    """The traceback of an error in the other process that is not an EdgeBackbonesError."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -66,10 +66,10 @@ class _OtherTraceback(Exception):  # noqa: N818
 def apart(
     refusal: type[CompileError] | type[InferenceError],
 ) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
-    """Make a function of a module run in a process of its own, unless it is called with ``in_process=True``.
+    """Decorate a function of a module to run in a process of its own, unless it is called with ``in_process=True``.
 
-    The function has the keywords ``in_process`` and ``progress``; everything else that it takes, returns or raises has to
-    pickle. Raises ``refusal`` when that process ends without an answer, with what it was doing (:func:`doing`).
+    The function needs the keywords ``in_process`` and ``progress``. Everything else that it takes, returns or raises must
+    pickle. Raises ``refusal`` if the process ends without an answer, with what it was doing (:func:`doing`).
     """
 
     def wrap(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
@@ -77,7 +77,7 @@ def apart(
 
         @functools.wraps(function)
         def either(*arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
-            if options.get("in_process") or _Caller.tell is not None:  # no process of its own within one
+            if options.get("in_process") or _Caller.tell is not None:  # it runs in such a process already
                 return function(*arguments, **options)
             given: dict[str, Any] = {name: value for name, value in options.items() if name != "in_process"}
             progress = given.pop("progress", None)
@@ -90,8 +90,10 @@ def apart(
 
 
 def doing(what: str, hint: str) -> None:
-    """Say what this process does from now on, as in "was compiling int8 for openvino": its caller reports that, and the
-    ``hint``, if the process ends over it. Does nothing outside a process of its own."""
+    """Tell the caller what this process does from now on, as in "was compiling int8 for openvino".
+
+    The caller reports it with the ``hint`` if the process crashes. Does nothing in a process that `run_apart` did not start.
+    """
     if _Caller.tell is not None:
         _Caller.tell("doing", (what, hint))
 
@@ -104,17 +106,18 @@ def run_apart(
     progress: Progress | None = None,
     refusal: type[EdgeBackbonesError] = CompileError,
 ) -> Any:
-    """Call a function, named as ``module:name``, in a fresh interpreter; return what it returns and raise what it raises.
+    """Call the function ``module:name`` in a new interpreter; return what it returns and raise what it raises.
 
-    What it prints goes to stderr. An exception in this process while it waits, Ctrl-C or one of ``progress``, interrupts
-    the other process, which ends within seconds; it ends too when this process is gone. May be called from any thread.
+    What it prints goes to stderr. An exception in this process while it waits (Ctrl-C, or one that ``progress`` raises)
+    interrupts the other process, which then ends within seconds. It also ends when this process is gone. May be called from
+    any thread.
     """
     if not sys.executable or getattr(sys, "frozen", False):
         raise refusal("this program has no Python interpreter to start a process of its own with: pass in_process=True")
     memory, kills = read_system().memory, _kills_for_memory()
     what, hint = "was starting", "what it said is on stderr"
     isolated = ["-I"] if sys.flags.isolated else []
-    # In a session of its own: a terminal's Ctrl-C reaches this process only, which passes it on.
+    # In a session of its own: Ctrl-C in a terminal reaches only this process, which passes it on.
     process = subprocess.Popen(  # noqa: S603
         [sys.executable, *isolated, "-c", _MAIN],
         stdin=subprocess.PIPE,
@@ -125,7 +128,7 @@ def run_apart(
     assert process.stdout is not None
     with process:
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended, which the first answer shows
+            with contextlib.suppress(BrokenPipeError):  # the process has ended: reading its answers shows that
                 marshal.dump(_search_path(), process.stdin)
                 pickle.dump((function, tuple(arguments), dict(options)), process.stdin)
                 process.stdin.flush()
@@ -158,7 +161,7 @@ def _next_message(answers: IO[bytes]) -> tuple[str, Any]:
 
 
 def _search_path() -> list[str]:
-    """Where the other process finds the modules that this one has found."""
+    """Return the module search path for the other process: that of this process without the current folder."""
     found = [entry for entry in sys.path if entry]
     return found if _ROOT in found else [_ROOT, *found]
 
@@ -170,10 +173,10 @@ def _with_cause(error: BaseException, where: str) -> BaseException:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the other process: it is interrupted when its input ends, and killed when that does not help."""
+    """End the other process: the end of its input interrupts it; after a while it is killed."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with contextlib.suppress(OSError):  # what was left to write cannot be written any more
+            with contextlib.suppress(OSError):  # a pipe may hold data that cannot be written any more
                 pipe.close()
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -183,11 +186,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def serve() -> NoReturn:
-    """Run the one function that the caller asks for, and send it what comes of it. For `run_apart`."""
+    """Run the function that the caller names and send it the result or the error. Only `run_apart` calls this."""
     lock, stopped = threading.Lock(), threading.Event()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print to stdout
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have had ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have made it ignored
 
     def tell(kind: str, value: Any) -> None:
         message = pickle.dumps((kind, value))
@@ -208,7 +211,7 @@ def serve() -> NoReturn:
         module, _, name = path.partition(":")
         function = getattr(importlib.import_module(module), name)
         result = function(*arguments, **options, in_process=True, progress=progress)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on nothing is to be interrupted
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the result must not be interrupted
         tell("result", result)
     except BaseException as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -218,11 +221,11 @@ def serve() -> NoReturn:
                 tell("error", (error, where))
             except (pickle.PicklingError, TypeError, AttributeError):
                 tell("error", (RuntimeError(f"{type(error).__name__}: {error}"), where))
-    os._exit(0)  # what libraries do on their way out cannot spoil what has been sent
+    os._exit(0)  # skip the clean-up of libraries, which may crash: the answer has been sent
 
 
 def _stop_with_the_caller(stopped: threading.Event) -> None:
-    """Interrupt this process when its caller closes the pipe or is gone; end it when that does not help."""
+    """Interrupt this process when its caller closes the pipe or is gone; end it if it does not stop."""
     while os.read(0, 1):  # not sys.stdin, whose lock a thread must not hold when Python ends
         pass
     stopped.set()
@@ -244,6 +247,7 @@ def _why(
     *,
     for_memory: bool,
 ) -> str:
+    """Return why a process ended without an answer. ``code``: its exit code. ``for_memory``: the kernel ended a process."""
     start = f"the process that {what}"
     whole = "The bundle is whole and holds what was finished before"
     less = LESS_MEMORY if issubclass(refusal, CompileError) else f"{_ROOM}. {whole}"
@@ -258,14 +262,14 @@ def _why(
     name = signal.Signals(-code).name
     if name in ("SIGTERM", "SIGHUP", "SIGINT"):
         return f"{start} was ended from outside ({name}). {whole}"
-    if name == "SIGABRT":  # what an allocation that fails in C++ ends in
+    if name == "SIGABRT":  # a failed allocation in C++ ends so too
         return f"{start} ended by SIGABRT: {hint}, or memory ran out. {less}"
     debug = "in_process=True (--in-process) lets a debugger see it"
     return f"{start} ended by {name}: {hint}. {whole}; {debug}"
 
 
 def _kills_for_memory(vmstat: Path = Path("/proc/vmstat")) -> int:
-    """How many processes the kernel has ended for lack of memory; 0 where it does not count them."""
+    """Return how many processes the kernel has ended for lack of memory; 0 if it does not count them."""
     try:
         found = re.search(r"^oom_kill (\d+)$", vmstat.read_text(encoding="ascii"), re.MULTILINE)
     except OSError:

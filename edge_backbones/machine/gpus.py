@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs this machine has. It takes the driver alone, through ctypes."""
+"""Find the NVIDIA GPUs of this machine. Needs only the driver, which is called through ctypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edge_backbones.machine.system import kernel_has_driver
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _OUT_OF_MEMORY, _NOT_INITIALIZED = 2, 3
-_FORKED = (  # where cuInit itself says that it was not called
+_FORKED = (  # then cuInit itself returns CUDA_ERROR_NOT_INITIALIZED
     "driver present, and this process was forked from one that uses CUDA, which cannot be used here: "
     "start workers with the 'spawn' method"
 )
@@ -25,9 +25,9 @@ _MULTIPROCESSORS, _INTEGRATED, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 18, 75
 class Gpu:
     """One GPU as the driver describes it.
 
-    ``architecture``: ``sm_90`` for compute capability 9.0. ``driver``: newest CUDA that the driver serves, ``13.0``.
-    ``integrated``: it shares the memory of the CPU, as on Jetson. ``bus_address``: on PCI, ``0000:3b:00.0``; empty where
-    the driver does not tell.
+    ``architecture``: ``sm_90`` for compute capability 9.0. ``driver``: the newest CUDA version that the driver supports,
+    ``13.0``. ``integrated``: the GPU shares the memory of the CPU, as on Jetson. ``bus_address``: on PCI, ``0000:3b:00.0``;
+    empty if the driver does not report it.
     """
 
     index: int
@@ -41,26 +41,27 @@ class Gpu:
 
 
 def load_driver() -> Any:
-    """The driver's library; raises OSError where it cannot be loaded."""
+    """Load the driver's library. Raises OSError if it cannot be loaded."""
     return ctypes.CDLL(_LIBRARY)
 
 
 def find_gpus(load: Callable[[], Any] = load_driver) -> tuple[Gpu, ...]:
-    """The GPUs that this process may use (CUDA_VISIBLE_DEVICES holds), empty without a driver or a GPU.
+    """Return the GPUs that this process may use (CUDA_VISIBLE_DEVICES applies), empty without a driver or a GPU.
 
-    Starts the driver in this process: a process that is forked afterwards cannot use CUDA. DeviceError if the driver counts
-    GPUs and does not describe them.
+    Starts the driver in this process: processes that are forked afterwards cannot use CUDA. Raises DeviceError if the driver
+    counts GPUs but does not describe them.
     """
     driver, count, _ = _probe(load)
     return () if driver is None else tuple(_describe(driver, index) for index in range(count))
 
 
 def no_gpu_reason(load: Callable[[], Any] = load_driver) -> str:
-    """Why :func:`find_gpus` is empty, as a phrase; empty when there is a GPU."""
+    """Return why :func:`find_gpus` finds none, as a phrase; empty if there is a GPU."""
     return _probe(load)[2]
 
 
 def _probe(load: Callable[[], Any]) -> tuple[CtypesDriver | None, int, str]:
+    """Start the driver; return it, the number of GPUs, and why there are none."""
     try:
         driver = CtypesDriver(load())
     except OSError as error:
@@ -101,7 +102,7 @@ def _describe(driver: CtypesDriver, index: int) -> Gpu:
 
 
 def error_name(driver: Any, code: Any) -> str:
-    """CUDA's name of an error: ``CUDA_ERROR_OUT_OF_MEMORY``."""
+    """Return CUDA's name of an error: ``CUDA_ERROR_OUT_OF_MEMORY``."""
     status, name = driver.cuGetErrorName(code)
     if int(status) or name is None:
         return f"CUDA error {int(code)}"
@@ -109,7 +110,7 @@ def error_name(driver: Any, code: Any) -> str:
 
 
 def checked(driver: Any, result: Any, what: str, *values: object) -> Any:
-    """The value of a driver call, which returned (code, value...); DeviceError with CUDA's name for a code."""
+    """Return the value of a driver call that returned (code, value...); raise DeviceError with CUDA's name of the code."""
     code = int(result[0])
     if code:
         kind = OutOfMemoryError if code == _OUT_OF_MEMORY else DeviceError
@@ -119,7 +120,8 @@ def checked(driver: Any, result: Any, what: str, *values: object) -> Any:
 
 _pointer, _size = ctypes.c_uint64, ctypes.c_size_t
 _handle, _int, _unsigned = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
-# Symbol, what it returns through pointers, what it takes. cuda-bindings has the same names and returns (code, value...).
+# By function name: the symbol, the types that it returns through pointers, and those of its arguments. cuda-bindings has the
+# same names and returns (code, value...) too.
 _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "cuInit": ("cuInit", (), (_unsigned,)),
     "cuDriverGetVersion": ("cuDriverGetVersion", (_int,), ()),
@@ -155,14 +157,18 @@ _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
 class CtypesDriver:
     """libcuda with the calling convention of ``cuda.bindings.driver``: every function returns (code, value...).
 
-    It has what the probe needs and what pycuda lacks. A function is looked up when it is first called: old drivers do not
-    have the newest.
+    It has the functions that `find_gpus` needs and those that pycuda lacks. A function is looked up when it is first called,
+    because old drivers do not have the newest ones.
     """
 
     class CUstreamCaptureMode(enum.IntEnum):
+        """The enum of that name in ``cuda.bindings.driver``."""
+
         CU_STREAM_CAPTURE_MODE_RELAXED = 2
 
     class CUpointer_attribute(enum.IntEnum):
+        """The enum of that name in ``cuda.bindings.driver``."""
+
         CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
 
     def __init__(self, library: Any) -> None:
@@ -189,21 +195,25 @@ class CtypesDriver:
         except AttributeError as error:
             raise DeviceError(f"the NVIDIA driver has no {symbol}: update the driver") from error
 
-    # The four that do not return through their first arguments.
+    # Four functions do not return through their first arguments.
 
     def cuGetErrorName(self, code: int) -> tuple[int, bytes | None]:  # noqa: N802
+        """Return (code, the name of the error ``code``)."""
         name = ctypes.c_char_p()
         return self._function("cuGetErrorName")(int(code), ctypes.byref(name)), name.value
 
     def cuDeviceGetName(self, device: int) -> tuple[int, str]:  # noqa: N802
+        """Return (code, the name of a device)."""
         name = ctypes.create_string_buffer(256)
         return self._function("cuDeviceGetName")(name, 256, device), name.value.decode(errors="replace")
 
     def cuDeviceGetPCIBusId(self, device: int) -> tuple[int, str]:  # noqa: N802
+        """Return (code, the PCI address of a device)."""
         address = ctypes.create_string_buffer(32)
         return self._function("cuDeviceGetPCIBusId")(address, 32, device), address.value.decode(errors="replace")
 
     def cuStreamEndCapture(self, stream: int) -> tuple[int, int]:  # noqa: N802
+        """Return (code, the handle of the captured graph)."""
         graph = ctypes.c_void_p()
         code = self._function("cuStreamEndCapture")(ctypes.c_void_p(stream), ctypes.byref(graph))
         return code, graph.value or 0

@@ -1,7 +1,7 @@
-"""Device profiles: what a device has, what serves it, and why a build for it cannot work. One profiles/*.toml each.
+"""Device profiles: what a device has, which engine libraries serve it, and why a build for it cannot work.
 
-Every figure of a file has its source in a comment on its line. A file of your own works wherever a name does. Reading them
-needs no GPU and no driver; :func:`profile_of` takes what a driver told, :func:`refusals` what is to be built.
+Each profile is a file in profiles/. A comment on each line names the source of its figure. A file of your own can be used
+wherever a name can. Reading profiles needs no GPU and no driver; :func:`profile_of` takes what a driver reported.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import msgspec
 
 from edge_backbones.bundle.manifest import Architecture, FlavourName
 from edge_backbones.errors import InputError, MissingDependencyError
+from edge_backbones.machine.gpus import Gpu
 from edge_backbones.reading import read_file, refusing, shortened
 from edge_backbones.spec import Precision, ShapeRange, Size
 
@@ -25,12 +26,12 @@ NumberFormat = Literal["fp32", "fp16", "bf16", "int8", "fp8", "fp4"]
 Versions = Annotated[
     str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)*( to [0-9]+(\.[0-9]+)*| and later)?\Z", max_length=60)
 ]
-"""``10.3``, ``10.3 to 10.7`` or ``11.4.1 and later``; both ends belong to it."""
+"""``10.3``, ``10.3 to 10.7`` (both included) or ``11.4.1 and later``."""
 
 RTX_ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""What TensorRT-RTX compiles for; the first only when it is named as a target."""
+"""The architectures that TensorRT-RTX compiles for; the first one only if it is named as a target."""
 FIRST_ARCHITECTURE = {Precision.BF16: 80, Precision.FP8: 89}
-"""The first architecture whose tensor cores compute a format; the others are computed by every one listed here."""
+"""The first architecture whose tensor cores compute a format. Formats that are missing run on every supported GPU."""
 
 _KINDS: tuple[Kind, ...] = ("cpu", "jetson", "datacenter", "rtx")
 _MAX_BYTES = 1 << 20
@@ -39,7 +40,7 @@ _IN_CHECKOUT = Path(__file__).parents[2] / "profiles"
 
 
 class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One module or card of a profile. A figure that nobody published is None."""
+    """One module or card of a profile. A figure that was not published is None."""
 
     name: str
     memory_gib: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
@@ -48,7 +49,7 @@ class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Releases of TensorRT that serve a device, on a Jetson with their JetPack; ``dla``: they compile for its DLA cores."""
+    """Releases of TensorRT that serve a device, on a Jetson with their JetPack. ``dla``: they compile for its DLA cores."""
 
     tensorrt: Versions
     jetpack: Versions | None = None
@@ -56,8 +57,10 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What to build with when nothing else is said. ``size``: height and width, for networks that know none;
-    ``workspace_bytes``: see PlanOptions."""
+    """The values that a build uses if nothing else is asked for.
+
+    ``size``: height and width, for networks that have no size of their own. ``workspace_bytes``: see PlanOptions.
+    """
 
     batch: ShapeRange
     size: Size
@@ -65,12 +68,12 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One device, or a family of which every member takes the same engines.
+    """One device, or a family whose members all run the same engines.
 
-    ``architecture``: of the GPU (``sm_87``), None for a CPU. ``device_names``: words of the CUDA device's name or of the
-    board's, any of which tells it from others of its architecture. ``precisions``: number formats that the hardware
-    computes (a CPU: that its engine library takes); ``pays``: those worth building, and why. ``flavours``: engine
-    libraries that serve it. ``unified_memory``: CPU and GPU share it.
+    ``architecture``: that of the GPU (``sm_87``), None for a CPU. ``device_names``: words in the name of the CUDA device or
+    of the board; any of them tells the device from others of its architecture. ``precisions``: number formats that the
+    hardware computes, or for a CPU that its engine library accepts. ``pays``: the formats that are worth building, and why.
+    ``flavours``: engine libraries that serve the device. ``unified_memory``: CPU and GPU share their memory.
     """
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_.-]*\Z")]
@@ -98,7 +101,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def dla_cores(self) -> int:
-        """Of the module that has most."""
+        """Return the number of DLA cores of the module that has the most."""
         return max((module.dla_cores for module in self.modules), default=0)
 
     @property
@@ -107,28 +110,15 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         return " or ".join(name for name in self.flavours if name != "tensorrt_lean")
 
 
-class DetectedGpu(Protocol):
-    """What the driver says of a GPU: runtime.cuda's ``Gpu`` has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def architecture(self) -> str: ...
-    @property
-    def memory_bytes(self) -> int: ...
-    @property
-    def integrated(self) -> bool: ...
-
-
 @functools.cache
 def list_profiles() -> tuple[DeviceProfile, ...]:
-    """The profiles that come with the package: the CPU, then Jetsons, datacenter and RTX cards, each by architecture."""
+    """Return the profiles of the package: the CPU, then Jetsons, datacenter and RTX cards, each by architecture."""
     profiles = [_read(path) for path in _folder().glob("*.toml")]
     return tuple(sorted(profiles, key=lambda p: (_KINDS.index(p.kind), _number(p.architecture), p.name)))
 
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
-    """A profile by name, or from a .toml file of yours; raises InputError with the names that there are, or the bad field."""
+    """Return a profile by name or from a .toml file; raise InputError with the known names or the wrong field."""
     text = os.fspath(name_or_path)
     if text.endswith(".toml") or isinstance(name_or_path, os.PathLike):
         return _read(Path(text))
@@ -140,12 +130,11 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
     return profiles[text]
 
 
-def profile_of(gpu: DetectedGpu | None, *, board: str = "") -> DeviceProfile | None:
-    """The profile of a detected GPU, of the CPU for None; None where nothing here fits, or several do.
+def profile_of(gpu: Gpu | None, *, board: str = "") -> DeviceProfile | None:
+    """Return the profile of a detected GPU, or of the CPU for None; return None if no profile fits or several do.
 
-    ``board``: what :func:`edge_backbones.machine.system.board_name` says. Orin Nano and Orin NX of 8 GB are alike to
-    CUDA: the board
-    alone tells them apart.
+    ``board``: the name from :func:`edge_backbones.machine.system.board_name`. CUDA reports Orin Nano and Orin NX of 8 GB
+    alike: only the name of the board tells them apart.
     """
     if gpu is None:
         return load_profile("cpu")
@@ -161,14 +150,14 @@ def profile_of(gpu: DetectedGpu | None, *, board: str = "") -> DeviceProfile | N
     return found[0] if len(found) == 1 else None
 
 
-def modules_of(profile: DeviceProfile, gpu: DetectedGpu | None) -> tuple[Module, ...]:
-    """The modules of a profile that have the memory of this GPU; all of them without one, or when none does."""
+def modules_of(profile: DeviceProfile, gpu: Gpu | None) -> tuple[Module, ...]:
+    """Return the modules of a profile with the memory size of this GPU; all modules without a GPU or if none fits."""
     fitting = tuple(module for module in profile.modules if gpu is not None and _fits(gpu.memory_bytes, module))
     return fitting or profile.modules
 
 
 def explain(profile: DeviceProfile) -> str:
-    """A few plain lines for a person: what it is, has, takes and likes."""
+    """Describe a profile in a few lines of text."""
     lines = [f"{profile.name}: {profile.title}" + (f", {profile.architecture}" if profile.architecture else "")]
     for module in profile.modules:
         shared = " shared with the CPU" if profile.unified_memory else ""
@@ -190,7 +179,7 @@ def explain(profile: DeviceProfile) -> str:
 
 
 def _folder() -> Path:
-    """In a wheel the files lie inside the package, in a checkout (an editable install too) beside it."""
+    """Return the folder of the profiles: inside the package in a wheel, beside it in a checkout or an editable install."""
     return _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
 
 

@@ -1,6 +1,6 @@
-"""What a machine's own files say of it: system, board, memory, driver, clocks. Nothing is started, no library is loaded.
+"""Read what the files of a machine say of it: system, board, memory, driver, clocks. No program or library is loaded.
 
-``root`` is another machine's tree where one was recorded.
+``root`` is the root folder, which can be a copy of another machine's files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-# Jetson Linux release to JetPack, the newest that is not newer; NVIDIA's JetPack archive.
+# The first release of Jetson Linux of each JetPack, from NVIDIA's JetPack archive.
 _JETPACKS = (
     ((32, 1), "4"), ((34, 1), "5.0"), ((35, 1), "5.0.2"), ((35, 2, 1), "5.1"), ((35, 3, 1), "5.1.1"), ((35, 4, 1), "5.1.2"),
     ((35, 5), "5.1.3"), ((35, 6), "5.1.4"), ((36, 2), "6.0"), ((36, 4), "6.1"), ((36, 4, 3), "6.2"), ((36, 4, 4), "6.2.1"),
@@ -30,18 +30,20 @@ _UNITS_PER_MHZ = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3}
 
 
 def default_cache() -> Path:
-    """The user's cache folder of this package: compiled engines (at most 4 GiB), bundles of AutoEdgeBackbone (at most 16 GiB)
-    and notes of what was measured here.
+    """Return the user's cache folder of this package.
 
-    This package writes to the bundle, to the files that a command names (``run``: features/, ``verify --explain``:
-    explanation.png, ``build`` and ``report``: <bundle>.report.html), to hidden files beside these while it writes, and here.
-    Compiling for a signed bundle makes the device's key once (see :mod:`edge_backbones.bundle.trust`). Opening and
-    running an engine
-    writes nothing at all. ``bench`` has files in the system's folder for temporary ones.
+    It holds compiled engines (at most 4 GiB), bundles of AutoEdgeBackbone (at most 16 GiB) and notes of what was measured
+    on this machine.
 
-    Libraries of the workstation have places of their own: huggingface_hub keeps what it was asked to download (HF_HOME),
-    matplotlib a list of fonts (``matplotlib`` in the cache and configuration folders), torch an empty folder for its compiler
-    (``torchinductor_<user>`` beside temporary files). The telemetry of OpenVINO and ONNX Runtime, which writes too, is off.
+    This is all that the package writes: the bundle; the files that a command names (``run``: features/, ``verify
+    --explain``: explanation.png, ``build`` and ``report``: <bundle>.report.html); hidden files beside these during a write;
+    and this folder. Compiling for a signed bundle makes the device's key once (see :mod:`edge_backbones.bundle.vouchers`).
+    ``bench`` uses the system's folder for temporary files. Loading and running an engine writes nothing.
+
+    Libraries of the workstation have folders of their own. huggingface_hub keeps its downloads (HF_HOME), matplotlib a list
+    of fonts (``matplotlib`` in the cache and configuration folders), torch an empty folder for its compiler
+    (``torchinductor_<user>`` beside temporary files). The telemetry of OpenVINO and ONNX Runtime, which would write files
+    too, is switched off.
     """
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "edge_backbones"
@@ -49,7 +51,7 @@ def default_cache() -> Path:
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes; ``available``: without swapping."""
+    """Sizes in bytes. ``available``: what can be used without swapping."""
 
     total: int
     available: int
@@ -57,11 +59,11 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True):
-    """What the files say; None or empty where they do not.
+    """What the files of a machine say; None or empty where they say nothing.
 
-    ``jetson``: see :func:`is_jetson`. ``l4t``: Jetson Linux release, ``36.4.3``. ``driver``: NVIDIA's kernel module.
-    ``cuda``: the toolkit in /usr/local/cuda. ``tensorrt_pythons``: versions of Python (``3.10``) for which the system
-    itself has a tensorrt package. ``settings``: governor, clocks, power mode.
+    ``jetson``: see :func:`is_jetson`. ``l4t``: the release of Jetson Linux, ``36.4.3``. ``driver``: the version of NVIDIA's
+    kernel module. ``cuda``: the version of the toolkit in /usr/local/cuda. ``tensorrt_pythons``: Python versions (``3.10``)
+    for which the system has a tensorrt package. ``settings``: governor, clocks, power mode.
     """
 
     name: str = ""
@@ -77,7 +79,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def jetpack(self) -> str | None:
-        """The JetPack that came with this Jetson Linux; of a release newer than this table, the last that it has."""
+        """Return the JetPack of this Jetson Linux; for a release newer than the table, the last JetPack in it."""
         if self.l4t is None:
             return None
         release = tuple(int(part) for part in self.l4t.split("."))
@@ -110,14 +112,18 @@ def read_system(root: Path = Path("/")) -> System:
 
 
 def board_name(root: Path = Path("/")) -> str:
-    """What a Jetson's device tree calls its board, or where Docker hides that, the copy of it that containers for Jetson are
-    given (a custom of jetson-containers); empty on other machines."""
+    """Return the name of the board from a Jetson's device tree; empty on other machines.
+
+    Docker hides the device tree: there the copy is read that jetson-containers gives its containers.
+    """
     return _text(root / "proc/device-tree/model") or _text(root / "tmp/nv_jetson_model")
 
 
 def is_jetson(root: Path = Path("/")) -> bool:
-    """Whether JetPack serves this machine. In a container the chip alone tells: Docker hides the device tree, and has the
-    container's /etc."""
+    """Return whether this machine is a Jetson. In a container only the name of the chip shows it.
+
+    Docker hides the device tree, and /etc is that of the container.
+    """
     return (
         _text(root / "sys/devices/soc0/family").startswith("Tegra")
         or (root / "etc/nv_tegra_release").exists()
@@ -126,12 +132,12 @@ def is_jetson(root: Path = Path("/")) -> bool:
 
 
 def kernel_has_driver(root: Path = Path("/")) -> bool:
-    """Whether there is an NVIDIA GPU under this kernel, seen from here or not: containers see one when they ask for it."""
+    """Return whether the kernel has NVIDIA's driver. A container sees its GPU only if it was started with it."""
     return is_jetson(root) or (root / "proc/driver/nvidia/version").exists()
 
 
 def settings(root: Path = Path("/")) -> dict[str, str]:
-    """Governor, turbo, clocks and a Jetson's power mode, as far as they are shown: what decides how fast it is today."""
+    """Return the governor, turbo, clocks and a Jetson's power mode, which decide how fast the machine is now."""
     found = {}
     for name, path in _CPU_FILES.items():
         text = _text(root / path)
@@ -180,5 +186,5 @@ def _text(path: Path) -> str:
 
 
 def gib(size: int) -> str:
-    """Bytes for a message: ``7.4 GiB``."""
+    """Return a size in bytes as text: ``7.4 GiB``."""
     return f"{size / 2**30:.1f} GiB"

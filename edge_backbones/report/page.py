@@ -28,7 +28,8 @@ from edge_backbones.bundle.manifest import (
     Manifest,
     decode_calibration,
 )
-from edge_backbones.bundle.reader import Bundle, load_golden, write_beside_and_rename
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.storage import write_beside_and_rename
 from edge_backbones.engines import promises, registry
 from edge_backbones.engines import select as session
 from edge_backbones.engines.base import LoadOptions
@@ -109,24 +110,23 @@ def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine
     source = resources.files("edge_backbones.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     manifest = bundle.manifest
     golden = load_golden(bundle)
-    case = "opt" if "opt" in manifest.golden.cases else manifest.golden.cases[0]
-    samples = {key.partition("/")[2]: array for key, array in golden.items() if key.startswith(f"{case}/")}
+    images, references = golden.inputs["opt"], golden.outputs["opt"]
     host = _this_host(bundle)
     reasons = _reasons(bundle, host)
-    shown, outputs, why = _run_here(bundle, host, samples[manifest.input.name][:_IMAGES_SHOWN], reasons, engine)
+    shown, outputs, why = _run_here(bundle, host, images[:_IMAGES_SHOWN], reasons, engine)
     return environment.from_string(source).render(
         name=name,
         manifest=manifest,
         weights=_weights(manifest),
         bytes=sum(file.size for file in manifest.files()),
         sized=[*(e.file for e in manifest.engines), *(g.file for g in manifest.graphs)],
-        stages=_stages(manifest, samples),
+        stages=_stages(manifest, references),
         engines=[(e, _sentence(e), reasons[e.name], _parity_bars(e.parity)) for e in manifest.engines],
         shown=shown,
         why=why,
-        figures=_figures(manifest, samples, outputs, "fp32" if shown is None else shown.key.precision.value),
+        figures=_figures(manifest, images, references, outputs, "fp32" if shown is None else shown.key.precision.value),
         colours=_gradients(),
-        image_count=len(samples[manifest.input.name]),
+        image_count=len(images),
         calibration=_calibration(bundle),
         layers=_layers(bundle),
         trade=_trade(manifest.decision),
@@ -152,10 +152,10 @@ class _Stage(NamedTuple):
     layout: str
 
 
-def _stages(manifest: Manifest, samples: Mapping[str, np.ndarray]) -> list[_Stage]:
+def _stages(manifest: Manifest, references: Mapping[str, np.ndarray]) -> list[_Stage]:
     spec = manifest.backbone
     return [
-        _Stage(index, name, samples[name].shape[1:], channels, _times(dict.fromkeys(stride)), layout)
+        _Stage(index, name, references[name].shape[1:], channels, _times(dict.fromkeys(stride)), layout)
         for index, name, channels, stride, layout in zip(
             spec.out_indices, spec.out_features, spec.channels, spec.strides, spec.layouts, strict=True
         )
@@ -299,9 +299,12 @@ class _Figure(NamedTuple):
 
 
 def _figures(
-    manifest: Manifest, samples: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], precision: str
+    manifest: Manifest,
+    inputs: np.ndarray,
+    references: Mapping[str, np.ndarray],
+    outputs: Mapping[str, np.ndarray],
+    precision: str,
 ) -> list[_Figure]:
-    inputs = samples[manifest.input.name]
     _, height, width = manifest.input.batch_height_width(inputs.shape)
     names = manifest.golden.images if len(manifest.golden.images) == len(inputs) else range(len(inputs))
     spec = manifest.backbone
@@ -311,12 +314,12 @@ def _figures(
         left_out: list[str] = []
         for stage, layout, stride in zip(spec.out_features, spec.layouts, spec.strides, strict=True):
             grid = height // stride[0], width // stride[1]
-            reference = as_map(samples[stage][i].astype(np.float64), layout, grid)
+            reference = as_map(references[stage][i].astype(np.float64), layout, grid)
             if reference is None:
                 left_out.append(stage)
                 continue
             actual = as_map(outputs[stage][i].astype(np.float64), layout, grid) if outputs else None
-            drawn.append(_draw(stage, f"{stage} on {title}", samples[stage][i].shape, reference, actual, precision))
+            drawn.append(_draw(stage, f"{stage} on {title}", references[stage][i].shape, reference, actual, precision))
         alt = f"input image {title}, as the network sees it"
         figures.append(_Figure(str(title), _Picture(_photograph(manifest, image), alt), drawn, left_out))
     return figures

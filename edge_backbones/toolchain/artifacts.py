@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 if TYPE_CHECKING:

@@ -21,17 +21,16 @@ import msgspec
 import numpy as np
 
 import edge_backbones
-from edge_backbones.bundle import golden as golden_file
+from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import (
     CalibrationFile,
     CalibrationRecord,
     EngineRecord,
-    GoldenRecord,
     GraphRecord,
-    Manifest,
     Provenance,
 )
-from edge_backbones.bundle.reader import Bundle, new_bundle, record_file, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import BundleWriter, new_bundle, record_file
 from edge_backbones.deploy.parity import advice_on_building, measure_engine, require
 from edge_backbones.engines import promises, registry
 from edge_backbones.engines.base import CompiledEngine, LoadOptions
@@ -297,7 +296,8 @@ def build_bundle(
         export.check_onnx(graph, golden)
         if options.torchscript:
             export.check_torchscript(folder / "graphs" / "fp32.ts", prepared, golden)
-        golden_file.write(folder / "golden.npz", golden)
+        writer = BundleWriter(folder)
+        golden_record = writer.add_golden(golden, [image_set.names[i] for i in golden_indices])
 
         batch = input.batch.max if input.batch.is_fixed else min(calibrate.BATCH, input.batch.max)
         feed = calibrate.Feed(image_set, calibrating, batch, fill=input.batch.is_fixed)
@@ -378,24 +378,18 @@ def build_bundle(
                 (folder / path).write_bytes(engine.data)
                 engines.append(EngineRecord(key=engine.key, file=record_file(folder, path), parity=report))
 
-        manifest = Manifest(
-            schema_version=6,
+        manifest = writer.finish(
             backbone=prepared.spec,
             input=input,
             image=loaded.image_config,
             source=loaded.source,
             graphs=tuple(graphs),
             engines=tuple(engines),
-            golden=GoldenRecord(
-                file=record_file(folder, "golden.npz"),
-                cases=tuple(sorted({key.partition("/")[0] for key in golden})),
-                images=tuple(image_set.names[i] for i in golden_indices),
-            ),
+            golden=golden_record,
             calibration=None if found is None else _calibration_record(folder, found, reused=found is reused),
             decision=verdict.decision,
             provenance=_provenance(),
         )
-        write_manifest(folder, manifest)
         progress("writing the bundle", 0, None)
         reasons = image_set.reasons
         notes = list(loaded.source.preprocessing_notes)
@@ -450,7 +444,7 @@ def _torch_tensorrt_engines(
 
 
 def _measured(
-    engine: CompiledEngine, graph: ExportedGraph, golden: Mapping[str, np.ndarray], options: BuildOptions
+    engine: CompiledEngine, graph: ExportedGraph, golden: GoldenSamples, options: BuildOptions
 ) -> ParityReport:
     """The parity of an engine that no graph of another precision was tried for; raises ParityError outside its gate."""
     precision = engine.key.precision
@@ -507,9 +501,8 @@ def _golden_cases(images: np.ndarray, input: InputSpec) -> dict[str, np.ndarray]
 
 
 def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> np.ndarray:
-    axes = (2, 3) if input.layout == "NCHW" else (1, 2)
     padding = [(0, 0)] * 4
-    for axis, size in zip(axes, (height, width), strict=True):
+    for axis, size in zip(input.size_axes, (height, width), strict=True):
         images = images.take(range(min(size, images.shape[axis])), axis=axis)
         padding[axis] = (0, size - images.shape[axis])
     return np.ascontiguousarray(np.pad(images, padding, mode="symmetric"))

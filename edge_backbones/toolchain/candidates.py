@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import BlockNoise, CalibrationFile, Decision, Trial
 from edge_backbones.deploy.parity import advice_on_building, excess_noise, measure_engine, require
 from edge_backbones.deploy.timing import time_engines
@@ -88,7 +87,7 @@ class Workshop:
     calibration: CalibrationFile | None
     deciding: Sequence[choose.Sample]
     excluded: frozenset[str]
-    golden: Mapping[str, np.ndarray]
+    golden: GoldenSamples
     large: Sequence[str]
     work: Path
     cache: Path | None

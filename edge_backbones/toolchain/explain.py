@@ -12,7 +12,7 @@ float32 and rounded where the graph has it so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,6 +21,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from edge_backbones.bundle.golden import GoldenSamples, full_batches
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.deploy.parity import allowed_noise
 from edge_backbones.engines.onnxruntime.library import onnxruntime
@@ -66,29 +67,26 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 def explain(
     graph: Path,
     report: ParityReport,
-    golden: Mapping[str, np.ndarray],
-    input_name: str,
+    golden: GoldenSamples,
     *,
     plain: Path | None = None,
     progress: Progress = no_progress,
 ) -> Explanation:
     """Explain a report that did not pass. ``graph``: the typed graph of the engine; ``plain``: the fp32 graph, if any."""
     failing = next(stage.stage for stage in report.stages if not stage.passed)
-    cases = [key.partition("/")[0] for key in golden if key.endswith(f"/{input_name}")]
-    inputs = {case: golden[f"{case}/{input_name}"] for case in cases}
     allowed = allowed_noise(report.gate)
     model = _loaded(graph)
     session = _session(model)
-    worst, of_graph = (cases[0], 0), -1.0
-    for case, images in inputs.items():
+    worst, of_graph = ("opt", 0), -1.0
+    for case, images in golden.inputs.items():
         found = _run(session, [failing], images, _batch(session, images))[0]
-        for index, (actual, reference) in enumerate(zip(found, golden[f"{case}/{failing}"], strict=True)):
+        for index, (actual, reference) in enumerate(zip(found, golden.outputs[case][failing], strict=True)):
             if (noise := _noise(actual, reference)) > of_graph:
                 worst, of_graph = (case, index), noise
     if of_graph <= allowed:
-        return _first_wrong_layer(model, report, failing, list(inputs.values()), allowed, progress)
+        return _first_wrong_layer(model, report, failing, list(golden.inputs.values()), allowed, progress)
     case, index = worst
-    image, expected = (golden[f"{case}/{name}"][index : index + 1] for name in (input_name, failing))
+    image, expected = (of_case[index : index + 1] for of_case in (golden.inputs[case], golden.outputs[case][failing]))
     batch = _batch(session, image)
     if not _rounded(model.graph):
         return _outside_by_itself(model, plain, report, failing, image, batch, of_graph, allowed, progress)
@@ -170,8 +168,8 @@ def _difference_of_engine(
     try:
         for images in inputs:
             batch = _batch(own, images)
-            for start in range(0, len(images), batch):
-                chunk = np.ascontiguousarray(images[np.arange(start, start + batch) % len(images)])
+            for chosen in full_batches(len(images), batch):
+                chunk = np.ascontiguousarray(images[chosen])
                 actual, expected = engine.run(chunk)[0], _run(own, ["explained"], chunk, batch)[0]
                 if unrounded is None:
                     noise = _noise(actual, expected)
@@ -379,8 +377,7 @@ def _run(
 ) -> list[np.ndarray]:
     """The images in batches of the graph's size; the last one is filled from the beginning."""
     name, found = session.get_inputs()[0].name, []
-    for start in range(0, len(images), batch):
-        chosen = np.arange(start, start + batch) % len(images)
+    for chosen in full_batches(len(images), batch):
         found.append(session.run(list(outputs), {name: images[chosen]}))
     return [np.concatenate(arrays)[: len(images)] for arrays in zip(*found, strict=True)]
 

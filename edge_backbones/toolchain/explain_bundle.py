@@ -40,7 +40,7 @@ def explain_bundle(
         raise MissingDependencyError(f"explaining an error ({error.name} is not installed)", "build") from error
     bundle, _ = trust.admit(Bundle.open(path))
     bundle.check_files()
-    golden, input = load_golden(bundle), bundle.manifest.input
+    golden = load_golden(bundle)
     found = []
     for record in runnable(bundle, engine, gpu, code=False):
         progress(f"verifying {record.key.precision}", 0, None)
@@ -62,5 +62,5 @@ def explain_bundle(
         plain = None if fp32 is None or precision is Precision.FP32 else bundle.path / fp32.file.path
         typed = bundle.path / graph.file.path
         child.doing(f"was explaining {record.name}", f"{typed} is hostile, {child.OR_A_FAULT}")
-        found.append(explain(typed, report, golden, input.name, plain=plain, progress=progress))
+        found.append(explain(typed, report, golden, plain=plain, progress=progress))
     return tuple(found)

@@ -17,6 +17,7 @@ import onnx
 import torch
 from onnxscript.optimizer import optimize
 
+from edge_backbones.bundle.golden import GoldenSamples, full_batches
 from edge_backbones.difference import relative_error, usual_norm
 from edge_backbones.errors import ExportError, SourceError, first_line, root_cause
 from edge_backbones.images.fit import network_input
@@ -97,13 +98,13 @@ def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
     path.write_bytes(trace_torchscript(prepared.module, prepared.input, Precision.FP32))
 
 
-def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """``<case>/<input>`` and the fp32 outputs ``<case>/<output>`` of the network as it was loaded: unfolded, unexported.
+def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> GoldenSamples:
+    """Run the network as it was loaded (fp32, batch norm not folded, not exported) on the images of every case.
 
     ``cases`` are inputs in the engine's own form (normalised NCHW, or uint8 NHWC which is normalised here in numpy). Raises
     SourceError when the network does not take one of these sizes, or when a map of it is not finite.
     """
-    golden = {}
+    outputs: dict[str, dict[str, np.ndarray]] = {}
     for case, array in cases.items():
         pixel_values = np.array(network_input(array, loaded.image_config, input))  # a copy: networks may write into it
         try:
@@ -115,7 +116,7 @@ def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str,
             raise SourceError(
                 f"the network does not take images of {size} (height x width): {first_line(error)}{advice}"
             ) from error
-        golden[f"{case}/{input.name}"] = array
+        outputs[case] = {}
         for stage, feature_map in zip(loaded.spec.outputs, maps, strict=True):
             values = feature_map.numpy().copy()
             unsound = [i for i, one in enumerate(values) if not np.isfinite(one).all()]
@@ -124,16 +125,16 @@ def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str,
                     f"{stage} of the network itself is not finite on image {unsound[0] + 1} of {len(values)} golden images "
                     f"({case} size): it overflows or divides by zero there; leave such images out, or repair the network"
                 )
-            golden[f"{case}/{stage}"] = values
-    return golden
+            outputs[case][stage] = values
+    return GoldenSamples(input.name, cases, outputs)
 
 
-def zero_stages(golden: Mapping[str, np.ndarray], stages: Sequence[str]) -> list[str]:
+def zero_stages(golden: GoldenSamples, stages: Sequence[str]) -> list[str]:
     """Name the stages whose reference maps are zero on every golden image: parity says nothing of their values."""
-    return [stage for stage in stages if not any(golden[key].any() for key in golden if key.partition("/")[2] == stage)]
+    return [stage for stage in stages if not any(maps[stage].any() for maps in golden.outputs.values())]
 
 
-def check_onnx(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
+def check_onnx(graph: ExportedGraph, golden: GoldenSamples) -> None:
     """Run the graph in ONNX Runtime on every golden sample; raises ExportError naming the stage that is off."""
     from edge_backbones.engines.onnxruntime.library import onnxruntime
 
@@ -143,18 +144,19 @@ def check_onnx(graph: ExportedGraph, golden: Mapping[str, np.ndarray]) -> None:
         session = onnxruntime.InferenceSession(graph.path, quiet_options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
         raise ExportError(f"ONNX Runtime does not load the exported graph: {first_line(error)}") from error
-    for case in sorted({key.partition("/")[0] for key in golden}, key=lambda case: (case != "opt", case)):
+    for case in sorted(golden.cases, key=lambda case: (case != "opt", case)):
         _check_maps(
             f"ONNX graph ({case} size)",
             lambda array: session.run(None, {graph.input.name: array}),
             graph.spec.outputs,
             graph.input.batch.max if graph.input.batch.is_fixed else 1,
             graph.input,
-            {key.partition("/")[2]: array for key, array in golden.items() if key.startswith(f"{case}/")},
+            golden.inputs[case],
+            golden.outputs[case],
         )
 
 
-def check_torchscript(path: Path, prepared: PreparedBackbone, golden: Mapping[str, np.ndarray]) -> None:
+def check_torchscript(path: Path, prepared: PreparedBackbone, golden: GoldenSamples) -> None:
     """Load the file and run it on the golden samples of the size it was traced at; raises ExportError as above."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -165,7 +167,8 @@ def check_torchscript(path: Path, prepared: PreparedBackbone, golden: Mapping[st
             prepared.spec.outputs,
             prepared.input.batch.opt,
             prepared.input,
-            {key.removeprefix("opt/"): array for key, array in golden.items() if key.startswith("opt/")},
+            golden.inputs["opt"],
+            golden.outputs["opt"],
         )
 
 
@@ -175,11 +178,11 @@ def _check_maps(
     stages: Sequence[str],
     batch: int,
     input: InputSpec,
-    golden: Mapping[str, np.ndarray],
+    images: np.ndarray,
+    references: Mapping[str, np.ndarray],
 ) -> None:
     """Compare the fp32 maps of one case, ``batch`` images at a time; the last batch is filled from the beginning."""
-    (images,) = (array for name, array in golden.items() if name not in stages)
-    height, width = images.shape[2:] if input.layout == "NCHW" else images.shape[1:3]
+    height, width = (images.shape[axis] for axis in input.size_axes)
     opt = f"{input.height.opt}x{input.width.opt}"
     other_size = ""
     if (size := f"{height}x{width}") != opt:  # the graph was right at the usual size, which is checked first
@@ -187,8 +190,7 @@ def _check_maps(
             f"the exported {what} is right on images of {opt} and not on {size}: the network keeps a table (a mask, a grid) "
             f"for the size that it saw; {_fixed(input)}"
         )
-    for start in range(0, len(images), batch):
-        chosen = np.arange(start, start + batch) % len(images)
+    for chosen in full_batches(len(images), batch):
         try:
             maps = run(images[chosen])
         except Exception as error:  # the exceptions of ONNX Runtime and torch have no common base
@@ -197,11 +199,11 @@ def _check_maps(
             shape = list(images[chosen].shape)
             raise ExportError(f"the exported {what} does not run on {shape}: {first_line(error)}") from error
         for stage, actual in zip(stages, maps, strict=True):
-            expected = golden[stage][chosen]
+            expected = references[stage][chosen]
             if not np.isfinite(actual).all():
                 raise ExportError(f"the exported {what} is wrong: its {stage} is not finite, and the network's is")
             differences = [
-                relative_error(one, reference, usual=usual_norm(golden[stage]))
+                relative_error(one, reference, usual=usual_norm(references[stage]))
                 for one, reference in zip(actual, expected, strict=True)
             ]
             if not max(differences) <= _MAX_RELATIVE_ERROR:
@@ -262,7 +264,7 @@ def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
             return torch.export.Dim(name, min=sizes.min, max=sizes.max)
         return step * torch.export.Dim(name, min=-(-sizes.min // step), max=sizes.max // step)
 
-    height, width = (2, 3) if input.layout == "NCHW" else (1, 2)
+    height, width = input.size_axes
     axes = {0: ("batch", input.batch, 1)}
     axes[height] = ("height", input.height, input.size_multiple)
     axes[width] = ("width", input.width, input.size_multiple)

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from edge_backbones.difference import relative_error
 from edge_backbones.errors import CalibrationError, ExportError, SourceError, first_line
-from edge_backbones.images.fit import ImageConfig
-from edge_backbones.spec import BackboneSpec, InputSpec
+from edge_backbones.images.config import ImageConfig
+from edge_backbones.spec import BackboneSpec, InputSpec, measured_stride
 from edge_backbones.toolchain.artifacts import LoadedBackbone, PreparedBackbone
 
 # Folding and merging only reorder arithmetic. In float64 a right fold changes a map by 1e-13, and by 1e-9 where the
@@ -358,7 +358,9 @@ def _measured_spec(claimed: BackboneSpec, sample: torch.Tensor, outputs: tuple[t
     strides = []
     for feature_map, axes, stride in zip(outputs, claimed.layouts, claimed.strides, strict=False):
         cells = [int(feature_map.shape[axes.index(axis)]) if axis in axes else 0 for axis in "HW"]
-        strides.append(tuple(_stride(*sizes) for sizes in zip(sample.shape[2:], cells, stride, strict=True)))
+        sizes = zip(sample.shape[2:], cells, stride, strict=True)
+        # Without cells (tokens) the claim is all there is.
+        strides.append(tuple(measured_stride(n, m, claim) if m else claim for n, m, claim in sizes))
     return msgspec.structs.replace(
         claimed,
         channels=tuple(channels[:kept]),
@@ -368,14 +370,3 @@ def _measured_spec(claimed: BackboneSpec, sample: torch.Tensor, outputs: tuple[t
             msgspec.structs.replace(extra, channels=n) for extra, n in zip(claimed.extras, channels[kept:], strict=True)
         ),
     )
-
-
-def _stride(pixels: int, cells: int, claimed: int) -> int:
-    """Input pixels per cell; where borders make the quotient uneven, the claimed stride if it explains the map.
-
-    Padding makes up to one cell more, convolutions without padding lose up to two (inception). Without cells (tokens)
-    the claim is all there is.
-    """
-    if not cells or -claimed < pixels - cells * claimed < 2 * claimed:
-        return claimed
-    return max(1, round(pixels / cells))

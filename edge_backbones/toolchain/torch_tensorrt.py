@@ -123,7 +123,7 @@ def _sizes(input: InputSpec) -> tuple[tuple[ShapeRange, int], ...]:
 
 def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
     """torch.export's dimensions of the axes that are not fixed, by axis."""
-    positions = (0, 2, 3) if input.layout == "NCHW" else (0, 1, 2)
+    positions = (0, *input.size_axes)
     axes = {}
     for axis, name, (sizes, step) in zip(positions, ("batch", "height", "width"), _sizes(input), strict=True):
         if sizes.is_fixed:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources.base import SourceOptions

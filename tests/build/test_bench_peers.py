@@ -61,8 +61,8 @@ def test_torch_runs_the_network_of_the_bundle(source, cnn, tmp_path):
         bundle = build_bundle(config, tmp_path / "net.bundle", options=options).bundle
     golden, input = load_golden(bundle), bundle.manifest.input
     loaded = MAKERS["torch"](bundle, Task(peer="torch", bundle=str(bundle.path)))
-    maps = loaded.call(np.ascontiguousarray(golden[f"opt/{input.name}"][: input.batch.opt]))
-    expected = [golden[f"opt/{name}"][: input.batch.opt] for name in bundle.manifest.backbone.out_features]
+    maps = loaded.call(np.ascontiguousarray(golden.inputs["opt"][: input.batch.opt]))
+    expected = [golden.outputs["opt"][name][: input.batch.opt] for name in bundle.manifest.backbone.out_features]
     assert [m.shape for m in maps] == [e.shape for e in expected]
 
 

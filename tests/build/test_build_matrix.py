@@ -29,7 +29,7 @@ from build_scripts import build_matrix as module
 from build_scripts.build_matrix import Ending, Task, build_matrix, read_matrix, tasks_of
 from edge_backbones import Bundle, EdgeBackbone
 from edge_backbones.bundle.manifest import EngineRecord
-from edge_backbones.bundle.reader import record_bytes
+from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.errors import EdgeBackbonesError, InputError, MissingDependencyError
 from edge_backbones.machine.profiles import load_profile
 from edge_backbones.parity_report import Gate

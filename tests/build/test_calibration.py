@@ -22,7 +22,8 @@ from torch import nn
 
 from edge_backbones.bundle.manifest import CalibrationFile
 from edge_backbones.errors import CalibrationError, InputError, QuantizationError
-from edge_backbones.images.fit import fit, open_image, to_input
+from edge_backbones.images.decode import open_image
+from edge_backbones.images.fit import fit, to_input
 from edge_backbones.parity_report import Gate
 from edge_backbones.progress import no_progress
 from edge_backbones.spec import Precision

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, compile_bundle, doctor, verify_bundle
-from edge_backbones.bundle.reader import write_manifest
+from edge_backbones.bundle.writer import write_manifest
 from edge_backbones.cli import main as cli
 from edge_backbones.deploy import compile as module
 from edge_backbones.deploy import parity, timing

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -20,7 +21,8 @@ from openvino import opset13 as ops
 from PIL import Image
 
 from edge_backbones.bundle.manifest import EngineRecord
-from edge_backbones.bundle.reader import Bundle, load_golden, record_bytes, record_file, write_manifest
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import BundleWriter, record_file, write_manifest
 from edge_backbones.deploy.parity import allowed_noise, measure_engine
 from edge_backbones.deploy.verify import verify_bundle
 from edge_backbones.engines.openvino import int8_graph as cpu_graph
@@ -62,8 +64,7 @@ def with_engine(bundle: Path, graph: onnx.ModelProto, precision: Precision, gate
     engine = compile_graph(graph.SerializeToString(), precision, cache=None)
     report = measure_engine(engine.key, engine.data, spec, input, load_golden(opened), gate)
     assert not report.passed  # else nothing was planted
-    file = record_bytes(engine.key.path(engine.data, engine.suffix), engine.data)
-    (bundle / file.path).write_bytes(engine.data)
+    file = BundleWriter(bundle).add_file(engine.key.path(engine.data, engine.suffix), engine.data)
     others = tuple(e for e in opened.manifest.engines if e.key.precision != precision)
     record = EngineRecord(key=engine.key, file=file, parity=report)
     write_manifest(bundle, structs.replace(opened.manifest, engines=(*others, record)))
@@ -174,17 +175,17 @@ def report_of(bundle: Path, precision: Precision, gate: Gate, failing: str = "la
 @pytest.mark.parametrize("case", ["opt", "max"])
 def test_the_worst_image_of_any_case_is_explained(bundle, case):
     """One image out of several is outside, in one of the sizes: over all of them the graph would hold its gate."""
-    golden = dict(load_golden(Bundle.open(bundle)))
-    golden |= {key.replace("opt/", f"{case}/"): value.copy() for key, value in golden.items()}
-    expected = golden[f"{case}/layer4"]
+    right = load_golden(Bundle.open(bundle))
+    maps = {"opt": right.outputs["opt"], case: {name: one.copy() for name, one in right.outputs["opt"].items()}}
+    golden = replace(right, inputs=dict.fromkeys(maps, right.inputs["opt"]), outputs=maps)
+    expected = maps[case]["layer4"]
     gate = Gate(min_sqnr_db=9.0)
     noise = np.random.default_rng(0).standard_normal(expected[1].shape).astype(np.float32)
     noise *= np.linalg.norm(expected[1]) / np.linalg.norm(noise) * 10 ** (-7.0 / 20)
     expected[1] += noise
     report = report_of(bundle, Precision.INT8, gate)
-    found = explain.explain(bundle / "graphs" / "int8.onnx", report, golden, "pixel_values")
+    found = explain.explain(bundle / "graphs" / "int8.onnx", report, golden)
     assert found.cause == "weights"  # what the graph is held against was planted: without any rounding it is as far
-    del golden[f"{case}/layer4"], golden[f"{case}/pixel_values"]
 
 
 def test_an_error_of_the_adaptation_to_the_cpu(bundle, monkeypatch):
@@ -227,7 +228,7 @@ def test_values_that_fp16_cannot_hold(bundle, tmp_path):
     onnx.save(graph, tmp_path / "wrong.onnx")
     report = report_of(bundle, Precision.FP16, Gate(min_cosine=0.9999))
     golden = load_golden(Bundle.open(bundle))
-    found = explain.explain(tmp_path / "wrong.onnx", report, golden, "pixel_values")
+    found = explain.explain(tmp_path / "wrong.onnx", report, golden)
     assert (found.cause, found.born) == ("format", layer)
     assert "is the first layer with values that fp16 cannot hold: build bf16 or fp32" in found.sentence
 
@@ -237,11 +238,11 @@ def test_a_format_that_is_too_coarse_for_a_layer(bundle, tmp_path):
     onnx.save(graph, tmp_path / "wrong.onnx")
     report = report_of(bundle, Precision.FP16, Gate(min_cosine=0.9999))
     golden, fp32 = load_golden(Bundle.open(bundle)), bundle / "graphs" / "fp32.onnx"
-    found = explain.explain(tmp_path / "wrong.onnx", report, golden, "pixel_values", plain=fp32)
+    found = explain.explain(tmp_path / "wrong.onnx", report, golden, plain=fp32)
     assert (found.cause, found.born) == ("format", "layer2.0.conv1/Conv")
     assert "is the first layer that fp16 takes further from fp32 than that" in found.sentence
     assert found.layers
-    alone = explain.explain(tmp_path / "wrong.onnx", report, golden, "pixel_values")
+    alone = explain.explain(tmp_path / "wrong.onnx", report, golden)
     assert (alone.born, alone.layers) == ("layer4", ())
     assert "With an fp32 graph in the bundle the layer can be told" in alone.sentence
 
@@ -260,7 +261,7 @@ def test_bf16_that_is_too_coarse(bundle):
     golden, fp32 = load_golden(Bundle.open(bundle)), bundle / "graphs" / "fp32.onnx"
     damaged_graph = bundle / "graphs" / "damaged.onnx"
     onnx.save(damaged(onnx.load(graph), "layer2.0.conv1/Conv"), damaged_graph)
-    found = explain.explain(damaged_graph, report, golden, "pixel_values", plain=fp32)
+    found = explain.explain(damaged_graph, report, golden, plain=fp32)
     assert (found.cause, found.born) == ("format", "layer2.0.conv1/Conv")
 
 

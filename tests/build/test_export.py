@@ -285,7 +285,7 @@ def test_a_wrong_torchscript_module_is_refused_naming_the_stage(fixed, photograp
     images = networks.normalised(networks.crops(photographs, 3, 64, 96))
     golden = golden_samples(fixed.loaded, fixed.graph.input, {"opt": images})
     check_torchscript(tmp_path / "fp32.ts", fixed.prepared, golden)
-    golden["opt/blocks.1"][2] *= 1.01
+    golden.outputs["opt"]["blocks.1"][2] *= 1.01
     with pytest.raises(ExportError, match=r"the exported TorchScript module is wrong: blocks\.1 differs"):
         check_torchscript(tmp_path / "fp32.ts", fixed.prepared, golden)
 
@@ -296,10 +296,11 @@ def test_a_wrong_torchscript_module_is_refused_naming_the_stage(fixed, photograp
 def test_golden_maps_are_those_of_the_loaded_network(camera, photographs):
     frames = networks.crops(photographs, 3, 64, 96)
     golden = golden_samples(camera.loaded, camera.graph.input, {"opt": frames})
-    assert list(golden) == ["opt/image", "opt/blocks.0", "opt/blocks.5"]
-    np.testing.assert_array_equal(golden["opt/image"], frames)
+    assert golden.input_name == "image"
+    assert list(golden.outputs["opt"]) == ["blocks.0", "blocks.5"]
+    np.testing.assert_array_equal(golden.inputs["opt"], frames)
     expected = camera.expected(networks.normalised(frames, camera.loaded.image_config))
-    assert_same_maps([golden["opt/blocks.0"], golden["opt/blocks.5"]], expected)
+    assert_same_maps([golden.outputs["opt"]["blocks.0"], golden.outputs["opt"]["blocks.5"]], expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -312,7 +313,7 @@ def test_a_right_graph_passes_whatever_the_number_of_images(fixed, photographs, 
 def test_a_wrong_graph_is_refused_naming_the_stage(fixed, photographs, image):
     images = networks.normalised(networks.crops(photographs, 3, 64, 96))
     golden = golden_samples(fixed.loaded, fixed.graph.input, {"opt": images})
-    golden["opt/blocks.3"][image] *= 1.01
+    golden.outputs["opt"]["blocks.3"][image] *= 1.01
     with pytest.raises(ExportError, match=r"is wrong: blocks\.3 differs from the network by 9\.9e-03 relative"):
         check_onnx(fixed.graph, golden)
 
@@ -344,10 +345,10 @@ def test_zero_maps_are_right_where_the_graph_gives_zeros(dead, photographs):
     images = networks.normalised(networks.crops(photographs, 3, 32, 48))
     images[0] = 0
     golden = golden_samples(loaded, graph.input, {"opt": images})
-    assert not golden["opt/stage0"][0].any()
+    assert not golden.outputs["opt"]["stage0"][0].any()
     check_onnx(graph, golden)
     assert zero_stages(golden, graph.spec.outputs) == ["stage1"]
-    golden["opt/stage0"][0] = 1e-3 * golden["opt/stage0"][1]  # weak, and not what the graph gives
+    golden.outputs["opt"]["stage0"][0] = 1e-3 * golden.outputs["opt"]["stage0"][1]  # weak, and not what the graph gives
     with pytest.raises(ExportError, match=r"stage0 differs from the network by 1\.0e\+00 relative"):
         check_onnx(graph, golden)
 

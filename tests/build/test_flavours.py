@@ -17,7 +17,7 @@ from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, com
 from edge_backbones.bench import contender
 from edge_backbones.bench.compare import CompareOptions, compare
 from edge_backbones.bench.contender import Task
-from edge_backbones.bundle.reader import record_bytes, write_manifest
+from edge_backbones.bundle.writer import BundleWriter, write_manifest
 from edge_backbones.cli.main import _run
 from edge_backbones.engines import select as session
 from edge_backbones.errors import CompileError, EngineMismatchError, InputError
@@ -189,8 +189,7 @@ def test_an_engine_that_does_not_fit_is_compiled_on_the_spot_when_asked(tmp_path
     bundle = build_bundle("test_resnet", target, options=BuildOptions(**OPTIONS)).bundle
     (record,) = bundle.manifest.engines
     key = msgspec.structs.replace(record.key, library_version="2024.0.0")
-    file = record_bytes(key.path(b"old", ".blob"), b"old")
-    (target / file.path).write_bytes(b"old")
+    file = BundleWriter(target).add_file(key.path(b"old", ".blob"), b"old")
     old = msgspec.structs.replace(record, key=key, file=file)
     write_manifest(target, msgspec.structs.replace(bundle.manifest, engines=(old,)))
 

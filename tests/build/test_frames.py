@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from edge_backbones.errors import InputError
-from edge_backbones.images.fit import ImageConfig, fit
+from edge_backbones.images.config import ImageConfig
+from edge_backbones.images.fit import fit
 from edge_backbones.images.frames import as_frame
 
 

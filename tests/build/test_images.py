@@ -15,8 +15,10 @@ from PIL import Image
 from timm.data import create_transform
 
 from edge_backbones.errors import InputError
-from edge_backbones.images import fit as images
-from edge_backbones.images.fit import ImageConfig, fit, list_images, network_input, open_image, to_input
+from edge_backbones.images import resample
+from edge_backbones.images.config import ImageConfig
+from edge_backbones.images.decode import list_images, open_image
+from edge_backbones.images.fit import fit, network_input, to_input
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -125,15 +127,15 @@ def test_every_filter_is_pillows_whatever_the_threads(source, size, crop_pct, in
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*source, 3), dtype=np.uint8))
     config = ImageConfig(mean=MEAN, std=STD, crop_pct=crop_pct, interpolation=interpolation)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "_BAND_PIXELS", 500)
+        patch.setattr(resample, "_BAND_PIXELS", 500)
         found = fit(noise, config, *size, threads)
     np.testing.assert_array_equal(found, timm_pixels(noise, config, *size))
 
 
 def test_a_large_frame_is_shared_by_threads_and_a_small_one_is_not(monkeypatch):
     pools = []
-    pool = images.ThreadPoolExecutor
-    monkeypatch.setattr(images, "ThreadPoolExecutor", lambda threads: pools.append(threads) or pool(threads))
+    pool = resample.ThreadPoolExecutor
+    monkeypatch.setattr(resample, "ThreadPoolExecutor", lambda threads: pools.append(threads) or pool(threads))
     config = ImageConfig(mean=MEAN, std=STD)
     for frame, threads, expected in (
         ((1080, 1920), 2, [2]),

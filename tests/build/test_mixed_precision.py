@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_backbones.bundle.reader import load_golden
 from edge_backbones.deploy import timing
 from edge_backbones.deploy.parity import compare, excess_noise
 from edge_backbones.errors import CalibrationError, QuantizationError
@@ -329,12 +330,10 @@ def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_fold
     assert any(node.op_type == "QuantizeLinear" for node in graph.node)  # not simply fp16
     assert result.notes == (manifest.decision.sentence,)
     assert f"shipping it with {len(last.blocks)} parts in half" in result.notes[0]
-    with (
-        EdgeBackbone.from_pretrained(result.bundle.path) as backbone,
-        np.load(result.bundle.path / "golden.npz") as golden,
-    ):
-        for stage, feature_map in backbone.run(golden["opt/pixel_values"]).items():
-            for one, expected in zip(feature_map, golden[f"opt/{stage}"], strict=True):
+    golden = load_golden(result.bundle)
+    with EdgeBackbone.from_pretrained(result.bundle.path) as backbone:
+        for stage, feature_map in backbone.run(golden.inputs["opt"]).items():
+            for one, expected in zip(feature_map, golden.outputs["opt"][stage], strict=True):
                 assert networks.relative(one, expected) < 10 ** (-25 / 20)
 
     with pytest.raises(ParityError, match=r"int8 is outside its gate \(SQNR >= 25 dB\)"):

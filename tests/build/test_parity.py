@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
+from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.deploy.parity import advice_on_building, compare, measure_parity
 from edge_backbones.engines.promises import DEFAULT_GATES
@@ -134,7 +135,7 @@ class Scripted:
         pass
 
 
-def measured(golden: dict[str, np.ndarray], answers: list[list[np.ndarray]], gate: Gate):
+def measured(golden: GoldenSamples, answers: list[list[np.ndarray]], gate: Gate):
     sizes = ShapeRange(min=1, opt=8, max=16)
     input = InputSpec(name="pixel_values", channels=1, batch=ShapeRange(min=1, opt=1, max=8), height=sizes, width=sizes)
     spec = BackboneSpec(
@@ -151,14 +152,8 @@ def measured(golden: dict[str, np.ndarray], answers: list[list[np.ndarray]], gat
 
 def test_the_worst_image_of_all_cases_counts_figure_by_figure():
     one, two = maps(0, (3, 4, 5, 6)), maps(1, (2, 4, 7, 7))
-    golden = {
-        "max/pixel_values": np.zeros((2, 1, 9, 9), np.float32),
-        "max/a": two,
-        "max/b": two,
-        "opt/pixel_values": np.zeros((3, 1, 8, 8), np.float32),
-        "opt/a": one,
-        "opt/b": one,
-    }
+    inputs = {"max": np.zeros((2, 1, 9, 9), np.float32), "opt": np.zeros((3, 1, 8, 8), np.float32)}
+    golden = GoldenSamples("pixel_values", inputs, {"max": {"a": two, "b": two}, "opt": {"a": one, "b": one}})
     off_one, off_two = one.copy(), two.copy()
     off_one[2] *= 3  # largest relative error, cosine stays 1
     off_two[0] += 0.9 * maps(2, (4, 7, 7))  # smallest cosine
@@ -176,11 +171,12 @@ def test_the_worst_image_of_all_cases_counts_figure_by_figure():
 
 
 def test_one_bad_image_in_the_middle_is_not_hidden_by_good_ones():
-    golden = {"opt/pixel_values": np.zeros((3, 1, 8, 8), np.float32), "opt/a": maps(0, (3, 4, 5, 6))}
-    golden["opt/b"] = golden["opt/a"]
-    bad = golden["opt/a"].copy()
+    good = maps(0, (3, 4, 5, 6))
+    inputs = {"opt": np.zeros((3, 1, 8, 8), np.float32)}
+    golden = GoldenSamples("pixel_values", inputs, {"opt": {"a": good, "b": good}})
+    bad = good.copy()
     bad[1, 0, 0, 0] = np.nan
-    report = measured(golden, [[golden["opt/a"], bad]], OPEN)
+    report = measured(golden, [[good, bad]], OPEN)
     assert [stage.passed for stage in report.stages] == [True, False]
     assert report.failures() == "b has values that are not finite"
 
@@ -199,7 +195,8 @@ def test_every_optimisation_profile_is_measured():
     """Each has kernels of its own: an engine that is wrong in one of them is an engine that is wrong."""
     input = pooling_input(ShapeRange(min=1, opt=2, max=8))
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 48)).astype(np.float32)
-    golden = {"opt/pixel_values": images, **{f"opt/{n}": m for n, m in zip(SPEC.outputs, pooled(images), strict=True)}}
+    references = dict(zip(SPEC.outputs, pooled(images), strict=True))
+    golden = GoldenSamples("pixel_values", {"opt": images}, {"opt": references})
     shapes = [[(batch, 3, 32, 48) for batch in span] for span in ((1, 1, 1), (1, 2, 4), (1, 2, 8), (2, 2, 2))]
     profiles = [Profile(number, *span) for number, span in enumerate(shapes)]
     large = Profile(4, (1, 3, 64, 64), (1, 3, 64, 64), (1, 3, 64, 64))  # no golden image has its size

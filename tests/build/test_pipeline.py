@@ -19,7 +19,8 @@ from msgspec import structs
 from PIL import Image
 from torch import nn
 
-from edge_backbones.bundle.reader import Bundle, load_golden, write_manifest
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import write_manifest
 from edge_backbones.deploy.compile import compile_bundle
 from edge_backbones.deploy.verify import verify_bundle
 from edge_backbones.engines import promises, registry
@@ -32,7 +33,9 @@ from edge_backbones.errors import (
     ManifestError,
     SourceError,
 )
-from edge_backbones.images.fit import ImageConfig, fit, list_images
+from edge_backbones.images.config import ImageConfig
+from edge_backbones.images.decode import list_images
+from edge_backbones.images.fit import fit
 from edge_backbones.machine import hosts
 from edge_backbones.parity_report import Gate, ParityError
 from edge_backbones.runtime.backbone import EdgeBackbone
@@ -151,8 +154,8 @@ def test_a_size_outside_the_range_is_refused(dynamic, size):
 
 def test_a_dynamic_bundle_is_verified_at_its_smallest_and_largest_size(dynamic):
     assert dynamic.bundle.manifest.golden.cases == ("max", "min", "opt")
-    with np.load(dynamic.bundle.path / "golden.npz") as golden:
-        sides = [golden[f"{case}/pixel_values"].shape[2:] for case in ("min", "opt", "max")]
+    golden = load_golden(dynamic.bundle)
+    sides = [golden.inputs[case].shape[2:] for case in ("min", "opt", "max")]
     assert sides == [(64, 64), (96, 96), (128, 128)]
 
 
@@ -213,8 +216,8 @@ def test_images_that_did_not_decode_are_named_in_result_and_manifest(cnn, int8):
 
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 0.18), ("fp16", 5e-3)])
 def test_each_precision_runs_by_name(int8, precision, limit):
-    with np.load(int8.bundle.path / "golden.npz") as golden:
-        images, expected = golden["opt/pixel_values"], [golden[f"opt/{stage}"] for stage in ("layer2", "layer4")]
+    golden = load_golden(int8.bundle)
+    images, expected = golden.inputs["opt"], [golden.outputs["opt"][stage] for stage in ("layer2", "layer4")]
     with EdgeBackbone.from_pretrained(int8.bundle.path, engine=precision) as backbone:
         maps = backbone(images).feature_maps
     assert_same_maps(maps, expected, limit)
@@ -513,8 +516,8 @@ def test_a_black_frame_and_a_head_of_zeros_do_not_stop_a_build(precision, photog
     options = BuildOptions(precisions=(precision,), torchscript=False, cache=None)
     result = build_bundle(source, tmp_path / "net.bundle", images=frames, options=options)
     golden = load_golden(result.bundle)
-    assert not golden["opt/c2"][0].any()
-    assert golden["opt/c2"][1].any()
+    assert not golden.outputs["opt"]["c2"][0].any()
+    assert golden.outputs["opt"]["c2"][1].any()
     assert [note.partition(" is zero everywhere in the reference")[0] for note in result.notes if "zero" in note] == [
         "head"
     ]

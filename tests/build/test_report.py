@@ -30,8 +30,10 @@ from PIL import Image
 from build_scripts import fetch_chromium
 from edge_backbones import verify_bundle
 from edge_backbones.bench.results import Comparison, Machine, Measurement, Ratio
-from edge_backbones.bundle.manifest import BlockNoise, CalibrationFile, Decision, GpuKey, Trial
-from edge_backbones.bundle.reader import Bundle, load_golden, record_file, write_manifest
+from edge_backbones.bundle.golden import GoldenSamples
+from edge_backbones.bundle.manifest import BlockNoise, CalibrationFile, Decision, GoldenRecord, GpuKey, Trial
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import BundleWriter, record_file, write_manifest
 from edge_backbones.errors import (
     EngineMismatchError,
     InferenceError,
@@ -351,13 +353,13 @@ def test_pictures_are_the_energies_of_reference_engine_and_difference(int8, page
     golden = load_golden(int8)
     with EdgeBackbone.from_pretrained(int8.path) as backbone:
         assert int8.manifest.engines[0].key.precision == "int8"
-        maps = backbone.run(golden["opt/pixel_values"])
+        maps = backbone.run(golden.inputs["opt"])
     images = page.images()
     assert len(images) == len(int8.manifest.golden.images) * (1 + 2 * 3)
     for index, name in enumerate(int8.manifest.golden.images):
         assert images[f"input image {name}, as the network sees it"].size == (96, 64)
         for stage in ("layer2", "layer4"):
-            reference, actual = golden[f"opt/{stage}"][index], maps[stage][index]
+            reference, actual = golden.outputs["opt"][stage][index], maps[stage][index]
             low, high = energy(reference).min(), energy(reference).max()
             difference = energy(actual - reference)
             for alt, expected, least, most in (
@@ -374,23 +376,28 @@ def test_pictures_are_the_energies_of_reference_engine_and_difference(int8, page
 
 def test_the_photograph_is_what_went_in(int8, page):
     config = int8.manifest.image
-    pixels = load_golden(int8)["opt/pixel_values"][0].transpose(1, 2, 0) * config.std + config.mean
+    pixels = load_golden(int8).inputs["opt"][0].transpose(1, 2, 0) * config.std + config.mean
     shown = np.asarray(page.images()[f"input image {int8.manifest.golden.images[0]}, as the network sees it"])
     assert np.abs(shown - 255 * pixels).mean() < 8  # JPEG
+
+
+def with_maps(bundle: Bundle, maps: dict[str, np.ndarray]) -> GoldenRecord:
+    """Put other reference maps into golden.npz, and return its record."""
+    golden = GoldenSamples("pixel_values", load_golden(bundle).inputs, {"opt": maps})
+    return BundleWriter(bundle.path).add_golden(golden, bundle.manifest.golden.images)
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NLC"])
 def test_every_layout_gives_the_same_pictures(pooling, tmp_path, layout):
     bundle = on_another_machine(pooling)
     expected = Page(write_report(bundle.path, tmp_path / "a.html")).of("img")
-    golden = load_golden(bundle)
-    for stage in bundle.manifest.backbone.out_features:
-        channels_last = golden[f"opt/{stage}"].transpose(0, 2, 3, 1)
+    maps = {}
+    for stage, values in load_golden(bundle).outputs["opt"].items():
+        channels_last = values.transpose(0, 2, 3, 1)
         tokens = channels_last.reshape(len(channels_last), -1, 3)
         prefix = np.full((len(tokens), 1, 3), 9, np.float32)
-        golden[f"opt/{stage}"] = channels_last if layout == "NHWC" else np.concatenate([prefix, tokens], axis=1)
-    np.savez(bundle.path / "golden.npz", **golden)
-    record = replace(bundle.manifest.golden, file=record_file(bundle.path, "golden.npz"))
+        maps[stage] = channels_last if layout == "NHWC" else np.concatenate([prefix, tokens], axis=1)
+    record = with_maps(bundle, maps)
     spec = replace(bundle.manifest.backbone, layouts=(layout, layout))
     write_manifest(bundle.path, replace(bundle.manifest, golden=record, backbone=spec))
     found = Page(write_report(bundle.path, tmp_path / "b.html"))
@@ -399,10 +406,8 @@ def test_every_layout_gives_the_same_pictures(pooling, tmp_path, layout):
 
 
 def test_a_vector_is_named_where_no_map_can_be_drawn(pooling, tmp_path):
-    golden = load_golden(pooling)
-    golden["opt/pool8"] = golden["opt/pool8"].mean(axis=(2, 3))
-    np.savez(pooling.path / "golden.npz", **golden)
-    record = replace(pooling.manifest.golden, file=record_file(pooling.path, "golden.npz"))
+    maps = load_golden(pooling).outputs["opt"]
+    record = with_maps(pooling, {**maps, "pool8": maps["pool8"].mean(axis=(2, 3))})
     spec = replace(pooling.manifest.backbone, layouts=("NCHW", "NC"))
     write_manifest(pooling.path, replace(pooling.manifest, golden=record, backbone=spec))
     page = Page(write_report(pooling.path, tmp_path / "r.html"))
@@ -536,9 +541,8 @@ def test_hostile_names_stay_text(pooling, tmp_path):
 
 def test_hostile_stage_names_stay_text(pooling, tmp_path):
     stages = (HOSTILE, "pool8")
-    golden = {key.replace("pool4", HOSTILE): array for key, array in load_golden(pooling).items()}
-    np.savez(pooling.path / "golden.npz", **golden)
-    record = replace(pooling.manifest.golden, file=record_file(pooling.path, "golden.npz"))
+    maps = load_golden(pooling).outputs["opt"]
+    record = with_maps(pooling, {HOSTILE: maps["pool4"], "pool8": maps["pool8"]})
     spec = replace(pooling.manifest.backbone, stage_names=("pool2", *stages), out_features=stages)
     engine = pooling.manifest.engines[0]
     parity = replace(engine.parity, stages=tuple(replace(s, stage=HOSTILE) for s in engine.parity.stages))

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle, compile_bundle, sign_bundle
-from edge_backbones.bundle import trust
-from edge_backbones.bundle.reader import write_manifest
+from edge_backbones.bundle import trust, vouchers
+from edge_backbones.bundle.writer import write_manifest
 from edge_backbones.errors import EngineMismatchError, TrustError
 from edge_backbones.spec import Precision
 
@@ -39,7 +39,7 @@ def built(tmp_path_factory) -> Path:
 @pytest.fixture
 def bundle(built, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(trust, "MACHINE_KEYS", tmp_path / "etc")
-    monkeypatch.setattr(trust, "MACHINE_STATE", tmp_path / "var")
+    monkeypatch.setattr(vouchers, "MACHINE_STATE", tmp_path / "var")
     monkeypatch.setenv("HOME", str(tmp_path))
     return Path(shutil.copytree(built, tmp_path / "net.bundle"))
 

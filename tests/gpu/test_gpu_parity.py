@@ -107,13 +107,13 @@ def test_plans_of_prepared_bundles(gpu, bundles, tmp_path, flavour, model, preci
     (record,) = compile_bundle(folder, flavour=flavour, gpu=gpu).engines
     assert record.parity.passed  # golden batches, at the smallest, usual and largest size
     golden = load_golden(Bundle.open(folder))
-    for case in sorted({key.partition("/")[0] for key in golden}):
+    for case in golden.cases:
         with EdgeBackbone.from_pretrained(folder, engine=record.name, device=f"cuda:{gpu}") as backbone:
-            images = golden[f"{case}/{backbone.input.name}"]
+            images = golden.inputs[case]
             for batch in BATCHES:
                 maps = backbone(np.resize(images, (batch, *images.shape[1:]))).feature_maps
                 for stage, actual in zip(backbone.out_features, maps, strict=True):
-                    expected = golden[f"{case}/{stage}"]
+                    expected = golden.outputs[case][stage]
                     measured = compare(
                         stage, np.resize(expected, (batch, *expected.shape[1:])), actual, record.parity.gate
                     )

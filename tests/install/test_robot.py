@@ -21,7 +21,7 @@ import pytest
 
 from edge_backbones import Bundle, EdgeBackbone
 from edge_backbones.bundle import manifest
-from edge_backbones.bundle.reader import record_bytes
+from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.errors import InputError
 
 JETSON = Path(__file__).parents[2] / "build_scripts" / "jetson"

@@ -96,7 +96,13 @@ def test_the_wheel_is_small_and_for_every_machine(wheel):
         for name in names
         if "dist-info" not in name
     )
-    for needed in ("profiles_data/jetson-orin-nano.toml", "report/report.html.jinja", "py.typed"):
+    for needed in (
+        "bundle/manifest.schema.json",
+        "profiles_data/jetson-orin-nano.toml",
+        "report/report.html.jinja",
+        "toolchain/sources/timm_networks.txt",
+        "py.typed",
+    ):
         assert f"edge_backbones/{needed}" in names
     always = sorted(line.partition(">")[0].strip() for line in asked if "extra ==" not in line)
     assert always == ["msgspec", "numpy"]
@@ -153,8 +159,8 @@ def test_a_signature_is_checked_with_cryptography_alone(old_python, wheel, bundl
     run(old_python, "-m", "venv", str(tmp_path / "env"))
     executable = str(tmp_path / "env" / "bin" / "python")
     code = (
-        "from edge_backbones import Bundle; from edge_backbones.bundle import trust; "
-        f"print(trust.admit(Bundle.open({str(signed)!r}), {str(public)!r})[1])"
+        "from edge_backbones import Bundle; from edge_backbones.bundle.trust import admit; "
+        f"print(admit(Bundle.open({str(signed)!r}), {str(public)!r})[1])"
     )
     run(executable, "-m", "pip", "install", "--quiet", str(wheel))
     assert "pip install 'edge-backbones[trust]'" in run(executable, "-c", code, code=1)

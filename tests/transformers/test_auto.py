@@ -18,7 +18,7 @@ from edge_backbones.bundle.manifest import CalibrationFile
 from edge_backbones.deploy import verify
 from edge_backbones.engines import promises
 from edge_backbones.errors import CalibrationError, InputError, SourceError
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.machine import profiles
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision

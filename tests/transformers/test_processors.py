@@ -16,7 +16,8 @@ from PIL import Image
 from build_scripts.processor_table import CASES, NOTED, classes, largest_difference, pictures
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle
 from edge_backbones.errors import SourceError
-from edge_backbones.images.fit import ImageConfig, fit
+from edge_backbones.images.config import ImageConfig
+from edge_backbones.images.fit import fit
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.sources import processors
 from edge_backbones.toolchain.sources.base import SourceOptions

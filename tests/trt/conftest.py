@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from edge_backbones import Bundle
 from edge_backbones.bundle.manifest import GraphRecord
-from edge_backbones.bundle.reader import record_file, write_manifest
+from edge_backbones.bundle.writer import record_file, write_manifest
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_backbones import Bundle, EdgeBackbone, compile_bundle, verify_bundle
-from edge_backbones.bundle.reader import write_manifest
+from edge_backbones.bundle.writer import write_manifest
 from edge_backbones.cli.main import _run
 from edge_backbones.engines.tensorrt.options import PlanOptions
 from edge_backbones.errors import CompileError, EngineMismatchError, InputError, IntegrityError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.bundle.reader import record_bytes
+from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
 from edge_backbones.engines.base import LoadOptions

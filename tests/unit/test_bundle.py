@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 
 from edge_backbones import EdgeBackbone
-from edge_backbones.bundle import reader as bundle_module
+from edge_backbones.bundle import storage
+from edge_backbones.bundle import writer as bundle_writer
 from edge_backbones.bundle.manifest import EngineRecord
-from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.errors import BundleError, IntegrityError, ManifestError
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled
@@ -161,11 +163,11 @@ def test_two_writers_take_turns(bundle):
 def test_an_engine_is_added_once_the_other_writer_is_done(bundle, monkeypatch):
     [engine, *_] = bundle.manifest.engines
     add = {"engine": engine, "contents": {engine.file.path: bytes(bundle.read(engine.file))}}
-    monkeypatch.setattr(bundle_module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(bundle_writer, "_PATIENCE", 0.05)
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with bundle_module._lock(bundle.path):
+        with storage.lock(bundle.path):
             held.set()
             done.wait(60)
 
@@ -174,7 +176,7 @@ def test_an_engine_is_added_once_the_other_writer_is_done(bundle, monkeypatch):
     held.wait(60)
     with pytest.raises(BundleError, match="another process is writing"):
         bundle.add_engine(**add)
-    monkeypatch.setattr(bundle_module, "_PATIENCE", 60.0)
+    monkeypatch.setattr(bundle_writer, "_PATIENCE", 60.0)
     threading.Timer(0.1, done.set).start()
     bundle.add_engine(**add).check_files()
     writer.join()
@@ -264,7 +266,7 @@ def test_a_null_byte_in_a_path_is_a_manifest_error(bundle):
 KILLED_WRITER = """
 import sys, time
 from pathlib import Path
-from edge_backbones.bundle.reader import new_bundle
+from edge_backbones.bundle.writer import new_bundle
 with new_bundle(sys.argv[1], overwrite=True) as folder:
     (folder / "half").write_bytes(b"x" * 1000)
     print("writing", flush=True)
@@ -354,14 +356,14 @@ def second_engine(bundle: Bundle) -> tuple[EngineRecord, bytes]:
 def test_an_engine_that_the_manifest_names_already_stays_when_the_rest_fails(bundle, monkeypatch):
     """Ctrl-C, or an error of the disk, while the rename is flushed: the new manifest may be there then."""
     second, data = second_engine(bundle)
-    flush = bundle_module._sync_folder
+    flush = storage.sync_folder
 
     def interrupted(folder: Path) -> None:
         flush(folder)
         if folder == bundle.path:  # the manifest has just been renamed
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundle_module, "_sync_folder", interrupted)
+    monkeypatch.setattr(storage, "sync_folder", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bundle.add_engine(second, {second.file.path: data})
     now = Bundle.open(bundle.path)
@@ -439,7 +441,8 @@ def test_a_disk_that_is_full_leaves_the_bundle_as_it_was(bundle, tmp_path):
     before = {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()}
     code = """
 import resource, signal, sys
-from edge_backbones.bundle.reader import Bundle, record_bytes
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.spec import Precision
 import msgspec
 bundle = Bundle.open(sys.argv[1])
@@ -465,7 +468,7 @@ except Exception as error:
 def test_an_engine_goes_again_when_the_manifest_cannot_be_written(bundle, monkeypatch):
     [engine] = bundle.manifest.engines
     other, data = second_engine(bundle)
-    monkeypatch.setattr(bundle_module, "write_manifest", lambda *_: (_ for _ in ()).throw(BundleError("full")))
+    monkeypatch.setattr(bundle_writer, "write_manifest", lambda *_: (_ for _ in ()).throw(BundleError("full")))
     with pytest.raises(BundleError, match="full"):
         bundle.add_engine(other, {other.file.path: data})
     assert not (bundle.path / other.file.path).exists()

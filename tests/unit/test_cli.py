@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
-from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import BundleWriter, record_bytes, write_manifest
 from edge_backbones.cli import main as cli
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
@@ -107,12 +108,11 @@ def test_verify_measures_every_engine_though_one_fails(tmp_path):
     bundle = make_bundle(tmp_path / "pool.bundle")
     (made,) = bundle.manifest.engines
     blob = bytes(bundle.read(made.file))
-    (bundle.path / "graphs").mkdir()
 
     def add(precision, gate, *, measured):
         path = f"graphs/{precision}.onnx"
-        graph = GraphRecord(format="onnx", precision=precision, file=record_bytes(path, GRAPH), gate=gate)
-        (bundle.path / path).write_bytes(GRAPH)
+        file = BundleWriter(bundle.path).add_file(path, GRAPH)
+        graph = GraphRecord(format="onnx", precision=precision, file=file, gate=gate)
         manifest = Bundle.open(bundle.path).manifest
         write_manifest(bundle.path, msgspec.structs.replace(manifest, graphs=(*manifest.graphs, graph)))
         key = msgspec.structs.replace(made.key, precision=precision, graph_sha256=graph.file.sha256)

@@ -16,7 +16,8 @@ import pytest
 
 from edge_backbones.bundle import reader as bundle_module
 from edge_backbones.bundle.manifest import EngineRecord
-from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import new_bundle, record_bytes
 from edge_backbones.errors import BundleError
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle

@@ -16,7 +16,7 @@ from PIL import Image
 
 from edge_backbones import errors, parity_report, testing
 from edge_backbones.bundle.manifest import Decision, Trial
-from edge_backbones.bundle.reader import record_bytes, write_manifest
+from edge_backbones.bundle.writer import BundleWriter, write_manifest
 from edge_backbones.errors import visible
 from edge_backbones.spec import Precision
 
@@ -107,8 +107,7 @@ def hostile(tmp_path_factory) -> Path:
     # Another engine, which does not run here. Its key may hold no control characters: it names a file.
     other = replace(engine, key=replace(engine.key, architecture="another", device_name="Größe"))
     blob = bytes(bundle.read(engine.file))
-    other = replace(other, file=record_bytes(other.key.path(blob, ".blob"), blob))
-    (bundle.path / other.file.path).write_bytes(blob)
+    other = replace(other, file=BundleWriter(bundle.path).add_file(other.key.path(blob, ".blob"), blob))
     manifest = replace(
         manifest,
         source=replace(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from edge_backbones import errors, parity_report
-from edge_backbones.bundle.reader import record_bytes
+from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.engines import forks
 from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.errors import BundleError, EngineMismatchError, InputError

@@ -10,7 +10,8 @@ import pytest
 
 from edge_backbones import EdgeBackbone, verify_bundle
 from edge_backbones.bundle.manifest import GraphRecord, Manifest
-from edge_backbones.bundle.reader import Bundle, record_bytes, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import record_bytes, write_manifest
 from edge_backbones.deploy import compile as device
 from edge_backbones.deploy import parity, verify
 from edge_backbones.deploy.parity import compare

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_backbones.errors import InputError
-from edge_backbones.spec import BackboneSpec, ExtraOutput, InputSpec, ShapeRange, align_stages
+from edge_backbones.spec import BackboneSpec, ExtraOutput, InputSpec, ShapeRange, align_stages, measured_stride
 
 NAMES = ["stem", "stage1", "stage2", "stage3", "stage4"]
 
@@ -152,3 +152,26 @@ def test_backbone_spec_refuses_stages_that_do_not_agree():
             BackboneSpec(**{**good, field: value})
     extra = ExtraOutput(name="hidden_states.0", layout="NLC", channels=4)
     assert BackboneSpec(**good, extras=(extra,), hidden_states=(extra.name, "b")).outputs == ("b", "hidden_states.0")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "cells", "claimed", "stride"),
+    [
+        (224, 7, None, 32),
+        (224, 7, 32, 32),
+        (225, 8, 32, 32),  # padding
+        (299, 8, 32, 32),  # convolutions without padding, as in inception
+        (224, 14, 32, 16),  # the claim is wrong
+        (8, 16, None, 1),
+    ],
+)
+def test_a_stride_is_the_claimed_one_where_it_explains_the_map(pixels, cells, claimed, stride):
+    assert measured_stride(pixels, cells, claimed) == stride
+
+
+@pytest.mark.parametrize(("name", "axes"), [("pixel_values", (2, 3)), ("image", (1, 2))])
+def test_size_axes_are_those_of_height_and_width(name, axes):
+    size = ShapeRange.fixed(8)
+    input = InputSpec(name=name, channels=3, batch=size, height=size, width=ShapeRange.fixed(16))
+    assert input.size_axes == axes
+    assert [input.opt_shape[axis] for axis in axes] == [8, 16]

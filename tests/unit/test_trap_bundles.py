@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from edge_backbones import EdgeBackbone
-from edge_backbones.bundle.reader import Bundle, load_golden, new_bundle
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.bundle.writer import new_bundle
 from edge_backbones.deploy.compile import compile_bundle
 from edge_backbones.deploy.verify import verify_bundle
 from edge_backbones.errors import BundleError, EdgeBackbonesError

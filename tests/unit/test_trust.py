@@ -24,9 +24,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from edge_backbones import EdgeBackbone, sign_bundle, verify_bundle
-from edge_backbones.bundle import trust
+from edge_backbones.bundle import signing, trust, vouchers
 from edge_backbones.bundle.manifest import EngineRecord
-from edge_backbones.bundle.reader import Bundle, new_bundle, record_bytes, record_file, write_manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.bundle.writer import new_bundle, record_bytes, record_file, write_manifest
 from edge_backbones.cli import main as cli
 from edge_backbones.errors import (
     EngineMismatchError,
@@ -71,8 +72,8 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch) -> Path:
     """A machine and a user that trust nobody yet."""
-    for name, folder in (("MACHINE_KEYS", "etc/trusted"), ("MACHINE_STATE", "var")):
-        monkeypatch.setattr(trust, name, tmp_path / folder)
+    monkeypatch.setattr(trust, "MACHINE_KEYS", tmp_path / "etc/trusted")
+    monkeypatch.setattr(vouchers, "MACHINE_STATE", tmp_path / "var")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
 
@@ -220,7 +221,7 @@ def test_a_key_that_only_calls_itself_by_the_name_of_a_trusted_one(signed, bundl
     sign_bundle(signed, key=keys / "bob.private.pem")
     document = json.loads((signed / "signature/model.sig").read_bytes())
     key = serialization.load_pem_public_key((keys / "alice.pem").read_bytes())
-    document["verificationMaterial"]["publicKey"]["hint"] = trust._hint(key)
+    document["verificationMaterial"]["publicKey"]["hint"] = signing.key_hint(key)
     (signed / "signature/model.sig").write_text(json.dumps(document))
     assert "was changed: it is no signature by key" in refusal(signed, keys / "alice.pem")
 
@@ -395,7 +396,7 @@ def test_an_engine_signed_unmeasured_is_trusted_once_this_machine_has_measured_i
 
 def test_many_processes_that_need_the_key_first_get_one(machine):
     with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(lambda _: trust._device_key(), range(32)))) == 1
+        assert len(set(pool.map(lambda _: vouchers.device_key(), range(32)))) == 1
     assert [path.name for path in (machine / "home/.local/state/edge_backbones").iterdir()] == ["device.key"]
 
 

@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 
 from edge_backbones.bundle.manifest import CalibrationFile, decode_calibration
-from edge_backbones.bundle.reader import Bundle, record_file
+from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import CalibrationError
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.progress import Progress
-from edge_backbones.reading import read_file
+from edge_backbones.reading import file_sha256, read_file
 from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.calibration import noise as choose
 from edge_backbones.toolchain.calibration import ranges
@@ -225,4 +225,4 @@ def notes(images: ImageSet, found: CalibrationFile, *, golden: Sequence[str], sy
 
 
 def _sha256(graph: ExportedGraph) -> str:
-    return record_file(graph.path.parent, graph.path.name).sha256
+    return file_sha256(graph.path)

@@ -19,8 +19,9 @@ from typing import IO
 import numpy as np
 
 from edge_backbones.errors import CalibrationError, InputError
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.decode import decode, grouped, list_images, shown, why_no_images
-from edge_backbones.images.fit import ImageConfig, fit, to_input
+from edge_backbones.images.fit import fit, to_input
 from edge_backbones.images.frames import as_array, as_frame
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.reading import in_short, shortened
@@ -108,7 +109,7 @@ def split(count: int, golden: int) -> tuple[list[int], list[int]]:
 
 
 def _is_blank(image: np.ndarray, input: InputSpec) -> bool:
-    axes = (1, 2) if input.layout == "NCHW" else (0, 1)
+    axes = tuple(axis - 1 for axis in input.size_axes)  # of one image
     return bool((image.max(axis=axes) == image.min(axis=axes)).all())
 
 

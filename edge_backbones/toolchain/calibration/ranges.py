@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from edge_backbones.errors import CalibrationError
 from edge_backbones.progress import Progress, no_progress
+from edge_backbones.reading import in_short
 
 if TYPE_CHECKING:
     from edge_backbones.engines.onnxruntime.library import onnxruntime
@@ -213,7 +214,7 @@ def _activations(
         values = dict(zip(names, session.run(names, {input_name: chunk}), strict=True))
     except Exception as error:  # onnxruntime raises unrelated classes; each says what did not fit
         raise CalibrationError(
-            f"the graph did not run on a batch of {chunk.dtype} {chunk.shape}: {' '.join(str(error).split())}"
+            f"the graph did not run on a batch of {chunk.dtype} {chunk.shape}: {in_short(error)}"
         ) from error
     values[input_name] = chunk
     for name in tensors:

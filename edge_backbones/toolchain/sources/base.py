@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from edge_backbones.errors import HubUnreachableError, InputError, SourceError, first_line
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.reading import read_file, refusing
 from edge_backbones.spec import align_stages
 from edge_backbones.toolchain.sources.checkpoints import flat_tensors

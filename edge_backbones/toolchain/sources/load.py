@@ -20,7 +20,7 @@ from torch import nn
 from edge_backbones.bundle.manifest import Source
 from edge_backbones.errors import MissingDependencyError, SourceError, first_line
 from edge_backbones.integrations.clients import find_backbone, is_backbone, is_timm_module
-from edge_backbones.spec import BackboneSpec, Layout
+from edge_backbones.spec import BackboneSpec, Layout, measured_stride
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources.base import (
     SourceOptions,
@@ -263,7 +263,7 @@ def _strides(output: torch.Tensor, layout: Layout, height: int, width: int) -> t
     if "H" not in layout:
         return 1, 1
     cells = (int(output.shape[layout.index(axis)]) for axis in "HW")
-    vertical, horizontal = (max(1, round(n / m)) for n, m in zip((height, width), cells, strict=True))
+    vertical, horizontal = (measured_stride(n, m) for n, m in zip((height, width), cells, strict=True))
     return vertical, horizontal
 
 

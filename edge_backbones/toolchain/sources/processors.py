@@ -22,7 +22,8 @@ from PIL import Image
 
 from edge_backbones.bundle.manifest import Source
 from edge_backbones.errors import SourceError, first_line
-from edge_backbones.images.fit import ImageConfig, fit, network_input
+from edge_backbones.images.config import ImageConfig
+from edge_backbones.images.fit import fit, network_input
 from edge_backbones.spec import InputSpec, ShapeRange
 from edge_backbones.toolchain.sources.base import IMAGENET, read_json
 

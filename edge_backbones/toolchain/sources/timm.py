@@ -18,8 +18,8 @@ from timm.models._features import FeatureGetterNet, FeatureHookNet
 from torch import nn
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.bundle.reader import record_file
 from edge_backbones.errors import HubUnreachableError, SourceError
+from edge_backbones.reading import file_sha256
 from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources.base import (
@@ -291,7 +291,7 @@ def _with_weights(name: str, weights: str, arguments: dict[str, Any]) -> tuple[S
         return Source(library="timm", name=name, weights="pretrained", options=options), _pretrained(name, arguments)
     path = Path(weights)
     net = _from_checkpoint(name, path, arguments)
-    sha256 = record_file(path.parent, path.name).sha256
+    sha256 = file_sha256(path)
     return Source(library="timm", name=name, weights="checkpoint", weights_sha256=sha256, options=options), net
 
 

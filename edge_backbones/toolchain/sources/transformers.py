@@ -24,9 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import logging as library_logging
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.bundle.reader import record_file
 from edge_backbones.errors import InputError, SourceError, first_line
-from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout
+from edge_backbones.reading import file_sha256
+from edge_backbones.spec import BackboneSpec, ExtraOutput, Layout, measured_stride
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources.base import (
     SourceOptions,
@@ -77,7 +77,7 @@ def load_config(config: Any, options: SourceOptions) -> LoadedBackbone:
         else:
             path = Path(options.weights)
             net = _from_checkpoint(config, path)
-            sha256 = record_file(path.parent, path.name).sha256
+            sha256 = file_sha256(path)
             source = msgspec.structs.replace(source, weights="checkpoint", weights_sha256=sha256)
     return load_module(net, source, options)
 
@@ -263,7 +263,7 @@ def _stride(pixels: int, cells: int, patch: int) -> int:
     """The stride that explains a map, with or without padding: the patch size, or a power of two, where several do."""
     fitting = [s for s in range(1, pixels + 1) if cells in (pixels // s, -(-pixels // s))]
     likely = [s for s in fitting if s == patch > 1] or [s for s in fitting if s & (s - 1) == 0]
-    return (likely or fitting or [max(1, round(pixels / cells))])[0]
+    return (likely or fitting or [measured_stride(pixels, cells)])[0]
 
 
 # ---- configurations -------------------------------------------------------------------------------------------------
