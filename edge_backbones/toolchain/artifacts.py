@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_backbones.bundle.manifest import Source
+from edge_backbones.engines.base import CompiledEngine
 from edge_backbones.images.fit import ImageConfig
+from edge_backbones.parity_report import ParityReport
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 if TYPE_CHECKING:
@@ -80,9 +82,19 @@ class TypedGraph:
 
     path: Path
     precision: Precision
+    opset: int
     spec: BackboneSpec
     input: InputSpec
 
     def __post_init__(self) -> None:
         if not self.path.is_file():
             raise ValueError(f"{self.path} does not exist")
+
+
+@dataclass(frozen=True)
+class MeasuredEngine:
+    """An engine that goes into the bundle, its parity, and its latency where several were timed."""
+
+    engine: CompiledEngine
+    parity: ParityReport
+    milliseconds: float | None = None

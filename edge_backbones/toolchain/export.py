@@ -97,6 +97,27 @@ def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
     path.write_bytes(trace_torchscript(prepared.module, prepared.input, Precision.FP32))
 
 
+def golden_cases(images: np.ndarray, input: InputSpec) -> dict[str, np.ndarray]:
+    """Return the images by case: ``opt``, and for an input of variable size ``min`` and ``max``.
+
+    For the smallest size they are cropped, for the largest they are continued as in a mirror.
+    """
+    cases = {"opt": images}
+    if not (input.height.is_fixed and input.width.is_fixed):
+        cases["min"] = _resized(images, input, input.height.min, input.width.min)
+        cases["max"] = _resized(images, input, input.height.max, input.width.max)
+    return cases
+
+
+def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> np.ndarray:
+    axes = (2, 3) if input.layout == "NCHW" else (1, 2)
+    padding = [(0, 0)] * 4
+    for axis, size in zip(axes, (height, width), strict=True):
+        images = images.take(range(min(size, images.shape[axis])), axis=axis)
+        padding[axis] = (0, size - images.shape[axis])
+    return np.ascontiguousarray(np.pad(images, padding, mode="symmetric"))
+
+
 def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """``<case>/<input>`` and the fp32 outputs ``<case>/<output>`` of the network as it was loaded: unfolded, unexported.
 

@@ -21,7 +21,7 @@ from edge_backbones.errors import CalibrationError, QuantizationError
 from edge_backbones.parity_report import Gate, ParityError
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
-from edge_backbones.toolchain import candidates as attempts
+from edge_backbones.toolchain import candidates
 from edge_backbones.toolchain.build import BuildOptions, build_bundle
 from edge_backbones.toolchain.calibration.noise import (
     Fold,
@@ -303,7 +303,7 @@ def test_a_pattern_that_means_nothing_is_refused(case, pattern):
 def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_folder, tmp_path, monkeypatch):
     asked: list[dict[str, float]] = []
     monkeypatch.setattr(
-        attempts.choose,
+        candidates.choose,
         "blocks_to_exclude",
         lambda noise, excess: asked.append(excess) or blocks_to_exclude(noise, excess),
     )
@@ -388,7 +388,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
         without = milliseconds.get("without", milliseconds["int8"])
         return [milliseconds["fp32"], milliseconds["fp16"], milliseconds["int8"], *[without] * (len(engines) - 3)]
 
-    monkeypatch.setattr(attempts, "time_engines", measure)
+    monkeypatch.setattr(candidates, "time_engines", measure)
 
 
 @pytest.mark.parametrize(

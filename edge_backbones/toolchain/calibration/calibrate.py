@@ -71,6 +71,25 @@ class Feed:
         return self.samples(stand_ins(self.indices, (), self.enough))
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What the calibration hands on to the candidates.
+
+    Args:
+        file: ranges and what they hold for; None where no precision needs ranges.
+        graph: the fp32 graph that the ranges are of, with its channels equalised.
+        samples: images to measure noise on.
+        excluded: names of the layers that the user leaves in half.
+        large: names of the tensors whose values come near what fp16 can hold.
+    """
+
+    file: CalibrationFile | None
+    graph: ExportedGraph
+    samples: Sequence[Sample]
+    excluded: frozenset[str]
+    large: tuple[str, ...]
+
+
 def calibrate(
     graph: ExportedGraph,
     feed: Feed,

@@ -195,10 +195,10 @@ def write_typed_graph(
         QuantizationError: a range that is missing, not finite or not positive, or too large for an fp16 scale; a weight
             that is not finite; a graph that has subgraphs or, for int8, an opset before 19.
     """
+    model = load_graph(graph)
     if precision is Precision.FP32:
         shutil.copyfile(graph.path, path)
     else:
-        model = load_graph(graph)
         if precision in _FORMATS:
             _insert_quantization(model, _FORMATS[precision], ranges or {}, frozenset(excluded))
             if precision is Precision.INT8:
@@ -210,7 +210,8 @@ def write_typed_graph(
             _convert_to_half(model.graph, ir.DataType.FLOAT16, frozenset(large))
         passes.RemoveUnusedNodesPass()(model)  # takes the replaced fp32 weights too
         ir.save(model, path)
-    return TypedGraph(path=path, precision=precision, spec=graph.spec, input=graph.input)
+    opset = model.opset_imports[""]
+    return TypedGraph(path=path, precision=precision, opset=opset, spec=graph.spec, input=graph.input)
 
 
 @dataclass(frozen=True)

@@ -383,11 +383,12 @@ def _are_unused(name: str, arguments: Mapping[str, Any], names: Mapping[str, str
             tensor.fill_(float("nan"))
     channels, *size = resolve_model_data_config(net)["input_size"]  # type: ignore[no-untyped-call]
     image = torch.zeros(1, arguments.get("in_chans", channels), *(arguments.get("img_size") or size))
-    unused = False
+    maps: Any = None
     with torch.no_grad(), _foreign_keys():
         maps = net(image)
-        unused = all(bool(m.isfinite().all()) for m in (maps.values() if isinstance(maps, dict) else maps))
-    return unused
+    if maps is None:  # the network does not run on this image
+        return False
+    return all(bool(m.isfinite().all()) for m in (maps.values() if isinstance(maps, dict) else maps))
 
 
 @contextlib.contextmanager
