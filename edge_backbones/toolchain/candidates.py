@@ -29,7 +29,8 @@ from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph, TypedGraph
 from edge_backbones.toolchain.calibration import noise as choose
 from edge_backbones.toolchain.calibration.calibrate import Calibrated
-from edge_backbones.toolchain.quantize import qdq as quantize
+from edge_backbones.toolchain.quantize.placement import quantized_layers
+from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 # What the worst golden image needs beyond the mean of the held-out ones, and rounding of the rest to half.
 _MARGIN = 1.25
@@ -97,7 +98,7 @@ def make_candidate(
     path = inputs.work / f"{precision}-{len(blocks)}.onnx"
     if precision.is_calibrated:
         excluded = layers_in_half(calibrated, blocks)
-        typed = quantize.write_typed_graph(
+        typed = write_typed_graph(
             calibrated.graph,
             precision=precision,
             path=path,
@@ -108,7 +109,7 @@ def make_candidate(
         )
     else:
         excluded = frozenset[str]()
-        typed = quantize.write_typed_graph(inputs.graph, precision=precision, path=path, large=calibrated.large)
+        typed = write_typed_graph(inputs.graph, precision=precision, path=path, large=calibrated.large)
     inputs.progress(f"compiling {precision}", 0, None)
     engine = compile_engine(path.read_bytes(), precision, cache=inputs.cache)
     inputs.progress(f"verifying {precision}", 0, None)
@@ -132,7 +133,7 @@ def ranges_of(calibrated: Calibrated, precision: Precision) -> Mapping[str, floa
 
 def layers_in_half(calibrated: Calibrated, blocks: Sequence[str]) -> frozenset[str]:
     """Return the names of the layers that stay in half when these blocks do, those that the user excluded among them."""
-    layers = quantize.quantized_layers(calibrated.graph)
+    layers = quantized_layers(calibrated.graph)
     meant = {layer.name for layer in layers if layer.block in blocks or f"op:{layer.op_type}" in blocks}
     return calibrated.excluded | meant
 
@@ -184,7 +185,7 @@ def try_quantized(
     with them then. With ``compare`` the second is taken anyway: without skips int8 is a good deal more accurate, and on some
     devices as fast.
     """
-    layers = quantize.quantized_layers(inputs.calibrated.graph)
+    layers = quantized_layers(inputs.calibrated.graph)
     has_skips = any(layer.op_type == "Add" and layer.name not in inputs.calibrated.excluded for layer in layers)
     candidates = [make_candidate(inputs, precision, gate)]
     out: list[str] = []

@@ -31,7 +31,7 @@ from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.calibration.noise import reference_options
 from edge_backbones.toolchain.onnx_runtime import onnxruntime
-from edge_backbones.toolchain.quantize.qdq import block_of
+from edge_backbones.toolchain.quantize.placement import block_of
 
 _LAYERS = frozenset({"Add", "Conv", "Gemm", "LayerNormalization", "MatMul", "Mul", "Relu", "Softmax"})
 _LOUDEST_SHOWN = 8

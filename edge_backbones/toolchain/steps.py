@@ -24,7 +24,7 @@ from edge_backbones.toolchain.calibration.calibrate import BATCH, Calibrated, Fe
 from edge_backbones.toolchain.calibration.images import ImageSet, ImageSource, gather_images, split
 from edge_backbones.toolchain.candidates import CandidateInputs, Verdict, decide
 from edge_backbones.toolchain.prepare import prepare, warm_batch_norm
-from edge_backbones.toolchain.quantize import qdq as quantize
+from edge_backbones.toolchain.quantize.placement import quantized_layers, select_layers
 from edge_backbones.toolchain.sources.load import load_source
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def calibrate_graph(
         large = _find_beyond_half(graph, feed, options, progress)
         return Calibrated(file=None, graph=graph, samples=(), excluded=frozenset(), large=large)
 
-    excluded = quantize.select_layers(quantize.quantized_layers(graph), options.exclude)
+    excluded = select_layers(quantized_layers(graph), options.exclude)
     if reused is not None:
         given = None if chosen.synthetic else chosen.images
         calibrate.check_fits(

@@ -16,7 +16,7 @@ from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
 from edge_backbones.toolchain.quantize import equalise
-from edge_backbones.toolchain.quantize.qdq import quantized_layers, tensors_to_calibrate
+from edge_backbones.toolchain.quantize.placement import quantized_layers, tensors_to_calibrate
 
 
 def with_loud_channels(name: str, **options):

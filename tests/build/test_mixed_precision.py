@@ -34,12 +34,8 @@ from edge_backbones.toolchain.calibration.noise import (
 from edge_backbones.toolchain.calibration.ranges import METHODS, collect_magnitudes, find_ranges
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
-from edge_backbones.toolchain.quantize.qdq import (
-    quantized_layers,
-    select_layers,
-    tensors_to_calibrate,
-    write_typed_graph,
-)
+from edge_backbones.toolchain.quantize.placement import quantized_layers, select_layers, tensors_to_calibrate
+from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 SMALL = {
     "weights": "random:0",

@@ -22,7 +22,7 @@ from edge_backbones.toolchain.calibration.images import FEWEST_TO_HOLD_OUT, Imag
 from edge_backbones.toolchain.calibration.noise import Fold, Sample
 from edge_backbones.toolchain.calibration.ranges import Magnitudes
 from edge_backbones.toolchain.quantize import equalise
-from edge_backbones.toolchain.quantize import qdq as quantize
+from edge_backbones.toolchain.quantize.placement import tensors_to_calibrate
 
 Method = Literal["auto", "max", "percentile", "entropy", "mse"]
 
@@ -113,7 +113,7 @@ def calibrate(
         judging = feed.samples(stand_ins(other, (), feed.enough))
         by_tensor = choose.choose_factors(graph, correcting, judging, work=work)
     equalised = equalised_graph(graph, by_tensor, work)
-    tensors = quantize.tensors_to_calibrate(equalised)
+    tensors = tensors_to_calibrate(equalised)
     largest = dict.fromkeys(ranges.float_tensors(equalised.path), 0.0)  # what is equalised is no larger in `graph`
 
     def count(indices: Sequence[int], before: int) -> dict[str, Magnitudes]:

@@ -22,7 +22,9 @@ from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.calibration.ranges import METHODS, Magnitudes, chunks, find_ranges, merge_magnitudes
 from edge_backbones.toolchain.onnx_runtime import onnxruntime
 from edge_backbones.toolchain.quantize import equalise
-from edge_backbones.toolchain.quantize.qdq import activation_scale, quantized_layers, write_typed_graph
+from edge_backbones.toolchain.quantize.formats import activation_scale
+from edge_backbones.toolchain.quantize.placement import quantized_layers
+from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 _CORRECTIONS = 3
 

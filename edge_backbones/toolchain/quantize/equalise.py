@@ -23,14 +23,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edge_backbones.toolchain.artifacts import ExportedGraph
-from edge_backbones.toolchain.quantize.qdq import (
-    add_constant,
-    constant_of,
-    input_channel_axis,
-    is_depthwise,
-    load_graph,
-    quantized_layers,
-)
+from edge_backbones.toolchain.quantize.onnx_edits import add_constant, constant_of, load_graph
+from edge_backbones.toolchain.quantize.placement import input_channel_axis, is_depthwise, quantized_layers
 
 # s = (largest of a channel / largest of all) to this power: of 0.5, 0.75, 0.9 and 1 the best on vit and convnext, and of
 # 0.5 and 0.75 on mobilenetv3, small and large.

@@ -1,0 +1,133 @@
+"""Cast a graph to fp16 or bf16, and keep in float32 what half precision cannot hold.
+
+What fp16 keeps in float32 (bf16, int8 and fp8 graphs too): normalisation, softmax, reductions, powers, roots,
+exponentials and divisions, what lies between two of them (the epsilon of a norm written out as nodes), everything before
+the first layer with weights (image preprocessing), nodes with a constant that half cannot hold, and nodes beside a tensor
+whose values came near 65504 on the calibration images (the last two not in bf16, which has the range of fp32). Graph
+inputs and outputs stay float32 (or uint8) with a cast inside. OpenVINO computes half nodes in fp32: the fp16 rest costs
+it nothing.
+
+bf16 graphs are opset 22, the first whose convolutions take it; hard swish and mish stay float32 there, because TensorRT
+refuses them in bf16.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_backbones.errors import QuantizationError
+from edge_backbones.toolchain.quantize.formats import HALF_MAX
+from edge_backbones.toolchain.quantize.onnx_edits import (
+    activations_of,
+    add_cast,
+    add_constant,
+    constant_of,
+    is_constant,
+    name_of,
+)
+from edge_backbones.toolchain.quantize.placement import depths_of
+
+BF16_OPSET = 22  # the first whose Conv takes bf16; from 20 on only lists of types have grown
+_HALF_SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
+_FLOAT_REDUCTIONS = frozenset({
+    "CumSum", "Exp", "GlobalAveragePool", "Log", "Pow", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSumExp",
+    "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Sqrt",
+})  # fmt: skip
+_FLOAT_NORMS = frozenset({
+    "BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "LogSoftmax",
+    "LpNormalization", "RMSNormalization", "Softmax",
+})  # fmt: skip
+_NOT_IN_BF16 = frozenset({"HardSwish", "Mish"})  # TensorRT's ONNX parser takes them in fp32 and fp16
+_ELEMENTWISE = frozenset({"Abs", "Add", "Clip", "Div", "Expand", "Max", "Min", "Mul", "Neg", "Sub", "Where"})
+
+
+def raise_opset(model: ir.Model) -> None:
+    if any(node.op_type == "GroupNormalization" for node in model.graph):
+        raise QuantizationError("the graph has GroupNormalization, which means something else in opset 21: use fp16")
+    model.opset_imports[""] = max(model.opset_imports[""], BF16_OPSET)
+
+
+def convert_to_half(graph: ir.Graph, half: ir.DataType, large: frozenset[str]) -> None:
+    """Make every float32 tensor half, except inputs, outputs and what the nodes kept in float32 read and write."""
+    nodes = tuple(graph)
+    if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+           for node in nodes for attribute in node.attributes.values()):  # fmt: skip
+        raise QuantizationError("the graph has If, Loop or Scan nodes; fp16 and int8 need a graph without control flow")
+    kept = _nodes_kept_in_float(graph, half, large)
+    for node in nodes:
+        for output in node.outputs:
+            if output.dtype == ir.DataType.FLOAT and node not in kept:
+                output.dtype = half
+
+    casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    for position, output in enumerate(tuple(graph.outputs)):
+        if output.dtype == half:
+            name = name_of(output)
+            output.name = f"{name}.half"
+            graph.outputs[position] = add_cast(graph, output, ir.DataType.FLOAT, name)
+            casts[output, ir.DataType.FLOAT] = graph.outputs[position]
+
+    for node in nodes:
+        wanted, suffix = (ir.DataType.FLOAT, "float") if node in kept else (half, "half")
+        for index, value in _convertible_inputs(node):
+            if value.dtype == wanted:
+                continue
+            if (value, wanted) not in casts:
+                name = f"{name_of(value).removesuffix('.half')}.{suffix}"
+                if is_constant(value):
+                    casts[value, wanted] = add_constant(graph, name, constant_of(value).astype(wanted.numpy()))
+                else:
+                    casts[value, wanted] = add_cast(graph, value, wanted, name)
+            node.replace_input_with(index, casts[value, wanted])
+
+
+def _nodes_kept_in_float(graph: ir.Graph, half: ir.DataType, large: frozenset[str]) -> set[ir.Node]:
+    depths = depths_of(graph)
+    reductions = {node for node in graph if node.op_type in _FLOAT_REDUCTIONS or _divides_by_activation(node)}
+    after, before = set(reductions), set(reductions)
+    for node in graph:
+        if node.op_type in _ELEMENTWISE and any(value.producer() in after for value in activations_of(node)):
+            after.add(node)
+    for node in reversed(graph):
+        if node.op_type in _ELEMENTWISE and any(use.node in before for output in node.outputs for use in output.uses()):
+            before.add(node)
+    kept = after & before
+    for node in graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue  # their scales are fp16 numbers already
+        if (
+            node.op_type in _FLOAT_NORMS
+            or all(depths[output] == 0 for output in node.outputs)
+            or not any(value.dtype == ir.DataType.FLOAT for value in activations_of(node))
+            or node.op_type == "Cast"
+            or (half == ir.DataType.BFLOAT16 and node.op_type in _NOT_IN_BF16)
+            or not large.isdisjoint(value.name for value in (*activations_of(node), *node.outputs))
+            or not all(_fits_half(node, value, half) for value in node.inputs if is_constant(value))
+        ):
+            kept.add(node)
+    return kept
+
+
+def _divides_by_activation(node: ir.Node) -> bool:
+    return node.op_type == "Div" and not is_constant(node.inputs[1])
+
+
+def _fits_half(node: ir.Node, constant: ir.Value | None, half: ir.DataType) -> bool:
+    """False for a constant beyond the range of half, such as a mask of -1e9, or a factor or epsilon below it."""
+    if constant is None or constant.dtype != ir.DataType.FLOAT or half == ir.DataType.BFLOAT16:
+        return True  # bf16 has the range of fp32
+    magnitudes = np.abs(constant_of(constant))
+    largest = float(magnitudes[np.isfinite(magnitudes)].max(initial=0.0))
+    too_small = node.op_type in _ELEMENTWISE and 0.0 < largest < _HALF_SMALLEST_NORMAL
+    return largest <= HALF_MAX and not too_small
+
+
+def _convertible_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
+    """Float inputs that have the node's own type. ONNX fixes the scales of Resize to float32."""
+    inputs = node.inputs[:1] if node.op_type == "Resize" else node.inputs
+    return [
+        (index, value)
+        for index, value in enumerate(inputs)
+        if value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    ]
