@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+OPSET = 20
+"""ONNX opset of every graph that is exported.
+
+Gelu is one node from 20 on and fp16 Q/DQ scales are allowed from 19; 23 adds an Attention node that TensorRT-RTX does not
+build in fp32.
+"""
+
+
 @dataclass(frozen=True)
 class LoadedBackbone:
     """A network as its source library makes it, in eval mode: the fp32 reference that parity is measured against.
@@ -82,13 +90,17 @@ class TypedGraph:
 
     path: Path
     precision: Precision
-    opset: int
     spec: BackboneSpec
     input: InputSpec
 
     def __post_init__(self) -> None:
         if not self.path.is_file():
             raise ValueError(f"{self.path} does not exist")
+
+    @property
+    def opset(self) -> int:
+        """The ONNX opset of the file."""
+        return max(OPSET, self.precision.info.min_opset)
 
 
 @dataclass(frozen=True)

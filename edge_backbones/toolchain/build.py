@@ -311,8 +311,8 @@ def _torch_tensorrt_engines(
     from edge_backbones.toolchain import torch_tensorrt
 
     found = gpus.find_gpus()
-    half = [p for p in options.wanted if p in (Precision.FP32, Precision.FP16, Precision.BF16)]
-    for precision in half or [Precision.FP16]:
+    wanted = [precision for precision in options.wanted if precision.info.torch_type is not None]
+    for precision in wanted or [Precision.FP16]:
         progress(f"compiling {precision} with torch_tensorrt", 0, None)
         program = torch_tensorrt.compile_torch_tensorrt(
             prepared.module,

@@ -128,7 +128,7 @@ def _measure(inputs: CandidateInputs, engine: CompiledEngine, gate: Gate) -> Par
 def ranges_of(calibrated: Calibrated, precision: Precision) -> Mapping[str, float]:
     """Return the range of each tensor: for int8 where its estimator clips, for fp8 the largest |x|, which it can hold."""
     assert calibrated.file is not None  # a build calibrates before it tries int8 or fp8
-    return calibrated.file.ranges if precision is Precision.INT8 else calibrated.file.largest
+    return calibrated.file.ranges if precision.info.is_integer else calibrated.file.largest
 
 
 def layers_in_half(calibrated: Calibrated, blocks: Sequence[str]) -> frozenset[str]:
@@ -260,7 +260,7 @@ def fastest(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
     times = ", ".join(f"{_label(c)} {c.milliseconds:.2f} ms" for c in (best, *rest))
     failed = [c for c in candidates if c.precision not in {p.precision for p in passed}]
     reasons = [f"{_label(c)} is outside its gate ({c.failures()})" for c in failed[-1:]]
-    slow = next((c for c in rest if c.precision is Precision.INT8 and best.precision is not Precision.INT8), None)
+    slow = next((c for c in rest if c.precision.is_calibrated and not best.precision.is_calibrated), None)
     if slow is not None and best is first:
         reasons.append(f"{_label(slow)} is {_latency(best) / _latency(slow):.2f}x {_label(best)} here")
     if best is not first:

@@ -35,7 +35,6 @@ from edge_backbones.toolchain.quantize.placement import block_of
 
 _LAYERS = frozenset({"Add", "Conv", "Gemm", "LayerNormalization", "MatMul", "Mul", "Relu", "Softmax"})
 _LOUDEST_SHOWN = 8
-_LARGEST = {Precision.FP16: float(np.finfo(np.float16).max)}
 
 
 class LayerNoise(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +117,7 @@ def _first_wrong_layer(
     """Bisection: what lies behind the first wrong layer is wrong too."""
     layers = _layers(model.graph, failing)
     limit = min(allowed, 0.01)  # rounding that falls to the other side is no difference
-    free = _with_rounding(model, None) if report.precision is Precision.INT8 else None
+    free = _with_rounding(model, None) if report.precision.info.is_integer else None
     high, noise = _bisect(layers, lambda node: _difference_of_engine(model, free, node, inputs), limit, progress)
     if high < len(layers):
         born = str(layers[high].name)
@@ -213,7 +212,7 @@ def _outside_by_itself(
     layers = _layers(model.graph, failing)
     noise: tuple[LayerNoise, ...] = ()
     needs = f"{failing} is left {_db(of_graph):.1f} dB of the {_db(allowed):.1f} dB that it needs"
-    beyond = _first_beyond(model, layers, _LARGEST.get(report.precision, math.inf), image, batch)
+    beyond = _first_beyond(model, layers, report.precision.info.rest.info.largest, image, batch)
     if beyond is not None:
         born = str(beyond.name)
         sentence = (

@@ -21,12 +21,8 @@ from edge_backbones.difference import relative_error, usual_norm
 from edge_backbones.errors import ExportError, SourceError, first_line, root_cause
 from edge_backbones.images.fit import network_input
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
+from edge_backbones.toolchain.artifacts import OPSET, ExportedGraph, LoadedBackbone, PreparedBackbone
 from edge_backbones.toolchain.trace import example_of, trace_torchscript
-
-OPSET = 20
-"""Gelu is one node from 20 on and fp16 Q/DQ scales are allowed from 19; 23 adds an Attention node that TensorRT-RTX
-does not build in fp32."""
 
 _MAX_RELATIVE_ERROR = 1e-3
 _WRAPPERS = ("net", "model")  # modules that this package and timm put around a network

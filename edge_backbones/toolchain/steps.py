@@ -16,7 +16,7 @@ from edge_backbones.bundle.manifest import CalibrationFile, Manifest
 from edge_backbones.errors import SourceError
 from edge_backbones.images.fit import ImageConfig, network_input
 from edge_backbones.progress import Progress
-from edge_backbones.spec import InputSpec, Precision
+from edge_backbones.spec import InputSpec
 from edge_backbones.toolchain import export
 from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
 from edge_backbones.toolchain.calibration import calibrate, ranges
@@ -173,7 +173,7 @@ def calibrate_graph(
 
 def _find_beyond_half(graph: ExportedGraph, feed: Feed, options: BuildOptions, progress: Progress) -> tuple[str, ...]:
     """Name the tensors whose values come near what fp16 can hold, where a precision has fp16 in its graph."""
-    if set(options.wanted) <= {Precision.FP32, Precision.BF16}:
+    if all(precision.info.rest.info.has_range_of_fp32 for precision in options.wanted):
         return ()
     return ranges.tensors_beyond_half(graph.path, feed.batches(feed.indices), progress=progress)
 

@@ -21,7 +21,7 @@ from edge_backbones.engines.torch.session import cause
 from edge_backbones.errors import ExportError
 from edge_backbones.spec import InputSpec, Precision
 
-DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {p: getattr(torch, p.info.torch_type) for p in Precision if p.info.torch_type}
 
 _TENSOR = torch.Tensor
 # Where the arithmetic is, and nothing is summed that half precision could not hold: engines add up in fp32 inside.

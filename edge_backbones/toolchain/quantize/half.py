@@ -13,11 +13,14 @@ refuses them in bf16.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 
 from edge_backbones.errors import QuantizationError
-from edge_backbones.toolchain.quantize.formats import HALF_MAX
+from edge_backbones.spec import Precision
+from edge_backbones.toolchain.quantize.formats import type_of
 from edge_backbones.toolchain.quantize.onnx_edits import (
     activations_of,
     add_cast,
@@ -28,7 +31,6 @@ from edge_backbones.toolchain.quantize.onnx_edits import (
 )
 from edge_backbones.toolchain.quantize.placement import depths_of
 
-BF16_OPSET = 22  # the first whose Conv takes bf16; from 20 on only lists of types have grown
 _HALF_SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 _FLOAT_REDUCTIONS = frozenset({
     "CumSum", "Exp", "GlobalAveragePool", "Log", "Pow", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSumExp",
@@ -38,23 +40,31 @@ _FLOAT_NORMS = frozenset({
     "BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "LogSoftmax",
     "LpNormalization", "RMSNormalization", "Softmax",
 })  # fmt: skip
-_NOT_IN_BF16 = frozenset({"HardSwish", "Mish"})  # TensorRT's ONNX parser takes them in fp32 and fp16
 _ELEMENTWISE = frozenset({"Abs", "Add", "Clip", "Div", "Expand", "Max", "Min", "Mul", "Neg", "Sub", "Where"})
 
 
-def raise_opset(model: ir.Model) -> None:
+def _raise_opset(model: ir.Model, opset: int) -> None:
+    """Give the model an opset whose operators take half precision, where its own is older."""
+    if model.opset_imports.get("", opset) >= opset:
+        return
     if any(node.op_type == "GroupNormalization" for node in model.graph):
         raise QuantizationError("the graph has GroupNormalization, which means something else in opset 21: use fp16")
-    model.opset_imports[""] = max(model.opset_imports[""], BF16_OPSET)
+    model.opset_imports[""] = opset
 
 
-def convert_to_half(graph: ir.Graph, half: ir.DataType, large: frozenset[str]) -> None:
-    """Make every float32 tensor half, except inputs, outputs and what the nodes kept in float32 read and write."""
+def convert_to_half(model: ir.Model, precision: Precision, large: Collection[str]) -> None:
+    """Make every float32 tensor fp16 or bf16, except inputs, outputs and what the nodes kept in float32 read and write.
+
+    ``large``: tensors whose values fp16 may not hold. Raises QuantizationError for a graph with control flow, or with an
+    operator that the opset of ``precision`` does not have.
+    """
+    _raise_opset(model, precision.info.min_opset)
+    graph, half = model.graph, type_of(precision)
     nodes = tuple(graph)
     if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
            for node in nodes for attribute in node.attributes.values()):  # fmt: skip
         raise QuantizationError("the graph has If, Loop or Scan nodes; fp16 and int8 need a graph without control flow")
-    kept = _nodes_kept_in_float(graph, half, large)
+    kept = _nodes_kept_in_float(graph, precision, large)
     for node in nodes:
         for output in node.outputs:
             if output.dtype == ir.DataType.FLOAT and node not in kept:
@@ -82,8 +92,9 @@ def convert_to_half(graph: ir.Graph, half: ir.DataType, large: frozenset[str]) -
             node.replace_input_with(index, casts[value, wanted])
 
 
-def _nodes_kept_in_float(graph: ir.Graph, half: ir.DataType, large: frozenset[str]) -> set[ir.Node]:
-    depths = depths_of(graph)
+def _nodes_kept_in_float(graph: ir.Graph, precision: Precision, large: Collection[str]) -> set[ir.Node]:
+    info, depths = precision.info, depths_of(graph)
+    beyond = frozenset() if info.has_range_of_fp32 else frozenset(large)
     reductions = {node for node in graph if node.op_type in _FLOAT_REDUCTIONS or _divides_by_activation(node)}
     after, before = set(reductions), set(reductions)
     for node in graph:
@@ -101,9 +112,9 @@ def _nodes_kept_in_float(graph: ir.Graph, half: ir.DataType, large: frozenset[st
             or all(depths[output] == 0 for output in node.outputs)
             or not any(value.dtype == ir.DataType.FLOAT for value in activations_of(node))
             or node.op_type == "Cast"
-            or (half == ir.DataType.BFLOAT16 and node.op_type in _NOT_IN_BF16)
-            or not large.isdisjoint(value.name for value in (*activations_of(node), *node.outputs))
-            or not all(_fits_half(node, value, half) for value in node.inputs if is_constant(value))
+            or node.op_type in info.refused_operators
+            or not beyond.isdisjoint(value.name for value in (*activations_of(node), *node.outputs))
+            or not all(_fits_half(node, value, precision) for value in node.inputs if is_constant(value))
         ):
             kept.add(node)
     return kept
@@ -113,14 +124,14 @@ def _divides_by_activation(node: ir.Node) -> bool:
     return node.op_type == "Div" and not is_constant(node.inputs[1])
 
 
-def _fits_half(node: ir.Node, constant: ir.Value | None, half: ir.DataType) -> bool:
+def _fits_half(node: ir.Node, constant: ir.Value | None, precision: Precision) -> bool:
     """False for a constant beyond the range of half, such as a mask of -1e9, or a factor or epsilon below it."""
-    if constant is None or constant.dtype != ir.DataType.FLOAT or half == ir.DataType.BFLOAT16:
-        return True  # bf16 has the range of fp32
+    if constant is None or constant.dtype != ir.DataType.FLOAT or precision.info.has_range_of_fp32:
+        return True
     magnitudes = np.abs(constant_of(constant))
     largest = float(magnitudes[np.isfinite(magnitudes)].max(initial=0.0))
     too_small = node.op_type in _ELEMENTWISE and 0.0 < largest < _HALF_SMALLEST_NORMAL
-    return largest <= HALF_MAX and not too_small
+    return largest <= precision.info.largest and not too_small
 
 
 def _convertible_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:

@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_backbones.errors import QuantizationError
-from edge_backbones.toolchain.quantize.formats import HALF_SMALLEST, Format, scales_of
+from edge_backbones.spec import Precision
+from edge_backbones.toolchain.quantize.formats import HALF_SMALLEST, largest_threshold, scales_of, type_of
 from edge_backbones.toolchain.quantize.onnx_edits import (
     add_constant,
     constant_of,
@@ -27,71 +28,73 @@ from edge_backbones.toolchain.quantize.onnx_edits import (
 )
 from edge_backbones.toolchain.quantize.placement import find_placement, output_channel_axis
 
-_MIN_OPSET = 19  # the first whose QuantizeLinear takes fp16 scales
 
-
-def insert_qdq(model: ir.Model, to: Format, ranges: Mapping[str, float], excluded: frozenset[str]) -> None:
+def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float], excluded: frozenset[str]) -> None:
     """Put Q/DQ pairs on the fp32 graph. Scales hold fp16 numbers; `convert_to_half` then gives them that type."""
     graph = model.graph
     opset = model.opset_imports.get("", 0)
-    if opset < _MIN_OPSET:
-        raise QuantizationError(f"the graph is opset {opset}, fp16 scales need {_MIN_OPSET}; export it with opset 20")
+    if opset < precision.info.min_opset:
+        raise QuantizationError(
+            f"the graph is opset {opset}, fp16 scales need {precision.info.min_opset}; export it with opset 20"
+        )
     placement = find_placement(graph, excluded)
-    _check_ranges({name_of(node.inputs[index]) for node, index in placement.activations}, to, ranges)
+    _check_ranges({name_of(node.inputs[index]) for node, index in placement.activations}, precision, ranges)
 
-    zero_point = add_constant(graph, "zero_point", np.zeros((), dtype=to.dtype.numpy()))
+    zero_point = add_constant(graph, "zero_point", np.zeros((), dtype=type_of(precision).numpy()))
     dequantized: dict[ir.Value, ir.Value] = {}
     for node, index in placement.activations:
         value = node.inputs[index]
         assert value is not None  # find_placement looked at it
         if value not in dequantized:
-            dequantized[value] = _quantize_activation(graph, value, to, ranges[name_of(value)], zero_point)
+            dequantized[value] = _quantize_activation(graph, value, precision, ranges[name_of(value)], zero_point)
         node.replace_input_with(index, dequantized[value])
 
     dequantized_weights: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in placement.weights:
-        if to.dtype == ir.DataType.INT8 and node.op_type == "Conv" and (len(node.inputs) < 3 or node.inputs[2] is None):
+        if precision.info.is_integer and node.op_type == "Conv" and (len(node.inputs) < 3 or node.inputs[2] is None):
             _add_bias(graph, node)
         weight, axis = node.inputs[1], output_channel_axis(node)
         assert weight is not None  # as above
         if (weight, axis) not in dequantized_weights:
-            dequantized_weights[weight, axis] = _quantize_weight(graph, node, to, weight, axis)
+            dequantized_weights[weight, axis] = _quantize_weight(graph, node, precision, weight, axis)
         node.replace_input_with(1, dequantized_weights[weight, axis])
 
 
-def _check_ranges(needed: Iterable[str], to: Format, ranges: Mapping[str, float]) -> None:
+def _check_ranges(needed: Iterable[str], precision: Precision, ranges: Mapping[str, float]) -> None:
     missing = sorted(set(needed) - set(ranges))
     if missing:
         raise QuantizationError(
-            f"{to.name} needs a range for {len(missing)} more tensors, {missing[0]!r} first; collect them over"
+            f"{precision} needs a range for {len(missing)} more tensors, {missing[0]!r} first; collect them over"
             " tensors_to_calibrate() of this graph"
         )
     for name in sorted(needed):
         threshold = ranges[name]
-        if not 0.0 < threshold <= to.largest_threshold:  # NaN fails this too
+        if not 0.0 < threshold <= largest_threshold(precision):  # NaN fails this too
             raise QuantizationError(
-                f"the range of {name!r} is {threshold!r}; it must be positive and at most {to.largest_threshold:.3g}"
+                f"the range of {name!r} is {threshold!r}; it must be positive and at most {largest_threshold(precision):.3g}"
                 " (an fp16 scale): calibrate again, or use fp32 if activations are really that large"
             )
 
 
 def _quantize_activation(
-    graph: ir.Graph, value: ir.Value, to: Format, threshold: float, zero_point: ir.Value
+    graph: ir.Graph, value: ir.Value, precision: Precision, threshold: float, zero_point: ir.Value
 ) -> ir.Value:
     name = name_of(value)
-    scale = add_constant(graph, f"{name}.scale", scales_of(np.asarray(threshold), to))
+    scale = add_constant(graph, f"{name}.scale", scales_of(np.asarray(threshold), precision))
     # ONNX joins no fp8 tensors, and no engine for the CPU takes them.
-    parts, axis, rectified = _concatenated(value) if to.dtype == ir.DataType.INT8 else ([value], 0, False)
+    parts, axis, rectified = _concatenated(value) if precision.info.is_integer else ([value], 0, False)
     nodes: list[ir.Node] = []
     quantized: list[ir.Value] = []
     for index, part in enumerate(parts):
         if rectified:
             nodes.append(new_node("Relu", [part], f"{name}.{index}", ir.DataType.FLOAT))
             part = nodes[-1].outputs[0]  # noqa: PLW2901
-        nodes.append(new_node("QuantizeLinear", [part, scale, zero_point], f"{name}.{to.name}.{index}", to.dtype))
+        nodes.append(
+            new_node("QuantizeLinear", [part, scale, zero_point], f"{name}.{precision}.{index}", type_of(precision))
+        )
         quantized.append(nodes[-1].outputs[0])
     if len(parts) > 1:
-        nodes.append(new_node("Concat", quantized, f"{name}.{to.name}", to.dtype, {"axis": axis}))
+        nodes.append(new_node("Concat", quantized, f"{name}.{precision}", type_of(precision), {"axis": axis}))
         nodes[-1].outputs[0].shape = value.shape
     dequantize = new_node(
         "DequantizeLinear", [nodes[-1].outputs[0], scale, zero_point], f"{name}.dequantized", ir.DataType.FLOAT
@@ -141,24 +144,26 @@ def shift_biases(graph: ir.Graph, shifts: Mapping[str, Sequence[float]]) -> None
             node.replace_input_with(2, add_constant(graph, f"{name_of(node.outputs[0])}.corrected", bias))
 
 
-def _quantize_weight(graph: ir.Graph, node: ir.Node, to: Format, weight: ir.Value, axis: int) -> ir.Value:
+def _quantize_weight(graph: ir.Graph, node: ir.Node, precision: Precision, weight: ir.Value, axis: int) -> ir.Value:
     name, values = name_of(weight), constant_of(weight).astype(np.float64)
     largest = float(np.abs(values).max(initial=0.0))
-    if not largest <= to.largest_threshold:  # NaN fails this too
+    if not largest <= largest_threshold(precision):  # NaN fails this too
         raise QuantizationError(
-            f"weight {name!r} holds {largest:.3g}, an {to.name} weight with an fp16 scale reaches"
-            f" {to.largest_threshold:.3g}:"
+            f"weight {name!r} holds {largest:.3g}, an {precision} weight with an fp16 scale reaches"
+            f" {largest_threshold(precision):.3g}:"
             " the checkpoint is damaged, or needs fp32"
         )
     per_channel = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-    scales = scales_of(np.abs(per_channel).max(axis=1), to)
+    scales = scales_of(np.abs(per_channel).max(axis=1), precision)
     shape = [1] * values.ndim
     shape[axis] = -1
     # Only the floor of scales_of can leave |value / scale| below the largest; nothing can leave it above.
     scaled = values / scales.astype(np.float64).reshape(shape)
-    rounded = np.rint(scaled).astype(np.int8) if to.dtype == ir.DataType.INT8 else scaled.astype(to.dtype.numpy())
+    rounded = (
+        np.rint(scaled).astype(np.int8) if precision.info.is_integer else scaled.astype(type_of(precision).numpy())
+    )
     name = f"{name}.axis{axis}"  # tied weights may be read along both
-    stored = add_constant(graph, f"{name}.{to.name}", rounded)
+    stored = add_constant(graph, f"{name}.{precision}", rounded)
     scale = add_constant(graph, f"{name}.scale", scales)
     dequantize = new_node("DequantizeLinear", [stored, scale], f"{name}.dequantized", ir.DataType.FLOAT, {"axis": axis})
     graph.insert_before(node, dequantize)

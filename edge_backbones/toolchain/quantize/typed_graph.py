@@ -15,8 +15,7 @@ from onnx_ir.passes import common as passes
 
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph, TypedGraph
-from edge_backbones.toolchain.quantize.formats import FORMATS
-from edge_backbones.toolchain.quantize.half import convert_to_half, raise_opset
+from edge_backbones.toolchain.quantize.half import convert_to_half
 from edge_backbones.toolchain.quantize.onnx_edits import load_graph
 from edge_backbones.toolchain.quantize.qdq import insert_qdq, shift_biases
 
@@ -49,20 +48,16 @@ def write_typed_graph(
         QuantizationError: a range that is missing, not finite or not positive, or too large for an fp16 scale; a weight
             that is not finite; a graph that has subgraphs or, for int8, an opset before 19.
     """
-    model = load_graph(graph)
     if precision is Precision.FP32:
         shutil.copyfile(graph.path, path)
     else:
-        if precision in FORMATS:
-            insert_qdq(model, FORMATS[precision], ranges or {}, frozenset(excluded))
-            if precision is Precision.INT8:
-                shift_biases(model.graph, {n: v for n, v in (shifts or {}).items() if n not in excluded})
-        if precision is Precision.BF16:
-            raise_opset(model)
-            convert_to_half(model.graph, ir.DataType.BFLOAT16, frozenset())
-        elif half:
-            convert_to_half(model.graph, ir.DataType.FLOAT16, frozenset(large))
+        model = load_graph(graph)
+        if precision.is_calibrated:
+            insert_qdq(model, precision, ranges or {}, frozenset(excluded))
+        if precision.info.is_integer:
+            shift_biases(model.graph, {n: v for n, v in (shifts or {}).items() if n not in excluded})
+        if half:
+            convert_to_half(model, precision.info.rest, large)
         passes.RemoveUnusedNodesPass()(model)  # takes the replaced fp32 weights too
         ir.save(model, path)
-    opset = model.opset_imports[""]
-    return TypedGraph(path=path, precision=precision, opset=opset, spec=graph.spec, input=graph.input)
+    return TypedGraph(path=path, precision=precision, spec=graph.spec, input=graph.input)
