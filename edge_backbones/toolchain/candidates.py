@@ -1,7 +1,7 @@
 """Engines that are tried for a bundle: each compiled and measured, int8 and fp8 loosened until they hold their gates.
 
 A precision is one candidate. int8 (or fp8) that is outside its gate is tried again with the noisiest blocks left in half,
-as many as the measured noise of each block says (`choose.noise_of_blocks`), until it holds or one block alone is 8 bits;
+as many as the measured noise of each block says (`noise_of_blocks`), until it holds or one block alone is 8 bits;
 of those as few as it needs.
 """
 
@@ -27,8 +27,8 @@ from edge_backbones.parity_report import Gate, ParityReport
 from edge_backbones.progress import Progress
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph, TypedGraph
-from edge_backbones.toolchain.calibration import noise as choose
 from edge_backbones.toolchain.calibration.calibrate import Calibrated
+from edge_backbones.toolchain.calibration.noise import Noise, blocks_to_exclude, noise_of_blocks
 from edge_backbones.toolchain.quantize.placement import quantized_layers
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
@@ -148,7 +148,7 @@ def decide(
     """
     tried: list[Candidate] = []
     chosen: list[Candidate] = []
-    noise: dict[str, choose.Noise] = {}
+    noise: dict[str, Noise] = {}
     for precision in wanted:
         gate = gates.get(precision, DEFAULT_GATES[precision])
         if precision.is_calibrated:
@@ -178,7 +178,7 @@ def decide(
 
 def try_quantized(
     inputs: CandidateInputs, precision: Precision, gate: Gate, *, fallback: bool, compare: bool
-) -> tuple[list[Candidate], dict[str, choose.Noise]]:
+) -> tuple[list[Candidate], dict[str, Noise]]:
     """int8 or fp8 with everything quantised that may be; then without the skip branches; then with ever fewer blocks.
 
     The last one counts. With ``fallback`` the steps go on until the gate holds; what was measured of each block alone comes
@@ -192,10 +192,10 @@ def try_quantized(
     if has_skips and (compare or (fallback and not candidates[-1].passed)):
         out = [SKIPS]
         candidates.append(make_candidate(inputs, precision, gate, blocks=out))
-    noise: dict[str, choose.Noise] = {}
+    noise: dict[str, Noise] = {}
     while fallback and not any(candidate.passed for candidate in candidates):
         if not noise:
-            noise = choose.noise_of_blocks(
+            noise = noise_of_blocks(
                 inputs.calibrated.graph,
                 ranges_of(inputs.calibrated, precision),
                 inputs.calibrated.samples,
@@ -207,7 +207,7 @@ def try_quantized(
         left = {block: of_block for block, of_block in noise.items() if block not in out}
         excess = {stage.stage: excess_noise(stage, gate) for stage in candidates[-1].report.stages}
         gate_asks = {output: _MARGIN * times if times > 1 else 1.0 for output, times in excess.items()}
-        loudest = choose.blocks_to_exclude(left, gate_asks) or [max(left, key=lambda block: max(left[block].values()))]
+        loudest = blocks_to_exclude(left, gate_asks) or [max(left, key=lambda block: max(left[block].values()))]
         loudest = loudest[: len(left) - 1]  # with nothing quantised it would be fp16
         if not loudest:
             break
@@ -278,7 +278,7 @@ def loosened(candidates: Sequence[Candidate]) -> str:
     )
 
 
-def decision(sentence: str, candidates: Sequence[Candidate], noise: Mapping[str, choose.Noise]) -> Decision:
+def decision(sentence: str, candidates: Sequence[Candidate], noise: Mapping[str, Noise]) -> Decision:
     """For the manifest; ``noise`` of each block alone."""
     trials = tuple(
         Trial(

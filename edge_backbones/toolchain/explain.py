@@ -29,9 +29,8 @@ from edge_backbones.errors import IntegrityError
 from edge_backbones.parity_report import ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import Precision
-from edge_backbones.toolchain.calibration.noise import reference_options
-from edge_backbones.toolchain.onnx_runtime import onnxruntime
-from edge_backbones.toolchain.quantize.placement import block_of
+from edge_backbones.toolchain.layer_names import block_of
+from edge_backbones.toolchain.onnx_runtime import onnxruntime, reference_options
 
 _LAYERS = frozenset({"Add", "Conv", "Gemm", "LayerNormalization", "MatMul", "Mul", "Relu", "Softmax"})
 _LOUDEST_SHOWN = 8

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import logging
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +18,10 @@ from edge_backbones.errors import ExportError, SourceError, first_line, root_cau
 from edge_backbones.images.fit import network_input
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 from edge_backbones.toolchain.artifacts import OPSET, ExportedGraph, LoadedBackbone, PreparedBackbone
-from edge_backbones.toolchain.trace import example_of, trace_torchscript
+from edge_backbones.toolchain.layer_names import name_nodes
+from edge_backbones.toolchain.trace import example_of, quiet, trace_torchscript
 
 _MAX_RELATIVE_ERROR = 1e-3
-_WRAPPERS = ("net", "model")  # modules that this package and timm put around a network
 _ANY_SIZE = 2**31  # bytes; a graph is limited to that
 
 
@@ -58,7 +54,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
         # Whatever depends on no image is computed here, at any size: standardised weights (int8 quantises constants
         # only), tables of relative positions. The exporter itself leaves tensors above 8192 numbers to the engine.
         optimize(program.model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
-        _name_nodes(program.model.graph)
+        name_nodes(program.model.graph)
         model = program.model_proto
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
         advice = _fixed(input) or "this architecture has no ONNX form here"
@@ -286,22 +282,6 @@ def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
     return {axis: dimension(name, sizes, step) for axis, (name, sizes, step) in axes.items() if not sizes.is_fixed}
 
 
-def _name_nodes(graph: Any) -> None:
-    """``layer1.0.conv1/Conv``: the module that a node comes from, and its type; numbered from the second on.
-
-    Layers are called so wherever they are shown or chosen. The name is unique, and the same in every precision.
-    """
-    count: Counter[str] = Counter()
-    for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        parts = scopes[-2].split(".") if len(scopes) > 1 and "_empty" not in scopes[-2] else []
-        while parts and parts[0] in _WRAPPERS:
-            parts.pop(0)
-        name = f"{'.'.join(parts)}/{node.op_type}".removeprefix("/")
-        count[name] += 1
-        node.name = name if count[name] == 1 else f"{name}#{count[name]}"
-
-
 def _strip_debug_information(model: onnx.ModelProto) -> None:
     """Source lines and paths of the build machine: no engine reads them, and they would differ between machines."""
     del model.metadata_props[:]
@@ -311,16 +291,3 @@ def _strip_debug_information(model: onnx.ModelProto) -> None:
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         item.doc_string = ""
         del item.metadata_props[:]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """For libraries that warn and log about their own internals; errors are raised all the same."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

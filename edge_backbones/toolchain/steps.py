@@ -21,7 +21,7 @@ from edge_backbones.toolchain import export
 from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
 from edge_backbones.toolchain.calibration import calibrate, ranges
 from edge_backbones.toolchain.calibration.calibrate import BATCH, Calibrated, Feed, read_calibration
-from edge_backbones.toolchain.calibration.images import ImageSet, ImageSource, gather_images, split
+from edge_backbones.toolchain.calibration.images import ImageSet, ImageSource, gather_images, split_golden
 from edge_backbones.toolchain.candidates import CandidateInputs, Verdict, decide
 from edge_backbones.toolchain.prepare import prepare, warm_batch_norm
 from edge_backbones.toolchain.quantize.placement import quantized_layers, select_layers
@@ -82,7 +82,7 @@ def choose_images(
 ) -> ChosenImages:
     """Read and preprocess every image once, and choose which are calibrated on and which are golden."""
     found = gather_images(images, input=input, config=loaded.image_config, spool=work / "images", progress=progress)
-    calibrating, golden = split(len(found.names), options.golden)
+    calibrating, golden = split_golden(len(found.names), options.golden)
     return ChosenImages(found, calibrating, golden, synthetic=images is None)
 
 

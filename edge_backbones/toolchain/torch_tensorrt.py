@@ -19,8 +19,7 @@ from torch import nn
 from edge_backbones.engines.torch.session import cause, load_torch_tensorrt, require_gpu
 from edge_backbones.errors import CompileError, ExportError, InputError, first_line, root_cause
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from edge_backbones.toolchain.export import quiet
-from edge_backbones.toolchain.trace import DTYPES, TypedModule, example_of
+from edge_backbones.toolchain.trace import DTYPES, TypedModule, example_of, quiet
 
 OutputFormat = Literal["torchscript", "exported_program"]
 SUFFIXES: dict[OutputFormat, str] = {"torchscript": ".ts", "exported_program": ".pt2"}

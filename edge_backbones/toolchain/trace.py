@@ -7,9 +7,11 @@ change layout around every call), and torch compiles a module by itself in its f
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,3 +128,16 @@ def example_of(input: InputSpec, batch: int | None = None) -> torch.Tensor:
     if input.dtype == "uint8":
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     return torch.randn(shape, generator=generator)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence libraries that warn and log about their own internals. Errors are raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from edge_backbones.errors import CalibrationError
-from edge_backbones.toolchain.calibration.noise import Sample, choose_factors, noise_of_blocks
+from edge_backbones.toolchain.calibration.choose import choose_factors
+from edge_backbones.toolchain.calibration.noise import Sample, noise_of_blocks
 from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare

@@ -23,14 +23,8 @@ from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain import candidates
 from edge_backbones.toolchain.build import BuildOptions, build_bundle
-from edge_backbones.toolchain.calibration.noise import (
-    Fold,
-    Sample,
-    blocks_to_exclude,
-    choose_ranges,
-    correct_biases,
-    noise_of_blocks,
-)
+from edge_backbones.toolchain.calibration.choose import Fold, choose_ranges, correct_biases
+from edge_backbones.toolchain.calibration.noise import Sample, blocks_to_exclude, noise_of_blocks
 from edge_backbones.toolchain.calibration.ranges import METHODS, collect_magnitudes, find_ranges
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
@@ -299,7 +293,7 @@ def test_a_pattern_that_means_nothing_is_refused(case, pattern):
 def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_folder, tmp_path, monkeypatch):
     asked: list[dict[str, float]] = []
     monkeypatch.setattr(
-        candidates.choose,
+        candidates,
         "blocks_to_exclude",
         lambda noise, excess: asked.append(excess) or blocks_to_exclude(noise, excess),
     )

@@ -1,6 +1,6 @@
-"""How far each activation reaches: |x| counted over a stream of calibration batches, and where to clip it.
+"""Range estimators: count how large the values of each tensor are over calibration batches, and choose where to clip.
 
-A range must not depend on how the data was delivered. So every tensor is reduced to counts that add up in any order:
+The range of a tensor is one positive number: the |x| that becomes 127 in int8, or 448 in fp8. A range must not depend on how the data was delivered. So every tensor is reduced to counts (`Magnitudes`) that add up in any order:
 
 - images are fed one static batch at a time (one image, where the batch is dynamic), whatever arrives, because a kernel may
   round differently at another batch size. Images that do not fill one are repeated, all equally often, and what is counted
@@ -94,7 +94,7 @@ def collect_magnitudes(
 
 
 def merge_magnitudes(first: Mapping[str, Magnitudes], second: Mapping[str, Magnitudes]) -> dict[str, Magnitudes]:
-    """What one stream of the images of both would have given, but for `furthest`, which is None."""
+    """Add up the counts of two streams. Equal to the counts of one stream, except that `furthest` is None."""
     merged = {}
     for name, one in first.items():
         other = second[name]
@@ -107,7 +107,7 @@ def merge_magnitudes(first: Mapping[str, Magnitudes], second: Mapping[str, Magni
 
 
 def float_tensors(model_path: Path) -> tuple[str, ...]:
-    """Names of the float tensors that a graph computes, in graph order."""
+    """Name the float tensors that a graph computes, in graph order."""
     import onnx
 
     model = onnx.shape_inference.infer_shapes(onnx.load(model_path, load_external_data=False))
@@ -117,7 +117,7 @@ def float_tensors(model_path: Path) -> tuple[str, ...]:
 
 
 def beyond_half(largest: Mapping[str, float]) -> tuple[str, ...]:
-    """Names of the tensors whose values come near what fp16 can hold.
+    """Name the tensors whose values come near what fp16 can hold.
 
     Near is a quarter of 65504: other images will have larger values than these.
     """
@@ -127,7 +127,7 @@ def beyond_half(largest: Mapping[str, float]) -> tuple[str, ...]:
 def tensors_beyond_half(
     model_path: Path, batches: Iterable[npt.NDArray[np.generic]], *, progress: Progress = no_progress
 ) -> tuple[str, ...]:
-    """`beyond_half` of all float tensors of a graph. Raises CalibrationError as `collect_magnitudes` does."""
+    """Run a graph and name all its float tensors that are `beyond_half`. Raises what `collect_magnitudes` raises."""
     largest = dict.fromkeys(float_tensors(model_path), 0.0)
     step = "looking for values beyond fp16"
     collect_magnitudes(
@@ -139,14 +139,14 @@ def tensors_beyond_half(
 def find_ranges(
     magnitudes: Mapping[str, Magnitudes], *, method: str = "percentile", percentile: float = 99.99
 ) -> dict[str, float]:
-    """The |x| threshold of each tensor: what becomes 127.
+    """Return the range of each tensor: the |x| that becomes 127 (in fp8: 448).
 
     ``max``: the largest |x| seen. ``percentile``: clips the largest values that are not zero, and keeps ``percentile``
     (in (0, 100], 100 is max) of them. ``entropy``: the least Kullback-Leibler divergence between the counts and the same
     in 128 levels (S. Migacz, 8-bit inference with TensorRT, GTC 2017). ``mse``: the least squared error of rounding and
     clipping together.
 
-    Thresholds are finite and positive; a tensor that is zero everywhere gets DEAD_TENSOR_THRESHOLD. Raises
+    Ranges are finite and positive; a tensor that is zero everywhere gets DEAD_TENSOR_THRESHOLD. Raises
     CalibrationError for a bad option.
     """
     if method not in METHODS:
@@ -160,7 +160,7 @@ def find_ranges(
 
 
 def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
-    """A session over the graph with `tensors` as its only outputs (the input itself needs no output)."""
+    """Return a session over the graph with `tensors` as its only outputs (the input itself needs no output)."""
     import onnx
 
     from edge_backbones.toolchain.onnx_runtime import onnxruntime
@@ -186,7 +186,7 @@ def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxrunti
 def chunks(
     batch: npt.NDArray[np.generic], session: onnxruntime.InferenceSession
 ) -> Iterator[tuple[npt.NDArray[np.generic], int]]:
-    """Any number of images in batches of the graph's size, and how often each image is in one."""
+    """Split any number of images into batches of the graph's size; also yield how often each image is in its batch."""
     expected = session.get_inputs()[0]
     fits = batch.ndim == len(expected.shape) and all(
         want == got for want, got in zip(expected.shape[1:], batch.shape[1:], strict=True) if isinstance(want, int)
@@ -207,6 +207,7 @@ def chunks(
 def _activations(
     session: onnxruntime.InferenceSession, tensors: Sequence[str], chunk: npt.NDArray[np.generic]
 ) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+    """Run one batch and yield each named tensor."""
     input_name = session.get_inputs()[0].name
     names = [output.name for output in session.get_outputs()]
     try:
@@ -225,9 +226,9 @@ def _activations(
 
 @dataclass(slots=True)
 class Magnitudes:
-    """What is kept of one tensor. Bin i counts the values with i <= |x| / 2**exponent < i + 1, exact zeros left out.
+    """The counts of one tensor. Bin i counts the values with i <= |x| / 2**exponent < i + 1, exact zeros left out.
 
-    ``furthest``: which image of the stream, counted from 0, has the largest value; None where all are zero.
+    ``furthest``: which image of the stream, from 0, has the largest value; None where all are zero.
     """
 
     largest: float = 0.0
@@ -263,7 +264,7 @@ def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str, images:
 
 
 def _reached(values: npt.NDArray[np.generic], name: str) -> float:
-    """The largest |x|, without an array of them."""
+    """Return the largest |x|, without an array of magnitudes."""
     reached = float(np.maximum(values.max(initial=0.0), -values.min(initial=0.0)))  # hands a NaN on
     if not np.isfinite(reached):
         _refuse(name, reached)
@@ -278,11 +279,12 @@ def _refuse(name: str, largest: float) -> NoReturn:
 
 
 def _exponent_for(largest: float) -> int:
-    """The smallest e with largest < _BINS * 2**e."""
+    """Return the smallest e with largest < _BINS * 2**e."""
     return int(np.frexp(largest)[1]) - (_BINS.bit_length() - 1)
 
 
 def _merged(counts: npt.NDArray[np.int64], doublings: int) -> npt.NDArray[np.int64]:
+    """Return the same counts in bins that are 2**doublings as wide."""
     merged = np.zeros_like(counts)
     # A shift past the last bin leaves index 0 whatever its size; numpy's shift by 64 or more is undefined.
     np.add.at(merged, np.arange(_BINS) >> min(doublings, _BINS.bit_length()), counts)
@@ -293,6 +295,7 @@ def _merged(counts: npt.NDArray[np.int64], doublings: int) -> npt.NDArray[np.int
 
 
 def _threshold(seen: Magnitudes, method: str, share: float) -> float:
+    """Return the range of one tensor. ``share``: the part of the values that ``percentile`` keeps."""
     if seen.exponent is None:
         return DEAD_TENSOR_THRESHOLD
     if method == "max" or (method == "percentile" and share == 1.0):
@@ -307,7 +310,7 @@ def _threshold(seen: Magnitudes, method: str, share: float) -> float:
 
 
 def _quantile(counts: npt.NDArray[np.int64], share: float) -> float:
-    """The number of bins below which this share of the values lies, interpolated."""
+    """Return the number of bins below which this share of the values lies, interpolated."""
     cumulative = np.cumsum(counts)
     wanted = share * float(cumulative[-1])
     index = int(np.searchsorted(cumulative, wanted))
@@ -316,13 +319,16 @@ def _quantile(counts: npt.NDArray[np.int64], share: float) -> float:
 
 
 def _candidates(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Thresholds to try, in bins: down to one bin per level, up to the last bin in use."""
+    """Return thresholds to try, in bins: down to one bin per level, up to the last bin in use."""
     used = int(np.flatnonzero(counts)[-1]) + 1
     return np.arange(used, min(_LEVELS, used) - 1, -_CANDIDATE_STEP)[::-1]
 
 
 def _least_divergence(counts: npt.NDArray[np.int64]) -> float:
-    """KL(P || Q): P has what is clipped in its last bin; Q has as many levels as int8, each spread over its own bins."""
+    """Return the threshold with the least KL(P || Q), in bins.
+
+    P has what is clipped in its last bin. Q has as many levels as int8, each spread over its own bins.
+    """
     best, least = 0, np.inf
     total, filled = float(counts.sum()), counts > 0
     for bins in _candidates(counts):
@@ -343,6 +349,7 @@ def _least_divergence(counts: npt.NDArray[np.int64]) -> float:
 
 
 def _least_error(counts: npt.NDArray[np.int64]) -> float:
+    """Return the threshold with the least squared error of rounding and clipping, in bins."""
     bins = _candidates(counts)
     middle = np.arange(len(counts)) + 0.5
     best, least = 0, np.inf

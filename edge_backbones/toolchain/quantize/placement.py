@@ -43,6 +43,7 @@ import onnx_ir as ir
 
 from edge_backbones.errors import QuantizationError
 from edge_backbones.toolchain.artifacts import ExportedGraph
+from edge_backbones.toolchain.layer_names import block_of
 from edge_backbones.toolchain.quantize.onnx_edits import constant_of, is_constant, load_graph, name_of
 
 _MIN_CHANNELS = 16  # what the smallest int8 matrix instruction sums (mma.m16n8k16 on NVIDIA GPUs)
@@ -149,15 +150,6 @@ def find_placement(graph: ir.Graph, excluded: frozenset[str]) -> Placement:
             if skip is not None:
                 activations.append((node, skip))
     return Placement(tuple(activations), tuple(weights))
-
-
-def block_of(name: str) -> str:
-    """``layer1.0`` of ``layer1.0.conv1/Conv`` and of ``layer1.0/Add``: the module around a layer, up to its last number."""
-    path, _, op_type = name.partition("/")
-    parts = path.split(".")
-    around = parts if op_type.startswith("Add") else parts[:-1]
-    numbers = [i for i, part in enumerate(around) if part.rpartition("_")[2].isdecimal()]
-    return ".".join(around[: numbers[-1] + 1] if numbers else around or parts)
 
 
 def first_outputs(graph: ir.Graph) -> dict[ir.Node, str]:
