@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from edge_backbones.toolchain.calibration.calibrate import Method
     from edge_backbones.toolchain.calibration.images import ImageSource
     from edge_backbones.toolchain.sources.base import SourceOptions
-    from edge_backbones.toolchain.sources.load import ModuleSource
+    from edge_backbones.toolchain.sources.plain import ModuleSource
 
 METHODS = ("auto", "max", "percentile", "entropy", "mse")
 PROGRAMS = ("torchscript", "exported_program")
@@ -168,6 +168,7 @@ class BuildOptions:
         return SourceOptions(
             **({} if profile is None else {"default_size": profile.defaults.size}),
             weights=self.weights,
+            from_model=self.from_model,
             num_channels=self.num_channels,
             img_size=_opt_size(self),
             output_stride=self.output_stride,

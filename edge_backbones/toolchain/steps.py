@@ -44,7 +44,7 @@ def load_network(
 ) -> LoadedBackbone:
     """Load the network. ``profile`` is of the device that the bundle is for."""
     progress("loading the network", 0, None)
-    loaded = load_source(source, options.source_options(profile), from_model=options.from_model)
+    loaded = load_source(source, options.source_options(profile))
     if options.input == "image" and loaded.image_differs:
         raise SourceError(
             f"{loaded.image_differs}: build it for pixel_values and prepare them with the processor, or say what is "

@@ -278,7 +278,7 @@ def check_fits(
 
 
 def notes(images: ImageSet, found: CalibrationFile, *, golden: Sequence[str], synthetic: bool) -> tuple[str, ...]:
-    """Say what is unusual about the calibration, in a sentence each. ``golden``: names of the images parity is measured on."""
+    """Say what is unusual about the calibration, in a sentence each. ``golden``: names of the golden images."""
     said = []
     if synthetic:
         said.append(

@@ -1,6 +1,7 @@
 """Range estimators: count how large the values of each tensor are over calibration batches, and choose where to clip.
 
-The range of a tensor is one positive number: the |x| that becomes 127 in int8, or 448 in fp8. A range must not depend on how the data was delivered. So every tensor is reduced to counts (`Magnitudes`) that add up in any order:
+The range of a tensor is one positive number: the |x| that becomes 127 in int8, or 448 in fp8. It must not depend on how
+the data was delivered. So every tensor is reduced to counts (`Magnitudes`) that add up in any order:
 
 - images are fed one static batch at a time (one image, where the batch is dynamic), whatever arrives, because a kernel may
   round differently at another batch size. Images that do not fill one are repeated, all equally often, and what is counted

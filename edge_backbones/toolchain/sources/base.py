@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -21,6 +21,9 @@ from edge_backbones.images.fit import ImageConfig
 from edge_backbones.reading import read_file, refusing
 from edge_backbones.spec import align_stages
 from edge_backbones.toolchain.sources.checkpoints import flat_tensors
+
+if TYPE_CHECKING:
+    from edge_backbones.toolchain.artifacts import LoadedBackbone
 
 _HUB_TIMEOUT_S = 5.0
 _ASLEEP, _AWAKE = 1e-3, 0.05  # scale of a residual branch: untrained, and woken
@@ -43,7 +46,8 @@ class SourceOptions:
     kept stages by transformers' rules; when neither is given, what the source has chosen, or the last stage.
     ``hidden_states``: also return every hidden state. ``dataset_index``: the expert of a VitPose with several. ``image``: its
     preprocessing, where the source has none or another is meant: an image processor of transformers, the folder or file of
-    one, a data configuration of timm, or an ImageConfig.
+    one, a data configuration of timm, or an ImageConfig. ``from_model``: the source is a whole model, of which the
+    backbone is taken.
     """
 
     weights: str = "pretrained"
@@ -56,6 +60,27 @@ class SourceOptions:
     hidden_states: bool = False
     dataset_index: int = 0
     image: Any = None
+    from_model: bool = False
+
+
+class SourceLoader(Protocol):
+    """Loads one kind of source. Other packages register theirs in the entry point group ``edge_backbones.sources``.
+
+    The loaders of this package are asked first, then the registered ones. Record ``library="torch"`` in the
+    ``LoadedBackbone.source`` of a kind that is neither timm's nor transformers'.
+    """
+
+    def matches(self, source: Any) -> bool:
+        """Whether this loader takes ``source``: text, a path or any object. Quick, and raises nothing for a source of another kind."""
+        ...
+
+    def load(self, source: Any, options: SourceOptions) -> LoadedBackbone:
+        """Load a source that matches, in eval mode and without changing it.
+
+        ``options.image`` is None or a :class:`~edge_backbones.toolchain.sources.processors.Preprocessing`. Raises
+        SourceError for a source or options that it cannot load.
+        """
+        ...
 
 
 def kept_stages(
