@@ -182,7 +182,14 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished bundle, the parity of each engine, why files were skipped, by name, and what else the user should know."""
+    """A finished bundle and what the user should know of it.
+
+    Args:
+        bundle: the bundle, opened.
+        reports: the parity of each engine.
+        reasons: why image files were skipped, by name.
+        notes: other remarks, a sentence each.
+    """
 
     bundle: Bundle
     reports: tuple[ParityReport, ...]
@@ -309,6 +316,7 @@ def _compile_torch_engines(
 def _torch_tensorrt_engines(
     prepared: PreparedBackbone, options: BuildOptions, progress: Progress
 ) -> Iterator[CompiledEngine]:
+    """Compile the network for this machine's first GPU in each wanted precision that torch has, in fp16 if none is wanted."""
     from edge_backbones.toolchain import torch_tensorrt
 
     found = gpus.find_gpus()
@@ -332,7 +340,7 @@ def _measure(
     precision = engine.key.precision
     gate = options.gates.get(precision, DEFAULT_GATES[precision])
     on = None if engine.key.gpu is None else 0
-    # The program was made here, of the network that the user gave.
+    # Host code is allowed: the program was made here, of the network that the user gave.
     report = measure_engine(
         engine.key, engine.data, graph.spec, graph.input, golden, gate, device=on, allow_host_code=True
     )
@@ -356,6 +364,7 @@ def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _opt_size(options: BuildOptions) -> tuple[int, int] | None:
+    """Return the (height, width) that the user asks for, None where the user leaves it open."""
     if options.height is None or options.width is None:
         return None
     return _as_range(options.height).opt, _as_range(options.width).opt
@@ -366,7 +375,10 @@ def _as_range(size: int | ShapeRange) -> ShapeRange:
 
 
 def _input_spec(options: BuildOptions, loaded: LoadedBackbone, profile: DeviceProfile | None) -> InputSpec:
-    """The graph's input; axes of variable size go in steps of the deepest kept stride."""
+    """Settle the graph's input. Axes of variable size go in steps of the deepest kept stride.
+
+    Raises SourceError for a range that is not in multiples of it.
+    """
     batch = options.batch or (1 if profile is None else profile.defaults.batch)
     heights, widths = _as_range(options.height or loaded.height), _as_range(options.width or loaded.width)
     step = 1 if heights.is_fixed and widths.is_fixed else max(n for stride in loaded.spec.strides for n in stride)

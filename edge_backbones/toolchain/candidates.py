@@ -1,8 +1,8 @@
-"""Engines that are tried for a bundle: each compiled and measured, int8 and fp8 loosened until they hold their gates.
+"""Try candidates for a bundle: compile and measure each, and exclude layers from int8 and fp8 until they hold their gates.
 
-A precision is one candidate. int8 (or fp8) that is outside its gate is tried again with the noisiest blocks left in half,
-as many as the measured noise of each block says (`noise_of_blocks`), until it holds or one block alone is 8 bits;
-of those as few as it needs.
+fp32, fp16 and bf16 have one candidate. If int8 or fp8 misses its gate, the noisiest blocks stay in half, as many as the
+measured noise of each block asks for (`noise_of_blocks`), until the gate holds or a single block is left. Then a bisection
+finds the fewest blocks that suffice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from edge_backbones.toolchain.calibration.noise import Noise, blocks_to_exclude,
 from edge_backbones.toolchain.quantize.placement import quantized_layers
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
-# What the worst golden image needs beyond the mean of the held-out ones, and rounding of the rest to half.
+# The worst golden image needs this much more than the mean of the held-out images; the rest is rounded to half too.
 _MARGIN = 1.25
 _TIE = 1.03  # latencies within 3 % of each other are equal
 
@@ -42,10 +42,16 @@ SKIPS = "op:Add"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One engine and its parity. ``blocks``: those that the gate cost; ``excluded``: all layers that int8 leaves alone.
+    """One engine, its graph and its parity.
 
-    ``report`` is of the graph as it is written, which other devices compute: decisions follow it. ``shipped`` is of the
-    engine, which rounds more finely where it can (`cpu_graph`). Both have to hold the gate.
+    Args:
+        typed: the graph that the engine was compiled from.
+        engine: the engine.
+        report: parity of the graph as it is written, which other devices compute. Decisions follow it.
+        shipped: parity of the engine, which rounds more finely where it can (see `int8_graph`). Both have to hold the gate.
+        blocks: the blocks that stay in half so that the gate holds.
+        excluded: all layers that int8 or fp8 leaves in half.
+        milliseconds: the latency, where several candidates were timed.
     """
 
     typed: TypedGraph
@@ -58,19 +64,28 @@ class Candidate:
 
     @property
     def precision(self) -> Precision:
+        """The precision of the graph."""
         return self.typed.precision
 
     @property
     def passed(self) -> bool:
+        """Whether the graph and the engine hold the gate."""
         return self.report.passed and self.shipped.passed
 
     def failures(self) -> str:
+        """Say which stages are outside the gate."""
         return self.report.failures() or self.shipped.failures()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``chosen``: shipped as engines. ``spare``: shipped as graphs, for devices that weigh them anew. ``decision``: why."""
+    """What goes into the bundle.
+
+    Args:
+        chosen: candidates that are shipped as engines.
+        spare: candidates whose graphs are shipped too, so that other devices can weigh them again.
+        decision: why, where there was something to weigh.
+    """
 
     chosen: list[Candidate]
     spare: list[Candidate]
@@ -126,13 +141,13 @@ def _measure(inputs: CandidateInputs, engine: CompiledEngine, gate: Gate) -> Par
 
 
 def ranges_of(calibrated: Calibrated, precision: Precision) -> Mapping[str, float]:
-    """Return the range of each tensor: for int8 where its estimator clips, for fp8 the largest |x|, which it can hold."""
+    """Return the range of each tensor: in int8 what the estimators chose, in fp8 the largest |x|, since fp8 need not clip."""
     assert calibrated.file is not None  # a build calibrates before it tries int8 or fp8
     return calibrated.file.ranges if precision.info.is_integer else calibrated.file.largest
 
 
 def layers_in_half(calibrated: Calibrated, blocks: Sequence[str]) -> frozenset[str]:
-    """Return the names of the layers that stay in half when these blocks do, those that the user excluded among them."""
+    """Name the layers that stay in half when these blocks do, including those that the user excluded."""
     layers = quantized_layers(calibrated.graph)
     meant = {layer.name for layer in layers if layer.block in blocks or f"op:{layer.op_type}" in blocks}
     return calibrated.excluded | meant
@@ -141,10 +156,11 @@ def layers_in_half(calibrated: Calibrated, blocks: Sequence[str]) -> frozenset[s
 def decide(
     inputs: CandidateInputs, wanted: Sequence[Precision], gates: Mapping[Precision, Gate], *, auto: bool, fallback: bool
 ) -> Verdict:
-    """What goes into the bundle, and why, where there was something to weigh.
+    """Try every wanted precision and decide what goes into the bundle, and why, where there was something to weigh.
 
-    One engine for each of these precisions, or with ``auto`` the fastest of all. Several are timed side by side. Raises
-    ParityError for a precision outside its gate; with ``auto`` for fp32 only.
+    Each precision becomes an engine, or with ``auto`` the fastest of all candidates does. Several candidates are timed side
+    by side. ``fallback``: exclude blocks from int8 and fp8 until the gate holds. Raises ParityError for a precision outside
+    its gate; with ``auto`` for fp32 only.
     """
     tried: list[Candidate] = []
     chosen: list[Candidate] = []
@@ -179,11 +195,11 @@ def decide(
 def try_quantized(
     inputs: CandidateInputs, precision: Precision, gate: Gate, *, fallback: bool, compare: bool
 ) -> tuple[list[Candidate], dict[str, Noise]]:
-    """int8 or fp8 with everything quantised that may be; then without the skip branches; then with ever fewer blocks.
+    """Try int8 or fp8 with everything quantised that may be, then without the skip branches, then with ever fewer blocks.
 
-    The last one counts. With ``fallback`` the steps go on until the gate holds; what was measured of each block alone comes
-    with them then. With ``compare`` the second is taken anyway: without skips int8 is a good deal more accurate, and on some
-    devices as fast.
+    The last candidate counts. With ``fallback`` this goes on until one holds the gate; the noise of each block alone is
+    returned too then. With ``compare`` the candidate without skip branches is made in any case: it is more accurate by a good
+    deal, and on some devices as fast.
     """
     layers = quantized_layers(inputs.calibrated.graph)
     has_skips = any(layer.op_type == "Add" and layer.name not in inputs.calibrated.excluded for layer in layers)
@@ -219,7 +235,10 @@ def try_quantized(
 
 
 def fewest_blocks(inputs: CandidateInputs, passed: Candidate, gate: Gate, *, least: int) -> list[Candidate]:
-    """By bisection: candidates with fewer blocks, the last one inside the gate with the fewest; ``least`` are too few."""
+    """Find by bisection the fewest blocks that must stay in half. ``least`` blocks are known to be too few.
+
+    Returns all candidates that were made; the last one is the one inside the gate with the fewest blocks.
+    """
     tried: list[Candidate] = []
     while len(passed.blocks) - least > 1:
         middle = (least + len(passed.blocks)) // 2
@@ -234,7 +253,7 @@ def fewest_blocks(inputs: CandidateInputs, passed: Candidate, gate: Gate, *, lea
 
 
 def timed(candidates: Sequence[Candidate], progress: Progress) -> list[Candidate]:
-    """The same candidates with their latency on this device."""
+    """Return the same candidates with their latency on this device."""
     graph = candidates[0].typed
     engines = [
         functools.partial(session.load_engine, c.engine.key, bytearray(c.engine.data), graph.spec, graph.input)
@@ -245,16 +264,16 @@ def timed(candidates: Sequence[Candidate], progress: Progress) -> list[Candidate
 
 
 def fastest(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
-    """The fastest candidate that is inside its gate, and why it is that one in a sentence. One of them must be inside.
+    """Return the fastest candidate inside its gate and a sentence that says why. At least one must be inside.
 
-    Of those that timing cannot tell apart it is one without rounding to 8 bits, else the most accurate.
+    Of candidates that timing cannot tell apart it is one without rounding to 8 bits, else the most accurate.
     """
     passed = [candidate for candidate in candidates if candidate.passed]
     first = min(passed, key=_latency)
     tied = [c for c in passed if _latency(c) <= _TIE * _latency(first)]
     floats = [c for c in tied if not c.precision.is_calibrated]
     alike = [c for c in tied if c.precision is first.precision]
-    # int8 that is not measured to be faster is not shipped.
+    # int8 is shipped only where it is measured to be faster.
     best = min(floats, key=_latency) if floats else max(alike, key=_worst_sqnr)
     rest = sorted((c for c in passed if c is not best), key=_latency)
     times = ", ".join(f"{_label(c)} {c.milliseconds:.2f} ms" for c in (best, *rest))
@@ -270,7 +289,7 @@ def fastest(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
 
 
 def loosened(candidates: Sequence[Candidate]) -> str:
-    """What the gate of int8 or fp8 cost, in a sentence."""
+    """Say in a sentence which blocks stay in half so that int8 or fp8 holds its gate."""
     first, last = candidates[0], candidates[-1]
     return (
         f"{first.precision} is outside its gate ({first.failures()}): shipping it with {len(last.blocks)} parts in half "
@@ -279,7 +298,7 @@ def loosened(candidates: Sequence[Candidate]) -> str:
 
 
 def decision(sentence: str, candidates: Sequence[Candidate], noise: Mapping[str, Noise]) -> Decision:
-    """For the manifest; ``noise`` of each block alone."""
+    """Return the record of the decision for the manifest. ``noise`` is that of each block alone."""
     trials = tuple(
         Trial(
             precision=c.precision,

@@ -1,4 +1,4 @@
-"""A prepared backbone as files: one fp32 ONNX graph, frozen TorchScript, and the golden samples to compare with."""
+"""Export a prepared backbone: write the fp32 ONNX graph and frozen TorchScript, record golden samples, check against them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _ANY_SIZE = 2**31  # bytes; a graph is limited to that
 
 
 def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
-    """Write the fp32 graph: input named as ``prepared.input``, outputs as the kept stages, no machine paths inside.
+    """Write the fp32 graph: its input is named as ``prepared.input``, its outputs as the kept stages.
 
-    Raises ExportError with the exporter's first words; a network whose code fixes the size says so there.
+    No paths of this machine are inside. Raises ExportError with the exporter's first words, and with the advice to build for
+    a fixed size where the network's code fixes it.
     """
     input, spec = prepared.input, prepared.spec
     axes = _dynamic_axes(input)
@@ -76,8 +77,10 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
 
 
 def _cause(error: Exception) -> str:
-    """Why torch refused, in its own words: the first exception of the chain has them, and its first line, but for a heading
-    above the constraints that are violated."""
+    """Return why torch refused, in its own words: the first line of the first exception in the chain.
+
+    Where that is a heading above violated constraints, it is the first constraint.
+    """
     first = root_cause(error)
     violated = re.search(r"^Constraints violated .*\n\s*- (.*?)(?:\. |\n|$)", str(first))
     said = violated.group(1) if violated else first_line(first)
@@ -85,7 +88,7 @@ def _cause(error: Exception) -> str:
 
 
 def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
-    """Write the traced and frozen module; it returns a tuple in stage order."""
+    """Write the module traced and frozen. It returns a tuple in stage order."""
     path.write_bytes(trace_torchscript(prepared.module, prepared.input, Precision.FP32))
 
 
@@ -102,6 +105,7 @@ def golden_cases(images: np.ndarray, input: InputSpec) -> dict[str, np.ndarray]:
 
 
 def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> np.ndarray:
+    """Crop or mirror images to this size."""
     axes = (2, 3) if input.layout == "NCHW" else (1, 2)
     padding = [(0, 0)] * 4
     for axis, size in zip(axes, (height, width), strict=True):
@@ -111,10 +115,11 @@ def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> n
 
 
 def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """``<case>/<input>`` and the fp32 outputs ``<case>/<output>`` of the network as it was loaded: unfolded, unexported.
+    """Run the network as it was loaded, unfolded and unexported, and return golden samples by name.
 
-    ``cases`` are inputs in the engine's own form (normalised NCHW, or uint8 NHWC which is normalised here in numpy). Raises
-    SourceError when the network does not take one of these sizes, or when a map of it is not finite.
+    ``<case>/<input>`` is the input and ``<case>/<output>`` an fp32 output, of all images of a case. ``cases`` are inputs in
+    the engine's own form: normalised float32 NCHW, or uint8 NHWC, which is normalised here in numpy. Raises SourceError when
+    the network does not take one of these sizes, or when one of its maps is not finite.
     """
     golden = {}
     for case, array in cases.items():
@@ -227,7 +232,7 @@ def _check_maps(
 
 
 def _fixed(input: InputSpec) -> str:
-    """The advice for what runs at one size or batch only: "" when both are fixed already."""
+    """Return the advice for what runs at one size or batch only; "" when both are fixed already."""
     batch, height, width = input.batch.opt, input.height.opt, input.width.opt
     fixed = []
     if not input.batch.is_fixed:
@@ -244,7 +249,7 @@ def _fold(
     patches: Any, output_size: Sequence[int], kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
     stride: Sequence[int],
 ) -> Any:  # fmt: skip
-    """torch's fold as a ConvTranspose that only adds up: TensorRT has no Col2Im."""
+    """Translate ``torch.nn.functional.fold`` to a ConvTranspose that only adds up: TensorRT has no Col2Im."""
     from onnxscript import opset20 as op
 
     pixels = int(np.prod(kernel))
@@ -268,7 +273,7 @@ def _fold(
 
 
 def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
-    """torch.export dimensions of the axes that are not fixed; sizes go in steps of ``size_multiple``."""
+    """Return torch.export's dimensions of the axes that are not fixed, by axis. Sizes go in steps of ``size_multiple``."""
 
     def dimension(name: str, sizes: ShapeRange, step: int) -> Any:
         if step == 1:
@@ -283,7 +288,7 @@ def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
 
 
 def _strip_debug_information(model: onnx.ModelProto) -> None:
-    """Source lines and paths of the build machine: no engine reads them, and they would differ between machines."""
+    """Remove source lines and paths of this machine: no engine reads them, and they would differ between machines."""
     del model.metadata_props[:]
     model.doc_string = ""
     graph = model.graph

@@ -90,6 +90,7 @@ def write_bundle(
 
 
 def _write_graph(folder: Path, candidate: Candidate, gates: Mapping[Precision, Gate]) -> GraphRecord:
+    """Move the graph of a candidate into the bundle."""
     path = f"graphs/{candidate.precision}.onnx"
     shutil.move(candidate.typed.path, folder / path)
     return GraphRecord(
@@ -103,6 +104,7 @@ def _write_graph(folder: Path, candidate: Candidate, gates: Mapping[Precision, G
 
 
 def _write_script(folder: Path, script: Path, gates: Mapping[Precision, Gate]) -> GraphRecord:
+    """Move the TorchScript module into the bundle."""
     shutil.move(script, folder / _SCRIPT)
     file, gate = record_file(folder, _SCRIPT), gates.get(Precision.FP32)
     return GraphRecord(format="torchscript", precision=Precision.FP32, file=file, gate=gate)
@@ -121,6 +123,7 @@ def _write_engine(folder: Path, measured: MeasuredEngine) -> EngineRecord:
 
 
 def _write_calibration(folder: Path, found: CalibrationFile, *, reused: bool) -> CalibrationRecord:
+    """Write calibration.json."""
     (folder / _CALIBRATION).write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return CalibrationRecord(
         file=record_file(folder, _CALIBRATION),

@@ -27,7 +27,7 @@ from edge_backbones.toolchain.quantize.placement import tensors_to_calibrate
 Method = Literal["auto", "max", "percentile", "entropy", "mse"]
 
 _MAX_BYTES = 256 << 20
-BATCH = 8  # of a graph whose batch is dynamic
+BATCH = 8  # images in a batch, where the batch of the graph is dynamic
 # Pixels of the images that are run again and again: sixteen of 224 x 224. More would be minutes of resnet50.
 _PIXELS = 16 * 224 * 224
 
@@ -66,7 +66,9 @@ class Feed:
         figures = np.array(list(weights.values()))
         found = []
         for position, images in enumerate(self.batches(list(weights))):
-            filled = np.resize(images, (self.batch, *images.shape[1:])) if self.fill else images  # repeats them
+            filled = (
+                np.resize(images, (self.batch, *images.shape[1:])) if self.fill else images
+            )  # resize() repeats them
             of_batch = figures[position * self.batch :][: len(images)]
             found.append(Sample(filled, np.pad(of_batch, (0, len(filled) - len(images)))))
         return found

@@ -55,9 +55,9 @@ def choose_factors(
     others = {layer.name for layer in quantized_layers(graph) if layer.tensor not in axes}
     references = run_reference(graph, held_out)
     judged = []
-    for candidate, divisors in ((graph, dict.fromkeys(found, 1.0)), (equalised, found)):
+    for tried, divisors in ((graph, dict.fromkeys(found, 1.0)), (equalised, found)):
         ranges = {name: float((values / divisors[name]).max()) or 1.0 for name, values in largest.items()}
-        simulation = simulate(candidate, ranges, work, excluded=others)
+        simulation = simulate(tried, ranges, work, excluded=others)
         judged.append(mean_db(measure_noise([Run(simulation, held_out, references)], graph.spec.outputs)))
     return found if judged[1] < judged[0] else {}
 

@@ -41,7 +41,7 @@ DEAD_TENSOR_THRESHOLD = 1.0
 _BINS = 4096
 _NEAR_HALF_MAX = float(np.finfo(np.float16).max) / 4
 _LEVELS = 128  # magnitudes of a symmetric int8: 0 to 127
-_CANDIDATE_STEP = 16  # bins between two thresholds that entropy and mse try: 1/128 of the range or finer
+_THRESHOLD_STEP = 16  # bins between two thresholds that entropy and mse try: 1/128 of the range or finer
 
 
 def collect_magnitudes(
@@ -242,7 +242,7 @@ def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str, images:
     """Count the activations of these images, each of which is there ``repeats`` times."""
     magnitudes = np.abs(values, dtype=np.float32).ravel()
     largest = float(magnitudes.max(initial=0.0))
-    if not np.isfinite(largest):  # max() hands a NaN on
+    if not np.isfinite(largest):  # max() passes a NaN on
         _refuse(name, largest)
     if largest > seen.largest:
         seen.largest = largest
@@ -266,7 +266,7 @@ def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str, images:
 
 def _reached(values: npt.NDArray[np.generic], name: str) -> float:
     """Return the largest |x|, without an array of magnitudes."""
-    reached = float(np.maximum(values.max(initial=0.0), -values.min(initial=0.0)))  # hands a NaN on
+    reached = float(np.maximum(values.max(initial=0.0), -values.min(initial=0.0)))  # passes a NaN on
     if not np.isfinite(reached):
         _refuse(name, reached)
     return reached
@@ -319,10 +319,10 @@ def _quantile(counts: npt.NDArray[np.int64], share: float) -> float:
     return index + (wanted - below) / float(counts[index])
 
 
-def _candidates(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _thresholds_to_try(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return thresholds to try, in bins: down to one bin per level, up to the last bin in use."""
     used = int(np.flatnonzero(counts)[-1]) + 1
-    return np.arange(used, min(_LEVELS, used) - 1, -_CANDIDATE_STEP)[::-1]
+    return np.arange(used, min(_LEVELS, used) - 1, -_THRESHOLD_STEP)[::-1]
 
 
 def _least_divergence(counts: npt.NDArray[np.int64]) -> float:
@@ -332,7 +332,7 @@ def _least_divergence(counts: npt.NDArray[np.int64]) -> float:
     """
     best, least = 0, np.inf
     total, filled = float(counts.sum()), counts > 0
-    for bins in _candidates(counts):
+    for bins in _thresholds_to_try(counts):
         inside = counts[:bins].astype(np.float64)
         edges = np.arange(min(_LEVELS, bins)) * bins // min(_LEVELS, bins)
         sums, width = np.add.reduceat(inside, edges), np.add.reduceat(filled[:bins].astype(np.float64), edges)
@@ -344,14 +344,14 @@ def _least_divergence(counts: npt.NDArray[np.int64]) -> float:
         if not q.any() or (q[present] == 0).any():
             continue  # everything that is clipped would land where nothing was
         divergence = float((p[present] * np.log(p[present] / total * q.sum() / q[present])).sum())
-        if divergence <= least:  # of equals the widest
+        if divergence <= least:  # of equal ones the widest
             best, least = int(bins), divergence
     return float(best)
 
 
 def _least_error(counts: npt.NDArray[np.int64]) -> float:
     """Return the threshold with the least squared error of rounding and clipping, in bins."""
-    bins = _candidates(counts)
+    bins = _thresholds_to_try(counts)
     middle = np.arange(len(counts)) + 0.5
     best, least = 0, np.inf
     for threshold in bins:

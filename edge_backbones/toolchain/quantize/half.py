@@ -93,6 +93,7 @@ def convert_to_half(model: ir.Model, precision: Precision, large: Collection[str
 
 
 def _nodes_kept_in_float(graph: ir.Graph, precision: Precision, large: Collection[str]) -> set[ir.Node]:
+    """Find the nodes that stay in float32, by the rules above."""
     info, depths = precision.info, depths_of(graph)
     beyond = frozenset() if info.has_range_of_fp32 else frozenset(large)
     reductions = {node for node in graph if node.op_type in _FLOAT_REDUCTIONS or _divides_by_activation(node)}
@@ -125,7 +126,7 @@ def _divides_by_activation(node: ir.Node) -> bool:
 
 
 def _fits_half(node: ir.Node, constant: ir.Value | None, precision: Precision) -> bool:
-    """False for a constant beyond the range of half, such as a mask of -1e9, or a factor or epsilon below it."""
+    """Return whether half can hold a constant: fp16 holds no mask of -1e9, and no factor or epsilon that is too small."""
     if constant is None or constant.dtype != ir.DataType.FLOAT or precision.info.has_range_of_fp32:
         return True
     magnitudes = np.abs(constant_of(constant))
@@ -135,7 +136,7 @@ def _fits_half(node: ir.Node, constant: ir.Value | None, precision: Precision) -
 
 
 def _convertible_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
-    """Float inputs that have the node's own type. ONNX fixes the scales of Resize to float32."""
+    """Return the float inputs that have the node's own type. ONNX fixes the scales of Resize to float32."""
     inputs = node.inputs[:1] if node.op_type == "Resize" else node.inputs
     return [
         (index, value)

@@ -47,7 +47,7 @@ from edge_backbones.toolchain.layer_names import block_of
 from edge_backbones.toolchain.quantize.onnx_edits import constant_of, is_constant, load_graph, name_of
 
 _MIN_CHANNELS = 16  # what the smallest int8 matrix instruction sums (mma.m16n8k16 on NVIDIA GPUs)
-_MIN_PRODUCTS = 32  # of a convolution with fewer channels
+_MIN_PRODUCTS = 32  # products in a sum that a convolution with fewer channels needs
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 
 
@@ -55,9 +55,14 @@ WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 class Layer:
     """A node that int8 quantises, and one activation that it reads in int8: a product of two activations is two of these.
 
-    ``name``: ``layer1.0.conv1/Conv``. ``block``: the modules that stand or fall together, ``layer1.0``. ``tensor``: the
-    activation, ``result``: what the node computes. ``output``: the first output of the graph that depends on it.
-    ``weighted``: its other operand is a weight.
+    Args:
+        name: the node's name, ``layer1.0.conv1/Conv``.
+        op_type: the node's ONNX operator.
+        block: the modules that are quantised or excluded together, ``layer1.0``.
+        tensor: the activation.
+        result: what the node computes.
+        output: the first output of the graph that depends on it.
+        weighted: whether its other operand is a weight.
     """
 
     name: str
@@ -70,7 +75,7 @@ class Layer:
 
 
 def quantized_layers(graph: ExportedGraph) -> tuple[Layer, ...]:
-    """What an int8 graph quantises when nothing is excluded, in graph order."""
+    """Return the layers that an int8 graph quantises when nothing is excluded, in graph order."""
     model = load_graph(graph)
     first, placement = first_outputs(model.graph), find_placement(model.graph, frozenset())
     weighted = set(placement.weights)
@@ -89,12 +94,12 @@ def quantized_layers(graph: ExportedGraph) -> tuple[Layer, ...]:
 
 
 def tensors_to_calibrate(graph: ExportedGraph) -> tuple[str, ...]:
-    """Names of the activations that an int8 graph may quantise, in graph order: `write_typed_graph` needs their ranges."""
+    """Name the activations that an int8 graph may quantise, in graph order: `write_typed_graph` needs their ranges."""
     return tuple(dict.fromkeys(layer.tensor for layer in quantized_layers(graph)))
 
 
 def select_layers(layers: Sequence[Layer], patterns: Iterable[str]) -> frozenset[str]:
-    """Names of the layers that one of the patterns means.
+    """Name the layers that one of the patterns means.
 
     ``op:Add``: by type. ``stage:layer4``: those between this output and the one before. Anything else: a layer's name, a
     module, or a pattern with ``*``: ``blocks.0.attn``, ``*.mlp.fc2``, ``layer1.0/Add``. Raises QuantizationError for a
@@ -127,13 +132,17 @@ def _is_meant(name: str, pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class Placement:
-    """Node inputs to be quantised: `activations` as (node, input index), `weights` as the nodes whose input 1 it is."""
+    """The inputs of nodes that are quantised.
+
+    ``activations``: as (node, index of the input). ``weights``: nodes whose input 1 is a weight to quantise.
+    """
 
     activations: tuple[tuple[ir.Node, int], ...]
     weights: tuple[ir.Node, ...]
 
 
 def find_placement(graph: ir.Graph, excluded: frozenset[str]) -> Placement:
+    """Find what a graph quantises, by the table above. ``excluded``: names of nodes that are left alone."""
     depths = depths_of(graph)
     activations: list[tuple[ir.Node, int]] = []
     weights: list[ir.Node] = []
@@ -153,7 +162,7 @@ def find_placement(graph: ir.Graph, excluded: frozenset[str]) -> Placement:
 
 
 def first_outputs(graph: ir.Graph) -> dict[ir.Node, str]:
-    """For every node, the first of the graph's outputs that depends on it."""
+    """Return for every node the first of the graph's outputs that depends on it."""
     order = {output: index for index, output in enumerate(graph.outputs)}
     names = [name_of(output) for output in graph.outputs]
     first: dict[ir.Node, int] = {}
@@ -166,6 +175,7 @@ def first_outputs(graph: ir.Graph) -> dict[ir.Node, str]:
 
 
 def _gains_from_int8(node: ir.Node) -> bool:
+    """Return whether a layer with weights is worth quantising."""
     if node.op_type not in WEIGHTED or is_constant(node.inputs[0]) or not is_constant(node.inputs[1]):
         return False
     sizes = constant_of(node.inputs[1]).shape
@@ -179,12 +189,12 @@ def _gains_from_int8(node: ir.Node) -> bool:
 
 
 def is_depthwise(node: ir.Node) -> bool:
-    """A Conv of constant weights whose every output channel reads one input channel."""
+    """Return whether a node is a Conv of constant weights whose every output channel reads one input channel."""
     return node.op_type == "Conv" and is_constant(node.inputs[1]) and constant_of(node.inputs[1]).shape[1] == 1
 
 
 def _multiplies_activations(node: ir.Node) -> bool:
-    """Both products of an attention, where a sum has enough of them."""
+    """Return whether a node is one of the two products of an attention, with enough products in a sum."""
     if node.op_type != "MatMul" or any(is_constant(value) for value in node.inputs):
         return False
     first = node.inputs[0]
@@ -193,7 +203,7 @@ def _multiplies_activations(node: ir.Node) -> bool:
 
 
 def _skip_branch(add: ir.Node, depths: Mapping[ir.Value, int]) -> int | None:
-    """The index of a residual Add's skip input, or None if the Add does not end a Conv branch."""
+    """Return the index of a residual Add's skip input, or None if the Add does not end a Conv branch."""
     first, second = add.inputs
     if first is None or second is None or first is second or first.shape is None or first.shape != second.shape:
         return None
@@ -204,6 +214,7 @@ def _skip_branch(add: ir.Node, depths: Mapping[ir.Value, int]) -> int | None:
 
 
 def _is_conv_branch(value: ir.Value) -> bool:
+    """Return whether a value is the result of a Conv that an Add can fuse with."""
     producer = value.producer()
     # With a second reader, or as a feature map, the Conv's result must exist by itself and the Add cannot fuse into it.
     return (
@@ -215,7 +226,7 @@ def _is_conv_branch(value: ir.Value) -> bool:
 
 
 def depths_of(graph: ir.Graph) -> dict[ir.Value, int]:
-    """For every computed value, the largest number of layers with weights on a path to it."""
+    """Return for every computed value the largest number of layers with weights on a path to it."""
     depths: dict[ir.Value, int] = {}
     for node in graph:
         depth = max((depths.get(value, 0) for value in node.inputs if value is not None), default=0)
@@ -225,11 +236,12 @@ def depths_of(graph: ir.Graph) -> dict[ir.Value, int]:
 
 
 def input_channel_axis(node: ir.Node) -> int:
-    """The axis of a layer's weight that runs along the channels of its input: of a depthwise one along both."""
+    """Return the axis of a layer's weight that runs along its input's channels; a depthwise one has both on one axis."""
     return 0 if is_depthwise(node) else 1 - output_channel_axis(node)
 
 
 def output_channel_axis(node: ir.Node) -> int:
+    """Return the axis of a layer's weight that runs along its output's channels."""
     if node.op_type == "Conv":
         return 0
     transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1

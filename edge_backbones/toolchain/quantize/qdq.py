@@ -30,7 +30,10 @@ from edge_backbones.toolchain.quantize.placement import find_placement, output_c
 
 
 def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float], excluded: frozenset[str]) -> None:
-    """Put Q/DQ pairs on the fp32 graph. Scales hold fp16 numbers; `convert_to_half` then gives them that type."""
+    """Put Q/DQ pairs on the fp32 graph, in place. Scales are float32 that hold fp16 numbers; `convert_to_half` converts them.
+
+    Raises QuantizationError for ranges or weights that have no fp16 scale, and for an opset without fp16 scales.
+    """
     graph = model.graph
     opset = model.opset_imports.get("", 0)
     if opset < precision.info.min_opset:
@@ -44,7 +47,7 @@ def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float
     dequantized: dict[ir.Value, ir.Value] = {}
     for node, index in placement.activations:
         value = node.inputs[index]
-        assert value is not None  # find_placement looked at it
+        assert value is not None  # find_placement has checked it
         if value not in dequantized:
             dequantized[value] = _quantize_activation(graph, value, precision, ranges[name_of(value)], zero_point)
         node.replace_input_with(index, dequantized[value])
@@ -54,13 +57,14 @@ def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float
         if precision.info.is_integer and node.op_type == "Conv" and (len(node.inputs) < 3 or node.inputs[2] is None):
             _add_bias(graph, node)
         weight, axis = node.inputs[1], output_channel_axis(node)
-        assert weight is not None  # as above
+        assert weight is not None  # find_placement has checked it
         if (weight, axis) not in dequantized_weights:
             dequantized_weights[weight, axis] = _quantize_weight(graph, node, precision, weight, axis)
         node.replace_input_with(1, dequantized_weights[weight, axis])
 
 
 def _check_ranges(needed: Iterable[str], precision: Precision, ranges: Mapping[str, float]) -> None:
+    """Raise QuantizationError unless every tensor has a range that an fp16 scale can express."""
     missing = sorted(set(needed) - set(ranges))
     if missing:
         raise QuantizationError(
@@ -79,6 +83,7 @@ def _check_ranges(needed: Iterable[str], precision: Precision, ranges: Mapping[s
 def _quantize_activation(
     graph: ir.Graph, value: ir.Value, precision: Precision, threshold: float, zero_point: ir.Value
 ) -> ir.Value:
+    """Put a Q (of a Concat one per part) and a DQ behind a tensor, and return the dequantised value."""
     name = name_of(value)
     scale = add_constant(graph, f"{name}.scale", scales_of(np.asarray(threshold), precision))
     # ONNX joins no fp8 tensors, and no engine for the CPU takes them.
@@ -104,10 +109,10 @@ def _quantize_activation(
 
 
 def _concatenated(value: ir.Value) -> tuple[list[ir.Value], int, bool]:
-    """The parts that a Concat joined to make a tensor, the axis, and whether a Relu follows; else the tensor itself.
+    """Return the parts that a Concat joined to make a tensor, the axis, and whether a Relu follows; else the tensor itself.
 
-    They are quantised one by one, which gives the same numbers: of a Q behind a Concat (or a Relu behind one) in front of
-    a Conv, OpenVINO 2026.4 loses the scale.
+    Parts are quantised one by one, which gives the same numbers. OpenVINO 2026.4 loses the scale of a Q behind a Concat (or
+    behind a Relu that follows one) in front of a Conv.
     """
     node = value.producer()
     relu = node if node is not None and node.op_type == "Relu" else None
@@ -125,10 +130,10 @@ def _concatenated(value: ir.Value) -> tuple[list[ir.Value], int, bool]:
 
 
 def _add_bias(graph: ir.Graph, conv: ir.Node) -> None:
-    """A bias of the smallest half, for a Conv that has none.
+    """Give a Conv without a bias one, of the smallest half.
 
-    OpenVINO 2026.4 returns zeros for an int8 Conv without bias that two nodes read, when the batch is dynamic. It removes
-    a bias of zeros, and with it the cure.
+    OpenVINO 2026.4 returns zeros for an int8 Conv without bias that two nodes read, when the batch is dynamic. It removes a
+    bias of zeros, and then fails in the same way.
     """
     bias = np.full(constant_of(conv.inputs[1]).shape[0], HALF_SMALLEST, np.float32)
     conv.resize_inputs(3)
@@ -136,7 +141,7 @@ def _add_bias(graph: ir.Graph, conv: ir.Node) -> None:
 
 
 def shift_biases(graph: ir.Graph, shifts: Mapping[str, Sequence[float]]) -> None:
-    """A constant of its own for each: the bias may be shared."""
+    """Add these shifts to the biases of Convs, by layer name. Each gets a constant of its own: a bias may be shared."""
     for node in tuple(graph):
         shift = shifts.get(str(node.name))
         if shift is not None and node.op_type == "Conv":
@@ -145,6 +150,7 @@ def shift_biases(graph: ir.Graph, shifts: Mapping[str, Sequence[float]]) -> None
 
 
 def _quantize_weight(graph: ir.Graph, node: ir.Node, precision: Precision, weight: ir.Value, axis: int) -> ir.Value:
+    """Store a weight in int8 or fp8 with a scale per output channel, and return the dequantised value."""
     name, values = name_of(weight), constant_of(weight).astype(np.float64)
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= largest_threshold(precision):  # NaN fails this too

@@ -35,14 +35,14 @@ def write_typed_graph(
 
     Args:
         graph: the fp32 graph; it is not changed.
-        precision: fp32 copies the file; the others are described in the module's docstring.
+        precision: fp32 copies the file; `placement`, `qdq` and `half` say what is done for the others.
         path: the file to write.
         ranges: for int8 and fp8, the |x| threshold of every tensor that `tensors_to_calibrate` names: the value that
             becomes 127 or 448. Other precisions do not read it.
         excluded: for int8 and fp8, names of `quantized_layers` that are left as fp16 has them.
         shifts: for int8, what is added to the bias of a Conv, by layer name and output channel (bias correction).
         large: tensors whose values fp16 may not hold: the nodes that write or read them stay in fp32.
-        half: False leaves what is not quantised in fp32: for measuring, ONNX Runtime computes half slowly.
+        half: False leaves what is not quantised in fp32, for measuring: ONNX Runtime computes half slowly.
 
     Raises:
         QuantizationError: a range that is missing, not finite or not positive, or too large for an fp16 scale; a weight
@@ -58,6 +58,6 @@ def write_typed_graph(
             shift_biases(model.graph, {n: v for n, v in (shifts or {}).items() if n not in excluded})
         if half:
             convert_to_half(model, precision.info.rest, large)
-        passes.RemoveUnusedNodesPass()(model)  # takes the replaced fp32 weights too
+        passes.RemoveUnusedNodesPass()(model)  # removes the fp32 weights that were replaced, too
         ir.save(model, path)
     return TypedGraph(path=path, precision=precision, spec=graph.spec, input=graph.input)

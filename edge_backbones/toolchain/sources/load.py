@@ -62,7 +62,7 @@ def load_source(source: Any, options: SourceOptions) -> LoadedBackbone:
 
 
 class _PlainModules:
-    """Modules with a description."""
+    """Load plain modules with a description."""
 
     def matches(self, source: Any) -> bool:
         return isinstance(source, ModuleSource)
@@ -74,7 +74,7 @@ class _PlainModules:
 
 
 class _LiveModules:
-    """Modules of timm and transformers, or client models that hold one."""
+    """Load live modules of timm and transformers, and the backbone in a live client model."""
 
     def matches(self, source: Any) -> bool:
         return isinstance(source, nn.Module)
@@ -85,7 +85,7 @@ class _LiveModules:
 
 
 class _Configurations:
-    """Configuration objects of transformers."""
+    """Load configuration objects of transformers."""
 
     def matches(self, source: Any) -> bool:
         return not _is_text(source) and hasattr(source, "model_type")
@@ -95,7 +95,7 @@ class _Configurations:
 
 
 class _TimmNames:
-    """Names of timm, tags included. A folder of this name with a configuration goes before."""
+    """Load names of timm, tags included. A folder of the same name with a configuration is preferred."""
 
     def matches(self, source: Any) -> bool:
         return _is_text(source) and _is_timm_name(str(source)) and not (Path(source) / "config.json").is_file()
@@ -110,7 +110,7 @@ class _TimmNames:
 
 
 class _ConfigurationFiles:
-    """Configurations of transformers as a .json file."""
+    """Load configurations of transformers that are .json files."""
 
     def matches(self, source: Any) -> bool:
         return _is_text(source) and str(source).endswith(".json") and Path(source).is_file()
@@ -122,7 +122,7 @@ class _ConfigurationFiles:
 
 
 class _Folders:
-    """Folders of a saved model, of transformers or timm."""
+    """Load folders of a saved model, of transformers or timm."""
 
     def matches(self, source: Any) -> bool:
         return _is_text(source) and (Path(source).expanduser() / "config.json").is_file()
@@ -132,7 +132,7 @@ class _Folders:
 
 
 class _TimmHubNames:
-    """Names of timm as the model hub has them: ``timm/resnet18.a1_in1k``."""
+    """Load names of timm as the model hub has them: ``timm/resnet18.a1_in1k``."""
 
     def matches(self, source: Any) -> bool:
         return _may_be_on_hub(source) and _is_timm_repository(_repository(source))
@@ -142,7 +142,7 @@ class _TimmHubNames:
 
 
 class _HubRepositories:
-    """Repositories of the model hub with a saved model."""
+    """Load repositories of the model hub that hold a saved model."""
 
     def matches(self, source: Any) -> bool:
         return _may_be_on_hub(source) and "/" in _repository(source)

@@ -22,11 +22,16 @@ from edge_backbones.toolchain.sources.processors import given, unknown
 class ModuleSource:
     """A plain ``nn.Module`` and what cannot be read off it.
 
-    ``module`` takes float32 NCHW of ``num_channels`` channels and returns one float tensor per name in ``stage_names``: a
-    dict or dataclass with these names (others in it are left out), or tensors in that order. Nested tuples, lists and dicts
-    are read depth first, and None is left out. ``size``: (height, width) that it is made for. ``layouts``: the axes of each
-    output, NCHW by default. ``image``: the preprocessing that it was trained with: an image processor of transformers, the
-    folder of one, a data configuration of timm, or an ImageConfig. Without one ImageNet's is taken, and the build says so.
+    Args:
+        module: takes float32 NCHW and returns one float tensor per name in ``stage_names``: a dict or dataclass with these
+            names (others in it are left out), or tensors in that order. Nested tuples, lists and dicts are read depth
+            first, and None is left out.
+        stage_names: a name for every output.
+        size: (height, width) that it is made for.
+        num_channels: channels of its input.
+        layouts: the axes of each output, NCHW by default.
+        image: the preprocessing that it was trained with: an image processor of transformers, the folder of one, a data
+            configuration of timm, or an ImageConfig. Without one ImageNet's is taken, and the build says so.
     """
 
     module: nn.Module
@@ -102,7 +107,7 @@ def load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
 
 
 class _Chosen(nn.Module):
-    """Some outputs of a module, as float32 maps. One that writes into its input gets an image of its own."""
+    """Some outputs of a module, as float32 maps. A module that writes into its input gets an image of its own."""
 
     def __init__(self, net: nn.Module, stage_names: tuple[str, ...], chosen: list[int], *, writes_input: bool) -> None:
         super().__init__()
@@ -117,6 +122,7 @@ class _Chosen(nn.Module):
 
 
 def _strides(output: torch.Tensor, layout: Layout, height: int, width: int) -> tuple[int, int]:
+    """Return input pixels per cell of a map, (vertical, horizontal); 1 for outputs without cells."""
     if "H" not in layout:
         return 1, 1
     cells = (int(output.shape[layout.index(axis)]) for axis in "HW")
