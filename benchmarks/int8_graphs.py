@@ -44,7 +44,7 @@ from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph, TypedGraph
 from edge_backbones.toolchain.calibration import calibrate
 from edge_backbones.toolchain.calibration.images import gather_images
-from edge_backbones.toolchain.quantize.qdq import write_typed_graph
+from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 RESULTS = Path(__file__).parent / "results" / "int8_graphs.json"
 MODELS = ("resnet50", "mobilenetv3_large_100", "convnext_tiny", "vit_small_patch16_224")

@@ -149,7 +149,7 @@ def _open(
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
     profile = None if options.profile is None else load_profile(options.profile)
-    loaded = load_source(source, options.source_options(profile), from_model=options.from_model)
+    loaded = load_source(source, options.source_options(profile))
     folder = (default_cache() if cache is None else Path(cache)) / "bundles"
     path = folder / f"{_content_key(loaded, options, profile, images)}.bundle"
     if not path.exists():

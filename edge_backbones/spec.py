@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
@@ -48,9 +49,87 @@ class Precision(str, enum.Enum):
         return self.value
 
     @property
+    def info(self) -> PrecisionInfo:
+        """What is particular about this precision: its row in the table below."""
+        return _PRECISIONS[self]
+
+    @property
     def is_calibrated(self) -> bool:
-        """True of the formats that have ranges, found on calibration images."""
-        return self in (Precision.INT8, Precision.FP8)
+        """Whether the precision has ranges, which are found on calibration images."""
+        return self.info.is_calibrated
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionInfo:
+    """What is particular about one precision: code that depends on the number format reads it here.
+
+    Args:
+        bits: the size of one value.
+        onnx_type: the name of its type in ``onnx.TensorProto``.
+        largest: the largest magnitude that is used.
+        rest: the precision of the nodes that are not quantised; the precision itself, unless it is calibrated.
+        is_calibrated: activations have ranges, which are found on calibration images.
+        is_integer: values are evenly spaced, so that it pays to clip ranges and to correct biases.
+        torch_type: the name of its type in torch; None where no torch module is made of it.
+        min_opset: the first ONNX opset whose operators take it.
+        refused_operators: ONNX operators that TensorRT takes in fp32 and not in this precision.
+    """
+
+    bits: int
+    onnx_type: str
+    largest: float
+    rest: Precision
+    is_calibrated: bool = False
+    is_integer: bool = False
+    torch_type: str | None = None
+    min_opset: int = 1
+    refused_operators: frozenset[str] = frozenset()
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the precision is fp16 or bf16."""
+        return self.bits == 16
+
+    @property
+    def has_range_of_fp32(self) -> bool:
+        """Whether every magnitude that fp32 holds can be stored, if more coarsely."""
+        return self.largest > 1e38
+
+
+_PRECISIONS = {
+    Precision.FP32: PrecisionInfo(
+        bits=32, onnx_type="FLOAT", largest=3.4028234663852886e38, rest=Precision.FP32, torch_type="float32"
+    ),
+    Precision.FP16: PrecisionInfo(
+        bits=16, onnx_type="FLOAT16", largest=65504.0, rest=Precision.FP16, torch_type="float16"
+    ),
+    Precision.BF16: PrecisionInfo(
+        bits=16,
+        onnx_type="BFLOAT16",
+        largest=3.3895313892515355e38,
+        rest=Precision.BF16,
+        torch_type="bfloat16",
+        min_opset=22,  # the first whose Conv takes bf16; from 20 on only lists of types have grown
+        refused_operators=frozenset({"HardSwish", "Mish"}),
+    ),
+    Precision.INT8: PrecisionInfo(
+        bits=8,
+        onnx_type="INT8",
+        largest=127.0,  # symmetric: -128 is not used
+        rest=Precision.FP16,
+        is_calibrated=True,
+        is_integer=True,
+        min_opset=19,  # the first whose QuantizeLinear takes fp16 scales
+    ),
+    Precision.FP8: PrecisionInfo(
+        bits=8,
+        onnx_type="FLOAT8E4M3FN",
+        largest=448.0,
+        rest=Precision.FP16,
+        is_calibrated=True,
+        min_opset=19,
+    ),
+}
 
 
 class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

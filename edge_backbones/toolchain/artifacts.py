@@ -1,9 +1,9 @@
-"""What one step hands to the next: frozen values that check themselves, so that no later code re-checks.
+"""What one step of a build hands to the next: frozen values that check themselves, so that no later code checks again.
 
 ::
 
-    load -> LoadedBackbone -> prepare -> PreparedBackbone -> export -> ExportedGraph (+ GoldenSamples)
-         -> quantize -> TypedGraph -> compile -> CompiledEngine
+    load -> LoadedBackbone -> prepare -> PreparedBackbone -> export -> ExportedGraph (+ golden samples)
+         -> quantize -> TypedGraph -> compile -> CompiledEngine -> measure -> MeasuredEngine
 """
 
 from __future__ import annotations
@@ -13,20 +13,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_backbones.bundle.manifest import Source
+from edge_backbones.engines.base import CompiledEngine
 from edge_backbones.images.config import ImageConfig
+from edge_backbones.parity_report import ParityReport
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 if TYPE_CHECKING:
     from torch import nn
 
 
+OPSET = 20
+"""ONNX opset of every graph that is exported.
+
+Gelu is one node from 20 on and fp16 Q/DQ scales are allowed from 19; 23 adds an Attention node that TensorRT-RTX does not
+build in fp32.
+"""
+
+
 @dataclass(frozen=True)
 class LoadedBackbone:
     """A network as its source library makes it, in eval mode: the fp32 reference that parity is measured against.
 
-    ``module`` takes float NCHW and returns a tuple of tensors in the order of ``spec.outputs``. ``spec`` is what the
-    library claims of channels and strides; `prepare` measures them. ``height`` and ``width``: the size it is made for.
-    ``image_differs``: why ``image_config`` cannot prepare frames as the source does, empty where it can.
+    Args:
+        module: takes float32 NCHW, normalised, and returns a tuple of float32 tensors in the order of ``spec.outputs``.
+        source: where the network comes from, for the manifest.
+        image_config: how frames become its input.
+        channels_in: channels of its input.
+        height: the height that it is made for.
+        width: the width that it is made for.
+        spec: stages, channels and strides as the library claims them; `prepare` measures them.
+        image_differs: why ``image_config`` cannot prepare frames as the source does; empty where it can.
     """
 
     module: nn.Module
@@ -45,9 +61,10 @@ class LoadedBackbone:
 
 @dataclass(frozen=True)
 class PreparedBackbone:
-    """The network to be exported: batch norm folded, branches merged, kept stages only, in eval mode.
+    """The network that is exported: batch norm folded, branches merged, kept stages only, in eval mode.
 
-    ``module`` takes ``input`` (preprocessing included for ``image``) and returns a tuple in ``spec.outputs`` order.
+    ``module`` takes ``input`` (for ``image`` it preprocesses) and returns a tuple in the order of ``spec.outputs``.
+    ``folded_batch_norms`` and ``kept_batch_norms`` count the batch norms that were folded and that stay in the graph.
     """
 
     module: nn.Module
@@ -63,7 +80,7 @@ class PreparedBackbone:
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """The fp32 ONNX file; its outputs are named as ``spec.outputs``."""
+    """An fp32 ONNX file whose outputs are named as ``spec.outputs``. Raises ValueError where the file does not exist."""
 
     path: Path
     spec: BackboneSpec
@@ -76,7 +93,7 @@ class ExportedGraph:
 
 @dataclass(frozen=True)
 class TypedGraph:
-    """An ONNX file whose tensors carry the precision: what engines are compiled from."""
+    """An ONNX file whose tensors have the types of one precision; engines are compiled from it."""
 
     path: Path
     precision: Precision
@@ -86,3 +103,17 @@ class TypedGraph:
     def __post_init__(self) -> None:
         if not self.path.is_file():
             raise ValueError(f"{self.path} does not exist")
+
+    @property
+    def opset(self) -> int:
+        """The ONNX opset of the file."""
+        return max(OPSET, self.precision.info.min_opset)
+
+
+@dataclass(frozen=True)
+class MeasuredEngine:
+    """An engine that goes into the bundle, its parity, and its latency where several were timed."""
+
+    engine: CompiledEngine
+    parity: ParityReport
+    milliseconds: float | None = None

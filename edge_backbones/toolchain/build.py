@@ -1,36 +1,20 @@
-"""Where the steps meet: a bundle is built on a workstation. What is done with it on a device is in device.py.
+"""Build a bundle on a workstation: the steps of the toolchain meet here. What devices do with it is in ``deploy``.
 
 :func:`build_bundle` needs torch, and imports it when called.
 """
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import functools
-import importlib.metadata
-import platform
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
-import numpy as np
-
-import edge_backbones
 from edge_backbones.bundle.golden import GoldenSamples
-from edge_backbones.bundle.manifest import (
-    CalibrationFile,
-    CalibrationRecord,
-    EngineRecord,
-    GraphRecord,
-    Provenance,
-)
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.bundle.writer import BundleWriter, new_bundle, record_file
+from edge_backbones.bundle.writer import new_bundle
 from edge_backbones.deploy.parity import advice_on_building, measure_engine, require
 from edge_backbones.engines import promises, registry
 from edge_backbones.engines.base import CompiledEngine, LoadOptions
@@ -44,13 +28,13 @@ from edge_backbones.errors import (
     MissingDependencyError,
     SourceError,
 )
-from edge_backbones.images.fit import network_input
 from edge_backbones.machine import gpus, profiles
 from edge_backbones.machine.system import default_cache
 from edge_backbones.parity_report import Gate, ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
+from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, MeasuredEngine, PreparedBackbone
+from edge_backbones.toolchain.write_bundle import write_bundle
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,15 +44,13 @@ if TYPE_CHECKING:
     from edge_backbones.toolchain.calibration.calibrate import Method
     from edge_backbones.toolchain.calibration.images import ImageSource
     from edge_backbones.toolchain.sources.base import SourceOptions
-    from edge_backbones.toolchain.sources.load import ModuleSource
+    from edge_backbones.toolchain.sources.plain import ModuleSource
 
 METHODS = ("auto", "max", "percentile", "entropy", "mse")
 PROGRAMS = ("torchscript", "exported_program")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
 OF_CALIBRATED = ("method", "percentile", "calibration", "exclude")
 """Options that mean nothing to other precisions."""
-
-_PERCENTILE = 99.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +169,7 @@ class BuildOptions:
         return SourceOptions(
             **({} if profile is None else {"default_size": profile.defaults.size}),
             weights=self.weights,
+            from_model=self.from_model,
             num_channels=self.num_channels,
             img_size=_opt_size(self),
             output_stride=self.output_stride,
@@ -200,7 +183,14 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished bundle, the parity of each engine, why files were skipped, by name, and what else the user should know."""
+    """A finished bundle and what the user should know of it.
+
+    Args:
+        bundle: the bundle, opened.
+        reports: the parity of each engine.
+        reasons: why image files were skipped, by name.
+        notes: other remarks, a sentence each.
+    """
 
     bundle: Bundle
     reports: tuple[ParityReport, ...]
@@ -226,193 +216,73 @@ def build_bundle(
 
     ``source``: a timm name, a hub id, a ``save_pretrained`` folder, a configuration of transformers, a live backbone, or
     a plain module with a description: see :func:`edge_backbones.toolchain.sources.load.load_source`. It is not changed.
-    ``images``: photographs for calibration and parity (see
-    :data:`edge_backbones.toolchain.calibration.images.ImageSource`); int8
-    needs them, fp32 and fp16 fall back on synthetic images (noise with the spectrum of photographs). Random weights get
-    their batch-norm statistics from them.
+    ``images``: photographs for calibration and parity (see :data:`edge_backbones.toolchain.calibration.images.ImageSource`);
+    int8 needs them, fp32 and fp16 fall back on synthetic images (noise with the spectrum of photographs). Random weights
+    get their batch-norm statistics from them.
 
     Nothing appears at ``target`` unless every stage of every engine is inside its gate; with ``overwrite`` the old
     bundle stays until then. Raises SourceError, ExportError, CalibrationError, QuantizationError, CompileError,
     ParityError (with the report), BundleError, InputError, MissingDependencyError.
     """
     options = options or BuildOptions()
+    _check_before_loading(options, images)
+    progress("loading libraries", 0, None)
+    try:
+        from edge_backbones.toolchain import steps
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
+    profile = None if options.profile is None else profiles.load_profile(options.profile)
+    reused = None if options.calibration is None else steps.read_calibration(options.calibration)
+
+    with new_bundle(target, overwrite=overwrite) as folder, _work_folder(folder) as work_name:
+        work = Path(work_name)
+        loaded = steps.load_network(source, options, profile, progress)
+        input = _input_spec(options, loaded, profile)
+        _refuse_for(profile, options, input)
+        chosen = steps.choose_images(images, loaded, input, options, work, progress)
+        loaded, prepared = steps.prepare_network(loaded, input, chosen, progress)
+        graph, script = steps.export_network(prepared, options, work, progress)
+        golden = steps.record_golden(loaded, prepared, graph, script, chosen, progress)
+        calibrated = steps.calibrate_graph(graph, loaded.image_config, chosen, reused, options, work, progress)
+        verdict = steps.try_candidates(graph, calibrated, golden, options, work, progress)
+        torch_engines = _compile_torch_engines(prepared, graph, script, golden, options, progress)
+        manifest = write_bundle(
+            folder,
+            loaded=loaded,
+            prepared=prepared,
+            golden=golden,
+            golden_names=chosen.golden_names,
+            verdict=verdict,
+            script=script,
+            torch_engines=torch_engines,
+            calibration=calibrated.file,
+            reused=reused is not None,
+            gates=options.gates,
+            progress=progress,
+        )
+        notes = steps.collect_notes(loaded, golden, calibrated, verdict, manifest, chosen)
+        reasons = chosen.images.reasons
+        del chosen  # some file systems do not delete a file that is mapped
+    bundle = Bundle.open(target)
+    _remember_measured(bundle)
+    return BuildResult(bundle, tuple(record.parity for record in manifest.engines), reasons, notes)
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_before_loading(options: BuildOptions, images: ImageSource) -> None:
+    """Refuse a build that cannot succeed, before libraries take seconds to load."""
     if "torch_tensorrt" in options.flavours and not gpus.find_gpus():
         raise CompileError(f"torch_tensorrt compiles on the GPU that will run the engine: {gpus.no_gpu_reason()}")
     if images is None and options.needs_ranges and options.calibration is None:
         raise CalibrationError("int8 needs calibration images: pass a folder of photographs (--images FOLDER)")
-    progress("loading libraries", 0, None)
-    try:
-        from edge_backbones.toolchain import candidates as attempts
-        from edge_backbones.toolchain import export, prepare
-        from edge_backbones.toolchain.calibration import calibrate, ranges
-        from edge_backbones.toolchain.calibration import images as calibration
-        from edge_backbones.toolchain.quantize import qdq as quantize
-        from edge_backbones.toolchain.sources.load import load_source
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
-    profile = None if options.profile is None else profiles.load_profile(options.profile)
-    reused = None if options.calibration is None else calibrate.read_calibration(options.calibration)
-
-    with new_bundle(target, overwrite=overwrite) as folder, _work_folder(folder) as work_name:
-        work = Path(work_name)
-        progress("loading the network", 0, None)
-        loaded = load_source(
-            source,
-            options.source_options(profile),
-            from_model=options.from_model,
-        )
-        if options.input == "image" and loaded.image_differs:
-            raise SourceError(
-                f"{loaded.image_differs}: build it for pixel_values and prepare them with the processor, or say what is "
-                "done to frames with image=ImageConfig(...)"
-            )
-        input = _input_spec(options, loaded, profile)
-        if profile is not None:
-            _refuse_for(profile, options, input)
-        image_set = calibration.gather_images(
-            images, input=input, config=loaded.image_config, spool=work / "images", progress=progress
-        )
-        calibrating, golden_indices = calibration.split(len(image_set.names), options.golden)
-
-        if loaded.source.weights == "random":
-            progress("warming batch norm", 0, None)
-            alone = len(calibrating) % calibrate.BATCH == 1 and len(calibrating) > 1  # statistics of one image mislead
-            batches = image_set.batches(calibrate.BATCH, calibrating[:-1] if alone else calibrating)
-            loaded = prepare.warm_batch_norm(
-                loaded, (network_input(batch, loaded.image_config, input) for batch in batches)
-            )
-
-        progress("folding batch norm", 0, None)
-        prepared = prepare.prepare(loaded, input)
-
-        progress("exporting", 0, None)
-        graph = export.export_onnx(prepared, work / "fp32.onnx")
-        (folder / "graphs").mkdir()
-        if options.torchscript:
-            export.export_torchscript(prepared, folder / "graphs" / "fp32.ts")
-
-        progress("recording golden samples", 0, None)
-        golden = export.golden_samples(loaded, input, _golden_cases(image_set.take(golden_indices), input))
-        export.check_onnx(graph, golden)
-        if options.torchscript:
-            export.check_torchscript(folder / "graphs" / "fp32.ts", prepared, golden)
-        writer = BundleWriter(folder)
-        golden_record = writer.add_golden(golden, [image_set.names[i] for i in golden_indices])
-
-        batch = input.batch.max if input.batch.is_fixed else min(calibrate.BATCH, input.batch.max)
-        feed = calibrate.Feed(image_set, calibrating, batch, fill=input.batch.is_fixed)
-        found, deciding, excluded = None, feed.typical(), frozenset[str]()
-        large: tuple[str, ...] | None = None
-        if options.needs_ranges:
-            excluded = quantize.select_layers(quantize.quantized_layers(graph), options.exclude)
-            method, config = options.method, loaded.image_config
-            if reused is None:
-                found, deciding = calibrate.calibrate(
-                    graph,
-                    feed,
-                    method=method or "auto",
-                    percentile=_PERCENTILE if options.percentile is None else options.percentile,
-                    config=config,
-                    work=work,
-                    progress=progress,
-                )
-            else:
-                given = None if images is None else image_set
-                calibrate.check_fits(
-                    reused, graph=graph, config=config, images=given, method=method, percentile=options.percentile
-                )
-                found = reused
-            (folder / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-            large = found.large
-        if large is None and set(options.wanted) - {Precision.FP32, Precision.BF16}:
-            large = ranges.tensors_beyond_half(graph.path, feed.batches(calibrating), progress=progress)
-        large = large or ()
-        equalised = graph if found is None else calibrate.equalised_graph(graph, found.factors, work)
-        shop = attempts.Workshop(
-            graph, equalised, found, deciding, excluded, golden, large, work, options.cache, progress
-        )
-
-        verdict = attempts.decide(
-            shop, options.wanted, options.gates, auto=options.precisions == "auto", fallback=options.fallback
-        )
-
-        graphs, engines = [], []
-        (folder / "engines").mkdir()
-        for attempt in (*verdict.chosen, *verdict.spare):
-            path = f"graphs/{attempt.precision}.onnx"
-            shutil.move(attempt.typed.path, folder / path)
-            graphs.append(
-                GraphRecord(
-                    format="onnx",
-                    precision=attempt.precision,
-                    file=record_file(folder, path),
-                    opset=quantize.BF16_OPSET if attempt.precision is Precision.BF16 else export.OPSET,
-                    excluded=attempt.excluded,
-                    gate=options.gates.get(attempt.precision),
-                )
-            )
-        for attempt in verdict.chosen:
-            path = attempt.engine.key.path(attempt.engine.data, attempt.engine.suffix)
-            (folder / path).write_bytes(attempt.engine.data)
-            engines.append(
-                EngineRecord(
-                    key=attempt.engine.key,
-                    file=record_file(folder, path),
-                    parity=attempt.shipped,
-                    milliseconds=attempt.milliseconds if len(verdict.chosen) > 1 else None,
-                )
-            )
-        if options.torchscript:
-            file = record_file(folder, "graphs/fp32.ts")
-            gate = options.gates.get(Precision.FP32)
-            graphs.append(GraphRecord(format="torchscript", precision=Precision.FP32, file=file, gate=gate))
-            if "torchscript" in options.flavours:
-                module = engine_of_torchscript((folder / file.path).read_bytes())
-                parity = _measured(module, graph, golden, options)
-                engines.append(EngineRecord(key=module.key, file=file, parity=parity))
-
-        if "torch_tensorrt" in options.flavours:
-            for engine in _torch_tensorrt_engines(prepared, options, progress):
-                report = _measured(engine, graph, golden, options)
-                path = engine.key.path(engine.data, engine.suffix)
-                (folder / path).write_bytes(engine.data)
-                engines.append(EngineRecord(key=engine.key, file=record_file(folder, path), parity=report))
-
-        manifest = writer.finish(
-            backbone=prepared.spec,
-            input=input,
-            image=loaded.image_config,
-            source=loaded.source,
-            graphs=tuple(graphs),
-            engines=tuple(engines),
-            golden=golden_record,
-            calibration=None if found is None else _calibration_record(folder, found, reused=found is reused),
-            decision=verdict.decision,
-            provenance=_provenance(),
-        )
-        progress("writing the bundle", 0, None)
-        reasons = image_set.reasons
-        notes = list(loaded.source.preprocessing_notes)
-        notes += [] if verdict.decision is None else [verdict.decision.sentence]
-        for stage in export.zero_stages(golden, prepared.spec.outputs):
-            notes.append(
-                f"{stage} is zero everywhere in the reference, on every golden image (a branch that is dead or not yet "
-                "trained): parity only shows that the engine gives zeros too"
-            )
-        if found is not None:
-            notes += calibrate.notes(image_set, found, golden=manifest.golden.images, synthetic=images is None)
-        if large:
-            notes.append(f"{len(large)} tensors come near what fp16 can hold ({large[0]} first): they stay in fp32")
-        del image_set, feed
-    bundle = Bundle.open(target)
-    for record in bundle.manifest.engines:
-        host = registry.this_machine(None if record.key.gpu is None else 0)
-        promises.remember(bundle.manifest, record, host)
-    return BuildResult(bundle, tuple(e.parity for e in engines), reasons, tuple(notes))
 
 
-def _refuse_for(profile: DeviceProfile, options: BuildOptions, input: InputSpec) -> None:
-    """Raise CompileError for what the device cannot run, before images are read, and anything is calibrated or compiled."""
+def _refuse_for(profile: DeviceProfile | None, options: BuildOptions, input: InputSpec) -> None:
+    """Raise CompileError for what the device cannot run, before images are read and anything is calibrated or compiled."""
+    if profile is None:
+        return
     reasons = [
         reason
         for precision in options.wanted
@@ -424,14 +294,35 @@ def _refuse_for(profile: DeviceProfile, options: BuildOptions, input: InputSpec)
         raise CompileError("; ".join(dict.fromkeys(reasons)))
 
 
+# ---- engines for libtorch -------------------------------------------------------------------------------------------
+
+
+def _compile_torch_engines(
+    prepared: PreparedBackbone,
+    graph: ExportedGraph,
+    script: Path | None,
+    golden: GoldenSamples,
+    options: BuildOptions,
+    progress: Progress,
+) -> list[MeasuredEngine]:
+    """Make and measure the engines for libtorch that ``options.flavours`` asks for."""
+    engines: list[CompiledEngine] = []
+    if "torchscript" in options.flavours and script is not None:
+        engines.append(engine_of_torchscript(script.read_bytes()))
+    if "torch_tensorrt" in options.flavours:
+        engines += _torch_tensorrt_engines(prepared, options, progress)
+    return [MeasuredEngine(engine, _measure(engine, graph, golden, options)) for engine in engines]
+
+
 def _torch_tensorrt_engines(
     prepared: PreparedBackbone, options: BuildOptions, progress: Progress
 ) -> Iterator[CompiledEngine]:
+    """Compile the network for this machine's first GPU in each wanted precision that torch has, in fp16 if none is wanted."""
     from edge_backbones.toolchain import torch_tensorrt
 
     found = gpus.find_gpus()
-    half = [p for p in options.wanted if p in (Precision.FP32, Precision.FP16, Precision.BF16)]
-    for precision in half or [Precision.FP16]:
+    wanted = [precision for precision in options.wanted if precision.info.torch_type is not None]
+    for precision in wanted or [Precision.FP16]:
         progress(f"compiling {precision} with torch_tensorrt", 0, None)
         program = torch_tensorrt.compile_torch_tensorrt(
             prepared.module,
@@ -443,17 +334,24 @@ def _torch_tensorrt_engines(
         yield engine_of_torch_tensorrt(program, torch_tensorrt.SUFFIXES[options.program], precision, found[0])
 
 
-def _measured(
+def _measure(
     engine: CompiledEngine, graph: ExportedGraph, golden: GoldenSamples, options: BuildOptions
 ) -> ParityReport:
-    """The parity of an engine that no graph of another precision was tried for; raises ParityError outside its gate."""
+    """Measure the parity of an engine that is no candidate; raises ParityError outside its gate."""
     precision = engine.key.precision
     gate = options.gates.get(precision, DEFAULT_GATES[precision])
-    # The program was made here, of the network that the user gave.
+    # Host code is allowed: the program was made here, of the network that the user gave.
     load = LoadOptions(gpu=None if engine.key.gpu is None else 0, allow_host_code=True)
     report = measure_engine(engine.key, engine.data, graph.spec, graph.input, golden, gate, options=load)
     library = {"torchscript": "torch", "torch_tensorrt": "torch-tensorrt"}.get(engine.key.flavour, engine.key.flavour)
     return require(report, advice=functools.partial(advice_on_building, library=library))
+
+
+def _remember_measured(bundle: Bundle) -> None:
+    """Note on this machine that each engine was measured here and held its gate."""
+    for record in bundle.manifest.engines:
+        host = registry.this_machine(None if record.key.gpu is None else 0)
+        promises.remember(bundle.manifest, record, host)
 
 
 def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:
@@ -461,7 +359,11 @@ def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
 
 
+# ---- the input ------------------------------------------------------------------------------------------------------
+
+
 def _opt_size(options: BuildOptions) -> tuple[int, int] | None:
+    """Return the (height, width) that the user asks for, None where the user leaves it open."""
     if options.height is None or options.width is None:
         return None
     return _as_range(options.height).opt, _as_range(options.width).opt
@@ -472,7 +374,10 @@ def _as_range(size: int | ShapeRange) -> ShapeRange:
 
 
 def _input_spec(options: BuildOptions, loaded: LoadedBackbone, profile: DeviceProfile | None) -> InputSpec:
-    """The graph's input; axes of variable size go in steps of the deepest kept stride."""
+    """Settle the graph's input. Axes of variable size go in steps of the deepest kept stride.
+
+    Raises SourceError for a range that is not in multiples of it.
+    """
     batch = options.batch or (1 if profile is None else profile.defaults.batch)
     heights, widths = _as_range(options.height or loaded.height), _as_range(options.width or loaded.width)
     step = 1 if heights.is_fixed and widths.is_fixed else max(n for stride in loaded.spec.strides for n in stride)
@@ -489,42 +394,3 @@ def _input_spec(options: BuildOptions, loaded: LoadedBackbone, profile: DevicePr
         width=widths,
         size_multiple=step,
     )
-
-
-def _golden_cases(images: np.ndarray, input: InputSpec) -> dict[str, np.ndarray]:
-    """The images at opt size, and for an input of variable size cropped or mirrored to the smallest and the largest."""
-    cases = {"opt": images}
-    if not (input.height.is_fixed and input.width.is_fixed):
-        cases["min"] = _resized(images, input, input.height.min, input.width.min)
-        cases["max"] = _resized(images, input, input.height.max, input.width.max)
-    return cases
-
-
-def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> np.ndarray:
-    padding = [(0, 0)] * 4
-    for axis, size in zip(input.size_axes, (height, width), strict=True):
-        images = images.take(range(min(size, images.shape[axis])), axis=axis)
-        padding[axis] = (0, size - images.shape[axis])
-    return np.ascontiguousarray(np.pad(images, padding, mode="symmetric"))
-
-
-def _calibration_record(folder: Path, found: CalibrationFile, *, reused: bool) -> CalibrationRecord:
-    return CalibrationRecord(
-        file=record_file(folder, "calibration.json"),
-        method=found.method,
-        percentile=found.percentile,
-        chosen=found.chosen,
-        images=len(found.images),
-        held_out=found.held_out,
-        skipped=found.skipped,
-        reused=reused,
-    )
-
-
-def _provenance() -> Provenance:
-    versions = {"python": platform.python_version(), "edge_backbones": edge_backbones.__version__}
-    for library in ("numpy", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return Provenance(created=created, versions=versions)

@@ -1,12 +1,12 @@
-"""Where an error is born: an engine that left its gate, its typed graph, and the layer with which it begins.
+"""Find where an error begins: given an engine outside its gate and its typed graph, name the layer, block or format.
 
 Two causes are told apart by running the typed graph in ONNX Runtime on every golden image. If the graph holds the gate, the
-engine computes something else than it says: the first layer with which it differs is found by bisection. If the graph is
-outside too, the number format is to blame: every block is quantised alone, and the loudest is named. There the typed graph
-without the rounding of activations takes the place of the fp32 graph, which a bundle need not have; what rounding the weights
-costs is told as a whole. A graph without rounding points (fp16, bf16) is searched for values that its format cannot hold, and
-compared with the fp32 graph where the bundle has it. ONNX Runtime has no kernels for bf16: there every value is computed in
-float32 and rounded where the graph has it so.
+engine computes something else than its graph says: bisection finds the first layer that differs. If the graph is outside
+too, the number format is the cause: every block is quantised alone, and the noisiest is named. The reference is then the
+typed graph without the rounding of activations, because a bundle need not have the fp32 graph; the rounding of weights is
+measured as a whole. A graph without rounding points (fp16, bf16) is searched for values that its format cannot hold, and
+compared with the fp32 graph where the bundle has it. ONNX Runtime has no kernels for bf16: every value is computed in
+float32 and rounded wherever the graph has bf16.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ from edge_backbones.errors import IntegrityError
 from edge_backbones.parity_report import ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import Precision
-from edge_backbones.toolchain.calibration.noise import reference_options
-from edge_backbones.toolchain.quantize.qdq import block_of
+from edge_backbones.toolchain.layer_names import block_of
+from edge_backbones.toolchain.onnx_runtime import reference_options
 
 _LAYERS = frozenset({"Add", "Conv", "Gemm", "LayerNormalization", "MatMul", "Mul", "Relu", "Softmax"})
 _LOUDEST_SHOWN = 8
-_LARGEST = {Precision.FP16: float(np.finfo(np.float16).max)}
 
 
 class LayerNoise(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer (or block) and the noise that was measured for it, as SQNR in dB."""
+    """A layer or block, and the noise that was measured for it as SQNR in dB."""
 
     name: str
     sqnr_db: float
@@ -49,10 +48,16 @@ class LayerNoise(msgspec.Struct, frozen=True, kw_only=True):
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """Why an engine is outside its gate.
 
-    ``cause``: ``engine`` (it differs from its graph; ``layers`` are those that were compared, in graph order),
-    ``activations`` or ``weights`` (rounding; ``layers`` are blocks, each quantised alone, the loudest first), or
-    ``format`` (a graph without Q/DQ pairs is outside by itself; ``layers`` were compared with the fp32 graph, if there is
-    one). ``born``: the first wrong layer, or the loudest block; the stage, where neither can be told.
+    Args:
+        precision: the precision of the engine.
+        stage: the stage that is outside.
+        cause: ``engine`` (it differs from its graph), ``activations`` or ``weights`` (rounding), or ``format`` (a graph
+            without Q/DQ pairs is outside by itself).
+        born: the first wrong layer, or the noisiest block; the stage, where neither can be named.
+        sentence: the explanation, for people.
+        layers: for ``engine`` the layers that were compared, in graph order; for rounding the blocks, each quantised
+            alone, the noisiest first; for ``format`` the layers that were compared with the fp32 graph, if there is one.
+        limit_db: the SQNR that the layers or the stage have to reach.
     """
 
     precision: Precision
@@ -72,7 +77,10 @@ def explain(
     plain: Path | None = None,
     progress: Progress = no_progress,
 ) -> Explanation:
-    """Explain a report that did not pass. ``graph``: the typed graph of the engine; ``plain``: the fp32 graph, if any."""
+    """Explain a report that did not pass. ``graph``: the engine's typed graph; ``plain``: the fp32 graph, if there is one.
+
+    ``golden`` holds inputs and feature maps by ``<case>/<name>``. Raises IntegrityError for a graph that no library may have.
+    """
     failing = next(stage.stage for stage in report.stages if not stage.passed)
     allowed = allowed_noise(report.gate)
     model = _loaded(graph)
@@ -94,7 +102,7 @@ def explain(
 
 
 def _loaded(path: Path) -> ir.Model:
-    """A graph of a bundle; raises IntegrityError for one that no library may have."""
+    """Load a graph of a bundle. Raises IntegrityError for one that no library may have."""
     data = path.read_bytes()
     fault = graph_fault(data)
     if fault is not None:
@@ -113,10 +121,10 @@ def _first_wrong_layer(
     allowed: float,
     progress: Progress,
 ) -> Explanation:
-    """Bisection: what lies behind the first wrong layer is wrong too."""
+    """Find the first layer that the engine library computes otherwise, by bisection: what lies behind it is wrong too."""
     layers = _layers(model.graph, failing)
-    limit = min(allowed, 0.01)  # rounding that falls to the other side is no difference
-    free = _with_rounding(model, None) if report.precision is Precision.INT8 else None
+    limit = min(allowed, 0.01)  # values that round to the other side are no difference
+    free = _with_rounding(model, None) if report.precision.info.is_integer else None
     high, noise = _bisect(layers, lambda node: _difference_of_engine(model, free, node, inputs), limit, progress)
     if high < len(layers):
         born = str(layers[high].name)
@@ -138,7 +146,10 @@ def _first_wrong_layer(
 def _bisect(
     layers: Sequence[ir.Node], difference: Callable[[ir.Node], float], limit: float, progress: Progress
 ) -> tuple[int, tuple[LayerNoise, ...]]:
-    """The first layer that differs by more than ``limit`` (their number, if none does), and those that were compared."""
+    """Find the first layer that differs by more than ``limit``.
+
+    Returns its index (the number of layers if none does), and the layers that were compared.
+    """
     seen: dict[int, float] = {}
     low, high = -1, len(layers)  # right up to low, wrong from high on (the output itself)
     while high - low > 1:
@@ -152,10 +163,10 @@ def _bisect(
 def _difference_of_engine(
     model: ir.Model, free: ir.Model | None, layer: ir.Node, inputs: Sequence[np.ndarray]
 ) -> float:
-    """Noise of a layer as the engine library computes it, against the graph's own value; of the worst batch.
+    """Return the noise of a layer as the engine library computes it, against the graph's own value, for the worst batch.
 
-    int8 engines are made of an adapted graph, which rounds more finely. So it is how much further they are than the graph
-    from ``free``, where activations are not rounded; twice as far is still no difference.
+    int8 engines are made of an adapted graph, which rounds more finely. So their noise is how much further they are than the
+    graph from ``free``, where activations are not rounded; twice as far still counts as no difference.
     """
     name = str(layer.outputs[0].name)
     cut = _cut_behind(model, name)
@@ -183,7 +194,7 @@ def _difference_of_engine(
 
 
 def _cut_behind(model: ir.Model, name: str) -> ir.Model:
-    """A copy whose only output is that tensor, in float32 and under the name ``explained``."""
+    """Return a copy whose only output is that tensor, in float32 and under the name ``explained``."""
     cut = ir.from_proto(ir.to_proto(model))
     [value] = [output for node in cut.graph for output in node.outputs if output.name == name]
     value = _as_float(cut.graph, value, "explained")
@@ -207,11 +218,11 @@ def _outside_by_itself(
     allowed: float,
     progress: Progress,
 ) -> Explanation:
-    """Without rounding points: the first layer with values that are not finite, or that is too far from the fp32 graph's."""
+    """Explain a graph without rounding points: find the first layer that overflows, or that is too far from fp32."""
     layers = _layers(model.graph, failing)
     noise: tuple[LayerNoise, ...] = ()
     needs = f"{failing} is left {_db(of_graph):.1f} dB of the {_db(allowed):.1f} dB that it needs"
-    beyond = _first_beyond(model, layers, _LARGEST.get(report.precision, math.inf), image, batch)
+    beyond = _first_beyond(model, layers, report.precision.info.rest.info.largest, image, batch)
     if beyond is not None:
         born = str(beyond.name)
         sentence = (
@@ -250,7 +261,10 @@ def _outside_by_itself(
 def _first_beyond(
     model: ir.Model, layers: Sequence[ir.Node], largest: float, image: np.ndarray, batch: int
 ) -> ir.Node | None:
-    """The first layer with values that are larger, or not finite. ONNX Runtime computes half in float, and shows them."""
+    """Return the first layer with values that are larger than ``largest`` or not finite.
+
+    ONNX Runtime computes half in float32 and so shows such values.
+    """
     copy = ir.from_proto(ir.to_proto(model))
     names = [str(layer.outputs[0].name) for layer in layers]
     values = {output.name: output for node in copy.graph for output in node.outputs}
@@ -275,7 +289,7 @@ def _loudest_block(
     allowed: float,
     progress: Progress,
 ) -> Explanation:
-    """Which block's activations, rounded alone, change the failing output most; or the weights, all together."""
+    """Find the block whose activations, rounded alone, change the failing output most; or blame the weights, all together."""
     blocks = list(dict.fromkeys(block_of(str(node.name)) for node, _, _ in _rounded(model.graph)))
     smooth = _run(_session(_with_rounding(model, None)), [failing], images, batch)[0]
     of_weights = _noise(smooth, expected)
@@ -309,7 +323,7 @@ def _loudest_block(
 
 
 def _rounded(graph: ir.Graph) -> list[tuple[ir.Node, int, ir.Value]]:
-    """Inputs that are read through Q/DQ of an activation: the node, the input's index, and the value before the Q."""
+    """Return the inputs that are read through Q/DQ of an activation: node, index of the input, and the value before the Q."""
     found = []
     for node in graph:
         for index, value in enumerate(node.inputs):
@@ -324,7 +338,7 @@ def _rounded(graph: ir.Graph) -> list[tuple[ir.Node, int, ir.Value]]:
 
 
 def _with_rounding(model: ir.Model, block: str | None) -> ir.Model:
-    """A copy whose activations are rounded in one block, or nowhere."""
+    """Return a copy whose activations are rounded in one block only, or nowhere for None."""
     copy = ir.from_proto(ir.to_proto(model))
     for node, index, before in _rounded(copy.graph):
         if block is None or block_of(str(node.name)) != block:
@@ -342,7 +356,7 @@ def _session(model: ir.Model) -> onnxruntime.InferenceSession:
 
 
 def _without_bf16(model: ir.Model) -> ir.Model:
-    """A copy that computes in float32 what the graph has in bf16, and rounds every such value to it; as accelerators do."""
+    """Return a copy that computes bf16 tensors in float32 and rounds each of them to bf16, as accelerators do."""
     if not any(output.dtype is ir.DataType.BFLOAT16 for node in model.graph for output in node.outputs):
         return model
     copy = ir.from_proto(ir.to_proto(model))
@@ -375,7 +389,7 @@ def _batch(session: onnxruntime.InferenceSession, images: np.ndarray) -> int:
 def _run(
     session: onnxruntime.InferenceSession, outputs: Sequence[str], images: np.ndarray, batch: int
 ) -> list[np.ndarray]:
-    """The images in batches of the graph's size; the last one is filled from the beginning."""
+    """Run the images in batches of the graph's size. The last batch is filled from the beginning."""
     name, found = session.get_inputs()[0].name, []
     for chosen in full_batches(len(images), batch):
         found.append(session.run(list(outputs), {name: images[chosen]}))
@@ -383,7 +397,7 @@ def _run(
 
 
 def _behind(graph: ir.Graph, output: str) -> list[ir.Node]:
-    """The nodes that an output depends on, in graph order."""
+    """Return the nodes that an output depends on, in graph order."""
     wanted = {value for value in graph.outputs if value.name == output}
     found = []
     for node in reversed(graph):
@@ -394,7 +408,7 @@ def _behind(graph: ir.Graph, output: str) -> list[ir.Node]:
 
 
 def _layers(graph: ir.Graph, output: str) -> list[ir.Node]:
-    """Those that an output depends on and that compute floats, in graph order."""
+    """Return the layers that an output depends on and that compute floats, in graph order."""
     return [node for node in _behind(graph, output) if node.op_type in _LAYERS and _is_float(node.outputs[0])]
 
 
@@ -417,5 +431,5 @@ def _noise(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _db(noise: float) -> float:
-    """SQNR; kept within what JSON can hold."""
+    """Return noise as SQNR in dB, within what JSON can hold."""
     return 300.0 if noise <= 0 else max(-300.0, -10 * math.log10(noise)) if math.isfinite(noise) else -300.0

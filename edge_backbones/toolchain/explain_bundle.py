@@ -1,4 +1,4 @@
-"""Where the error of a bundle's engines is born. Imports the libraries of the workstation when it is called."""
+"""Explain the engines of a bundle that are outside their gates. Imports the libraries of the workstation when called."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def explain_bundle(
     in_process: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[Explanation, ...]:
-    """For every engine that can run here (or just ``engine``) and is outside its gate: where its error is born.
+    """Explain every engine that can run here (or only ``engine``) and is outside its gate: say where its error begins.
 
     Needs the libraries of the workstation. Runs in a process of its own, as `verify_bundle` does. Raises BundleError for a
     damaged file or a graph that the bundle lacks, EngineMismatchError when no engine can run here, MissingDependencyError.

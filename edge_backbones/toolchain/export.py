@@ -1,14 +1,10 @@
-"""A prepared backbone as files: one fp32 ONNX graph, frozen TorchScript, and the golden samples to compare with."""
+"""Export a prepared backbone: write the fp32 ONNX graph and frozen TorchScript, record golden samples, check against them."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import logging
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +18,19 @@ from edge_backbones.difference import relative_error, usual_norm
 from edge_backbones.errors import ExportError, SourceError, first_line, root_cause
 from edge_backbones.images.fit import network_input
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
-from edge_backbones.toolchain.trace import example_of, trace_torchscript
-
-OPSET = 20
-"""Gelu is one node from 20 on and fp16 Q/DQ scales are allowed from 19; 23 adds an Attention node that TensorRT-RTX
-does not build in fp32."""
+from edge_backbones.toolchain.artifacts import OPSET, ExportedGraph, LoadedBackbone, PreparedBackbone
+from edge_backbones.toolchain.layer_names import name_nodes
+from edge_backbones.toolchain.trace import example_of, quiet, trace_torchscript
 
 _MAX_RELATIVE_ERROR = 1e-3
-_WRAPPERS = ("net", "model")  # modules that this package and timm put around a network
 _ANY_SIZE = 2**31  # bytes; a graph is limited to that
 
 
 def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
-    """Write the fp32 graph: input named as ``prepared.input``, outputs as the kept stages, no machine paths inside.
+    """Write the fp32 graph: its input is named as ``prepared.input``, its outputs as the kept stages.
 
-    Raises ExportError with the exporter's first words; a network whose code fixes the size says so there.
+    No paths of this machine are inside. Raises ExportError with the exporter's first words, and with the advice to build for
+    a fixed size where the network's code fixes it.
     """
     input, spec = prepared.input, prepared.spec
     axes = _dynamic_axes(input)
@@ -63,7 +56,7 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
         # Whatever depends on no image is computed here, at any size: standardised weights (int8 quantises constants
         # only), tables of relative positions. The exporter itself leaves tensors above 8192 numbers to the engine.
         optimize(program.model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
-        _name_nodes(program.model.graph)
+        name_nodes(program.model.graph)
         model = program.model_proto
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
         advice = _fixed(input) or "this architecture has no ONNX form here"
@@ -85,8 +78,10 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
 
 
 def _cause(error: Exception) -> str:
-    """Why torch refused, in its own words: the first exception of the chain has them, and its first line, but for a heading
-    above the constraints that are violated."""
+    """Return why torch refused, in its own words: the first line of the first exception in the chain.
+
+    Where that is a heading above violated constraints, it is the first constraint.
+    """
     first = root_cause(error)
     violated = re.search(r"^Constraints violated .*\n\s*- (.*?)(?:\. |\n|$)", str(first))
     said = violated.group(1) if violated else first_line(first)
@@ -94,15 +89,37 @@ def _cause(error: Exception) -> str:
 
 
 def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
-    """Write the traced and frozen module; it returns a tuple in stage order."""
+    """Write the module traced and frozen. It returns a tuple in stage order."""
     path.write_bytes(trace_torchscript(prepared.module, prepared.input, Precision.FP32))
 
 
-def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> GoldenSamples:
-    """Run the network as it was loaded (fp32, batch norm not folded, not exported) on the images of every case.
+def golden_cases(images: np.ndarray, input: InputSpec) -> dict[str, np.ndarray]:
+    """Return the images by case: ``opt``, and for an input of variable size ``min`` and ``max``.
 
-    ``cases`` are inputs in the engine's own form (normalised NCHW, or uint8 NHWC which is normalised here in numpy). Raises
-    SourceError when the network does not take one of these sizes, or when a map of it is not finite.
+    For the smallest size they are cropped, for the largest they are continued as in a mirror.
+    """
+    cases = {"opt": images}
+    if not (input.height.is_fixed and input.width.is_fixed):
+        cases["min"] = _resized(images, input, input.height.min, input.width.min)
+        cases["max"] = _resized(images, input, input.height.max, input.width.max)
+    return cases
+
+
+def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> np.ndarray:
+    """Crop or mirror images to this size."""
+    padding = [(0, 0)] * 4
+    for axis, size in zip(input.size_axes, (height, width), strict=True):
+        images = images.take(range(min(size, images.shape[axis])), axis=axis)
+        padding[axis] = (0, size - images.shape[axis])
+    return np.ascontiguousarray(np.pad(images, padding, mode="symmetric"))
+
+
+def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> GoldenSamples:
+    """Run the network as it was loaded, unfolded and unexported, and return the golden samples.
+
+    ``cases`` are inputs in the engine's own form: normalised float32 NCHW, or uint8 NHWC, which is normalised here in
+    numpy. Raises SourceError when
+    the network does not take one of these sizes, or when one of its maps is not finite.
     """
     outputs: dict[str, dict[str, np.ndarray]] = {}
     for case, array in cases.items():
@@ -216,7 +233,7 @@ def _check_maps(
 
 
 def _fixed(input: InputSpec) -> str:
-    """The advice for what runs at one size or batch only: "" when both are fixed already."""
+    """Return the advice for what runs at one size or batch only; "" when both are fixed already."""
     batch, height, width = input.batch.opt, input.height.opt, input.width.opt
     fixed = []
     if not input.batch.is_fixed:
@@ -233,7 +250,7 @@ def _fold(
     patches: Any, output_size: Sequence[int], kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
     stride: Sequence[int],
 ) -> Any:  # fmt: skip
-    """torch's fold as a ConvTranspose that only adds up: TensorRT has no Col2Im."""
+    """Translate ``torch.nn.functional.fold`` to a ConvTranspose that only adds up: TensorRT has no Col2Im."""
     from onnxscript import opset20 as op
 
     pixels = int(np.prod(kernel))
@@ -257,7 +274,7 @@ def _fold(
 
 
 def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
-    """torch.export dimensions of the axes that are not fixed; sizes go in steps of ``size_multiple``."""
+    """Return torch.export's dimensions of the axes that are not fixed, by axis. Sizes go in steps of ``size_multiple``."""
 
     def dimension(name: str, sizes: ShapeRange, step: int) -> Any:
         if step == 1:
@@ -271,24 +288,8 @@ def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
     return {axis: dimension(name, sizes, step) for axis, (name, sizes, step) in axes.items() if not sizes.is_fixed}
 
 
-def _name_nodes(graph: Any) -> None:
-    """``layer1.0.conv1/Conv``: the module that a node comes from, and its type; numbered from the second on.
-
-    Layers are called so wherever they are shown or chosen. The name is unique, and the same in every precision.
-    """
-    count: Counter[str] = Counter()
-    for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        parts = scopes[-2].split(".") if len(scopes) > 1 and "_empty" not in scopes[-2] else []
-        while parts and parts[0] in _WRAPPERS:
-            parts.pop(0)
-        name = f"{'.'.join(parts)}/{node.op_type}".removeprefix("/")
-        count[name] += 1
-        node.name = name if count[name] == 1 else f"{name}#{count[name]}"
-
-
 def _strip_debug_information(model: onnx.ModelProto) -> None:
-    """Source lines and paths of the build machine: no engine reads them, and they would differ between machines."""
+    """Remove source lines and paths of this machine: no engine reads them, and they would differ between machines."""
     del model.metadata_props[:]
     model.doc_string = ""
     graph = model.graph
@@ -296,16 +297,3 @@ def _strip_debug_information(model: onnx.ModelProto) -> None:
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         item.doc_string = ""
         del item.metadata_props[:]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """For libraries that warn and log about their own internals; errors are raised all the same."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -1,9 +1,9 @@
-"""The network as it will be deployed: frozen and folded batch norm, merged branches, preprocessing baked in.
+"""Prepare the network for deployment: freeze and fold batch norm, merge branches, bake preprocessing in.
 
 Freezing means what ``freeze_batch_norm_2d`` of transformers' TimmBackboneConfig means: running statistics and affine
-parameters are constants. A FrozenBatchNorm2d left in the graph costs a Mul and an Add per layer in every engine, so the
-constants are multiplied into the convolution in front (Jacob et al. 2018, section 3.2) wherever a convolution feeds a
-batch norm and nothing else. Batch norms in front of a convolution (pre-activation nets) stay, with constant statistics.
+parameters are constants. A FrozenBatchNorm2d that stays in the graph adds a Mul and an Add per layer to every engine. So
+the constants are multiplied into the convolution in front (Jacob et al. 2018, section 3.2) wherever a convolution feeds a
+batch norm and nothing else. Batch norms in front of a convolution (pre-activation networks) stay, with constant statistics.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from edge_backbones.toolchain.artifacts import LoadedBackbone, PreparedBackbone
 # Folding and merging only reorder arithmetic. In float64 a right fold changes a map by 1e-13, and by 1e-9 where the
 # network amplifies rounding ten thousand times; a wrong eps or a weight that is off by a thousandth changes it by far more.
 _MAX_CHANGE_IN_DOUBLE = 1e-8
-_MAX_CHANGE_IN_SINGLE = 1e-3  # of a network that only runs in float32
+_MAX_CHANGE_IN_SINGLE = 1e-3  # for a network that only runs in float32
 _FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
 # Norms of other classes may do more than normalise, which folding would lose.
 _KNOWN_FORWARDS = {kind.forward for kind in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)}
@@ -120,7 +120,7 @@ def cause_of_nan(net: nn.Module) -> str:
     """Say which weight makes maps that are not finite, or that none does."""
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         values = tensor.detach()
-        is_mask = not isinstance(tensor, nn.Parameter) and not values.isnan().any()  # of -inf, as attention has
+        is_mask = not isinstance(tensor, nn.Parameter) and not values.isnan().any()  # a mask of -inf, as attention has
         if values.is_floating_point() and not values.isfinite().all() and not is_mask:
             count = int((~values.isfinite()).sum())
             return f"{name} holds {count} of {values.numel()} values that are NaN or infinite; load sound weights"
@@ -128,7 +128,7 @@ def cause_of_nan(net: nn.Module) -> str:
 
 
 def _folded(net: nn.Module, sample: torch.Tensor) -> tuple[nn.Module, int, int]:
-    """Everything that changes the form of a network and not what it computes, in place; also counts batch norms."""
+    """Change the form of a network in place and not what it computes; also count batch norms that were folded and kept."""
     net = reparameterize_model(net, inplace=True).eval()
     thaw_batch_norm(net)
     write_out_attention(net)
@@ -139,8 +139,8 @@ def _folded(net: nn.Module, sample: torch.Tensor) -> tuple[nn.Module, int, int]:
 def _folded_in_double(module: nn.Module, net: nn.Module, sample: torch.Tensor) -> list[float] | None:
     """Fold a float64 copy of ``module``, give its weights to ``net``, and return how much each map changed.
 
-    ``net`` is the same fold in float32. None, and ``net`` stays as it is, when the network does not run in float64. One
-    copy lives at a time: memory peaks at two float32 copies above the two that stay.
+    ``net`` is the same fold in float32. Returns None and leaves ``net`` as it is when the network does not run in float64.
+    One copy lives at a time: memory peaks at two float32 copies above the two that stay.
     """
     try:
         twin = copy.deepcopy(module).double()
@@ -218,9 +218,9 @@ def write_out_attention(net: nn.Module) -> None:
 
 
 def join_channel_norms(net: nn.Module) -> None:
-    """Make one LayerNorm node of norms over channels that transformers computes by hand (vitdet, convnext in 4.44).
+    """Replace norms over channels that transformers computes by hand (vitdet, convnext in 4.44) by one LayerNorm, in place.
 
-    Means, powers and roots as nodes of their own are fused by no engine. What looks like one and is not is found by
+    No engine fuses means, powers and roots that are nodes of their own. What looks like such a norm and is none is found by
     `prepare`, which compares the outputs.
     """
     for path, norm in list(net.named_modules()):
@@ -231,6 +231,8 @@ def join_channel_norms(net: nn.Module) -> None:
 
 
 class _ChannelsFirstLayerNorm(nn.Module):
+    """A LayerNorm over the channels of NCHW, with the parameters of a norm that computes it by hand."""
+
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, float(norm.eps)
@@ -243,7 +245,7 @@ class _ChannelsFirstLayerNorm(nn.Module):
 
 
 def fold_batch_norm(net: nn.Module, sample: torch.Tensor) -> tuple[int, int]:
-    """Multiply batch norms into the convolutions that feed them, in place; returns (folded, left in the graph).
+    """Multiply batch norms into the convolutions that feed them, in place; return how many were folded and how many stay.
 
     Pairs are found by watching one forward: names and positions in the module tree say nothing of the data flow.
     """
@@ -284,7 +286,7 @@ def _only_normalises(norm: nn.Module) -> bool:
 
 
 class _DataFlow(TorchFunctionMode):
-    """Which tensor feeds which, seen from the calls of one forward. Tensors are kept alive so that ids stay unique."""
+    """Record which tensor feeds which in one forward. Tensors are kept alive, so that their ids stay unique."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,8 +312,11 @@ class _DataFlow(TorchFunctionMode):
 
 
 class _FromImage(nn.Module):
-    """uint8 NHWC camera frames in: cast first (TensorRT transposes no uint8), then layout, then mean and std, and channels
-    reversed for a network that takes them so."""
+    """A network that takes camera frames: uint8 NHWC.
+
+    They are cast first (TensorRT transposes no uint8), then brought to NCHW and normalised. Channels are reversed for a
+    network that takes BGR.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -334,6 +339,7 @@ class _FromImage(nn.Module):
 
 
 def _forward(module: nn.Module, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Run the network on one sample. Raises SourceError when it does not take the size."""
     try:
         with torch.no_grad():
             return tuple(module(sample))
@@ -345,7 +351,7 @@ def _forward(module: nn.Module, sample: torch.Tensor) -> tuple[torch.Tensor, ...
 
 
 def _measured_spec(claimed: BackboneSpec, sample: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> BackboneSpec:
-    """Channels and strides off the real maps; the metadata is only believed where the maps agree with it."""
+    """Read channels and strides off the real maps. A claimed stride is believed where the maps agree with it."""
     layouts = [*claimed.layouts, *(extra.layout for extra in claimed.extras)]
     if len(outputs) != len(layouts) or any(o.ndim != len(axes) for o, axes in zip(outputs, layouts, strict=True)):
         shapes = [tuple(output.shape) for output in outputs]

@@ -1,8 +1,8 @@
-"""A network with TensorRT engines inside a TorchScript file or an exported program, for programs that use libtorch.
+"""Compile a network with torch-tensorrt: TensorRT engines inside a TorchScript file or an exported program, for libtorch.
 
-Such a program links or opens ``libtorchtrt_runtime.so`` and loads the file; the kernels are those of the GPU that compiled
-it. `torch_tensorrt` needs a driver to be imported at all. What its releases take is looked for in their signatures, as the
-options for weak typing went away in 2.13: number formats are in the network here (see :mod:`.torchscript`).
+A program links or opens ``libtorchtrt_runtime.so`` and loads the file; the kernels are those of the GPU that compiled it.
+Importing `torch_tensorrt` needs a driver. What a release takes is looked up in its signatures, because the options for
+weak typing went away in 2.13. Number formats are in the network here (see :mod:`edge_backbones.toolchain.trace`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import nn
 from edge_backbones.engines.torch.session import cause, load_torch_tensorrt, require_gpu
 from edge_backbones.errors import CompileError, ExportError, InputError, first_line, root_cause
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from edge_backbones.toolchain.export import quiet
-from edge_backbones.toolchain.trace import DTYPES, TypedModule, example_of
+from edge_backbones.toolchain.trace import DTYPES, TypedModule, example_of, quiet
 
 OutputFormat = Literal["torchscript", "exported_program"]
 SUFFIXES: dict[OutputFormat, str] = {"torchscript": ".ts", "exported_program": ".pt2"}
@@ -37,16 +36,25 @@ def compile_torch_tensorrt(
     level: int | None = None,
     allow_torch: bool = False,
 ) -> bytes:
-    """Compile ``module`` for this machine's GPU ``device`` and return the file, which returns a tuple of float32 maps.
+    """Compile ``module`` for the GPU ``device`` and return the file. What is in it returns a tuple of float32 maps.
 
-    ``module`` takes ``input`` and returns a tuple of tensors; it is moved to the GPU and back. ``workspace``: bytes of
-    scratch memory that a kernel may ask for; ``level``: builder optimisation level, 0 to 5; None leaves both to TensorRT.
-    ``allow_torch``: layers that TensorRT does not take run in torch. A TorchScript file is a trace: with such layers it
-    may hold for the usual size only, parity tells.
+    Args:
+        module: takes ``input`` and returns a tuple of tensors; it is moved to the GPU and back.
+        input: the input and its sizes.
+        precision: fp32, fp16 or bf16.
+        output_format: what the file is.
+        device: "cuda", or "cuda:1".
+        workspace: bytes of scratch memory that a kernel may ask for; None leaves it to TensorRT.
+        level: builder optimisation level, 0 to 5; None leaves it to TensorRT.
+        allow_torch: run layers that TensorRT does not take in torch. A TorchScript file is a trace: with such layers it may
+            hold for the usual size only, which parity shows.
 
-    Raises MissingDependencyError without torch_tensorrt; CompileError where it does not import (no driver, a TensorRT that
-    does not fit), without a GPU, for int8 and fp8, and with TensorRT's words for a network that it refuses; ExportError
-    for one that torch.export refuses.
+    Raises:
+        MissingDependencyError: torch_tensorrt is not installed.
+        CompileError: torch_tensorrt does not import (no driver, a TensorRT that does not fit), there is no GPU, the precision
+            is int8 or fp8, or TensorRT refuses the network; with its words.
+        ExportError: torch.export refuses the network.
+        InputError: an option has a value that it cannot have.
     """
     if precision not in DTYPES:
         raise CompileError(
@@ -93,6 +101,7 @@ def compile_torch_tensorrt(
 
 def _export(module: nn.Module, input: InputSpec, device: torch.device) -> torch.export.ExportedProgram:
     # The exporter specialises a dynamic axis whose example size is 1.
+    """Capture the network with torch.export, on the device. Raises ExportError."""
     batch = input.batch.opt if input.batch.is_fixed else max(2, input.batch.opt)
     axes = _dynamic_axes(input)
     try:
@@ -110,7 +119,7 @@ def _export(module: nn.Module, input: InputSpec, device: torch.device) -> torch.
 
 
 def _sizes(input: InputSpec) -> tuple[tuple[ShapeRange, int], ...]:
-    """Range and step of batch, height and width; a range begins and ends at a multiple of its step."""
+    """Return range and step of batch, height and width. A range begins and ends at a multiple of its step."""
 
     def aligned(sizes: ShapeRange, step: int) -> tuple[ShapeRange, int]:
         if sizes.is_fixed:
@@ -122,7 +131,7 @@ def _sizes(input: InputSpec) -> tuple[tuple[ShapeRange, int], ...]:
 
 
 def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
-    """torch.export's dimensions of the axes that are not fixed, by axis."""
+    """Return torch.export's dimensions of the axes that are not fixed, by axis."""
     positions = (0, *input.size_axes)
     axes = {}
     for axis, name, (sizes, step) in zip(positions, ("batch", "height", "width"), _sizes(input), strict=True):
@@ -134,7 +143,7 @@ def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
 
 
 def _describe(library: Any, input: InputSpec) -> Any:
-    """torch_tensorrt's own description of the input: one optimisation profile, or a fixed shape."""
+    """Return torch_tensorrt's own description of the input: a range of shapes, or a fixed shape."""
     dtype = torch.uint8 if input.dtype == "uint8" else torch.float32
     (batch, _), (height, _), (width, _) = _sizes(input)
     low, usual, high = (
@@ -153,7 +162,7 @@ def _options(
     level: int | None,
     allow_torch: bool,
 ) -> dict[str, Any]:
-    """Arguments for a release: what is asked for always, what only some releases have where they have it."""
+    """Return arguments for this release: some are always passed, others only where the release knows them."""
     asked: dict[str, Any] = {"device": device, "require_full_compilation": not allow_torch}
     if precision is Precision.FP32:
         asked["disable_tf32"] = True
@@ -173,6 +182,7 @@ def _options(
 def _saved(
     library: Any, compiled: Any, input: InputSpec, described: Any, output_format: OutputFormat, device: torch.device
 ) -> bytes:
+    """Save the compiled program in a temporary folder and return its bytes."""
     (batch, _), (height, _), (width, _) = _sizes(input)
     example = torch.zeros(input.shape(batch.opt, height.opt, width.opt), dtype=example_of(input, 1).dtype).to(device)
     # A trace needs a tensor. An exported program keeps its ranges where the release reads them off the description.

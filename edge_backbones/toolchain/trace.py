@@ -1,15 +1,17 @@
-"""TorchScript in half precision: the number formats are in the code, as they are in a typed ONNX graph.
+"""Trace a network as TorchScript in fp32, fp16 or bf16. The number formats are in the code, as in a typed ONNX graph.
 
 There is no compile step from a TorchScript file to an engine: the frozen file is the engine. What
-`torch.jit.optimize_for_inference` makes of it cannot be saved and is not faster in the first place (its convolutions
-change layout around every call), and torch compiles a module by itself in its first calls wherever it is loaded.
+`torch.jit.optimize_for_inference` makes of it cannot be saved and is not faster either (its convolutions change layout
+around every call), and torch compiles a module by itself in its first calls wherever it is loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from edge_backbones.engines.torch.session import cause
 from edge_backbones.errors import ExportError
 from edge_backbones.spec import InputSpec, Precision
 
-DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {p: getattr(torch, p.info.torch_type) for p in Precision if p.info.torch_type}
 
 _TENSOR = torch.Tensor
 # Where the arithmetic is, and nothing is summed that half precision could not hold: engines add up in fp32 inside.
@@ -44,10 +46,10 @@ _IN_FULL = frozenset[Any]({
 
 
 class TypedModule(nn.Module):
-    """``module`` with convolutions and matrix products in ``dtype``; its maps are float32 whatever that is.
+    """A module with convolutions and matrix products in ``dtype``. Its maps are float32 in any case.
 
-    torch.autocast does the same on the device it runs on, and differs between them: what it writes into a trace on the CPU
-    (normalisation of half values with fp32 weights) a GPU refuses. This is the same everywhere.
+    torch.autocast does the same, but differently on each device: what it writes into a trace on the CPU (normalisation of
+    half values with fp32 weights) a GPU refuses. This is the same everywhere.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -57,6 +59,7 @@ class TypedModule(nn.Module):
         self.train(module.training)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the module; returns its maps as float32."""
         with _Casts(self.dtype):
             maps = self.module(pixels)
         return tuple(feature_map.float() for feature_map in maps)
@@ -79,7 +82,7 @@ class _Casts(TorchFunctionMode):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Every float tensor in arguments, which may be lists of tensors, as ``dtype``."""
+    """Return arguments with every float tensor as ``dtype``, those in lists and dicts too."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, (list, tuple)):
@@ -90,10 +93,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def trace_torchscript(module: nn.Module, input: InputSpec, precision: Precision) -> bytes:
-    """``module``, traced at its usual size, frozen and saved: fp32, fp16 or bf16. It returns a tuple of float32 maps.
+    """Trace ``module`` at its usual size in fp32, fp16 or bf16, freeze it, and return the file.
 
-    Convolutions in fp32 are that on a GPU too, where torch would round their factors to TF32 by default: the trace says
-    so. Raises ExportError for a module that cannot be traced, and for int8 and fp8, which TorchScript has no operators for.
+    What is in the file returns a tuple of float32 maps. fp32 convolutions stay fp32 on a GPU, where torch rounds their
+    factors to TF32 by default: the trace forbids that. Raises ExportError for a module that cannot be traced, and for int8
+    and fp8, which TorchScript has no operators for.
     """
     if precision not in DTYPES:
         raise ExportError(
@@ -120,9 +124,22 @@ def trace_torchscript(module: nn.Module, input: InputSpec, precision: Precision)
 
 
 def example_of(input: InputSpec, batch: int | None = None) -> torch.Tensor:
-    """Reproducible values of the input's usual shape and dtype, on the CPU."""
+    """Return reproducible values of the input's usual shape and dtype, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     shape = input.shape(batch or input.batch.opt, input.height.opt, input.width.opt)
     if input.dtype == "uint8":
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     return torch.randn(shape, generator=generator)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence libraries that warn and log about their own internals. Errors are raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

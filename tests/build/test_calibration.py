@@ -30,10 +30,9 @@ from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.build import BuildOptions, BuildResult, build_bundle
 from edge_backbones.toolchain.calibration import calibrate as calibrate_module
-from edge_backbones.toolchain.calibration import noise as choose
-from edge_backbones.toolchain.calibration import ranges
+from edge_backbones.toolchain.calibration import choose, ranges
 from edge_backbones.toolchain.calibration.calibrate import Feed, calibrate, check_fits
-from edge_backbones.toolchain.calibration.images import ImageSet, gather_images, halves, split, stand_ins
+from edge_backbones.toolchain.calibration.images import ImageSet, gather_images, halves, split_golden, weighted_sample
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
 
@@ -405,7 +404,7 @@ def test_memory_does_not_grow_with_the_number_of_images(gather, kind):
 
 @given(count=st.integers(1, 500), golden=st.integers(1, 60))
 def test_golden_images_are_spread_and_held_out_where_enough_are_left(count, golden):
-    calibrating, chosen = split(count, golden)
+    calibrating, chosen = split_golden(count, golden)
     assert len(chosen) == min(golden, count)
     assert chosen == sorted(set(chosen))
     assert set(chosen) | set(calibrating) <= set(range(count))
@@ -431,15 +430,15 @@ def test_halves_share_no_image_where_there_are_enough(count):
 def test_images_that_reach_far_stand_for_themselves_and_others_for_the_rest():
     indices = list(range(100, 200))
     furthest = [150] * 5 + [199] * 4 + [101] * 3 + [7] * 9 + [120] * 2 + [130]
-    weights = stand_ins(indices, furthest, 8)
+    weights = weighted_sample(indices, furthest, 8)
     assert len(weights) == 8
     assert sum(weights.values()) == pytest.approx(100)
     assert [index for index, weight in weights.items() if weight == 1.0] == [101, 120, 150, 199]
     rest = [index for index, weight in weights.items() if weight == 24.0]
     assert len(rest) == 4
     assert max(np.diff(rest)) < 30  # spread over all of them
-    assert stand_ins(indices, furthest, 100) == dict.fromkeys(indices, 1.0)
-    assert sum(stand_ins(indices, [], 7).values()) == pytest.approx(100)
+    assert weighted_sample(indices, furthest, 100) == dict.fromkeys(indices, 1.0)
+    assert sum(weighted_sample(indices, [], 7).values()) == pytest.approx(100)
 
 
 # ---- what becomes of them -------------------------------------------------------------------------------------------
@@ -627,9 +626,9 @@ def test_golden_images_that_an_earlier_build_calibrated_on_are_said(int8, quiet,
 def one_loud(quiet, monkeypatch) -> np.ndarray:
     """One image of 24 drives values beyond fp16; it is none of the eight that are run again and again."""
     monkeypatch.setattr("edge_backbones.toolchain.calibration.calibrate._PIXELS", 0)
-    calibrating = split(24, 2)[0]
+    calibrating = split_golden(24, 2)[0]
     assert 13 in calibrating
-    assert 13 not in stand_ins(calibrating, (), 8)
+    assert 13 not in weighted_sample(calibrating, (), 8)
     images = quiet.copy()
     images[13] *= 100
     return images

@@ -20,7 +20,8 @@ from edge_backbones.spec import Precision
 from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
-from edge_backbones.toolchain.quantize.qdq import tensors_to_calibrate, write_typed_graph
+from edge_backbones.toolchain.quantize.placement import tensors_to_calibrate
+from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 
 class Residual(nn.Module):

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from edge_backbones.errors import CalibrationError
-from edge_backbones.toolchain.calibration.noise import Sample, choose_factors, noise_of_blocks
+from edge_backbones.toolchain.calibration.choose import choose_factors
+from edge_backbones.toolchain.calibration.noise import Sample, noise_of_blocks
 from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
 from edge_backbones.toolchain.quantize import equalise
-from edge_backbones.toolchain.quantize.qdq import quantized_layers, tensors_to_calibrate
+from edge_backbones.toolchain.quantize.placement import quantized_layers, tensors_to_calibrate
 
 
 def with_loud_channels(name: str, **options):

@@ -22,25 +22,15 @@ from edge_backbones.errors import CalibrationError, QuantizationError
 from edge_backbones.parity_report import Gate, ParityError
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
-from edge_backbones.toolchain import candidates as attempts
+from edge_backbones.toolchain import candidates
 from edge_backbones.toolchain.build import BuildOptions, build_bundle
-from edge_backbones.toolchain.calibration.noise import (
-    Fold,
-    Sample,
-    blocks_to_exclude,
-    choose_ranges,
-    correct_biases,
-    noise_of_blocks,
-)
+from edge_backbones.toolchain.calibration.choose import Fold, choose_ranges, correct_biases
+from edge_backbones.toolchain.calibration.noise import Sample, blocks_to_exclude, noise_of_blocks
 from edge_backbones.toolchain.calibration.ranges import METHODS, collect_magnitudes, find_ranges
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
-from edge_backbones.toolchain.quantize.qdq import (
-    quantized_layers,
-    select_layers,
-    tensors_to_calibrate,
-    write_typed_graph,
-)
+from edge_backbones.toolchain.quantize.placement import quantized_layers, select_layers, tensors_to_calibrate
+from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 SMALL = {
     "weights": "random:0",
@@ -304,7 +294,7 @@ def test_a_pattern_that_means_nothing_is_refused(case, pattern):
 def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_folder, tmp_path, monkeypatch):
     asked: list[dict[str, float]] = []
     monkeypatch.setattr(
-        attempts.choose,
+        candidates,
         "blocks_to_exclude",
         lambda noise, excess: asked.append(excess) or blocks_to_exclude(noise, excess),
     )
@@ -387,7 +377,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
         without = milliseconds.get("without", milliseconds["int8"])
         return [milliseconds["fp32"], milliseconds["fp16"], milliseconds["int8"], *[without] * (len(engines) - 3)]
 
-    monkeypatch.setattr(attempts, "time_engines", measure)
+    monkeypatch.setattr(candidates, "time_engines", measure)
 
 
 @pytest.mark.parametrize(

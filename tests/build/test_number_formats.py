@@ -22,7 +22,8 @@ from edge_backbones.toolchain.build import BuildOptions, build_bundle
 from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges, tensors_beyond_half
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
-from edge_backbones.toolchain.quantize.qdq import quantized_layers, tensors_to_calibrate, write_typed_graph
+from edge_backbones.toolchain.quantize.placement import quantized_layers, tensors_to_calibrate
+from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 NETWORKS = {
     "test_resnet": {"out_indices": (1, 4)},

@@ -21,7 +21,8 @@ from edge_backbones.images.fit import fit
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.sources import processors
 from edge_backbones.toolchain.sources.base import SourceOptions
-from edge_backbones.toolchain.sources.load import ModuleSource, load_source
+from edge_backbones.toolchain.sources.load import load_source
+from edge_backbones.toolchain.sources.plain import ModuleSource
 
 FP32 = {"precisions": (Precision.FP32,), "torchscript": False}
 MADE = [(case, kind) for case in CASES for kind in classes(case)]
@@ -62,8 +63,8 @@ def saved(tmp_path, model, processor):
     return tmp_path / "source"
 
 
-def loaded(source, *, from_model=False, **options):
-    return load_source(source, SourceOptions(**options), from_model=from_model)
+def loaded(source, **options):
+    return load_source(source, SourceOptions(**options))
 
 
 @pytest.mark.parametrize(

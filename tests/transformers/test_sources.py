@@ -45,7 +45,8 @@ from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources import base as common
 from edge_backbones.toolchain.sources.base import SourceOptions
-from edge_backbones.toolchain.sources.load import ModuleSource, load_source
+from edge_backbones.toolchain.sources.load import load_source
+from edge_backbones.toolchain.sources.plain import ModuleSource
 
 HEIGHT, WIDTH = 64, 96
 OFFERED = [name for name in TRANSFORMERS if name in CONFIG_MAPPING]
@@ -54,8 +55,8 @@ ROUNDING = 1e-5  # relative; attention is written in two ways
 FORMATS = {2: "NC", 3: "NLC", 4: "NCHW"}
 
 
-def load(source: Any, *, from_model: bool = False, size: tuple[int, int] | None = (HEIGHT, WIDTH), **options: Any):
-    return load_source(source, SourceOptions(img_size=size, **options), from_model=from_model)
+def load(source: Any, *, size: tuple[int, int] | None = (HEIGHT, WIDTH), **options: Any):
+    return load_source(source, SourceOptions(img_size=size, **options))
 
 
 def pixels(height: int = HEIGHT, width: int = WIDTH, *, batch: int = 2, channels: int = 3) -> torch.Tensor:

@@ -7,6 +7,7 @@ for, and run with numbers of images that the exporter has not seen.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib
 import math
@@ -35,7 +36,8 @@ from edge_backbones.toolchain.artifacts import LoadedBackbone, PreparedBackbone
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
 from edge_backbones.toolchain.sources.base import SourceOptions
-from edge_backbones.toolchain.sources.load import ModuleSource, load_source
+from edge_backbones.toolchain.sources.load import load_source
+from edge_backbones.toolchain.sources.plain import ModuleSource
 
 ROUNDING = 2e-5  # relative
 SMALL_RESNET = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 80], "depths": [1, 1, 1, 1]}
@@ -254,7 +256,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     def export(name: str) -> Exported:
         case = CASES[name]()
         module = case.net.train()  # as from_config leaves it
-        loaded = load_source(module, case.options, from_model=case.from_model)
+        loaded = load_source(module, dataclasses.replace(case.options, from_model=case.from_model))
         module.eval()
         prepared = prepare(loaded, input_spec(case.height, case.width))
         path = export_onnx(prepared, folder / f"{name}.onnx").path

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_backbones.errors import InputError
-from edge_backbones.spec import BackboneSpec, ExtraOutput, InputSpec, ShapeRange, align_stages, measured_stride
+from edge_backbones.spec import (
+    BackboneSpec,
+    ExtraOutput,
+    InputSpec,
+    Precision,
+    ShapeRange,
+    align_stages,
+    measured_stride,
+)
 
 NAMES = ["stem", "stage1", "stage2", "stage3", "stage4"]
 
@@ -175,3 +183,18 @@ def test_size_axes_are_those_of_height_and_width(name, axes):
     input = InputSpec(name=name, channels=3, batch=size, height=size, width=ShapeRange.fixed(16))
     assert input.size_axes == axes
     assert [input.opt_shape[axis] for axis in axes] == [8, 16]
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_every_precision_has_a_row_that_agrees_with_itself(precision):
+    info = precision.info
+    assert info.is_calibrated is precision.is_calibrated is (info.bits == 8)
+    assert info.rest is (Precision.FP16 if info.is_calibrated else precision)
+    assert info.is_half is (info.bits == 16)
+    assert (info.torch_type is None) is info.is_calibrated
+    if precision is Precision.BF16:  # numpy has no bf16: fp32 with 16 bits of the fraction left out
+        assert info.largest == np.array([0x7F7F0000], np.uint32).view(np.float32)[0]
+    elif info.torch_type is not None:
+        assert info.largest == float(np.finfo(info.torch_type).max)
+    else:
+        assert info.largest == {Precision.INT8: 2**7 - 1, Precision.FP8: 1.75 * 2**8}[precision]

@@ -1,9 +1,9 @@
-"""From images to calibration.json, or from the calibration.json of another build: the ranges, and what they hold for."""
+"""The calibration step: find ranges on the calibration set, or read those of another build and check that they fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,25 +16,32 @@ from edge_backbones.images.config import ImageConfig
 from edge_backbones.progress import Progress
 from edge_backbones.reading import file_sha256, read_file
 from edge_backbones.toolchain.artifacts import ExportedGraph
-from edge_backbones.toolchain.calibration import noise as choose
-from edge_backbones.toolchain.calibration import ranges
-from edge_backbones.toolchain.calibration.images import FEWEST_TO_HOLD_OUT, ImageSet, halves, stand_ins
-from edge_backbones.toolchain.calibration.noise import Fold, Sample
+from edge_backbones.toolchain.calibration import choose, ranges
+from edge_backbones.toolchain.calibration.choose import Fold
+from edge_backbones.toolchain.calibration.images import FEWEST_TO_HOLD_OUT, ImageSet, halves, weighted_sample
+from edge_backbones.toolchain.calibration.noise import Sample
 from edge_backbones.toolchain.calibration.ranges import Magnitudes
 from edge_backbones.toolchain.quantize import equalise
-from edge_backbones.toolchain.quantize import qdq as quantize
+from edge_backbones.toolchain.quantize.placement import tensors_to_calibrate
 
 Method = Literal["auto", "max", "percentile", "entropy", "mse"]
 
 _MAX_BYTES = 256 << 20
-BATCH = 8  # of a graph whose batch is dynamic
+BATCH = 8  # images in a batch, where the batch of the graph is dynamic
 # Pixels of the images that are run again and again: sixteen of 224 x 224. More would be minutes of resnet50.
 _PIXELS = 16 * 224 * 224
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Calibration images as batches of a graph's size. ``fill``: the graph takes no smaller batch."""
+    """Calibration images as batches of a graph's size.
+
+    Args:
+        images: the calibration set.
+        indices: which of its images to calibrate on.
+        batch: images in a batch.
+        fill: repeat images in a last batch that is smaller, because the graph takes no smaller one.
+    """
 
     images: ImageSet
     indices: list[int]
@@ -43,32 +50,57 @@ class Feed:
 
     @property
     def enough(self) -> int:
-        """How many images are run more than once."""
+        """How many images are run again and again; all others are run once, to be counted."""
         pixels = int(np.prod(self.images.inputs.shape[1:])) // 3
         return max(FEWEST_TO_HOLD_OUT, _PIXELS // pixels)
 
     def batches(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """Copy these images into batches; the last one may be smaller."""
         return self.images.batches(self.batch, indices)
 
     def samples(self, weights: Mapping[int, float]) -> list[Sample]:
-        """What images stand for, in batches; an image that only fills a batch stands for none."""
+        """Split images into batches of shape (batch, *input).
+
+        ``weights`` is how many calibration images each image represents, by index. In the samples padding has weight 0.
+        """
         figures = np.array(list(weights.values()))
         found = []
         for position, images in enumerate(self.batches(list(weights))):
-            filled = np.resize(images, (self.batch, *images.shape[1:])) if self.fill else images  # repeats them
+            filled = (
+                np.resize(images, (self.batch, *images.shape[1:])) if self.fill else images
+            )  # resize() repeats them
             of_batch = figures[position * self.batch :][: len(images)]
             found.append(Sample(filled, np.pad(of_batch, (0, len(filled) - len(images)))))
         return found
 
     def furthest(self, magnitudes: Mapping[str, Magnitudes], counted: Sequence[int]) -> Iterable[int]:
-        """For each tensor, the image with its largest value, of those that were counted."""
+        """Yield the image with the largest value of each tensor. ``counted``: indices of the images that were counted."""
         for seen in magnitudes.values():
             if seen.furthest is not None:
                 yield counted[seen.furthest]
 
     def typical(self) -> list[Sample]:
-        """A sample of all images."""
-        return self.samples(stand_ins(self.indices, (), self.enough))
+        """Return evenly spaced images that represent all of them."""
+        return self.samples(weighted_sample(self.indices, (), self.enough))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What the calibration step hands on to the candidates.
+
+    Args:
+        file: ranges and what they hold for; None where no precision needs ranges.
+        graph: the fp32 graph that the ranges are of, with its channels equalised.
+        samples: images to measure noise on.
+        excluded: names of the layers that the user leaves in half.
+        large: names of the tensors whose values come near what fp16 can hold.
+    """
+
+    file: CalibrationFile | None
+    graph: ExportedGraph
+    samples: Sequence[Sample]
+    excluded: frozenset[str]
+    large: tuple[str, ...]
 
 
 def calibrate(
@@ -81,77 +113,131 @@ def calibrate(
     work: Path,
     progress: Progress,
 ) -> tuple[CalibrationFile, list[Sample]]:
-    """Count activations over the images and find where to clip them; also the images that decisions were made on.
+    """Find the range of every tensor that int8 and fp8 quantise; also return the images that noise was measured on.
 
-    ``auto``: channels are equalised, each output gets its estimator and biases are corrected, where images that were
-    not counted for it say that it helps. Raises CalibrationError, as `ranges.collect_magnitudes` does.
+    ``auto``: channels are equalised, each output gets its estimator and biases are corrected, where held-out images say
+    that it helps. Any other ``method`` is the estimator of all tensors. ``work``: a folder for intermediate graphs. Raises
+    CalibrationError, as `ranges.collect_magnitudes` does.
     """
-    one, other = halves(feed.indices)
-    correcting = list(feed.batches(one[: feed.enough])) if method == "auto" else []
-    by_tensor: dict[str, list[float]] = {}
     if method == "auto":
-        progress("equalising", 0, None)
-        judging = feed.samples(stand_ins(other, (), feed.enough))
-        by_tensor = choose.choose_factors(graph, correcting, judging, work=work)
-    equalised = equalised_graph(graph, by_tensor, work)
-    tensors = quantize.tensors_to_calibrate(equalised)
-    largest = dict.fromkeys(ranges.float_tensors(equalised.path), 0.0)  # what is equalised is no larger in `graph`
-
-    def count(indices: Sequence[int], before: int) -> dict[str, Magnitudes]:
-        return ranges.collect_magnitudes(
-            equalised.path,
-            tensors,
-            feed.batches(indices),
-            largest=largest,
-            progress=lambda step, done, _: progress(step, before + done, len(feed.indices)),
-        )
-
-    chosen: dict[str, str] = {}
-    shifts: dict[str, list[float]] = {}
-    if method == "auto":
-        too_few = one == other
-        first = count(one, 0)
-        second = first if too_few else count(other, len(one))
-        magnitudes = first if too_few else ranges.merge_magnitudes(first, second)
-        of_one, of_other = (
-            feed.samples(stand_ins(half, feed.furthest(counts, half), feed.enough // 2))
-            for half, counts in ((one, first), (other, second))
-        )
-        folds = [Fold(first, of_other)] if too_few else [Fold(first, of_other), Fold(second, of_one)]
-        deciding = of_other if too_few else [*of_one, *of_other]
-        found, chosen = choose.choose_ranges(equalised, folds, percentile=percentile, work=work, progress=progress)
-        shifts = choose.correct_biases(equalised, found, correcting, of_other, work=work, progress=progress)
+        found = _choose(graph, feed, percentile, work, progress)
     else:
-        magnitudes = count(feed.indices, 0)
-        deciding = feed.samples(stand_ins(feed.indices, feed.furthest(magnitudes, feed.indices), feed.enough))
-        found = ranges.find_ranges(magnitudes, method=method, percentile=percentile)
+        found = _estimate(graph, feed, method, percentile, progress)
     file = CalibrationFile(
         network_sha256=_sha256(graph),
         data_sha256=feed.images.fingerprint,
         preprocessing=config,
         method=method,
         percentile=percentile,
-        chosen=chosen,
+        chosen=found.chosen,
         images=tuple(feed.images.names[index] for index in feed.indices),
-        held_out=sum(int((sample.weights > 0).sum()) for sample in deciding) if method == "auto" else 0,
+        held_out=sum(int((sample.weights > 0).sum()) for sample in found.samples) if method == "auto" else 0,
         skipped=feed.images.skipped,
-        silent=tuple(name for name, seen in magnitudes.items() if seen.largest == 0.0),
-        factors={name: tuple(values) for name, values in by_tensor.items()},
-        ranges=found,
-        largest=ranges.find_ranges(magnitudes, method="max"),
-        shifts={name: tuple(values) for name, values in shifts.items()},
-        large=ranges.beyond_half(largest),
+        silent=tuple(name for name, seen in found.magnitudes.items() if seen.largest == 0.0),
+        factors={name: tuple(values) for name, values in found.factors.items()},
+        ranges=found.ranges,
+        largest=ranges.find_ranges(found.magnitudes, method="max"),
+        shifts={name: tuple(values) for name, values in found.shifts.items()},
+        large=ranges.beyond_half(found.largest),
     )
-    return file, deciding
+    return file, found.samples
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What calibration images showed.
+
+    Args:
+        ranges: the range of each tensor.
+        magnitudes: the counts of each tensor over all images.
+        largest: the largest |x| of every float tensor of the graph.
+        samples: images that noise was measured on, or may be.
+        chosen: the estimator of each output, where several were tried.
+        factors: what channels are divided by, by tensor.
+        shifts: what is added to biases, by layer.
+    """
+
+    ranges: dict[str, float]
+    magnitudes: dict[str, Magnitudes]
+    largest: dict[str, float]
+    samples: list[Sample]
+    chosen: dict[str, str] = field(default_factory=dict)
+    factors: dict[str, list[float]] = field(default_factory=dict)
+    shifts: dict[str, list[float]] = field(default_factory=dict)
+
+
+def _estimate(graph: ExportedGraph, feed: Feed, method: str, percentile: float, progress: Progress) -> _Found:
+    """Apply one estimator to all tensors."""
+    largest = dict.fromkeys(ranges.float_tensors(graph.path), 0.0)
+    magnitudes = _count(graph, feed, feed.indices, largest, progress, before=0)
+    return _Found(
+        ranges=ranges.find_ranges(magnitudes, method=method, percentile=percentile),
+        magnitudes=magnitudes,
+        largest=largest,
+        samples=feed.samples(weighted_sample(feed.indices, feed.furthest(magnitudes, feed.indices), feed.enough)),
+    )
+
+
+def _choose(graph: ExportedGraph, feed: Feed, percentile: float, work: Path, progress: Progress) -> _Found:
+    """Equalise channels, choose an estimator for each output and correct biases, judged on images that are held out.
+
+    What one half of the images shows is judged on the other half. Fewer images than `FEWEST_TO_HOLD_OUT` are both halves.
+    """
+    one, other = halves(feed.indices)
+    too_few = one == other
+    correcting = list(feed.batches(one[: feed.enough]))
+    progress("equalising", 0, None)
+    judging = feed.samples(weighted_sample(other, (), feed.enough))
+    factors = choose.choose_factors(graph, correcting, judging, work=work)
+    equalised = equalised_graph(graph, factors, work)
+
+    largest = dict.fromkeys(ranges.float_tensors(equalised.path), 0.0)  # no larger in `graph` than when equalised
+    first = _count(equalised, feed, one, largest, progress, before=0)
+    second = first if too_few else _count(equalised, feed, other, largest, progress, before=len(one))
+    of_one, of_other = (
+        feed.samples(weighted_sample(half, feed.furthest(counts, half), feed.enough // 2))
+        for half, counts in ((one, first), (other, second))
+    )
+    folds = [Fold(first, of_other)] if too_few else [Fold(first, of_other), Fold(second, of_one)]
+    found, chosen = choose.choose_ranges(equalised, folds, percentile=percentile, work=work, progress=progress)
+    shifts = choose.correct_biases(equalised, found, correcting, of_other, work=work, progress=progress)
+    return _Found(
+        ranges=found,
+        magnitudes=first if too_few else ranges.merge_magnitudes(first, second),
+        largest=largest,
+        samples=of_other if too_few else [*of_one, *of_other],
+        chosen=chosen,
+        factors=factors,
+        shifts=shifts,
+    )
+
+
+def _count(
+    graph: ExportedGraph,
+    feed: Feed,
+    indices: Sequence[int],
+    largest: dict[str, float],
+    progress: Progress,
+    *,
+    before: int,
+) -> dict[str, Magnitudes]:
+    """Count the tensors that are quantised over these images. ``before``: how many images were counted before them."""
+    return ranges.collect_magnitudes(
+        graph.path,
+        tensors_to_calibrate(graph),
+        feed.batches(indices),
+        largest=largest,
+        progress=lambda step, done, _: progress(step, before + done, len(feed.indices)),
+    )
 
 
 def equalised_graph(graph: ExportedGraph, by_tensor: Mapping[str, Sequence[float]], work: Path) -> ExportedGraph:
-    """The graph that the ranges are of."""
+    """Return the graph that the ranges are of: ``graph`` with these tensors divided by their factors."""
     return equalise.write_equalised_graph(graph, by_tensor, work / "equalised.onnx") if by_tensor else graph
 
 
 def read_calibration(path: Path) -> CalibrationFile:
-    """A calibration.json, or the one in a bundle, whose digest is checked. Raises CalibrationError, BundleError."""
+    """Read a calibration.json, or the one in a bundle, whose digest is checked. Raises CalibrationError, BundleError."""
     if Path(path).is_dir():
         bundle = Bundle.open(path)
         if bundle.manifest.calibration is None:
@@ -174,9 +260,9 @@ def check_fits(
     method: Method | None,
     percentile: float | None,
 ) -> None:
-    """Raise CalibrationError unless everything that ranges depend on is what it was, with the field that is not.
+    """Raise CalibrationError unless everything that ranges depend on is as it was, naming the field that is not.
 
-    ``images``, ``method`` and ``percentile`` are None where nothing was asked for.
+    ``images``, ``method`` and ``percentile`` are None where the user asks for nothing.
     """
     here = {
         "network_sha256": _sha256(graph),
@@ -185,16 +271,16 @@ def check_fits(
         "method": method or found.method,
         "percentile": found.percentile if percentile is None else percentile,
     }
-    for field, value in here.items():
-        there = getattr(found, field)
+    for name, value in here.items():
+        there = getattr(found, name)
         if value != there:
             raise CalibrationError(
-                f"the calibration does not fit: {field} is {there} there and {value} here; calibrate again with --images"
+                f"the calibration does not fit: {name} is {there} there and {value} here; calibrate again with --images"
             )
 
 
 def notes(images: ImageSet, found: CalibrationFile, *, golden: Sequence[str], synthetic: bool) -> tuple[str, ...]:
-    """What is unusual about the calibration, in a sentence each. ``golden``: names of the images parity is measured on."""
+    """Say what is unusual about the calibration, in a sentence each. ``golden``: names of the golden images."""
     said = []
     if synthetic:
         said.append(

@@ -1,6 +1,6 @@
-"""Calibration and golden images: a folder, an .npz or an iterable becomes network inputs in one file on disk.
+"""The calibration set: photographs, an .npz or an iterable of arrays become network inputs in one file on disk.
 
-Images are decoded and preprocessed once, by the network's own data config, and spooled; every later pass (batch-norm
+Images are decoded and preprocessed once, by the network's own data config, and spooled. Every later pass (batch-norm
 warming, ranges, golden samples) reads slices of that file, so memory does not grow with the number of images.
 """
 
@@ -44,8 +44,12 @@ FEWEST_TO_HOLD_OUT = 8
 class ImageSet:
     """Network inputs on disk.
 
-    ``inputs``: memory-mapped (images, *one input's shape); ``reasons``: why files were skipped, by name; ``blank``: of one
-    colour.
+    Args:
+        inputs: a memory map of shape (images, *shape of one input).
+        names: a name for each image.
+        reasons: why files were skipped, by name.
+        blank: names of images of one colour.
+        fingerprint: SHA-256 of all inputs.
     """
 
     inputs: np.ndarray
@@ -64,11 +68,11 @@ class ImageSet:
         return tuple(self.reasons)
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
-        """A copy of these images as one batch."""
+        """Copy these images into one batch."""
         return np.stack([np.array(self.inputs[i]) for i in indices])
 
     def batches(self, size: int, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """Copies of the chosen images, ``size`` at a time."""
+        """Copy these images, ``size`` at a time."""
         for start in range(0, len(indices), size):
             yield self.take(indices[start : start + size])
 
@@ -100,8 +104,11 @@ def gather_images(
     return ImageSet(inputs, tuple(names), reasons, tuple(blank), digest.hexdigest())
 
 
-def split(count: int, golden: int) -> tuple[list[int], list[int]]:
-    """(calibration, golden) image indices: golden ones are evenly spaced, and held out when enough are left."""
+def split_golden(count: int, golden: int) -> tuple[list[int], list[int]]:
+    """Return the indices of images to calibrate on, and of golden images: parity is measured on those.
+
+    Golden images are evenly spaced. They are not calibrated on, where at least as many are left.
+    """
     golden = min(golden, count)
     chosen = sorted({round(i * (count - 1) / max(1, golden - 1)) for i in range(golden)})
     rest = [i for i in range(count) if i not in chosen]
@@ -114,17 +121,17 @@ def _is_blank(image: np.ndarray, input: InputSpec) -> bool:
 
 
 def halves(indices: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Two halves of the images, to judge what one shows on the other; too few images are both halves."""
+    """Return two halves of the images, to judge on one what the other shows. Too few images are both halves."""
     if len(indices) < FEWEST_TO_HOLD_OUT:
         return list(indices), list(indices)
     return list(indices[::2]), list(indices[1::2])
 
 
-def stand_ins(indices: Sequence[int], furthest: Iterable[int], count: int) -> dict[int, float]:
-    """At most ``count`` of the images, and how many each stands for: a sample in two strata.
+def weighted_sample(indices: Sequence[int], furthest: Iterable[int], count: int) -> dict[int, float]:
+    """Choose at most ``count`` images; return how many images each represents, by index: a sample in two strata.
 
-    Half of them are those that ``furthest`` has most often: images with the largest values, which a sample would miss and
-    clipping changes most. They stand for themselves, evenly spaced others for the rest.
+    Half of them are the images that ``furthest`` names most often. They have the largest values, which clipping changes
+    most and an even sample would miss, and represent themselves. Evenly spaced others represent the rest.
     """
     if len(indices) <= count:
         return dict.fromkeys(indices, 1.0)
@@ -140,7 +147,7 @@ def stand_ins(indices: Sequence[int], furthest: Iterable[int], count: int) -> di
 def _named_arrays(
     source: ImageSource, input: InputSpec, config: ImageConfig, reasons: dict[str, str], progress: Progress
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every image as an array of one input's shape, with a name for reports."""
+    """Yield every image as an array of one input's shape, with a name for reports. Skipped files go into ``reasons``."""
     step = "reading images"
     if source is None:
         for index, pixels in enumerate(_synthetic(input)):
@@ -188,7 +195,7 @@ def _named_arrays(
 
 
 def _to_network_input(given: object, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
-    """One photograph or finished input, checked."""
+    """Check one photograph or finished input, and return it as an input."""
     expected = input.shape(1, input.height.opt, input.width.opt)[1:]
     array, takes_floats = as_array(given), input.name == "pixel_values"
     if takes_floats and array.dtype.kind == "f" and array.shape == expected:
@@ -212,7 +219,7 @@ def _to_network_input(given: object, name: str, input: InputSpec, config: ImageC
 
 
 def _npz_rows(path: Path) -> Iterator[np.ndarray]:
-    """The images of an .npz one by one, without holding the array in memory."""
+    """Yield the images of an .npz one by one, without holding the array in memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [name for name in archive.namelist() if name.endswith(".npy")]
@@ -240,7 +247,7 @@ def _npz_rows(path: Path) -> Iterator[np.ndarray]:
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the .npy that starts here; pickled and column-major arrays are refused."""
+    """Read shape and dtype of the .npy that starts here. Raises ValueError for pickled and column-major arrays."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read(file)
@@ -250,7 +257,7 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _synthetic(input: InputSpec) -> Iterator[np.ndarray]:
-    """Seeded images with the 1/f spectrum of photographs: for fp32 and fp16 builds that were given no image."""
+    """Yield seeded images with the 1/f spectrum of photographs, for fp32 and fp16 builds without images."""
     height, width = input.height.opt, input.width.opt
     random = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])

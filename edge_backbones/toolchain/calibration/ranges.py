@@ -1,6 +1,7 @@
-"""How far each activation reaches: |x| counted over a stream of calibration batches, and where to clip it.
+"""Range estimators: count how large the values of each tensor are over calibration batches, and choose where to clip.
 
-A range must not depend on how the data was delivered. So every tensor is reduced to counts that add up in any order:
+The range of a tensor is one positive number: the |x| that becomes 127 in int8, or 448 in fp8. It must not depend on how
+the data was delivered. So every tensor is reduced to counts (`Magnitudes`) that add up in any order:
 
 - images are fed one static batch at a time (one image, where the batch is dynamic), whatever arrives, because a kernel may
   round differently at another batch size. Images that do not fill one are repeated, all equally often, and what is counted
@@ -41,7 +42,7 @@ DEAD_TENSOR_THRESHOLD = 1.0
 _BINS = 4096
 _NEAR_HALF_MAX = float(np.finfo(np.float16).max) / 4
 _LEVELS = 128  # magnitudes of a symmetric int8: 0 to 127
-_CANDIDATE_STEP = 16  # bins between two thresholds that entropy and mse try: 1/128 of the range or finer
+_THRESHOLD_STEP = 16  # bins between two thresholds that entropy and mse try: 1/128 of the range or finer
 
 
 def collect_magnitudes(
@@ -95,7 +96,7 @@ def collect_magnitudes(
 
 
 def merge_magnitudes(first: Mapping[str, Magnitudes], second: Mapping[str, Magnitudes]) -> dict[str, Magnitudes]:
-    """What one stream of the images of both would have given, but for `furthest`, which is None."""
+    """Add up the counts of two streams. Equal to the counts of one stream, except that `furthest` is None."""
     merged = {}
     for name, one in first.items():
         other = second[name]
@@ -108,7 +109,7 @@ def merge_magnitudes(first: Mapping[str, Magnitudes], second: Mapping[str, Magni
 
 
 def float_tensors(model_path: Path) -> tuple[str, ...]:
-    """Names of the float tensors that a graph computes, in graph order."""
+    """Name the float tensors that a graph computes, in graph order."""
     import onnx
 
     model = onnx.shape_inference.infer_shapes(onnx.load(model_path, load_external_data=False))
@@ -118,7 +119,7 @@ def float_tensors(model_path: Path) -> tuple[str, ...]:
 
 
 def beyond_half(largest: Mapping[str, float]) -> tuple[str, ...]:
-    """Names of the tensors whose values come near what fp16 can hold.
+    """Name the tensors whose values come near what fp16 can hold.
 
     Near is a quarter of 65504: other images will have larger values than these.
     """
@@ -128,7 +129,7 @@ def beyond_half(largest: Mapping[str, float]) -> tuple[str, ...]:
 def tensors_beyond_half(
     model_path: Path, batches: Iterable[npt.NDArray[np.generic]], *, progress: Progress = no_progress
 ) -> tuple[str, ...]:
-    """`beyond_half` of all float tensors of a graph. Raises CalibrationError as `collect_magnitudes` does."""
+    """Run a graph and name all its float tensors that are `beyond_half`. Raises what `collect_magnitudes` raises."""
     largest = dict.fromkeys(float_tensors(model_path), 0.0)
     step = "looking for values beyond fp16"
     collect_magnitudes(
@@ -140,14 +141,14 @@ def tensors_beyond_half(
 def find_ranges(
     magnitudes: Mapping[str, Magnitudes], *, method: str = "percentile", percentile: float = 99.99
 ) -> dict[str, float]:
-    """The |x| threshold of each tensor: what becomes 127.
+    """Return the range of each tensor: the |x| that becomes 127 (in fp8: 448).
 
     ``max``: the largest |x| seen. ``percentile``: clips the largest values that are not zero, and keeps ``percentile``
     (in (0, 100], 100 is max) of them. ``entropy``: the least Kullback-Leibler divergence between the counts and the same
     in 128 levels (S. Migacz, 8-bit inference with TensorRT, GTC 2017). ``mse``: the least squared error of rounding and
     clipping together.
 
-    Thresholds are finite and positive; a tensor that is zero everywhere gets DEAD_TENSOR_THRESHOLD. Raises
+    Ranges are finite and positive; a tensor that is zero everywhere gets DEAD_TENSOR_THRESHOLD. Raises
     CalibrationError for a bad option.
     """
     if method not in METHODS:
@@ -161,7 +162,7 @@ def find_ranges(
 
 
 def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
-    """A session over the graph with `tensors` as its only outputs (the input itself needs no output)."""
+    """Return a session over the graph with `tensors` as its only outputs (the input itself needs no output)."""
     import onnx
 
     from edge_backbones.engines.onnxruntime.library import onnxruntime
@@ -187,7 +188,7 @@ def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxrunti
 def chunks(
     batch: npt.NDArray[np.generic], session: onnxruntime.InferenceSession
 ) -> Iterator[tuple[npt.NDArray[np.generic], int]]:
-    """Any number of images in batches of the graph's size, and how often each image is in one."""
+    """Split any number of images into batches of the graph's size; also yield how often each image is in its batch."""
     expected = session.get_inputs()[0]
     fits = batch.ndim == len(expected.shape) and all(
         want == got for want, got in zip(expected.shape[1:], batch.shape[1:], strict=True) if isinstance(want, int)
@@ -208,6 +209,7 @@ def chunks(
 def _activations(
     session: onnxruntime.InferenceSession, tensors: Sequence[str], chunk: npt.NDArray[np.generic]
 ) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+    """Run one batch and yield each named tensor."""
     input_name = session.get_inputs()[0].name
     names = [output.name for output in session.get_outputs()]
     try:
@@ -226,9 +228,9 @@ def _activations(
 
 @dataclass(slots=True)
 class Magnitudes:
-    """What is kept of one tensor. Bin i counts the values with i <= |x| / 2**exponent < i + 1, exact zeros left out.
+    """The counts of one tensor. Bin i counts the values with i <= |x| / 2**exponent < i + 1, exact zeros left out.
 
-    ``furthest``: which image of the stream, counted from 0, has the largest value; None where all are zero.
+    ``furthest``: which image of the stream, from 0, has the largest value; None where all are zero.
     """
 
     largest: float = 0.0
@@ -241,7 +243,7 @@ def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str, images:
     """Count the activations of these images, each of which is there ``repeats`` times."""
     magnitudes = np.abs(values, dtype=np.float32).ravel()
     largest = float(magnitudes.max(initial=0.0))
-    if not np.isfinite(largest):  # max() hands a NaN on
+    if not np.isfinite(largest):  # max() passes a NaN on
         _refuse(name, largest)
     if largest > seen.largest:
         seen.largest = largest
@@ -264,8 +266,8 @@ def _count(seen: Magnitudes, values: npt.NDArray[np.generic], name: str, images:
 
 
 def _reached(values: npt.NDArray[np.generic], name: str) -> float:
-    """The largest |x|, without an array of them."""
-    reached = float(np.maximum(values.max(initial=0.0), -values.min(initial=0.0)))  # hands a NaN on
+    """Return the largest |x|, without an array of magnitudes."""
+    reached = float(np.maximum(values.max(initial=0.0), -values.min(initial=0.0)))  # passes a NaN on
     if not np.isfinite(reached):
         _refuse(name, reached)
     return reached
@@ -279,11 +281,12 @@ def _refuse(name: str, largest: float) -> NoReturn:
 
 
 def _exponent_for(largest: float) -> int:
-    """The smallest e with largest < _BINS * 2**e."""
+    """Return the smallest e with largest < _BINS * 2**e."""
     return int(np.frexp(largest)[1]) - (_BINS.bit_length() - 1)
 
 
 def _merged(counts: npt.NDArray[np.int64], doublings: int) -> npt.NDArray[np.int64]:
+    """Return the same counts in bins that are 2**doublings as wide."""
     merged = np.zeros_like(counts)
     # A shift past the last bin leaves index 0 whatever its size; numpy's shift by 64 or more is undefined.
     np.add.at(merged, np.arange(_BINS) >> min(doublings, _BINS.bit_length()), counts)
@@ -294,6 +297,7 @@ def _merged(counts: npt.NDArray[np.int64], doublings: int) -> npt.NDArray[np.int
 
 
 def _threshold(seen: Magnitudes, method: str, share: float) -> float:
+    """Return the range of one tensor. ``share``: the part of the values that ``percentile`` keeps."""
     if seen.exponent is None:
         return DEAD_TENSOR_THRESHOLD
     if method == "max" or (method == "percentile" and share == 1.0):
@@ -308,7 +312,7 @@ def _threshold(seen: Magnitudes, method: str, share: float) -> float:
 
 
 def _quantile(counts: npt.NDArray[np.int64], share: float) -> float:
-    """The number of bins below which this share of the values lies, interpolated."""
+    """Return the number of bins below which this share of the values lies, interpolated."""
     cumulative = np.cumsum(counts)
     wanted = share * float(cumulative[-1])
     index = int(np.searchsorted(cumulative, wanted))
@@ -316,17 +320,20 @@ def _quantile(counts: npt.NDArray[np.int64], share: float) -> float:
     return index + (wanted - below) / float(counts[index])
 
 
-def _candidates(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Thresholds to try, in bins: down to one bin per level, up to the last bin in use."""
+def _thresholds_to_try(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return thresholds to try, in bins: down to one bin per level, up to the last bin in use."""
     used = int(np.flatnonzero(counts)[-1]) + 1
-    return np.arange(used, min(_LEVELS, used) - 1, -_CANDIDATE_STEP)[::-1]
+    return np.arange(used, min(_LEVELS, used) - 1, -_THRESHOLD_STEP)[::-1]
 
 
 def _least_divergence(counts: npt.NDArray[np.int64]) -> float:
-    """KL(P || Q): P has what is clipped in its last bin; Q has as many levels as int8, each spread over its own bins."""
+    """Return the threshold with the least KL(P || Q), in bins.
+
+    P has what is clipped in its last bin. Q has as many levels as int8, each spread over its own bins.
+    """
     best, least = 0, np.inf
     total, filled = float(counts.sum()), counts > 0
-    for bins in _candidates(counts):
+    for bins in _thresholds_to_try(counts):
         inside = counts[:bins].astype(np.float64)
         edges = np.arange(min(_LEVELS, bins)) * bins // min(_LEVELS, bins)
         sums, width = np.add.reduceat(inside, edges), np.add.reduceat(filled[:bins].astype(np.float64), edges)
@@ -338,13 +345,14 @@ def _least_divergence(counts: npt.NDArray[np.int64]) -> float:
         if not q.any() or (q[present] == 0).any():
             continue  # everything that is clipped would land where nothing was
         divergence = float((p[present] * np.log(p[present] / total * q.sum() / q[present])).sum())
-        if divergence <= least:  # of equals the widest
+        if divergence <= least:  # of equal ones the widest
             best, least = int(bins), divergence
     return float(best)
 
 
 def _least_error(counts: npt.NDArray[np.int64]) -> float:
-    bins = _candidates(counts)
+    """Return the threshold with the least squared error of rounding and clipping, in bins."""
+    bins = _thresholds_to_try(counts)
     middle = np.arange(len(counts)) + 0.5
     best, least = 0, np.inf
     for threshold in bins:

@@ -1,13 +1,13 @@
-"""Scales moved out of a node into the layers that read it, so that one loud channel does not set an int8 step.
+"""Equalise channels: move scales out of a node into the layers that read it, so that one large channel sets no int8 step.
 
 SmoothQuant (Xiao et al. 2022, section 4): x W = (x / s)(s W), and a LayerNormalization divides for nothing, by its own
 scale and bias. On a transformer and a ConvNeXt trained on digits this brings 1 to 2 dB to the feature maps.
 
 A convolution divides for nothing too, and ReLU(x / s) = ReLU(x) / s (cross-layer equalisation, Nagel et al. 2019, section
-4.1): what a depthwise convolution reads and what is read of it in the early blocks of a MobileNetV3, where there is no
-hard swish and mostly no gate, which take no scale. With random weights that brings 1 to 4 dB to the stages of these blocks,
-to mobilenetv3_large_100 trained on digits 3 dB in the last stage. Where neither layer is depthwise they are left alone:
-there it brought nothing that could be measured.
+4.1). That is what a depthwise convolution reads and gives in the early blocks of a MobileNetV3, which have no hard swish
+and mostly no gate (neither takes a scale). With random weights it brings 1 to 4 dB to the stages of these blocks, to
+mobilenetv3_large_100 trained on digits 3 dB in the last stage. Where neither layer is depthwise nothing is done: there it
+brought nothing that could be measured.
 """
 
 from __future__ import annotations
@@ -23,24 +23,18 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edge_backbones.toolchain.artifacts import ExportedGraph
-from edge_backbones.toolchain.quantize.qdq import (
-    add_constant,
-    constant_of,
-    input_channel_axis,
-    is_depthwise,
-    load_graph,
-    quantized_layers,
-)
+from edge_backbones.toolchain.quantize.onnx_edits import add_constant, constant_of, load_graph
+from edge_backbones.toolchain.quantize.placement import input_channel_axis, is_depthwise, quantized_layers
 
-# s = (largest of a channel / largest of all) to this power: of 0.5, 0.75, 0.9 and 1 the best on vit and convnext, and of
-# 0.5 and 0.75 on mobilenetv3, small and large.
+# A factor is (largest of a channel / largest of all) to this power. 0.75 was the best of 0.5, 0.75, 0.9 and 1 on vit and
+# convnext; 0.5 was better than 0.75 on mobilenetv3, small and large.
 _STRENGTHS = {"LayerNormalization": 0.75, "Conv": 0.5}
-_SMALLEST = 1 / 256  # of a channel that is nearly silent on the calibration images, and may not be on others
+_SMALLEST = 1 / 256  # for a channel that is nearly silent on the calibration images: on others it may not be
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A node that takes a scale, the tensor that layers read of it, the channel axis of that tensor, and those layers."""
+    """A node that takes a scale, its tensor that layers read, the channel axis of that tensor, and those layers."""
 
     source: ir.Node
     tensor: ir.Value
@@ -49,20 +43,20 @@ class _Site:
 
 
 class Channels(NamedTuple):
-    """The channel axis of a tensor, and how much of the difference between them is taken away: 0 nothing, 1 all."""
+    """The channel axis of a tensor, and how much of the difference between channels is taken away: 0 nothing, 1 all."""
 
     axis: int
     strength: float
 
 
 def tensors_to_equalise(graph: ExportedGraph) -> dict[str, Channels]:
-    """Tensors whose channels can be scaled at no cost."""
+    """Return the tensors whose channels can be scaled without a node more in the graph."""
     sites = _sites(load_graph(graph), graph)
     return {str(site.tensor.name): Channels(site.axis, _STRENGTHS[site.source.op_type]) for site in sites}
 
 
 def factors(largest: np.ndarray, strength: float) -> np.ndarray:
-    """What each channel is divided by, float32 in (0, 1], from the largest |x| of each channel."""
+    """Return what each channel is divided by, float32 in (0, 1], from the largest |x| of each channel."""
     if not largest.any():
         return np.ones(len(largest), np.float32)
     share: np.ndarray = np.maximum(largest / largest.max(), _SMALLEST) ** strength
@@ -70,7 +64,7 @@ def factors(largest: np.ndarray, strength: float) -> np.ndarray:
 
 
 def write_equalised_graph(graph: ExportedGraph, by_tensor: Mapping[str, Sequence[float]], path: Path) -> ExportedGraph:
-    """The same network in `path`, with each of these tensors divided by its factors and its readers' weights multiplied.
+    """Write the same network to ``path``, with these tensors divided by their factors and their readers' weights multiplied.
 
     Nothing else changes but rounding in the last bits of fp32. Raises KeyError for a tensor that takes no factors.
     """
@@ -89,12 +83,13 @@ def write_equalised_graph(graph: ExportedGraph, by_tensor: Mapping[str, Sequence
             shape[input_channel_axis(reader)] = -1
             multiplied = add_constant(model.graph, f"{reader.name}.equalised", weight * divisor.reshape(shape))
             reader.replace_input_with(1, multiplied)
-    passes.RemoveUnusedNodesPass()(model)  # takes what was replaced
+    passes.RemoveUnusedNodesPass()(model)  # removes what was replaced
     ir.save(model, path)
     return dataclasses.replace(graph, path=path)
 
 
 def _sites(model: ir.Model, graph: ExportedGraph) -> list[_Site]:
+    """Find the norms and convolutions that take a scale and whose readers all take it back."""
     layers = {layer.name: layer.tensor for layer in quantized_layers(graph) if layer.weighted}
     found = []
     for node in model.graph:
@@ -137,14 +132,14 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
 
 
 def _reads(layer: ir.Node, channels: int) -> bool:
-    """False for a Conv in groups, whose weight has fewer channels than its input."""
+    """Return whether a layer's weight has all channels of its input: a Conv in groups has fewer."""
     sizes: tuple[int, ...] = constant_of(layer.inputs[1]).shape
     return sizes[input_channel_axis(layer)] == channels
 
 
 def _behind_permutations(value: ir.Value) -> tuple[ir.Value, int]:
-    """The tensor behind the Transposes and Reshapes that alone read this one, and where its last axis went."""
-    assert value.shape is not None  # _is_affine_norm looked
+    """Return the tensor behind the Transposes and Reshapes that alone read this one, and where its last axis went."""
+    assert value.shape is not None  # _is_affine_norm has checked it
     axis = len(value.shape) - 1
     while (node := _only_reader(value)) is not None:
         output = node.outputs[0]

@@ -1,4 +1,4 @@
-"""What every source shares: the options, the model hub, checkpoints, seeds, and random weights that are worth measuring."""
+"""What the loaders share: the options, the model hub, checkpoints, seeds, and random weights that are worth measuring."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -21,6 +21,9 @@ from edge_backbones.images.config import ImageConfig
 from edge_backbones.reading import read_file, refusing
 from edge_backbones.spec import align_stages
 from edge_backbones.toolchain.sources.checkpoints import flat_tensors
+
+if TYPE_CHECKING:
+    from edge_backbones.toolchain.artifacts import LoadedBackbone
 
 _HUB_TIMEOUT_S = 5.0
 _ASLEEP, _AWAKE = 1e-3, 0.05  # scale of a residual branch: untrained, and woken
@@ -36,14 +39,22 @@ _SMALL_FILES = ["config.json", "preprocessor_config.json", "processor_config.jso
 class SourceOptions:
     """How to make the network.
 
-    ``weights``: ``"pretrained"`` (of a live module: its own), ``"random:SEED"``, or the path of a checkpoint
-    (.safetensors, or .pth / .pt / .bin that ``torch.load(weights_only=True)`` accepts). ``num_channels``: None for the
-    network's own. ``img_size``: (height, width), None for the network's own, or ``default_size`` of one
-    that knows none (convolutional ones of transformers). ``out_indices`` / ``out_features``: the
-    kept stages by transformers' rules; when neither is given, what the source has chosen, or the last stage.
-    ``hidden_states``: also return every hidden state. ``dataset_index``: the expert of a VitPose with several. ``image``: its
-    preprocessing, where the source has none or another is meant: an image processor of transformers, the folder or file of
-    one, a data configuration of timm, or an ImageConfig.
+    Args:
+        weights: ``"pretrained"`` (of a live module: its own), ``"random:SEED"``, or the path of a checkpoint (.safetensors,
+            or .pth / .pt / .bin that ``torch.load(weights_only=True)`` accepts).
+        num_channels: channels of the input; None for the network's own.
+        img_size: (height, width); None for the network's own, or ``default_size`` of one that has none (convolutional ones
+            of transformers).
+        default_size: height and width for such networks.
+        output_stride: the stride of the last stage, of timm names that take it.
+        out_indices: the kept stages by transformers' rules. When these and ``out_features`` are None, the stages that the
+            source has chosen, or the last one.
+        out_features: the kept stages by name.
+        hidden_states: also return every hidden state.
+        dataset_index: the expert of a VitPose with several.
+        image: the preprocessing, where the source has none or another is meant: an image processor of transformers, the
+            folder or file of one, a data configuration of timm, or an ImageConfig.
+        from_model: the source is a whole model, of which the backbone is taken.
     """
 
     weights: str = "pretrained"
@@ -56,12 +67,33 @@ class SourceOptions:
     hidden_states: bool = False
     dataset_index: int = 0
     image: Any = None
+    from_model: bool = False
+
+
+class SourceLoader(Protocol):
+    """Loads one kind of source. Other packages register theirs in the entry point group ``edge_backbones.sources``.
+
+    The loaders of this package are asked first, then the registered ones. Record ``library="torch"`` in the
+    ``LoadedBackbone.source`` of a kind that is neither timm's nor transformers'.
+    """
+
+    def matches(self, source: Any) -> bool:
+        """Return whether this loader takes ``source``: text, a path or any object. Quick; raises nothing for other kinds."""
+        ...
+
+    def load(self, source: Any, options: SourceOptions) -> LoadedBackbone:
+        """Load a source that matches, in eval mode and without changing it.
+
+        ``options.image`` is None or a :class:`~edge_backbones.toolchain.sources.processors.Preprocessing`. Raises
+        SourceError for a source or options that it cannot load.
+        """
+        ...
 
 
 def kept_stages(
     stage_names: tuple[str, ...], options: SourceOptions, default: tuple[int, ...]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and indices (as given) of the stages to keep; ``default`` when the options name none."""
+    """Return names and indices (as given) of the stages to keep; ``default`` when the options name none."""
     indices, features = options.out_indices, options.out_features
     if indices is None and features is None:
         indices = default
@@ -72,8 +104,10 @@ def kept_stages(
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A configuration that may be a stranger's: a regular file of bounded size that holds one object. ``what``: what it
-    should be, for the SourceError that names the file."""
+    """Read a configuration that may be a stranger's: a regular file of bounded size that holds one object.
+
+    ``what`` says what it should be, for the SourceError that names the file.
+    """
     with refusing(lambda why: SourceError(f"{path} is not {what}: {why}")):
         content = json.loads(read_file(path, limit=_MAX_JSON_BYTES))
         if not isinstance(content, dict):
@@ -82,7 +116,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def refuse_dataset_index(options: SourceOptions) -> None:
-    """For every network without experts."""
+    """Raise InputError for a dataset_index: for every network without experts."""
     if options.dataset_index != 0:
         raise InputError(
             f"dataset_index chooses an expert and this network has none: leave {options.dataset_index} out"
@@ -90,7 +124,7 @@ def refuse_dataset_index(options: SourceOptions) -> None:
 
 
 def random_seed(weights: str) -> int | None:
-    """The seed in ``random:SEED``, None for weights that are not random. Raises SourceError for a bad seed."""
+    """Return the seed in ``random:SEED``, None for weights that are not random. Raises SourceError for a bad seed."""
     kind, _, seed = weights.partition(":")
     if kind != "random":
         return None
@@ -108,12 +142,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def wake_residual_branches(net: nn.Module) -> None:
-    """Give what training starts at zero a small value, in place: scales of residual branches, tables of positions.
+    """Give a small value to what training starts at zero, in place: scales of residual branches, tables of positions.
 
     timm initialises the last norm of a residual branch to 0, and layer scales start at 1e-6 everywhere. Left so, the
-    branch's convolutions would be folded into zeros, and parity would be measured on a network that is not there. Large
-    weights would measure chaos instead: random branches pass on rounding errors that trained ones damp. The same network
-    wakes in the same way.
+    branch's convolutions would be folded into zeros, and parity would be measured on a network without them. Large weights
+    would measure chaos instead: random branches pass on rounding errors that trained ones damp. The same network always gets
+    the same values.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -158,7 +192,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _classes(path: Path) -> list[str]:
-    """The classes and functions that a pickle of torch would import; none for what is no such file."""
+    """Name the classes and functions that a pickle of torch would import; none for a file that is no such pickle."""
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a damaged file, or one of something else
@@ -167,7 +201,7 @@ def _classes(path: Path) -> list[str]:
 
 
 def tensors_sha256(net: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all weights and buffers of a module."""
+    """Return the SHA-256 over names, types, shapes and bytes of all weights and buffers of a module."""
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -176,7 +210,7 @@ def tensors_sha256(net: nn.Module) -> str:
 
 
 def hub_answers() -> bool:
-    """One short request, because the hub library itself retries for a minute before it gives up."""
+    """Ask the model hub with one short request, because the hub library itself retries for a minute before it gives up."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -193,7 +227,7 @@ def hub_answers() -> bool:
 
 
 def hub_folder(repository: str) -> Path:
-    """Configuration and weights of a hub repository as a local folder: from the hub, or from its cache.
+    """Return configuration and weights of a hub repository as a local folder: from the hub, or from its cache.
 
     Raises HubUnreachableError when the hub does not answer and the cache does not hold them, SourceError when the hub
     knows no such repository.

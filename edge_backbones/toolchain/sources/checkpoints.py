@@ -179,7 +179,7 @@ def surplus_tensors(state: State, wanted: Shapes, whole: Iterable[str], placemen
 
 
 def fits(state: State, wanted: Shapes, placement: Placement) -> bool:
-    """Whether every wanted tensor has its shape in the file and is of a floating-point type."""
+    """Return whether every wanted tensor has its shape in the file and is of a floating-point type."""
     return not _mismatched(state, wanted, placement)
 
 
@@ -260,7 +260,10 @@ def explanation(what: str, state: State, wanted: Shapes, near: str | None) -> st
 
 
 def _best(what: str, state: State, wanted: Shapes) -> Placement:
-    """The placement of the most tensors; under a prefix that is no wrapper's, half of them may not be there by chance."""
+    """Return the placement of the most tensors.
+
+    Under a prefix that is no wrapper's it must have at least half of the tensors: fewer may be there by chance.
+    """
     found = placements(state, wanted)
     likely = [p for p in found if _is_wrapper(p.prefix, what) or 2 * len(p.keys) >= len(wanted)]
     return next(iter(likely), Placement("", {}))
@@ -290,7 +293,10 @@ def _words(text: str) -> set[str]:
 
 
 def _numbered(name: str) -> list[str]:
-    """The numbered blocks that a tensor is in: layer1.0 and layer1.0.downsample.1 of layer1.0.downsample.1.weight."""
+    """Return the numbered blocks that a tensor is in.
+
+    ``layer1.0`` and ``layer1.0.downsample.1`` of ``layer1.0.downsample.1.weight``.
+    """
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 
@@ -301,7 +307,7 @@ def stage_dotted(name: str) -> str:
 
 
 def _is_wrapper(prefix: str, what: str) -> bool:
-    """Whether a prefix is made of words of wrappers, or of the network's own name: ``pvt_v2.`` for PvtV2Backbone."""
+    """Return whether a prefix is made of words of wrappers, or of the network's own name: ``pvt_v2.`` for PvtV2Backbone."""
     own = what.lower().replace("_", "")
     return all(
         _words(segment) <= _WRAPPER_WORDS or (len(segment) > 2 and segment.lower().replace("_", "") in own)
@@ -310,7 +316,10 @@ def _is_wrapper(prefix: str, what: str) -> bool:
 
 
 def _rank(prefix: str) -> int:
-    """Order of preference: averaged weights, a teacher, what timm takes first, others, and what training goes on with."""
+    """Return the order of preference of a prefix, the smallest first.
+
+    Averaged weights come first, then a teacher, what timm takes first, others, and last what training goes on with.
+    """
     words = _words(prefix)
     container = prefix.partition(".")[0]
     if words & {"ema", "averaged", "swa"}:

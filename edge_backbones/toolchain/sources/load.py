@@ -1,4 +1,4 @@
-"""One entry for every kind of source: what it is decides which loader takes it.
+"""Load a backbone from any kind of source: the first loader that knows the kind takes it.
 
 Whatever the source, it is not changed: live modules are copied, and put into eval mode, float32 and host memory there.
 """
@@ -6,108 +6,261 @@ Whatever the source, it is not changed: live modules are copied, and put into ev
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import timm
-import torch
 from torch import nn
 
 from edge_backbones.bundle.manifest import Source
 from edge_backbones.errors import MissingDependencyError, SourceError, first_line
 from edge_backbones.integrations.clients import find_backbone, is_backbone, is_timm_module
-from edge_backbones.spec import BackboneSpec, Layout, measured_stride
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources.base import (
+    SourceLoader,
     SourceOptions,
     hub_answers,
     hub_folder,
-    kept_stages,
     read_json,
-    refuse_dataset_index,
     tensors_sha256,
 )
-from edge_backbones.toolchain.sources.modules import feature_maps, missing_arguments, plain_copy
-from edge_backbones.toolchain.sources.processors import PROCESSOR_FILES, Preprocessing, given, read_processor, unknown
+from edge_backbones.toolchain.sources.modules import plain_copy
+from edge_backbones.toolchain.sources.plain import ModuleSource, load_plain
+from edge_backbones.toolchain.sources.processors import PROCESSOR_FILES, Preprocessing, given, read_processor
 from edge_backbones.toolchain.sources.timm import load_timm, load_timm_folder, load_timm_module
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleSource:
-    """A plain ``nn.Module`` and what cannot be read off it.
-
-    ``module`` takes float32 NCHW of ``num_channels`` channels and returns one float tensor per name in ``stage_names``: a
-    dict or dataclass with these names (others in it are left out), or tensors in that order. Nested tuples, lists and dicts
-    are read depth first, and None is left out. ``size``: (height, width) that it is made for. ``layouts``: the axes of each
-    output, NCHW by default. ``image``: the preprocessing that it was trained with: an image processor of transformers, the
-    folder of one, a data configuration of timm, or an ImageConfig. Without one ImageNet's is taken, and the build says so.
-    """
-
-    module: nn.Module
-    stage_names: Sequence[str]
-    size: tuple[int, int] = (224, 224)
-    num_channels: int = 3
-    layouts: Sequence[Layout] | None = None
-    image: Any = None
+ENTRY_POINTS = "edge_backbones.sources"
+"""The entry point group in which other packages register a :class:`SourceLoader`, as a class or as an object."""
 
 
-def load_source(source: Any, options: SourceOptions, *, from_model: bool = False) -> LoadedBackbone:
+def load_source(source: Any, options: SourceOptions) -> LoadedBackbone:
     """Load a backbone, in eval mode.
 
     ``source``: a timm name; a hub id; a ``save_pretrained`` folder of transformers or a timm model's; a configuration of
-    transformers, or its .json file; a live backbone of either library, or a whole timm network; a :class:`ModuleSource`. With
-    ``from_model`` a client model (a folder, a hub id, or live), of which the backbone is taken. Raises SourceError,
-    HubUnreachableError, InputError, MissingDependencyError.
+    transformers, or its .json file; a live backbone of either library, or a whole timm network; a :class:`ModuleSource`;
+    or what a loader of another package takes (:data:`ENTRY_POINTS`). With ``options.from_model`` a client model (a folder,
+    a hub id, or live), of which the backbone is taken. Raises SourceError, HubUnreachableError, InputError,
+    MissingDependencyError.
     """
     if isinstance(source, LoadedBackbone):
         return source
     options = dataclasses.replace(options, image=given(options.image))
-    if isinstance(source, ModuleSource):
-        if from_model:
+    for loader in LOADERS:
+        if loader.matches(source):
+            return loader.load(source, options)
+    for name, loader in _registered_loaders():
+        if loader.matches(source):
+            return _checked(name, loader.load(source, options))
+    return _refuse(source, options)
+
+
+# ---- loaders --------------------------------------------------------------------------------------------------------
+
+
+class _PlainModules:
+    """Load plain modules with a description."""
+
+    def matches(self, source: Any) -> bool:
+        return isinstance(source, ModuleSource)
+
+    def load(self, source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
+        if options.from_model:
             raise SourceError("from_model is for a whole model of transformers: a ModuleSource is a backbone already")
-        return _load_plain(source, options)
-    if isinstance(source, nn.Module):
+        return load_plain(source, options)
+
+
+class _LiveModules:
+    """Load live modules of timm and transformers, and the backbone in a live client model."""
+
+    def matches(self, source: Any) -> bool:
+        return isinstance(source, nn.Module)
+
+    def load(self, source: nn.Module, options: SourceOptions) -> LoadedBackbone:
         options = _with_processor(options, lambda: _processor_of(source))
-        return _load_live(find_backbone(source).module if from_model else source, options)
-    if not isinstance(source, (str, os.PathLike)):
-        if hasattr(source, "model_type"):
-            return cast(LoadedBackbone, _transformers().load_config(source, options))
+        return _load_live(find_backbone(source).module if options.from_model else source, options)
+
+
+class _Configurations:
+    """Load configuration objects of transformers."""
+
+    def matches(self, source: Any) -> bool:
+        return not _is_text(source) and hasattr(source, "model_type")
+
+    def load(self, source: Any, options: SourceOptions) -> LoadedBackbone:
+        return cast(LoadedBackbone, _transformers().load_config(source, options))
+
+
+class _TimmNames:
+    """Load names of timm, tags included. A folder of the same name with a configuration is preferred."""
+
+    def matches(self, source: Any) -> bool:
+        return _is_text(source) and _is_timm_name(str(source)) and not (Path(source) / "config.json").is_file()
+
+    def load(self, source: Any, options: SourceOptions) -> LoadedBackbone:
+        if options.from_model:
+            _refuse_path(str(source))
+            raise SourceError(
+                f"from_model is for a whole model of transformers: {source} is a backbone of timm already"
+            )
+        return load_timm(str(source), options)
+
+
+class _ConfigurationFiles:
+    """Load configurations of transformers that are .json files."""
+
+    def matches(self, source: Any) -> bool:
+        return _is_text(source) and str(source).endswith(".json") and Path(source).is_file()
+
+    def load(self, source: Any, options: SourceOptions) -> LoadedBackbone:
+        path, library = Path(source), _transformers()
+        options = _with_processor(options, lambda: read_processor(path.parent))
+        return cast(LoadedBackbone, library.load_config(library.read_config(path), options))
+
+
+class _Folders:
+    """Load folders of a saved model, of transformers or timm."""
+
+    def matches(self, source: Any) -> bool:
+        return _is_text(source) and (Path(source).expanduser() / "config.json").is_file()
+
+    def load(self, source: Any, options: SourceOptions) -> LoadedBackbone:
+        return _load_folder(Path(source).expanduser(), Path(source).name, options)
+
+
+class _TimmHubNames:
+    """Load names of timm as the model hub has them: ``timm/resnet18.a1_in1k``."""
+
+    def matches(self, source: Any) -> bool:
+        return _may_be_on_hub(source) and _is_timm_repository(_repository(source))
+
+    def load(self, source: Any, options: SourceOptions) -> LoadedBackbone:
+        return load_timm(str(source).removeprefix("timm/"), options)
+
+
+class _HubRepositories:
+    """Load repositories of the model hub that hold a saved model."""
+
+    def matches(self, source: Any) -> bool:
+        return _may_be_on_hub(source) and "/" in _repository(source)
+
+    def load(self, source: Any, options: SourceOptions) -> LoadedBackbone:
+        return _load_folder(hub_folder(_repository(source)), Path(source).name, options)
+
+
+LOADERS: tuple[SourceLoader, ...] = (
+    _PlainModules(),
+    _LiveModules(),
+    _Configurations(),
+    _TimmNames(),
+    _ConfigurationFiles(),
+    _Folders(),
+    _TimmHubNames(),
+    _HubRepositories(),
+)
+"""The loaders of this package, in the order in which they are asked."""
+
+
+def _registered_loaders() -> Iterator[tuple[str, SourceLoader]]:
+    """Import the loaders of other packages one after the other. Raises SourceError for one that cannot be imported."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            found = entry.load()
+            loader = found() if isinstance(found, type) else found
+        except Exception as error:  # the code of another package fails as it likes
+            raise SourceError(
+                f"the source {entry.name} ({entry.value}) cannot be imported: {first_line(error, typed=True)}; repair or "
+                "uninstall its package"
+            ) from error
+        yield entry.name, loader
+
+
+def _checked(name: str, loaded: Any) -> LoadedBackbone:
+    if not isinstance(loaded, LoadedBackbone):
+        raise SourceError(
+            f"the source {name} returned a {type(loaded).__name__}, not a LoadedBackbone: repair its package"
+        )
+    return loaded
+
+
+def _refuse(source: Any, options: SourceOptions) -> LoadedBackbone:
+    """Raise SourceError for what no loader takes. timm has the last word on names: it suggests near ones."""
+    if not _is_text(source):
         raise SourceError(
             f"a {type(source).__name__} is no source: pass a name, a folder, a configuration, or a module"
         )
-    name = str(source)
-    if from_model and timm.is_model(name.partition(".")[0]) and not Path(name).exists():
-        raise SourceError(f"from_model is for a whole model of transformers: {name} is a backbone of timm already")
-    if timm.is_model(name.partition(".")[0]) and not from_model and not (Path(name) / "config.json").is_file():
-        return load_timm(name, options)
-    if name.endswith(".json") and Path(name).is_file():
-        options = _with_processor(options, lambda: read_processor(Path(name).parent))
-        return cast(LoadedBackbone, _transformers().load_config(_transformers().read_config(Path(name)), options))
-    folder = _folder(name)
-    if folder is None:
-        return load_timm(name.removeprefix("timm/"), options)  # refuses unknown names with near ones
+    _refuse_path(str(source))
+    return load_timm(str(source).removeprefix("timm/"), options)
+
+
+def _refuse_path(name: str) -> None:
+    """Raise SourceError for a path that holds no saved model, or that does not exist."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise SourceError(f"{path} has no config.json: pass a folder that save_pretrained wrote")
+    if path.is_file():
+        raise SourceError(
+            f"{path} is a file: pass the folder that holds it, or a name or configuration with weights={path}"
+        )
+    if _is_path(name):
+        raise SourceError(f"{path} does not exist")
+
+
+# ---- names, folders and the hub -------------------------------------------------------------------------------------
+
+
+def _is_text(source: Any) -> bool:
+    return isinstance(source, (str, os.PathLike))
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be a path, whether it exists or not."""
+    return Path(name).expanduser().is_absolute() or name.startswith((".", "~"))
+
+
+def _is_timm_name(name: str) -> bool:
+    return timm.is_model(name.partition(".")[0])
+
+
+def _may_be_on_hub(source: Any) -> bool:
+    return _is_text(source) and not _is_path(str(source)) and not Path(source).exists()
+
+
+def _repository(source: Any) -> str:
+    return str(source).removeprefix("hf-hub:").removeprefix("hf_hub:")
+
+
+def _is_timm_repository(repository: str) -> bool:
+    return repository.startswith("timm/") and _is_timm_name(repository.removeprefix("timm/"))
+
+
+def _is_timm_folder(folder: Path) -> bool:
+    return "architecture" in read_json(folder / "config.json", "a model's configuration")
+
+
+def _load_folder(folder: Path, name: str, options: SourceOptions) -> LoadedBackbone:
+    """Load a saved model: timm's, a backbone of transformers, or with ``from_model`` the backbone in a client model."""
     if not _is_timm_folder(folder):
         options = _with_processor(options, lambda: read_processor(folder))
-    if from_model:
+    if options.from_model:
         place = find_backbone(_transformers().load_client_folder(folder))
-        label = f"{Path(name).name}:{place.path}"
-        return _load_live(place.module, options, Source(library="transformers", name=label, weights="pretrained"))
+        source = Source(library="transformers", name=f"{name}:{place.path}", weights="pretrained")
+        return _load_live(place.module, options, source)
     if _is_timm_folder(folder):
         return load_timm_folder(folder, options)
-    return cast(LoadedBackbone, _transformers().load_folder(folder, options, name=Path(name).name))
+    return cast(LoadedBackbone, _transformers().load_folder(folder, options, name=name))
 
 
 def _with_processor(options: SourceOptions, read: Callable[[], Preprocessing | None]) -> SourceOptions:
-    """With the preprocessing that comes with a source, unless the user gave another."""
+    """Return the options with the preprocessing that comes with a source, unless the user gave another."""
     return options if options.image is not None else dataclasses.replace(options, image=read())
 
 
 def _processor_of(model: Any) -> Preprocessing | None:
-    """The image processor that lies beside the files that a live model of transformers came from."""
+    """Read the image processor that lies beside the files that a live model of transformers came from."""
     name = str(getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not name:
         return None
@@ -123,7 +276,7 @@ def _processor_of(model: Any) -> Preprocessing | None:
 
 
 def _hub_file(repository: str, name: str) -> Path | None:
-    """A file of a hub repository, from the hub's cache or the hub; None where neither has it."""
+    """Return a file of a hub repository, from the hub's cache or the hub; None where neither has it."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repository, name)
@@ -138,30 +291,8 @@ def _hub_file(repository: str, name: str) -> Path | None:
         return None
 
 
-def _folder(name: str) -> Path | None:
-    """The local folder of a source given as text, from the hub if need be; None for what can only be a timm name."""
-    path = Path(name).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if path.is_dir():
-        raise SourceError(f"{path} has no config.json: pass a folder that save_pretrained wrote")
-    if path.is_file():
-        raise SourceError(
-            f"{path} is a file: pass the folder that holds it, or a name or configuration with weights={path}"
-        )
-    if path.is_absolute() or name.startswith((".", "~")):
-        raise SourceError(f"{path} does not exist")
-    repository = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    if repository.startswith("timm/") and timm.is_model(repository.removeprefix("timm/").partition(".")[0]):
-        return None
-    return hub_folder(repository) if "/" in repository else None
-
-
-def _is_timm_folder(folder: Path) -> bool:
-    return "architecture" in read_json(folder / "config.json", "a model's configuration")
-
-
 def _load_live(module: nn.Module, options: SourceOptions, source: Source | None = None) -> LoadedBackbone:
+    """Copy a live backbone and load the copy. ``source``: the record of a model that was loaded from files."""
     if options.weights != "pretrained":
         raise SourceError(f"a live {type(module).__name__} has weights of its own: leave --weights out")
     net: Any = plain_copy(module)
@@ -181,94 +312,8 @@ def _load_live(module: nn.Module, options: SourceOptions, source: Source | None 
     return cast(LoadedBackbone, _transformers().load_module(net, source, options))
 
 
-def _load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:
-    refuse_dataset_index(options)
-    if options.weights != "pretrained" or options.output_stride is not None or options.hidden_states:
-        raise SourceError("weights, output_stride and hidden_states are not for a plain module: set them in the module")
-    if options.num_channels not in (None, source.num_channels):
-        raise SourceError(
-            f"this ModuleSource takes {source.num_channels} channels, not {options.num_channels}: say it in one place"
-        )
-    stage_names = tuple(source.stage_names)
-    if not stage_names or len(set(stage_names)) != len(stage_names):
-        raise SourceError(f"stage_names must name every output once, got {list(stage_names)}")
-    features, indices = kept_stages(stage_names, options, tuple(range(len(stage_names))))
-    net = plain_copy(source.module)
-    height, width = options.img_size or source.size
-    given_image = options.image or given(source.image) or unknown(f"this ModuleSource of a {type(net).__name__}")
-    preprocessing = given_image.for_channels(source.num_channels)
-    image = torch.zeros(1, source.num_channels, height, width)
-    try:
-        with torch.no_grad():
-            returned = net(image)
-    except Exception as error:  # a user's module fails with whatever it trips over
-        if missing := missing_arguments(net):
-            raise SourceError(
-                f"forward of this {type(net).__name__} needs {', '.join(missing)} besides the image: wrap it in a module "
-                "whose forward takes the image alone"
-            ) from error
-        raise SourceError(
-            f"this {type(net).__name__} does not run on images of {height}x{width} (height x width): "
-            f"{first_line(error, typed=True)}"
-        ) from error
-    outputs = feature_maps(returned, stage_names)
-    nchw: Layout = "NCHW"
-    others = [axes for axes in source.layouts or () if axes not in get_args(Layout)]
-    if others:
-        raise SourceError(f"layouts {others} are unknown: {', '.join(get_args(Layout))} are known")
-    layouts = tuple(source.layouts or [nchw] * len(stage_names))
-    if len(outputs) != len(stage_names) or [len(axes) for axes in layouts] != [output.ndim for output in outputs]:
-        shapes = [tuple(output.shape) for output in outputs]
-        raise SourceError(f"this {type(net).__name__} returns {shapes}, not {', '.join(layouts)} for {stage_names}")
-    channels = tuple(int(o.shape[axes.index("C")]) for o, axes in zip(outputs, layouts, strict=True))
-    kept = [stage_names.index(feature) for feature in features]
-    return LoadedBackbone(
-        module=_Chosen(net, stage_names, kept, writes_input=image._version > 0).eval(),
-        source=preprocessing.written_into(
-            Source(library="torch", name=type(net).__name__, weights="module", weights_sha256=tensors_sha256(net))
-        ),
-        image_config=preprocessing.config,
-        channels_in=source.num_channels,
-        height=height,
-        width=width,
-        spec=BackboneSpec(
-            stage_names=stage_names,
-            out_features=features,
-            out_indices=indices,
-            channels=tuple(channels[i] for i in kept),
-            strides=tuple(_strides(outputs[i], layouts[i], height, width) for i in kept),
-            num_features=channels,
-            layouts=tuple(layouts[i] for i in kept),
-        ),
-        image_differs=preprocessing.differs,
-    )
-
-
-class _Chosen(nn.Module):
-    """Some outputs of a module, as float32 maps. One that writes into its input gets an image of its own."""
-
-    def __init__(self, net: nn.Module, stage_names: tuple[str, ...], chosen: list[int], *, writes_input: bool) -> None:
-        super().__init__()
-        self.net = net
-        self.stage_names = stage_names
-        self.chosen = chosen
-        self.writes_input = writes_input
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = feature_maps(self.net(pixel_values.clone() if self.writes_input else pixel_values), self.stage_names)
-        return tuple(outputs[i] for i in self.chosen)
-
-
-def _strides(output: torch.Tensor, layout: Layout, height: int, width: int) -> tuple[int, int]:
-    if "H" not in layout:
-        return 1, 1
-    cells = (int(output.shape[layout.index(axis)]) for axis in "HW")
-    vertical, horizontal = (measured_stride(n, m) for n, m in zip((height, width), cells, strict=True))
-    return vertical, horizontal
-
-
 def _transformers() -> Any:
-    """Our module for that library, which takes seconds to import and is not needed for timm's networks."""
+    """Import our module for transformers, which takes seconds and is not needed for timm's networks."""
     try:
         from edge_backbones.toolchain.sources import transformers
     except ModuleNotFoundError as error:

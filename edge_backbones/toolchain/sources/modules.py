@@ -1,4 +1,4 @@
-"""A user's module as an exporter can take it: unwrapped, merged, with plain weights; and its outputs as float maps."""
+"""Copy a user's module as an exporter can take it: unwrapped, merged, with plain weights; and read its outputs as maps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
 
 
 def _unwrapped(module: Any) -> Any:
-    """What `torch.compile` and data parallelism were put around."""
+    """Take off what `torch.compile` and data parallelism were put around."""
     while True:
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             module = module._orig_mod
@@ -62,6 +62,7 @@ def _unwrapped(module: Any) -> Any:
 
 
 def _refuse(module: nn.Module) -> None:
+    """Raise SourceError for a module that is TorchScript, sharded, quantised, or without weights."""
     name = type(module).__name__
     for path, inner in module.named_modules():
         kind = type(inner)
@@ -177,6 +178,7 @@ def feature_maps(outputs: Any, stage_names: tuple[str, ...]) -> list[torch.Tenso
 
 
 def _fields(value: Any) -> Any:
+    """Return mappings and dataclasses as a dict, all else as it is."""
     if isinstance(value, Mapping):
         return dict(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -185,6 +187,7 @@ def _fields(value: Any) -> Any:
 
 
 def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield everything that is no container with its place in the output, depth first."""
     value = _fields(value)
     if isinstance(value, dict):
         for key, inner in value.items():

@@ -75,7 +75,7 @@ def _unprefixed(state: State) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def _networks() -> Mapping[str, tuple[str, ...]]:
-    """Names by signature, as ``python -m build_scripts.write_networks`` found them."""
+    """Read the names by signature that ``python -m build_scripts.write_networks`` wrote."""
     found: dict[str, tuple[str, ...]] = {}
     text = resources.files("edge_backbones.toolchain.sources").joinpath("timm_networks.txt").read_text(encoding="utf-8")
     for line in text.splitlines():
@@ -85,11 +85,11 @@ def _networks() -> Mapping[str, tuple[str, ...]]:
 
 
 def _compared(state: State, name: str) -> str:
-    """'equal' or 'alike' where the file holds the backbone of this name, otherwise ''."""
+    """Return 'equal' or 'alike' where the file holds the backbone of this name, otherwise ''."""
     try:
         with torch.device("meta"):
             net = timm.create_model(name)
-    except Exception:  # another release of timm, or an optional library is missing: it is no candidate
+    except Exception:  # another release of timm, or an optional library is missing
         return ""
     shapes, wanted = learned_shapes(net), backbone_shapes(net)
     best = next(iter(placements(state, shapes)), None)
@@ -103,7 +103,7 @@ def _compared(state: State, name: str) -> str:
 
 
 def _alike(key: str, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether shapes differ in no more than input channels, or in positions, which grow with the image."""
+    """Return whether shapes differ in no more than input channels, or in positions, which grow with the image."""
     if one == other:
         return True
     if len(one) != len(other):

@@ -1,8 +1,8 @@
-"""What a network's own preprocessing is: read off an image processor of transformers or a data configuration of timm.
+"""Read a network's own preprocessing off an image processor of transformers or a data configuration of timm.
 
-A processor is believed by its pixels, not by its options: its transform is written down as an ImageConfig, both are run on
-test pictures, and only an ImageConfig that gives the same pixels counts as the processor's. What cannot be written down so
-is noted by the processor's name, with the largest difference.
+A processor is believed by its pixels, not by its options. Its transform is written down as an ImageConfig, both are run on
+test pictures, and only an ImageConfig that gives the same pixels counts as the processor's. Where there is none, a note
+names the processor and the largest difference.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 _PROBES = ((0.45, 0.38), (1.1, 1.7), (1.9, 1.2))
 """(rows, columns) of the test pictures, times the side that a processor scales to: smaller, landscape and portrait."""
 
-_LARGEST_SIDE = 8192  # of a test picture: memory follows its square
+_LARGEST_SIDE = 8192  # pixels of a test picture: memory grows with their square
 _CANVAS_STEP = 32  # deepest stride of detection backbones
 _WARP_FROM = 384  # ConvNextImageProcessor crops below this size and squashes from it on
 
@@ -53,9 +53,12 @@ _WARP_FROM = 384  # ConvNextImageProcessor crops below this size and squashes fr
 class Preprocessing:
     """An ImageConfig and where it comes from.
 
-    ``size``: (height, width) that the source makes, None where that depends on the picture. ``read_from``: a phrase for
-    people. ``notes``: what the ImageConfig does not repeat of the source, a sentence each. ``differs``: why frames cannot be
-    prepared by it, empty where they can.
+    Args:
+        config: how frames become the network's input.
+        size: (height, width) that the source makes, None where that depends on the picture.
+        read_from: a phrase for people.
+        notes: what the ImageConfig does not repeat of the source, a sentence each.
+        differs: why frames cannot be prepared by it, empty where they can.
     """
 
     config: ImageConfig
@@ -66,19 +69,21 @@ class Preprocessing:
 
     @property
     def usual_size(self) -> tuple[int, int] | None:
-        """(height, width) that a network is built for when nobody says: the processor's own, or what holds every landscape
-        picture that it makes."""
+        """(height, width) that a network is built for by default: the processor's own.
+
+        Where its size depends on the picture, one that holds every landscape picture.
+        """
         short, long = self.config.short_edge, self.config.long_edge
         if self.size is None and short is not None and long is not None:
             return -(-short // _CANVAS_STEP) * _CANVAS_STEP, -(-long // _CANVAS_STEP) * _CANVAS_STEP
         return self.size
 
     def written_into(self, source: Source) -> Source:
-        """The record of a source with where its preprocessing was read."""
+        """Return the record of a source with the place where its preprocessing was read."""
         return msgspec.structs.replace(source, preprocessing=self.read_from, preprocessing_notes=self.notes)
 
     def for_channels(self, channels: int) -> Preprocessing:
-        """For a network of other channels, where the mean over the processor's channels has to serve each of them."""
+        """Return it for a network of other channels, each of which gets the mean over the processor's channels."""
         own = len(self.config.mean)
         if own == channels:
             return self
@@ -89,7 +94,7 @@ class Preprocessing:
 
 
 def unknown(what: str) -> Preprocessing:
-    """For a source that says nothing of its preprocessing."""
+    """Return ImageNet's preprocessing, for a source that says nothing of its own."""
     note = (
         f"{what} says nothing of its preprocessing: ImageNet's mean and std are taken. If it was trained otherwise, pass "
         "image= a processor, a timm configuration or an ImageConfig (--image-processor FOLDER)"
@@ -98,8 +103,11 @@ def unknown(what: str) -> Preprocessing:
 
 
 def given(image: Any) -> Preprocessing | None:
-    """What the user passed as ``image=``: a processor of transformers, the folder or the file of one, a data configuration of
-    timm, or an ImageConfig. Raises SourceError for anything else."""
+    """Read what the user passed as ``image=``.
+
+    That is a processor of transformers, the folder or the file of one, a data configuration of timm, or an ImageConfig.
+    Raises SourceError for anything else.
+    """
     if image is None or isinstance(image, Preprocessing):
         return image
     if isinstance(image, ImageConfig):
@@ -125,6 +133,7 @@ def given(image: Any) -> Preprocessing | None:
 
 
 def _given_path(path: Path) -> Preprocessing:
+    """Read the processor in a file or a folder. Raises SourceError where there is none."""
     if path.is_file():
         return of_processor(_instance(read_json(path, _WHAT), str(path)), f"in {path.name}")
     found = read_processor(path) if path.is_dir() else None
@@ -136,8 +145,10 @@ def _given_path(path: Path) -> Preprocessing:
 
 
 def read_processor(folder: Path) -> Preprocessing | None:
-    """The image processor that was saved beside a model, None where the folder has none. Raises SourceError for a file that
-    is no processor's configuration."""
+    """Read the image processor that was saved beside a model, None where the folder has none.
+
+    Raises SourceError for a file that is no processor's configuration.
+    """
     for name in PROCESSOR_FILES:
         path = folder / name
         if not path.is_file():
@@ -150,7 +161,7 @@ def read_processor(folder: Path) -> Preprocessing | None:
 
 
 def _instance(content: dict[str, Any], where: str) -> Any:
-    """The processor that a configuration describes; its bare values where this transformers has no such class."""
+    """Return the processor that a configuration describes; its bare values where this transformers has no such class."""
     import transformers
 
     name = str(content.get("image_processor_type") or content.get("feature_extractor_type") or "")
@@ -164,7 +175,7 @@ def _instance(content: dict[str, Any], where: str) -> Any:
             continue
         try:
             return kind.from_dict(dict(content))
-        except ImportError:  # of a back end that is not installed: another class may do without
+        except ImportError:  # a back end is not installed: another class may do without
             continue
         except Exception as error:  # a processor's constructor trips over values in its own way
             raise SourceError(f"{where} is not a {known}'s configuration: {first_line(error, typed=True)}") from error
@@ -172,7 +183,7 @@ def _instance(content: dict[str, Any], where: str) -> Any:
 
 
 def of_timm(config: Mapping[str, Any], read_from: str) -> Preprocessing:
-    """timm's data configuration, as ``timm.data.resolve_data_config`` or ``pretrained_cfg`` has it."""
+    """Read a data configuration of timm, as ``timm.data.resolve_data_config`` or ``pretrained_cfg`` has it."""
     try:
         mean, std = (tuple(float(value) for value in config[key]) for key in ("mean", "std"))
         _, height, width = config.get("input_size") or (3, None, None)
@@ -195,7 +206,7 @@ def _timm_filter(name: str) -> str:
 
 
 def of_processor(processor: Any, where: str) -> Preprocessing:
-    """The transform of an image processor of transformers, compared with the processor itself on test pictures.
+    """Read the transform of an image processor of transformers, and compare it with the processor itself on test pictures.
 
     ``where``: how it was found, for people: "in preprocessor_config.json".
     """
@@ -218,7 +229,7 @@ def of_processor(processor: Any, where: str) -> Preprocessing:
 
 
 def _written(processor: Any) -> tuple[ImageConfig, tuple[int, int] | None]:
-    """A processor's options as an ImageConfig, and the size that it makes, None where that depends on the picture."""
+    """Return a processor's options as an ImageConfig, and the size that it makes, None where that depends on the picture."""
 
     def option(name: str) -> Any:
         return getattr(processor, name, None)
@@ -260,7 +271,7 @@ def _written(processor: Any) -> tuple[ImageConfig, tuple[int, int] | None]:
 
 
 def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """mean and std for pixels in 0..1, whatever a processor scales its pixels to."""
+    """Return mean and std for pixels in 0..1, whatever a processor scales its pixels to."""
     scale = (
         float(getattr(processor, "rescale_factor", None) or 1 / 255) if getattr(processor, "do_rescale", True) else 1.0
     )
@@ -278,7 +289,7 @@ def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]
 
 
 def _sides(size: Any) -> dict[str, int]:
-    """A processor's ``size``, in all forms that releases of transformers have written."""
+    """Return a processor's ``size`` as sides by name, from all forms that releases of transformers have written."""
     if size is None:
         return {}
     if isinstance(size, int):
@@ -299,7 +310,7 @@ def _pair(size: Any) -> tuple[int, int] | None:
 
 
 def _share(crop: int, side: int) -> float:
-    """crop_pct with which an input of ``crop`` pixels is scaled to ``side`` exactly, in spite of rounding."""
+    """Return the crop_pct with which an input of ``crop`` pixels is scaled to ``side`` exactly, in spite of rounding."""
     share = crop / side
     return share if int(crop / share) == side else float(np.nextafter(share, 0))
 
@@ -308,8 +319,10 @@ def _share(crop: int, side: int) -> float:
 
 
 def _compared(processor: Any, name: str, written: Preprocessing) -> Preprocessing:
-    """With the ImageConfig that gives a processor's pixels, found by trying; where none does, the one that is written down
-    and what it leaves out."""
+    """Find the ImageConfig that gives a processor's pixels, by trying.
+
+    Where there is none, it stays as it is written, and a note says what it leaves out.
+    """
     first, size = written.config, written.size
     resizes = getattr(processor, "do_resize", None) is not False
     edge = first.short_edge or first.long_edge or min(size or (224, 224))
@@ -357,8 +370,10 @@ def _compared(processor: Any, name: str, written: Preprocessing) -> Preprocessin
 
 
 def _variants(first: ImageConfig, *, padded: bool) -> Iterator[ImageConfig]:
-    """What options do not say, as the code of processors has it: other integers, reversed channels, other sampling, other
-    rounding, and for ``padded`` ones where the picture lies."""
+    """Yield what options do not say, as the code of processors has it.
+
+    That is other integers, reversed channels, other sampling, other rounding, and for ``padded`` ones where the picture is.
+    """
     ways = [first]
     if padded and first.crop_mode == "squash":
         ways.append(msgspec.structs.replace(first, crop_mode="border", fill="black"))
@@ -376,8 +391,10 @@ def _variants(first: ImageConfig, *, padded: bool) -> Iterator[ImageConfig]:
 
 
 def _picture(rows: int, columns: int, *, step: int = 1) -> Image.Image:
-    """A test picture with what photographs have: slopes, edges, noise, and other values in each channel. Its sides are
-    multiples of ``step``."""
+    """Make a test picture with what photographs have: slopes, edges, noise, and other values in each channel.
+
+    Its sides are multiples of ``step``.
+    """
     rows, columns = max(step, rows // step * step), max(step, columns // step * step)
     random = np.random.default_rng(rows)
     down, across = np.mgrid[:rows, :columns]
@@ -388,7 +405,7 @@ def _picture(rows: int, columns: int, *, step: int = 1) -> Image.Image:
 
 
 def pixels_of(processor: Any, picture: Image.Image) -> np.ndarray:
-    """What a processor makes of one picture: float32 (channels, rows, columns)."""
+    """Run a processor on one picture: float32 (channels, rows, columns). Raises ValueError for pixels of another form."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "resample was ignored" and the like
     try:
@@ -406,11 +423,11 @@ def pixels_of(processor: Any, picture: Image.Image) -> np.ndarray:
 def difference(
     config: ImageConfig, picture: Image.Image, pixels: np.ndarray, size: tuple[int, int] | None
 ) -> float | None:
-    """Largest difference, in grey levels, between a processor's pixels and ours for the same picture.
+    """Return the largest difference, in grey levels, between a processor's pixels and ours for the same picture.
 
     ``pixels``: float (channels, rows, columns). ``size``: (height, width) of the network's input, None for one as large as
-    ``pixels``; pixels that are smaller than it are compared where the picture is. None where they cannot be compared, since
-    the processor has made another size.
+    ``pixels``; pixels that are smaller than it are compared where the picture is. Returns None where they cannot be compared,
+    because the processor has made another size.
     """
     made = pixels.shape[1:]
     if config.crop_mode == "squash" and config.crop_pct == 1:
@@ -428,7 +445,7 @@ def difference(
 
 
 def _fits(config: ImageConfig, made: tuple[int, ...], size: tuple[int, int] | None) -> bool:
-    """Whether a network's input of ``size`` holds what a processor has ``made``: (rows, columns)."""
+    """Return whether a network's input of ``size`` holds what a processor has ``made``: (rows, columns)."""
     if size is None:
         return config.crop_mode == "pad"
     return made == size or (config.crop_mode == "pad" and made[0] <= size[0] and made[1] <= size[1])

@@ -1,4 +1,4 @@
-"""Backbones of timm: any name that ``timm.create_model(..., features_only=True)`` knows, tags included, and modules."""
+"""Load backbones of timm: any name that ``timm.create_model(..., features_only=True)`` knows, tags included, and modules."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from edge_backbones.toolchain.sources.checkpoints import (
 from edge_backbones.toolchain.sources.nearest import nearest
 from edge_backbones.toolchain.sources.processors import given, of_timm
 
-_MOST_CHANNELS = 16  # of an image; a stem with more has folded pixels into channels
+_MOST_CHANNELS = 16  # channels of an image: a stem with more takes pixels folded into channels
 
 
 def load_timm(name: str, options: SourceOptions, *, native_layout: bool = False) -> LoadedBackbone:
@@ -77,7 +77,7 @@ def load_timm(name: str, options: SourceOptions, *, native_layout: bool = False)
 def load_timm_module(
     net: Any, source: Source, options: SourceOptions, *, native_layout: bool = False
 ) -> LoadedBackbone:
-    """A live module of timm: a feature extractor (``features_only=True``) as it is, or a whole network, wrapped as one.
+    """Load a live module of timm: a feature extractor (``features_only=True``) as it is, or a whole network, wrapped as one.
 
     ``net`` is used as it is: hand over a copy in eval mode. Stages that a feature extractor does not return cannot be
     kept; raises SourceError for those, InputError for a bad selection.
@@ -110,7 +110,7 @@ def load_timm_module(
 
 
 def load_timm_folder(folder: Path, options: SourceOptions) -> LoadedBackbone:
-    """A model that timm saved for the hub: ``config.json`` names its architecture and preprocessing."""
+    """Load a model that timm saved for the hub: ``config.json`` names its architecture and preprocessing."""
     content = read_json(folder / "config.json", "a timm model's configuration")
     try:
         name, preprocessing = str(content["architecture"]), dict(content.get("pretrained_cfg") or {})
@@ -136,6 +136,7 @@ def _loaded(
     *,
     native_layout: bool,
 ) -> LoadedBackbone:
+    """Describe a feature extractor of timm and wrap it so that it returns the kept stages."""
     info = net.feature_info.info
     stage_names = _stage_names(info)
     returned = sorted(i % len(info) for i in net.feature_info.out_indices)
@@ -172,7 +173,7 @@ def _loaded(
 
 
 def _read_from(net: Any, source: Source) -> str:
-    """timm's word for the configuration of a network, or that it has none of its own."""
+    """Name timm's configuration of a network, or say that it has none of its own."""
     config = getattr(net, "pretrained_cfg", None) or {}
     if not config.get("mean"):
         return f"timm's defaults, since {source.name} has no configuration"
@@ -181,7 +182,7 @@ def _read_from(net: Any, source: Source) -> str:
 
 
 def _input_channels(net: nn.Module, options: SourceOptions) -> int | None:
-    """Channels that the first convolution takes, unless it is one that takes pixels folded into channels."""
+    """Return the channels that the first convolution takes, unless it takes pixels folded into channels."""
     first = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None or first > _MOST_CHANNELS:
         return options.num_channels
@@ -191,7 +192,7 @@ def _input_channels(net: nn.Module, options: SourceOptions) -> int | None:
 
 
 def _own_size(net: nn.Module) -> tuple[int, int] | None:
-    """The size that a network with position embeddings was created for, which timm's data config does not follow."""
+    """Return the size that a network with position embeddings was created for, which timm's data config does not follow."""
     for module in net.modules():
         size = getattr(module, "img_size", None)
         if size is not None:
@@ -217,7 +218,7 @@ class _Stages(nn.Module):
 
 
 def _stage_names(info: list[dict[str, Any]]) -> tuple[str, ...]:
-    """timm's names of the stages; those that it names alike (crossvit, coat) are numbered."""
+    """Return timm's names of the stages. Stages that it names alike (crossvit, coat) are numbered."""
     given = [str(stage["module"]) for stage in info]
     return tuple(
         name if given.count(name) == 1 else f"{name}#{given[:index].count(name)}" for index, name in enumerate(given)
@@ -225,7 +226,7 @@ def _stage_names(info: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _feature_extractor(net: Any, options: SourceOptions) -> Any:
-    """timm's own wrapper for a whole network; it drops the blocks behind the last kept stage."""
+    """Wrap a whole network with timm's own feature extractor, which drops the blocks behind the last kept stage."""
     names = _stage_names(net.feature_info)
     features, _ = kept_stages(names, options, (len(names) - 1,))
     last = names.index(features[-1])
@@ -239,7 +240,7 @@ def _feature_extractor(net: Any, options: SourceOptions) -> Any:
 
 
 def _arguments(name: str, options: SourceOptions) -> dict[str, Any]:
-    """Keyword arguments for timm. Networks of fixed size take img_size; convolutional ones do not know the word."""
+    """Return keyword arguments for timm. Networks of fixed size take img_size; convolutional ones do not know the word."""
     arguments: dict[str, Any] = {"features_only": True, "in_chans": options.num_channels or 3}
     if options.output_stride is not None:
         arguments["output_stride"] = options.output_stride
@@ -257,7 +258,7 @@ def _arguments(name: str, options: SourceOptions) -> dict[str, Any]:
 
 
 def _create(name: str, arguments: Mapping[str, Any]) -> Any:
-    """``timm.create_model`` with its errors turned into ours. ``exportable``: attention as plain matrix products."""
+    """Call ``timm.create_model`` and turn its errors into ours. ``exportable``: attention as plain matrix products."""
     try:
         with set_layer_config(exportable=True):
             return timm.create_model(name, **arguments)
@@ -279,6 +280,7 @@ def _near_names(name: str) -> str:
 
 
 def _with_weights(name: str, weights: str, arguments: dict[str, Any]) -> tuple[Source, nn.Module]:
+    """Create the network with these weights; also return the record of where they come from."""
     numbers = {key: value for key, value in arguments.items() if isinstance(value, int) and not isinstance(value, bool)}
     options = {"num_channels" if key == "in_chans" else key: value for key, value in numbers.items()}
     seed = random_seed(weights)
@@ -296,7 +298,7 @@ def _with_weights(name: str, weights: str, arguments: dict[str, Any]) -> tuple[S
 
 
 def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Weights from the hub, or from its local cache when the hub does not answer."""
+    """Create the network with weights from the hub, or from its local cache when the hub does not answer."""
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise SourceError(f"timm has no pretrained weights for {name}: {OFFLINE_ADVICE}")
@@ -314,7 +316,7 @@ def _pretrained(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def cached_weights(repository: str) -> dict[str, str] | None:
-    """What timm is told for weights that the hub's cache holds, or None."""
+    """Return timm's option for weights that the hub's cache holds, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     for filename in ("model.safetensors", "pytorch_model.bin"):
@@ -345,24 +347,24 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
         placement = place(path, name, state, wanted, every)
     fillers: dict[str, torch.Tensor] = {}
     if placement is None:
-        attempts = [main_part(state)]
-        stripped = without_wrappers(attempts[0])
-        attempts += [stripped] if stripped.keys() != attempts[0].keys() else []
+        to_try = [main_part(state)]
+        stripped = without_wrappers(to_try[0])
+        to_try += [stripped] if stripped.keys() != to_try[0].keys() else []
     else:
         surplus = surplus_tensors(state, wanted, every, placement)
         if surplus:
             near = nearest(state, but=name)
             raise SourceError(f"{path} {misfit(name, state, wanted, surplus=surplus, near=near)}")
-        attempts = [{key: state[placement.keys[key]] for key in set(names.values()) & placement.keys.keys()}]
+        to_try = [{key: state[placement.keys[key]] for key in set(names.values()) & placement.keys.keys()}]
         # timm drops heads and final norms only after loading: it may insist on them, and knows its own files by them.
         fillers = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in every.items() if k not in set(names.values())}
         if fits(state, wanted, placement):
-            own = {key: attempts[0][names[key]] for key in names if names[key] in attempts[0]}
-            return _as_it_is(name, {**fillers, **attempts[0]}, own, arguments)
+            own = {key: to_try[0][names[key]] for key in names if names[key] in to_try[0]}
+            return _as_it_is(name, {**fillers, **to_try[0]}, own, arguments)
     unreached: list[str] = []
-    for attempt in attempts:
+    for tensors in to_try:
         with _foreign_keys():
-            net, unreached = _mapped_by_timm(name, attempt, fillers, arguments)
+            net, unreached = _mapped_by_timm(name, tensors, fillers, arguments)
             if not unreached:
                 return net
     missing = [key for key in wanted if key in lacking] or [names[key] for key in unreached]
@@ -371,7 +373,7 @@ def _from_checkpoint(name: str, path: Path, arguments: Mapping[str, Any]) -> nn.
 
 
 def _are_unused(name: str, arguments: Mapping[str, Any], names: Mapping[str, str], lacking: Set[str]) -> bool:
-    """Whether no feature map depends on these tensors.
+    """Return whether no feature map depends on these tensors.
 
     timm's FeatureGraphNet and FeatureGetterNet leave out what their maps do not need, such as a last norm, while the
     wrapper that is made here may keep it. NaN in every one of these tensors would reach each map that depends on one.
@@ -383,17 +385,19 @@ def _are_unused(name: str, arguments: Mapping[str, Any], names: Mapping[str, str
             tensor.fill_(float("nan"))
     channels, *size = resolve_model_data_config(net)["input_size"]  # type: ignore[no-untyped-call]
     image = torch.zeros(1, arguments.get("in_chans", channels), *(arguments.get("img_size") or size))
+    maps: Any = None
     with torch.no_grad(), _foreign_keys():
         maps = net(image)
-        return all(bool(m.isfinite().all()) for m in (maps.values() if isinstance(maps, dict) else maps))
-    return False  # the network does not run
+    if maps is None:  # the network does not run on this image
+        return False
+    return all(bool(m.isfinite().all()) for m in (maps.values() if isinstance(maps, dict) else maps))
 
 
 @contextlib.contextmanager
 def _foreign_keys() -> Iterator[None]:
-    """Give up an attempt for whatever timm's key mappings trip over; memory that ran out says nothing of the keys.
+    """Swallow whatever timm's key mappings trip over, except for memory that ran out, which says nothing of the keys.
 
-    timm's warnings list every key that it does not know: they are held back, since a refusal says what matters of them.
+    timm's warnings list every key that it does not know. They are held back, since a refusal says what matters of them.
     """
     log = logging.getLogger("timm")
     level = log.level
@@ -413,7 +417,7 @@ def _as_it_is(
 ) -> nn.Module:
     """Load tensors that have the network's names and shapes (``own``), past timm's mapping, which would resize some.
 
-    timm is still asked to load the ``whole`` network: it makes some networks otherwise for pretrained weights.
+    timm is still asked to load the ``whole`` network, because it makes some networks differently for pretrained weights.
     """
     net = None
     with _foreign_keys():
@@ -441,6 +445,7 @@ def _mapped_by_timm(
 
 
 def _from_state_dict(name: str, state: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> nn.Module:
+    """Create the network through timm's loader of pretrained weights, with these tensors as the weights."""
     overlay = {"state_dict": dict(state)}
     with seeded(0):
         net: nn.Module = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})

@@ -1,4 +1,4 @@
-"""Backbones of transformers: configurations, live modules, ``save_pretrained`` folders, and those inside of a client model.
+"""Load backbones of transformers: configurations, live modules, ``save_pretrained`` folders, and whole client models.
 
 Works with transformers 4.44 and with 5.x. Where they differ, the behaviour is asked for (a class attribute, a mapping)
 and no version is compared.
@@ -53,7 +53,7 @@ from edge_backbones.toolchain.sources.timm import load_timm, load_timm_module
 
 
 def load_config(config: Any, options: SourceOptions) -> LoadedBackbone:
-    """The network that AutoBackbone makes of a configuration, which is not changed.
+    """Load the network that AutoBackbone makes of a configuration, which is not changed.
 
     A configuration holds no weights: they are random with a seed, or of a checkpoint file; timm's own for a
     TimmBackboneConfig. Raises SourceError for a configuration that is no backbone's.
@@ -83,7 +83,7 @@ def load_config(config: Any, options: SourceOptions) -> LoadedBackbone:
 
 
 def load_folder(folder: Path, options: SourceOptions, *, name: str) -> LoadedBackbone:
-    """What ``save_pretrained`` wrote: a backbone, or a model of the same architecture with a head, which is dropped.
+    """Load what ``save_pretrained`` wrote: a backbone, or a model of the same architecture with a head, which is dropped.
 
     With weights that are random or of another file only the configuration is taken. Raises SourceError for files that
     are no such model or lack weights that the backbone needs.
@@ -109,7 +109,7 @@ def load_folder(folder: Path, options: SourceOptions, *, name: str) -> LoadedBac
 
 
 def load_client_folder(folder: Path) -> Any:
-    """A whole model, such as DETR, as its own class loads it. Raises SourceError for what transformers cannot load."""
+    """Load a whole model, such as DETR, as its own class does. Raises SourceError for what transformers cannot load."""
     config = read_config(folder)
     names = getattr(config, "architectures", None) or ["(none)"]
     model_class = getattr(transformers, names[0], None)
@@ -119,7 +119,7 @@ def load_client_folder(folder: Path) -> Any:
 
 
 def load_module(net: Any, source: Source, options: SourceOptions) -> LoadedBackbone:
-    """A live backbone of transformers, used as it is: hand over a copy in eval mode."""
+    """Load a live backbone of transformers. It is used as it is: hand over a copy in eval mode."""
     net = net.float()  # transformers 5 keeps the half precision of a checkpoint
     if isinstance(net, transformers.TimmBackbone):
         return _load_timm_backbone(net, source, options)
@@ -175,7 +175,7 @@ class _Stages(nn.Module):
         return (*output.feature_maps, *(getattr(output, "cls_tokens", None) or ()), *others)
 
     def call(self, pixel_values: torch.Tensor) -> Any:
-        """The backbone's own output."""
+        """Run the backbone and return its own output."""
         arguments: dict[str, Any] = {"output_hidden_states": self.hidden_states, "return_dict": True}
         if self.dataset_index is not None:
             arguments["dataset_index"] = torch.full((pixel_values.shape[0],), self.dataset_index)
@@ -189,7 +189,7 @@ def _measured(
     indices: tuple[int, ...],
     sample: torch.Tensor,
 ) -> BackboneSpec:
-    """What one forward returns; the library's ``num_features`` is not always what comes out, and says no strides."""
+    """Measure what one forward returns: the library's ``num_features`` may be wrong, and it knows no strides."""
     net: Any = module.net
     try:
         with torch.no_grad():
@@ -260,7 +260,7 @@ def _strides(sample: torch.Tensor, feature_map: torch.Tensor, patch: tuple[int, 
 
 
 def _stride(pixels: int, cells: int, patch: int) -> int:
-    """The stride that explains a map, with or without padding: the patch size, or a power of two, where several do."""
+    """Return the stride that explains a map, with or without padding: the patch size or a power of two, where several do."""
     fitting = [s for s in range(1, pixels + 1) if cells in (pixels // s, -(-pixels // s))]
     likely = [s for s in fitting if s == patch > 1] or [s for s in fitting if s & (s - 1) == 0]
     return (likely or fitting or [measured_stride(pixels, cells)])[0]
@@ -270,7 +270,7 @@ def _stride(pixels: int, cells: int, patch: int) -> int:
 
 
 def read_config(path: Path) -> Any:
-    """A configuration file, or the one in a folder. Raises SourceError for one that this transformers does not know."""
+    """Read a configuration file, or the one in a folder. Raises SourceError for one that this transformers does not know."""
     read_json(path / "config.json" if path.is_dir() else path, "a model's configuration")
     try:
         return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
@@ -281,7 +281,7 @@ def read_config(path: Path) -> Any:
 
 
 def _backbone_config(config: Any) -> Any:
-    """A copy that may be changed; of a client's configuration the backbone's part."""
+    """Copy a configuration, so that it may be changed; of a client's configuration the backbone's part."""
     inner = getattr(config, "backbone_config", None)
     config = copy.deepcopy(config if inner is None else inner)
     known = {c.model_type for c in MODEL_FOR_BACKBONE_MAPPING}
@@ -294,7 +294,7 @@ def _backbone_config(config: Any) -> Any:
 
 
 def _without_downloads(config: Any) -> Any:
-    """transformers 4.44 fetches pretrained weights in a constructor; the weights come from elsewhere here."""
+    """Keep transformers 4.44 from fetching pretrained weights in a constructor: the weights come from elsewhere here."""
     for part in (config, getattr(config, "backbone_config", None)):
         if part is not None and getattr(part, "use_pretrained_backbone", False):
             part.use_pretrained_backbone = False
@@ -307,7 +307,7 @@ def _backbone_class(config: Any) -> Any:
 
 @contextlib.contextmanager
 def _choosing_stages(config: Any, options: SourceOptions) -> Iterator[None]:
-    """Set the stages in the configuration before the network exists: swin has a norm per chosen stage.
+    """Set the stages in the configuration before the network exists, because swin has a norm per chosen stage.
 
     Inside, what transformers raises becomes a SourceError.
     """
@@ -334,7 +334,7 @@ def _from_config(config: Any) -> Any:
 
 
 def _complete(what: str, folder: Path | None, model_class: Any, **arguments: Any) -> Any:
-    """``from_pretrained`` that accepts no gaps: raises SourceError when tensors are missing or do not fit."""
+    """Call ``from_pretrained`` and accept no gaps: raises SourceError when tensors are missing or do not fit."""
     load: Any = model_class.from_pretrained
     if model_class is transformers.TimmBackbone:  # its own takes the folder for a timm name
         load = functools.partial(vars(transformers.PreTrainedModel)["from_pretrained"].__func__, model_class)
@@ -383,7 +383,7 @@ def _from_checkpoint(config: Any, path: Path) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers reports every head that is not loaded and draws bars of its own; what matters here is checked."""
+    """Silence the library, which reports every head that is not loaded and draws bars. What matters is checked here."""
     before, bars = logging.root.manager.disable, library_logging.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
     library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -411,7 +411,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _one_number(value: Any) -> int:
-    """pp_lcnet_v4 gives its stem's channels as (in, middle, out)."""
+    """Return the last of several numbers: pp_lcnet_v4 gives its stem's channels as (in, middle, out)."""
     return int(value[-1]) if isinstance(value, (list, tuple)) else int(value)
 
 
@@ -425,7 +425,7 @@ def _json_of(config: Any) -> dict[str, Any]:
 
 
 def _load_timm_config(config: Any, options: SourceOptions) -> LoadedBackbone:
-    """TimmBackboneConfig says what timm is to make; maps keep timm's layout, as TimmBackbone returns them."""
+    """Load what a TimmBackboneConfig asks timm for. Maps keep timm's layout, as TimmBackbone returns them."""
     if not config.backbone:
         raise SourceError("backbone is not set in the config. Please set it to a timm model name.")
     if not getattr(config, "features_only", True):
@@ -442,7 +442,7 @@ def _load_timm_config(config: Any, options: SourceOptions) -> LoadedBackbone:
 
 
 def _load_timm_backbone(net: Any, source: Source, options: SourceOptions) -> LoadedBackbone:
-    """A live TimmBackbone: the feature extractor in it, its layout kept."""
+    """Load the feature extractor in a live TimmBackbone. Its layout is kept."""
     if options.out_indices is None and options.out_features is None:
         options = dataclasses.replace(options, out_indices=tuple(net.out_indices))
     loaded = load_timm_module(net._backbone, source, options, native_layout=True)
@@ -450,6 +450,7 @@ def _load_timm_backbone(net: Any, source: Source, options: SourceOptions) -> Loa
 
 
 def _with_config(loaded: LoadedBackbone, config: Any) -> LoadedBackbone:
+    """Return it with the configuration of transformers in the record of its source."""
     content = {
         **_json_of(config),
         "stage_names": list(loaded.spec.stage_names),

@@ -1,0 +1,212 @@
+"""Choose ranges, equalising factors and bias corrections: by the noise that they leave on held-out images.
+
+Each choice is judged on other images than it was found on, and dropped where it does not help.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from edge_backbones.engines.onnxruntime.library import onnxruntime
+from edge_backbones.progress import Progress, no_progress
+from edge_backbones.spec import Precision
+from edge_backbones.toolchain.artifacts import ExportedGraph
+from edge_backbones.toolchain.calibration.noise import Run, Sample, mean_db, measure_noise, run_reference, simulate
+from edge_backbones.toolchain.calibration.ranges import METHODS, Magnitudes, chunks, find_ranges, merge_magnitudes
+from edge_backbones.toolchain.onnx_runtime import reference_options
+from edge_backbones.toolchain.quantize import equalise
+from edge_backbones.toolchain.quantize.placement import quantized_layers
+from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
+
+_CORRECTIONS = 3
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The counts of some images, and other images to judge a choice by."""
+
+    magnitudes: Mapping[str, Magnitudes]
+    held_out: Sequence[Sample]
+
+
+def choose_factors(
+    graph: ExportedGraph, batches: Sequence[np.ndarray], held_out: Sequence[Sample], *, work: Path
+) -> dict[str, list[float]]:
+    """Return factors by tensor for `equalise.write_equalised_graph`, from the largest values of each channel in ``batches``.
+
+    Empty where the noise on ``held_out`` images, as a mean over outputs in dB, does not fall: judged with the tensors in
+    question alone quantised, clipped at their largest value.
+    """
+    sites = equalise.tensors_to_equalise(graph)
+    if not sites:
+        return {}
+    axes = {name: channels.axis for name, channels in sites.items()}
+    largest = _channel_maxima(_exposing(onnx.load(graph.path), axes), graph, batches, axes)
+    if not all(np.isfinite(values).all() for values in largest.values()):
+        return {}  # `ranges.collect_magnitudes` refuses such a tensor by name
+    found = {name: equalise.factors(values, sites[name].strength).tolist() for name, values in largest.items()}
+    equalised = equalise.write_equalised_graph(graph, found, work / "equalised.onnx")
+    others = {layer.name for layer in quantized_layers(graph) if layer.tensor not in axes}
+    references = run_reference(graph, held_out)
+    judged = []
+    for tried, divisors in ((graph, dict.fromkeys(found, 1.0)), (equalised, found)):
+        ranges = {name: float((values / divisors[name]).max()) or 1.0 for name, values in largest.items()}
+        simulation = simulate(tried, ranges, work, excluded=others)
+        judged.append(mean_db(measure_noise([Run(simulation, held_out, references)], graph.spec.outputs)))
+    return found if judged[1] < judged[0] else {}
+
+
+def choose_ranges(
+    graph: ExportedGraph,
+    folds: Sequence[Fold],
+    *,
+    percentile: float,
+    work: Path,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the ranges of the estimator that leaves each output the least noise, and that estimator by output.
+
+    Each fold is judged on its held-out images with the ranges that its own counts give (cross-validation); the ranges that
+    are returned come from the counts of all folds together. Outputs are decided one after the other: the tensors that
+    only later ones depend on are still to come, those before are fixed.
+    """
+    options = [
+        {method: find_ranges(fold.magnitudes, method=method, percentile=percentile) for method in METHODS}
+        for fold in folds
+    ]
+    ranges = [dict(of_fold["percentile"]) for of_fold in options]
+    simulation = simulate(graph, ranges[0], work)
+    references = [run_reference(graph, fold.held_out) for fold in folds]
+    deciding = _deciding_outputs(graph)
+    chosen: dict[str, str] = {}
+    for done, output in enumerate(graph.spec.outputs):
+        tensors = [tensor for tensor, decides in deciding.items() if decides == output]
+        if not tensors:
+            continue
+        noise: dict[str, float] = {}
+        for method in METHODS:
+            progress("choosing ranges", done * len(METHODS) + len(noise), len(graph.spec.outputs) * len(METHODS))
+            runs = [
+                Run(
+                    simulation,
+                    fold.held_out,
+                    reference,
+                    {**fixed, **{tensor: of_fold[method][tensor] for tensor in tensors}},
+                )
+                for fold, reference, fixed, of_fold in zip(folds, references, ranges, options, strict=True)
+            ]
+            noise[method] = measure_noise(runs, [output])[output]
+        chosen[output] = min(METHODS, key=lambda method: noise[method])
+        for fixed, of_fold in zip(ranges, options, strict=True):
+            fixed.update({tensor: of_fold[chosen[output]][tensor] for tensor in tensors})
+    together = functools.reduce(merge_magnitudes, (fold.magnitudes for fold in folds))
+    final = {method: find_ranges(together, method=method, percentile=percentile) for method in set(chosen.values())}
+    return {tensor: final[chosen[output]][tensor] for tensor, output in deciding.items()}, chosen
+
+
+def _deciding_outputs(graph: ExportedGraph) -> dict[str, str]:
+    """Return, for each tensor that is quantised, the first output that depends on its quantisation."""
+    order = list(graph.spec.outputs)
+    deciding: dict[str, str] = {}
+    for layer in sorted(quantized_layers(graph), key=lambda layer: order.index(layer.output)):
+        deciding.setdefault(layer.tensor, layer.output)
+    return deciding
+
+
+def correct_biases(
+    graph: ExportedGraph,
+    ranges: Mapping[str, float],
+    batches: Sequence[np.ndarray],
+    held_out: Sequence[Sample],
+    *,
+    work: Path,
+    progress: Progress = no_progress,
+) -> dict[str, list[float]]:
+    """Return what to add to the bias of each Conv so that its mean over images is that of fp32, by layer and output channel.
+
+    Bias correction (Nagel et al. 2019, Data-free quantization, section 4.2, with the means of real images). All layers are
+    corrected at once, a few times over: every correction moves what the layers behind it see. Empty when the noise on
+    ``held_out`` images, as a mean over outputs in dB, does not fall.
+    """
+    results = {layer.name: layer.result for layer in quantized_layers(graph) if layer.op_type == "Conv"}
+    if not results:
+        return {}
+    references = run_reference(graph, held_out)
+    expected = _channel_means(_exposing(onnx.load(graph.path), results.values()), graph, batches, results)
+    best: dict[str, list[float]] = {}
+    shifts: dict[str, np.ndarray] = {name: np.zeros_like(mean) for name, mean in expected.items()}
+    least = mean_db(measure_noise([Run(simulate(graph, ranges, work), held_out, references)], graph.spec.outputs))
+    for done in range(_CORRECTIONS):
+        progress("correcting biases", done, _CORRECTIONS)
+        as_lists = {name: shift.tolist() for name, shift in shifts.items()}
+        path = work / "simulation.onnx"
+        write_typed_graph(graph, precision=Precision.INT8, path=path, ranges=ranges, shifts=as_lists, half=False)
+        actual = _channel_means(_exposing(onnx.load(path), results.values()), graph, batches, results)
+        shifts = {name: shift + expected[name] - actual[name] for name, shift in shifts.items()}
+        as_lists = {name: [float(np.float32(v)) for v in shift] for name, shift in shifts.items()}
+        simulation = simulate(graph, ranges, work, shifts=as_lists)
+        noise = mean_db(measure_noise([Run(simulation, held_out, references)], graph.spec.outputs))
+        if noise < least:
+            best, least = as_lists, noise
+    return best
+
+
+def _exposing(model: onnx.ModelProto, tensors: Collection[str]) -> onnxruntime.InferenceSession:
+    """Return a session whose outputs are these tensors, the same to the last bit for any batch size and number of cores."""
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
+    options = reference_options()
+    options.intra_op_num_threads = 1  # threads that share a matrix product add it up in another order
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _channel_means(
+    session: onnxruntime.InferenceSession,
+    graph: ExportedGraph,
+    batches: Sequence[np.ndarray],
+    results: Mapping[str, str],
+) -> dict[str, np.ndarray]:
+    """Return the mean over images and pixels of each NCHW result, by layer name."""
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in results}
+    for name, value, images in _values(session, graph, batches, results):
+        rows[name].append(value.mean(axis=(2, 3), dtype=np.float64) * (images / len(value)))
+    count = sum(len(batch) for batch in batches)
+    # Exact sums: what is rounded after them must not depend on the order, which is that of the batches.
+    return {
+        name: np.array([math.fsum(channel) for channel in np.concatenate(of_layer).T]) / count
+        for name, of_layer in rows.items()
+    }
+
+
+def _channel_maxima(
+    session: onnxruntime.InferenceSession,
+    graph: ExportedGraph,
+    batches: Sequence[np.ndarray],
+    axes: Mapping[str, int],
+) -> dict[str, np.ndarray]:
+    """Return the largest |x| of each channel, by tensor."""
+    found: dict[str, np.ndarray] = {}
+    for name, value, _ in _values(session, graph, batches, {name: name for name in axes}):
+        others = tuple(other for other in range(value.ndim) if other != axes[name])
+        found[name] = np.maximum(found.get(name, 0.0), np.abs(value).max(axis=others))
+    return found
+
+
+def _values(
+    session: onnxruntime.InferenceSession,
+    graph: ExportedGraph,
+    batches: Sequence[np.ndarray],
+    tensors: Mapping[str, str],
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Yield each key with the value of its tensor and the number of distinct images in it, which repeat equally often."""
+    for batch in batches:
+        for chunk, repeats in chunks(batch, session):
+            values = session.run(list(tensors.values()), {graph.input.name: chunk})
+            yield from ((key, value, len(chunk) // repeats) for key, value in zip(tensors, values, strict=True))
