@@ -39,7 +39,9 @@ def takes(annotation: Any) -> str:
 def flags() -> dict[str, dict[str, str]]:
     """Return what each command takes, by command and by the names of each option or argument."""
     found: dict[str, dict[str, str]] = {}
-    for name, command in get_command(app).commands.items():
+    group = get_command(app)
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
         hints = typing.get_type_hints(command.callback, include_extras=True)
         found[name] = {}
         for parameter in command.params:
