@@ -11,64 +11,74 @@ from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, encode, read, regressions
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
-from edge_backbones.cli.options import (
+from edge_backbones.cli.options import Form, takes
+from edge_backbones.cli.shared import (
     AllowHostCode,
     BundleArgument,
+    DeviceOption,
     EngineOption,
     JsonFlag,
+    ThreadsOption,
+    names,
 )
 
 
+@takes(
+    CompareOptions,
+    vs=Form(type=str | None, read=lambda text: tuple(filter(None, names(text))), metavar="LIST"),
+    pythons=Form(
+        flag="peer_python",
+        type=list[str] | None,
+        read=lambda entries: dict(entry.partition("=")[::2] for entry in entries),
+        metavar="NAME=PYTHON",
+    ),
+)
 def bench(
     bundle: BundleArgument,
-    vs: Annotated[
-        str | None,
+    *,
+    engine: EngineOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    given: dict[str, Any],
+    images: Annotated[
+        Path | None,
         typer.Option(
-            help="Peers, each alone in its process: torch, torch-compile, torchscript, onnxruntime, openvino, nncf (the last "
-            "two on the CPU only). By default torch,onnxruntime,openvino.",
+            help="A folder of photographs for nncf to calibrate with. By default the golden samples of the bundle.",
+            show_default=False,
+            rich_help_panel="Peers",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results to this JSON file too.", show_default=False)
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with earlier results, a file of --out: the exit code is 4 if the engine has become slower.",
             show_default=False,
         ),
     ] = None,
-    engine: EngineOption = None,
-    device: Annotated[str, typer.Option(help="Where everybody runs: cpu, cuda or cuda:1.")] = "cpu",
     allow_host_code: AllowHostCode = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.", show_default=False)] = None,
-    turns: Annotated[int, typer.Option(min=1, help="Turns of each; from six on noise is told from difference.")] = 9,
-    seconds: Annotated[float, typer.Option(min=0, help="How long a turn takes at least.")] = 1.0,
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Photographs that nncf calibrates on; golden samples by default.", show_default=False),
-    ] = None,
-    peer_python: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=PYTHON: the interpreter of a peer that lives elsewhere.", show_default=False),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the results, as JSON.", show_default=False)] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="Earlier results: exit code 4 where ground was lost.", show_default=False)
-    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time a bundle's engine and its peers side by side: alternating turns, ratios with their bounds.
+    """Time a bundle's engine and its peers side by side: they take turns, and ratios come with their bounds.
 
-    Example: edge-backbones bench resnet50.bundle --vs torch,onnxruntime,nncf --out today.json"""
-    pythons = dict(entry.partition("=")[::2] for entry in peer_python or ())
-    vs = vs if vs is not None else "torch,onnxruntime,openvino" if device == "cpu" else "torch,onnxruntime"
+    Example: **edge-backbones bench resnet50.bundle --vs torch,onnxruntime,nncf --out today.json**
+    """
     before = None if against is None else read(against)
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
-    chosen = CompareOptions(
+    if device != "cpu":
+        given.setdefault("vs", ("torch", "onnxruntime"))  # OpenVINO runs on the CPU alone
+    if threads is not None:
+        given["threads"] = threads
+    options = CompareOptions(
+        **given,
         engine=engine,
-        vs=tuple(name.strip() for name in vs.split(",") if name.strip()),
         device=device,
-        turns=turns,
-        seconds=seconds,
         images=None if images is None else read_images(images, Bundle.open(bundle)),
-        pythons=pythons,
         allow_host_code=allow_host_code,
-        **options,
     )
     with console.Steps(as_json) as progress:
-        result = compare(bundle, chosen, progress=progress)
+        result = compare(bundle, options, progress=progress)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(encode(result))

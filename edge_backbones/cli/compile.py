@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -13,15 +14,8 @@ from edge_backbones import doctor
 from edge_backbones.bundle.manifest import Flavour
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
-from edge_backbones.cli.options import (
-    AllowHostCode,
-    BundleArgument,
-    GpuOption,
-    InProcess,
-    JsonFlag,
-    read_option,
-    shape_range,
-)
+from edge_backbones.cli.options import Form, takes
+from edge_backbones.cli.shared import AllowHostCode, BundleArgument, GpuOption, InProcess, JsonFlag, shape_range
 from edge_backbones.deploy import compile as deploy
 from edge_backbones.engines.tensorrt.compile import PlanOptions, Shapes
 from edge_backbones.errors import CompileError, InputError
@@ -31,114 +25,73 @@ from edge_backbones.machine.system import default_cache
 from edge_backbones.spec import Precision
 
 
+def _shapes(texts: list[str]) -> tuple[Shapes, ...]:
+    """Read texts such as 1:4:8x224x224, BATCHxHEIGHTxWIDTH; raise ValueError for anything else."""
+    found = []
+    for text in texts:
+        parts = text.lower().split("x")
+        if len(parts) != 3:
+            raise ValueError(f"{text!r} is not BATCHxHEIGHTxWIDTH")
+        batch, height, width = map(shape_range, parts)
+        found.append(Shapes(batch=batch, height=height, width=width))
+    return tuple(found)
+
+
+def _timing_cache(file: Path) -> bytes:
+    """Return the content of a timing cache; raise InputError if there is no such file."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: --timing-cache is a .cache file of an earlier compilation")
+    return file.read_bytes()
+
+
+@takes(
+    PlanOptions,
+    profiles=Form(flag="shapes", type=list[str] | None, read=_shapes, metavar="SHAPES"),
+    targets=Form(flag="target"),
+    workspace=Form(read=lambda mib: mib << 20, metavar="MIB"),
+    timing_cache=Form(type=Path | None, read=_timing_cache),
+)
 def compile_(
     bundle: BundleArgument,
+    *,
     precision: Annotated[
-        list[Precision] | None, typer.Option(help="Only these graphs; all by default.", show_default=False)
+        list[Precision] | None,
+        typer.Option(help="Compile only the graph of this precision. Repeat for several.", show_default=False),
     ] = None,
     flavour: Annotated[
         Flavour | None,
         typer.Option(
-            help="openvino: this CPU. tensorrt: this GPU. tensorrt_rtx: the GPUs of --target, without one here. "
-            "torchscript, torch_tensorrt: programs for torch. By default what serves this machine: its GPU, else its CPU.",
+            help="The engine library. openvino: for this CPU. tensorrt: for this GPU. tensorrt_rtx: for the GPUs of "
+            "--target, which need not be here. torchscript, torch_tensorrt: programs for torch. By default the one that "
+            "serves this machine's GPU, else its CPU.",
             show_default=False,
         ),
     ] = None,
     profile: Annotated[
         str | None,
         typer.Option(
-            help="A device of `edge-backbones profiles`: leave out what it cannot run, and keep to its workspace. Found "
-            "by itself where an engine is for the GPU of this machine.",
+            help="The device to compile for: a name that `edge-backbones profiles` lists, or a .toml file. What it cannot "
+            "run is left out, and its workspace is the default. For the GPU of this machine it is found by itself.",
             show_default=False,
         ),
     ] = None,
     gpu: GpuOption = 0,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Architecture for tensorrt_rtx, sm_89; repeat for several.", show_default=False),
-    ] = None,
-    shapes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--shapes",
-            help="BATCHxHEIGHTxWIDTH that kernels are chosen for, each MIN:OPT:MAX or one number: 1x224x224, 1:4:8x224x224; "
-            "repeat for several optimisation profiles. One with every size by default.",
-            show_default=False,
-        ),
-    ] = None,
-    workspace: Annotated[
-        int | None, typer.Option(min=1, help="MiB of scratch memory that a kernel may use.", show_default=False)
-    ] = None,
-    level: Annotated[
-        int | None,
-        typer.Option(min=0, max=5, help="Builder optimisation level: 5 searches longest.", show_default=False),
-    ] = None,
-    hardware_compatibility: Annotated[
-        Literal["none", "ampere_plus", "same_compute_capability"],
-        typer.Option(help="GPUs beside this model that run the plan, slower."),
-    ] = "none",
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="The lean runtime of the same release runs the plan too.")
-    ] = False,
-    embed_runtime: Annotated[
-        bool,
-        typer.Option("--embed-runtime", help="Carry the lean runtime, which is code: newer TensorRT runs it too."),
-    ] = False,
-    refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later.")] = False,
-    strip: Annotated[bool, typer.Option("--strip", help="Write the plan without weights, to be refitted.")] = False,
-    sparse: Annotated[bool, typer.Option("--sparse", help="Use 2:4 sparse weights.")] = False,
-    dla_core: Annotated[
-        int | None, typer.Option(min=0, help="Compile for this core of the Jetson's DLA.", show_default=False)
-    ] = None,
-    gpu_fallback: Annotated[bool, typer.Option(help="Layers that DLA cannot run go to the GPU.")] = True,
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="The .cache of an earlier compilation: saves time.", show_default=False)
-    ] = None,
-    allow_host_code: AllowHostCode = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on: leave out what was compiled before for this machine.")
+        bool, typer.Option("--resume", help="Leave out the engines that were compiled for this machine before.")
     ] = False,
+    given: dict[str, Any],
+    allow_host_code: AllowHostCode = False,
     in_process: InProcess = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Add engines to a bundle, each verified first. Needs no torch. Ctrl-C stops and leaves the bundle as it was."""
-    if timing_cache is not None and not timing_cache.is_file():
-        raise InputError(f"{timing_cache} does not exist: --timing-cache is a .cache file of an earlier compilation")
-    chosen: Flavour
-    if flavour is not None:
-        chosen = flavour
-        found = deploy.profile_here(chosen, target or (), gpu)
-    else:
-        chosen, found = deploy.flavour_here(gpu)
-        if chosen == "openvino":
-            _refuse_cpu_for_want_of_tensorrt()
-        elif chosen == "tensorrt_rtx" and not target and found is not None and found.architecture is not None:
-            target = [found.architecture]
-    if found is None and profile is None and (flavour is None or (chosen == "tensorrt" and gpus.find_gpus())):
-        console.err.print(
-            "no profile is known to be of this GPU: compiling without its limits (--profile NAME or FILE.toml)"
-        )
-    profile = profile or (None if found is None else found.name)
-    plan = PlanOptions(
-        profiles=tuple(one for text in shapes or () if (one := read_option("--shapes", _shapes, text))),
-        targets=tuple(target or ()),
-        workspace=None if workspace is None else workspace << 20,
-        level=level,
-        hardware_compatibility=hardware_compatibility,
-        version_compatible=version_compatible,
-        embed_runtime=embed_runtime,
-        refit=refit,
-        strip=strip,
-        sparse=sparse,
-        dla_core=dla_core,
-        gpu_fallback=gpu_fallback,
-        timing_cache=None if timing_cache is None else timing_cache.read_bytes(),
-    )
+    """Compile more engines for a bundle. Each is verified before it is added. Needs no torch. Ctrl-C changes nothing."""
+    plan = PlanOptions(**given)
+    chosen, plan, profile = _for_device(flavour, plan, profile, gpu)
     steps = console.Steps(as_json, aloud="leaving ")  # at once, because an error may follow
-    with _memory_told(), steps as progress:
+    with _memory_explained(), steps as progress:
         result = deploy.compile_bundle(
             bundle,
-            precisions=None if not precision else tuple(precision),
+            precisions=tuple(precision) if precision else None,
             flavour=chosen,
             plan=plan,
             profile=profile,
@@ -166,8 +119,30 @@ def compile_(
         console.out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{speed}{later})")
 
 
+def _for_device(
+    flavour: Flavour | None, plan: PlanOptions, profile: str | None, gpu: int
+) -> tuple[Flavour, PlanOptions, str | None]:
+    """Fill in what was not typed: the flavour that serves this machine, its targets and its profile.
+
+    Says on stderr if this machine has a GPU that is not compiled for, or whose profile is not known.
+    """
+    if flavour is not None:
+        chosen, found = flavour, deploy.profile_here(flavour, plan.targets, gpu)
+    else:
+        chosen, found = deploy.flavour_here(gpu)
+        if chosen == "openvino":
+            _refuse_cpu_for_want_of_tensorrt()
+        elif chosen == "tensorrt_rtx" and not plan.targets and found is not None and found.architecture is not None:
+            plan = dataclasses.replace(plan, targets=(found.architecture,))
+    if found is None and profile is None and (flavour is None or (chosen == "tensorrt" and gpus.find_gpus())):
+        console.err.print(
+            "no profile is known to be of this GPU: compiling without its limits (--profile NAME or FILE.toml)"
+        )
+    return chosen, plan, profile or (None if found is None else found.name)
+
+
 @contextlib.contextmanager
-def _memory_told() -> Iterator[None]:
+def _memory_explained() -> Iterator[None]:
     """Turn a MemoryError (C++ libraries raise it too) into a CompileError that says how to use less memory."""
     try:
         yield
@@ -196,12 +171,3 @@ def remove(
     for engine in engines:
         opened = opened.remove_engine(engine)
         console.out.print(f"removed {engine}; left: {', '.join(e.name for e in opened.manifest.engines) or 'none'}")
-
-
-def _shapes(text: str) -> Shapes:
-    """Read BATCHxHEIGHTxWIDTH, each one number or MIN:OPT:MAX; raise ValueError for anything else."""
-    parts = text.lower().split("x")
-    if len(parts) != 3:
-        raise ValueError(f"{text!r} is not BATCHxHEIGHTxWIDTH")
-    batch, height, width = map(shape_range, parts)
-    return Shapes(batch=batch, height=height, width=width)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from edge_backbones.bundle.manifest import Manifest
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
-from edge_backbones.cli.options import BundleArgument, JsonFlag
+from edge_backbones.cli.shared import BundleArgument, JsonFlag
 from edge_backbones.engines import compat, promises
 from edge_backbones.engines import select as session
 

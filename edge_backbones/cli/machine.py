@@ -11,7 +11,7 @@ from rich.text import Text
 
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
-from edge_backbones.cli.options import JsonFlag
+from edge_backbones.cli.shared import JsonFlag
 from edge_backbones.doctor import judge, judge_engines, look
 from edge_backbones.errors import visible
 from edge_backbones.machine.gpus import find_gpus

@@ -9,7 +9,7 @@ import typer
 
 from edge_backbones.bench.results import read
 from edge_backbones.cli import console
-from edge_backbones.cli.options import BundleArgument, EngineOption
+from edge_backbones.cli.shared import BundleArgument, EngineOption
 from edge_backbones.report.page import write_report
 
 

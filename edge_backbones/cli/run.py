@@ -13,7 +13,7 @@ import typer
 
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
-from edge_backbones.cli.options import (
+from edge_backbones.cli.shared import (
     AllowHostCode,
     BundleArgument,
     DeviceOption,

@@ -10,7 +10,7 @@ import typer
 
 from edge_backbones.bundle import trust
 from edge_backbones.cli import console
-from edge_backbones.cli.options import BundleArgument, JsonFlag, SigstoreConfig
+from edge_backbones.cli.shared import BundleArgument, JsonFlag, SigstoreConfig
 
 
 def sign(

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from edge_backbones.bundle.trust import SigstoreIdentity
 from edge_backbones.cli import console
-from edge_backbones.cli.options import (
+from edge_backbones.cli.shared import (
     AllowHostCode,
     BundleArgument,
     EngineOption,
