@@ -14,25 +14,30 @@ from edge_backbones.parity_report import ParityReport
 
 _TENSORS_SHOWN = 10
 _COLUMNS_SHOWN = 12
-_BEST_COSINE = 1 - 1e-9  # of a bar: 1 itself has no place on a scale of nines
+_BEST_COSINE = 1 - 1e-9  # the end of the scale of nines, on which 1 itself is infinitely far away
 
 # ---- parity ---------------------------------------------------------------------------------------------------------
 
 
 class Bar(NamedTuple):
-    """A bar and the line that it has to pass, as shares of the axis."""
+    """The length of a bar and the place of the bound that it has to pass, as shares of the axis from 0 to 1."""
 
     length: float
     line: float | None = None
 
 
 class StageBars(NamedTuple):
+    """The bars of one stage: its SQNR and its cosine."""
+
     sqnr: Bar
     cosine: Bar
 
 
 def chart_parity(report: ParityReport) -> list[StageBars]:
-    """Noise on a scale of dB, where a bound of the relative error has its place too; cosine on a scale of nines."""
+    """Return the bars of every stage of a report, none for one without figures.
+
+    SQNR is on a scale of dB, on which a bound of the relative error is drawn too; cosine is on a scale of nines.
+    """
     if not report.measured:
         return []
     gate = report.gate
@@ -45,11 +50,12 @@ def chart_parity(report: ParityReport) -> list[StageBars]:
 
 
 def _nines(cosine: float) -> float:
-    """0.99 is 2, 0.999 is 3."""
+    """Return how many nines a cosine has: 2 for 0.99, 3 for 0.999."""
     return -math.log10(1 - min(max(cosine, 0.0), _BEST_COSINE))
 
 
 def _bars(values: Sequence[float], line: float | None = None) -> list[Bar]:
+    """Return values and a bound as bars on an axis from 0 to a little more than the largest."""
     end = max([*values, line or 0.0]) * 1.04 or 1.0
     at = None if line is None else max(line, 0.0) / end
     return [Bar(max(value, 0.0) / end, at) for value in values]
@@ -59,7 +65,11 @@ def _bars(values: Sequence[float], line: float | None = None) -> list[Bar]:
 
 
 class Calibration(NamedTuple):
-    """``columns``: (low, high, how many ranges lie between). ``widest``: (tensor, range, largest value seen)."""
+    """The calibrated ranges of tensors.
+
+    ``columns``: a histogram, as (low, high, how many ranges lie between). ``widest``: the tensors with the largest ranges, as
+    (tensor, range, largest value that calibration saw, None if that is not known).
+    """
 
     file: CalibrationFile
     columns: list[tuple[float, float, int]]
@@ -67,6 +77,8 @@ class Calibration(NamedTuple):
 
 
 class Point(NamedTuple):
+    """One trial of a build. ``x`` and ``y`` are between 0 and 1: right is slower, up is more accurate."""
+
     number: int
     x: float
     y: float
@@ -74,7 +86,7 @@ class Point(NamedTuple):
 
 
 class Trade(NamedTuple):
-    """Trials as points between 0 and 1: right is slower, up is more accurate."""
+    """Trials of a build as points. x spans 0 to ``milliseconds``, y spans ``least_db`` to ``most_db``."""
 
     points: list[Point]
     milliseconds: float
@@ -83,7 +95,7 @@ class Trade(NamedTuple):
 
 
 def chart_trials(decision: Decision | None) -> Trade | None:
-    """None where fewer than two engines were timed: that is no curve."""
+    """Return the timed trials as accuracy over time, None if fewer than two engines were timed."""
     trials = enumerate(() if decision is None else decision.trials, start=1)
     timed = [(number, trial, trial.milliseconds) for number, trial in trials if trial.milliseconds is not None]
     if len(timed) < 2:
@@ -99,6 +111,7 @@ def chart_trials(decision: Decision | None) -> Trade | None:
 
 
 def chart_calibration(bundle: Bundle) -> Calibration | None:
+    """Return the ranges of a bundle's calibration, None for a bundle without one."""
     record = bundle.manifest.calibration
     if record is None:
         return None
@@ -109,7 +122,7 @@ def chart_calibration(bundle: Bundle) -> Calibration | None:
 
 
 def _columns(values: Sequence[float]) -> list[tuple[float, float, int]]:
-    """A histogram in equal parts of octaves, as fine as _COLUMNS_SHOWN columns allow."""
+    """Return a histogram with logarithmic columns: 8, 4, 2 or 1 to an octave, as many as fit on the page."""
     for parts in (8, 4, 2, 1):
         counts = Counter(math.floor(parts * math.log2(value)) for value in values)
         if counts and (parts == 1 or max(counts) - min(counts) < _COLUMNS_SHOWN):
@@ -120,7 +133,7 @@ def _columns(values: Sequence[float]) -> list[tuple[float, float, int]]:
 
 # ---- comparisons ----------------------------------------------------------------------------------------------------
 
-# Head, field of a Measurement, digits, and whether it is drawn as a bar: of those less is better.
+# Head, field of a Measurement, digits, and whether a bar is drawn (less is better then).
 _COLUMNS = (
     ("median ms", "median_ms", 2, True),
     ("file MB", "file_mb", 1, True),
@@ -140,13 +153,20 @@ _COLUMNS = (
 
 
 class Cell(NamedTuple):
+    """A figure of one contender, its text, and the length of its bar from 0 to 1, None without a bar."""
+
     value: float | None
     text: str
     length: float | None
 
 
 class Peers(NamedTuple):
-    """``rows``: measurement, how it compares, one cell per head."""
+    """A comparison as a table.
+
+    ``heads``: the columns that any contender has figures for; ``bars`` says which have bars. ``rows``: each contender's
+    measurement, how its time compares with this engine's in words, and one cell per column. ``missing``: contenders that did
+    not run.
+    """
 
     source: Comparison
     heads: list[str]
@@ -156,6 +176,7 @@ class Peers(NamedTuple):
 
 
 def compare_peers(comparison: Comparison) -> Peers:
+    """Return the table of a comparison."""
     ran = [m for m in comparison.measurements if not m.missing]
     columns = [column for column in _COLUMNS if any(getattr(m, column[1]) is not None for m in ran)]
     most = {field: max((getattr(m, field) or 0 for m in ran), default=0) for _, field, _, _ in columns}
@@ -174,6 +195,7 @@ def compare_peers(comparison: Comparison) -> Peers:
 
 
 def _in_words(ratio: Ratio | None) -> str:
+    """Say how a peer's time compares with this engine's: the ratio, its bounds, and which is faster if that is certain."""
     if ratio is None:
         return "not compared"
     figures = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"

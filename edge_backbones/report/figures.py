@@ -14,14 +14,13 @@ from edge_backbones.errors import MissingDependencyError
 from edge_backbones.pictures import as_map
 
 IMAGES_SHOWN = 4
-_MAP_SIDE = (
-    112  # cells of a drawn map, and pixels of a drawn photograph: larger ones are averaged, to keep the page small
-)
+# Larger pictures are averaged down to this many cells of a map and pixels of a photograph, to keep the page small.
+_MAP_SIDE = 112
 _PHOTOGRAPH_SIDE = 320
 
 
 class Picture(NamedTuple):
-    """``uri``: the image itself. ``low`` to ``high``: what its colours span. ``relative``: of a difference, |x - r| / |r|."""
+    """An image as a data URI, its text for screen readers, and the values at the two ends of its colour scale."""
 
     uri: str
     alt: str
@@ -30,6 +29,13 @@ class Picture(NamedTuple):
 
 
 class StagePictures(NamedTuple):
+    """One stage of one image: the energy of the fp32 reference, of the engine, and of their difference.
+
+    ``shape``: of the stage's output for one image. ``cells``: rows and columns of its map; ``shrunk`` if the pictures have
+    fewer. ``relative``: |x - r| / |r|, the size of the difference beside the reference. Without an engine the last three are
+    None.
+    """
+
     stage: str
     shape: tuple[int, ...]
     cells: tuple[int, int]
@@ -41,7 +47,7 @@ class StagePictures(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """One image with its maps, in stage order."""
+    """One golden image with the pictures of its stages, in their order; ``without_map`` names stages without a grid."""
 
     title: str
     photograph: Picture
@@ -52,6 +58,12 @@ class Figure(NamedTuple):
 def draw_figures(
     manifest: Manifest, samples: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], precision: str
 ) -> list[Figure]:
+    """Draw the first golden images and their feature maps.
+
+    ``samples`` and ``outputs`` hold the fp32 reference and the engine's outputs by stage, images along the first axis;
+    ``outputs`` is empty where no engine ran. ``precision`` names the engine in the texts. Raises MissingDependencyError
+    without the report extra.
+    """
     inputs = samples[manifest.input.name]
     _, height, width = manifest.input.batch_height_width(inputs.shape)
     names = manifest.golden.images if len(manifest.golden.images) == len(inputs) else range(len(inputs))
@@ -76,6 +88,7 @@ def draw_figures(
 def _draw(
     stage: str, what: str, shape: tuple[int, ...], reference: np.ndarray, actual: np.ndarray | None, precision: str
 ) -> StagePictures:
+    """Draw one stage of one image; ``reference`` and ``actual`` are maps of shape (channels, rows, columns)."""
     energy = _energy(reference)
     low, high = float(energy.min()), float(energy.max())
     first = Picture(_map_png(energy, low, high, "magma"), f"fp32 reference: energy of {what}", low, high)
@@ -94,13 +107,13 @@ def _draw(
 
 
 def _energy(values: np.ndarray) -> np.ndarray:
-    """Root mean square over channels."""
+    """Return the root mean square over channels of a map (channels, rows, columns)."""
     energy: np.ndarray = np.sqrt((values**2).mean(axis=0))
     return energy
 
 
 def _map_png(values: np.ndarray, low: float, high: float, colours: str) -> str:
-    """A map as a PNG with one pixel per cell; a value that is not finite has the lowest colour."""
+    """Draw a map (rows, columns) as a PNG with one pixel per cell; NaN gets the lowest colour."""
     image = _pillow().fromarray(np.nan_to_num(values, nan=low, posinf=high, neginf=low).astype(np.float32))
     image = _shrink(image, _MAP_SIDE)
     span = high - low if high > low else 1.0
@@ -111,7 +124,7 @@ def _map_png(values: np.ndarray, low: float, high: float, colours: str) -> str:
 
 
 def _photograph(manifest: Manifest, image: np.ndarray) -> str:
-    """A golden input as a JPEG: normalisation undone, grey where it has not three channels."""
+    """Draw a golden input as a JPEG: undo the normalisation, and show it in grey unless it has three channels."""
     if manifest.input.name == "pixel_values":
         mean, std = (np.array(values) for values in (manifest.image.mean, manifest.image.std))
         image = image.transpose(1, 2, 0)[..., :: -1 if manifest.image.channel_order == "bgr" else 1]
@@ -123,6 +136,7 @@ def _photograph(manifest: Manifest, image: np.ndarray) -> str:
 
 
 def _shrink(image: Any, side: int) -> Any:
+    """Return a Pillow image scaled down so that no side is longer than ``side`` pixels."""
     factor = side / max(image.size)
     if factor >= 1:
         return image
@@ -130,6 +144,7 @@ def _shrink(image: Any, side: int) -> Any:
 
 
 def _data_uri(image: Any, kind: str, **options: Any) -> str:
+    """Encode a Pillow image as png or jpeg, in a URI that a page can hold."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -144,7 +159,7 @@ def _pillow() -> Any:
 
 
 def _palette(colours: str) -> np.ndarray:
-    """256 colours as uint8 (256, 3)."""
+    """Return the 256 colours of a colour map of matplotlib as uint8 (256, 3)."""
     try:
         import matplotlib
     except ImportError as error:
@@ -154,7 +169,7 @@ def _palette(colours: str) -> np.ndarray:
 
 
 def colour_bars() -> dict[str, str]:
-    """The stops of each scale's colour bar, as CSS."""
+    """Return the colours of the two scales, energy and difference, as stops of a CSS gradient."""
     return {
         use: ", ".join("#" + bytes(colour).hex() for colour in _palette(colours)[::17])
         for use, colours in (("energy", "magma"), ("difference", "viridis"))

@@ -1,4 +1,4 @@
-"""The layers of a bundle's graph: what each computes in, and how many multiply-adds it takes."""
+"""The layers of a bundle's graph: the number format of each, and how many multiply-adds it takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edge_backbones.spec import Precision
 
 _LAYERS_SHOWN = 12
 _PRECISIONS_OF_LAYERS = (Precision.INT8, Precision.FP8, Precision.FP16, Precision.BF16, Precision.FP32)
-# Nodes that move data or change its format, and compute nothing.
+# Nodes that only move data or change its format.
 _MOVERS = frozenset({
     "Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
     "Identity", "Pad", "QuantizeLinear", "Range", "Reshape", "Shape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile",
@@ -21,7 +21,7 @@ _MOVERS = frozenset({
 
 
 class Layer(NamedTuple):
-    """``products``: multiply-adds of one image. ``format``: what it computes in."""
+    """A node that computes; ``format`` is its number format, ``products`` its multiply-adds for one image."""
 
     name: str
     op: str
@@ -30,8 +30,12 @@ class Layer(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """``formats``: (format, layers, share of the multiply-adds). ``outside``: the largest that are not in the few bits that
-    the graph is named for."""
+    """The layers of one graph, in order.
+
+    ``formats``: for each number format how many layers compute in it, and their share of the multiply-adds, from 0 to 1.
+    ``products``: multiply-adds of all layers for one image. ``outside``: the largest layers of an int8 or fp8 graph that
+    compute in another format.
+    """
 
     precision: str
     layers: list[Layer]
@@ -41,7 +45,10 @@ class Layers(NamedTuple):
 
 
 def list_layers(bundle: Bundle) -> Layers | str:
-    """The layers of the graph with the fewest bits, in order; or why there is nothing to tell."""
+    """Return the layers of the bundle's graph with the fewest bits, or a sentence that says why they are not shown.
+
+    Raises IntegrityError for a file that is no graph of this bundle.
+    """
     found = (bundle.manifest.onnx_graph(precision) for precision in _PRECISIONS_OF_LAYERS)
     record = next((graph for graph in found if graph is not None), None)
     if record is None:
@@ -63,6 +70,10 @@ def list_layers(bundle: Bundle) -> Layers | str:
 
 
 def _read_layers(bundle: Bundle, record: GraphRecord) -> list[Layer]:
+    """Return the layers of a graph in order, at the bundle's usual input size.
+
+    Raises MissingDependencyError without onnx, IntegrityError for a file that is no graph of this bundle.
+    """
     try:
         import onnx
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -73,7 +84,7 @@ def _read_layers(bundle: Bundle, record: GraphRecord) -> list[Layer]:
         model = onnx.load_from_string(bytes(bundle.read(record.file)))
         for size, axis in zip(input.opt_shape, model.graph.input[0].type.tensor_type.shape.dim, strict=True):
             axis.dim_value = size
-        for output in model.graph.output:  # sizes of a dynamic graph: they follow from those of the input
+        for output in model.graph.output:  # of a dynamic graph; the sizes are inferred from the input's
             output.type.tensor_type.ClearField("shape")
         del model.graph.value_info[:]
         graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
@@ -107,7 +118,7 @@ def _read_layers(bundle: Bundle, record: GraphRecord) -> list[Layer]:
 
 
 def _products(op: str, data: tuple[int, ...], weight: tuple[int, ...], result: tuple[int, ...]) -> int:
-    """Multiply-adds of a node, from the shapes of its two operands and of its result."""
+    """Return the multiply-adds of a node, from the shapes of its two operands and of its result."""
     if op == "Conv":
         return math.prod(result) * math.prod(weight[1:])
     if op == "ConvTranspose":

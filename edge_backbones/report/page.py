@@ -1,7 +1,7 @@
-"""The report of a bundle: one HTML page that needs nothing beside it, for who asks what is inside and whether it is right.
+"""The report of a bundle: one HTML file without links to others, which shows what is inside and whether it is right.
 
-What the page says comes from the bundle, from comparisons that were measured, and from one engine that is run here on the
-golden samples. How it looks is in report.html.jinja. Names in a bundle are a stranger's text: the template escapes all.
+Its content comes from the bundle, from comparisons that ``edge-backbones bench`` measured, and from one engine that runs here
+on the golden samples. Its looks are in report.html.jinja. Names in a bundle are a stranger's text: the template escapes them.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ def write_report(
     comparisons: Sequence[Comparison] = (),
     engine: str | None = None,
 ) -> Path:
-    """Write the report of a bundle as one HTML file; returns its path, by default ``<bundle>.report.html`` beside the folder.
+    """Write the report of a bundle as one HTML file and return its path.
 
-    ``comparisons``: what edge-backbones bench measured of this bundle. ``engine``: whose feature maps are drawn, in the words
-    of EdgeBackbone (default: the best that runs here); where it cannot run, the page says why and has the rest. The same
-    input gives the same bytes. A file that is there already stays until the new one is complete.
+    ``out`` is the file, by default ``<bundle>.report.html`` beside the folder. ``comparisons``: results of ``edge-backbones
+    bench`` for this bundle. ``engine``: the engine whose feature maps are drawn, as in EdgeBackbone.from_pretrained; by
+    default the best that runs here. If it cannot run, the page says why and has everything else. The same input gives the
+    same bytes. An existing file stays until the new one is complete.
 
     Raises BundleError for a damaged bundle, EngineMismatchError for an engine that it does not hold, InputError for a place
     that cannot be written, MissingDependencyError without the report extra.
@@ -66,6 +67,7 @@ def write_report(
 
 
 def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine: str | None) -> str:
+    """Return the page of a bundle as HTML; ``name`` is that of its folder."""
     try:
         import jinja2
     except ImportError as error:
@@ -106,7 +108,7 @@ def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine
 
 
 def _visible(value: Any) -> Any:
-    """What the template prints: names of a stranger, but for the markup that its own macros return."""
+    """Escape control characters in a text of the bundle; leave the markup that the template's own macros return."""
     return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
@@ -114,6 +116,8 @@ def _visible(value: Any) -> Any:
 
 
 class _Stage(NamedTuple):
+    """A row of the table of stages; ``shape`` is without the batch."""
+
     number: int
     name: str
     shape: tuple[int, ...]
@@ -123,6 +127,7 @@ class _Stage(NamedTuple):
 
 
 def _stages(manifest: Manifest, samples: Mapping[str, np.ndarray]) -> list[_Stage]:
+    """Return the rows of the table of stages."""
     spec = manifest.backbone
     return [
         _Stage(index, name, samples[name].shape[1:], channels, times(dict.fromkeys(stride)), layout)
@@ -133,6 +138,7 @@ def _stages(manifest: Manifest, samples: Mapping[str, np.ndarray]) -> list[_Stag
 
 
 def _weights(manifest: Manifest) -> str:
+    """Say where the weights come from."""
     source = manifest.source
     known = {"random": f"random weights (seed {source.seed})", "pretrained": "pretrained weights"}
     words = known.get(source.weights, f"weights of a {source.weights}")
@@ -140,7 +146,7 @@ def _weights(manifest: Manifest) -> str:
 
 
 def _sentence(engine: EngineRecord) -> str:
-    """One engine: what it is, where it runs, how large, and how right."""
+    """Say in one sentence what an engine is, where it runs, how large it is, and how accurate."""
     key = engine.key
     feature = f" with {key.cpu_features[-1]}" if key.cpu_features and key.gpu is None else ""
     place = f"{key.architecture}{feature}" if key.gpu is None else ", ".join(key.gpu.architectures)
@@ -157,6 +163,7 @@ def _sentence(engine: EngineRecord) -> str:
 
 
 def _gpu_facts(engine: EngineRecord) -> list[tuple[str, str]]:
+    """Return what is known of an engine for a GPU, as pairs of a name and a value."""
     gpu = engine.key.gpu
     assert gpu is not None
     facts = {
@@ -178,13 +185,13 @@ def _gpu_facts(engine: EngineRecord) -> list[tuple[str, str]]:
 
 
 def _this_host(bundle: Bundle) -> hosts.Host:
-    """The GPU is looked for where an engine needs one: that takes a while."""
+    """Return this machine. Its GPU is looked for only if an engine needs one, since that takes a while."""
     on_gpu = any(engine.key.gpu is not None for engine in bundle.manifest.engines)
     return session.this_machine(0 if on_gpu else None)
 
 
 def _reasons(bundle: Bundle, host: hosts.Host) -> dict[str, list[str]]:
-    """Why each engine cannot run on this machine; nothing for one that can."""
+    """Return why each engine cannot run on this machine, by its name; an empty list for one that can."""
     return {
         e.name: session.reasons_against(bundle, e, host, e.name, device="cpu" if e.key.gpu is None else "cuda")
         for e in bundle.manifest.engines
@@ -194,9 +201,13 @@ def _reasons(bundle: Bundle, host: hosts.Host) -> dict[str, list[str]]:
 def _run_here(
     bundle: Bundle, host: hosts.Host, images: np.ndarray, reasons: Mapping[str, Sequence[str]], engine: str | None
 ) -> tuple[EngineRecord | None, dict[str, np.ndarray], str]:
-    """The engine that was run, every output of it by name, and why there is none."""
+    """Run the best engine for this machine, or the one that is asked for, on images.
+
+    Returns the engine and its outputs by name; if none can run, None, no outputs, and a sentence that says why. Raises
+    EngineMismatchError for an ``engine`` that the bundle does not hold.
+    """
     if engine is not None:
-        session.fitting_engines(bundle, engine, lambda _: [])  # refuses a name that means none of them
+        session.fitting_engines(bundle, engine, lambda _: [])  # raises for a name that no engine has
     for device in ("cpu",) if host.gpu is None else ("cuda", "cpu"):
         try:
             record = session.choose_engine(bundle, host, engine, device=device)
@@ -223,7 +234,11 @@ def run_engine(
     in_process: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, np.ndarray]:
-    """Every output of one engine by name. In a process of its own: this machine may never have run that engine."""
+    """Run one engine and return its outputs by name.
+
+    It runs in a process of its own, since this machine may never have run it; with ``in_process`` in this one. Raises
+    InferenceError if it fails or ends its process.
+    """
     del in_process, progress  # child.apart has read them
     child.doing(f"was running {record.name}", "the engine is hostile or damaged, or the library has a fault")
     bundle = Bundle.open(path)

@@ -107,7 +107,7 @@ class BuildOptions:
         Option(
             "Where the weights come from: pretrained, random:SEED, or a checkpoint file (.safetensors, or .pth / .ckpt "
             "without code). Prefixes of names such as module. or backbone. are removed. Of a training checkpoint the EMA "
-            "weights are taken, else those of a teacher.",
+            "weights are preferred, then those of a teacher.",
             group="Network",
         ),
     ] = "pretrained"
