@@ -84,7 +84,12 @@ def compile_(
     in_process: InProcess = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compile more engines for a bundle. Each is verified before it is added. Needs no torch. Ctrl-C changes nothing."""
+    """Compile engines for a bundle, usually on the device that will run them. Each is verified before it is added.
+
+    Needs no torch. Ctrl-C stops and leaves the bundle as it was.
+
+    Example: **edge-backbones compile resnet50.bundle --precision int8**
+    """
     plan = PlanOptions(**given)
     chosen, plan, profile = _for_device(flavour, plan, profile, gpu)
     steps = console.Steps(as_json, aloud="leaving ")  # at once, because an error may follow

@@ -44,6 +44,8 @@ def run(
     """Compute the feature maps of photographs: for each an .npz file with one array per stage, and a picture of them.
 
     Files of a folder that cannot be decoded are skipped, with the reason.
+
+    Example: **edge-backbones run resnet50.bundle photo.jpg --out features/**
     """
     is_folder = source.is_dir()
     files = _image_files(source)

@@ -42,11 +42,13 @@ InProcess = Annotated[
     ),
 ]
 
+SIGSTORE_PANEL = "Sigstore"
 SigstoreConfig = Annotated[
     Path | None,
     typer.Option(
         help="The client trust configuration (JSON) of a Sigstore of your own, instead of the public one.",
         show_default=False,
+        rich_help_panel=SIGSTORE_PANEL,
     ),
 ]
 

@@ -10,7 +10,7 @@ import typer
 
 from edge_backbones.bundle import trust
 from edge_backbones.cli import console
-from edge_backbones.cli.shared import BundleArgument, JsonFlag, SigstoreConfig
+from edge_backbones.cli.shared import SIGSTORE_PANEL, BundleArgument, JsonFlag, SigstoreConfig
 
 
 def sign(
@@ -38,6 +38,7 @@ def sign(
         typer.Option(
             "--sigstore",
             help="Sign with an OpenID login instead of a key. The signature goes to Sigstore's public log.",
+            rich_help_panel=SIGSTORE_PANEL,
         ),
     ] = False,
     sigstore_config: SigstoreConfig = None,
@@ -46,8 +47,10 @@ def sign(
     """Sign a bundle with OpenSSF Model Signing, after checking its files. Engines that a device adds later do not break it.
 
     Example: **edge-backbones sign resnet50.bundle --key private.pem**, and on the device **edge-backbones verify
-    resnet50.bundle --key public.pem**. Keys are made with **openssl ecparam -name prime256v1 -genkey -noout -out
-    private.pem** and **openssl ec -in private.pem -pubout -out public.pem**.
+    resnet50.bundle --key public.pem**.
+
+    Make the keys with **openssl ecparam -name prime256v1 -genkey -noout -out private.pem** and **openssl ec -in private.pem
+    -pubout -out public.pem**.
     """
     passphrase = None
     if passphrase_file is not None:

@@ -11,6 +11,7 @@ from rich.text import Text
 from edge_backbones.bundle.trust import SigstoreIdentity
 from edge_backbones.cli import console
 from edge_backbones.cli.shared import (
+    SIGSTORE_PANEL,
     AllowHostCode,
     BundleArgument,
     EngineOption,
@@ -23,7 +24,6 @@ from edge_backbones.deploy import verify as deploy
 from edge_backbones.errors import InputError, visible
 from edge_backbones.parity_report import ParityError
 
-_SIGNATURE = "Who must have signed"
 _EXPLANATION = "Why a gate fails"
 
 
@@ -37,7 +37,6 @@ def verify(
             help="Refuse a bundle that is not signed by this public key (PEM) or under this certificate. Repeat for several, "
             "or give a folder of them: one is enough.",
             show_default=False,
-            rich_help_panel=_SIGNATURE,
         ),
     ] = None,
     sigstore_identity: Annotated[
@@ -45,7 +44,7 @@ def verify(
         typer.Option(
             help="Refuse a bundle that this e-mail address or workflow did not sign. Needs --sigstore-issuer.",
             show_default=False,
-            rich_help_panel=_SIGNATURE,
+            rich_help_panel=SIGSTORE_PANEL,
         ),
     ] = None,
     sigstore_issuer: Annotated[
@@ -53,7 +52,7 @@ def verify(
         typer.Option(
             help="Who vouches for that identity, such as https://accounts.google.com.",
             show_default=False,
-            rich_help_panel=_SIGNATURE,
+            rich_help_panel=SIGSTORE_PANEL,
         ),
     ] = None,
     sigstore_config: SigstoreConfig = None,
