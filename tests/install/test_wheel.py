@@ -152,7 +152,10 @@ def test_a_signature_is_checked_with_cryptography_alone(old_python, wheel, bundl
     sign_bundle(signed, key=private)
     run(old_python, "-m", "venv", str(tmp_path / "env"))
     executable = str(tmp_path / "env" / "bin" / "python")
-    code = f"from edge_backbones import Bundle, trust; print(trust.admit(Bundle.open({str(signed)!r}), {str(public)!r})[1])"
+    code = (
+        "from edge_backbones.bundle import reader, trust\n"
+        f"print(trust.admit(reader.Bundle.open({str(signed)!r}), {str(public)!r})[1])"
+    )
     run(executable, "-m", "pip", "install", "--quiet", str(wheel))
     assert "pip install 'edge-backbones[trust]'" in run(executable, "-c", code, code=1)
     run(executable, "-m", "pip", "install", "--quiet", f"{wheel}[trust]")
