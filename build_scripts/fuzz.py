@@ -397,14 +397,14 @@ def comparison() -> results.Comparison:
 
 
 def _bench() -> Kind:
-    from edge_backbones.report.page import _comparison
+    from edge_backbones.report.charts import compare_peers
 
     now = comparison()
     good = results.encode(now)
 
     def use(data: bytes) -> None:
         found = results.decode(data, "bench.json")
-        _comparison(found)
+        compare_peers(found)
         results.regressions(now, found)
         results.encode(found)
 

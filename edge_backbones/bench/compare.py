@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ from edge_backbones.images.decode import list_images, open_image
 from edge_backbones.images.fit import fit, to_input
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.system import settings
+from edge_backbones.option import Option
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.runtime.backbone import parse_device
 from edge_backbones.spec import Precision
@@ -81,14 +82,30 @@ class CompareOptions:
     """
 
     engine: str | None = None
-    vs: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
+    vs: Annotated[
+        tuple[str, ...],
+        Option(
+            "The peers to compare with, each in a process of its own: torch, torch-compile, torchscript, onnxruntime, "
+            "openvino, nncf (the last two on the CPU only). By default torch,onnxruntime,openvino.",
+            group="Peers",
+        ),
+    ] = ("torch", "onnxruntime", "openvino")
     device: str = "cpu"
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
-    turns: int = 9
-    seconds: float = 1.0
+    turns: Annotated[
+        int,
+        Option("How many turns each takes. From six on, noise can be told from a difference.", group="Timing", least=1),
+    ] = 9
+    seconds: Annotated[float, Option("How many seconds a turn takes at least.", group="Timing", least=0)] = 1.0
     calls: int = 10
     images: np.ndarray | None = None
-    pythons: Mapping[str, str] = field(default_factory=dict)
+    pythons: Annotated[
+        Mapping[str, str],
+        Option(
+            "NAME=PYTHON: the interpreter to run a peer with that is installed in another environment. Repeat for several.",
+            group="Peers",
+        ),
+    ] = field(default_factory=dict)
     patience: float = 900.0
     repository: Path | None = None
     allow_host_code: bool = False

@@ -61,6 +61,12 @@ def names() -> tuple[str, ...]:
     return (*ROWS, *theirs)
 
 
+def title_of(name: str) -> str:
+    """Return the name of an engine library for people; one that nobody here knows keeps its name."""
+    found = find(name)
+    return name if found is None else found.title
+
+
 def reasons_against(key: EngineKey, host: Host) -> list[str]:
     """Return why an engine with this key cannot run on ``host``, one phrase each with the way out; empty if it can."""
     flavour = find(key.flavour)

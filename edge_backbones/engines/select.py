@@ -138,6 +138,18 @@ def reasons_against(
     return reasons or registry.reasons_against(engine.key, host)
 
 
+def reasons_by_name(bundle: Bundle, host: Host) -> dict[str, list[str]]:
+    """Return why each engine of a bundle would not run on ``host``, by its name; an empty list for one that would.
+
+    Each is judged as if it was asked for by name, without ``allow_host_code``.
+    """
+    found = {}
+    for engine in bundle.manifest.engines:
+        device = "cpu" if engine.key.gpu is None else "cuda"
+        found[engine.name] = reasons_against(bundle, engine, host, engine.name, device=device)
+    return found
+
+
 def code_reasons(engine: EngineRecord, asked: str | None, *, code: bool) -> list[str]:
     """Return why an engine that runs code on the CPU is passed over."""
     key = engine.key

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.reader import Bundle
@@ -30,6 +30,7 @@ from edge_backbones.errors import (
 )
 from edge_backbones.machine import gpus, profiles
 from edge_backbones.machine.system import default_cache
+from edge_backbones.option import Option
 from edge_backbones.parity_report import Gate, ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
@@ -41,12 +42,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from edge_backbones.machine.profiles import DeviceProfile
-    from edge_backbones.toolchain.calibration.calibrate import Method
     from edge_backbones.toolchain.calibration.images import ImageSource
     from edge_backbones.toolchain.sources.base import SourceOptions
     from edge_backbones.toolchain.sources.plain import ModuleSource
 
-METHODS = ("auto", "max", "percentile", "entropy", "mse")
+Method = Literal["auto", "max", "percentile", "entropy", "mse"]
+METHODS = get_args(Method)
 PROGRAMS = ("torchscript", "exported_program")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
 OF_CALIBRATED = ("method", "percentile", "calibration", "exclude")
@@ -83,31 +84,139 @@ class BuildOptions:
     noisiest blocks in half instead of giving up.
     """
 
-    weights: str = "pretrained"
-    from_model: bool = False
-    num_channels: int | None = None
-    output_stride: int | None = None
-    out_indices: tuple[int, ...] | None = None
-    out_features: tuple[str, ...] | None = None
-    hidden_states: bool = False
-    dataset_index: int = 0
-    image: Any = None
-    input: str = "pixel_values"
-    batch: int | ShapeRange | None = None
+    weights: Annotated[
+        str,
+        Option(
+            "Where the weights come from: pretrained, random:SEED, or a checkpoint file (.safetensors, or .pth / .ckpt "
+            "without code). Prefixes of names such as module. or backbone. are removed. Of a training checkpoint the EMA "
+            "weights are preferred, then those of a teacher.",
+            group="Network",
+        ),
+    ] = "pretrained"
+    from_model: Annotated[
+        bool, Option("The model is a whole one, such as DETR: take the backbone inside it.", group="Network")
+    ] = False
+    num_channels: Annotated[
+        int | None, Option("How many channels the input has. By default as the network has.", group="Network", least=1)
+    ] = None
+    output_stride: Annotated[
+        int | None,
+        Option(
+            "Dilate the last stages so that no stride is larger than this: 8 or 16. Only some networks of timm can.",
+            group="Network",
+        ),
+    ] = None
+    out_indices: Annotated[
+        tuple[int, ...] | None,
+        Option("Which stages to keep, by index, such as 1,2,3,4 or -2,-1. By default the last one."),
+    ] = None
+    out_features: Annotated[tuple[str, ...] | None, Option("Which stages to keep, by name, such as layer1,layer4.")] = (
+        None
+    )
+    hidden_states: Annotated[
+        bool, Option("Return every hidden state too, for output_hidden_states=True.", group="Network")
+    ] = False
+    dataset_index: Annotated[
+        int, Option("Which expert to take of a ViTPose network that has several.", group="Network", least=0)
+    ] = 0
+    image: Annotated[
+        Any,
+        Option(
+            "The preprocessing, for a model that comes with none: the folder of an image processor of transformers, or its "
+            "preprocessor_config.json.",
+            group="Network",
+        ),
+    ] = None
+    input: Annotated[
+        Literal["pixel_values", "image"],
+        Option(
+            "What the engine takes. pixel_values: float NCHW, normalised. image: uint8 NHWC camera frames, which the graph "
+            "preprocesses.",
+            group="Input",
+        ),
+    ] = "pixel_values"
+    batch: Annotated[
+        int | ShapeRange | None,
+        Option(
+            "How many images one call takes: a number, or a range MIN:OPT:MAX. By default what suits the device of the "
+            "profile, else 1.",
+            group="Input",
+        ),
+    ] = None
     height: int | ShapeRange | None = None
     width: int | ShapeRange | None = None
-    precisions: tuple[Precision, ...] | Literal["auto"] = (Precision.INT8,)
-    method: Method | None = None
-    percentile: float | None = None
-    calibration: Path | None = None
-    exclude: tuple[str, ...] = ()
-    fallback: bool = True
+    precisions: Annotated[
+        tuple[Precision, ...] | Literal["auto"],
+        Option(
+            "Number format of the engine. Repeat for one engine each. auto: the fastest of fp32, fp16 and int8 on this "
+            "machine that passes its accuracy gate. By default int8."
+        ),
+    ] = (Precision.INT8,)
+    method: Annotated[
+        Method | None,
+        Option(
+            "How to find the range of values of each tensor. auto, the default, takes for each stage the method that leaves "
+            "it the least noise.",
+            group="int8 and fp8",
+        ),
+    ] = None
+    percentile: Annotated[
+        float | None,
+        Option(
+            "How many percent of a tensor's values method percentile keeps inside the range. By default 99.99.",
+            group="int8 and fp8",
+        ),
+    ] = None
+    calibration: Annotated[
+        Path | None,
+        Option(
+            "Take the ranges from this calibration.json, or from the bundle that holds it, instead of calibrating. It must "
+            "be of the same network.",
+            group="int8 and fp8",
+        ),
+    ] = None
+    exclude: Annotated[
+        tuple[str, ...],
+        Option(
+            "Layers to leave in fp16: a module (blocks.0), a pattern (*.mlp.fc2), op:Add or stage:layer4. Repeat for "
+            "several.",
+            group="int8 and fp8",
+        ),
+    ] = ()
+    fallback: Annotated[
+        bool,
+        Option(
+            "If int8 or fp8 misses the accuracy gate, leave the noisiest blocks in fp16 until it passes.",
+            group="int8 and fp8",
+        ),
+    ] = True
     gates: Mapping[Precision, Gate] = field(default_factory=dict)
-    profile: str | Path | None = None
-    golden: int = 4
-    torchscript: bool = True
-    flavours: tuple[Literal["torchscript", "torch_tensorrt"], ...] = ()
-    program: Literal["torchscript", "exported_program"] = "torchscript"
+    profile: Annotated[
+        str | Path | None,
+        Option(
+            "The device that the bundle is for: a name that `edge-backbones profiles` lists, or a .toml file. What it cannot "
+            "run is refused, and its usual batch is the default."
+        ),
+    ] = None
+    golden: Annotated[int, Option("How many images the accuracy of each engine is measured on.", least=1)] = 4
+    torchscript: Annotated[
+        bool, Option("Write the network as a TorchScript program too, for libtorch.", group="Engines for libtorch")
+    ] = True
+    flavours: Annotated[
+        tuple[Literal["torchscript", "torch_tensorrt"], ...],
+        Option(
+            "Engines for libtorch to make besides those of OpenVINO. Repeat for both. Engines of TensorRT are made by "
+            "`edge-backbones compile`.",
+            group="Engines for libtorch",
+        ),
+    ] = ()
+    program: Annotated[
+        Literal["torchscript", "exported_program"],
+        Option(
+            "What torch_tensorrt writes: a program for torch.jit.load, or one for torch.export.load.",
+            group="Engines for libtorch",
+        ),
+    ] = "torchscript"
     cache: Path | None = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:

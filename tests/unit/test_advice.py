@@ -17,7 +17,8 @@ import edge_backbones
 from edge_backbones.cli.main import app
 
 PACKAGE = Path(edge_backbones.__file__).parent
-COMMANDS = get_command(app).commands
+GROUP = get_command(app)
+COMMANDS = {name: GROUP.get_command(None, name) for name in GROUP.list_commands(None)}
 OPTIONS = {
     name: {option: parameter for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for name, command in COMMANDS.items()

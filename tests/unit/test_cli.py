@@ -16,6 +16,7 @@ from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.bundle.writer import BundleWriter, record_bytes, write_manifest
 from edge_backbones.cli import main as cli
+from edge_backbones.cli.run import save_maps
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled, pooling_input
@@ -268,7 +269,8 @@ def test_doctor_shows_the_whole_install_command():
         "def missing(name): raise m.PackageNotFoundError(name)\n"
         "m.version = missing\n"
         "import edge_backbones.cli.main as cli\n"
-        "cli._out.width = 200\n"
+        "from edge_backbones.cli import console\n"
+        "console.out.width = 200\n"
         "sys.exit(cli._run(['doctor']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -278,10 +280,10 @@ def test_doctor_shows_the_whole_install_command():
 def test_an_interrupt_that_a_library_swallows_ends_the_next_step():
     code = """
 import contextlib, signal
-from edge_backbones.cli import main as cli
+from edge_backbones.cli import console
 before = signal.getsignal(signal.SIGINT)
 try:
-    with cli._Steps(quiet=True) as progress:
+    with console.Steps(quiet=True) as progress:
         progress("exporting", 0, None)
         with contextlib.suppress(BaseException):  # as some code of torch does
             signal.raise_signal(signal.SIGINT)
@@ -311,7 +313,7 @@ def test_stages_are_saved_under_any_name(tmp_path):
     maps = {
         name: np.full((1, 2, 2), i, np.float32) for i, name in enumerate(("file", "allow_pickle", "arr_0", "a.0/b"))
     }
-    cli._save_maps(tmp_path / "maps.npz", maps)
+    save_maps(tmp_path / "maps.npz", maps)
     with np.load(tmp_path / "maps.npz", allow_pickle=False) as saved:
         assert saved.files == list(maps)
         for name, feature_map in maps.items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from edge_backbones.errors import InputError
+from edge_backbones.option import Option
 from edge_backbones.spec import ShapeRange
 
 
@@ -33,19 +34,70 @@ class PlanOptions:
     earlier compilation measured.
     """
 
-    profiles: tuple[Shapes, ...] = ()
-    targets: tuple[str, ...] = ()
-    workspace: int | None = None
-    level: int | None = None
-    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
-    version_compatible: bool = False
-    embed_runtime: bool = False
-    refit: bool = False
-    strip: bool = False
-    sparse: bool = False
-    dla_core: int | None = None
-    gpu_fallback: bool = True
-    timing_cache: bytes | None = None
+    profiles: Annotated[
+        tuple[Shapes, ...],
+        Option(
+            "Input sizes to choose kernels for, as BATCHxHEIGHTxWIDTH; each is a number or MIN:OPT:MAX, as in 1x224x224 or "
+            "1:4:8x224x224. Repeat for several optimisation profiles. By default one profile with every size of the graph.",
+            group="TensorRT: speed",
+        ),
+    ] = ()
+    targets: Annotated[
+        tuple[str, ...],
+        Option(
+            "GPU architecture to compile for with tensorrt_rtx, such as sm_89. Repeat for several.",
+            group="TensorRT: which GPUs run the plan",
+        ),
+    ] = ()
+    workspace: Annotated[
+        int | None, Option("How much scratch memory a kernel may use.", group="TensorRT: speed", least=1)
+    ] = None
+    level: Annotated[
+        int | None,
+        Option(
+            "How long to search for fast kernels: 0 is shortest, 5 longest.", group="TensorRT: speed", least=0, most=5
+        ),
+    ] = None
+    hardware_compatibility: Annotated[
+        Literal["none", "ampere_plus", "same_compute_capability"],
+        Option(
+            "Which other GPUs may run the plan, more slowly: any since Ampere, or those of the same compute capability.",
+            group="TensorRT: which GPUs run the plan",
+        ),
+    ] = "none"
+    version_compatible: Annotated[
+        bool,
+        Option("Let the lean runtime of the same release run the plan too.", group="TensorRT: which GPUs run the plan"),
+    ] = False
+    embed_runtime: Annotated[
+        bool,
+        Option(
+            "Put the lean runtime into the plan, so that newer releases of TensorRT run it. That runtime is code, which a "
+            "device has to allow.",
+            group="TensorRT: which GPUs run the plan",
+        ),
+    ] = False
+    refit: Annotated[bool, Option("Make a plan whose weights can be replaced later.", group="TensorRT: weights")] = (
+        False
+    )
+    strip: Annotated[
+        bool,
+        Option("Write the plan without its weights. They are put in later, by refitting.", group="TensorRT: weights"),
+    ] = False
+    sparse: Annotated[
+        bool, Option("Use kernels for 2:4 sparse weights, where the network has such.", group="TensorRT: weights")
+    ] = False
+    dla_core: Annotated[
+        int | None,
+        Option("Compile for this core of the DLA, the deep-learning accelerator.", group="DLA of a Jetson", least=0),
+    ] = None
+    gpu_fallback: Annotated[
+        bool, Option("Run the layers that the DLA cannot run on the GPU.", group="DLA of a Jetson")
+    ] = True
+    timing_cache: Annotated[
+        bytes | None,
+        Option("Kernel timings of an earlier compilation, to save time: its .cache file.", group="TensorRT: speed"),
+    ] = None
 
     def __post_init__(self) -> None:
         for target in self.targets:

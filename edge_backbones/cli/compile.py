@@ -1,0 +1,187 @@
+"""``edge-backbones compile`` and ``remove``: add engines to a bundle, and take engines out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edge_backbones import doctor
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.cli import console
+from edge_backbones.cli.options import Form, takes
+from edge_backbones.cli.shared import AllowHostCode, BundleArgument, GpuOption, InProcess, JsonFlag, shape_range
+from edge_backbones.deploy import compile as deploy
+from edge_backbones.engines import registry
+from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
+from edge_backbones.errors import CompileError, InputError
+from edge_backbones.machine import gpus
+from edge_backbones.machine.child import LESS_MEMORY
+from edge_backbones.machine.system import default_cache
+from edge_backbones.spec import Precision
+
+
+def _shapes(texts: list[str]) -> tuple[Shapes, ...]:
+    """Read texts such as 1:4:8x224x224, BATCHxHEIGHTxWIDTH; raise ValueError for anything else."""
+    found = []
+    for text in texts:
+        parts = text.lower().split("x")
+        if len(parts) != 3:
+            raise ValueError(f"{text!r} is not BATCHxHEIGHTxWIDTH")
+        batch, height, width = map(shape_range, parts)
+        found.append(Shapes(batch=batch, height=height, width=width))
+    return tuple(found)
+
+
+def _timing_cache(file: Path) -> bytes:
+    """Return the content of a timing cache; raise InputError if there is no such file."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: --timing-cache is a .cache file of an earlier compilation")
+    return file.read_bytes()
+
+
+def _known_flavour(name: str | None) -> str | None:
+    """Refuse a name of no engine library; libraries of other packages are found too."""
+    if name is not None and registry.find(name) is None:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(registry.names())}")
+    return name
+
+
+@takes(
+    PlanOptions,
+    profiles=Form(flag="shapes", type=list[str] | None, read=_shapes, metavar="SHAPES"),
+    targets=Form(flag="target"),
+    workspace=Form(read=lambda mib: mib << 20, metavar="MIB"),
+    timing_cache=Form(type=Path | None, read=_timing_cache),
+)
+def compile_(
+    bundle: BundleArgument,
+    *,
+    precision: Annotated[
+        list[Precision] | None,
+        typer.Option(help="Compile only the graph of this precision. Repeat for several.", show_default=False),
+    ] = None,
+    flavour: Annotated[
+        str | None,
+        typer.Option(
+            callback=_known_flavour,
+            metavar="FLAVOUR",
+            help="The engine library. openvino, onnxruntime: for this CPU. tensorrt: for this GPU. tensorrt_rtx: for the "
+            "GPUs of --target, which need not be here. torchscript, torch_tensorrt: programs for torch. By default the one "
+            "that serves this machine's GPU, else its CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="The device to compile for: a name that `edge-backbones profiles` lists, or a .toml file. What it cannot "
+            "run is left out, and its workspace is the default. For the GPU of this machine it is found by itself.",
+            show_default=False,
+        ),
+    ] = None,
+    gpu: GpuOption = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out the engines that were compiled for this machine before.")
+    ] = False,
+    given: dict[str, Any],
+    allow_host_code: AllowHostCode = False,
+    in_process: InProcess = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compile engines for a bundle, usually on the device that will run them. Each is verified before it is added.
+
+    Needs no torch. Ctrl-C stops and leaves the bundle as it was.
+
+    Example: **edge-backbones compile resnet50.bundle --precision int8**
+    """
+    plan = PlanOptions(**given)
+    chosen, plan, profile = _for_device(flavour, plan, profile, gpu)
+    steps = console.Steps(as_json, aloud="leaving ")  # at once, because an error may follow
+    with _memory_explained(), steps as progress:
+        result = deploy.compile_bundle(
+            bundle,
+            precisions=tuple(precision) if precision else None,
+            flavour=chosen,
+            plan=plan,
+            profile=profile,
+            gpu=gpu,
+            allow_host_code=allow_host_code,
+            resume=resume,
+            cache=default_cache(),
+            in_process=in_process,
+            progress=progress,
+        )
+    if as_json:
+        document = {"bundle": str(bundle), "flavour": chosen, "profile": profile}
+        console.print_json({**document, "engines": result.engines, "notes": result.notes})
+        return
+    for note in result.notes:
+        if note not in steps.said:
+            console.err.print(note, soft_wrap=True)
+    if not result.engines:
+        console.out.print(f"nothing was added: what runs here is in {bundle}")
+        return
+    console.print_parity([engine.parity for engine in result.engines])
+    for engine in result.engines:
+        later = "" if engine.parity.measured else f", to be measured on the device: edge-backbones verify {bundle}"
+        speed = "" if engine.milliseconds is None else f", {engine.milliseconds:.2f} ms"
+        console.out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{speed}{later})")
+
+
+def _for_device(
+    flavour: str | None, plan: PlanOptions, profile: str | None, gpu: int
+) -> tuple[str, PlanOptions, str | None]:
+    """Fill in what was not typed: the flavour that serves this machine, its targets and its profile.
+
+    Says on stderr if this machine has a GPU that is not compiled for, or whose profile is not known.
+    """
+    if flavour is not None:
+        chosen, found = flavour, deploy.profile_here(flavour, plan.targets, gpu)
+    else:
+        chosen, found = deploy.flavour_here(gpu)
+        if chosen == "openvino":
+            _refuse_cpu_for_want_of_tensorrt()
+        elif chosen == "tensorrt_rtx" and not plan.targets and found is not None and found.architecture is not None:
+            plan = dataclasses.replace(plan, targets=(found.architecture,))
+    if found is None and profile is None and (flavour is None or (chosen == "tensorrt" and gpus.find_gpus())):
+        console.err.print(
+            "no profile is known to be of this GPU: compiling without its limits (--profile NAME or FILE.toml)"
+        )
+    return chosen, plan, profile or (None if found is None else found.name)
+
+
+@contextlib.contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Turn a MemoryError (C++ libraries raise it too) into a CompileError that says how to use less memory."""
+    try:
+        yield
+    except MemoryError as error:
+        said = f" ({error})" if str(error) else ""
+        raise CompileError(f"compiling found no memory left{said}. {LESS_MEMORY}") from error
+
+
+def _refuse_cpu_for_want_of_tensorrt() -> None:
+    """Say why this machine's GPU is not compiled for; raise CompileError if OpenVINO is missing too."""
+    machine = doctor.look()
+    if why := doctor.why_not_the_gpu(machine):
+        if "openvino" not in machine.libraries:
+            raise CompileError(why)
+        console.err.print(f"compiling for the CPU: {why}", soft_wrap=True)
+
+
+def remove(
+    bundle: BundleArgument,
+    engines: Annotated[
+        list[str], typer.Argument(help="Names of engines, as `inspect` shows them.", show_default=False)
+    ],
+) -> None:
+    """Remove engines from a bundle. Programs that have opened them keep them."""
+    opened = Bundle.open(bundle)
+    for engine in engines:
+        opened = opened.remove_engine(engine)
+        console.out.print(f"removed {engine}; left: {', '.join(e.name for e in opened.manifest.engines) or 'none'}")

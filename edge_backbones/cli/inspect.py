@@ -1,0 +1,86 @@
+"""``edge-backbones inspect``: show what is in a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from edge_backbones.bundle.manifest import Manifest
+from edge_backbones.bundle.reader import Bundle
+from edge_backbones.cli import console
+from edge_backbones.cli.shared import BundleArgument, JsonFlag
+from edge_backbones.engines import registry, select
+
+
+def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
+    """Show what is in a bundle, and which of its engines run on this machine. Only the manifest is read."""
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    on_gpu = any(engine.key.gpu is not None for engine in manifest.engines)
+    host = registry.this_machine(0 if on_gpu else None)
+    reasons = select.reasons_by_name(opened, host)
+    if as_json:
+        console.print_json({"manifest": manifest, "reasons_against": reasons})
+        return
+    _print_source(str(bundle), manifest)
+    _print_stages(manifest)
+    _print_engines(manifest, reasons)
+    _print_calibration(manifest)
+    console.print_trials(manifest.decision)
+    if manifest.decision is not None:
+        console.out.print(manifest.decision.sentence)
+    console.out.print(f"built {manifest.provenance.created}")
+
+
+def _print_source(bundle: str, manifest: Manifest) -> None:
+    """Print the network, its weights, its input and its preprocessing."""
+    source = manifest.source
+    weights = {"random": f"random weights, seed {source.seed}", "pretrained": "pretrained weights"}.get(
+        source.weights, f"weights with SHA-256 {(source.weights_sha256 or '')[:12]}..."
+    )
+    console.out.print(f"{bundle}: {source.name} of {source.library}, {weights}")
+    console.out.print(f"input {manifest.input.name}: {manifest.input.describe()}, engine batch {manifest.input.batch}")
+    console.out.print(manifest.preprocessing)
+    for note in source.preprocessing_notes:
+        console.out.print(note)
+
+
+def _print_stages(manifest: Manifest) -> None:
+    """Print the feature maps and other outputs as tables."""
+    spec = manifest.backbone
+    stages = console.Table("index", "stage", "channels", "stride", "layout", title="feature maps")
+    for index, name, channels, (vertical, horizontal), layout in zip(
+        spec.out_indices, spec.out_features, spec.channels, spec.strides, spec.layouts, strict=True
+    ):
+        stride = str(vertical) if vertical == horizontal else f"{vertical}x{horizontal}"
+        stages.add_row(str(index), name, str(channels), stride, layout)
+    console.out.print(stages)
+    if spec.extras:
+        extras = console.Table("output", "channels", "layout", title="other outputs")
+        for extra in spec.extras:
+            extras.add_row(extra.name, str(extra.channels), extra.layout)
+        console.out.print(extras)
+
+
+def _print_engines(manifest: Manifest, reasons: Mapping[str, Sequence[str]]) -> None:
+    """Print the engines, why each does not run here (``reasons`` by engine name), and the parity of each."""
+    engines = console.Table("engine", "MB", "ms", "runs here", title="engines")
+    for engine in manifest.engines:
+        why = reasons[engine.name]
+        speed = "" if engine.milliseconds is None else f"{engine.milliseconds:.2f}"
+        megabytes = f"{engine.file.size / 1e6:.1f}"
+        engines.add_row(engine.name, megabytes, speed, "yes" if not why else "no: " + "; ".join(why))
+    console.out.print(engines)
+    console.print_parity([engine.parity for engine in manifest.engines])
+
+
+def _print_calibration(manifest: Manifest) -> None:
+    """Print how int8 ranges were found, for a bundle that has a calibration."""
+    record = manifest.calibration
+    if record is None:
+        return
+    estimator = f"percentile {record.percentile:g}" if record.method == "percentile" else record.method
+    chosen = ", ".join(f"{stage} by {method}" for stage, method in record.chosen.items())
+    console.out.print(
+        f"calibrated by {estimator} on {record.images} images, {len(record.skipped)} skipped"
+        + (f": {chosen}" if chosen else "")
+    )

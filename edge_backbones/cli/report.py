@@ -1,0 +1,34 @@
+"""``edge-backbones report``: write the HTML page of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_backbones.bench.results import read
+from edge_backbones.cli import console
+from edge_backbones.cli.shared import BundleArgument, EngineOption
+from edge_backbones.report.page import write_report
+
+
+def report(
+    bundle: BundleArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The HTML file to write. By default BUNDLE.report.html, beside the bundle.", show_default=False
+        ),
+    ] = None,
+    bench_results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--bench", help="A file that `bench --out` wrote, to show. Repeat for several.", show_default=False
+        ),
+    ] = None,
+    engine: EngineOption = None,
+) -> None:
+    """Write one HTML page about a bundle: its feature maps beside fp32, parity, what runs in int8, speed and origin."""
+    comparisons = [read(file) for file in bench_results or ()]
+    console.out.print(f"wrote {write_report(bundle, out, comparisons=comparisons, engine=engine)}")

@@ -1,0 +1,86 @@
+"""Flags that several commands share, and how the texts of options are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_backbones.spec import ShapeRange
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout and nothing else.")]
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", show_default=False)]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Which engine to use: a precision (int8), a flavour (openvino) or the name of one engine. By default the best "
+        "one that runs here.",
+        show_default=False,
+    ),
+]
+GpuOption = Annotated[int, typer.Option(min=0, help="The index of the GPU, for engines that need one.")]
+DeviceOption = Annotated[str, typer.Option(help="The device to run on: cpu, cuda or cuda:1.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many CPU threads to use. All by default.", show_default=False),
+]
+AllowHostCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-host-code",
+        help="Allow code of the bundle to run: a TorchScript program, or the runtime inside a version-compatible plan. Only "
+        "for a bundle that you trust as you trust a program.",
+    ),
+]
+InProcess = Annotated[
+    bool,
+    typer.Option(
+        "--in-process",
+        help="Stay in this process, for a debugger. By default a child process does the work, so that a crash of an engine "
+        "library is reported.",
+    ),
+]
+
+SIGSTORE_PANEL = "Sigstore"
+SigstoreConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help="The client trust configuration (JSON) of a Sigstore of your own, instead of the public one.",
+        show_default=False,
+        rich_help_panel=SIGSTORE_PANEL,
+    ),
+]
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Read a list of integers such as 1,2,3; raise ValueError for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of integers such as 1,2,3") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read a list of names such as layer1,layer4."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def shape_range(text: str) -> ShapeRange:
+    """Read one size, or three as MIN:OPT:MAX; raise ValueError for anything else."""
+    try:
+        parts = [int(part) for part in text.split(":")]
+        if len(parts) not in (1, 3):
+            raise ValueError("one number, or three as MIN:OPT:MAX")
+        return ShapeRange(min=parts[0], opt=parts[len(parts) // 2], max=parts[-1])
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a size or MIN:OPT:MAX: {error}") from None
+
+
+def height_width(text: str) -> tuple[ShapeRange, ShapeRange]:
+    """Read HxW, or HxW:HxW:HxW as min:opt:max; raise ValueError for anything else."""
+    pairs = [part.lower().split("x") for part in text.split(":")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{text!r} is not HxW or HxW:HxW:HxW")
+    heights, widths = (":".join(pair[axis] for pair in pairs) for axis in (0, 1))
+    return shape_range(heights), shape_range(widths)

@@ -1,0 +1,30 @@
+"""Numbers and names in the words of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def times(sizes: Iterable[int]) -> str:
+    """Write sizes as 3 × 224 × 224."""
+    return " \u00d7 ".join(str(size) for size in sizes)
+
+
+def megabytes(size: int) -> str:
+    """Write a number of bytes in MB, small ones in kB."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def fixed(value: float, digits: int = 2) -> str:
+    """Write a number with so many digits behind the point."""
+    return f"{value:.{digits}f}"
+
+
+def signs(text: object) -> str:
+    """Write >= and <= as one sign each."""
+    return str(text).replace(">=", "\u2265").replace("<=", "\u2264")
+
+
+def yes_or_no(value: bool) -> str:
+    """Write a truth value as yes or no."""
+    return "yes" if value else "no"
