@@ -104,7 +104,7 @@ def measure() -> dict[str, float]:
     log = SimpleNamespace(clear=lambda: None, last_error=lambda: "")
     with (
         mock.patch.multiple(gpus, find_gpus=lambda: (gpu,), no_gpu_reason=lambda: ""),
-        mock.patch.object(cuda, "open_memory", lambda *_: memory),
+        mock.patch.object(cuda, "open_memory", return_value=memory),
         mock.patch.multiple(
             tensorrt_library,
             load_library=lambda _: free_tensorrt(input),

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import readme_table
+from benchmarks.common import RESULTS, ROOT, add, machine
 from benchmarks.networks import bundle_of
-from benchmarks.run import RESULTS, ROOT, add, machine
 from build_scripts.device_install import build_wheel, find_oldest_python
 
 MODEL = "mobilenetv3_large_100"

@@ -21,7 +21,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
-CACHE = Path(__file__).parents[1] / ".cache" / "digits"
+from benchmarks.common import ROOT
+
+CACHE = ROOT / ".cache" / "digits"
 SIZE = 32  # pixels; the digits are 8 x 8 and are enlarged
 TEST = 597
 SEEDS = (0, 1, 2)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.growth import timing_bundle
+from benchmarks.common import RESULTS, machine, timing_bundle
 from edge_backbones.bench.compare import calm_turns
 from edge_backbones.bench.contender import stolen_ticks
 from edge_backbones.bench.results import ratio_of
@@ -31,7 +31,6 @@ from edge_backbones.deploy.parity import compare as compare_maps
 from edge_backbones.images.fit import fit
 from edge_backbones.parity_report import Gate
 
-RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 MODELS: dict[str, tuple[int, ...]] = {
     "resnet50": (1, 2, 3, 4),
     "mobilenetv3_large_100": (0, 1, 2, 3, 4),
@@ -49,15 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="times that either is started")
     found = measure(rounds=parser.parse_args().rounds)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {RESULTS}")
+    path = RESULTS / "end_to_end.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
     sys.exit(0 if all(figures["reached"] for figures in found["models"].values()) else 1)
 
 
 def measure(rounds: int = 7, models: Sequence[str] = tuple(MODELS)) -> dict[str, Any]:
     """For every model: how many times as long timm's transform and the engine take as ours, in all and step by step."""
-    from benchmarks.run import machine
-
     threads = min(2, os.cpu_count() or 1)
     found = {}
     for model in models:

@@ -22,14 +22,13 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results" / "growth.json"
-CACHE = Path(__file__).parents[1] / ".cache" / "bench"
+from benchmarks.common import CACHE, FEW_IMAGES, RESULTS, machine, photograph_folder, timing_bundle, timing_options
+
 BATCHES = (1, 2, 4, 8, 16, 32)
 SIDES = (160, 224, 320, 448, 640)
 STAGES = 5
 IMAGES = (4, 8, 16, 32)
 NETWORKS = ("mobilenetv3_small_050", "mobilenetv3_large_100", "resnet18", "resnet50")
-_CALIBRATION = 8  # images of a bundle that is only timed
 _CALLS, _SECONDS = 8, 0.4
 
 
@@ -67,7 +66,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few points of a smaller network, once each")
     quick = parser.parse_args().quick
     found = measure(quick=quick)
-    path = CACHE / "growth.json" if quick else RESULTS
+    path = (CACHE if quick else RESULTS) / "growth.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, path.with_suffix(".png"))
     for curve in found["curves"]:
@@ -77,8 +76,6 @@ def main() -> None:
 
 def measure(*, quick: bool = False) -> dict[str, Any]:
     """Machine, points and fits. Bundles that are there from before are not built again."""
-    from benchmarks.run import machine
-
     started = time.perf_counter()
     model = "mobilenetv3_small_100" if quick else "resnet18"
     turns = 1 if quick else 3
@@ -136,7 +133,7 @@ def build_points(model: str, *, quick: bool) -> list[tuple[str, float | None, di
     images, networks = ((IMAGES[0], IMAGES[-1]), ()) if quick else (IMAGES, NETWORKS)
     found: list[tuple[str, float | None, dict[str, Any]]] = []
     found += [("images", count, {"model": model, "images": count}) for count in images]
-    found += [("parameters", None, {"model": name, "images": _CALIBRATION}) for name in networks]
+    found += [("parameters", None, {"model": name, "images": FEW_IMAGES}) for name in networks]
     return found
 
 
@@ -156,38 +153,6 @@ def _in_turn(
         for arguments, found in answers.items()
     }
     return [(axis, {"x": x, **medians[json.dumps(arguments)]}) for axis, x, arguments in points]
-
-
-def timing_bundle(model: str, name: str, **options: Any) -> Path:
-    """A bundle for timing only, built once: seeded weights, few calibration images, open gates."""
-    from benchmarks.networks import refreshed
-    from edge_backbones import build_bundle
-
-    target = CACHE / "growth" / f"{name}.bundle"
-    if not refreshed(target):
-        print(f"building {target.name}", flush=True)
-        options = {"method": "max", "golden": 1, **options}
-        build_bundle(model, target, images=photograph_folder(_CALIBRATION), options=_options(options), overwrite=True)
-    return target
-
-
-def _options(options: dict[str, Any]) -> Any:
-    from edge_backbones import BuildOptions
-    from edge_backbones.parity_report import Gate
-    from edge_backbones.spec import Precision
-
-    gates = {Precision.INT8: Gate(min_cosine=1e-6)}
-    return BuildOptions(weights="random:0", torchscript=False, gates=gates, cache=None, **options)
-
-
-def photograph_folder(count: int) -> Path:
-    """A folder with so many photographs."""
-    from build_scripts.photographs import write_crops
-
-    folder = CACHE / f"photographs_{count}"
-    if len(list(folder.glob("*.png"))) != count:
-        write_crops(folder, count)
-    return folder
 
 
 # ---- One point, alone in its process
@@ -229,7 +194,7 @@ def run_build(model: str, images: int) -> dict[str, float]:
     load_library()
     folder = photograph_folder(images)
     with tempfile.TemporaryDirectory() as work:
-        options = _options({"precisions": (Precision.INT8, Precision.FP32)})
+        options = timing_options({"precisions": (Precision.INT8, Precision.FP32)})
         start = time.perf_counter()
         built = build_bundle(model, Path(work) / "timed.bundle", images=folder, options=options).bundle
         seconds = time.perf_counter() - start

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import accuracy_peers, readme_table
-from benchmarks.networks import CACHE, bundle_of, images_of
-from benchmarks.run import machine
+from benchmarks.common import CACHE, RESULTS, machine
+from benchmarks.networks import bundle_of, images_of
 from edge_backbones import Bundle
 from edge_backbones.bench.compare import CompareOptions, measure
 from edge_backbones.bench.contender import Task
@@ -45,7 +45,7 @@ from edge_backbones.toolchain.calibration import calibrate
 from edge_backbones.toolchain.calibration.images import gather_images
 from edge_backbones.toolchain.quantize.qdq import write_typed_graph
 
-RESULTS = Path(__file__).parent / "results" / "int8_graphs.json"
+STORED = RESULTS / "int8_graphs.json"
 MODELS = ("resnet50", "mobilenetv3_large_100", "convnext_tiny", "vit_small_patch16_224")
 CALIBRATION = 16
 THREADS = (2, 1)  # two wait for each other, and on a busy machine that is most of what a median shows
@@ -68,7 +68,7 @@ def main() -> None:
         parser.error(
             f"--rounds must be even, got {arguments.rounds}: either graph is loaded first as often as the other"
         )
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))["networks"] if RESULTS.exists() else {}
+    found = json.loads(STORED.read_text(encoding="utf-8"))["networks"] if STORED.exists() else {}
     for model in arguments.only:
         bundle = bundle_of(model)
         figures = found.setdefault(model, {})
@@ -80,9 +80,9 @@ def main() -> None:
         if arguments.skip != "targets":
             figures["targets"] = targets(bundle)
         print(model, json.dumps(figures), flush=True)
-        RESULTS.write_text(json.dumps({"machine": machine(), "networks": found}, indent=1) + "\n", encoding="utf-8")
+        STORED.write_text(json.dumps({"machine": machine(), "networks": found}, indent=1) + "\n", encoding="utf-8")
     readme_table.update()
-    print(f"wrote {RESULTS} and benchmarks/README.md")
+    print(f"wrote {STORED} and benchmarks/README.md")
 
 
 def modelopt_graph(model: str, bundle: Path, python: str) -> Path:

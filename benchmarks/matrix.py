@@ -24,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, readme_table
-from benchmarks.run import RESULTS, ROOT, add, machine, say
+from benchmarks import readme_table
+from benchmarks.common import RESULTS, ROOT, add, machine, photograph_folder, say
 
 MODELS = (
     "resnet18",
@@ -116,7 +116,7 @@ def run(
 ) -> tuple[dict[str, float], float]:
     """Seconds of each cell, and of the whole command, which has these cores; every cell has to end with this status."""
     folder.mkdir(exist_ok=True)
-    photographs = json.dumps(str(growth.photograph_folder(PHOTOGRAPHS)))
+    photographs = json.dumps(str(photograph_folder(PHOTOGRAPHS)))
     lines = ['out = "bundles"', f"images = {photographs}", f"precisions = {json.dumps(precisions)}"]
     lines += [f'[[models]]\nsource = "{model}"\noptions = {_OPTIONS}' for model in models]
     (folder / "matrix.toml").write_text("\n".join([*lines, '[[devices]]\nprofile = "cpu"', ""]), encoding="utf-8")

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import edge_backbones
 from benchmarks import digits
-from benchmarks.growth import CACHE, photograph_folder
-from edge_backbones import BuildOptions, Bundle, build_bundle
-from edge_backbones.deploy.compile import compile_bundle
-from edge_backbones.errors import BundleError
+from benchmarks.common import CACHE, photograph_folder, refreshed
+from edge_backbones import BuildOptions, build_bundle
 from edge_backbones.spec import Precision
 
 STAGES = {  # that are kept
@@ -82,17 +79,3 @@ def normalising_checkpoint(model: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(net.state_dict(), path)
     return path
-
-
-def refreshed(bundle: Path) -> bool:
-    """Compile a bundle's engines with the code that is measured; False where there is no bundle, or one whose graphs older
-    code wrote."""
-    try:
-        graphs = [bundle / graph.file.path for graph in Bundle.open(bundle).manifest.graphs]
-    except BundleError:
-        return False
-    changed = max(file.stat().st_mtime for file in Path(edge_backbones.__path__[0]).rglob("*.py"))
-    if min(graph.stat().st_mtime for graph in graphs) < changed:
-        return False
-    compile_bundle(bundle)
-    return True

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.common import ROOT
+
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 _BLOCK = re.compile(r"<!-- (?P<kind>figures|summary) of (?P<path>\S+) -->\n.*?<!-- end of figures -->\n", re.DOTALL)
 _PEERS = {

@@ -6,16 +6,10 @@ The networks and their bundles are those of benchmarks/networks.py.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
-import platform
-import re
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,21 +17,18 @@ from typing import Any
 import msgspec
 
 from benchmarks import end_to_end, figures, growth, networks, readme_table, roofline
+from benchmarks.common import CACHE, RESULTS, ROOT, add, machine, machine_name, photograph_folder, say
 from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, regressions
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import InputError
-from edge_backbones.machine.hosts import this_host
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 MODELS = tuple(networks.STAGES)
 QUICK = ("mobilenetv3_large_100", "efficientnet_b0")
 TARGETS = {"torch": 3.5, "torch-compile": 2.0, "onnxruntime": 2.0, "nncf": 1.0}  # of the geometric means
 PEERS = ("torch", "torch-compile", "torchscript", "onnxruntime", "openvino", "nncf")
 ENGINES = {"int8": "edge", "fp32": "openvino"}  # what runs a bundle's graphs
 PARTS = ("figures", "growth", "end_to_end")
-_BEGIN = time.monotonic()
 
 
 def main() -> None:
@@ -212,63 +203,16 @@ def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], *, quick: 
     start = figures.cold_start(bundles["resnet50"])
     add(rows, "resnet50: python to first feature maps", start["seconds"], 1.0, "s")
     add(rows, "resnet50: resident memory of that process", start["peak_mb"], 230, "MB")
-    photographs = growth.photograph_folder(64 + 4)
-    built = figures.resnet50_build(photographs, growth.CACHE / "timed.bundle")
+    photographs = photograph_folder(64 + 4)
+    built = figures.resnet50_build(photographs, CACHE / "timed.bundle")
     images = int(built["calibration_images"])
     add(rows, f"resnet50: int8 build with {images} calibration images, after imports", built["seconds"], 120, "s")
     add(rows, "resnet50: resident memory of that build", built["peak_mb"], 4000, "MB")
-    calibrated = figures.resnet50_calibration(growth.photograph_folder(512), bundles["resnet50"])
+    calibrated = figures.resnet50_calibration(photograph_folder(512), bundles["resnet50"])
     add(rows, "resnet50: calibration by auto on 512 images", calibrated["seconds"], 180, "s")
     add(rows, "resnet50: resident memory of that", calibrated["peak_mb"], 2000, "MB")
     seconds = figures.rtx_build(bundles["resnet50"])
     add(rows, "resnet50: int8 plan of TensorRT-RTX for four architectures, no GPU", seconds, 15, "s")
-
-
-def say(what: str) -> None:
-    """What begins now, and the minutes and seconds that have gone."""
-    minutes, seconds = divmod(int(time.monotonic() - _BEGIN), 60)
-    print(f"[{minutes}:{seconds:02}] {what}", flush=True)
-
-
-def add(
-    rows: list[dict[str, Any]],
-    what: str,
-    value: float,
-    target: float,
-    unit: str,
-    *,
-    at_least: bool = False,
-    **raw: float,
-) -> None:
-    """Record and print one figure beside its target."""
-    reached = value >= target if at_least else value <= target
-    figure = {"what": what, "value": value, "target": target, "unit": unit, "at_least": at_least, "reached": reached}
-    rows.append({**figure, **raw})
-    bound = ">=" if at_least else "<="
-    print(f"{'ok  ' if reached else 'MISS'} {what}: {value:.2f} {unit} (target {bound} {target:g})", flush=True)
-
-
-def machine() -> dict[str, Any]:
-    host = this_host({})
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    libraries = ("openvino", "onnxruntime", "torch", "timm", "numpy")
-    return {
-        "cpu": host.device_name,
-        "cpu_features": host.cpu_features,
-        "threads": 2,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
-        "commit": commit.stdout.strip(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
-
-
-def machine_name() -> str:
-    host = this_host({})
-    return re.sub(
-        r"[^a-z0-9]+", "-", f"{host.device_name} {host.cpu_features[-1] if host.cpu_features else ''}".lower()
-    ).strip("-")
 
 
 if __name__ == "__main__":
