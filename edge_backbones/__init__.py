@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edge_backbones.runtime.backbone import EdgeBackbone as EdgeBackbone
     from edge_backbones.toolchain.build import BuildOptions as BuildOptions
     from edge_backbones.toolchain.build import build_bundle as build_bundle
-    from edge_backbones.toolchain.sources.load import ModuleSource as ModuleSource
+    from edge_backbones.toolchain.sources.module_source import ModuleSource as ModuleSource
 
 _HOMES = {
     "AutoEdgeBackbone": "edge_backbones.auto",
@@ -31,7 +31,7 @@ _HOMES = {
     "EdgeBackbone": "edge_backbones.runtime.backbone",
     "Bundle": "edge_backbones.bundle.reader",
     "EdgeBackbonesError": "edge_backbones.errors",
-    "ModuleSource": "edge_backbones.toolchain.sources.load",
+    "ModuleSource": "edge_backbones.toolchain.sources.module_source",
     "BuildOptions": "edge_backbones.toolchain.build",
     "build_bundle": "edge_backbones.toolchain.build",
     "compile_bundle": "edge_backbones.deploy.compile",

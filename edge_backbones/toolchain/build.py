@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from edge_backbones.toolchain.calibration.calibrate import Method
     from edge_backbones.toolchain.calibration.images import ImageSource
     from edge_backbones.toolchain.sources.base import SourceOptions
-    from edge_backbones.toolchain.sources.load import ModuleSource
+    from edge_backbones.toolchain.sources.module_source import ModuleSource
 
 METHODS = ("auto", "max", "percentile", "entropy", "mse")
 PROGRAMS = ("torchscript", "exported_program")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -31,28 +30,10 @@ from edge_backbones.toolchain.sources.base import (
     refuse_dataset_index,
     tensors_sha256,
 )
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 from edge_backbones.toolchain.sources.modules import feature_maps, missing_arguments, plain_copy
 from edge_backbones.toolchain.sources.processors import PROCESSOR_FILES, Preprocessing, given, read_processor, unknown
 from edge_backbones.toolchain.sources.timm import load_timm, load_timm_folder, load_timm_module
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleSource:
-    """A plain ``nn.Module`` and what cannot be read off it.
-
-    ``module`` takes float32 NCHW of ``num_channels`` channels and returns one float tensor per name in ``stage_names``: a
-    dict or dataclass with these names (others in it are left out), or tensors in that order. Nested tuples, lists and dicts
-    are read depth first, and None is left out. ``size``: (height, width) that it is made for. ``layouts``: the axes of each
-    output, NCHW by default. ``image``: the preprocessing that it was trained with: an image processor of transformers, the
-    folder of one, a data configuration of timm, or an ImageConfig. Without one ImageNet's is taken, and the build says so.
-    """
-
-    module: nn.Module
-    stage_names: Sequence[str]
-    size: tuple[int, int] = (224, 224)
-    num_channels: int = 3
-    layouts: Sequence[Layout] | None = None
-    image: Any = None
 
 
 def load_source(source: Any, options: SourceOptions, *, from_model: bool = False) -> LoadedBackbone:
