@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import edge_backbones
+from edge_backbones import errors
 
 WORKSTATION = ("torch", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 EXTRAS = (
@@ -99,3 +102,15 @@ def test_public_names_are_reachable_and_listed_on_a_device():
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         edge_backbones.nothing  # noqa: B018
+
+
+def test_type_checkers_see_the_public_names_where_they_are_imported_from():
+    tree = ast.parse(Path(edge_backbones.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == edge_backbones._HOMES
+
+
+def test_every_error_is_public():
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert kinds <= set(edge_backbones.__all__)
