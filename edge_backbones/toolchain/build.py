@@ -83,7 +83,8 @@ class BuildOptions:
     ranges. None: the batch of ``profile``, 1 without one; the size that the network's preprocessing makes, else the network's
     own, else that of ``profile``.
 
-    The engines: ``precisions`` (or their names), one graph and one engine each, of which runtimes take the fastest; or ``"auto"``: the fastest
+    The engines: ``precisions`` (or their names), one graph and one engine each, of which runtimes take the fastest; or
+    ``"auto"``: the fastest
     of fp32, fp16 and int8 on this machine that is inside its gate, with the graphs of int8 and fp16, so that
     `compile_bundle` can weigh them again on another device. ``gates`` replace the default gate of a precision. ``golden``:
     images that parity is measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside
