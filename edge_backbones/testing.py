@@ -1,7 +1,7 @@
-"""Doubles for tests of this package and of programs that use it: no network, no torch, no weights.
+"""Test doubles for programs that use this package: a small bundle and a session, without a download or torch.
 
-The backbone that both functions stand for is plain average pooling, so that every expected value is known: stage
-``pool4`` is the input averaged over 4 x 4 pixels, ``pool8`` over 8 x 8.
+Their backbone is average pooling, so every expected value is known: stage ``pool4`` is the input averaged over 4 x 4
+pixels, ``pool8`` over 8 x 8.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SPEC = BackboneSpec(
 
 
 def pooling_input(batch: ShapeRange | int = 2, height: int = 32, width: int = 48) -> InputSpec:
-    """The input of the pooling backbone: float32 NCHW of fixed size."""
+    """Return the input of the pooling backbone: float32 NCHW of fixed size."""
     batch = batch if isinstance(batch, ShapeRange) else ShapeRange.fixed(batch)
     sizes = ShapeRange.fixed(height), ShapeRange.fixed(width)
     return InputSpec(name="pixel_values", channels=3, batch=batch, height=sizes[0], width=sizes[1])
 
 
 def pooled(pixel_values: np.ndarray) -> list[np.ndarray]:
-    """What the pooling backbone returns, in numpy: float32 NCHW maps of pool4 and pool8."""
+    """Compute the pooling backbone in numpy: float32 NCHW maps of pool4 and pool8."""
     batch, channels, height, width = pixel_values.shape
     return [
         pixel_values.reshape(batch, channels, height // k, k, width // k, k).mean(axis=(3, 5)).astype(np.float32)
@@ -49,7 +49,7 @@ def pooled(pixel_values: np.ndarray) -> list[np.ndarray]:
 
 
 class NumpySession:
-    """An EngineSession in numpy. ``batches`` records the batch of every call; shapes it was not built for fail."""
+    """An EngineSession in numpy. ``batches`` records the batch size of every call."""
 
     def __init__(self, input: InputSpec) -> None:
         self.input = input
@@ -57,17 +57,19 @@ class NumpySession:
         self.closed = False
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
+        """Return the pooled maps; raises AssertionError for a batch outside the input's range."""
         if len(array) not in self.input.batch:
             raise AssertionError(f"batch {len(array)} is outside {self.input.batch}")
         self.batches.append(len(array))
         return pooled(array)
 
     def close(self) -> None:
+        """Note that it was closed."""
         self.closed = True
 
 
 def make_bundle(target: Path, input: InputSpec | None = None) -> Bundle:
-    """Write a real bundle of the pooling backbone, with a real engine for this CPU. Needs OpenVINO and nothing else."""
+    """Write a bundle of the pooling backbone with an engine for this CPU. Needs OpenVINO and nothing else."""
     input = input or pooling_input()
     graph = b"the pooling backbone has no ONNX graph"
     blob = _pooling_blob(input)
