@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measure(name: str, seed: int, pythons: Mapping[str, str]) -> dict[str, Any]:
-    """Every variant and every peer for one trained network."""
+    """Measure every variant and every peer on one trained network."""
     net = digits.trained(name, seed)
     pixels, _, test, labels = digits.images()
     calibration, images = pixels[:CALIBRATION].numpy(), test.numpy()
@@ -135,7 +135,7 @@ def sqnr_db(reference: np.ndarray, actual: np.ndarray) -> float:
 
 
 def summary(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Mean and spread (lowest to highest) over the seeds."""
+    """Return mean, lowest and highest value over the seeds."""
     found: dict[str, Any] = {}
     for name, seeds in results.items():
         for variant in next(iter(seeds.values())):

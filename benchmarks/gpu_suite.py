@@ -94,7 +94,10 @@ _LIBRARIES = (
 
 @dataclass
 class Part:
-    """One part of the document. ``status``: passed, failed or not run; ``reason``: why, unless it passed."""
+    """One part of the document.
+
+    ``status``: passed, failed or not run. ``reason``: why, unless it passed.
+    """
 
     name: str
     status: str
@@ -107,11 +110,11 @@ class Part:
 
 
 class ChildError(Exception):
-    """A process of ours did not do what it was asked."""
+    """A child process failed."""
 
 
 class SlowChildError(ChildError):
-    """It did not answer in time."""
+    """A child process did not answer in time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -166,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Suite:
-    """Runs the parts, keeps what came of them and writes the document after each."""
+    """Run the parts, keep their results, and write the document after each."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -249,7 +252,7 @@ class Suite:
         return {"bundles": len(list(self.options.bundles.glob("*.bundle")))}
 
     def measure(self, name: str, action: Callable[[], dict[str, Any]]) -> Part:
-        """Do one part. What is missing makes it "not run", any exception "failed"."""
+        """Run one part. Something that is missing makes it "not run", any exception "failed"."""
         start = time.monotonic()
         if self.left <= 0:
             return self.add(Part(name, "not run", f"the {self.options.seconds:g} s that it was given were over"))
@@ -301,7 +304,7 @@ class Suite:
         return path
 
     def _kept(self, *, tests: bool) -> list[Part]:
-        """Parts of the half that is not run now, from the document that is there."""
+        """Return the parts of the other half from the document that is there."""
         assert self.path is not None
         try:
             before = json.loads(self.path.read_text(encoding="utf-8"))
@@ -313,7 +316,7 @@ class Suite:
         return [Part(**part) for part in before["parts"] if part["name"].startswith("tests/gpu") == tests]
 
     def _require(self, flavour: str) -> None:
-        """MissingError where a kind of engine cannot run here at all."""
+        """Raise MissingError if a kind of engine cannot run here at all."""
         if flavour in TENSORRT:
             require_tensorrt(flavour)
         if flavour == "tensorrt_rtx" and self.rtx_refusal:
@@ -336,7 +339,7 @@ class Suite:
     # -- tests
 
     def _test(self, file: Path, seconds: float) -> dict[str, Any]:
-        """One file of tests/gpu in a process of its own: a GPU that faulted there is well again in the next."""
+        """Run one file of tests/gpu in a process of its own, so that a GPU fault in it does not reach the next."""
         if importlib.util.find_spec("pytest") is None:
             raise MissingError("pytest is not installed")
         if seconds <= 0:
@@ -357,7 +360,7 @@ class Suite:
     # -- benchmark
 
     def _contenders(self, model: str, work: Path) -> list[dict[str, Any]]:
-        """Every contender of a model; plans are compiled here, on the GPU that runs them."""
+        """Return every contender of a model. Plans are compiled here, on the GPU that runs them."""
         kinds: list[dict[str, Any]] = [{"kind": kind} for kind in ("eager", "torchscript")]
         for flavour in TENSORRT:
             for precision in PRECISIONS:
@@ -381,7 +384,7 @@ class Suite:
         return [*kinds, {"kind": "compile"}]  # last, with all the time that is left: it takes minutes to get ready
 
     def _compare(self, model: str, batch: int, kinds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Contenders side by side; one that fails is left out and makes the part fail at its end."""
+        """Time contenders side by side. One that fails is left out, and the part fails at its end."""
         failures: dict[str, str] = {}
         missing: dict[str, str] = {}
         ready: dict[str, dict[str, Any]] = {}
@@ -437,7 +440,7 @@ class Suite:
 
 
 class PartFailedError(Exception):
-    """A part failed and has figures all the same."""
+    """A part failed, but it has figures."""
 
     def __init__(self, message: str, figures: dict[str, Any]) -> None:
         super().__init__(message)
@@ -450,14 +453,14 @@ OVERHEADS = {f"overhead: {flavour}": flavour for flavour in ("torchscript", *TEN
 
 
 def contender_name(kind: dict[str, Any]) -> str:
-    """``eager fp16``, ``tensorrt int8 graphs``."""
+    """Return the name of a contender: ``eager fp16``, ``tensorrt int8 graphs``."""
     names = {"eager": "torch eager", "compile": "torch.compile max-autotune"}
     words = [names.get(kind["kind"], kind["kind"]), kind.get("precision", "fp16")]
     return " ".join([*words, *(["with CUDA graphs"] if kind.get("cuda_graphs") else [])])
 
 
 def targets(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """What was to be reached, of what was measured: ``what``, ``measured``, ``asked`` (in words) and ``reached``."""
+    """Return the targets that were measured: ``what``, ``measured``, ``asked`` (in words) and ``reached``."""
     found: list[dict[str, Any]] = []
 
     def add(what: str, measured: float, *, most: float | None = None, least: float | None = None) -> None:
@@ -482,7 +485,7 @@ def targets(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def timed_engines(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """What the benchmark's parts timed, as the roofline's task takes it."""
+    """Return the engines that were timed, as arguments of the roofline task."""
     found = []
     for part in parts:
         named = re.fullmatch(r"benchmark: (?P<model>.+), batch (?P<batch>\d+)", part.name)
@@ -494,12 +497,12 @@ def timed_engines(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def medians(turns: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each figure's median over the rounds."""
+    """Return the median of each figure over the rounds."""
     return {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} if turns else {}
 
 
 def ratios(turns: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """How many times faster each contender is than each other: medians of the ratios within a round."""
+    """Return how many times faster each contender is than each other: medians of the ratios within a round."""
 
     def ratio(fast: str, slow: str, key: str) -> float:
         return statistics.median(b[key] / a[key] for a, b in zip(turns[fast], turns[slow], strict=True))
@@ -519,7 +522,7 @@ def test_name(file: Path) -> str:
 
 
 def read_report(report: Path, code: int | None) -> dict[str, Any]:
-    """Counts of a JUnit report, reasons of skips and messages of failures. Raises PartFailedError, MissingError."""
+    """Read a JUnit report: counts, reasons of skips, messages of failures. Raises PartFailedError, MissingError."""
     passed, failures, skipped = 0, {}, {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = case.get("name", "")
@@ -546,12 +549,12 @@ def read_report(report: Path, code: int | None) -> dict[str, Any]:
 
 
 def slug(name: str) -> str:
-    """``NVIDIA H100 80GB HBM3`` as a file name: ``nvidia-h100-80gb-hbm3``."""
+    """Turn a GPU's name into a file name: ``NVIDIA H100 80GB HBM3`` into ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def describe_machine(gpu: gpus.Gpu | None, commit: str | None) -> dict[str, Any]:
-    """Device, driver, versions, commit and date. What cannot be found out is None."""
+    """Return device, driver, versions, commit and date. What cannot be found out is None."""
     versions = {}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -587,7 +590,7 @@ def _output(*command: str) -> str | None:
 
 
 def run_command(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Exit code (None: it was ended after ``seconds``) and everything that it printed."""
+    """Run a command; return its exit code (None if it was killed after ``seconds``) and its output."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command,
@@ -608,7 +611,7 @@ def run_command(command: Sequence[str], seconds: float, environment: dict[str, s
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """End a process of ours and what it started: torch.compile keeps workers."""
+    """Kill a child process and the processes that it started: torch.compile keeps workers."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -623,7 +626,7 @@ def last_words(output: str) -> str:
 
 
 class Child:
-    """One of the tasks below in a process of its own, which answers with JSON lines on its standard output."""
+    """A task of gpu_tasks.py in a process of its own, which answers with JSON lines on its standard output."""
 
     def __init__(self, task: str, **arguments: Any) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
@@ -646,7 +649,7 @@ class Child:
         self._answers.put(None)
 
     def read(self, seconds: float) -> dict[str, Any]:
-        """The next answer. Raises MissingError where the task says that something is missing, else ChildError."""
+        """Return the next answer. Raises MissingError if the task says that something is missing, else ChildError."""
         try:
             line = self._answers.get(timeout=max(0.1, seconds))
         except queue.Empty:
@@ -693,11 +696,11 @@ def prepare(
     benchmark: Sequence[str] = tuple(MODELS),
     precisions: Sequence[str] = ("fp32", "fp16", "bf16", "int8", "fp8"),
 ) -> None:
-    """Bundles without engines: the typed graphs that TensorRT compiles, and the golden samples of the fp32 network.
+    """Build bundles without engines: typed graphs for TensorRT, and golden samples of the fp32 network.
 
-    For parity int8 and fp8 leave noisy blocks in half until the gate holds. What is timed is quantised in full, or left out
-    where a network with random weights is outside its gate then: a GPU would leave it too. Such weights do not compress:
-    resnet50 is 47 MB in fp16 and 24 MB in int8. Take along what fits.
+    For parity, int8 and fp8 keep noisy blocks in fp16 until the gate holds. Bundles that are timed are quantised in
+    full, or left out if a network with random weights then misses its gate. Such weights do not compress: resnet50
+    takes 47 MB in fp16 and 24 MB in int8.
     """
     from build_scripts.photographs import write_crops
     from edge_backbones import BuildOptions

@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def modelopt_graph(model: str, bundle: Path, python: str) -> Path:
-    """What ModelOpt makes of the bundle's fp32 graph, with its own way to find ranges."""
+    """Return ModelOpt's int8 graph of the bundle's fp32 graph, with ModelOpt's own ranges."""
     theirs = CACHE / f"{bundle.stem}.modelopt.onnx"
     if not theirs.exists():
         manifest = Bundle.open(bundle).manifest
@@ -101,11 +101,11 @@ def modelopt_graph(model: str, bundle: Path, python: str) -> Path:
 
 
 def speed(bundle: Path, theirs: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """How many times as long ModelOpt's graph takes as ours, each alone in its process, new ones for every round.
+    """Return the time of ModelOpt's graph over ours, each alone in its process; every round starts new processes.
 
-    Turns are short and many, because the machine may change its pace from one second to the next: a ratio is one of turns
-    that follow each other. Of a round their median counts. What is loaded second is a percent faster for that alone: each is
-    it in turn, and of two rounds the geometric mean counts.
+    Turns are short and many, because a machine's speed changes within seconds: a ratio is taken of turns that follow
+    each other, and the median of a round counts. The graph that is loaded second is about a percent faster, so each is
+    second in every other round, and the geometric mean of two rounds counts.
     """
     files = {"ours": bundle / "graphs" / "int8.onnx", "modelopt": theirs}
     tasks = {
@@ -134,7 +134,7 @@ def speed(bundle: Path, theirs: Path, threads: int, rounds: int) -> dict[str, An
 
 
 def call_by_call(bundle: Path, theirs: Path, rounds: int) -> dict[str, Any]:
-    """How many times as long as our graph ModelOpt's takes, and ours once more: medians over rounds, with their bounds."""
+    """Return the time over ours of ModelOpt's graph and of our own again: medians over rounds, with bounds."""
     ours = bundle / "graphs" / "int8.onnx"
     files = {"ours": ours, "modelopt": theirs, "ours again": ours}
     blobs = {name: compile_engine(file.read_bytes(), Precision.INT8, cache=None).data for name, file in files.items()}
@@ -167,7 +167,7 @@ def call_by_call(bundle: Path, theirs: Path, rounds: int) -> dict[str, Any]:
 
 
 def compared_kernels(bundle: Path, theirs: Path) -> dict[str, int]:
-    """How many nodes OpenVINO runs of each graph, and how many of those have no like in the other's."""
+    """Return how many nodes OpenVINO runs of each graph, and how many have no counterpart in the other."""
     ours, others = (kernels(file) for file in (bundle / "graphs" / "int8.onnx", theirs))
     return {
         "ours": ours.total(),
@@ -178,7 +178,7 @@ def compared_kernels(bundle: Path, theirs: Path) -> dict[str, int]:
 
 
 def kernels(file: Path) -> Counter[tuple[str, ...]]:
-    """What OpenVINO runs: implementation, number formats, layouts and shapes of every node but constants."""
+    """Return the nodes that OpenVINO runs, except constants: implementation, formats, layouts and shapes."""
     model = openvino.read_model(file.read_bytes())
     cpu_graph.adapt(model)
     nodes = openvino.core().compile_model(model, "CPU", openvino.settings(1)).get_runtime_model().get_ops()
@@ -194,7 +194,7 @@ def kernels(file: Path) -> Counter[tuple[str, ...]]:
 
 
 def targets(bundle: Path) -> dict[str, dict[str, str]]:
-    """For every precision and architecture: the size of the plan, or what TensorRT-RTX said."""
+    """Return, for each precision and architecture, the size of the plan or TensorRT-RTX's message."""
     opened = Bundle.open(bundle)
     record = opened.manifest.calibration
     assert record is not None  # benchmarks.run builds int8
@@ -214,7 +214,7 @@ def targets(bundle: Path) -> dict[str, dict[str, str]]:
 
 
 def compile_for(graph: TypedGraph, architecture: str) -> str:
-    """What TensorRT-RTX makes of a graph for one architecture, or what it says."""
+    """Compile a graph for one architecture with TensorRT-RTX; return the plan's size, or its message."""
     started = time.perf_counter()
     target = f"sm_{architecture.removeprefix('SM')}"
     try:

@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measure(models: Sequence[str]) -> dict[str, Any]:
-    """Every run in a folder of its own; the first one, which is not counted, reads the libraries from the disk."""
+    """Time every run in a folder of its own. A first run, which does not count, brings the libraries into memory."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         sys.exit("this takes two cores")
@@ -114,7 +114,7 @@ def run(
     *,
     status: str = "made",
 ) -> tuple[dict[str, float], float]:
-    """Seconds of each cell, and of the whole command, which has these cores; every cell has to end with this status."""
+    """Return the seconds of each cell and of the command, on these cores. Every cell must end with ``status``."""
     folder.mkdir(exist_ok=True)
     photographs = json.dumps(str(photograph_folder(PHOTOGRAPHS)))
     lines = ['out = "bundles"', f"images = {photographs}", f"precisions = {json.dumps(precisions)}"]

@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def compare_model(model: str, bundle: Path, arguments: argparse.Namespace) -> Comparison:
-    """The int8 engine beside every peer, batch 1, two threads."""
+    """Compare a model's int8 engine with every peer: batch 1, two threads."""
     say(f"comparing {model}")
     options = CompareOptions(
         engine="int8",
@@ -110,7 +110,7 @@ def compare_model(model: str, bundle: Path, arguments: argparse.Namespace) -> Co
 
 
 def show(comparison: Comparison, stored: dict[str, Any] | None) -> None:
-    """One line per contender, and what was lost since the results that are stored."""
+    """Print one line per contender, and what was lost against the stored results."""
     ratios = {ratio.name: ratio for ratio in comparison.ratios}
     for m in comparison.measurements:
         ratio = ratios.get(m.name)
@@ -127,7 +127,7 @@ def show(comparison: Comparison, stored: dict[str, Any] | None) -> None:
 
 
 def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Path]) -> dict[str, Any]:
-    """How much of what this machine can do OpenVINO reaches with each graph of a bundle, by the work in that graph."""
+    """Return what share of this machine's ceilings OpenVINO reaches with each graph of a bundle."""
     if not comparisons:
         return {}
     ceilings = roofline.measure_ceilings(2)
@@ -149,8 +149,11 @@ def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Pat
 
 
 def add_means(rows: list[dict[str, Any]], comparisons: Mapping[str, Comparison]) -> None:
-    """Geometric means over the networks of how many times our time a peer takes; ``low`` and ``high`` are those of the
-    bounds of every network, which lie further apart than bounds of the mean would. The targets are those of all networks."""
+    """Add the geometric means, over the networks, of a peer's time over ours.
+
+    ``low`` and ``high`` are the means of the bounds of the networks, which lie further apart than the bounds of the
+    mean. Targets count only for all networks.
+    """
     for peer, target in TARGETS.items():
         found = [ratio for c in comparisons.values() for ratio in c.ratios if ratio.name == peer]
         if found:
@@ -168,7 +171,7 @@ def add_means(rows: list[dict[str, Any]], comparisons: Mapping[str, Comparison])
 
 
 def add_end_to_end(rows: list[dict[str, Any]], *, quick: bool) -> None:
-    """Camera frame to feature maps: ours against timm's transforms and the same engine."""
+    """Add the figures from a camera frame to feature maps: our preprocessing against timm's transforms."""
     models = [model for model in end_to_end.MODELS if not quick or model in QUICK]
     found = end_to_end.measure(rounds=3 if quick else 7, models=models)
     if not quick:
@@ -185,7 +188,7 @@ def add_end_to_end(rows: list[dict[str, Any]], *, quick: bool) -> None:
 
 
 def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], *, quick: bool) -> None:
-    """Overhead, cold start, import and build."""
+    """Add overhead, cold start, import time and build time."""
     mobilenet = figures.call_overhead(bundles["mobilenetv3_large_100"])
     add(
         rows,

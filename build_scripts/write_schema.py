@@ -14,7 +14,7 @@ PATH = Path(manifest.__file__).with_name("manifest.schema.json")
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of manifest.json, for readers in other languages. What its fields mean is said in the structs."""
+    """Return the JSON schema of manifest.json, for readers in other languages. The structs explain the fields."""
     schema: dict[str, Any] = msgspec.json.decode(
         msgspec.json.encode(msgspec.json.schema(manifest.Manifest))
     )  # no tuples
