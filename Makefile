@@ -24,6 +24,7 @@ demo: $(VENV)/.demo
 check: lint
 	$(PYTEST) tests/unit
 
+# The unit tests run apart from the rest, so that they prove that they do without torch.
 test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.installed
 	$(BIN)/python -m build_scripts.fetch_bindings
 	$(BIN)/python -m build_scripts.fetch_chromium
