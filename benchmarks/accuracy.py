@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from benchmarks import accuracy_peers, digits, readme_table
-from benchmarks.run import machine
+from benchmarks.common import RESULTS, machine
 from edge_backbones import BuildOptions, EdgeBackbone, build_bundle
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.sources.base import SourceOptions
 from edge_backbones.toolchain.sources.load import load_source
 
-RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+STORED = RESULTS / "accuracy.json"
 CALIBRATION = 128
 OPEN = {precision: Gate(min_cosine=1e-6) for precision in Precision if precision is not Precision.FP32}
 INT8 = (Precision.INT8,)
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(digits.SEEDS))
     parser.add_argument("--nncf", default=sys.executable, help="Python that has NNCF")
     parser.add_argument("--modelopt", default=sys.executable, help="Python that has ModelOpt")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=STORED)
     arguments = parser.parse_args()
     pythons = {"nncf": arguments.nncf, "modelopt": arguments.modelopt}
     results = json.loads(arguments.out.read_text(encoding="utf-8"))["runs"] if arguments.out.exists() else {}
@@ -66,13 +66,13 @@ def main() -> None:
             document = {"machine": machine(), "summary": summary(results), "runs": results}
             arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     show(summary(results))
-    if arguments.out == RESULTS:
+    if arguments.out == STORED:
         readme_table.update()
     print(f"wrote {arguments.out}")
 
 
 def measure(name: str, seed: int, pythons: Mapping[str, str]) -> dict[str, Any]:
-    """Every variant and every peer for one trained network."""
+    """Measure every variant and every peer on one trained network."""
     net = digits.trained(name, seed)
     pixels, _, test, labels = digits.images()
     calibration, images = pixels[:CALIBRATION].numpy(), test.numpy()
@@ -135,7 +135,7 @@ def sqnr_db(reference: np.ndarray, actual: np.ndarray) -> float:
 
 
 def summary(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Mean and spread (lowest to highest) over the seeds."""
+    """Return mean, lowest and highest value over the seeds."""
     found: dict[str, Any] = {}
     for name, seeds in results.items():
         for variant in next(iter(seeds.values())):

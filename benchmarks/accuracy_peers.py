@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def by_onnxruntime(graph: Path, calibration: np.ndarray, test: np.ndarray, work: Path, method: str) -> dict:
-    """Static quantisation in the form that TensorRT takes: symmetric, weights per channel, biases left alone."""
+    """Quantise with ONNX Runtime in the form that TensorRT takes: symmetric, weights per channel, biases in float."""
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):
@@ -105,7 +105,7 @@ def quantise_with_modelopt(graph: Path, calibration: np.ndarray, out: Path, meth
 
 
 def run_onnxruntime(path: Path, test: np.ndarray) -> dict:
-    """Without the fusions that compute in integers: what the graph says, not how well a kernel does it."""
+    """Run a graph in ONNX Runtime without fusions into integer kernels, so that the graph is judged and not a kernel."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -30,7 +30,10 @@ _STREAM = 512
 
 
 class FreeDriver:
-    """The functions of ``cuda.bindings.driver`` at no cost: (code, value), the value a new pointer where one is asked for."""
+    """The functions of ``cuda.bindings.driver``, which return at once.
+
+    Each returns (code, value); the value is a new pointer where one is asked for.
+    """
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
     CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
@@ -58,7 +61,7 @@ class FreeDriver:
 
 
 def free_tensorrt(input: InputSpec) -> Any:
-    """A library whose engine is the pooling backbone, and whose contexts are done before they began."""
+    """Return a TensorRT library whose engine is the pooling backbone and whose calls return at once."""
 
     class Context:
         shape: tuple[int, ...] = ()
@@ -97,7 +100,7 @@ def free_tensorrt(input: InputSpec) -> Any:
 
 
 def measure() -> dict[str, float]:
-    """Microseconds by kind of call."""
+    """Return the microseconds of each kind of call."""
     input, found = pooling_input(), {}
     memory = cuda.Memory(0, cuda.CudaBindings(0, FreeDriver()))
     gpu = gpus.Gpu(0, "none", "sm_90", 1 << 34, "13.0", 1, False)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import readme_table
+from benchmarks.common import RESULTS, ROOT, add, machine
 from benchmarks.networks import bundle_of
-from benchmarks.run import RESULTS, ROOT, add, machine
 from build_scripts.device_install import build_wheel, find_oldest_python
 
 MODEL = "mobilenetv3_large_100"
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Medians of the seconds over all rounds, and the most memory that any process had."""
+    """Return the medians of the seconds over all rounds, and the largest memory of any process."""
     bundle = bundle_of(MODEL)
     python = find_oldest_python() or sys.executable
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +93,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def install_and_run(python: str, wheel: Path, folder: Path, bundle: Path) -> dict[str, float]:
-    """Seconds of each part. The engines of a bundle are of one release of OpenVINO: that one is installed."""
+    """Return the seconds of each part. Installs the release of OpenVINO that the bundle's engines were compiled with."""
     release = importlib.metadata.version("openvino")
     executable = str(folder / "bin" / "python")
     commands = {

@@ -21,7 +21,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
-CACHE = Path(__file__).parents[1] / ".cache" / "digits"
+from benchmarks.common import ROOT
+
+CACHE = ROOT / ".cache" / "digits"
 SIZE = 32  # pixels; the digits are 8 x 8 and are enlarged
 TEST = 597
 SEEDS = (0, 1, 2)
@@ -45,7 +47,7 @@ STAGES = {  # of those whose accuracy is measured; the others are timed
 
 
 def make(name: str) -> Any:
-    """The untrained network: three channels, 32 x 32, ten classes."""
+    """Return the untrained network: three channels, 32 x 32, ten classes."""
     if name == "vit_small":
         return VisionTransformer(
             img_size=SIZE, patch_size=8, embed_dim=192, depth=6, num_heads=3, num_classes=10,
@@ -56,7 +58,10 @@ def make(name: str) -> Any:
 
 @functools.cache
 def images(size: int = SIZE) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Training images and digits, test images and digits: float32 (count, 3, size, size) from -1 to 1, and int64."""
+    """Return training images and labels, then test images and labels.
+
+    Images are float32 (count, 3, size, size) from -1 to 1, labels int64.
+    """
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     pixels = torch.from_numpy(data.images[order]).float()[:, None] / 8 - 1
@@ -66,7 +71,7 @@ def images(size: int = SIZE) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
 
 
 def trained(name: str, seed: int) -> Any:
-    """The trained network in eval mode."""
+    """Return the trained network in eval mode."""
     with torch.random.fork_rng(devices=[]):
         net = make(name)
     net.load_state_dict(torch.load(checkpoint(name, seed), weights_only=True))
@@ -74,7 +79,7 @@ def trained(name: str, seed: int) -> Any:
 
 
 def checkpoint(name: str, seed: int) -> Path:
-    """The file with the trained weights, from the cache or trained now."""
+    """Return the file with the trained weights; train them if it is not there."""
     path = CACHE / f"{name}.{seed}.pt"
     if not path.exists():
         with torch.random.fork_rng(devices=[]):
@@ -87,7 +92,7 @@ def checkpoint(name: str, seed: int) -> Path:
 
 
 def image_folder(count: int, side: int) -> Path:
-    """A folder with so many of the training images as PNG files, enlarged to ``side`` x ``side``."""
+    """Return a folder of ``count`` training images as PNG files, enlarged to ``side`` x ``side``."""
     folder = CACHE / f"images_{count}_{side}"
     if len(list(folder.glob("*.png"))) != count:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,7 @@ def image_folder(count: int, side: int) -> Path:
 
 
 def train(net: nn.Module, name: str, epochs: int, rate: float, size: int) -> None:
-    """AdamW with one cycle of the learning rate; images are moved, turned and scaled a little."""
+    """Train with AdamW and one cycle of the learning rate; images are shifted, turned and scaled a little."""
     pixels, digits, _, _ = images(size)
     torch.set_num_threads(1)  # networks this small: threads would wait for each other, and add up in another order
     batch = 64
@@ -122,7 +127,7 @@ def train(net: nn.Module, name: str, epochs: int, rate: float, size: int) -> Non
 
 
 def moved(pixels: torch.Tensor) -> torch.Tensor:
-    """Each image turned by up to 10 degrees, scaled by up to 10 % and shifted by up to two pixels."""
+    """Turn each image by up to 10 degrees, scale it by up to 10 % and shift it by up to two pixels."""
     count = len(pixels)
     angle, scale = (torch.rand(count) - 0.5) * 0.35, 1 + (torch.rand(count) - 0.5) * 0.2
     shift = (torch.rand(count, 2) - 0.5) * (8 / pixels.shape[-1])
@@ -133,7 +138,7 @@ def moved(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def logits(net: Any, feature_map: np.ndarray) -> torch.Tensor:
-    """What the network's own head makes of its last feature map (NCHW)."""
+    """Return the logits of the network's own head for its last feature map (NCHW)."""
     tensor = torch.from_numpy(np.ascontiguousarray(feature_map))
     if isinstance(net, VisionTransformer):
         tensor = net.norm(tensor.flatten(2).transpose(1, 2))

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.growth import timing_bundle
+from benchmarks.common import RESULTS, machine, timing_bundle
 from edge_backbones.bench.compare import calm_turns
 from edge_backbones.bench.contender import stolen_ticks
 from edge_backbones.bench.results import ratio_of
@@ -31,7 +31,6 @@ from edge_backbones.deploy.parity import compare as compare_maps
 from edge_backbones.images.fit import fit
 from edge_backbones.parity_report import Gate
 
-RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 MODELS: dict[str, tuple[int, ...]] = {
     "resnet50": (1, 2, 3, 4),
     "mobilenetv3_large_100": (0, 1, 2, 3, 4),
@@ -49,15 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="times that either is started")
     found = measure(rounds=parser.parse_args().rounds)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {RESULTS}")
+    path = RESULTS / "end_to_end.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
     sys.exit(0 if all(figures["reached"] for figures in found["models"].values()) else 1)
 
 
 def measure(rounds: int = 7, models: Sequence[str] = tuple(MODELS)) -> dict[str, Any]:
-    """For every model: how many times as long timm's transform and the engine take as ours, in all and step by step."""
-    from benchmarks.run import machine
-
+    """Return, for each model, timm's time over ours: in total and for each step."""
     threads = min(2, os.cpu_count() or 1)
     found = {}
     for model in models:
@@ -68,12 +66,12 @@ def measure(rounds: int = 7, models: Sequence[str] = tuple(MODELS)) -> dict[str,
 
 
 def _bundle(model: str, input: str) -> Path:
-    """The same network with the same way to find ranges; only where frames are normalised differs."""
+    """Return a bundle of the network. Those of one model differ only in where frames are normalised."""
     return timing_bundle(model, f"{model}.{input}", input=input, out_indices=MODELS[model])
 
 
 def compare(bundles: dict[str, Path], rounds: int, threads: int) -> dict[str, Any]:
-    """Both in turn, and the cosine of the feature maps that they end with."""
+    """Time both contenders in turn, and compare the feature maps of their last turns."""
     taken: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as folder:
         for index in range(rounds):
@@ -92,7 +90,7 @@ def _one_turn(kind: str, bundle: Path, threads: int, folder: Path) -> dict[str, 
 
 
 def summary(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Medians and ratios of the calmer rounds, each a dictionary of figures for ``timm`` and ``ours``."""
+    """Return medians and ratios of the calmer rounds, each a dictionary of figures for ``timm`` and ``ours``."""
     stolen = [max(kind["stolen_share"] for kind in one.values()) for one in rounds]
     calm = [rounds[index] for index in calm_turns(stolen)]
     figures = ("frame_ms", "preprocessing_ms", "engine_ms")
@@ -115,7 +113,7 @@ def summary(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 
 def child_main(kind: str, path: str, threads: str, folder: str) -> None:
-    """Print the medians of a turn as JSON, and leave the feature maps in ``folder``."""
+    """Print the medians of a turn as JSON, and write the feature maps to ``folder``."""
     from edge_backbones import EdgeBackbone
 
     bundle = Bundle.open(Path(path))
@@ -142,7 +140,7 @@ def child_main(kind: str, path: str, threads: str, folder: str) -> None:
 
 
 def frame() -> np.ndarray:
-    """uint8 (1080, 1920, 3): the middle of a photograph, enlarged."""
+    """Return the middle of a photograph, enlarged: uint8 (1080, 1920, 3)."""
     from PIL import Image, ImageOps
 
     from build_scripts.photographs import photographs
@@ -151,13 +149,13 @@ def frame() -> np.ndarray:
 
 
 def our_transform(bundle: Bundle, threads: int) -> Step:
-    """uint8 (1, height, width, 3): cut to size, and the graph does the rest."""
+    """Return a function from a frame to uint8 (1, height, width, 3); the graph normalises it."""
     image, input = bundle.manifest.image, bundle.manifest.input
     return lambda pixels: fit(pixels, image, input.height.opt, input.width.opt, threads)[None]
 
 
 def timm_transform(bundle: Bundle, threads: int) -> Step:
-    """float32 (1, 3, height, width), as timm makes it."""
+    """Return timm's own transform: from a frame to float32 (1, 3, height, width)."""
     import timm
     import torch
     from PIL import Image

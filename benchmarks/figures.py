@@ -64,18 +64,18 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def resnet50_calibration(photographs: Path, bundle: Path) -> dict[str, float]:
-    """Seconds and peak resident MB of all that calibration by ``auto`` does with these photographs, once they are read."""
+    """Return seconds and peak resident MB of calibration by ``auto``, without reading the photographs."""
     return dict(json.loads(_python(_CALIBRATE, str(photographs), str(bundle)).splitlines()[-1]))
 
 
 def resnet50_build(photographs: Path, target: Path) -> dict[str, float]:
-    """Seconds (imports left out) and peak resident MB of an int8 build."""
+    """Return seconds (without imports) and peak resident MB of an int8 build."""
     done = _python(_BUILD, str(photographs), str(target))
     return dict(json.loads(done.splitlines()[-1]))
 
 
 def rtx_build(bundle: Path, repeats: int = 5) -> float:
-    """Seconds of compiling the bundle's int8 graph with TensorRT-RTX for every architecture that it knows; the median."""
+    """Return the median seconds of compiling the int8 graph with TensorRT-RTX for every architecture it knows."""
     from edge_backbones import Bundle
     from edge_backbones.engines.tensorrt.compile import compile_plan
     from edge_backbones.spec import Precision
@@ -90,7 +90,7 @@ def rtx_build(bundle: Path, repeats: int = 5) -> float:
 
 
 def cold_start(bundle: Path, repeats: int = 7) -> dict[str, float]:
-    """Wall seconds from starting python to the first feature maps, and the peak resident MB of that process."""
+    """Return the seconds from starting Python to the first feature maps, and the peak resident MB."""
     seconds, peaks = [], []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -100,7 +100,7 @@ def cold_start(bundle: Path, repeats: int = 7) -> dict[str, float]:
 
 
 def import_cost(repeats: int = 15) -> dict[str, float]:
-    """Milliseconds that ``import edge_backbones`` adds to starting a bare Python, alternating, medians."""
+    """Return the median milliseconds that ``import edge_backbones`` adds to starting Python."""
     timings: dict[str, list[float]] = {"pass": [], "import edge_backbones": []}
     for _ in range(repeats):
         for code, values in timings.items():
@@ -132,7 +132,7 @@ def call_overhead(bundle: Path, calls: int = 1000) -> dict[str, float]:
 
 
 def _in_turn(contenders: Sequence[Callable[[], Any]], *, reverse: bool) -> list[float]:
-    """Milliseconds of one call each; who goes first alternates, because the second finds warmer caches."""
+    """Return the milliseconds of one call each. The order alternates, because the second finds warmer caches."""
     milliseconds = [0.0] * len(contenders)
     order = range(len(contenders))
     for index in reversed(order) if reverse else order:

@@ -20,21 +20,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import queue
 import re
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
@@ -43,58 +37,46 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_prepare import PRECISIONS, prepare
+from benchmarks.gpu_processes import (
+    ROOT,
+    Child,
+    ChildError,
+    SlowChildError,
+    describe_machine,
+    last_words,
+    run_command,
+    slug,
+)
 from benchmarks.gpu_tasks import (
     BATCHES,
-    LARGEST_BATCH,
     MODELS,
-    SIZE,
     TENSORRT,
     MissingError,
-    pooling_onnx,
     require_tensorrt,
     rtx_refusal,
-    trained_like,
 )
 from edge_backbones.machine import gpus
 from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
 
-ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "gpu"
 BUNDLES = ROOT / ".cache" / "gpu"
 
 PASSED, FAILED, NOTHING_RUN = 0, 1, 3
-PRECISIONS = ("fp16", "int8", "fp8")  # of the plans that are timed
-PARITY_MODELS = ("mobilenetv3_small_050", "test_resnet", "test_vit")
 
 ROUNDS = 7
 SECONDS_PER_TURN = 0.6
 LONGEST_TASK = 200.0  # seconds; what takes longer hangs
 _TIME_FOR_ROUNDS = 30.0
 _TO_PREPARE = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino", "skimage")
-_LIBRARIES = (
-    "numpy",
-    "msgspec",
-    "torch",
-    "triton",
-    "timm",
-    "onnx",
-    "cuda-bindings",
-    "pycuda",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-    "tensorrt",
-    "tensorrt-lean",
-    "tensorrt-rtx-cu12-bindings",
-    "tensorrt-rtx-cu13-bindings",
-    "torch-tensorrt",
-    "torch-tensorrt-rtx",
-    "pytest",
-)
 
 
 @dataclass
 class Part:
-    """One part of the document. ``status``: passed, failed or not run; ``reason``: why, unless it passed."""
+    """One part of the document.
+
+    ``status``: passed, failed or not run. ``reason``: why, unless it passed.
+    """
 
     name: str
     status: str
@@ -104,14 +86,6 @@ class Part:
 
     def __str__(self) -> str:
         return f"{self.status}: {self.name}" + (f" ({self.reason})" if self.reason else "")
-
-
-class ChildError(Exception):
-    """A process of ours did not do what it was asked."""
-
-
-class SlowChildError(ChildError):
-    """It did not answer in time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -166,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Suite:
-    """Runs the parts, keeps what came of them and writes the document after each."""
+    """Run the parts, keep their results, and write the document after each."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -249,7 +223,7 @@ class Suite:
         return {"bundles": len(list(self.options.bundles.glob("*.bundle")))}
 
     def measure(self, name: str, action: Callable[[], dict[str, Any]]) -> Part:
-        """Do one part. What is missing makes it "not run", any exception "failed"."""
+        """Run one part. Something that is missing makes it "not run", any exception "failed"."""
         start = time.monotonic()
         if self.left <= 0:
             return self.add(Part(name, "not run", f"the {self.options.seconds:g} s that it was given were over"))
@@ -301,7 +275,7 @@ class Suite:
         return path
 
     def _kept(self, *, tests: bool) -> list[Part]:
-        """Parts of the half that is not run now, from the document that is there."""
+        """Return the parts of the other half from the document that is there."""
         assert self.path is not None
         try:
             before = json.loads(self.path.read_text(encoding="utf-8"))
@@ -313,7 +287,7 @@ class Suite:
         return [Part(**part) for part in before["parts"] if part["name"].startswith("tests/gpu") == tests]
 
     def _require(self, flavour: str) -> None:
-        """MissingError where a kind of engine cannot run here at all."""
+        """Raise MissingError if a kind of engine cannot run here at all."""
         if flavour in TENSORRT:
             require_tensorrt(flavour)
         if flavour == "tensorrt_rtx" and self.rtx_refusal:
@@ -336,7 +310,7 @@ class Suite:
     # -- tests
 
     def _test(self, file: Path, seconds: float) -> dict[str, Any]:
-        """One file of tests/gpu in a process of its own: a GPU that faulted there is well again in the next."""
+        """Run one file of tests/gpu in a process of its own, so that a GPU fault in it does not reach the next."""
         if importlib.util.find_spec("pytest") is None:
             raise MissingError("pytest is not installed")
         if seconds <= 0:
@@ -357,7 +331,7 @@ class Suite:
     # -- benchmark
 
     def _contenders(self, model: str, work: Path) -> list[dict[str, Any]]:
-        """Every contender of a model; plans are compiled here, on the GPU that runs them."""
+        """Return every contender of a model. Plans are compiled here, on the GPU that runs them."""
         kinds: list[dict[str, Any]] = [{"kind": kind} for kind in ("eager", "torchscript")]
         for flavour in TENSORRT:
             for precision in PRECISIONS:
@@ -381,7 +355,7 @@ class Suite:
         return [*kinds, {"kind": "compile"}]  # last, with all the time that is left: it takes minutes to get ready
 
     def _compare(self, model: str, batch: int, kinds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Contenders side by side; one that fails is left out and makes the part fail at its end."""
+        """Time contenders side by side. One that fails is left out, and the part fails at its end."""
         failures: dict[str, str] = {}
         missing: dict[str, str] = {}
         ready: dict[str, dict[str, Any]] = {}
@@ -437,7 +411,7 @@ class Suite:
 
 
 class PartFailedError(Exception):
-    """A part failed and has figures all the same."""
+    """A part failed, but it has figures."""
 
     def __init__(self, message: str, figures: dict[str, Any]) -> None:
         super().__init__(message)
@@ -450,14 +424,14 @@ OVERHEADS = {f"overhead: {flavour}": flavour for flavour in ("torchscript", *TEN
 
 
 def contender_name(kind: dict[str, Any]) -> str:
-    """``eager fp16``, ``tensorrt int8 graphs``."""
+    """Return the name of a contender: ``eager fp16``, ``tensorrt int8 graphs``."""
     names = {"eager": "torch eager", "compile": "torch.compile max-autotune"}
     words = [names.get(kind["kind"], kind["kind"]), kind.get("precision", "fp16")]
     return " ".join([*words, *(["with CUDA graphs"] if kind.get("cuda_graphs") else [])])
 
 
 def targets(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """What was to be reached, of what was measured: ``what``, ``measured``, ``asked`` (in words) and ``reached``."""
+    """Return the targets that were measured: ``what``, ``measured``, ``asked`` (in words) and ``reached``."""
     found: list[dict[str, Any]] = []
 
     def add(what: str, measured: float, *, most: float | None = None, least: float | None = None) -> None:
@@ -482,7 +456,7 @@ def targets(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def timed_engines(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """What the benchmark's parts timed, as the roofline's task takes it."""
+    """Return the engines that were timed, as arguments of the roofline task."""
     found = []
     for part in parts:
         named = re.fullmatch(r"benchmark: (?P<model>.+), batch (?P<batch>\d+)", part.name)
@@ -494,12 +468,12 @@ def timed_engines(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def medians(turns: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each figure's median over the rounds."""
+    """Return the median of each figure over the rounds."""
     return {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} if turns else {}
 
 
 def ratios(turns: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """How many times faster each contender is than each other: medians of the ratios within a round."""
+    """Return how many times faster each contender is than each other: medians of the ratios within a round."""
 
     def ratio(fast: str, slow: str, key: str) -> float:
         return statistics.median(b[key] / a[key] for a, b in zip(turns[fast], turns[slow], strict=True))
@@ -519,7 +493,7 @@ def test_name(file: Path) -> str:
 
 
 def read_report(report: Path, code: int | None) -> dict[str, Any]:
-    """Counts of a JUnit report, reasons of skips and messages of failures. Raises PartFailedError, MissingError."""
+    """Read a JUnit report: counts, reasons of skips, messages of failures. Raises PartFailedError, MissingError."""
     passed, failures, skipped = 0, {}, {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = case.get("name", "")
@@ -540,218 +514,6 @@ def read_report(report: Path, code: int | None) -> dict[str, Any]:
     if not passed:
         raise MissingError("; ".join(skipped) or "no test was found")
     return figures
-
-
-# ---- The machine
-
-
-def slug(name: str) -> str:
-    """``NVIDIA H100 80GB HBM3`` as a file name: ``nvidia-h100-80gb-hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def describe_machine(gpu: gpus.Gpu | None, commit: str | None) -> dict[str, Any]:
-    """Device, driver, versions, commit and date. What cannot be found out is None."""
-    versions = {}
-    for name in _LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    head = _output("git", "rev-parse", "HEAD")
-    changes = _output("git", "status", "--porcelain", "--untracked-files=no") if head else None
-    # Read only: what state the card was in when the figures were taken.
-    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,persistence_mode"
-    card = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={gpu.index}") if gpu else None
-    return {
-        "device": None if gpu is None else asdict(gpu),
-        "driver": None if gpu is None else (card or "").split(",")[0].strip() or None,
-        "card": None if not card else dict(zip(query.split(","), map(str.strip, card.split(",")), strict=False)),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "nvcc": last_words(_output("nvcc", "--version") or "") if shutil.which("nvcc") else None,
-        "commit": head or commit,
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-# ---- Processes
-
-
-def run_command(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Exit code (None: it was ended after ``seconds``) and everything that it printed."""
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        _end(process)
-        output.seek(0)
-        return code, output.read().decode(errors="replace")
-
-
-def _end(process: subprocess.Popen[Any]) -> None:
-    """End a process of ours and what it started: torch.compile keeps workers."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    process.wait()
-
-
-def last_words(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "it printed nothing"
-
-
-class Child:
-    """One of the tasks below in a process of its own, which answers with JSON lines on its standard output."""
-
-    def __init__(self, task: str, **arguments: Any) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_tasks", task, json.dumps(arguments)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            start_new_session=True,
-        )
-        self._answers: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answers.put(line)
-        self._answers.put(None)
-
-    def read(self, seconds: float) -> dict[str, Any]:
-        """The next answer. Raises MissingError where the task says that something is missing, else ChildError."""
-        try:
-            line = self._answers.get(timeout=max(0.1, seconds))
-        except queue.Empty:
-            raise SlowChildError(f"no answer within {seconds:.0f} s: {last_words(self._said())}") from None
-        if line is None:
-            raise ChildError(f"the process ended with {self._process.wait()}: {last_words(self._said())}")
-        answer: dict[str, Any] = json.loads(line)
-        if "missing" in answer:
-            raise MissingError(answer["missing"])
-        if "error" in answer:
-            raise ChildError(answer["error"])
-        return answer
-
-    def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # read() tells how it ended
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-        return self.read(seconds)
-
-    def _said(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace")
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _end(self._process)
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
-        self._errors.close()
-
-
-# ---- On a workstation
-
-
-def prepare(
-    folder: Path,
-    *,
-    parity: Sequence[str] = PARITY_MODELS,
-    benchmark: Sequence[str] = tuple(MODELS),
-    precisions: Sequence[str] = ("fp32", "fp16", "bf16", "int8", "fp8"),
-) -> None:
-    """Bundles without engines: the typed graphs that TensorRT compiles, and the golden samples of the fp32 network.
-
-    For parity int8 and fp8 leave noisy blocks in half until the gate holds. What is timed is quantised in full, or left out
-    where a network with random weights is outside its gate then: a GPU would leave it too. Such weights do not compress:
-    resnet50 is 47 MB in fp16 and 24 MB in int8. Take along what fits.
-    """
-    from build_scripts.photographs import write_crops
-    from edge_backbones import BuildOptions
-    from edge_backbones.spec import Precision, ShapeRange
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pooling.onnx").write_bytes(pooling_onnx())
-    size = ShapeRange(min=64, opt=96, max=160)
-    usual: dict[str, Any] = {
-        "weights": "random:0",
-        "batch": ShapeRange(min=1, opt=1, max=LARGEST_BATCH),
-        "torchscript": False,
-    }
-    with tempfile.TemporaryDirectory() as photographs:
-        write_crops(Path(photographs), 36)
-        for model in parity:
-            # A transformer has one size; other networks get a range of them.
-            sides = (160, 160) if "vit" in model else (size, size)
-            for precision in precisions:
-                options = BuildOptions(
-                    **usual, height=sides[0], width=sides[1], precisions=(Precision(precision),), golden=2
-                )
-                _build(trained_like(model), folder / f"parity-{model}-{precision}.bundle", photographs, options)
-        for model in benchmark:
-            for precision in PRECISIONS:
-                options = BuildOptions(
-                    **usual,
-                    height=SIZE,
-                    width=SIZE,
-                    out_indices=MODELS.get(model),
-                    precisions=(Precision(precision),),
-                    fallback=False,
-                    golden=1,
-                )
-                _build(model, folder / f"{model}-{precision}.bundle", photographs, options)
-
-
-def _build(source: Any, target: Path, photographs: str, options: Any) -> None:
-    import msgspec
-
-    from edge_backbones import build_bundle
-    from edge_backbones.bundle.writer import write_manifest
-    from edge_backbones.parity_report import ParityError
-
-    try:
-        bundle = build_bundle(source, target, images=photographs, options=options, overwrite=True).bundle
-    except ParityError as error:
-        print(f"{target.name} is left out: {error}", flush=True)
-        return
-    # The CPU's engines are as large as the graphs, and nobody runs them there.
-    shutil.rmtree(bundle.path / "engines")
-    write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, engines=()))
-    total = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    print(f"{target.name}: {total / 1e6:.1f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ LARGEST_BATCH = 32
 
 
 class MissingError(Exception):
-    """What a part needs, time included, is not there: it is not run."""
+    """Something that a part needs is missing, such as a library or time: the part is not run."""
 
 
 def child_main(task: str, arguments: dict[str, Any]) -> None:
-    """Answer with what a task yields, or with why it does not."""
+    """Answer with what a task yields, or with the reason why it failed."""
     # Libraries print where they like: answers have a channel of their own.
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
@@ -56,7 +56,7 @@ def child_main(task: str, arguments: dict[str, Any]) -> None:
 
 
 def is_missing(error: Exception) -> bool:
-    """Does it say that a library is not installed? One that is and does not load is a failure."""
+    """Return whether an error says that a library is not installed. A library that fails to load is a failure."""
     if isinstance(error, ModuleNotFoundError):
         return not (error.name or "").startswith(("edge_backbones", "benchmarks"))
     return isinstance(error, (MissingError, MissingDependencyError))
@@ -66,7 +66,7 @@ def is_missing(error: Exception) -> bool:
 
 
 def require_tensorrt(flavour: str) -> Any:
-    """TensorRT's module; MissingError where it is not installed."""
+    """Return TensorRT's module. Raises MissingError if it is not installed."""
     from edge_backbones.engines.tensorrt.library import load_library
 
     try:
@@ -76,10 +76,10 @@ def require_tensorrt(flavour: str) -> Any:
 
 
 def trained_like(model: str, out_indices: Sequence[int] | None = None, seed: int = 0) -> Any:
-    """A timm backbone (LoadedBackbone) with seeded weights, and batch norms as training leaves them.
+    """Return a timm backbone (LoadedBackbone) with seeded weights and batch norms like those of a trained network.
 
     Untouched batch norm (mean 0, variance 1, scale 1) would hide a wrong fold, and its activations grow from block to
-    block as no trained network's do.
+    block as in no trained network.
     """
     import torch
 
@@ -112,7 +112,7 @@ def fixed_input(batch: int, height: int, width: int) -> Any:
 
 
 def pooling_input(largest: int = 256) -> Any:
-    """The input of the pooling backbone: 1 to 32 images of 32 to ``largest`` pixels in steps of 8."""
+    """Return the input of the pooling backbone: 1 to 32 images of 32 to ``largest`` pixels in steps of 8."""
     from edge_backbones.spec import InputSpec, ShapeRange
 
     size = ShapeRange(min=32, opt=64, max=largest)
@@ -127,7 +127,7 @@ def pooling_input(largest: int = 256) -> Any:
 
 
 def pooling_onnx(bundles: Path | None = None) -> bytes:
-    """The graph of edge_backbones.testing's pooling backbone for any batch and size, so that every value is known."""
+    """Return the ONNX graph of the pooling backbone of edge_backbones.testing, for any batch and size."""
     if bundles is not None and (bundles / "pooling.onnx").is_file():
         return (bundles / "pooling.onnx").read_bytes()
     try:
@@ -153,7 +153,7 @@ def pooling_onnx(bundles: Path | None = None) -> bytes:
 
 
 def pooling_module() -> Any:
-    """The same in torch."""
+    """Return the pooling backbone in torch."""
     import torch
 
     class Pooling(torch.nn.Module):
@@ -164,7 +164,7 @@ def pooling_module() -> Any:
 
 
 def cosine(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> float:
-    """The smallest over all maps; NaN for values that are not finite."""
+    """Return the smallest cosine over all maps; NaN for values that are not finite."""
     found = []
     for reference, value in zip(expected, actual, strict=True):
         a, b = (array.astype(np.float64).ravel() for array in (reference, value))
@@ -178,7 +178,7 @@ def cosine(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> floa
 def contend(
     device: int | str, model: str, batch: int, kind: str, size: int = SIZE, **options: Any
 ) -> Iterator[dict[str, Any]]:
-    """Get ready, say so, and then time calls whenever asked. ``device``: the GPU's index, or "cpu" in tests of this file."""
+    """Load a contender, then time its calls on request. ``device``: index of the GPU, or "cpu" in tests."""
     make = _plan_contender if kind in TENSORRT else _torch_contender
     call, wait, facts = make(device, model, batch, kind, size, **options)
     yield facts
@@ -187,7 +187,7 @@ def contend(
 
 
 def timings(call: Callable[[], Any], wait: Callable[[], None], seconds: float) -> dict[str, float]:
-    """Milliseconds per call, waited for one by one and in rows."""
+    """Return the milliseconds per call: waiting for each call, and for rows of calls."""
     single, rows = [], []
     begin = time.perf_counter()
     while len(single) < 10 or time.perf_counter() - begin < seconds / 2:
@@ -252,7 +252,7 @@ def _torch_contender(
 
 
 def _torchscript(loaded: Any, batch: int, size: int, device: int | str, images: np.ndarray) -> Callable[[], Any]:
-    """TorchScript fp16 as a bundle has it: through EdgeBackbone, arrays on the GPU in and out."""
+    """Load TorchScript fp16 as a bundle has it, through EdgeBackbone, with arrays on the GPU."""
     import copy
     import dataclasses
 
@@ -278,7 +278,7 @@ def _torchscript(loaded: Any, batch: int, size: int, device: int | str, images: 
 
 
 def _checked_cosine(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> float:
-    """A contender that computes something else is no contender."""
+    """Return the cosine against fp32; raise an error if a contender computes something else."""
     found = cosine(expected, actual)
     if not found > 0.99:  # fp16 leaves 0.9999; NaN is not above it either
         raise RuntimeError(f"its maps have cosine {found:.4f} to the fp32 reference: it computes something else")
@@ -295,7 +295,7 @@ def _plan_contender(
     bundle: str,
     cuda_graphs: bool,
 ) -> tuple[Callable[[], Any], Callable[[], None], dict[str, Any]]:
-    """A plan through EdgeBackbone, without torch. Parity was measured when it was compiled."""
+    """Load a plan through EdgeBackbone, without torch. Its parity was measured when it was compiled."""
     from edge_backbones import Bundle, EdgeBackbone
 
     index = int(device)
@@ -324,7 +324,7 @@ def _plan_contender(
 
 
 def on_device(memory: cuda.Memory, values: np.ndarray) -> tuple[Any, int]:
-    """A copy on the GPU (it lives as long as the process), and a stream to work on."""
+    """Return a copy on the GPU, which lives as long as the process, and a stream."""
     from edge_backbones.engines.gpu.arrays import DeviceArray
 
     values = np.ascontiguousarray(values)
@@ -338,7 +338,7 @@ def on_device(memory: cuda.Memory, values: np.ndarray) -> tuple[Any, int]:
 
 
 def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, Any]]:
-    """Compile a bundle's graphs for this GPU; parity against fp32 is measured on the way, its gate is the bundle's."""
+    """Compile a bundle's graphs for this GPU and measure their parity; the gate is the bundle's."""
     from edge_backbones import compile_bundle
     from edge_backbones.bundle.reader import Bundle
     from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
@@ -372,7 +372,7 @@ def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, A
 
 
 def ceilings(device: int) -> Iterator[dict[str, Any]]:
-    """What this GPU does at best here: the figures to hold others against. Random data: zeros run faster."""
+    """Measure what this GPU can do at best. The data is random, because zeros are faster."""
     memory = cuda.open_memory(device)
     size, count = 1 << 30, 20
     seed = np.random.default_rng(0).integers(0, 256, 1 << 24, np.uint8)
@@ -414,7 +414,7 @@ def ceilings(device: int) -> Iterator[dict[str, Any]]:
 
 
 def roofline(device: int, timed: list[dict[str, Any]], bundles: str) -> Iterator[dict[str, Any]]:
-    """This GPU's ceilings by number format, and where every engine that was timed is below them."""
+    """Return this GPU's ceilings by number format, and what share of them each timed engine reaches."""
     found, not_run = matrix_ceilings(device)
     copied = next(ceilings(device))["copy_gb_per_s"] * 1e9
     answer: dict[str, Any] = {"operations_per_second": found, "bytes_per_second": copied, "not_run": not_run}
@@ -423,7 +423,7 @@ def roofline(device: int, timed: list[dict[str, Any]], bundles: str) -> Iterator
 
 
 def matrix_ceilings(device: int | str, side: int = 8192) -> tuple[dict[str, float], dict[str, str]]:
-    """Operations per second of a large matrix product of torch, the best of several, and why a format has none."""
+    """Return the best operations per second of torch's matrix products by format, and why a format has none."""
     import torch
 
     place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
@@ -470,8 +470,10 @@ def matrix_ceilings(device: int | str, side: int = 8192) -> tuple[dict[str, floa
 def rooflines(
     timed: Sequence[dict[str, Any]], operations: dict[str, float], copied: float, bundles: Path
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """For every engine (model, batch, name, precision, milliseconds) what its bundle's graph needs at least, and what
-    cannot be told. Pipelined calls: the host is not what is measured."""
+    """Compare each engine (model, batch, name, precision, milliseconds) with the least that its graph needs.
+
+    Also returns what cannot be computed, and why. The times are those of pipelined calls, so the host does not count.
+    """
     import msgspec
 
     from benchmarks.roofline import Ceilings, count_graph
@@ -497,7 +499,7 @@ def rooflines(
 
 
 def rtx_answer(device: int, bundles: str | None = None) -> Iterator[dict[str, Any]]:
-    """What TensorRT-RTX says to this GPU, in its own words: plans for its default targets, and for the GPU at hand."""
+    """Return what TensorRT-RTX says about this GPU: for plans with its default targets, and for this GPU."""
     library = require_tensorrt("tensorrt_rtx")
     from edge_backbones.engines.tensorrt.library import logger_of
 
@@ -534,9 +536,9 @@ def rtx_answer(device: int, bundles: str | None = None) -> Iterator[dict[str, An
 
 
 def _rtx_plan(library: Any, graph: bytes, log: Any, *, current: bool) -> bytes | None:
-    """A plan of the pooling graph for the default targets, or for the GPU at hand (ComputeCapability.CURRENT).
+    """Compile the pooling graph for the default targets, or for the GPU here (ComputeCapability.CURRENT).
 
-    Not through the package, which looks into a plan where it finds a GPU: here the GPU may refuse it.
+    This bypasses the package, which would load the plan on the GPU that it finds: this GPU may refuse it.
     """
     builder = library.Builder(log)
     network = builder.create_network(0)
@@ -558,9 +560,9 @@ def _rtx_plan(library: Any, graph: bytes, log: Any, *, current: bool) -> bytes |
 
 
 def rtx_refusal(answer: dict[str, Any]) -> str:
-    """Why nothing of TensorRT-RTX is run on this GPU; empty when it takes it.
+    """Return why TensorRT-RTX cannot run on this GPU; empty if it can.
 
-    Only where it names the GPU or its driver: any other trouble is a failure of whoever loads a plan.
+    Only refusals that name the GPU or its driver count; any other error is a failure of the caller's plan.
     """
     if answer["accepted"] or not set(answer["diagnostics_names"]) & {"UNSUPPORTED_CC", "OLD_CUDA_DRIVER"}:
         return ""
@@ -569,9 +571,9 @@ def rtx_refusal(answer: dict[str, Any]) -> str:
 
 
 def overhead(device: int, flavour: str, bundles: str | None = None) -> Iterator[dict[str, Any]]:
-    """Host microseconds per call that only enqueues, of the library alone and through our session and EdgeBackbone.
+    """Return host microseconds per call that only enqueues: the library alone, our session, and EdgeBackbone.
 
-    The pooling backbone: the GPU is done with a call before the next one comes, so that nothing but the host is timed.
+    The backbone is pooling: the GPU finishes a call before the next one, so only the host is timed.
     """
     if flavour == "torchscript":
         yield _torchscript_overhead(device)
@@ -585,7 +587,7 @@ def overhead(device: int, flavour: str, bundles: str | None = None) -> Iterator[
 
 
 def must(result: Any, what: str, log: Any) -> Any:
-    """What a call of TensorRT returned; it fails by returning None or False."""
+    """Return the result of a TensorRT call; raise an error for None or False, which is how it fails."""
     if result is None or result is False:
         raise RuntimeError(f"TensorRT refused {what}: {log.last_error()}")
     return result
@@ -708,7 +710,7 @@ def _torchscript_overhead(device: int) -> dict[str, Any]:
 
 
 def microseconds(call: Callable[[], Any], wait: Callable[[], None], rows: int = 60) -> float:
-    """Median host time of a call that only enqueues, over rows short enough that the queue never fills."""
+    """Return the median host time of a call that only enqueues, over rows too short to fill the queue."""
     for _ in range(50):
         call()
     wait()
@@ -723,7 +725,7 @@ def microseconds(call: Callable[[], Any], wait: Callable[[], None], rows: int = 
 
 
 def host_allocations(call: Callable[[], Any], wait: Callable[[], None], calls: int = 200) -> dict[str, float]:
-    """Python's and numpy's memory in steady state: bytes that stay behind per call, and the most that one call holds."""
+    """Return the bytes of Python and numpy memory that a call leaves behind, and the most that one holds."""
     for _ in range(50):
         call()
     wait()

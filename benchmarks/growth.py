@@ -22,20 +22,22 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results" / "growth.json"
-CACHE = Path(__file__).parents[1] / ".cache" / "bench"
+from benchmarks.common import CACHE, FEW_IMAGES, RESULTS, machine, photograph_folder, timing_bundle, timing_options
+
 BATCHES = (1, 2, 4, 8, 16, 32)
 SIDES = (160, 224, 320, 448, 640)
 STAGES = 5
 IMAGES = (4, 8, 16, 32)
 NETWORKS = ("mobilenetv3_small_050", "mobilenetv3_large_100", "resnet18", "resnet50")
-_CALIBRATION = 8  # images of a bundle that is only timed
 _CALLS, _SECONDS = 8, 0.4
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn and fitted: ``law`` in ``variable``, a function of the axis; ``per`` is the word for one of it."""
+    """A curve to draw and fit: ``law`` in ``variable``, a function of the axis.
+
+    ``per``: the word for one unit of the variable.
+    """
 
     title: str
     x_name: str
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few points of a smaller network, once each")
     quick = parser.parse_args().quick
     found = measure(quick=quick)
-    path = CACHE / "growth.json" if quick else RESULTS
+    path = (CACHE if quick else RESULTS) / "growth.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, path.with_suffix(".png"))
     for curve in found["curves"]:
@@ -76,9 +78,7 @@ def main() -> None:
 
 
 def measure(*, quick: bool = False) -> dict[str, Any]:
-    """Machine, points and fits. Bundles that are there from before are not built again."""
-    from benchmarks.run import machine
-
+    """Measure and fit all curves. Bundles that are up to date are not built again."""
     started = time.perf_counter()
     model = "mobilenetv3_small_100" if quick else "resnet18"
     turns = 1 if quick else 3
@@ -100,17 +100,17 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
 
 
 def some(values: Sequence[int], quick: bool) -> tuple[int, ...]:
-    """All of them, or the first, the middle and the last."""
+    """Return all values, or for a quick run the first, the middle and the last."""
     return tuple(dict.fromkeys((values[0], values[len(values) // 2], values[-1]))) if quick else tuple(values)
 
 
 def thread_counts(cores: int) -> tuple[int, ...]:
-    """Powers of two and all cores."""
+    """Return the powers of two up to the number of cores, and that number."""
     return tuple(dict.fromkeys([*(2**p for p in range(cores.bit_length()) if 2**p <= cores), cores]))
 
 
 def latency_points(model: str, *, quick: bool, cores: int) -> list[tuple[str, float | None, dict[str, Any]]]:
-    """(axis, x, arguments of `run_point`); bundles are built on the way."""
+    """Build the bundles, and return (axis, x, arguments of `run_point`) for each point."""
     from edge_backbones.spec import ShapeRange
 
     every, threads = tuple(range(STAGES)), min(2, cores)
@@ -132,19 +132,21 @@ def latency_points(model: str, *, quick: bool, cores: int) -> list[tuple[str, fl
 
 
 def build_points(model: str, *, quick: bool) -> list[tuple[str, float | None, dict[str, Any]]]:
-    """(axis, x, arguments of `run_build`). Parameters are known once a network is built: x is None until then."""
+    """Return (axis, x, arguments of `run_build`); x is None if it is known only after the build (parameters)."""
     images, networks = ((IMAGES[0], IMAGES[-1]), ()) if quick else (IMAGES, NETWORKS)
     found: list[tuple[str, float | None, dict[str, Any]]] = []
     found += [("images", count, {"model": model, "images": count}) for count in images]
-    found += [("parameters", None, {"model": name, "images": _CALIBRATION}) for name in networks]
+    found += [("parameters", None, {"model": name, "images": FEW_IMAGES}) for name in networks]
     return found
 
 
 def _in_turn(
     task: str, points: Sequence[tuple[str, float | None, dict[str, Any]]], turns: int
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Axis and medians of every point; one process at a time, all points once before any is done again. Two axes may share
-    one."""
+    """Measure all points in rounds, one process at a time, and return the axis and the medians of each.
+
+    Points with the same arguments on two axes are measured once.
+    """
     answers: dict[str, list[dict[str, float]]] = {json.dumps(arguments): [] for _, _, arguments in points}
     for _ in range(turns):
         for arguments, found in answers.items():
@@ -158,43 +160,11 @@ def _in_turn(
     return [(axis, {"x": x, **medians[json.dumps(arguments)]}) for axis, x, arguments in points]
 
 
-def timing_bundle(model: str, name: str, **options: Any) -> Path:
-    """A bundle for timing only, built once: seeded weights, few calibration images, open gates."""
-    from benchmarks.networks import refreshed
-    from edge_backbones import build_bundle
-
-    target = CACHE / "growth" / f"{name}.bundle"
-    if not refreshed(target):
-        print(f"building {target.name}", flush=True)
-        options = {"method": "max", "golden": 1, **options}
-        build_bundle(model, target, images=photograph_folder(_CALIBRATION), options=_options(options), overwrite=True)
-    return target
-
-
-def _options(options: dict[str, Any]) -> Any:
-    from edge_backbones import BuildOptions
-    from edge_backbones.parity_report import Gate
-    from edge_backbones.spec import Precision
-
-    gates = {Precision.INT8: Gate(min_cosine=1e-6)}
-    return BuildOptions(weights="random:0", torchscript=False, gates=gates, cache=None, **options)
-
-
-def photograph_folder(count: int) -> Path:
-    """A folder with so many photographs."""
-    from build_scripts.photographs import write_crops
-
-    folder = CACHE / f"photographs_{count}"
-    if len(list(folder.glob("*.png"))) != count:
-        write_crops(folder, count)
-    return folder
-
-
 # ---- One point, alone in its process
 
 
 def run_point(bundle: str, shape: Sequence[int], threads: int) -> dict[str, float]:
-    """Median milliseconds of a call, and the resident MB that loading and calling added."""
+    """Return the median milliseconds of a call, and the resident MB that loading and calling added."""
     import psutil
 
     from edge_backbones import EdgeBackbone
@@ -214,7 +184,7 @@ def run_point(bundle: str, shape: Sequence[int], threads: int) -> dict[str, floa
 
 
 def run_build(model: str, images: int) -> dict[str, float]:
-    """Seconds of an int8 build, imports left out, and the million parameters of the network's backbone."""
+    """Return the seconds of an int8 build without imports, and the backbone's parameters in millions."""
     import tempfile
 
     import onnx  # imported before the clock starts
@@ -229,7 +199,7 @@ def run_build(model: str, images: int) -> dict[str, float]:
     load_library()
     folder = photograph_folder(images)
     with tempfile.TemporaryDirectory() as work:
-        options = _options({"precisions": (Precision.INT8, Precision.FP32)})
+        options = timing_options({"precisions": (Precision.INT8, Precision.FP32)})
         start = time.perf_counter()
         built = build_bundle(model, Path(work) / "timed.bundle", images=folder, options=options).bundle
         seconds = time.perf_counter() - start
@@ -241,7 +211,7 @@ def run_build(model: str, images: int) -> dict[str, float]:
 
 
 def fit_linear(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
-    """``y = fixed + slope * x`` with standard errors (None for two points) and R2."""
+    """Fit ``y = fixed + slope * x``; return it with standard errors (None for two points) and R2."""
     (fixed, slope), errors, r2 = _least_squares(x, y)
     return {
         "law": "linear",
@@ -254,7 +224,7 @@ def fit_linear(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
 
 
 def fit_power(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
-    """``y = factor * x ** exponent``, least squares in logarithms; R2 is of the logarithms too."""
+    """Fit ``y = factor * x ** exponent`` by least squares in logarithms; R2 is that of the logarithms."""
     (factor, exponent), errors, r2 = _least_squares(np.log(x), np.log(y))
     return {
         "law": "power",
@@ -282,7 +252,7 @@ def _least_squares(
 
 
 def curves(axis: str, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every curve of an axis that is measured at two places at least: its points, its law and the law in words."""
+    """Return the curves of an axis that was measured in at least two places: points, fit and the law in words."""
     found = []
     for (of, figure), curve in CURVES.items():
         if of != axis:
@@ -311,7 +281,7 @@ def curves(axis: str, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def words(fit: dict[str, Any], curve: Curve) -> str:
-    """``4.1 ms + 7.9 ± 0.1 ms per image, R² 0.999``; what two points cannot tell is left out."""
+    """Return a fit in words: ``4.1 ms + 7.9 ± 0.1 ms per image, R² 0.999``. Two points have no errors."""
     r2 = "" if fit["r2"] is None else f", R² {fit['r2']:.3f}"
     if fit["law"] == "power":
         return f"{curve.y_name} ∝ {curve.per}^({_with_error(fit['exponent'], fit['exponent_error'])}){r2}"
@@ -324,7 +294,7 @@ def words(fit: dict[str, Any], curve: Curve) -> str:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    """To the second digit of its error."""
+    """Format a value to the second digit of its error."""
     if error is None:
         return f"{value:.3g}"
     digits = max(0, 1 - int(np.floor(np.log10(error)))) if error > 0 else 3
@@ -332,7 +302,7 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def predict(curve: dict[str, Any], x: np.ndarray) -> np.ndarray:
-    """The fitted law at ``x``."""
+    """Return the values of the fitted law at ``x``."""
     variable, fit = VARIABLES[curve["variable"]](x), curve["fit"]
     if fit["law"] == "power":
         return np.asarray(fit["factor"] * variable ** fit["exponent"])
@@ -343,7 +313,7 @@ def predict(curve: dict[str, Any], x: np.ndarray) -> np.ndarray:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """One panel per curve: points, the fitted law as a line, and in words."""
+    """Draw one panel per curve: the points, the fitted law as a line, and the law in words."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import accuracy_peers, readme_table
-from benchmarks.networks import CACHE, bundle_of, images_of
-from benchmarks.run import machine
+from benchmarks.common import CACHE, RESULTS, machine
+from benchmarks.networks import bundle_of, images_of
 from edge_backbones import Bundle
 from edge_backbones.bench.compare import CompareOptions, measure
 from edge_backbones.bench.contender import Task
@@ -46,7 +46,7 @@ from edge_backbones.toolchain.calibration import calibrate
 from edge_backbones.toolchain.calibration.images import gather_images
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
-RESULTS = Path(__file__).parent / "results" / "int8_graphs.json"
+STORED = RESULTS / "int8_graphs.json"
 MODELS = ("resnet50", "mobilenetv3_large_100", "convnext_tiny", "vit_small_patch16_224")
 CALIBRATION = 16
 THREADS = (2, 1)  # two wait for each other, and on a busy machine that is most of what a median shows
@@ -69,7 +69,7 @@ def main() -> None:
         parser.error(
             f"--rounds must be even, got {arguments.rounds}: either graph is loaded first as often as the other"
         )
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))["networks"] if RESULTS.exists() else {}
+    found = json.loads(STORED.read_text(encoding="utf-8"))["networks"] if STORED.exists() else {}
     for model in arguments.only:
         bundle = bundle_of(model)
         figures = found.setdefault(model, {})
@@ -81,13 +81,13 @@ def main() -> None:
         if arguments.skip != "targets":
             figures["targets"] = targets(bundle)
         print(model, json.dumps(figures), flush=True)
-        RESULTS.write_text(json.dumps({"machine": machine(), "networks": found}, indent=1) + "\n", encoding="utf-8")
+        STORED.write_text(json.dumps({"machine": machine(), "networks": found}, indent=1) + "\n", encoding="utf-8")
     readme_table.update()
-    print(f"wrote {RESULTS} and benchmarks/README.md")
+    print(f"wrote {STORED} and benchmarks/README.md")
 
 
 def modelopt_graph(model: str, bundle: Path, python: str) -> Path:
-    """What ModelOpt makes of the bundle's fp32 graph, with its own way to find ranges."""
+    """Return ModelOpt's int8 graph of the bundle's fp32 graph, with ModelOpt's own ranges."""
     theirs = CACHE / f"{bundle.stem}.modelopt.onnx"
     if not theirs.exists():
         manifest = Bundle.open(bundle).manifest
@@ -102,11 +102,11 @@ def modelopt_graph(model: str, bundle: Path, python: str) -> Path:
 
 
 def speed(bundle: Path, theirs: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """How many times as long ModelOpt's graph takes as ours, each alone in its process, new ones for every round.
+    """Return the time of ModelOpt's graph over ours, each alone in its process; every round starts new processes.
 
-    Turns are short and many, because the machine may change its pace from one second to the next: a ratio is one of turns
-    that follow each other. Of a round their median counts. What is loaded second is a percent faster for that alone: each is
-    it in turn, and of two rounds the geometric mean counts.
+    Turns are short and many, because a machine's speed changes within seconds: a ratio is taken of turns that follow
+    each other, and the median of a round counts. The graph that is loaded second is about a percent faster, so each is
+    second in every other round, and the geometric mean of two rounds counts.
     """
     files = {"ours": bundle / "graphs" / "int8.onnx", "modelopt": theirs}
     tasks = {
@@ -135,7 +135,7 @@ def speed(bundle: Path, theirs: Path, threads: int, rounds: int) -> dict[str, An
 
 
 def call_by_call(bundle: Path, theirs: Path, rounds: int) -> dict[str, Any]:
-    """How many times as long as our graph ModelOpt's takes, and ours once more: medians over rounds, with their bounds."""
+    """Return the time over ours of ModelOpt's graph and of our own again: medians over rounds, with bounds."""
     ours = bundle / "graphs" / "int8.onnx"
     files = {"ours": ours, "modelopt": theirs, "ours again": ours}
     blobs = {name: compile_graph(file.read_bytes(), Precision.INT8, cache=None).data for name, file in files.items()}
@@ -168,7 +168,7 @@ def call_by_call(bundle: Path, theirs: Path, rounds: int) -> dict[str, Any]:
 
 
 def compared_kernels(bundle: Path, theirs: Path) -> dict[str, int]:
-    """How many nodes OpenVINO runs of each graph, and how many of those have no like in the other's."""
+    """Return how many nodes OpenVINO runs of each graph, and how many have no counterpart in the other."""
     ours, others = (kernels(file) for file in (bundle / "graphs" / "int8.onnx", theirs))
     return {
         "ours": ours.total(),
@@ -179,7 +179,7 @@ def compared_kernels(bundle: Path, theirs: Path) -> dict[str, int]:
 
 
 def kernels(file: Path) -> Counter[tuple[str, ...]]:
-    """What OpenVINO runs: implementation, number formats, layouts and shapes of every node but constants."""
+    """Return the nodes that OpenVINO runs, except constants: implementation, formats, layouts and shapes."""
     model = openvino.read_model(file.read_bytes())
     cpu_graph.adapt(model)
     nodes = openvino.core().compile_model(model, "CPU", openvino.settings(1)).get_runtime_model().get_ops()
@@ -195,7 +195,7 @@ def kernels(file: Path) -> Counter[tuple[str, ...]]:
 
 
 def targets(bundle: Path) -> dict[str, dict[str, str]]:
-    """For every precision and architecture: the size of the plan, or what TensorRT-RTX said."""
+    """Return, for each precision and architecture, the size of the plan or TensorRT-RTX's message."""
     opened = Bundle.open(bundle)
     record = opened.manifest.calibration
     assert record is not None  # benchmarks.run builds int8
@@ -215,7 +215,7 @@ def targets(bundle: Path) -> dict[str, dict[str, str]]:
 
 
 def compile_for(graph: TypedGraph, architecture: str) -> str:
-    """What TensorRT-RTX makes of a graph for one architecture, or what it says."""
+    """Compile a graph for one architecture with TensorRT-RTX; return the plan's size, or its message."""
     started = time.perf_counter()
     target = f"sm_{architecture.removeprefix('SM')}"
     try:

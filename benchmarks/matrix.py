@@ -24,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, readme_table
-from benchmarks.run import RESULTS, ROOT, add, machine, say
+from benchmarks import readme_table
+from benchmarks.common import RESULTS, ROOT, add, machine, photograph_folder, say
 
 MODELS = (
     "resnet18",
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measure(models: Sequence[str]) -> dict[str, Any]:
-    """Every run in a folder of its own; the first one, which is not counted, reads the libraries from the disk."""
+    """Time every run in a folder of its own. A first run, which does not count, brings the libraries into memory."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         sys.exit("this takes two cores")
@@ -114,9 +114,9 @@ def run(
     *,
     status: str = "made",
 ) -> tuple[dict[str, float], float]:
-    """Seconds of each cell, and of the whole command, which has these cores; every cell has to end with this status."""
+    """Return the seconds of each cell and of the command, on these cores. Every cell must end with ``status``."""
     folder.mkdir(exist_ok=True)
-    photographs = json.dumps(str(growth.photograph_folder(PHOTOGRAPHS)))
+    photographs = json.dumps(str(photograph_folder(PHOTOGRAPHS)))
     lines = ['out = "bundles"', f"images = {photographs}", f"precisions = {json.dumps(precisions)}"]
     lines += [f'[[models]]\nsource = "{model}"\noptions = {_OPTIONS}' for model in models]
     (folder / "matrix.toml").write_text("\n".join([*lines, '[[devices]]\nprofile = "cpu"', ""]), encoding="utf-8")

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import edge_backbones
 from benchmarks import digits
-from benchmarks.growth import CACHE, photograph_folder
-from edge_backbones import BuildOptions, Bundle, build_bundle
-from edge_backbones.deploy.compile import compile_bundle
-from edge_backbones.errors import BundleError
+from benchmarks.common import CACHE, photograph_folder, refreshed
+from edge_backbones import BuildOptions, build_bundle
 from edge_backbones.spec import Precision
 
 STAGES = {  # that are kept
@@ -33,7 +30,7 @@ _IMAGES, _SIDE = 32 + 4, 224  # to calibrate on, and golden
 
 
 def bundle_of(model: str, *, rebuild: bool = False) -> Path:
-    """A bundle with the int8 engine, the fp32 graph that ONNX Runtime runs, and the frozen module of PyTorch."""
+    """Return a bundle with an int8 engine, the fp32 graph and the TorchScript module; build it if needed."""
     target = CACHE / f"{model}.bundle"
     if rebuild or not refreshed(target):
         print(f"building {target.name}", flush=True)
@@ -47,21 +44,21 @@ def bundle_of(model: str, *, rebuild: bool = False) -> Path:
 
 
 def images_of(model: str) -> Path:
-    """The folder of images that a network is calibrated and judged on."""
+    """Return the folder of images that a network is calibrated and judged on."""
     return digits.image_folder(_IMAGES, _SIDE) if model in _TRAINED else photograph_folder(_IMAGES)
 
 
 def weights_of(model: str) -> str:
-    """As `BuildOptions` takes them."""
+    """Return the weights of a network as `BuildOptions` takes them."""
     if model in _TRAINED:
         return str(digits.checkpoint(model, 0))
     return str(normalising_checkpoint(model)) if model in _NORMALISED else "random:0"
 
 
 def normalising_checkpoint(model: str) -> Path:
-    """Random weights of a network whose layer norms scale and shift, and whose branches count, as in trained networks.
+    """Return random weights in which layer norms scale and shift and branches count, as in trained networks.
 
-    timm starts norms at 1 and 0 and layer scales at 1e-6, which would flatter a graph that keeps them so.
+    timm starts norms at 1 and 0 and layer scales at 1e-6, which would flatter a graph that keeps them.
     """
     import timm
     import torch
@@ -82,17 +79,3 @@ def normalising_checkpoint(model: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(net.state_dict(), path)
     return path
-
-
-def refreshed(bundle: Path) -> bool:
-    """Compile a bundle's engines with the code that is measured; False where there is no bundle, or one whose graphs older
-    code wrote."""
-    try:
-        graphs = [bundle / graph.file.path for graph in Bundle.open(bundle).manifest.graphs]
-    except BundleError:
-        return False
-    changed = max(file.stat().st_mtime for file in Path(edge_backbones.__path__[0]).rglob("*.py"))
-    if min(graph.stat().st_mtime for graph in graphs) < changed:
-        return False
-    compile_bundle(bundle)
-    return True

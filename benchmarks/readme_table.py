@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.common import ROOT
+
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 _BLOCK = re.compile(r"<!-- (?P<kind>figures|summary) of (?P<path>\S+) -->\n.*?<!-- end of figures -->\n", re.DOTALL)
 _PEERS = {
@@ -23,19 +24,22 @@ _PEERS = {
 
 
 def render(path: str, kind: str = "figures") -> str:
-    """The block for a results file, ``path`` relative to the project; ``kind``: all of its figures, or a ``summary``."""
+    """Return the block of a results file.
+
+    ``path``: relative to the project. ``kind``: ``figures`` for all of them, or ``summary``.
+    """
     results = json.loads((ROOT / path).read_text(encoding="utf-8"))
     lines = _summary(results) if kind == "summary" else _TABLES.get(Path(path).stem, _bench)(results)
     return "\n".join([f"<!-- {kind} of {path} -->", *lines, "<!-- end of figures -->"]) + "\n"
 
 
 def rendered(text: str) -> str:
-    """A page's text with every block as its results file has it."""
+    """Return a page's text with every block rendered from its results file."""
     return _BLOCK.sub(lambda block: render(block["path"], block["kind"]), text)
 
 
 def update(path: str | None = None) -> None:
-    """Write the blocks of the pages anew; ``path`` takes the place of the results of another machine."""
+    """Rewrite the blocks of the pages. ``path``: a results file that replaces the one of another machine."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if path is not None:
@@ -65,7 +69,7 @@ def _bench(results: dict[str, Any]) -> list[str]:
 
 
 def _summary(results: dict[str, Any]) -> list[str]:
-    """The medians of the ratios, and their geometric means."""
+    """Return the table of the medians of the ratios, with their geometric means."""
     machine, comparisons = results["machine"], results["comparisons"]
     names = [m["name"] for m in next(iter(comparisons.values()))["measurements"][1:]]
     ratios = {model: {r["name"]: r["median"] for r in one["ratios"]} for model, one in comparisons.items()}
@@ -124,7 +128,7 @@ def _accuracy(results: dict[str, Any]) -> list[str]:
 
 
 def _int8_graphs(results: dict[str, Any]) -> list[str]:
-    """Above 1 ours is faster."""
+    """Return the table of ModelOpt's time over ours: above 1 our graph is faster."""
     lines = [
         "| ModelOpt's int8 graph over ours | call by call | ours again over ours | 1 thread, by processes | 2 threads "
         "| kernels (those without a like) |",

@@ -51,8 +51,11 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Work(_Strict, frozen=True):
-    """What one image takes: operations by the number format of their operands, bytes of activations. ``weight_bytes`` are
-    read once per call, whatever its batch."""
+    """The work of one image.
+
+    Operations by the number format of their operands, and bytes of activations. ``weight_bytes`` are read once per
+    call, whatever its batch.
+    """
 
     operations: dict[str, float]
     activation_bytes: float
@@ -60,8 +63,11 @@ class Work(_Strict, frozen=True):
 
 
 class Ceilings(_Strict, frozen=True):
-    """The best that was measured here: operations per second by number format, bytes per second of a copy, each byte counted
-    when it is read and when it is written."""
+    """The best that was measured on this machine.
+
+    Operations per second by number format, and bytes per second of a copy, where each byte counts when it is read and
+    when it is written.
+    """
 
     threads: int
     operations_per_second: dict[str, float]
@@ -69,8 +75,11 @@ class Ceilings(_Strict, frozen=True):
 
 
 class Roofline(_Strict, frozen=True):
-    """One call against the ceilings. ``fraction`` is ``attainable_ms`` over the time measured, ``bound`` what binds first:
-    operations or bytes. ``operations_per_second`` were reached, over all formats."""
+    """One call compared with the ceilings.
+
+    ``fraction``: ``attainable_ms`` over the measured time. ``bound``: what limits the call first, operations or bytes.
+    ``operations_per_second``: reached, over all formats.
+    """
 
     batch: int
     measured_ms: float
@@ -83,8 +92,11 @@ class Roofline(_Strict, frozen=True):
 
 
 def roofline(work: Work, ceilings: Ceilings, milliseconds: float, batch: int) -> Roofline:
-    """``milliseconds``: of one call of ``batch`` images. Half formats that have no ceiling of their own are computed in fp32,
-    as CPUs do; raises InputError for another format without one."""
+    """Compare a call of ``batch`` images that took ``milliseconds`` with the ceilings.
+
+    Half formats without a ceiling count as fp32, as CPUs compute them. Raises InputError for another format without
+    one.
+    """
     operations_ms = sum(
         1e3 * batch * count / _ceiling(ceilings.operations_per_second, kind) for kind, count in work.operations.items()
     )
@@ -113,8 +125,10 @@ def _ceiling(ceilings: Mapping[str, float], kind: str) -> float:
 
 
 def count_graph(onnx_path: Path, input_shape: Sequence[int]) -> Work:
-    """Count an ONNX graph with one input of ``input_shape``, its first axis the batch. Raises InputError where the graph does
-    not take that shape, or the shape of a matrix operation stays unknown."""
+    """Count the work of an ONNX graph with one input of ``input_shape``, whose first axis is the batch.
+
+    Raises InputError if the graph does not take that shape, or if the shape of a matrix operation stays unknown.
+    """
     graph = _Graph(onnx_path, tuple(input_shape))
     operations: dict[str, float] = {}
     weights: dict[str, int] = {}
@@ -183,7 +197,7 @@ class _Graph:
         return tuple(d.dim_value for d in held.shape.dim)
 
     def kind(self, name: str) -> str:
-        """``int8``, ``fp8``, ``fp16``, ``bf16``, ``fp32``..."""
+        """Return the number format of a tensor: ``int8``, ``fp8``, ``fp16``, ``bf16``, ``fp32``..."""
         element = self.constants[name].data_type if name in self.constants else self._types[name].elem_type
         full = str(self._names(element)).lower()
         if full.startswith("float8"):
@@ -191,14 +205,14 @@ class _Graph:
         return {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8"}.get(full, full)
 
     def size(self, name: str) -> int:
-        """Bytes."""
+        """Return the bytes of a tensor."""
         kind = self.kind(name)
         if kind not in _BYTES:
             raise InputError(f"{name} in {self._what} is {kind}: only {', '.join(_BYTES)} are counted")
         return math.prod(self.shape(name)) * _BYTES[kind]
 
     def source(self, name: str) -> str:
-        """The tensor that is read where a node has ``name``: behind views, the 8-bit side of a DequantizeLinear."""
+        """Return the tensor that is read for ``name``: behind views, the 8-bit side of a DequantizeLinear."""
         while name in self._producers and name not in self.constants:
             node = self._producers[name]
             if node.op_type == "DequantizeLinear":
@@ -209,7 +223,7 @@ class _Graph:
         return name
 
     def stored(self, name: str) -> set[str]:
-        """The tensors that are written for one that an operation computes: behind pointwise nodes and QuantizeLinear."""
+        """Return the tensors that are written for an operation's output: behind pointwise nodes and QuantizeLinear."""
         found = {name} if name in self._outputs else set()
         for node in self._consumers.get(name, ()):
             if node.op_type == "QuantizeLinear":
@@ -245,14 +259,16 @@ _REPEATS = 5
 
 
 def measure_ceilings(threads: int) -> Ceilings:
-    """OpenVINO on a large matrix product in fp32 and in int8, compiled as engines of bundles are, and a large copy by as many
-    threads; each the best of several. Takes seconds and half a gigabyte."""
+    """Measure this machine: large matrix products in fp32 and int8 with OpenVINO, and a large copy.
+
+    Each figure is the best of several. Takes seconds and half a gigabyte.
+    """
     operations = {kind: _product_rate(kind, threads) for kind in ("fp32", "int8")}
     return Ceilings(threads=threads, operations_per_second=operations, bytes_per_second=_copy_rate(threads))
 
 
 def _product_rate(kind: Literal["fp32", "int8"], threads: int) -> float:
-    """Multiply-adds times two per second."""
+    """Return the operations per second of a matrix product; a multiply-add is two."""
     from edge_backbones.engines.openvino.session import OpenVinoSession, compile_model, read_model
 
     blob = compile_model(read_model(product_graph(kind, _SIDE, _PRODUCTS)))
@@ -266,7 +282,7 @@ def _product_rate(kind: Literal["fp32", "int8"], threads: int) -> float:
 
 
 def product_graph(kind: Literal["fp32", "int8"], side: int, products: int) -> bytes:
-    """ONNX: square matrices multiplied one after another, for int8 with a Q/DQ pair before each and weights in 8 bits."""
+    """Return an ONNX graph of square matrix products; for int8 with Q/DQ pairs and 8-bit weights."""
     onnx = _load_onnx()
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     random = np.random.default_rng(0)
@@ -298,7 +314,7 @@ def product_graph(kind: Literal["fp32", "int8"], side: int, products: int) -> by
 
 
 def _copy_rate(threads: int) -> float:
-    """Bytes read and written per second."""
+    """Return the bytes per second of a copy, read and written."""
     source = np.random.default_rng(0).integers(0, 256, _COPIED, np.uint8)
     target = np.zeros_like(source)
     bounds = np.linspace(0, _COPIED, threads + 1).astype(int)
@@ -309,7 +325,7 @@ def _copy_rate(threads: int) -> float:
 
 
 def best_seconds(call: Callable[[], Any]) -> float:
-    """Of the fastest of several calls, after one that warms up."""
+    """Return the seconds of the fastest of several calls, after one to warm up."""
     call()
     found = []
     for _ in range(_REPEATS):

@@ -6,16 +6,10 @@ The networks and their bundles are those of benchmarks/networks.py.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
-import platform
-import re
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,21 +17,18 @@ from typing import Any
 import msgspec
 
 from benchmarks import end_to_end, figures, growth, networks, readme_table, roofline
+from benchmarks.common import CACHE, RESULTS, ROOT, add, machine, machine_name, photograph_folder, say
 from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, regressions
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import InputError
-from edge_backbones.machine.hosts import this_host
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 MODELS = tuple(networks.STAGES)
 QUICK = ("mobilenetv3_large_100", "efficientnet_b0")
 TARGETS = {"torch": 3.5, "torch-compile": 2.0, "onnxruntime": 2.0, "nncf": 1.0}  # of the geometric means
 PEERS = ("torch", "torch-compile", "torchscript", "onnxruntime", "openvino", "nncf")
 ENGINES = {"int8": "edge", "fp32": "openvino"}  # what runs a bundle's graphs
 PARTS = ("figures", "growth", "end_to_end")
-_BEGIN = time.monotonic()
 
 
 def main() -> None:
@@ -101,7 +92,7 @@ def main() -> None:
 
 
 def compare_model(model: str, bundle: Path, arguments: argparse.Namespace) -> Comparison:
-    """The int8 engine beside every peer, batch 1, two threads."""
+    """Compare a model's int8 engine with every peer: batch 1, two threads."""
     say(f"comparing {model}")
     options = CompareOptions(
         engine="int8",
@@ -119,7 +110,7 @@ def compare_model(model: str, bundle: Path, arguments: argparse.Namespace) -> Co
 
 
 def show(comparison: Comparison, stored: dict[str, Any] | None) -> None:
-    """One line per contender, and what was lost since the results that are stored."""
+    """Print one line per contender, and what was lost against the stored results."""
     ratios = {ratio.name: ratio for ratio in comparison.ratios}
     for m in comparison.measurements:
         ratio = ratios.get(m.name)
@@ -136,7 +127,7 @@ def show(comparison: Comparison, stored: dict[str, Any] | None) -> None:
 
 
 def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Path]) -> dict[str, Any]:
-    """How much of what this machine can do OpenVINO reaches with each graph of a bundle, by the work in that graph."""
+    """Return what share of this machine's ceilings OpenVINO reaches with each graph of a bundle."""
     if not comparisons:
         return {}
     ceilings = roofline.measure_ceilings(2)
@@ -158,8 +149,11 @@ def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Pat
 
 
 def add_means(rows: list[dict[str, Any]], comparisons: Mapping[str, Comparison]) -> None:
-    """Geometric means over the networks of how many times our time a peer takes; ``low`` and ``high`` are those of the
-    bounds of every network, which lie further apart than bounds of the mean would. The targets are those of all networks."""
+    """Add the geometric means, over the networks, of a peer's time over ours.
+
+    ``low`` and ``high`` are the means of the bounds of the networks, which lie further apart than the bounds of the
+    mean. Targets count only for all networks.
+    """
     for peer, target in TARGETS.items():
         found = [ratio for c in comparisons.values() for ratio in c.ratios if ratio.name == peer]
         if found:
@@ -177,7 +171,7 @@ def add_means(rows: list[dict[str, Any]], comparisons: Mapping[str, Comparison])
 
 
 def add_end_to_end(rows: list[dict[str, Any]], *, quick: bool) -> None:
-    """Camera frame to feature maps: ours against timm's transforms and the same engine."""
+    """Add the figures from a camera frame to feature maps: our preprocessing against timm's transforms."""
     models = [model for model in end_to_end.MODELS if not quick or model in QUICK]
     found = end_to_end.measure(rounds=3 if quick else 7, models=models)
     if not quick:
@@ -194,7 +188,7 @@ def add_end_to_end(rows: list[dict[str, Any]], *, quick: bool) -> None:
 
 
 def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], *, quick: bool) -> None:
-    """Overhead, cold start, import and build."""
+    """Add overhead, cold start, import time and build time."""
     mobilenet = figures.call_overhead(bundles["mobilenetv3_large_100"])
     add(
         rows,
@@ -212,63 +206,16 @@ def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], *, quick: 
     start = figures.cold_start(bundles["resnet50"])
     add(rows, "resnet50: python to first feature maps", start["seconds"], 1.0, "s")
     add(rows, "resnet50: resident memory of that process", start["peak_mb"], 230, "MB")
-    photographs = growth.photograph_folder(64 + 4)
-    built = figures.resnet50_build(photographs, growth.CACHE / "timed.bundle")
+    photographs = photograph_folder(64 + 4)
+    built = figures.resnet50_build(photographs, CACHE / "timed.bundle")
     images = int(built["calibration_images"])
     add(rows, f"resnet50: int8 build with {images} calibration images, after imports", built["seconds"], 120, "s")
     add(rows, "resnet50: resident memory of that build", built["peak_mb"], 4000, "MB")
-    calibrated = figures.resnet50_calibration(growth.photograph_folder(512), bundles["resnet50"])
+    calibrated = figures.resnet50_calibration(photograph_folder(512), bundles["resnet50"])
     add(rows, "resnet50: calibration by auto on 512 images", calibrated["seconds"], 180, "s")
     add(rows, "resnet50: resident memory of that", calibrated["peak_mb"], 2000, "MB")
     seconds = figures.rtx_build(bundles["resnet50"])
     add(rows, "resnet50: int8 plan of TensorRT-RTX for four architectures, no GPU", seconds, 15, "s")
-
-
-def say(what: str) -> None:
-    """What begins now, and the minutes and seconds that have gone."""
-    minutes, seconds = divmod(int(time.monotonic() - _BEGIN), 60)
-    print(f"[{minutes}:{seconds:02}] {what}", flush=True)
-
-
-def add(
-    rows: list[dict[str, Any]],
-    what: str,
-    value: float,
-    target: float,
-    unit: str,
-    *,
-    at_least: bool = False,
-    **raw: float,
-) -> None:
-    """Record and print one figure beside its target."""
-    reached = value >= target if at_least else value <= target
-    figure = {"what": what, "value": value, "target": target, "unit": unit, "at_least": at_least, "reached": reached}
-    rows.append({**figure, **raw})
-    bound = ">=" if at_least else "<="
-    print(f"{'ok  ' if reached else 'MISS'} {what}: {value:.2f} {unit} (target {bound} {target:g})", flush=True)
-
-
-def machine() -> dict[str, Any]:
-    host = this_host({})
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    libraries = ("openvino", "onnxruntime", "torch", "timm", "numpy")
-    return {
-        "cpu": host.device_name,
-        "cpu_features": host.cpu_features,
-        "threads": 2,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
-        "commit": commit.stdout.strip(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
-
-
-def machine_name() -> str:
-    host = this_host({})
-    return re.sub(
-        r"[^a-z0-9]+", "-", f"{host.device_name} {host.cpu_features[-1] if host.cpu_features else ''}".lower()
-    ).strip("-")
 
 
 if __name__ == "__main__":

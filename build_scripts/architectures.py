@@ -21,7 +21,7 @@ NEEDS_MORE = frozenset({"dinat", "nat"})
 
 @dataclass(frozen=True)
 class Architecture:
-    """Arguments of a config, and the image size to build it at."""
+    """Arguments of a configuration, and the image size to build it at."""
 
     height: int
     width: int
@@ -261,14 +261,14 @@ TIMM: dict[str, tuple[str, str]] = {
 
 
 def transformers_config(name: str) -> Any:
-    """The small config of an architecture; raises KeyError where this release of transformers does not have it."""
+    """Return the small configuration of an architecture. Raises KeyError if this transformers lacks it."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[name](**TRANSFORMERS[name].arguments)
 
 
 def cheapest_of_timm() -> dict[tuple[str, str], str]:
-    """TIMM computed again for the installed release, by (module, class). Takes minutes: makes every network's outline."""
+    """Compute TIMM for the installed release, by (module, class). Takes minutes: it creates every network."""
     import timm
     import torch
 

@@ -108,8 +108,11 @@ _PROCESSES.set_forkserver_preload(_PRELOADED)
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``options``: fields of BuildOptions, gates and size ranges as tables. ``name``: of its bundles, the source's by
-    default."""
+    """A model of the matrix.
+
+    ``options``: fields of BuildOptions; gates and size ranges are tables. ``name``: of its bundles, by default the
+    source's.
+    """
 
     source: str
     name: str | None = None
@@ -123,8 +126,12 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``profile``: of `edge-backbones profiles`, or a .toml file. ``flavour``: by the profile's kind. ``resource``: what a
-    worker has to offer, for engines that cannot be made anywhere; by default the GPU's architecture."""
+    """A device of the matrix.
+
+    ``profile``: a name from `edge-backbones profiles`, or a .toml file. ``flavour``: by default that of the profile's
+    kind. ``resource``: what a worker must offer, for engines that can be made only on the device; by default the GPU's
+    architecture.
+    """
 
     profile: str
     name: str | None = None
@@ -145,8 +152,10 @@ class Matrix(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """A bundle to build, or (``flavour``) an engine to add to it. ``digest``: of all that decides what comes out. ``why`` it
-    cannot be made: something of that cannot be read."""
+    """A bundle to build, or an engine (with ``flavour``) to add to it.
+
+    ``digest``: of everything that decides the result. ``why``: why it cannot be made, if an input cannot be read.
+    """
 
     model: str
     precision: Precision
@@ -192,7 +201,7 @@ raises is the end of that task; NoWorkerError leaves it waiting."""
 
 
 def read_matrix(path: Path) -> Matrix:
-    """Raises InputError that names the file and the field."""
+    """Read a matrix file. Raises InputError that names the file and the field."""
     try:
         data = read_file(path, limit=_MAX_BYTES)
     except OSError as error:
@@ -220,7 +229,7 @@ def read_matrix(path: Path) -> Matrix:
 
 
 def tasks_of(matrix: Matrix, folder: Path) -> list[tuple[Task, list[Task]]]:
-    """Every bundle, and the engines that are added to it. Paths in the matrix are relative to its ``folder``.
+    """Return a task for every bundle and every engine. Paths in the matrix are relative to its ``folder``.
 
     Digests are of contents, not of places and names: a folder may move.
     """
@@ -242,7 +251,7 @@ def tasks_of(matrix: Matrix, folder: Path) -> list[tuple[Task, list[Task]]]:
 def _model_task(
     model: Model, matrix: Matrix, folder: Path, hash_of: Callable[[Path], str]
 ) -> tuple[Task, dict[str, Any], str]:
-    """The bundle of a model, what it is made of by content, and why that cannot be read: empty where it can."""
+    """Return the task of a model's bundle, its inputs by content, and why an input cannot be read (empty if all can)."""
     images = model.images or matrix.images
     place = None if images is None else (folder / images).resolve()
     source, options, meant = model.source, dict(model.options), dict(model.options)
@@ -267,7 +276,7 @@ def _model_task(
 
 
 def engine_task(build: Task, device: Device, folder: Path) -> Task | None:
-    """None for this machine's own CPU: that engine comes with the bundle."""
+    """Return the task of an engine; None for this machine's own CPU, whose engine comes with the bundle."""
     path = _found_profile(device.profile, folder)
     profile = load_profile(path)
     kinds = {"cpu": "openvino", "rtx": "tensorrt_rtx"}
@@ -309,7 +318,7 @@ def _versions() -> dict[str, str]:
 
 
 def _hash_of(path: Path) -> str:
-    """Of a file's content, or of all files of a folder and their names in it."""
+    """Return the hash of a file's content, or of all files of a folder and their names."""
     digest = hashlib.sha256()
     try:
         if not path.exists():
@@ -337,7 +346,10 @@ def _sha256(file: Any) -> Any:
 async def build_matrix(
     path: Path, *, run: Run, say: Callable[[str], None] = print, resources: Mapping[str, float] | None = None
 ) -> dict[str, Ending]:
-    """Every cell that is not there yet; ``run`` says how many at a time. ``resources``: devices that can be had."""
+    """Make every cell that is missing or out of date.
+
+    ``run``: carries out a task, and limits how many run at a time. ``resources``: devices that are available.
+    """
     matrix = read_matrix(path)
     out = (path.parent / matrix.out).resolve()
     try:
@@ -408,8 +420,10 @@ async def build_matrix(
 def _longest_first(
     todo: Sequence[tuple[Task, list[Task]]], earlier: Mapping[str, Ending]
 ) -> list[tuple[Task, list[Task]]]:
-    """So that no long cell begins when the others are done. What was never timed goes first, calibrated precisions before
-    the others, which take less."""
+    """Sort tasks by the time they took last, longest first, so that no long cell starts when the others are done.
+
+    Tasks without a time come first, and among them calibrated precisions, which take longer.
+    """
 
     def seconds(task: Task) -> float:
         return earlier[task.name].seconds if task.name in earlier else 0.0
@@ -424,13 +438,13 @@ def _longest_first(
 
 
 def _words(error: BaseException) -> str:
-    """What an error says, in one line; with its kind where it is none of ours."""
+    """Return an error in one line, with its type unless it is one of ours."""
     said = " ".join(str(error).split())
     return said if isinstance(error, EdgeBackbonesError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
 
 
 def _holds(bundle: Path, engines: Sequence[str]) -> bool:
-    """Whether a bundle is there with these engines, every file of the right size."""
+    """Return whether a bundle is there with these engines, and every file has the right size."""
     try:
         manifest = Bundle.open(bundle).manifest
         found = {engine.name: engine for engine in manifest.engines}
@@ -464,7 +478,7 @@ def _write_state(path: Path, endings: Mapping[str, Ending]) -> None:
 
 
 def carry_out(task: Task, bundle: Path) -> tuple[str, ...]:
-    """Build the bundle, or add the engine to it; returns the names of the engines that are in it for that."""
+    """Build the bundle or add the engine; return the names of the engines that this put into it."""
     if task.flavour is not None:
         return add_engine(bundle, **_order(task))
     from edge_backbones.toolchain.build import build_bundle
@@ -475,7 +489,7 @@ def carry_out(task: Task, bundle: Path) -> tuple[str, ...]:
 
 
 def build_options(task: Task) -> BuildOptions:
-    """Raises InputError that names the option."""
+    """Return the BuildOptions of a model. Raises InputError that names the option."""
     from edge_backbones.toolchain.build import OF_CALIBRATED, BuildOptions
 
     elsewhere = () if task.precision.is_calibrated else OF_CALIBRATED  # what the cells beside this one are told
@@ -491,7 +505,7 @@ def build_options(task: Task) -> BuildOptions:
 
 
 def _order(task: Task) -> dict[str, Any]:
-    """What a device has to know to make the engine, as plain values."""
+    """Return what a device needs to know to make an engine, as plain values."""
     return {
         "precision": task.precision.value,
         "flavour": task.flavour,
@@ -512,12 +526,12 @@ def add_engine(
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def here(jobs: int) -> Run:
-    """So many processes at a time; one at a time on a GPU, whose kernels it times."""
+    """Return a function that runs tasks here, several at a time; on a GPU one at a time, because engines are timed."""
     free, threads = asyncio.Semaphore(jobs), ThreadPoolExecutor(jobs)
     devices: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
 
@@ -532,7 +546,7 @@ def here(jobs: int) -> Run:
 
 
 async def run_child(task: Task, bundle: Path, threads: ThreadPoolExecutor) -> tuple[str, ...]:
-    """In a process of its own, which a thread waits for: a cell that crashes, or is killed, takes no other along."""
+    """Run a task in a process of its own, so that a cell that crashes or is killed harms no other."""
     receiver, sender = _PROCESSES.Pipe(duplex=False)
     with receiver:
         with sender:  # the process has its own: what it leaves unsaid ends the reading
@@ -554,7 +568,7 @@ async def run_child(task: Task, bundle: Path, threads: ThreadPoolExecutor) -> tu
 
 
 def _outcome(process: Any, receiver: Connection) -> tuple[tuple[str, ...], str]:
-    """What a cell has sent, once its process has ended: the names of its engines, or why there are none."""
+    """Return what a cell sent before its process ended: the names of its engines, or why there are none."""
     try:
         engines, why = receiver.recv()
     except (EOFError, OSError):
@@ -566,7 +580,7 @@ def _outcome(process: Any, receiver: Connection) -> tuple[tuple[str, ...], str]:
 
 
 def child(text: bytes, bundle: str, sender: Connection) -> None:
-    """Carry out a task, and send the names of its engines, or why there are none. What libraries print is dropped."""
+    """Carry out a task, and send the names of its engines or the reason of the failure. Library output is dropped."""
     threading.Thread(target=_end_with_the_matrix, daemon=True).start()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
@@ -578,7 +592,7 @@ def child(text: bytes, bundle: str, sender: Connection) -> None:
 
 
 def _end_with_the_matrix() -> None:
-    """Who kills the matrix wants no cell to go on writing."""
+    """Make this process end when the matrix is killed, so that no cell goes on writing."""
     matrix = multiprocessing.parent_process()
     if matrix is not None:
         matrix.join()
@@ -589,7 +603,7 @@ def _end_with_the_matrix() -> None:
 
 
 def on_ray(address: str, elsewhere: Run) -> tuple[Run, dict[str, float]]:
-    """How to run a task on the device of a cluster, and the devices that it has; what needs none is run ``elsewhere``."""
+    """Return how to run a task on a device of a Ray cluster, and its devices; other tasks run ``elsewhere``."""
     try:
         import ray
     except ImportError as error:
@@ -640,7 +654,10 @@ def on_ray(address: str, elsewhere: Run) -> tuple[Run, dict[str, float]]:
 def _on_worker(
     order: dict[str, Any], packed: bytes, profile: str | None
 ) -> tuple[float, list[tuple[bytes, dict[str, bytes]]]]:
-    """Seconds, and the records and files of the engines that were made. ``profile``: the text of a profile that is a file."""
+    """Compile on a worker: return the seconds, and the records and files of the engines.
+
+    ``profile``: the text of a profile that is a file.
+    """
     # Older releases of Ray hide every GPU from a task that asks for none of their resource "GPU". Here the device is a
     # resource of its own, and the first look at CUDA decides what this process sees.
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -664,7 +681,7 @@ def _on_worker(
 
 
 def pack(bundle: Path) -> bytes:
-    """A bundle without the engines of other devices, which may come and go meanwhile."""
+    """Return a bundle without the engines of other devices, which may change meanwhile."""
     opened = Bundle.open(bundle)
     manifest = msgspec.structs.replace(opened.manifest, engines=())
     stream = io.BytesIO()
@@ -714,12 +731,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def local_resources() -> dict[str, float]:
-    """The GPUs that are here, by architecture."""
+    """Return the GPUs of this machine by architecture."""
     return {gpu.architecture: 1.0 for gpu in gpus.find_gpus()}
 
 
 def show(endings: Mapping[str, Ending]) -> None:
-    """A row per bundle, a column per device."""
+    """Print a row per bundle and a column per device."""
     from rich.console import Console
     from rich.table import Table
 

@@ -16,7 +16,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Figure:
-    """How many of how many, and how many it has to be."""
+    """How many of how many passed, and how many must."""
 
     what: str
     count: int
@@ -33,14 +33,14 @@ def main() -> None:
 
 
 def write(source: Path, page: Path) -> list[Figure]:
-    """Write the page of a results file; returns its figures."""
+    """Write the page of a results file; return its figures."""
     results = json.loads(source.read_text(encoding="utf-8"))["results"]
     page.write_text(render(results), encoding="utf-8")
     return figures(results)
 
 
 def figures(results: Results) -> list[Figure]:
-    """What the sweep is for. An item that was not measured counts as one that failed."""
+    """Return the figures that the sweep is for. An item that was not measured counts as failed."""
     passed = {
         library: [r for r in results.values() if r["library"] == library and fp32_passed(r)] for library in _TABLES
     }
@@ -61,7 +61,7 @@ def figures(results: Results) -> list[Figure]:
 
 
 def render(results: Results) -> str:
-    """The whole page."""
+    """Return the whole page."""
     lines = [
         "# Coverage",
         "",
@@ -101,7 +101,7 @@ def compiled(result: Mapping[str, Any], precision: str) -> bool:
 
 
 def _versions(results: Results) -> list[str]:
-    """The libraries, or what varies when results of several runs are together."""
+    """Return the versions of the libraries; if several runs are mixed, those that vary."""
     found: dict[str, set[str]] = {}
     for result in results.values():
         for library, version in result["versions"].items():

@@ -16,7 +16,7 @@ _ASK = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
 
 
 def build_wheel(folder: Path) -> Path:
-    """The project's wheel, in ``folder``; made from a copy, because setuptools leaves a folder named build where it works."""
+    """Build the project's wheel in ``folder``, from a copy, because setuptools leaves a folder named build behind."""
     source = folder / "source"
     for name in ("edge_backbones", "profiles"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -30,12 +30,12 @@ def build_wheel(folder: Path) -> Path:
 
 
 def find_oldest_python() -> str | None:
-    """A Python 3.10 that starts and can make environments, or None: of the PATH, of pyenv, of uv."""
+    """Return a Python 3.10 that starts and can create environments, from PATH, pyenv or uv; None if there is none."""
     return next((candidate for candidate in _candidates() if _is_oldest(candidate)), None)
 
 
 def build_small(target: Path) -> Path:
-    """A bundle of a small network, int8 and fp32, with engines for this CPU."""
+    """Build a bundle of a small network, int8 and fp32, with engines for this CPU."""
     import numpy as np
     from skimage import data
 

@@ -114,7 +114,7 @@ print(json.dumps({
 
 
 class EmulationError(RuntimeError):
-    """What does not work here, and what to do, in a line."""
+    """Emulation does not work here; the message says what to do, in one line."""
 
 
 def main() -> None:
@@ -163,7 +163,7 @@ def alone() -> Iterator[None]:
 
 
 def archive(mirror: str | None, suite: str | None) -> tuple[str, str]:
-    """Where debootstrap gets packages: what is said, or the first release in apt's own configuration."""
+    """Return where debootstrap gets packages: the one that was named, or the first release in apt's configuration."""
     if mirror and suite:
         return mirror, suite
     told = command("apt-get", "indextargets", "--format", "$(SITE)|$(RELEASE)|$(COMPONENT)", "Created-By: Packages")
@@ -176,14 +176,14 @@ def archive(mirror: str | None, suite: str | None) -> tuple[str, str]:
 
 
 def first_release(targets: str) -> tuple[str, str] | None:
-    """Address and name of the first release with a main component; updates and security alone are not a system."""
+    """Return address and name of the first release with a main component; updates alone are no system."""
     rows = [line.split("|") for line in targets.splitlines()]
     releases = [(site, release) for site, release, component in rows if component == "main" and "-" not in release]
     return next(iter(releases), None)
 
 
 def make_root(mirror: str, suite: str) -> Path:
-    """The files of a small system for arm64 with Python. Unpacked and not configured: only Python is run there."""
+    """Create the files of a small arm64 system with Python. Packages are unpacked, not configured: only Python runs."""
     root = CACHE / suite
     if root.is_dir():
         return root
@@ -206,7 +206,7 @@ def make_root(mirror: str, suite: str) -> Path:
 
 
 def emulate(bundle: Path | None, root: Path, cpu: str) -> dict[str, Any]:
-    """Install, compile, run and compare; prints what it finds and returns what goes into the results."""
+    """Install, compile, run and compare. Prints its findings, and returns what goes into the results."""
     network(root)
     write_cpuinfo(root, cpu)
     work = root / "data"
@@ -260,7 +260,7 @@ def emulate(bundle: Path | None, root: Path, cpu: str) -> dict[str, Any]:
 
 
 def precisions_of(bundle: Bundle) -> list[str]:
-    """Of the engines for a CPU like this one; EmulationError where there are none."""
+    """Return the precisions of the engines for a CPU like this one. Raises EmulationError if there are none."""
     keys = [engine.key for engine in bundle.manifest.engines]
     found = [key.precision for key in keys if key.flavour == "openvino" and key.architecture == platform.machine()]
     if not found:
@@ -271,7 +271,7 @@ def precisions_of(bundle: Bundle) -> list[str]:
 def judge(
     precision: str, gate: Gate, device: Mapping[str, np.ndarray], references: Mapping[str, Mapping[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Each map of the device against the golden samples and against this machine's engine, by the engine's gate."""
+    """Compare each map of the device with the golden samples and with this machine's engine, by the engine's gate."""
     rows = []
     for stage in dict.fromkeys(key.partition("/")[2] for key in device):
         found = {name: worst(stage, reference, device, gate) for name, reference in references.items()}
@@ -285,7 +285,7 @@ def judge(
 def worst(
     stage: str, expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray], gate: Gate
 ) -> dict[str, Any]:
-    """The worst image of all cases, figure by figure."""
+    """Return the worst image of all cases, figure by figure."""
     keys = [key for key in actual if key.partition("/")[2] == stage]
     images = [
         compare(stage, one, other, gate) for key in keys for one, other in zip(expected[key], actual[key], strict=True)
@@ -299,7 +299,7 @@ def worst(
 
 
 def network(root: Path) -> None:
-    """What pip needs there: names of hosts, and the certificates that this machine trusts."""
+    """Give the system what pip needs: host names, and the certificates that this machine trusts."""
     for name in ("resolv.conf", "hosts"):
         if Path("/etc", name).exists():
             (root / "etc" / name).write_bytes(Path("/etc", name).read_bytes())
@@ -309,7 +309,7 @@ def network(root: Path) -> None:
 
 
 def write_cpuinfo(root: Path, cpu: str) -> None:
-    """A /proc/cpuinfo like that of the machine that QEMU shows: it leaves this machine's there."""
+    """Write a /proc/cpuinfo like that of the emulated machine: QEMU would show this machine's."""
     (root / "cpuinfo").unlink(missing_ok=True)
     try:
         version, *capabilities = json.loads(inside(root, cpu, "/usr/bin/python3", "-c", _ASK_CPU))
@@ -332,7 +332,7 @@ def cpuinfo(hwcap: int, hwcap2: int) -> str:
 
 
 def install(root: Path, cpu: str, work: Path) -> None:
-    """The wheel and what it asks for. The environment stays for the next run, the wheel is always this one."""
+    """Install the wheel and its dependencies. The environment is kept for the next run, the wheel is always new."""
     print("installing there: minutes the first time", flush=True)
     if not (root / _PYTHON.lstrip("/")).is_symlink():
         inside(root, cpu, "/usr/bin/python3", "-m", "venv", "/opt/env")
@@ -344,7 +344,7 @@ def install(root: Path, cpu: str, work: Path) -> None:
 
 
 def inside(root: Path, cpu: str, *words: str) -> str:
-    """What a command in the emulated system prints."""
+    """Run a command in the emulated system, and return its output."""
     qemu = shutil.which("qemu-aarch64-static")
     environment = {"HOME": "/root", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "QEMU_CPU": cpu}
     environment |= {name: value for name, value in os.environ.items() if name.upper() in _PASSED_ON}

@@ -37,7 +37,7 @@ class Release:
         return f"{self.flavour}-{self.release}"
 
     def why_not_here(self) -> str:
-        """Why this Python cannot import it, or an empty string."""
+        """Return why this Python cannot import a release; empty if it can."""
         if not sys.platform.startswith("linux") or os.uname().machine not in self.machines:
             return (
                 f"{self} has wheels for Linux on {' and '.join(self.machines)} only, this is {sysconfig.get_platform()}"
@@ -78,12 +78,12 @@ _LIBRARY_NAME = re.compile(rb"\0(lib(?:nvinfer|nvonnxparser|tensorrt)\w*\.so\.\d
 
 
 def default_folder() -> Path:
-    """Beside the packages of this Python, whose release the wheels are for."""
+    """Return a folder beside the packages of this Python, because the wheels are for its release."""
     return Path(sys.prefix) / "bindings"
 
 
 def fetch(release: Release, folder: Path) -> Path:
-    """The folder to put on a Python path, made when it is not there; raises RuntimeError with what to do."""
+    """Return the folder to put on a Python path; download it if it is not there. Raises RuntimeError with the fix."""
     place, marker = folder / str(release), f"{release.package}=={release.version}\n{_STUBS}"
     if (place / ".complete").is_file() and (place / ".complete").read_text(encoding="utf-8") == marker:
         return place

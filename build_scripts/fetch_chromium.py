@@ -21,7 +21,7 @@ _ADVICE = "install Chromium or Google Chrome (Debian, Ubuntu: apt install chromi
 
 
 def find_chromium() -> Path | None:
-    """The first Chromium or Chrome: of the PATH, then where macOS and Windows keep programs."""
+    """Return the first Chromium or Chrome: on the PATH, then where macOS and Windows keep programs."""
     for command in _COMMANDS:
         if found := shutil.which(command):
             return Path(found)
@@ -38,7 +38,7 @@ def find_chromium() -> Path | None:
 
 
 def require_chromium() -> Path:
-    """The same; raises RuntimeError with what to do where there is none."""
+    """Return the first Chromium or Chrome. Raises RuntimeError with the fix if there is none."""
     found = find_chromium()
     if found is None:
         raise RuntimeError(
@@ -48,7 +48,7 @@ def require_chromium() -> Path:
 
 
 def install_chromium(run: Callable[[list[str]], None] | None = None) -> Path:
-    """Debian's package, where apt-get is there and may install; raises RuntimeError with what to do elsewhere."""
+    """Install Debian's package with apt-get. Raises RuntimeError with the fix if that is not possible."""
     run = run or _run
     if shutil.which("apt-get") is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
         raise RuntimeError(f"there is no Chromium on this machine, and only root can add Debian's: {_ADVICE}")

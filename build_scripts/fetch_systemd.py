@@ -16,7 +16,7 @@ _ADVICE = "install systemd (Debian, Ubuntu: apt install systemd)"
 
 
 def require_analyze() -> str:
-    """The path of systemd-analyze; raises RuntimeError with what to do where there is none."""
+    """Return the path of systemd-analyze. Raises RuntimeError with the fix if there is none."""
     found = shutil.which("systemd-analyze")
     if found is None:
         raise RuntimeError(f"there is no systemd-analyze on this machine: {_ADVICE}")
@@ -24,7 +24,7 @@ def require_analyze() -> str:
 
 
 def install_analyze() -> str:
-    """Debian's package, where apt-get is there and may install; raises RuntimeError with what to do elsewhere."""
+    """Install Debian's package with apt-get. Raises RuntimeError with the fix if that is not possible."""
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         raise RuntimeError(f"there is no systemd-analyze on this machine, and only root can add Debian's: {_ADVICE}")
     for command in (["update"], ["install", "--yes", "--no-install-recommends", "systemd"]):

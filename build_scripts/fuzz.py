@@ -95,7 +95,10 @@ resource = "x"
 
 @dataclass(frozen=True)
 class Kind:
-    """``damaged``: the bytes of a case; ``use``: what is done with them, which may raise errors of ours."""
+    """One kind of file.
+
+    ``damaged``: returns the bytes of a case. ``use``: reads them, and may raise errors of ours.
+    """
 
     damaged: Callable[[random.Random], bytes]
     use: Callable[[bytes], object]
@@ -105,7 +108,7 @@ class Kind:
 
 
 def damaged_bytes(data: bytes, draw: random.Random, *, text: bool) -> bytes:
-    """Bytes changed, cut out, doubled or put in; in texts also numbers and signs that parsers trip over."""
+    """Change, remove, double or insert bytes; in texts also numbers and signs that trouble parsers."""
     changed = bytearray(data)
     for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
         if not changed:
@@ -141,7 +144,7 @@ def damaged_bytes(data: bytes, draw: random.Random, *, text: bool) -> bytes:
 
 
 def damaged_document(document: dict[str, Any], draw: random.Random) -> dict[str, Any]:
-    """Values replaced by others of their type or of any, taken out, doubled, renamed or exchanged."""
+    """Replace values of a JSON document by others, or remove, double, rename or exchange them."""
     changed = copy.deepcopy(document)
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         inner: Any = changed
@@ -183,7 +186,7 @@ def _alike(value: Any, draw: random.Random) -> Any:
 
 
 def sealed(document: dict[str, Any]) -> bytes:
-    """A manifest.json with the right digest, whatever it says."""
+    """Give a manifest.json the right digest, whatever it says."""
     rest = {key: value for key, value in document.items() if key != "digest"}
     body = json.dumps({**rest, "digest": ""}, indent=2).encode("utf-8", "surrogatepass") + b"\n"
     return body[:-4] + hashlib.sha256(body).hexdigest().encode() + body[-4:]
@@ -193,7 +196,7 @@ def sealed(document: dict[str, Any]) -> bytes:
 
 
 def kinds(folder: Path) -> dict[str, Kind]:
-    """Every kind of file, with good ones in ``folder`` to damage."""
+    """Return every kind of file, with good ones in ``folder`` to damage."""
     bundle = make_bundle(folder / "net.bundle")
     return {
         "manifests": _manifests(bundle),
@@ -376,7 +379,7 @@ def _profiles(folder: Path) -> Kind:
 
 
 def comparison() -> results.Comparison:
-    """A result of `edge-backbones bench` with two contenders that ran and one that did not."""
+    """Return a result of `edge-backbones bench` with two contenders that ran and one that did not."""
     machine = results.Machine(
         name="m", architecture="x86_64", cpu_features=("avx2",), cores=2, memory_bytes=1 << 33, system="Linux",
         python="3.11", gpu=None, settings={"governor": "performance"}, commit=None,
@@ -448,7 +451,7 @@ def _matrix(folder: Path) -> Kind:
 
 @dataclass
 class Found:
-    """What came of the cases of one kind."""
+    """Results of the cases of one kind."""
 
     endings: Counter[str]
     findings: list[str]
@@ -457,7 +460,7 @@ class Found:
 
 
 def run(kind: Kind, numbers: range, *, started: Callable[[int], None] = lambda _: None) -> Found:
-    """Try cases by number in this process; `Found.findings` says what went wrong, a line each."""
+    """Try cases by number in this process. `Found.findings` has one line for each that went wrong."""
     found = Found(Counter(), [])
     for number in numbers:
         started(number)
@@ -489,7 +492,7 @@ def _peak_mb() -> float:
 
 
 def _child(name: str, begin: int, end: int) -> None:
-    """Try cases, and say on stdout which one begins, and in the end what came of all."""
+    """Try cases. Print the number of each when it begins, and the results at the end."""
     with tempfile.TemporaryDirectory() as folder:
 
         def started(number: int) -> None:
@@ -507,7 +510,7 @@ def _child(name: str, begin: int, end: int) -> None:
 
 
 def _in_children(name: str, count: int, batch: int, patience: float = 120.0) -> tuple[Found, list[str]]:
-    """Every case of a kind in child processes, and those that ended a child."""
+    """Try every case of a kind in child processes, and note those that ended a child."""
     whole, deaths = Found(Counter(), []), []
     begin = 0
     while begin < count:

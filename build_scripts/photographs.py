@@ -16,7 +16,7 @@ _SMALLEST_CROP = 200
 
 
 def photographs() -> dict[str, Image.Image]:
-    """Every photograph by name, RGB."""
+    """Return every photograph by name, RGB."""
     found = {}
     for package, names in SOURCES.items():
         for name in names:

@@ -26,8 +26,11 @@ OUT = Path("benchmarks/results/preprocessing.md")
 
 
 class Case(NamedTuple):
-    """``name``: of the class, without ImageProcessor. ``of``: who comes with it. ``since``: the release of transformers from
-    which on it is made without files of the hub."""
+    """An image processor class to compare.
+
+    ``name``: of the class, without ImageProcessor. ``of``: the models that use it. ``since``: the release of
+    transformers from which on it needs no files of the hub.
+    """
 
     name: str
     of: str
@@ -93,7 +96,7 @@ NOTED = (
 
 
 def classes(case: Case) -> list[Any]:
-    """The classes of a case that this transformers has: on torchvision, and on Pillow and numpy."""
+    """Return the classes of a case in this transformers: the one on torchvision, and the one on Pillow and numpy."""
     if int(transformers.__version__.partition(".")[0]) < case.since:
         return []
     names = (f"{case.name}ImageProcessor{back_end}" for back_end in ("", "Fast", "Pil"))
@@ -102,7 +105,7 @@ def classes(case: Case) -> list[Any]:
 
 
 def pictures() -> dict[str, Image.Image]:
-    """Photographs: landscape and portrait, and smaller than an input."""
+    """Return photographs: landscape and portrait, and smaller than an input."""
     found = photographs()
     coffee, rocket = found["coffee"], found["rocket"]
     return {
@@ -114,7 +117,7 @@ def pictures() -> dict[str, Image.Image]:
 
 
 def largest_difference(processor: Any, preprocessing: Preprocessing) -> float:
-    """Grey levels between a processor's pixels and those of `fit` and the graph, over all pictures."""
+    """Return the largest difference in grey levels between a processor's pixels and ours, over all pictures."""
     return max(_difference(preprocessing, picture, pixels_of(processor, picture)) for picture in pictures().values())
 
 

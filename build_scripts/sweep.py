@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def chosen(patterns: Sequence[str] | None) -> list[str]:
-    """Items that one of the patterns names, in the order of the tables."""
+    """Return the items that one of the patterns names, in the order of the tables."""
     return [name for name in ITEMS if patterns is None or any(fnmatch.fnmatch(name, p) for p in patterns)]
 
 
@@ -102,7 +102,7 @@ def check_representatives() -> None:
 
 
 async def sweep(names: Sequence[str], out: Path, jobs: int, timeout: float, *, fresh: bool = False) -> None:
-    """Measure what is not in ``out`` yet, ``jobs`` at a time; every result is in the file as soon as it is known."""
+    """Measure what is not in ``out`` yet, ``jobs`` at a time; every result is written as soon as it is known."""
     versions = library_versions()
     known = read_results(out)
     todo = [name for name in names if fresh or not is_done(known.get(name), versions)]
@@ -125,7 +125,7 @@ async def sweep(names: Sequence[str], out: Path, jobs: int, timeout: float, *, f
 
 
 async def run_child(command: Sequence[str], folder: Path, timeout: float, jobs: int = 1) -> dict[str, Any]:
-    """Run one child; what it wrote before it crashed or was stopped counts, with the cause added."""
+    """Run one child. If it crashes or is stopped, the result it wrote so far counts, with the cause added."""
     started = time.monotonic()
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with (folder / "log").open("wb") as log:
@@ -158,7 +158,7 @@ async def run_child(command: Sequence[str], folder: Path, timeout: float, jobs: 
 
 
 def how_it_ended(code: int, log: Path) -> str:
-    """Empty for a child that finished; else the signal, or the last line it wrote."""
+    """Return how a child failed: the signal, or the last line it wrote; empty if it finished."""
     if code < 0:
         return f"died of {signal.Signals(-code).name}"
     if code == 0:
@@ -175,7 +175,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_result(path: Path, name: str, result: dict[str, Any]) -> None:
-    """Put one result into the file, which is whole at any moment."""
+    """Put one result into the file, which is complete at any moment."""
     results = {**read_results(path), name: result}
     ordered = {known: results[known] for known in sorted(results)}
     write_json(path, {"results": ordered})
@@ -193,7 +193,7 @@ def is_done(result: dict[str, Any] | None, versions: dict[str, str]) -> bool:
 
 
 def library_versions() -> dict[str, str]:
-    """Of what a result depends on; a library that is not installed is left out."""
+    """Return the versions of the libraries that results depend on, without those that are not installed."""
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -202,7 +202,7 @@ def library_versions() -> dict[str, str]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What is known of an item without building it."""
+    """Return what is known of an item without building it."""
     library, _, model = name.partition("/")
     if library == "timm":
         module, feature_class = TIMM[model]
@@ -211,7 +211,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """One line for the terminal."""
+    """Return one line for the terminal."""
     if result.get("causes"):
         return "; ".join(f"{part}: {cause}" for part, cause in result["causes"].items())
     relative, cosine, seconds = result["fp32"]["relative"], result["int8"]["cosine"], result["seconds"]["all"]
@@ -222,13 +222,14 @@ def summary(result: dict[str, Any]) -> str:
 
 
 class Finding(Exception):  # noqa: N818  (a result of the sweep, not an error of its own)
-    """Something that the sweep itself finds wrong with an engine."""
+    """The sweep itself found something wrong with an engine."""
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Build and compile one item in ``folder``, where result.json is up to date at every step. Failures are causes in it.
+    """Build and compile one item in ``folder``. Failures become causes in its result.json.
 
-    While it runs, ``step`` says "part:what it does", so that a crash is blamed on the right part.
+    That file is up to date after every step. While the sweep runs, its ``step`` says "part:what it does", so that a
+    crash is blamed on the right part.
     """
     result: dict[str, Any] = {"causes": {}, "seconds": {}}
 
@@ -261,7 +262,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def build(name: str, folder: Path, result: dict[str, Any], record: Callable[[str], None]) -> Path:
-    """The bundle of an item, at a small size that is not square if the network takes one, else at its own size."""
+    """Build the bundle of an item, at a small size that is not square if the network takes one, else at its own size."""
     from build_scripts.photographs import write_crops
     from edge_backbones.errors import CalibrationError, SourceError
 
@@ -291,7 +292,7 @@ def build_at(
     result: dict[str, Any],
     record: Callable[[str], None],
 ) -> Path:
-    """The bundle with as many precisions as can be had; each that fails leaves its cause in the result."""
+    """Build the bundle with as many precisions as possible; each that fails leaves its cause in the result."""
     from edge_backbones import BuildOptions, build_bundle
     from edge_backbones.errors import CalibrationError, ExportError, SourceError
     from edge_backbones.parity_report import Gate, ParityError
@@ -346,12 +347,12 @@ def build_at(
 
 
 def part_of(step: str) -> str:
-    """The precision that a step of the build is for: "compiling int8". What comes before is needed by all."""
+    """Return the precision that a step is for: "compiling int8". Earlier steps are needed by all."""
     return next((precision for precision in ("fp16", "int8") if precision in step), "fp32")
 
 
 def worst(report: Any) -> dict[str, float]:
-    """The worst stage of a parity report, figure by figure."""
+    """Return the worst stage of a parity report, figure by figure."""
     return {
         "relative": significant(max(stage.relative for stage in report.stages)),
         "cosine": significant(min(stage.cosine for stage in report.stages), 6),
@@ -360,7 +361,7 @@ def worst(report: Any) -> dict[str, float]:
 
 
 def parameters(bundle: Path) -> int:
-    """Numbers in the weights of the fp32 graph: those that the kept stages need, batch norm folded."""
+    """Return the number of weights of the fp32 graph: of the kept stages, with batch norm folded."""
     import onnx
 
     weights = onnx.load(bundle / "graphs" / "fp32.onnx").graph.initializer
@@ -392,10 +393,11 @@ def run_other_batches(bundle: Path, result: dict[str, Any]) -> None:
 
 
 def compare_with_graph(bundle: Path, precision: str, result: dict[str, Any]) -> None:
-    """Run the typed graph in ONNX Runtime, node by node: the rounding of random weights is the graph's, not the engine's.
+    """Run the typed graph in ONNX Runtime, node by node, and compare the engine with it.
 
-    Fails when the engine is worse than its graph by more than another order of rounding explains, and when the graph is
-    much worse: the engine computes half as fp32, ONNX Runtime and GPUs do not, and there a number may leave its range.
+    The rounding of random weights is the graph's, not the engine's. Fails if the engine is worse than its graph by more
+    than another order of rounding explains. Also fails if the graph is much worse: the engine computes half as fp32,
+    ONNX Runtime and GPUs do not, and there a number may overflow.
     """
     import numpy as np
 
@@ -428,7 +430,7 @@ def compare_with_graph(bundle: Path, precision: str, result: dict[str, Any]) -> 
 
 
 def compile_with_rtx(bundle: Path, precision: str) -> bytes:
-    """The plan that TensorRT-RTX makes ahead of time for every GPU that has the format, without one here."""
+    """Compile a graph with TensorRT-RTX ahead of time, for every GPU that has the format."""
     from edge_backbones.bundle.reader import Bundle
     from edge_backbones.engines.tensorrt.compile import compile_plan
     from edge_backbones.spec import Precision
@@ -439,7 +441,7 @@ def compile_with_rtx(bundle: Path, precision: str) -> bytes:
 
 @contextlib.contextmanager
 def attempt(result: dict[str, Any], part: str) -> Iterator[None]:
-    """What goes wrong inside is the cause why this part failed."""
+    """Record an error in the block as the cause why a part failed."""
     try:
         yield
     except Exception as error:  # as in build_at
@@ -456,7 +458,7 @@ def timed(result: dict[str, Any], part: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error without line breaks, at a length for a table; with its type and place unless this project raised it."""
+    """Return an error as one short line, with its type and place unless this project raised it."""
     from edge_backbones.errors import EdgeBackbonesError
 
     text = " ".join(str(error).split())

@@ -1,6 +1,6 @@
-"""``AutoEdgeBackbone``: AutoBackbone's two constructors, giving a compiled backbone that is built when it is first asked for.
+"""``AutoEdgeBackbone``: the two constructors of transformers' AutoBackbone; the bundle is built when it is first needed.
 
-It loads the network to know its content, so it needs the ``build`` extra; a device opens a finished bundle with
+It loads the network to find its bundle by content, so it needs the ``build`` extra. A device opens a finished bundle with
 :class:`EdgeBackbone` instead.
 """
 
@@ -47,7 +47,7 @@ _CHOOSE_THE_NETWORK = (
     "cache",
 )
 _BY_CONTENT = ("calibration", "profile", "exclude", "gates")
-"""Files, sets and mappings: what they hold, however it is written."""
+"""Options whose content counts, not how they are written: files, sets and mappings."""
 
 
 class AutoEdgeBackbone:
@@ -56,14 +56,13 @@ class AutoEdgeBackbone:
     >>> backbone = AutoEdgeBackbone.from_pretrained("resnet50", out_indices=[1, 2, 3, 4])   # doctest: +SKIP
     >>> backbone(pixel_values).feature_maps                                                 # doctest: +SKIP
 
-    Both constructors return an :class:`EdgeBackbone`. The bundle behind it is kept under ``cache`` (the user's cache folder
-    by default) and found again by its content: weights, configuration, stages, options, what is in the files that the
-    options name, calibration images and the release of this package. The least recently used are deleted above 16 GB.
-    Arguments:
+    Both constructors return an :class:`EdgeBackbone`. Its bundle is kept in ``cache`` (by default the user's cache folder)
+    and found again by content: weights, configuration, stages, options, the files that the options name, calibration images
+    and the release of this package. Above 16 GB the least recently used bundles are deleted.
 
-    ``engine``: the precision, ``"fp32"``, ``"fp16"`` or ``"int8"``, which needs ``images`` to calibrate on. ``images`` and
-    ``options`` as in :func:`build_bundle`; stages that are given here replace those of ``options``. ``threads``: CPU
-    threads of the engine. ``progress``: called while a bundle is built.
+    ``engine`` is the precision, such as ``"fp32"``, ``"fp16"`` or ``"int8"``; int8 and fp8 need ``images`` to calibrate on.
+    ``images`` and ``options`` are those of :func:`build_bundle`; stages that are given here replace those of ``options``.
+    ``threads``: CPU threads of the engine. ``progress``: called while a bundle is built.
 
     Raises what :func:`build_bundle` raises; in particular ParityError, and then nothing is kept.
     """
@@ -89,10 +88,10 @@ class AutoEdgeBackbone:
         use_pretrained_backbone: bool = True,
         use_timm_backbone: bool | None = None,
     ) -> EdgeBackbone:
-        """A timm name, a hub id, or a local ``save_pretrained`` folder; the stages as in transformers.
+        """Open or build the backbone of a timm name, a hub id, or a local ``save_pretrained`` folder.
 
-        ``use_timm_backbone`` is accepted and has no effect: a name of timm means timm, as in transformers 5.
-        ``use_pretrained_backbone=False`` means seeded random weights.
+        ``out_indices`` and ``out_features`` choose stages as in transformers. ``use_timm_backbone`` has no effect: a name of
+        timm means timm, as in transformers 5. ``use_pretrained_backbone=False`` means seeded random weights.
         """
         options = options or BuildOptions()
         if not use_pretrained_backbone and options.weights == "pretrained":
@@ -114,7 +113,7 @@ class AutoEdgeBackbone:
         threads: int | None = None,
         progress: Progress = no_progress,
     ) -> EdgeBackbone:
-        """A configuration; weights are random as with AutoBackbone, but seeded, unless ``options.weights`` is a file."""
+        """Open or build the backbone of a configuration. Weights are random (seeded) unless ``options.weights`` is a file."""
         options = options or BuildOptions()
         if options.weights == "pretrained":
             options = dataclasses.replace(options, weights="random:0")
@@ -157,23 +156,23 @@ def _open(
         try:
             build_bundle(loaded, path, images=images, options=options, progress=progress)
         except BundleError:
-            if not path.exists():  # else another process was faster
+            if not path.exists():  # if it exists, another process built it meanwhile
                 raise
         _forget_oldest(folder, keep=path)
     with contextlib.suppress(OSError):
         os.utime(path)
-    # Another release of the engine library, or a cache shared by several machines: the engine is made or measured anew.
+    # After an update of the engine library, or from a cache that machines share, the engine is compiled or measured again.
     return EdgeBackbone.from_pretrained(path, engine=engine, threads=threads, on_mismatch="compile")
 
 
 def _content_key(
     loaded: LoadedBackbone, options: BuildOptions, profile: DeviceProfile | None, images: ImageSource
 ) -> str:
-    """The same for everything that makes the same bundle, wherever its files lie; another for everything else."""
+    """Return the hash of everything that decides what a bundle holds. Where files lie does not count, only their content."""
     from edge_backbones.toolchain.calibration.calibrate import read_calibration
     from edge_backbones.toolchain.sources.base import tensors_sha256
 
-    # What chose the network is in the loaded network; what is left says what is made of it.
+    # The options that chose the network count through the loaded network; the others say what is built from it.
     by_value = vars(options).keys() - {*_CHOOSE_THE_NETWORK, *_BY_CONTENT}
     rest: dict[str, Any] = {name: repr(getattr(options, name)) for name in by_value}
     rest["calibration"] = None if options.calibration is None else read_calibration(options.calibration)
@@ -192,6 +191,7 @@ def _content_key(
 
 
 def _images_sha256(images: ImageSource) -> str:
+    """Return the hash of calibration images. Raises CalibrationError for an iterable that can be read only once."""
     digest = hashlib.sha256()
     if images is None:
         return "synthetic"
@@ -201,7 +201,7 @@ def _images_sha256(images: ImageSource) -> str:
             if not path.is_dir() and not file.is_file():
                 raise CalibrationError(f"images {str(images)!r} are neither a folder nor a file")
             digest.update(os.fsencode(file.relative_to(path) if path.is_dir() else "") + b"\n")
-            with contextlib.suppress(OSError):  # a file that cannot be read: the build skips it with the reason
+            with contextlib.suppress(OSError):  # the build skips a file that cannot be read, and says why
                 digest.update(file.read_bytes())
         return digest.hexdigest()
     if not isinstance(images, (Sequence, np.ndarray)):
@@ -216,7 +216,7 @@ def _images_sha256(images: ImageSource) -> str:
 
 
 def _forget_oldest(folder: Path, keep: Path) -> None:
-    """Delete the least recently used bundles above the limit. An engine that is running was read into memory."""
+    """Delete the least recently used bundles above the limit. Running engines are in memory and lose nothing."""
     sizes = {
         path: (path.stat().st_mtime, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
         for path in folder.glob("*.bundle")

@@ -1,4 +1,4 @@
-"""How far one array is from another: the one relative error that every step, test of parity and client uses."""
+"""The relative error between two arrays, which every step, parity measurement and client uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 _WEAK = 1e-4
-"""A map this much weaker than its stage usually is (a black frame) says nothing by itself: rounding is as large."""
+"""A map below this share of its stage's usual norm (a black frame) is no reference: rounding errors are as large."""
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray, *, usual: float = 0.0) -> float:

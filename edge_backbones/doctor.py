@@ -1,6 +1,7 @@
-"""What this machine can build and run, and what to do about the rest. Looks only: installs, downloads and changes nothing.
+"""Say what this machine can build and run, and how to fix the rest. Nothing is installed, downloaded or changed.
 
-:func:`look` gathers; :func:`judge` and :func:`judge_engines` decide and need no machine: tests hand them recorded ones.
+:func:`look` describes the machine. :func:`judge` and :func:`judge_engines` turn a description into findings, so tests can
+give them recorded machines.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ _DISTRIBUTIONS = (
     "pycuda",
     "torch-tensorrt",
 )
-# A compilation of TensorRT takes about so much beside the plan itself, and the system some more.
+# What a compilation of TensorRT needs beside the plan, with some left for the system.
 _MEMORY_TO_COMPILE = 2 << 30
 _FIRST_L4T = 36  # JetPack 6
-_FIRST_CUDA = 12  # of cuda-bindings
+_FIRST_CUDA = 12  # the oldest CUDA that cuda-bindings exists for
 _INSTEAD_OF_JETPACK_5 = "flash JetPack 6.2 (Orin), or use the CPU engine in a container of Ubuntu 22.04"
 _BOARD = "-v /proc/device-tree/model:/tmp/nv_jetson_model:ro"  # where system.board_name looks for it
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing looked at. ``fix`` is empty when there is nothing to do."""
+    """One thing that was checked: what was found, and how to fix it. ``fix`` is empty if there is nothing to do."""
 
     topic: str
     ok: bool
@@ -58,7 +59,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Python(msgspec.Struct, frozen=True, kw_only=True):
-    """The interpreter that runs this. ``system_packages``: it sees those of the system's Python, which is the one in /usr."""
+    """The Python that runs this. ``system_packages``: whether it can import the packages of the Python in /usr."""
 
     version: str
     executable: str
@@ -67,8 +68,12 @@ class Python(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """What was seen. ``cores``: logical ones. ``libraries``: version by distribution. ``tensorrt``: version by flavour, of
-    those that load. ``broken``: distributions that are installed and do not load, and why. ``no_gpu``: why there is none."""
+    """Description of a machine.
+
+    ``cores``: logical cores. ``libraries``: the version of each installed distribution. ``tensorrt``: the version of each
+    TensorRT flavour that can be imported. ``broken``: distributions that are installed and fail to import, with the reason.
+    ``no_gpu``: why there is no GPU; empty if there is one.
+    """
 
     system: System
     host: hosts.Host
@@ -82,7 +87,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def look(root: Path = Path("/")) -> Machine:
-    """This machine; its files may be another's, under ``root``. Starts the driver, where there is one."""
+    """Describe this machine. Starts the GPU driver if there is one. Tests read another machine's files from ``root``."""
     libraries = {}
     for name in _DISTRIBUTIONS:
         try:
@@ -108,7 +113,7 @@ def look(root: Path = Path("/")) -> Machine:
         ),
         libraries=libraries,
         broken=broken,
-        # By import: on a Jetson no distribution is installed for pip to know.
+        # Found by importing: on a Jetson apt installs TensorRT, and pip does not list it.
         tensorrt={
             flavour: version
             for flavour in tensorrt_library.FLAVOURS
@@ -120,7 +125,7 @@ def look(root: Path = Path("/")) -> Machine:
 
 
 def judge(machine: Machine) -> list[Finding]:
-    """Everything that decides what can be built and run there, in the order in which a person would ask."""
+    """Return the findings about a machine, in the order in which a person would ask."""
     profile = _profile(machine)
     findings = [_machine(machine), _memory(machine)]
     findings += [_jetson(machine.system)] if machine.system.jetson else []
@@ -146,7 +151,7 @@ def _is_too_old(system: System) -> bool:
 
 
 def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
-    """One finding for each engine of a bundle: whether it runs there, or why not."""
+    """Return one finding per engine of a bundle: that it runs on the machine, or why it does not."""
     found = []
     for engine in bundle.manifest.engines:
         device = "cpu" if engine.key.gpu is None else "cuda"
@@ -161,6 +166,7 @@ def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
 
 
 def _way_to_run(machine: Machine, engine: EngineRecord, path: Path, reasons: Sequence[str]) -> str:
+    """Return the command or the advice that makes an engine run on the machine, which now refuses it for ``reasons``."""
     if engine.key.gpu is not None and not machine.gpus:
         instead = f"edge-backbones compile {path} makes one for this CPU"
         return _gpu(machine).fix or f"it is for a machine with that GPU; {instead}"
@@ -168,11 +174,12 @@ def _way_to_run(machine: Machine, engine: EngineRecord, path: Path, reasons: Seq
         return f"edge-backbones verify {path}"
     if any(COMPILE in reason for reason in reasons):
         return f"edge-backbones compile {path}" + (" --flavour openvino" if not engine.key.gpu and machine.gpus else "")
-    return "; ".join(reason.rpartition(": ")[2] for reason in reasons)  # each ends with its way out
+    return "; ".join(reason.rpartition(": ")[2] for reason in reasons)  # the advice follows the last colon
 
 
 def _sees_system_packages() -> bool:
-    if sys.base_prefix != "/usr":  # pyenv's, conda's
+    """Return whether this Python can import the packages of the Python in /usr."""
+    if sys.base_prefix != "/usr":  # a Python of pyenv or conda
         return False
     if sys.prefix == sys.base_prefix:
         return True
@@ -240,7 +247,7 @@ def _python(machine: Machine) -> Finding:
 
 
 def _int8(host: hosts.Host) -> Finding:
-    """Without dot-product instructions int8 still runs, at about the speed of fp32."""
+    """Check for int8 dot-product instructions: without them int8 runs at about the speed of fp32."""
     fast = [feature for feature in host.cpu_features if feature in _FAST_INT8]
     found = f"instructions: {', '.join(host.cpu_features) or 'not known on this system'}"
     fix = "" if fast else "this CPU has no int8 dot product: measure before you prefer int8 over fp32"
@@ -248,7 +255,7 @@ def _int8(host: hosts.Host) -> Finding:
 
 
 def _speed(machine: Machine) -> Finding:
-    """Power mode and clocks: what makes the same engine take half as long again tomorrow."""
+    """Check the power mode and the clocks, which change an engine's latency from one day to the next."""
     settings = machine.system.settings
     found = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "Jetson")
     fix = ""
@@ -264,7 +271,7 @@ def _speed(machine: Machine) -> Finding:
 
 
 def _library(machine: Machine, purpose: str, extra: str, distributions: Sequence[str]) -> Finding:
-    """An extra, by the distributions that it brings."""
+    """Check that the distributions of one extra are installed and can be imported."""
     versions = [f"{name} {machine.libraries[name]}" for name in distributions if name in machine.libraries]
     missing = [name for name in distributions if name not in machine.libraries]
     broken = [name for name in distributions if name in machine.broken]
@@ -289,7 +296,7 @@ def _gpu(machine: Machine) -> Finding:
 
 
 def _cuda(machine: Machine) -> Finding:
-    """Memory of the GPU is reached through one of two bindings; the toolkit itself is not needed."""
+    """Check that cuda-bindings or pycuda is installed: one of them is needed to use GPU memory, the CUDA toolkit is not."""
     versions = [
         f"{name} {machine.libraries[name]}" for name in ("cuda-bindings", "pycuda") if name in machine.libraries
     ]
@@ -306,7 +313,7 @@ def _cuda(machine: Machine) -> Finding:
 
 
 def why_not_the_gpu(machine: Machine) -> str:
-    """Why engines for this machine's GPU cannot be compiled here, and what to do; empty where they can or there is none."""
+    """Return why engines for this machine's GPU cannot be compiled, and the fix; empty if they can, or if there is no GPU."""
     if not machine.gpus:
         seen = _gpu(machine)
         return "" if seen.ok else f"there is a GPU, and it is not usable ({machine.no_gpu}): {seen.fix}"
@@ -317,7 +324,7 @@ def why_not_the_gpu(machine: Machine) -> str:
 
 
 def _serving(machine: Machine) -> str:
-    """Return the flavour that `edge-backbones compile` takes on a machine when none is named."""
+    """Return the flavour that `edge-backbones compile` picks on the machine if the user names none."""
     gpu = machine.gpus[0] if machine.gpus else None
     host = dataclasses.replace(machine.host, versions=machine.tensorrt, gpu=gpu, jetson=machine.system.jetson)
     return registry.serving(host).name
@@ -366,7 +373,7 @@ def _tensorrt(machine: Machine) -> Finding:
 
 
 def _optional(machine: Machine, flavour: str) -> Finding:
-    """A flavour that few need: nothing to fix where it is absent, unless this is the machine for it."""
+    """Check a flavour that few need: its absence needs no fix unless this machine's GPU depends on it."""
     purpose, install = {
         "tensorrt_lean": ("run version-compatible plans (TensorRT lean)", "pip install tensorrt-lean"),
         "tensorrt_rtx": ("compile for RTX GPUs, without one too (TensorRT-RTX)", "pip install 'edge-backbones[rtx]'"),

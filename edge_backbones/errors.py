@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose.
+"""Every error that this package raises on purpose, as a tree.
 
 ::
 
@@ -40,9 +40,9 @@ from typing import Any
 
 
 class EdgeBackbonesError(Exception):
-    """Base class: catch it to catch every refusal of this package. It pickles, so that it comes out of a worker process.
+    """Base class of all errors of this package. It can be pickled, so it can leave a worker process.
 
-    Texts are stored as `visible` shows them: messages quote names out of bundles, which strangers chose.
+    Messages are stored as `visible` shows them, because they quote names from bundles that strangers may have written.
     """
 
     def __init__(self, *args: object) -> None:
@@ -53,7 +53,7 @@ class EdgeBackbonesError(Exception):
 
 
 def _again(kind: type[EdgeBackbonesError], args: tuple[Any, ...], attributes: dict[str, Any]) -> EdgeBackbonesError:
-    """An error with its message, past the constructor, which may make the message of other arguments."""
+    """Make an error from its message without its constructor, which may take other arguments."""
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(attributes)
@@ -61,7 +61,7 @@ def _again(kind: type[EdgeBackbonesError], args: tuple[Any, ...], attributes: di
 
 
 class MissingDependencyError(EdgeBackbonesError, ImportError):
-    """A library of an optional extra is not installed. ``fix``: what installs it where pip does not."""
+    """A library of an optional extra is not installed. ``fix``: how to install it if pip cannot."""
 
     def __init__(self, what: str, extra: str, *, fix: str = "") -> None:
         pip = f"{what} needs the '{extra}' extra: pip install 'edge-backbones[{extra}]'"
@@ -70,7 +70,7 @@ class MissingDependencyError(EdgeBackbonesError, ImportError):
 
 
 class BrokenLibraryError(EdgeBackbonesError, ImportError):
-    """An installed library does not load: its binary part is for another processor or another Python."""
+    """An installed library cannot be imported: it was built for another processor or another Python."""
 
     def __init__(self, cause: ImportError) -> None:
         super().__init__(
@@ -93,7 +93,7 @@ class ExportError(EdgeBackbonesError):
 
 
 class CalibrationError(EdgeBackbonesError):
-    """Calibration data that is missing, unreadable or would give a useless range."""
+    """Calibration data is missing, cannot be read, or would give a useless range."""
 
 
 class QuantizationError(EdgeBackbonesError):
@@ -109,7 +109,7 @@ class BundleError(EdgeBackbonesError):
 
 
 class ManifestError(BundleError):
-    """manifest.json is not what the format says."""
+    """manifest.json does not follow the bundle format."""
 
 
 class IntegrityError(BundleError):
@@ -117,7 +117,7 @@ class IntegrityError(BundleError):
 
 
 class TrustError(BundleError):
-    """A bundle is not signed by a key that is trusted here, or is not what was signed; a key that cannot be used."""
+    """A bundle is not signed by a trusted key or was changed since, or a key cannot be used."""
 
 
 class EngineMismatchError(EdgeBackbonesError):
@@ -125,7 +125,7 @@ class EngineMismatchError(EdgeBackbonesError):
 
 
 class ClientMismatchError(EdgeBackbonesError):
-    """A bundle cannot take the place of a model's backbone, which was left as it was."""
+    """A bundle cannot replace a model's backbone. The model is unchanged."""
 
 
 class InferenceError(EdgeBackbonesError):
@@ -133,10 +133,10 @@ class InferenceError(EdgeBackbonesError):
 
 
 class ResourceError(InferenceError):
-    """This process ran out of memory, threads or file descriptors: the bundle is as good as before, and so is its engine.
+    """This process ran out of memory, threads or file descriptors. The bundle and its engine are intact.
 
-    ``doing``: what failed. ``lack``: what ran out: memory, threads or file descriptors. ``said``: the words of the
-    library or of the system.
+    ``doing``: what failed. ``lack``: what ran out: "memory", "threads" or "file descriptors". ``said``: the message of the
+    library or the system.
     """
 
     def __init__(self, doing: str, lack: str, said: str) -> None:
@@ -153,14 +153,14 @@ class OutOfMemoryError(DeviceError):
 
 
 class InputError(EdgeBackbonesError, ValueError):
-    """An input array or a stage selection that the engine cannot take."""
+    """An argument cannot be used: an input array, a stage selection, an option."""
 
 
 def visible(text: str) -> str:
-    r"""Show a text of a stranger on one line: a terminal obeys none of it, and no letter of it moves or hides others.
+    r"""Return a text from an untrusted source as one line that is safe to print in a terminal.
 
-    Characters that control (``\x1b``, ``\n``), that turn the direction of writing (``\u202e``) or that cannot be seen become
-    escapes, and so do bytes of a file name that are not UTF-8 (``\udce9``). Letters of every language stay as they are.
+    Control characters (``\x1b``, ``\n``), characters that change the writing direction (``\u202e``) and invisible ones become
+    escapes. So do bytes of a file name that are not UTF-8 (``\udce9``). Letters of every language stay as they are.
     """
     if text.isprintable():
         return text
@@ -168,22 +168,22 @@ def visible(text: str) -> str:
 
 
 def _visible_message(text: str) -> str:
-    # The DataLoader of torch makes the error of a worker anew, with the worker's traceback in its text: those lines stay.
+    # torch's DataLoader raises the error of a worker again, with the worker's traceback in its text. Its lines are kept.
     if text.startswith("Caught ") and "\nOriginal Traceback (most recent call last):\n" in text:
         return "\n".join(map(visible, text.split("\n")))
     return visible(text)
 
 
 def _is_unseen(character: str) -> bool:
-    # Joiners are part of words in Persian, Hindi and others.
+    # Zero-width joiners are part of words in Persian, Hindi and other languages.
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
 
 
 def first_line(error: BaseException, *, typed: bool = False) -> str:
-    """The first line of an exception's text that says something, for a message of ours.
+    """Return the first informative line of an exception's text, to quote it in a message.
 
-    A heading, which ends with a colon, is skipped for what it announces. With ``typed`` the name of the type stands in
-    front; it always does for an exception without a text, and for a KeyError, whose text is the bare key.
+    Headings, which end with a colon, are skipped. With ``typed`` the name of the exception's type comes first. It always
+    does for an exception without a text, and for a KeyError, whose text is only the key.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in lines if not line.endswith(":")), "".join(lines[:1]))
@@ -204,7 +204,7 @@ _NUMBERS = {
     errno.EMFILE: "file descriptors",
     errno.ENFILE: "file descriptors",
 }
-# Words of C++, glibc, torch and Python. glibc's "cannot allocate memory in static TLS block" is another matter.
+# Messages of C++, glibc, torch and Python. glibc's "cannot allocate memory in static TLS block" means something else.
 _WORDS = {
     "memory": re.compile(
         r"std::bad_alloc|bad allocation|Cannot allocate memory|can't allocate memory|[Nn]ot enough memory"
@@ -216,7 +216,7 @@ _WORDS = {
 
 
 def refuse_lack(doing: str, error: BaseException) -> None:
-    """Raise ResourceError if ``error`` says, by its type, number or text, that this process ran out of something."""
+    """Raise ResourceError if the type, number or text of ``error`` shows that this process ran out of a resource."""
     if isinstance(error, MemoryError):
         raise ResourceError(doing, "memory", first_line(error)) from error
     if isinstance(error, OSError) and error.errno in _NUMBERS:
@@ -227,7 +227,7 @@ def refuse_lack(doing: str, error: BaseException) -> None:
 
 
 def why_no_import(error: ImportError) -> EdgeBackbonesError:
-    """The error for a library that is installed and cannot be imported: for lack of resources, or because it does not fit."""
+    """Return the error for a failed import of an installed library: ResourceError or BrokenLibraryError."""
     try:
         refuse_lack("importing a library", error)
     except ResourceError as lack:
@@ -237,7 +237,7 @@ def why_no_import(error: ImportError) -> EdgeBackbonesError:
 
 @contextlib.contextmanager
 def lack_told(doing: str) -> Iterator[None]:
-    """Turn what a lack of memory, threads or file descriptors raises in the block into ResourceError."""
+    """Turn any error in the block that is caused by a lack of memory, threads or file descriptors into ResourceError."""
     try:
         yield
     except EdgeBackbonesError:
@@ -248,7 +248,7 @@ def lack_told(doing: str) -> Iterator[None]:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The first exception of a chain of ``raise ... from``: exporters wrap it in headings and advice, twice over."""
+    """Return the first exception of a chain of ``raise ... from``; exporters wrap it several times."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

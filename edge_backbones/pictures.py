@@ -1,4 +1,4 @@
-"""Pictures: feature maps beside the photograph that went in, and the layers in which an error is born."""
+"""Draw PNG files: feature maps beside the input photograph, and the layers in which an error begins."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ _CHANNELS_SHOWN = 4
 
 
 def as_map(output: np.ndarray, layout: str, grid: tuple[int, int]) -> np.ndarray | None:
-    """One image's map as (channels, height, width); tokens go back to their ``grid``, without the prefix in front of it. None
-    for what has no place in the image."""
+    """Return the map of one image as (channels, height, width); None for an output without positions in the image.
+
+    ``output``: without the batch axis. Tokens are arranged in their ``grid`` (rows, columns); prefix tokens are dropped.
+    """
     if layout == "NCHW" and output.ndim == 3:
         return output
     if layout == "NHWC" and output.ndim == 3:
@@ -64,9 +66,9 @@ def draw_feature_maps(
 
 
 def draw_layers(path: Path, layers: Sequence[tuple[str, float]], *, born: str, limit_db: float, title: str) -> None:
-    """Write a PNG: one bar of SQNR per layer, the limit as a line, and the layer with which the error begins in red.
+    """Write a PNG: one bar of SQNR per layer, the limit as a line, and the layer where the error begins in red.
 
-    ``layers``: (name, SQNR in dB), drawn from top to bottom.
+    ``layers``: (name, SQNR in dB), from top to bottom. ``born``: the name of the red layer. ``limit_db``: the gate's SQNR.
     """
     figure = _figure_class()(figsize=(8, 0.34 * len(layers) + 1.3), layout="constrained", facecolor="white")
     axis = figure.subplots()

@@ -1,4 +1,4 @@
-"""How long work tells its caller how far it is."""
+"""How long-running work reports its progress."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ Progress = Callable[[str, int, "int | None"], None]
 
 
 def no_progress(step: str, done: int, total: int | None) -> None:
-    """The default: say nothing."""
+    """Report nothing: the default."""

@@ -1,7 +1,7 @@
-"""Doubles for tests of this package and of programs that use it: no network, no torch, no weights.
+"""Test doubles for programs that use this package: a small bundle and a session, without a download or torch.
 
-The backbone that both functions stand for is plain average pooling, so that every expected value is known: stage
-``pool4`` is the input averaged over 4 x 4 pixels, ``pool8`` over 8 x 8.
+Their backbone is average pooling, so every expected value is known: stage ``pool4`` is the input averaged over 4 x 4
+pixels, ``pool8`` over 8 x 8.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pooled(pixel_values: np.ndarray) -> list[np.ndarray]:
 
 
 class NumpySession:
-    """An EngineSession in numpy. ``batches`` records the batch of every call; shapes it was not built for fail."""
+    """An EngineSession in numpy. ``batches`` records the batch size of every call."""
 
     def __init__(self, input: InputSpec) -> None:
         self.input = input
@@ -70,7 +70,7 @@ class NumpySession:
 
 
 def make_bundle(target: Path, input: InputSpec | None = None) -> Bundle:
-    """Write a real bundle of the pooling backbone, with a real engine for this CPU. Needs OpenVINO and nothing else."""
+    """Write a bundle of the pooling backbone with an engine for this CPU. Needs OpenVINO and nothing else."""
     input = input or pooling_input()
     graph = b"the pooling backbone has no ONNX graph"
     blob = _pooling_blob(input)

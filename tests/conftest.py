@@ -61,6 +61,5 @@ def _signal_stack_is_mapped() -> Iterator[None]:
     with open("/proc/self/maps") as maps:
         spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
     assert not stack.address or any(start <= stack.address < end for start, end in spans), (
-        "the signal stack of this thread is not mapped: use edge_backbones.engines.openvino.session.core, not a "
-        "Core of your own"
+        "the signal stack of this thread is not mapped: use core() of engines/openvino/session.py, not a Core of your own"
     )

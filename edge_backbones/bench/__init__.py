@@ -1,1 +1,1 @@
-"""Engines against their peers, side by side: what is measured (results), how (compare), by whom (contender)."""
+"""Benchmarks of a bundle's engine against other libraries: the results, the comparison, and the process of a contender."""

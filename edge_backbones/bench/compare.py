@@ -1,8 +1,9 @@
-"""Side by side: a bundle's engine and its peers, each alone in its process, in alternating turns.
+"""Time a bundle's engine against other libraries. Each contender has its own process, and they take turns.
 
-Machines speed up and slow down within minutes, so ratios are taken within a turn, where contenders ran seconds apart. While
-one runs the others are stopped (SIGSTOP): a thread pool that waits by spinning would take cores from it. On a virtual machine
-the kernel counts the time that other guests took; turns in which they took more than usual do not count.
+A machine's speed changes within minutes. Ratios are therefore computed within a turn, where contenders ran seconds apart.
+While one contender runs, the others are stopped with SIGSTOP, because thread pools that spin while they wait would take
+cores from it. On a virtual machine the kernel counts the time that other guests took ("stolen" time); turns with more of it
+than usual are left out.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from edge_backbones.progress import Progress, no_progress
 from edge_backbones.runtime.backbone import parse_device
 from edge_backbones.spec import Precision
 
-_MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # what a peer imports, where that is not its name
+_MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # the module of a peer whose name differs from it
 _INSTALL = {
     "torch": "pip install 'edge-backbones[build]'",
     "torch-compile": "pip install 'edge-backbones[build]'",
@@ -65,20 +66,22 @@ WHAT = {
 }
 PEERS = tuple(name for name in MAKERS if name not in ("edge", "graph"))
 _RUN_GRAPHS = ("onnxruntime", "openvino", "nncf")
-# Elsewhere (Windows, macOS) the others wait for their turn in a read, which their thread pools may not know.
+# Without SIGSTOP (Windows, macOS) the others block in a read, but their thread pools may go on spinning.
 _STOPS = hasattr(os, "waitid")
-_CALM = 0.02  # share of machine time that other guests may take in a turn that counts
+_CALM = 0.02  # the largest share of stolen time in a turn that counts
 _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """``engine``: as in `EdgeBackbone.from_pretrained`. ``vs``: names of `PEERS`. ``turns`` of every contender, each of at
-    least ``seconds`` and ``calls``. ``images``: what NNCF calibrates on, inputs of the bundle's graph along the first axis;
-    None for the golden samples. ``pythons``: the interpreter of a peer that lives in another environment,
-    which has this package too (of NNCF's only nncf is asked). ``patience``: seconds in which a contender has to load, and to
-    end a turn. ``repository``: a git checkout whose commit is recorded. ``allow_host_code``: run programs that the bundle
-    holds (a TorchScript engine, the peer torchscript), and the code that a plan may carry.
+    """What is compared, and for how long.
+
+    ``engine`` and ``device``: as in `EdgeBackbone.from_pretrained`. ``vs``: names from `PEERS`. ``turns``: of each
+    contender; a turn takes at least ``seconds`` and makes at least ``calls``. ``images``: inputs that NNCF calibrates on,
+    shape (images, *input); None for the golden samples. ``pythons``: the interpreter of each peer that is installed in
+    another environment, which needs this package too (NNCF's needs only nncf). ``patience``: seconds that a contender has
+    to load, and to end a turn. ``repository``: a git checkout whose commit is recorded. ``allow_host_code``: run programs
+    inside the bundle (a TorchScript engine, the peer torchscript) and the code that a plan may carry.
     """
 
     engine: str | None = None
@@ -125,10 +128,10 @@ class CompareOptions:
 
 
 def compare(path: str | Path, options: CompareOptions | None = None, *, progress: Progress = no_progress) -> Comparison:
-    """Measure a bundle's engine beside its peers.
+    """Time a bundle's engine and its peers, and return the comparison.
 
-    A peer that is not installed or fails is in the result with its message. Raises BundleError and EngineMismatchError for a
-    bundle that cannot be run here, InferenceError when the engine itself fails.
+    A peer that is not installed or that fails is in the result with its message. Raises BundleError and EngineMismatchError
+    if no engine of the bundle can run here, InferenceError if the engine itself fails.
     """
     options = options or CompareOptions()
     bundle, _ = trust.admit(Bundle.open(path))
@@ -181,9 +184,10 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
 def measure(
     tasks: Mapping[str, Task], options: CompareOptions, *, progress: Progress = no_progress
 ) -> dict[str, Measurement]:
-    """Contenders side by side, by name; of ``options`` the turns and the interpreters count.
+    """Time contenders in alternating turns, and return their measurements by name.
 
-    One that fails is in the result with its message; InferenceError when the first one does.
+    ``options``: only ``turns``, ``seconds``, ``calls``, ``patience`` and ``pythons`` are read. A contender that fails is in
+    the result with its message. Raises the error of the first contender: without it there is nothing to compare with.
     """
     first = next(iter(tasks))
     measured: dict[str, Measurement] = {}
@@ -222,7 +226,7 @@ def measure(
 
 
 def read_images(folder: Path, bundle: Bundle, count: int = 64) -> np.ndarray:
-    """The first photographs of a folder as inputs of a bundle's graph at opt size, (images, ...), for `CompareOptions`."""
+    """Return the first ``count`` images of a folder as inputs of a bundle at its opt size, shape (images, *input)."""
     manifest, files = bundle.manifest, list_images(folder)[:count]
     if not files:
         raise InputError(f"{folder} holds no image files")
@@ -236,7 +240,7 @@ def read_images(folder: Path, bundle: Bundle, count: int = 64) -> np.ndarray:
 
 
 class _Contender:
-    """A running process, stopped between its turns."""
+    """The process of one contender. It is stopped between its turns."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes], name: str, patience: float) -> None:
         self._process = process
@@ -246,6 +250,7 @@ class _Contender:
         self.start: Start
 
     def ask(self, question: msgspec.Struct, answer: type[_Answer]) -> _Answer:
+        """Send a request and return the answer. Raises InferenceError if the process fails, ends or takes too long."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._let_run()
@@ -256,7 +261,7 @@ class _Contender:
             self._process.kill()
 
         timer = threading.Timer(self._patience, give_up)
-        timer.daemon = True  # Ctrl-C may come before the try
+        timer.daemon = True  # Ctrl-C may arrive before the try statement
         timer.start()
         try:
             self._process.stdin.write(msgspec.json.encode(question) + b"\n")
@@ -283,10 +288,11 @@ class _Contender:
     def _stop(self) -> None:
         if _STOPS and self._process.poll() is None:
             self._process.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # until it has
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # wait until it is stopped
 
     def end(self) -> None:
-        self._process.kill()  # a stopped process answers to nothing else
+        """Kill the process and close its pipes."""
+        self._process.kill()  # a stopped process ignores other signals
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
@@ -301,9 +307,9 @@ class _Contender:
 
 @contextlib.contextmanager
 def _running(task: Task, python: str, patience: float) -> Iterator[_Contender]:
-    """A contender that has loaded; InferenceError or InputError with its message for one that has not."""
+    """Start a contender and wait until it has loaded; kill it at the end. Raises InferenceError with its message."""
     command = [python, "-m", "edge_backbones.bench.contender"]
-    # Not to another interpreter: it would import compiled modules of this one.
+    # Another interpreter must not see our paths: it would import modules that were compiled for this one.
     ours = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} if python == sys.executable else {}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(  # noqa: S603
@@ -322,7 +328,7 @@ def _running(task: Task, python: str, patience: float) -> Iterator[_Contender]:
 
 
 def _require_installed(name: str, options: CompareOptions) -> None:
-    """InputError with the command that installs a peer which is not."""
+    """Raise InputError, with the command that installs it, if a peer is not installed."""
     module = _MODULES.get(name, name)
     if name != "edge" and name not in options.pythons and importlib.util.find_spec(module) is None:
         raise InputError(f"not installed: {_INSTALL[name]}")
@@ -330,11 +336,11 @@ def _require_installed(name: str, options: CompareOptions) -> None:
 
 class _Graph(NamedTuple):
     file: Path
-    exact: bool  # with the weights of the bundle
+    exact: bool  # whether it has the weights of the bundle
 
 
 def _fp32_graph(bundle: Bundle, work: Path, progress: Progress) -> _Graph:
-    """The bundle's fp32 graph, or where it has none the network exported anew, with random weights."""
+    """Return the bundle's fp32 graph. If it has none, export the network again, with random weights."""
     held = bundle.manifest.onnx_graph(Precision.FP32)
     if held is not None:
         return _Graph(bundle.path / held.file.path, exact=True)
@@ -352,6 +358,7 @@ def _fp32_graph(bundle: Bundle, work: Path, progress: Progress) -> _Graph:
 
 
 def _nncf_graph(bundle: Bundle, graph: Path | None, options: CompareOptions, work: Path, progress: Progress) -> Path:
+    """Quantise an fp32 graph with NNCF, in a process of its own, and return the OpenVINO model."""
     python = options.pythons.get("nncf", sys.executable)
     progress("quantising with NNCF", 0, None)
     input = bundle.manifest.input
@@ -383,8 +390,10 @@ def _ending(code: int) -> str:
 
 
 def calm_turns(stolen: Sequence[float]) -> list[int]:
-    """The turns that count: those in which other guests took little, and at least the calmer half: of enough turns to rank
-    a ratio, enough. In order."""
+    """Return the numbers of the turns that count, in order; ``stolen`` is the share of stolen time in each turn.
+
+    Turns with little stolen time count. At least the calmer half does, and at least `FEWEST_TURNS` if there are as many.
+    """
     calmest = sorted(range(len(stolen)), key=lambda number: stolen[number])
     half = (len(stolen) + 1) // 2
     least = half if len(stolen) < FEWEST_TURNS else max(half, FEWEST_TURNS)
@@ -419,11 +428,11 @@ def _measurement(name: str, what: str, start: Start, turns: Sequence[Calls]) -> 
     )
 
 
-# ---- the machine, and what decides how fast it is today
+# ---- the machine, and the settings that decide its speed
 
 
 def this_machine(*, root: Path = Path("/"), repository: Path | None = None) -> Machine:
-    """This machine. ``repository``: a git checkout whose commit is recorded."""
+    """Describe this machine for a result. ``repository``: a git checkout whose commit is recorded."""
     host = hosts.this_host({})
     gpu_clocks: dict[str, str] = {}
     try:

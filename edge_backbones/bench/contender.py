@@ -1,7 +1,7 @@
-"""One contender, alone in its process: loads, says how that went, and then takes a turn whenever it is asked for one.
+"""The process of one contender in a comparison: it loads a network, and then takes a turn whenever it is asked to.
 
-``python -m edge_backbones.bench.contender`` reads JSON lines and writes JSON lines. The first line it reads is a `Task`, the
-first that it writes a `Start`; then each `Turn` is answered with its `Calls`. A failure is a line ``{"failed": message}``.
+``python -m edge_backbones.bench.contender`` reads and writes JSON lines. It reads a `Task` and answers with a `Start`; then
+it reads `Turn` lines and answers each with its `Calls`. If anything fails, the answer is ``{"failed": message}``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ _WARM_UP = 3
 
 
 class Task(msgspec.Struct, kw_only=True):
-    """``peer``: a name of `MAKERS`. ``engine``: of the bundle, for ``edge``. ``file``: the graph, for who runs one; ``exact``
-    says that it has the bundle's weights. ``allow_host_code``: as in `EdgeBackbone.from_pretrained`."""
+    """What a contender runs.
+
+    ``peer``: a name from `MAKERS`. ``engine``: the name of the bundle's engine, for the peer ``edge``. ``file``: the graph,
+    for peers that run one. ``exact``: whether that graph has the bundle's weights. ``allow_host_code``: as in
+    `EdgeBackbone.from_pretrained`.
+    """
 
     peer: str
     bundle: str
@@ -49,7 +53,10 @@ class Task(msgspec.Struct, kw_only=True):
 
 
 class Start(msgspec.Struct, kw_only=True):
-    """``batch``: images of a call. ``resident_mb``, ``device_mb``: what loading and the first call added."""
+    """How loading went.
+
+    ``batch``: images per call. ``resident_mb``, ``device_mb``: the memory that loading and the first call added, in MB.
+    """
 
     batch: int
     load_s: float
@@ -63,15 +70,18 @@ class Start(msgspec.Struct, kw_only=True):
 
 
 class Turn(msgspec.Struct, kw_only=True):
-    """Call for at least so many seconds and at least so many times."""
+    """Request for a turn: call for at least ``seconds`` and at least ``calls`` times."""
 
     seconds: float
     calls: int
 
 
 class Calls(msgspec.Struct, kw_only=True):
-    """Milliseconds of every call, the share of machine time that other guests of the host took meanwhile, and the joules of
-    all of them where there is a meter."""
+    """What a turn took.
+
+    ``milliseconds``: of each call. ``stolen_share``: the share of machine time that other guests of the host took.
+    ``joules``: of all calls together; None without a meter.
+    """
 
     milliseconds: list[float]
     stolen_share: float
@@ -79,12 +89,17 @@ class Calls(msgspec.Struct, kw_only=True):
 
 
 class Failed(msgspec.Struct, kw_only=True):
+    """Answer of a contender that failed: its message."""
+
     failed: str
 
 
 class Loaded(msgspec.Struct, kw_only=True):
-    """``call`` takes what the bundle's engine takes, and returns the feature maps in the bundle's order; ``exact`` says that
-    they are those of the bundle's network, so that they may be held against its golden samples."""
+    """A contender that is ready to be called.
+
+    ``call``: takes an array as the bundle's engine does, and returns the feature maps in the bundle's order. ``exact``:
+    whether the weights are the bundle's, so that the maps can be compared with its golden samples.
+    """
 
     call: Call
     versions: dict[str, str]
@@ -96,6 +111,7 @@ class Loaded(msgspec.Struct, kw_only=True):
 
 
 def edge(bundle: Bundle, task: Task) -> Loaded:
+    """Load the bundle's own engine."""
     backbone = EdgeBackbone.from_pretrained(
         bundle.path,
         engine=task.engine,
@@ -113,17 +129,20 @@ def edge(bundle: Bundle, task: Task) -> Loaded:
 
 
 def torch(bundle: Bundle, task: Task) -> Loaded:
+    """Load the network in torch, in eager mode."""
     library, net = _network(bundle, task)
     return Loaded(call=_torch_call(library, net, bundle, task.device), versions=_version("torch"), exact=False)
 
 
 def torch_compile(bundle: Bundle, task: Task) -> Loaded:
+    """Load the network in torch and compile it with torch.compile."""
     library, net = _network(bundle, task)
     compiled = library.compile(net)
     return Loaded(call=_torch_call(library, compiled, bundle, task.device), versions=_version("torch"), exact=False)
 
 
 def torchscript(bundle: Bundle, task: Task) -> Loaded:
+    """Load the bundle's TorchScript file. Raises InputError if it has none, or if programs are not allowed."""
     graph = next((g for g in bundle.manifest.graphs if g.format == "torchscript"), None)
     if graph is None:
         raise InputError(f"{bundle.path} has no TorchScript file: build it without --no-torchscript")
@@ -141,6 +160,7 @@ def torchscript(bundle: Bundle, task: Task) -> Loaded:
 
 
 def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
+    """Load a graph in ONNX Runtime, on the CPU or with its CUDA provider."""
     from edge_backbones.engines.onnxruntime.library import onnxruntime as library
 
     options = library.SessionOptions()
@@ -156,10 +176,10 @@ def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
 
 
 def openvino(bundle: Bundle, task: Task) -> Loaded:
-    """A graph as the library itself compiles it, for one call at a time."""
+    """Load a graph in OpenVINO with its own settings for the latency of one call at a time."""
     library = load_library()
     graph = _graph_of(task)
-    # In fp32 where the graph is: some CPUs would take bf16, which is another network than the one that is compared.
+    # fp32 stays fp32: on some CPUs OpenVINO would compute in bf16, and its maps would not be those of the fp32 graph.
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
@@ -180,6 +200,7 @@ def openvino(bundle: Bundle, task: Task) -> Loaded:
 
 
 def graph(bundle: Bundle, task: Task) -> Loaded:
+    """Compile an ONNX file as an int8 engine of a bundle is compiled, and load it."""
     file = _graph_of(task)
     blob = compile_graph(file.read_bytes(), Precision.INT8, cache=None).data
     runtime = OpenVinoSession(bytearray(blob), outputs=bundle.manifest.backbone.outputs, threads=task.threads)
@@ -193,13 +214,13 @@ MAKERS: dict[str, Callable[[Bundle, Task], Loaded]] = {
     "torchscript": torchscript,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
-    "nncf": openvino,  # which runs what NNCF wrote
+    "nncf": openvino,  # OpenVINO runs the model that NNCF wrote
     "graph": graph,
 }
 
 
 def _graph_of(task: Task) -> Path:
-    assert task.file is not None  # whoever asks for a graph says which
+    assert task.file is not None  # compare.py names the file of every peer that runs a graph
     return Path(task.file)
 
 
@@ -224,7 +245,7 @@ def _network(bundle: Bundle, task: Task) -> tuple[Any, Any]:
 
 
 def load_network(bundle: Bundle) -> LoadedBackbone:
-    """The bundle's network as its library makes it, with random weights: they do not decide how fast it is."""
+    """Load a bundle's network from its library, with random weights: weights do not change the speed."""
     from edge_backbones.toolchain.sources.base import SourceOptions
     from edge_backbones.toolchain.sources.load import load_source
 
@@ -249,7 +270,7 @@ def load_network(bundle: Bundle) -> LoadedBackbone:
 
 
 def _torch_call(library: Any, net: Any, bundle: Bundle, device: str) -> Call:
-    """The network takes normalised pixels: for a bundle that takes camera frames, numpy normalises them first."""
+    """Return a function that calls a torch network. For a bundle that takes camera frames, numpy normalises them first."""
     config, input, place = bundle.manifest.image, bundle.manifest.input, _torch_device(device)
 
     def call(images: np.ndarray) -> Sequence[Any]:
@@ -264,6 +285,7 @@ def _torch_call(library: Any, net: Any, bundle: Bundle, device: str) -> Call:
 
 
 def main() -> None:
+    """Answer the requests on standard input until it ends."""
     with _answers() as answer:
         requests = sys.stdin.buffer
         try:
@@ -274,14 +296,14 @@ def main() -> None:
                 answer(_take_turn(call, images, msgspec.json.decode(line, type=Turn)))
         except (KeyboardInterrupt, BrokenPipeError):
             return
-        except Exception as error:  # whatever a library raises is what its contender has to say
+        except Exception as error:  # a library may raise anything; its message becomes the answer
             known = isinstance(error, EdgeBackbonesError)
             answer(Failed(failed=first_line(error, typed=not known)))
 
 
 @contextlib.contextmanager
 def _answers() -> Iterator[Callable[[msgspec.Struct], None]]:
-    """Standard output is for answers alone: what libraries print goes to standard error."""
+    """Yield a function that writes an answer to standard output. What libraries print goes to standard error."""
     channel = os.dup(1)
     os.dup2(2, 1)
     with os.fdopen(channel, "wb") as file:
@@ -300,7 +322,7 @@ def _start(task: Task) -> tuple[Call, np.ndarray, Start]:
     images = np.random.default_rng(0).integers(0, 256, input.opt_shape).astype(input.dtype)
     if input.dtype != "uint8":
         images = (images / 128 - 1).astype(input.dtype)
-    device, resident = energy.device_memory_mb(task.device), _resident_mb()  # asking starts the driver
+    device, resident = energy.device_memory_mb(task.device), _resident_mb()  # the first query starts the driver
     begin = time.perf_counter()
     loaded = MAKERS[task.peer](bundle, task)
     load_s = time.perf_counter() - begin
@@ -325,7 +347,7 @@ def _start(task: Task) -> tuple[Call, np.ndarray, Start]:
 
 
 def _parity(call: Call, bundle: Bundle, golden: GoldenSamples) -> tuple[float, float]:
-    """The worst image of the golden samples of opt size, over all feature maps."""
+    """Return the worst cosine and SQNR (dB) of any feature map, over the golden samples at opt size."""
     from edge_backbones.deploy.parity import compare
     from edge_backbones.parity_report import Gate
 
@@ -356,7 +378,7 @@ def _take_turn(call: Call, images: np.ndarray, turn: Turn) -> Calls:
 
 
 def stolen_ticks() -> tuple[int, int]:
-    """Clock ticks that other guests of the host took from this machine, and all ticks (Linux; elsewhere nothing)."""
+    """Return the clock ticks that other guests of the host took from this machine, and all ticks; zeros outside Linux."""
     try:
         ticks = [int(value) for value in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
     except OSError:
@@ -365,17 +387,18 @@ def stolen_ticks() -> tuple[int, int]:
 
 
 def _resident_mb() -> float:
+    """Return the resident memory of this process in MB."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-    except OSError:  # the most so far, where the present is not told
+    except OSError:  # outside Linux only the peak is known
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _size_mb(path: Path) -> float:
-    """With the weights that lie beside an OpenVINO model."""
+    """Return the size of a file in MB, with the weights that lie beside an OpenVINO model."""
     beside = path.with_suffix(".bin")
     files = [path, beside] if path.suffix == ".xml" and beside.exists() else [path]
     return sum(file.stat().st_size for file in files) / 1e6

@@ -1,11 +1,11 @@
-"""Energy and device memory, from the meters that a machine has.
+"""Measure energy and device memory with the meters that a machine has.
 
-- RAPL (``/sys/class/powercap``): counters of CPU packages; Linux lets root read them.
-- INA3221 and INA238 (``hwmon``): monitors of Jetson boards, read 20 times a second. AGX Orin and AGX Xavier have no rail for
-  the whole board: theirs are added up, as jetson_stats does, which is less than a meter at the plug shows.
+- RAPL (``/sys/class/powercap``): energy counters of CPU packages. On Linux only root may read them.
+- INA3221 and INA238 (``hwmon``): power monitors of Jetson boards, read 20 times a second. AGX Orin and AGX Xavier have no
+  monitor of the whole board: the rails are added up, as jetson_stats does, which is less than a meter at the plug shows.
 - NVML (nvidia-ml-py): energy, memory and clocks of NVIDIA GPUs.
 
-What a machine lacks is None, never a guess.
+A figure that the machine cannot measure is None.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from edge_backbones.machine import gpus
 from edge_backbones.machine.system import is_jetson
 
 _SAMPLES_PER_SECOND = 20
-_INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")  # what Jetson boards call the input of the whole module
-_NO_RAILS = ("NC", "sum of shunt voltages")  # channels that are not connected, and the kernel's own sum
+_INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")  # names of the rail that feeds the whole module
+_NO_RAILS = ("NC", "sum of shunt voltages")  # an unconnected channel, and a sum that the kernel adds
 
 
 @dataclass
 class Metered:
-    """``joules`` of the machine while it was metered; None without a meter, and until the end."""
+    """Energy of the machine while it was metered. ``joules`` is None without a meter, and until the end."""
 
     joules: float | None = None
 
 
 @contextlib.contextmanager
 def metered(root: Path = Path("/")) -> Iterator[Metered]:
-    """Meter what is done inside. A Jetson's board counts as one; elsewhere the CPU packages and GPUs are added up."""
+    """Measure the energy that the machine uses inside the block: the board of a Jetson, else all CPU packages and GPUs."""
     found = Metered()
     board = board_power(root)
     if board is not None:
@@ -54,18 +54,18 @@ def metered(root: Path = Path("/")) -> Iterator[Metered]:
 
 
 def cpu_counters(root: Path = Path("/")) -> list[tuple[Callable[[], float], float]]:
-    """For every CPU package: its joules so far, and where that counter wraps."""
+    """Return, for each CPU package, a function that reads its joules so far, and the value at which the counter wraps."""
     counters: list[tuple[Callable[[], float], float]] = []
     for folder in sorted((root / "sys/class/powercap").glob("*-rapl:[0-9]*")):
-        if folder.name.count(":") > 1:  # a part of a package, counted there already
+        if folder.name.count(":") > 1:  # a part of a package, which counts it already
             continue
         try:
-            if _name(folder) == "psys":  # the platform, with every package in it
+            if _name(folder) == "psys":  # the whole platform, which counts every package
                 continue
             _number(folder / "energy_uj")
             wrap = _number(folder / "max_energy_range_uj")
         except (OSError, ValueError):
-            continue  # not for this user
+            continue  # this user may not read it
         counters.append((lambda file=folder / "energy_uj": _number(file) / 1e6, wrap / 1e6))  # type: ignore[misc]
     return counters
 
@@ -78,9 +78,9 @@ def _name(folder: Path) -> str:
 
 
 def board_power(root: Path = Path("/")) -> Callable[[], float] | None:
-    """Watts of a Jetson board: of its input, or of all its rails where that has no monitor; None elsewhere."""
+    """Return a function that reads the watts of a Jetson board: its input, or the sum of its rails; None elsewhere."""
     for chip in sorted((root / "sys/class/hwmon").glob("hwmon*")):
-        if is_jetson(root) and _name(chip) == "ina238":  # Thor; microwatts of what comes in at the plug
+        if is_jetson(root) and _name(chip) == "ina238":  # Thor: microwatts at the power input
             with contextlib.suppress(OSError, ValueError):
                 _number(chip / "power1_input")
                 return lambda: _number(chip / "power1_input") / 1e6
@@ -105,7 +105,7 @@ def _watts(millivolts: Path, milliamperes: Path) -> float:
 
 
 def gpu_counters() -> list[tuple[Callable[[], float], float]]:
-    """For every NVIDIA GPU that counts its energy: joules so far; the counter does not wrap."""
+    """Return, for each NVIDIA GPU that counts its energy, a function that reads its joules so far; it does not wrap."""
     library = _nvml()
     if library is None:
         return []
@@ -115,13 +115,13 @@ def gpu_counters() -> list[tuple[Callable[[], float], float]]:
         try:
             library.nvmlDeviceGetTotalEnergyConsumption(handle)
         except library.NVMLError:
-            continue  # before Volta
+            continue  # GPUs before Volta do not count it
         counters.append((lambda h=handle: library.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3, float("inf")))  # type: ignore[misc]
     return counters
 
 
 def device_memory_mb(device: str) -> float | None:
-    """Used memory of the GPU that ``device`` names (``cuda:1``), by all processes; None for the CPU and without NVML."""
+    """Return the memory in MB that all processes use on a GPU (``cuda:1``); None for the CPU and without NVML."""
     library = _nvml() if device != "cpu" else None
     if library is None:
         return None
@@ -129,11 +129,11 @@ def device_memory_mb(device: str) -> float | None:
         handle = _handle(library, gpus.find_gpus()[int(device.partition(":")[2] or 0)])
         return float(library.nvmlDeviceGetMemoryInfo(handle).used) / 1e6
     except library.NVMLError:
-        return None  # a Jetson's GPU, which has no memory of its own
+        return None  # the GPU of a Jetson shares the memory of the CPU
 
 
 def gpu_settings() -> dict[str, str]:
-    """Clocks and power limit of the first GPU that this process may use, as far as NVML shows them."""
+    """Return the clocks and the power limit of the first GPU that this process may use, as far as NVML knows them."""
     library, there = _nvml(), gpus.find_gpus()
     if library is None or not there:
         return {}
@@ -151,12 +151,12 @@ def gpu_settings() -> dict[str, str]:
 
 
 def _handle(library: Any, gpu: gpus.Gpu) -> Any:
-    """NVML's own order is not CUDA's, and it does not know CUDA_VISIBLE_DEVICES: the bus address is the same in both."""
+    """Return NVML's handle of a GPU, found by its bus address: NVML's order differs from CUDA's."""
     return library.nvmlDeviceGetHandleByPciBusId(gpu.bus_address.encode())
 
 
 def _nvml() -> Any:
-    """nvidia-ml-py, started; None where it is not installed or finds no driver."""
+    """Return nvidia-ml-py after starting it; None if it is not installed or finds no driver."""
     try:
         import pynvml
     except ImportError:
@@ -174,7 +174,7 @@ def _number(file: Path) -> float:
 
 @contextlib.contextmanager
 def _sampled(watts: Callable[[], float]) -> Iterator[list[tuple[float, float]]]:
-    """(seconds, watts) from before the first to after the last moment."""
+    """Collect (seconds, watts) in a thread, from the start of the block to its end."""
     samples = [(time.perf_counter(), watts())]
     done = threading.Event()
 

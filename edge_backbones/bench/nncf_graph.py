@@ -1,6 +1,6 @@
 """Quantise an ONNX file with NNCF: ``python nncf_graph.py GRAPH IMAGES.npz OUT.xml``.
 
-Needs nncf, openvino and numpy, and nothing of this package: NNCF may live in an environment of its own.
+This file needs nncf, openvino and numpy but not edge_backbones, because NNCF may be installed in another environment.
 """
 
 import sys
@@ -9,8 +9,9 @@ import numpy as np
 
 
 def main() -> None:
+    """Quantise the graph that the command line names."""
     graph, images, out = sys.argv[1:]
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # neither of the two reports anything then
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # keeps both libraries from sending usage data
     import nncf
     import openvino
 

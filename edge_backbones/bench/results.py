@@ -1,4 +1,4 @@
-"""What a benchmark found, as typed structs with JSON in and out. Times are milliseconds of one call of a whole batch."""
+"""Results of a benchmark as typed structs, and their JSON. Times are milliseconds per call of a whole batch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import msgspec
 from edge_backbones.errors import InputError
 from edge_backbones.reading import read_file, refusing
 
-FEWEST_TURNS = 6  # below, the largest and the smallest ratio do not hold the median with 95 % confidence
-
+FEWEST_TURNS = 6  # of fewer, even the largest and smallest ratio do not enclose the median with 95 % confidence
 
 _MAX_BYTES = 64 << 20
 _Figure = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
@@ -26,7 +25,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Machine(_Strict, frozen=True):
-    """Where it was measured. ``settings``: what decides its speed, where it can be read (governor, clocks)."""
+    """The machine that was measured. ``settings``: what decides its speed and can be read (governor, clocks)."""
 
     name: str
     architecture: str
@@ -41,12 +40,12 @@ class Machine(_Strict, frozen=True):
 
 
 class Measurement(_Strict, frozen=True):
-    """One contender. ``missing`` is not empty for one that did not run, and the figures are None: its message, or the command
-    that installs it.
+    """The figures of one contender.
 
-    ``turns``: the median of each turn, in the order of the turns, which all contenders of a run share. ``jitter``: the middle
-    80 % of the calls, as a share of the median. ``resident_mb`` and ``device_mb``: what loading and the first call added to a
-    process with Python and numpy. ``joules``: per image, where the machine has a meter.
+    ``missing``: for a contender that did not run, its message or the command that installs it; its figures are then None.
+    ``turns``: the median of each turn, in order; all contenders of a run took the same turns. ``jitter``: p90 - p10 of the
+    calls, divided by their median. ``resident_mb`` and ``device_mb``: the memory that loading and the first call added to a
+    process with Python and numpy. ``joules``: per image; None without a meter.
     """
 
     name: str
@@ -72,9 +71,11 @@ class Measurement(_Strict, frozen=True):
 
 
 class Ratio(_Strict, frozen=True):
-    """How many times the first contender's time another one takes, turn by turn. ``low`` to ``high``: where the median of the
-    turns lies with 95 % confidence (order statistics), if there were ``turns`` enough to say that: six. Where there were not,
-    or 1 is inside, the machine does not tell which is faster."""
+    """A contender's time divided by the first contender's, over the turns.
+
+    ``low`` to ``high``: 95 % confidence interval of the median (order statistics). It needs at least six ``turns``. With
+    fewer, or with 1 inside the interval, nothing says which of the two is faster.
+    """
 
     name: str
     median: _Quotient
@@ -84,15 +85,17 @@ class Ratio(_Strict, frozen=True):
 
     @property
     def is_sure(self) -> bool:
+        """Whether there were enough turns for the confidence interval."""
         return self.turns is None or self.turns >= FEWEST_TURNS
 
     @property
     def is_ranked(self) -> bool:
+        """Whether the result says which of the two is faster."""
         return self.is_sure and not self.low <= 1 <= self.high
 
 
 class Comparison(_Strict, frozen=True):
-    """A bundle's engine, always the first measurement, beside its peers."""
+    """A bundle's engine, which is the first measurement, and its peers."""
 
     bundle: str
     engine: str
@@ -107,17 +110,20 @@ class Comparison(_Strict, frozen=True):
 
 
 def ratio_of(name: str, theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """From medians of turns that were taken side by side, at least one of each."""
+    """Return the ratio of two contenders from the medians of the turns that they took side by side, at least one."""
     ratios = sorted(their / our for their, our in zip(theirs, ours, strict=True))
     low, high = median_bounds(len(ratios))
     return Ratio(name=name, median=_median(ratios), low=ratios[low], high=ratios[high], turns=len(ratios))
 
 
 def median_bounds(count: int) -> tuple[int, int]:
-    """Indices into ``count`` sorted values between which their population's median lies with at least 95 % confidence; all of
-    them where they are too few (fewer than six) to say that. Binomial order statistics: no distribution is assumed."""
+    """Return the indices of the two of ``count`` sorted samples that enclose the true median with 95 % confidence.
+
+    Binomial order statistics assume no distribution. Fewer than six samples cannot reach 95 %: the indices are then those
+    of the smallest and the largest.
+    """
     low = 0
-    below = 0.5**count  # that so many or fewer of the values lie below the median
+    below = 0.5**count  # probability that at most ``low`` samples lie below the median
     while low + 1 < count - 1 - (low + 1):
         more = below + math.comb(count, low + 1) * 0.5**count
         if 2 * more > 0.05:
@@ -132,18 +138,18 @@ def _median(values: Sequence[float]) -> float:
 
 
 def encode(comparison: Comparison) -> bytes:
-    """Indented JSON."""
+    """Return a comparison as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(comparison), indent=1) + b"\n"
 
 
 def decode(data: bytes, source: str) -> Comparison:
-    """Parse what `encode` wrote; raises InputError naming ``source``."""
+    """Parse what `encode` wrote. Raises InputError that names ``source``."""
     with refusing(lambda why: InputError(f"{source} is not a result of edge-backbones bench: {why}")):
         return msgspec.json.decode(data, type=Comparison)
 
 
 def read(path: Path) -> Comparison:
-    """A file that `encode` wrote; raises InputError naming it."""
+    """Read a file that `encode` wrote. Raises InputError that names it."""
     try:
         data = read_file(path, limit=_MAX_BYTES)
     except OSError as error:
@@ -152,9 +158,9 @@ def read(path: Path) -> Comparison:
 
 
 def regressions(now: Comparison, before: Comparison) -> list[str]:
-    """Where the engine lost ground to a peer beyond noise, a phrase each: the bounds of then and now do not overlap.
+    """Return one phrase for each peer that the engine lost ground to: the confidence intervals of then and now are disjoint.
 
-    Raises InputError for results of another network, input, number of threads or kind of device: they say nothing here.
+    Raises InputError if the results are of different networks, inputs, numbers of threads or kinds of device.
     """
     for what in ("bundle", "precision", "input_shape", "threads", "device"):
         here, there = getattr(now, what), getattr(before, what)

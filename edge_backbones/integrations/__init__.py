@@ -1,0 +1,1 @@
+"""Bundles inside the models of other libraries: transformers, torchvision, segmentation_models_pytorch. Needs torch."""

@@ -1,4 +1,4 @@
-"""Where a backbone sits in a model that uses one: found by what it can do, so that no list of model classes ages.
+"""Find the backbone inside a model, by its interface rather than by a list of model classes.
 
 A backbone of transformers (and :class:`~edge_backbones.integrations.transformers.EdgeBackboneModule`) answers
 ``forward_with_filtered_kwargs``; a feature extractor of timm carries ``feature_info``. DETR and its relatives unwrap
@@ -25,17 +25,17 @@ class Place:
 
 
 def is_backbone(module: Any) -> bool:
-    """Does a module have the backbone interface of transformers?"""
+    """Return whether a module has the backbone interface of transformers."""
     return hasattr(module, "forward_with_filtered_kwargs") and hasattr(module, "out_features")
 
 
 def is_timm_module(module: Any) -> bool:
-    """Is a module timm's: a feature extractor, or a whole network?"""
+    """Return whether a module is a feature extractor or a whole network of timm."""
     return hasattr(module, "feature_info") and not is_backbone(module)
 
 
 def find_backbone(client: nn.Module) -> Place:
-    """The one outermost backbone inside a client. Raises SourceError when there is none, or more than one."""
+    """Return the one outermost backbone inside a client. Raises SourceError if there is none, or more than one."""
     found: list[Place] = []
     for path, module in client.named_modules():
         if not path or any(path.startswith(f"{place.path}.") for place in found):

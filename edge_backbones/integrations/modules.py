@@ -1,4 +1,4 @@
-"""An engine as an ``nn.Module`` without parameters, and the question whether it may stand where another module stood."""
+"""An engine as an ``nn.Module`` without parameters, and the check that it may replace another module."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _SAME_WEIGHTS = 0.1  # relative difference: half precision and TF32 stay far bel
 
 
 class EngineModule(nn.Module):
-    """Tensors in, tensors out; what the feature maps are wrapped in is up to the subclass.
+    """Base class of modules that run an engine on tensors; subclasses decide how the feature maps are returned.
 
-    It has no parameters, no buffers and no state: ``state_dict()`` is empty, and what the caller trains beside it trains
-    as before. Maps have the floating dtype and the device of the input. For an engine on the CPU tensors of another
-    device are copied there and back; an engine on the GPU takes and gives CUDA tensors as they are. An engine has no
-    gradient: an input that requires one raises InputError. Copies (``copy.deepcopy``) share the engine.
+    It has no parameters, buffers or state: ``state_dict()`` is empty, and modules around it train as before. Maps have the
+    floating dtype and the device of the input. An engine on the CPU copies tensors of another device there and back; an
+    engine on the GPU takes and returns CUDA tensors without a copy. An engine has no gradient: an input that requires one
+    raises InputError. Copies (``copy.deepcopy``) share the engine.
 
-    ``pickle`` and ``torch.save`` of a module that holds it write the place of its bundle, not the bundle:
-    ``torch.load(file, weights_only=False)`` opens the bundle again, and raises BundleError where it is not. To give a model
-    away, save its ``state_dict()`` and the bundle, and swap the backbone again.
+    ``pickle`` and ``torch.save`` write the path of the bundle, not the bundle: ``torch.load(file, weights_only=False)``
+    opens the bundle again, and raises BundleError if it is not there. To pass a model on, save its ``state_dict()`` and the
+    bundle, and replace the backbone again.
     """
 
     def __init__(self, backbone: EdgeBackbone) -> None:
@@ -39,7 +39,7 @@ class EngineModule(nn.Module):
         self.backbone = backbone
 
     def infer(self, pixel_values: torch.Tensor, **arguments: Any) -> dict[str, tuple[Any, ...]]:
-        """:meth:`EdgeBackbone.__call__` on tensors: the fields of its output, as tensors (None stays None)."""
+        """Call the backbone, and return the fields of its output as tensors (None stays None)."""
         if pixel_values.requires_grad and torch.is_grad_enabled():
             raise InputError("an engine has no gradient: pass pixel_values.detach(), or run under torch.no_grad()")
         values = pixel_values.detach().resolve_neg()
@@ -56,6 +56,7 @@ class EngineModule(nn.Module):
         return {name: tuple(tensor(array) for array in arrays) for name, arrays in output.items()}
 
     def extra_repr(self) -> str:
+        """Describe the engine when the module is printed."""
         return repr(self.backbone)
 
 
@@ -71,11 +72,11 @@ def open_for_client(
     check_finite: bool,
     allow_host_code: bool,
 ) -> EdgeBackbone:
-    """Open a bundle narrowed to what a client reads, after ``original`` and the bundle gave the same maps.
+    """Open a bundle with the stages that a client reads, after checking that ``original`` gives the same maps.
 
-    ``run(pixel_values, source)`` gives the maps that the client reads now. ``stages``: their names, None when they have
-    none and the bundle's maps count as they are. ``same_weights``: values must agree too, not just sizes. ``original`` is
-    left in the mode that it was in. Raises ClientMismatchError with the reason.
+    ``run(pixel_values, source)`` returns the maps that the client reads now. ``stages``: their names; None if they have no
+    names, and then the bundle's maps are compared in order. ``same_weights``: values must agree too, not just sizes.
+    ``original`` keeps its train or eval mode. Raises ClientMismatchError with the reason.
     """
     bundle = Bundle.open(path)
     spec, input = bundle.manifest.backbone, bundle.manifest.input
@@ -93,14 +94,14 @@ def open_for_client(
         )
     golden = load_golden(bundle)
     references = golden.outputs["opt"]
-    # Of the golden images the one with the strongest map: a black frame would be alike for any weights.
+    # The golden image with the strongest map is compared: on a black frame all weights look alike.
     strongest = int(np.argmax([np.linalg.norm(one) for one in references[wanted[-1]]])) if wanted else 0
     chosen = slice(strongest, strongest + 1)
     images = torch.from_numpy(golden.inputs["opt"][chosen])
     try:
         with _in_eval_mode(original), torch.no_grad():
             maps = [m.float().cpu().numpy() for m in run(_as_of(original, images), bundle.manifest.source)]
-    except Exception as error:  # a client's backbone refuses a size with whatever it trips over
+    except Exception as error:  # a backbone may raise anything for a size that it cannot take
         raise ClientMismatchError(
             f"the client's own backbone does not take the images of {bundle.path} ({input.describe()}): {first_line(error)}"
         ) from error
@@ -135,7 +136,7 @@ def _sizes(shapes: Sequence[Sequence[int]]) -> str:
 
 
 def _as_of(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The images in the dtype and on the device of a module's weights."""
+    """Return images in the dtype and on the device of a module's weights."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), images)
     return images.to(device=weight.device, dtype=weight.dtype)
 

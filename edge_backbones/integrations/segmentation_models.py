@@ -1,11 +1,11 @@
-"""A bundle as the encoder of a segmentation_models_pytorch model (Unet, FPN, DeepLabV3, ...).
+"""Use a bundle as the encoder of a segmentation_models_pytorch model (Unet, FPN, DeepLabV3, ...).
 
 ::
 
     model = segmentation_models_pytorch.Unet("tu-resnet18", encoder_weights=None, classes=2)
     model.encoder = EdgeEncoder(EdgeBackbone.from_pretrained("resnet18.bundle"))
 
-The decoder was made for the channels of the first encoder: the bundle must have the same ``out_channels``.
+The decoder expects the channels of the original encoder: the bundle must have the same ``out_channels``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from edge_backbones.runtime.backbone import EdgeBackbone
 
 
 class EdgeEncoder(EngineModule):
-    """The encoder interface: a list that begins with the image and halves its size at every step.
+    """An encoder that runs a bundle's engine.
 
-    A level that the network does not have (2 in transformers, whose first stage has stride 4) is a map of 0 channels, and
-    a map as large as the image (VGG) stands in the image's place, as in the library's own encoders. Raises
-    ClientMismatchError for maps that are not NCHW or whose strides are not powers of two, each once.
+    It returns a list of maps: the image first, then one map per level, each half as large. As in the library's own
+    encoders, a level that the network lacks (stride 2 in networks of transformers that begin with 4) is a map of 0
+    channels, and a map as large as the image (VGG) replaces the image. Raises ClientMismatchError unless maps are NCHW and
+    their strides are different powers of two.
     """
 
     def __init__(self, backbone: EdgeBackbone) -> None:
@@ -44,6 +45,7 @@ class EdgeEncoder(EngineModule):
         self.out_channels = [channels.get(level, 0) for level in range(levels[-1] + 1)]
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the maps of normalised images (batch, channels, height, width), one per level."""
         maps = {0: x, **dict(zip(self.levels, self.infer(x)["feature_maps"], strict=True))}
         height, width = x.shape[2:]
         for level in range(1, self.levels[-1]):

@@ -1,12 +1,12 @@
-"""A bundle as the backbone of torchvision's detection models (Faster R-CNN, RetinaNet, FCOS, Mask R-CNN).
+"""Use a bundle as the backbone of torchvision's detection models (Faster R-CNN, RetinaNet, FCOS, Mask R-CNN).
 
 ::
 
     backbone = EdgeBackboneWithFPN(EdgeBackbone.from_pretrained("resnet50.bundle"))
     model = torchvision.models.detection.FasterRCNN(backbone, num_classes=91, fixed_size=(640, 640))
 
-The model pads images to multiples of 32 of differing sizes: give it ``fixed_size`` (width, height), or build the bundle
-with a range of sizes.
+The model pads images to various multiples of 32: give it ``fixed_size`` (width, height), or build the bundle with a range
+of sizes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from edge_backbones.runtime.backbone import EdgeBackbone
 
 
 class EdgeFeatures(EngineModule):
-    """Maps as an OrderedDict with the keys "0", "1", ...: what torchvision's ``IntermediateLayerGetter`` returns."""
+    """The feature maps as torchvision's ``IntermediateLayerGetter`` returns them: an OrderedDict with keys "0", "1", ..."""
 
     def forward(self, x: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        """Return the maps of normalised images, shape (batch, channels, height, width)."""
         maps = self.infer(x)["feature_maps"]
         return OrderedDict((str(i), feature_map) for i, feature_map in enumerate(maps))
 
 
 class EdgeBackboneWithFPN(nn.Module):
-    """``torchvision.models.detection.backbone_utils.BackboneWithFPN`` over an engine; the pyramid is trainable.
+    """torchvision's ``BackboneWithFPN`` over an engine; the pyramid is trainable.
 
-    ``out_channels``: channels of every pyramid level. ``extra_blocks``: torchvision's, LastLevelMaxPool by default. The
-    names of the submodules are torchvision's, so that a pyramid's weights load from its checkpoints (``fpn.*``).
+    ``out_channels``: channels of every pyramid level. ``extra_blocks``: as in torchvision, LastLevelMaxPool by
+    default. Submodules have torchvision's names, so a pyramid's weights load from its checkpoints (``fpn.*``).
     """
 
     def __init__(
@@ -52,5 +53,6 @@ class EdgeBackboneWithFPN(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the levels of the pyramid for normalised images, shape (batch, channels, height, width)."""
         pyramid: dict[str, torch.Tensor] = self.fpn(self.body(x))
         return pyramid

@@ -1,4 +1,4 @@
-"""A bundle where transformers has a backbone: in DETR, Mask2Former, UperNet, DPT and every model built like them.
+"""Replace the backbone of a transformers model by a bundle: DETR, Mask2Former, UperNet, DPT and models built like them.
 
 ::
 
@@ -57,10 +57,12 @@ class EdgeBackboneModule(EngineModule):
 
     @property
     def stage_names(self) -> list[str]:
+        """Names of all stages of the network."""
         return self.backbone.stage_names
 
     @property
     def out_features(self) -> list[str]:
+        """Names of the stages that a call returns; setting them narrows the output."""
         return self.backbone.out_features
 
     @out_features.setter
@@ -69,6 +71,7 @@ class EdgeBackboneModule(EngineModule):
 
     @property
     def out_indices(self) -> list[int]:
+        """Indices of the stages that a call returns; setting them narrows the output."""
         return self.backbone.out_indices
 
     @out_indices.setter
@@ -77,26 +80,32 @@ class EdgeBackboneModule(EngineModule):
 
     @property
     def channels(self) -> list[int]:
+        """Channels of each returned map."""
         return self.backbone.channels
 
     @property
     def num_features(self) -> list[int]:
+        """Channels of each stage of the network, as transformers counts them."""
         return self.backbone.num_features
 
     @property
     def out_feature_channels(self) -> dict[str, int]:
+        """Channels of each returned map, by stage name."""
         return self.backbone.out_feature_channels
 
     @property
     def config(self) -> BackboneConfig:
+        """The configuration that transformers' models read."""
         return self.backbone.config
 
     @property
     def has_attentions(self) -> bool:
+        """Whether the network could return attention weights."""
         return self.backbone.has_attentions
 
     @property
     def backbone_type(self) -> Any:
+        """The enum of transformers: TIMM or TRANSFORMERS."""
         return _BACKBONE_TYPES(self.backbone.backbone_type)
 
     def forward(
@@ -108,12 +117,10 @@ class EdgeBackboneModule(EngineModule):
         dataset_index: torch.Tensor | None = None,
         **ignored: Any,
     ) -> Any:
-        """transformers' BackboneOutput, with ``return_dict=False`` a tuple, with ``as_list`` a list of maps.
+        """Return a BackboneOutput of transformers; a tuple with ``return_dict=False``, a list of maps with ``as_list``.
 
-        Hidden states that the bundle does not hold are None: some models of transformers 5 ask for them always, and
-        drop them.
-
-        Raises InputError for a size, a stage or an index that the engine was not built for.
+        Hidden states that the bundle does not hold are None, because some models of transformers 5 always ask for them
+        and do not use them. Raises InputError for a size, a stage or an index that the engine was not built for.
         """
         output = self.infer(
             pixel_values,
@@ -129,7 +136,7 @@ class EdgeBackboneModule(EngineModule):
         return output_class(**output)  # type: ignore[arg-type]
 
     def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
-        """The same: arguments that an engine has no use for are ignored."""
+        """Call the module; arguments that an engine does not know are ignored."""
         return self(*args, **kwargs)
 
 
@@ -143,15 +150,14 @@ def replace_backbone(
     check_finite: bool = True,
     allow_host_code: bool = False,
 ) -> nn.Module:
-    """Put a bundle in the place of a model's backbone, and return the module that was there.
+    """Replace a model's backbone by a bundle, and return the original backbone.
 
-    Before anything changes, the model's own backbone runs on an image that the bundle carries: the number of maps, their
-    channels and their sizes must be the bundle's, and with ``same_weights`` their values too. ``engine``, ``threads``,
-    ``check_finite`` and ``allow_host_code`` as in :meth:`EdgeBackbone.from_pretrained`. Whatever is refused, the model is
-    as it was.
+    First the model's own backbone runs on an image from the bundle: the number of maps, their channels and their sizes must
+    be those of the bundle, and with ``same_weights`` their values too. ``engine``, ``threads``, ``check_finite`` and
+    ``allow_host_code`` are those of :meth:`EdgeBackbone.from_pretrained`. If an error is raised, the model is unchanged.
 
-    What ``model.state_dict()`` and ``save_pretrained`` hold afterwards is the model without its backbone. ``torch.save`` of
-    the whole model: see :class:`EngineModule`.
+    Afterwards ``model.state_dict()`` and ``save_pretrained`` hold the model without its backbone. For ``torch.save`` of the
+    whole model see :class:`EngineModule`.
 
     Raises SourceError when the model has no backbone, or several; ClientMismatchError when the bundle does not fit, with
     the reason; BundleError and EngineMismatchError as ``from_pretrained``.
@@ -187,12 +193,12 @@ def replace_backbone(
     engine_module = EdgeBackboneModule(backbone, as_list=as_list).train(original.training)
     for parent in list(model.modules()):
         for name in [name for name, child in parent._modules.items() if child is original]:
-            setattr(parent, name, engine_module)  # wherever it stands: a module may have several names
+            setattr(parent, name, engine_module)  # a module may be registered under several names
     return original  # type: ignore[no-any-return]
 
 
 def _stages(original: Any) -> list[str]:
-    """Names of the stages that a forward returns. A TimmBackbone's ``out_features`` do not follow its setter."""
+    """Return the names of the stages that a forward returns. A TimmBackbone's ``out_features`` ignore its setter."""
     extractor = getattr(original, "_backbone", original)
     info = getattr(extractor, "feature_info", None)
     if info is None:

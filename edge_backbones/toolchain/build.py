@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from edge_backbones.machine.profiles import DeviceProfile
     from edge_backbones.toolchain.calibration.images import ImageSource
     from edge_backbones.toolchain.sources.base import SourceOptions
-    from edge_backbones.toolchain.sources.plain import ModuleSource
+    from edge_backbones.toolchain.sources.module_source import ModuleSource
 
 Method = Literal["auto", "max", "percentile", "entropy", "mse"]
 METHODS = get_args(Method)
@@ -65,7 +65,8 @@ class BuildOptions:
     ranges. None: the batch of ``profile``, 1 without one; the size that the network's preprocessing makes, else the network's
     own, else that of ``profile``.
 
-    The engines: ``precisions``, one graph and one engine each, of which runtimes take the fastest; or ``"auto"``: the fastest
+    The engines: ``precisions`` (or their names), one graph and one engine each, of which runtimes take the fastest; or
+    ``"auto"``: the fastest
     of fp32, fp16 and int8 on this machine that is inside its gate, with the graphs of int8 and fp16, so that
     `compile_bundle` can weigh them again on another device. ``gates`` replace the default gate of a precision. ``golden``:
     images that parity is measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside
@@ -146,7 +147,7 @@ class BuildOptions:
     height: int | ShapeRange | None = None
     width: int | ShapeRange | None = None
     precisions: Annotated[
-        tuple[Precision, ...] | Literal["auto"],
+        tuple[Precision | str, ...] | Literal["auto"],
         Option(
             "Number format of the engine. Repeat for one engine each. auto: the fastest of fp32, fp16 and int8 on this "
             "machine that passes its accuracy gate. By default int8."
@@ -222,6 +223,9 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.input not in ("pixel_values", "image"):
             raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
+        if self.precisions != "auto":
+            object.__setattr__(self, "precisions", _as_precisions(self.precisions))
+        object.__setattr__(self, "gates", dict(zip(_as_precisions(self.gates), self.gates.values(), strict=True)))
         if self.precisions != "auto" and (not self.precisions or len(set(self.precisions)) != len(self.precisions)):
             raise InputError(
                 f"precisions must be 'auto' or at least one of {', '.join(Precision)}, each once; got {self.precisions}"
@@ -265,7 +269,7 @@ class BuildOptions:
     @property
     def wanted(self) -> tuple[Precision, ...]:
         """The precisions that are tried."""
-        return _AUTO if self.precisions == "auto" else self.precisions
+        return _AUTO if self.precisions == "auto" else _as_precisions(self.precisions)
 
     @property
     def needs_ranges(self) -> bool:
@@ -288,6 +292,14 @@ class BuildOptions:
             dataset_index=self.dataset_index,
             image=self.image,
         )
+
+
+def _as_precisions(names: Iterable[Precision | str]) -> tuple[Precision, ...]:
+    """Return number formats by their names; raises InputError for a name that is none."""
+    try:
+        return tuple(Precision(name) for name in names)
+    except ValueError as error:
+        raise InputError(f"{error}: choose among {', '.join(Precision)}") from None
 
 
 @dataclass(frozen=True)

@@ -1,50 +1,20 @@
-"""Photographs, and bundles that are built once for the whole run: treat them as read-only, or take ``copy_of``."""
+"""Bundles that are built once for the whole run: treat them as read-only, or take ``copy_of``."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import networks
-import numpy as np
 import pytest
-from PIL import Image
 
-from edge_backbones.deploy import timing
 from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.toolchain.build import BuildOptions, BuildResult, build_bundle
+from tests.photographs import photograph_folder, photographs, quick_timing
+
+__all__ = ["photograph_folder", "photographs", "quick_timing"]  # fixtures that are shared with other suites
 
 FP32 = {"weights": "random:0", "precisions": (Precision.FP32,), "cache": None}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quick_timing() -> Iterator[None]:
-    """Where several engines are built they are timed: no test depends on how fast they are."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_ROUNDS": 1, "_WARM_UP": 1, "_CALLS": 1, "_SECONDS": 0.0}.items():
-            patch.setattr(timing, name, value)
-        yield
-
-
-@pytest.fixture(scope="session")
-def photographs() -> list[np.ndarray]:
-    """Real photographs of several sizes, landscape and square: uint8 (height, width, 3)."""
-    from skimage import data
-
-    return [data.coffee(), data.astronaut(), data.chelsea(), data.rocket()]
-
-
-@pytest.fixture(scope="session")
-def photograph_folder(photographs: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten crops of photographs as files of two formats, in a folder and a folder below it, and one that is no image."""
-    folder = tmp_path_factory.mktemp("photographs")
-    (folder / "more").mkdir()
-    for index, crop in enumerate(networks.crops(photographs, 10, 130, 170)):
-        name = f"more/{index}.png" if index % 3 == 0 else f"{index}.jpg"
-        Image.fromarray(crop).save(folder / name)
-    (folder / "broken.jpg").write_text("no image")
-    return folder
 
 
 @pytest.fixture(scope="session")

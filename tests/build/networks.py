@@ -15,6 +15,7 @@ from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources.base import SourceOptions
 from edge_backbones.toolchain.sources.timm import load_timm
+from tests.photographs import crops  # noqa: F401
 
 PLAIN = ImageConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -83,18 +84,6 @@ def input_spec(
         width=sizes(width),
         size_multiple=size_multiple,
     )
-
-
-def crops(photographs: list[np.ndarray], count: int, height: int, width: int) -> np.ndarray:
-    """``count`` different uint8 crops of photographs: (count, height, width, 3)."""
-    random = np.random.default_rng(0)
-    cut = []
-    for index in range(count):
-        photograph = photographs[index % len(photographs)]
-        top = random.integers(photograph.shape[0] - height + 1)
-        left = random.integers(photograph.shape[1] - width + 1)
-        cut.append(photograph[top : top + height, left : left + width])
-    return np.stack(cut)
 
 
 def normalised(images: np.ndarray, config: ImageConfig = PLAIN) -> np.ndarray:

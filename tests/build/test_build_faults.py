@@ -18,7 +18,7 @@ from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import BundleError
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.build import BuildOptions, build_bundle
-from edge_backbones.toolchain.sources.plain import ModuleSource
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 from tests.faults import failing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the operations and limits are those of Linux")

@@ -23,7 +23,7 @@ from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
 from edge_backbones.toolchain.sources.base import SourceOptions
 from edge_backbones.toolchain.sources.load import load_source
-from edge_backbones.toolchain.sources.plain import ModuleSource
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 from edge_backbones.toolchain.sources.timm import load_timm
 
 ROUNDING = 1e-6

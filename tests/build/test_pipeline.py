@@ -42,7 +42,7 @@ from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.toolchain.build import BuildOptions, build_bundle
 from edge_backbones.toolchain.sources.base import SourceOptions
-from edge_backbones.toolchain.sources.plain import ModuleSource
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 from edge_backbones.toolchain.sources.timm import load_timm
 
 pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there

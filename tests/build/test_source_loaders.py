@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.images.fit import ImageConfig
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.spec import BackboneSpec
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 

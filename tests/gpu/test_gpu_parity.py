@@ -8,7 +8,7 @@ import gpu_engines
 import numpy as np
 import pytest
 
-from benchmarks import gpu_suite, gpu_tasks
+from benchmarks import gpu_prepare, gpu_tasks
 from edge_backbones.machine.gpus import find_gpus
 
 SIZES = ((96, 96), (64, 160))  # one of them not square
@@ -51,7 +51,7 @@ def sizes_of(model):
 
 CASES = [
     pytest.param(model, (batch, *size), id=f"{model}-{batch}x{size[0]}x{size[1]}")
-    for model in gpu_suite.PARITY_MODELS
+    for model in gpu_prepare.PARITY_MODELS
     for batch in BATCHES
     for size in sizes_of(model)
 ]
@@ -87,7 +87,7 @@ def test_torch_tensorrt(gpu, model, shape, precision):
 
 @pytest.mark.parametrize("flavour", gpu_engines.each(("tensorrt", "tensorrt_rtx")))
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
-@pytest.mark.parametrize("model", gpu_suite.PARITY_MODELS)
+@pytest.mark.parametrize("model", gpu_prepare.PARITY_MODELS)
 def test_plans_of_prepared_bundles(gpu, bundles, tmp_path, flavour, model, precision):
     """Compiled on this GPU for a range of sizes and for batches from 1 to 32; golden maps are those of the fp32 network."""
     from edge_backbones import Bundle, EdgeBackbone, compile_bundle

@@ -36,7 +36,7 @@ from edge_backbones.integrations.torchvision import EdgeBackboneWithFPN, EdgeFea
 from edge_backbones.integrations.transformers import EdgeBackboneModule, replace_backbone
 from edge_backbones.runtime.output import BackboneOutput
 from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
-from edge_backbones.toolchain.sources.plain import ModuleSource
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 
 # What the oldest supported release of transformers does that newer releases of torch warn of.
 pytestmark = [

@@ -22,7 +22,7 @@ from edge_backbones.spec import Precision
 from edge_backbones.toolchain.sources import processors
 from edge_backbones.toolchain.sources.base import SourceOptions
 from edge_backbones.toolchain.sources.load import load_source
-from edge_backbones.toolchain.sources.plain import ModuleSource
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 
 FP32 = {"precisions": (Precision.FP32,), "torchscript": False}
 MADE = [(case, kind) for case in CASES for kind in classes(case)]

@@ -46,7 +46,7 @@ from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources import base as common
 from edge_backbones.toolchain.sources.base import SourceOptions
 from edge_backbones.toolchain.sources.load import load_source
-from edge_backbones.toolchain.sources.plain import ModuleSource
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 
 HEIGHT, WIDTH = 64, 96
 OFFERED = [name for name in TRANSFORMERS if name in CONFIG_MAPPING]

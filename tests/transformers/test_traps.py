@@ -37,7 +37,7 @@ from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
 from edge_backbones.toolchain.sources.base import SourceOptions
 from edge_backbones.toolchain.sources.load import load_source
-from edge_backbones.toolchain.sources.plain import ModuleSource
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 
 ROUNDING = 2e-5  # relative
 SMALL_RESNET = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 80], "depths": [1, 1, 1, 1]}

@@ -25,7 +25,7 @@ from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import bench, build, options
 from edge_backbones.cli import compile as compiling
 from edge_backbones.cli.main import COMMANDS, _run, app
-from edge_backbones.engines.tensorrt.compile import PlanOptions, Shapes
+from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
 from edge_backbones.errors import InputError
 from edge_backbones.option import Option
 from edge_backbones.spec import Precision, ShapeRange

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import edge_backbones
+from edge_backbones import errors
 
 WORKSTATION = ("torch", "timm", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+EXTRAS = (
+    *WORKSTATION,
+    "openvino",
+    "PIL",
+    "matplotlib",
+    "jinja2",
+    "pynvml",
+    "typer",
+    "rich",
+    "tensorrt_rtx",
+    "tensorrt_rtx_bindings",
+    "cuda",
+)
 OF_THE_WORKSTATION = ("auto", "cli", "integrations", "pictures", "toolchain")
 ON_DEVICE = [
     "edge_backbones",
@@ -48,20 +64,7 @@ def test_a_library_that_does_not_load_is_told_with_the_way_out():
 
 @pytest.mark.parametrize("module", ON_DEVICE)
 def test_device_modules_import_without_any_extra(module):
-    extras = (
-        *WORKSTATION,
-        "openvino",
-        "PIL",
-        "matplotlib",
-        "jinja2",
-        "pynvml",
-        "typer",
-        "rich",
-        "tensorrt_rtx",
-        "tensorrt_rtx_bindings",
-        "cuda",
-    )
-    done = run_without(extras, f"import {module}")
+    done = run_without(EXTRAS, f"import {module}")
     assert done.returncode == 0, done.stderr
 
 
@@ -87,9 +90,27 @@ def test_a_missing_command_line_library_is_named_with_its_install_command():
     assert "pip install 'edge-backbones[cli]'" in done.stderr
 
 
-def test_public_names_are_reachable_and_listed():
-    for name in edge_backbones.__all__:
-        assert getattr(edge_backbones, name) is not None
-    assert sorted(edge_backbones.__all__) == dir(edge_backbones)
+def test_public_names_are_reachable_and_listed_on_a_device():
+    """numpy and msgspec are enough to import any of them."""
+    code = (
+        "import edge_backbones\n"
+        "from edge_backbones import *\n"
+        "assert {name for name in edge_backbones.__all__ if globals().get(name) is None} == set()\n"
+        "assert sorted(edge_backbones.__all__) == dir(edge_backbones)\n"
+    )
+    done = run_without(EXTRAS, code)
+    assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         edge_backbones.nothing  # noqa: B018
+
+
+def test_type_checkers_see_the_public_names_where_they_are_imported_from():
+    tree = ast.parse(Path(edge_backbones.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == edge_backbones._HOMES
+
+
+def test_every_error_is_public():
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert kinds <= set(edge_backbones.__all__)

@@ -28,8 +28,9 @@ from edge_backbones.toolchain.sources.base import (
     read_json,
     tensors_sha256,
 )
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 from edge_backbones.toolchain.sources.modules import plain_copy
-from edge_backbones.toolchain.sources.plain import ModuleSource, load_plain
+from edge_backbones.toolchain.sources.plain import load_plain
 from edge_backbones.toolchain.sources.processors import PROCESSOR_FILES, Preprocessing, given, read_processor
 from edge_backbones.toolchain.sources.timm import load_timm, load_timm_folder, load_timm_module
 

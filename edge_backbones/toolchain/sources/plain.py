@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -14,32 +12,9 @@ from edge_backbones.errors import SourceError, first_line
 from edge_backbones.spec import BackboneSpec, Layout
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources.base import SourceOptions, kept_stages, refuse_dataset_index, tensors_sha256
+from edge_backbones.toolchain.sources.module_source import ModuleSource
 from edge_backbones.toolchain.sources.modules import feature_maps, missing_arguments, plain_copy
 from edge_backbones.toolchain.sources.processors import given, unknown
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleSource:
-    """A plain ``nn.Module`` and what cannot be read off it.
-
-    Args:
-        module: takes float32 NCHW and returns one float tensor per name in ``stage_names``: a dict or dataclass with these
-            names (others in it are left out), or tensors in that order. Nested tuples, lists and dicts are read depth
-            first, and None is left out.
-        stage_names: a name for every output.
-        size: (height, width) that it is made for.
-        num_channels: channels of its input.
-        layouts: the axes of each output, NCHW by default.
-        image: the preprocessing that it was trained with: an image processor of transformers, the folder of one, a data
-            configuration of timm, or an ImageConfig. Without one ImageNet's is taken, and the build says so.
-    """
-
-    module: nn.Module
-    stage_names: Sequence[str]
-    size: tuple[int, int] = (224, 224)
-    num_channels: int = 3
-    layouts: Sequence[Layout] | None = None
-    image: Any = None
 
 
 def load_plain(source: ModuleSource, options: SourceOptions) -> LoadedBackbone:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import end_to_end, growth
+from benchmarks import common, end_to_end, growth
 
 X = (1, 2, 4, 8, 16, 32)
 
@@ -162,9 +162,9 @@ def test_ratios_are_of_one_round_and_of_calm_ones():
 
 def test_both_ways_end_with_the_same_maps(tmp_path, monkeypatch):
     """The whole benchmark, on the smallest network and for an instant."""
-    monkeypatch.setattr(growth, "CACHE", tmp_path)
+    monkeypatch.setattr(common, "CACHE", tmp_path)
     bundles = {
-        kind: growth.timing_bundle("test_resnet", f"test.{input}", input=input, out_indices=(1, 4))
+        kind: common.timing_bundle("test_resnet", f"test.{input}", input=input, out_indices=(1, 4))
         for kind, input in end_to_end.KINDS.items()
     }
     found = end_to_end.compare(bundles, rounds=1, threads=1)

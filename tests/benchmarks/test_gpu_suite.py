@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu_suite, gpu_tasks
+from benchmarks import gpu_processes, gpu_suite, gpu_tasks
 from benchmarks.gpu_suite import (
     FAILED,
     NOTHING_RUN,
@@ -217,7 +217,7 @@ def test_the_other_half_is_kept(tmp_path, monkeypatch):
     second.gpu = H100
     assert [part.name for part in second._kept(tests=False)] == ["ceilings"]
     assert [part.name for part in second._kept(tests=True)] == ["tests/gpu/test_x.py"]
-    monkeypatch.setattr(gpu_suite, "_output", lambda *command: None)  # no git here: another commit
+    monkeypatch.setattr(gpu_processes, "_output", lambda *command: None)  # no git here: another commit
     second = Suite(options(out=out, only="tests", commit="0123"))
     second.gpu = H100
     assert second._kept(tests=False) == []

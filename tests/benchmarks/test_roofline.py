@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgspec
-import networks
 import numpy as np
 import onnx
 import pytest
@@ -20,6 +19,7 @@ from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.toolchain.build import BuildOptions, build_bundle
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
+from tests.build import networks
 
 
 def write(path, nodes, input_shape, outputs=("y",), constants=None, dtype=TensorProto.FLOAT):

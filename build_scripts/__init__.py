@@ -1,0 +1,1 @@
+"""Tools of this repository: `python -m build_scripts.NAME`. Run from the repository, not installed."""

@@ -1,0 +1,31 @@
+"""BuildOptions without a build: names of number formats are as good as the formats."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_backbones import BuildOptions, Gate, InputError, Precision
+
+
+def test_names_are_precisions():
+    gate = Gate(min_cosine=0.9)
+    named = BuildOptions(precisions=("int8", "fp16"), gates={"int8": gate})
+    assert named == BuildOptions(precisions=(Precision.INT8, Precision.FP16), gates={Precision.INT8: gate})
+    assert all(type(precision) is Precision for precision in (*named.precisions, *named.wanted, *named.gates))
+    assert named.needs_ranges
+
+
+def test_auto_stays_a_word():
+    assert BuildOptions(precisions="auto").precisions == "auto"
+
+
+@pytest.mark.parametrize("options", [{"precisions": ("int7",)}, {"gates": {"int7": Gate(min_cosine=0.9)}}])
+def test_an_unknown_name_is_refused_with_the_known_ones(options):
+    with pytest.raises(InputError, match="'int7' is not a valid Precision: choose among fp32, fp16, bf16, int8, fp8"):
+        BuildOptions(**options)
+
+
+@pytest.mark.parametrize("precisions", [(), ("int8", Precision.INT8)])
+def test_each_is_wanted_once(precisions):
+    with pytest.raises(InputError, match="each once"):
+        BuildOptions(precisions=precisions)
