@@ -18,12 +18,12 @@ import pytest
 from onnx import numpy_helper
 
 from edge_backbones.bundle.manifest import EngineKey
-from edge_backbones.engines.compat import reasons_in_plan
 from edge_backbones.engines.tensorrt import compile as compiler
 from edge_backbones.engines.tensorrt.compile import Plan, compile_plan
+from edge_backbones.engines.tensorrt.engine import load as _load
 from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
-from edge_backbones.engines.tensorrt.session import _load
+from edge_backbones.engines.tensorrt.plans import reasons_in_plan
 from edge_backbones.errors import CompileError, EngineMismatchError
 from edge_backbones.machine.gpus import Gpu, find_gpus
 from edge_backbones.progress import Progress
