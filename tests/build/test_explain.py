@@ -30,7 +30,8 @@ from edge_backbones.spec import Precision
 from edge_backbones.toolchain import explain
 from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.build import BuildOptions, build_bundle
-from edge_backbones.toolchain.explain import allowed_noise, explain_bundle
+from edge_backbones.toolchain.explain import allowed_noise
+from edge_backbones.toolchain.explain_bundle import explain_bundle
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
