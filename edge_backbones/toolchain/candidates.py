@@ -128,7 +128,7 @@ def make_candidate(
     engine = compile_graph(path.read_bytes(), precision, cache=inputs.cache)
     inputs.progress(f"verifying {precision}", 0, None)
     report = shipped = _measure(inputs, engine, gate)
-    if precision is Precision.INT8:
+    if precision is Precision.INT8:  # the engine is of an adapted graph: see `compile_graph`
         as_written = compile_graph(path.read_bytes(), precision, cache=inputs.cache, as_written=True)
         report = _measure(inputs, as_written, gate)
     return Candidate(typed, engine, report, shipped, tuple(blocks), tuple(sorted(excluded)))
