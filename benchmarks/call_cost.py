@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.gpu_tasks import pooling_input
+from benchmarks.gpu_common import pooling_input
 from edge_backbones import EdgeBackbone
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.gpu.arrays import DeviceArray

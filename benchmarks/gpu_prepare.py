@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_tasks import LARGEST_BATCH, MODELS, SIZE, pooling_onnx, trained_like
+from benchmarks.gpu_common import LARGEST_BATCH, MODELS, SIZE, pooling_onnx, trained_like
 
 PRECISIONS = ("fp16", "int8", "fp8")  # of the plans that are timed
 PARITY_MODELS = ("mobilenetv3_small_050", "test_resnet", "test_vit")

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_tasks import MissingError
+from benchmarks.gpu_common import MissingError
 from edge_backbones.machine import gpus
 
 ROOT = Path(__file__).parents[1]

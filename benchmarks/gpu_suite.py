@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_common import BATCHES, MODELS, TENSORRT, MissingError, require_tensorrt
 from benchmarks.gpu_prepare import PRECISIONS, prepare
 from benchmarks.gpu_processes import (
     ROOT,
@@ -48,14 +49,7 @@ from benchmarks.gpu_processes import (
     run_command,
     slug,
 )
-from benchmarks.gpu_tasks import (
-    BATCHES,
-    MODELS,
-    TENSORRT,
-    MissingError,
-    require_tensorrt,
-    rtx_refusal,
-)
+from benchmarks.gpu_tasks import rtx_refusal
 from edge_backbones.machine import gpus
 from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
 

@@ -12,32 +12,30 @@ import statistics
 import sys
 import time
 import traceback
-import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu_common import (
+    BATCHES,
+    MODELS,
+    PIPELINED,
+    SIZE,
+    TENSORRT,
+    MissingError,
+    cosine,
+    fixed_input,
+    pooling_input,
+    pooling_onnx,
+    require_tensorrt,
+    trained_like,
+)
+from benchmarks.gpu_overhead import on_device, overhead
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.machine import gpus
-
-TENSORRT = ("tensorrt", "tensorrt_rtx")
-# Kept stages by network; the first is measured always, the others while time is left.
-MODELS = {
-    "resnet50": (1, 2, 3, 4),
-    "mobilenetv3_large_100": (0, 1, 2, 3, 4),
-    "vit_small_patch16_224": (2, 5, 8, 11),
-}
-SIZE = 224
-PIPELINED = 20
-BATCHES = (1, 32)
-LARGEST_BATCH = 32
-
-
-class MissingError(Exception):
-    """Something that a part needs is missing, such as a library or time: the part is not run."""
 
 
 def child_main(task: str, arguments: dict[str, Any]) -> None:
@@ -60,116 +58,6 @@ def is_missing(error: Exception) -> bool:
     if isinstance(error, ModuleNotFoundError):
         return not (error.name or "").startswith(("edge_backbones", "benchmarks"))
     return isinstance(error, (MissingError, MissingDependencyError))
-
-
-# ---- What is measured: networks
-
-
-def require_tensorrt(flavour: str) -> Any:
-    """Return TensorRT's module. Raises MissingError if it is not installed."""
-    from edge_backbones.engines.tensorrt.library import load_library
-
-    try:
-        return load_library(flavour)  # type: ignore[arg-type]
-    except MissingDependencyError as error:
-        raise MissingError(str(error)) from error
-
-
-def trained_like(model: str, out_indices: Sequence[int] | None = None, seed: int = 0) -> Any:
-    """Return a timm backbone (LoadedBackbone) with seeded weights and batch norms like those of a trained network.
-
-    Untouched batch norm (mean 0, variance 1, scale 1) would hide a wrong fold, and its activations grow from block to
-    block as in no trained network.
-    """
-    import torch
-
-    from edge_backbones.toolchain.sources.base import SourceOptions
-    from edge_backbones.toolchain.sources.timm import load_timm
-
-    indices = None if out_indices is None else tuple(out_indices)
-    loaded = load_timm(model, SourceOptions(weights=f"random:{seed}", out_indices=indices))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for norm in loaded.module.modules():
-            if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
-                norm.running_mean.normal_(0, 0.3, generator=generator)
-                norm.running_var.uniform_(0.5, 2, generator=generator)
-                norm.weight.uniform_(-0.3, 1.4, generator=generator)
-                norm.bias.normal_(0, 0.3, generator=generator)
-    return loaded
-
-
-def fixed_input(batch: int, height: int, width: int) -> Any:
-    from edge_backbones.spec import InputSpec, ShapeRange
-
-    return InputSpec(
-        name="pixel_values",
-        channels=3,
-        batch=ShapeRange.fixed(batch),
-        height=ShapeRange.fixed(height),
-        width=ShapeRange.fixed(width),
-    )
-
-
-def pooling_input(largest: int = 256) -> Any:
-    """Return the input of the pooling backbone: 1 to 32 images of 32 to ``largest`` pixels in steps of 8."""
-    from edge_backbones.spec import InputSpec, ShapeRange
-
-    size = ShapeRange(min=32, opt=64, max=largest)
-    return InputSpec(
-        name="pixel_values",
-        channels=3,
-        batch=ShapeRange(min=1, opt=2, max=LARGEST_BATCH),
-        height=size,
-        width=size,
-        size_multiple=8,
-    )
-
-
-def pooling_onnx(bundles: Path | None = None) -> bytes:
-    """Return the ONNX graph of the pooling backbone of edge_backbones.testing, for any batch and size."""
-    if bundles is not None and (bundles / "pooling.onnx").is_file():
-        return (bundles / "pooling.onnx").read_bytes()
-    try:
-        from onnx import TensorProto, helper
-    except ModuleNotFoundError as error:
-        raise MissingError("onnx is not installed, and --bundles has no pooling.onnx") from error
-    stages = (("pool4", 4), ("pool8", 8))
-    nodes = [
-        helper.make_node("AveragePool", ["pixel_values"], [stage], kernel_shape=[k, k], strides=[k, k])
-        for stage, k in stages
-    ]
-    axes = ["batch", 3, "height", "width"]
-    inputs = [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, axes)]
-    outputs = [
-        helper.make_tensor_value_info(stage, TensorProto.FLOAT, ["batch", 3, f"height{k}", f"width{k}"])
-        for stage, k in stages
-    ]
-    graph = helper.make_graph(nodes, "average_pooling", inputs, outputs)
-    model: bytes = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
-    ).SerializeToString()
-    return model
-
-
-def pooling_module() -> Any:
-    """Return the pooling backbone in torch."""
-    import torch
-
-    class Pooling(torch.nn.Module):
-        def forward(self, pixels: Any) -> Any:
-            return tuple(torch.nn.functional.avg_pool2d(pixels, k) for k in (4, 8))
-
-    return Pooling().eval()
-
-
-def cosine(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> float:
-    """Return the smallest cosine over all maps; NaN for values that are not finite."""
-    found = []
-    for reference, value in zip(expected, actual, strict=True):
-        a, b = (array.astype(np.float64).ravel() for array in (reference, value))
-        found.append(float(a @ b / np.sqrt((a @ a) * (b @ b))))
-    return float(np.min(found))  # NaN where one of them is
 
 
 # ---- Tasks of child processes
@@ -321,20 +209,6 @@ def _plan_contender(
     if cuda_graphs and refused:
         raise RuntimeError(f"CUDA graphs were refused: {refused}")
     return call, wait, {"cosine": min(stage.cosine for stage in engine.parity.stages), "warm_up_calls": 10}
-
-
-def on_device(memory: cuda.Memory, values: np.ndarray) -> tuple[Any, int]:
-    """Return a copy on the GPU, which lives as long as the process, and a stream."""
-    from edge_backbones.engines.gpu.arrays import DeviceArray
-
-    values = np.ascontiguousarray(values)
-    with memory:
-        pointer, stream = memory.allocate(values.nbytes), memory.new_stream()
-        memory.copy_in(pointer, values.ctypes.data, values.nbytes, stream)
-        memory.wait(stream)
-    return DeviceArray(
-        pointer, values.shape, values.dtype, device=memory.device, owner=None, synchronize=None, stream=stream
-    ), stream
 
 
 def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, Any]]:
@@ -568,184 +442,6 @@ def rtx_refusal(answer: dict[str, Any]) -> str:
         return ""
     named = ", ".join(answer["diagnostics_names"])
     return f"TensorRT-RTX {answer['version']} refuses this GPU ({named}): {answer['deserialise_log']}"
-
-
-def overhead(device: int, flavour: str, bundles: str | None = None) -> Iterator[dict[str, Any]]:
-    """Return host microseconds per call that only enqueues: the library alone, our session, and EdgeBackbone.
-
-    The backbone is pooling: the GPU finishes a call before the next one, so only the host is timed.
-    """
-    if flavour == "torchscript":
-        yield _torchscript_overhead(device)
-        return
-    require_tensorrt(flavour)
-    graph = pooling_onnx(None if bundles is None else Path(bundles))
-    yield {
-        f"cuda_graphs_{'on' if graphs else 'off'}": _plan_overhead(device, flavour, graph, graphs)
-        for graphs in (False, True)
-    }
-
-
-def must(result: Any, what: str, log: Any) -> Any:
-    """Return the result of a TensorRT call; raise an error for None or False, which is how it fails."""
-    if result is None or result is False:
-        raise RuntimeError(f"TensorRT refused {what}: {log.last_error()}")
-    return result
-
-
-def _plan_overhead(device: int, flavour: Any, graph: bytes, cuda_graphs: bool) -> dict[str, Any]:
-    from edge_backbones import EdgeBackbone
-    from edge_backbones.engines.gpu.arrays import from_foreign
-    from edge_backbones.engines.tensorrt.compile import compile_plan as build
-    from edge_backbones.engines.tensorrt.library import load_library, logger_of
-    from edge_backbones.engines.tensorrt.session import TensorRtSession
-    from edge_backbones.spec import Precision
-    from edge_backbones.testing import SPEC
-
-    input = pooling_input()
-    plan = build(graph, input, Precision.FP32, flavour=flavour, device=device)
-    memory = cuda.open_memory(device)
-    array, stream = on_device(memory, np.random.default_rng(0).random(input.opt_shape, np.float32))
-    library = load_library(flavour)
-    with memory:
-        runtime = library.Runtime(logger_of(library))
-        engine = must(runtime.deserialize_cuda_engine(plan.data), "its own plan", logger_of(library))
-        log = logger_of(library)
-        context = must(engine.create_execution_context(), "an execution context", log)
-        must(context.set_input_shape(input.name, input.opt_shape), "the shape", log)
-        must(context.set_tensor_address(input.name, array.pointer), "the input's address", log)
-        for name in SPEC.outputs:
-            buffer = memory.allocate(4 * int(np.prod(tuple(context.get_tensor_shape(name)))))
-            must(context.set_tensor_address(name, buffer), "an output's address", log)
-
-        def bare() -> None:
-            must(context.execute_async_v3(stream), "to run", log)
-
-        def wait() -> None:
-            with memory:
-                memory.wait(stream)
-
-        bare()
-        wait()
-        if cuda_graphs:
-            captured = memory.capture(stream, bare)
-            alone = microseconds(lambda: memory.launch(captured, stream), wait)
-        else:
-            alone = microseconds(bare, wait)
-    session = TensorRtSession(
-        bytearray(plan.data),
-        flavour=flavour,
-        input=input,
-        outputs=SPEC.outputs,
-        device=device,
-        cuda_graphs=cuda_graphs,
-    )
-    with contextlib.closing(session):
-        foreign = from_foreign(array, stream=stream)
-        through_session = microseconds(lambda: session.run_on_device(foreign, stream), wait)
-        backbone = EdgeBackbone(SPEC, input, session, device=f"cuda:{device}")
-        through_backbone = microseconds(lambda: backbone(array, stream=stream), wait)
-        held = host_allocations(lambda: backbone(array, stream=stream), wait)
-        fixed = None  # the call that a loop with CUDA graphs makes, where buffers stay
-        if cuda_graphs:
-            graphed = backbone.graphed(array, stream=stream)
-            fixed = microseconds(graphed, wait)
-            held = host_allocations(graphed, wait)
-        host = np.random.default_rng(0).random(input.opt_shape, np.float32)
-        held_from_host = host_allocations(lambda: backbone(host), wait)
-        refused = {str(shape): why for shape, why in session.graph_refusals.items()}
-    return {
-        "bare_us": alone,
-        "session_us": through_session,
-        "backbone_us": through_backbone,
-        "graphed_us": fixed,
-        "overhead_us": (through_backbone if fixed is None else fixed) - alone,
-        "target_us": 20 if fixed is None else 5,
-        "graph_refusals": refused,
-        "device_arrays": held,
-        "host_arrays": held_from_host,
-    }
-
-
-def _torchscript_overhead(device: int) -> dict[str, Any]:
-    import torch
-
-    from edge_backbones import EdgeBackbone
-    from edge_backbones.engines.gpu.arrays import from_foreign
-    from edge_backbones.engines.torch.session import TorchScriptSession
-    from edge_backbones.spec import Precision
-    from edge_backbones.testing import SPEC
-    from edge_backbones.toolchain.trace import trace_torchscript
-
-    input = pooling_input()
-    data = trace_torchscript(pooling_module(), input, Precision.FP32)
-    session = TorchScriptSession(data, input=input, outputs=SPEC.outputs, device=f"cuda:{device}")
-    backbone = EdgeBackbone(SPEC, input, session, device=f"cuda:{device}")
-    pixels = torch.rand(input.opt_shape, device=f"cuda:{device}")
-    queue_ = torch.cuda.Stream(device)
-    stream = queue_.cuda_stream
-    torch.cuda.synchronize(device)
-    module = session._module
-
-    def bare() -> Any:
-        with torch.inference_mode():
-            return module(pixels)
-
-    def wait() -> None:
-        queue_.synchronize()
-
-    with torch.cuda.stream(queue_):
-        alone = microseconds(bare, wait)
-        foreign = from_foreign(pixels, stream=stream)
-        through_session = microseconds(lambda: session.run_on_device(foreign, stream), wait)
-        through_backbone = microseconds(lambda: backbone(pixels, stream=stream), wait)
-        held = host_allocations(lambda: backbone(pixels, stream=stream), wait)
-    return {
-        "bare_us": alone,
-        "session_us": through_session,
-        "backbone_us": through_backbone,
-        "overhead_us": through_backbone - alone,
-        "device_arrays": held,
-    }
-
-
-def microseconds(call: Callable[[], Any], wait: Callable[[], None], rows: int = 60) -> float:
-    """Return the median host time of a call that only enqueues, over rows too short to fill the queue."""
-    for _ in range(50):
-        call()
-    wait()
-    found = []
-    for _ in range(rows):
-        start = time.perf_counter()
-        for _ in range(PIPELINED):
-            call()
-        found.append(1e6 * (time.perf_counter() - start) / PIPELINED)
-        wait()
-    return statistics.median(found)
-
-
-def host_allocations(call: Callable[[], Any], wait: Callable[[], None], calls: int = 200) -> dict[str, float]:
-    """Return the bytes of Python and numpy memory that a call leaves behind, and the most that one holds."""
-    for _ in range(50):
-        call()
-    wait()
-    tracemalloc.start()
-    try:
-        for _ in range(20):
-            call()
-        wait()
-        before, _ = tracemalloc.get_traced_memory()
-        peaks = []
-        for _ in range(calls):
-            at_start, _ = tracemalloc.get_traced_memory()
-            tracemalloc.reset_peak()
-            call()
-            peaks.append(tracemalloc.get_traced_memory()[1] - at_start)
-        wait()
-        after, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    return {"kept_bytes_per_call": (after - before) / calls, "largest_bytes_in_a_call": float(statistics.median(peaks))}
 
 
 TASKS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu_processes, gpu_suite, gpu_tasks
+from benchmarks import gpu_common, gpu_overhead, gpu_processes, gpu_suite, gpu_tasks
 from benchmarks.gpu_suite import (
     FAILED,
     NOTHING_RUN,
@@ -340,7 +340,7 @@ def test_prepared_bundles_compile(tmp_path):
     pytest.importorskip("tensorrt_rtx_bindings", reason="the 'rtx' extra is not installed", exc_type=ImportError)
     gpu_suite.prepare(tmp_path, parity=("test_resnet",), benchmark=(), precisions=("fp16",))
     assert [path.name for path in tmp_path.glob("*.bundle")] == ["parity-test_resnet-fp16.bundle"]
-    assert (tmp_path / "pooling.onnx").read_bytes() == gpu_tasks.pooling_onnx()
+    assert (tmp_path / "pooling.onnx").read_bytes() == gpu_common.pooling_onnx()
     assert not list(tmp_path.glob("*/engines"))
     bundle = str(tmp_path / "parity-test_resnet-fp16.bundle")
     with Child("compile_plan", device=0, bundle=bundle, flavour="tensorrt_rtx") as child:
@@ -401,18 +401,18 @@ def test_the_roofline_of_what_was_timed(tmp_path):
 def test_timings_are_of_the_call_and_of_the_waiting():
     figures = gpu_tasks.timings(lambda: None, lambda: time.sleep(0.01), 0.2)
     assert figures["latency_ms"] >= 10
-    assert figures["pipelined_ms"] >= 10 / gpu_tasks.PIPELINED
+    assert figures["pipelined_ms"] >= 10 / gpu_common.PIPELINED
     assert figures["pipelined_ms"] < figures["latency_ms"]
 
 
 def test_host_allocations():
     kept = []
-    leaking = gpu_tasks.host_allocations(lambda: kept.append(bytearray(10_000)), lambda: None)
+    leaking = gpu_overhead.host_allocations(lambda: kept.append(bytearray(10_000)), lambda: None)
     assert 10_000 <= leaking["kept_bytes_per_call"] < 11_000
-    passing = gpu_tasks.host_allocations(lambda: len(bytearray(10_000)), lambda: None)
+    passing = gpu_overhead.host_allocations(lambda: len(bytearray(10_000)), lambda: None)
     assert passing["kept_bytes_per_call"] < 100
     assert 10_000 <= passing["largest_bytes_in_a_call"] < 11_000
-    assert gpu_tasks.host_allocations(lambda: None, lambda: None)["largest_bytes_in_a_call"] < 1000
+    assert gpu_overhead.host_allocations(lambda: None, lambda: None)["largest_bytes_in_a_call"] < 1000
 
 
 def test_only_a_gpu_that_is_named_is_refused():

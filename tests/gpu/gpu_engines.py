@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import gpu_tasks
+from benchmarks import gpu_common, gpu_tasks
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.machine import gpus
 
@@ -63,18 +63,18 @@ def pooling_file(kind: str, device: int) -> bytes:
     """The pooling backbone as a plan or a TorchScript file."""
     from edge_backbones.spec import Precision
 
-    input = gpu_tasks.pooling_input(512)
+    input = gpu_common.pooling_input(512)
     if kind == "torchscript":
         from edge_backbones.toolchain.trace import trace_torchscript
 
-        return trace_torchscript(gpu_tasks.pooling_module(), input, Precision.FP32)
+        return trace_torchscript(gpu_common.pooling_module(), input, Precision.FP32)
     if kind == "torch_tensorrt":
         from edge_backbones.toolchain.torch_tensorrt import compile_torch_tensorrt
 
-        return compile_torch_tensorrt(gpu_tasks.pooling_module(), input, device=f"cuda:{device}")
+        return compile_torch_tensorrt(gpu_common.pooling_module(), input, device=f"cuda:{device}")
     from edge_backbones.engines.tensorrt.compile import compile_plan
 
-    return compile_plan(gpu_tasks.pooling_onnx(), input, Precision.FP32, flavour=kind, device=device).data
+    return compile_plan(gpu_common.pooling_onnx(), input, Precision.FP32, flavour=kind, device=device).data
 
 
 def open_session(kind: str, device: int, *, compiled_on: int | None = None, **options):
@@ -84,9 +84,9 @@ def open_session(kind: str, device: int, *, compiled_on: int | None = None, **op
     home = device if compiled_on is None else compiled_on
     if kind == "tensorrt_rtx" and rtx_refusal(home):
         pytest.skip(rtx_refusal(home))
-    input = gpu_tasks.pooling_input(512)
+    input = gpu_common.pooling_input(512)
     data = pooling_file(kind, home)
-    if kind in gpu_tasks.TENSORRT:
+    if kind in gpu_common.TENSORRT:
         from edge_backbones.engines.tensorrt.session import TensorRtSession
 
         return TensorRtSession(
@@ -102,7 +102,7 @@ def open_backbone(kind: str, device: int, **options):
     from edge_backbones.testing import SPEC
 
     session = open_session(kind, device, **options)
-    return EdgeBackbone(SPEC, gpu_tasks.pooling_input(512), session, device=f"cuda:{device}")
+    return EdgeBackbone(SPEC, gpu_common.pooling_input(512), session, device=f"cuda:{device}")
 
 
 def pictures(batch: int, height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:

@@ -383,7 +383,7 @@ def test_no_host_memory_is_allocated_per_call(tensorrt, gpu):
 
 
 def test_a_damaged_plan(tensorrt, gpu):
-    from benchmarks import gpu_tasks
+    from benchmarks import gpu_common
     from edge_backbones.engines.tensorrt.session import TensorRtSession
     from edge_backbones.errors import EngineMismatchError
     from edge_backbones.testing import SPEC
@@ -396,7 +396,7 @@ def test_a_damaged_plan(tensorrt, gpu):
             TensorRtSession(
                 bytearray(damaged),
                 flavour=tensorrt,
-                input=gpu_tasks.pooling_input(512),
+                input=gpu_common.pooling_input(512),
                 outputs=SPEC.outputs,
                 device=gpu,
             )

@@ -8,7 +8,7 @@ import gpu_engines
 import numpy as np
 import pytest
 
-from benchmarks import gpu_prepare, gpu_tasks
+from benchmarks import gpu_common, gpu_prepare
 from edge_backbones.machine.gpus import find_gpus
 
 SIZES = ((96, 96), (64, 160))  # one of them not square
@@ -22,8 +22,8 @@ def reference(model, out_size):
     from edge_backbones.toolchain.prepare import prepare
 
     batch, height, width = out_size
-    loaded = gpu_tasks.trained_like(model)
-    prepared = prepare(loaded, gpu_tasks.fixed_input(batch, height, width))
+    loaded = gpu_common.trained_like(model)
+    prepared = prepare(loaded, gpu_common.fixed_input(batch, height, width))
     images = np.random.default_rng(0).standard_normal((batch, 3, height, width)).astype(np.float32)
     with torch.inference_mode():
         expected = [m.numpy() for m in loaded.module(torch.from_numpy(images))]

@@ -7,7 +7,7 @@ import json
 import gpu_engines
 import pytest
 
-from benchmarks import gpu_tasks
+from benchmarks import gpu_common
 
 FORMS = {
     "plain": {},
@@ -27,8 +27,8 @@ def compiled(gpu: int, **options):
     from edge_backbones.spec import Precision
 
     return compile_plan(
-        gpu_tasks.pooling_onnx(),
-        gpu_tasks.pooling_input(512),
+        gpu_common.pooling_onnx(),
+        gpu_common.pooling_input(512),
         Precision.FP32,
         flavour="tensorrt",
         options=PlanOptions(**options),
@@ -41,7 +41,7 @@ def run(plan, gpu: int, flavour: str = "tensorrt", **options) -> None:
     from edge_backbones.engines.tensorrt.session import TensorRtSession
     from edge_backbones.testing import SPEC
 
-    input = gpu_tasks.pooling_input(512)
+    input = gpu_common.pooling_input(512)
     data = bytearray(plan.data)
     session = TensorRtSession(data, flavour=flavour, input=input, outputs=SPEC.outputs, device=gpu, **options)
     with EdgeBackbone(SPEC, input, session, device=f"cuda:{gpu}") as backbone:
@@ -60,7 +60,7 @@ def test_a_plan_of_every_form_runs(gpu, form):
     if options.get("hardware_compatibility") and (described.integrated or int(described.architecture[3:]) < 80):
         pytest.skip(f"{described.name} has no hardware compatibility")
     plan = compiled(gpu, **options)
-    weights = gpu_tasks.pooling_onnx() if plan.gpu.stripped else None
+    weights = gpu_common.pooling_onnx() if plan.gpu.stripped else None
     run(plan, gpu, allow_host_code=plan.gpu.host_code, weights=weights)
     assert plan.timing_cache
     if not plan.gpu.stripped:
