@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.engines.compat import reasons_in_plan
 from edge_backbones.engines.tensorrt import compile as compiler
+from edge_backbones.engines.tensorrt import requests
 from edge_backbones.engines.tensorrt.compile import Plan, compile_plan
 from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
@@ -204,7 +205,7 @@ def test_rtx_itself_writes_no_plan_without_weights_here(
 
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
 def test_rtx_itself_has_no_lean_runtime(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "_refuse", lambda *_, **__: None)
+    monkeypatch.setattr(requests, "_refuse", lambda *_, **__: None)
     with pytest.raises(CompileError, match=r"libnvinfer_lean.*leave version compatibility out"):
         compiled(typed(case, Precision.FP32, tmp_path), version_compatible=True, embed_runtime=True, targets=("sm_89",))
 
@@ -234,7 +235,7 @@ def test_tensorrt_itself_refuses_what_we_refuse(
     case: Case, target: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Our table of formats by architecture is that of the library: without it, the library's own words come through."""
-    monkeypatch.setattr(compiler, "FIRST_ARCHITECTURE", {})
+    monkeypatch.setattr(requests, "FIRST_ARCHITECTURE", {})
     graph = typed(case, Precision.BF16 if format == "b16" else Precision.FP8, tmp_path)
     with pytest.raises(CompileError, match=rf"{target.lower()}.*{format}.*leave the target out"):
         compiled(graph, targets=(f"sm_{target[2:]}",))
@@ -276,7 +277,7 @@ def test_what_rtx_cannot_do_or_would_ignore_is_refused(
 def test_tensorrt_needs_the_gpu_it_compiles_for(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Builder ends the process where there is no driver: it must not be reached."""
     monkeypatch.setattr(compiler.gpus, "find_gpus", tuple)
-    monkeypatch.setattr(compiler, "load_library", lambda flavour: pytest.fail("the library was touched"))
+    monkeypatch.setattr(requests, "load_library", lambda flavour: pytest.fail("the library was touched"))
     graph = typed(case, Precision.FP32, tmp_path)
     with pytest.raises(CompileError, match="TensorRT compiles on the GPU that will run the plan"):
         compile_plan(graph.path.read_bytes(), graph.input, Precision.FP32, flavour="tensorrt")

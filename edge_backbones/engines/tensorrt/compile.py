@@ -10,34 +10,26 @@ architectures it is told (``targets``).
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import numpy as np
 
 from edge_backbones.bundle.manifest import GpuKey
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.engines.gpu import memory as cuda
-from edge_backbones.engines.refusals import against_dla
 from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, quantise_implicitly
-from edge_backbones.engines.tensorrt.library import against_driver, against_release, load_library, logger_of
+from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.messages import cause, explained, made, null_pointers_explained, refusals_explained
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
-from edge_backbones.engines.tensorrt.profiles import Profile, uncovered
+from edge_backbones.engines.tensorrt.requests import PlanFlavour, compatibility_level, resolve_request, shapes_of
 from edge_backbones.errors import CompileError
 from edge_backbones.machine import gpus
-from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
-from edge_backbones.machine.system import gib, is_jetson, read_system
+from edge_backbones.machine.system import gib, read_system
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision
-
-PlanFlavour = Literal["tensorrt", "tensorrt_rtx"]
-
-_RTX_DEFAULT = ("sm_80", "sm_86", "sm_89", "sm_120")
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ def compile_plan(
     what TensorRT's timing needs; more are safe.
     """
     options = options or PlanOptions()
-    library, card, targets, profiles = _agreed(input, precision, flavour, options, gpu, weak=ranges is not None)
+    library, card, targets, profiles = resolve_request(input, precision, flavour, options, gpu, weak=ranges is not None)
 
     log = logger_of(library)
     log.clear()
@@ -160,31 +152,6 @@ def compile_plan(
         )
 
 
-def check_plan(
-    input: InputSpec,
-    precision: Precision,
-    *,
-    flavour: PlanFlavour,
-    options: PlanOptions,
-    gpu: int = 0,
-    weak: bool = False,
-) -> None:
-    """Raise CompileError for what `compile_plan` would refuse before it compiles."""
-    _agreed(input, precision, flavour, options, gpu, weak=weak)
-
-
-def has_weak_typing(flavour: PlanFlavour) -> bool:
-    """Does this library still choose number formats itself? TensorRT 10 does, and DLA on JetPack 6 needs it."""
-    return hasattr(load_library(flavour).BuilderFlag, "INT8")
-
-
-def shapes_of(input: InputSpec, shapes: Shapes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Input shapes (min, opt, max) of one optimisation profile."""
-    sizes = (shapes.batch, shapes.height, shapes.width)
-    least, usual, most = (input.shape(*(getattr(size, which) for size in sizes)) for which in ("min", "opt", "max"))
-    return least, usual, most
-
-
 def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions) -> int:
     """Bytes that compiling needs at least: weights of the network and of the plan, the workspace, the widest layer.
 
@@ -224,155 +191,6 @@ def _tensor_bytes(tensor: Any, batch: int) -> int:
     return int(np.prod(sizes, dtype=np.int64)) * max(1, int(tensor.dtype.itemsize))
 
 
-# ---- what is asked for, against what there is -----------------------------------------------------------------------
-
-
-def _agreed(
-    input: InputSpec, precision: Precision, flavour: PlanFlavour, options: PlanOptions, index: int, *, weak: bool
-) -> tuple[Any, gpus.Gpu | None, tuple[str, ...], tuple[Shapes, ...]]:
-    """The library, the GPU, the architectures and the profiles, if all of it goes together."""
-    gpu = _gpu(flavour, index)
-    if gpu is not None and flavour == "tensorrt" and (old := against_driver(flavour, gpu.driver)):
-        raise CompileError(old)
-    library = load_library(flavour)
-    version = str(library.__version__)
-    if old := against_release(
-        flavour, version, jetson=is_jetson()
-    ):  # JetPack 6.0 has 8.6, which lacks names used below
-        raise CompileError(f"{flavour} {version} is too old: {old}")
-    targets = _targets(library, flavour, precision, options, gpu)
-    profiles = _profiles(input, options)
-    _refuse(library, flavour, options, input, profiles, precision, gpu, weak=weak)
-    return library, gpu, targets, profiles
-
-
-def _gpu(flavour: PlanFlavour, index: int) -> gpus.Gpu | None:
-    found = gpus.find_gpus()
-    if 0 <= index < len(found):
-        return found[index]
-    if flavour == "tensorrt":  # without a driver its Builder ends the process
-        reason = gpus.no_gpu_reason() or f"this machine has {len(found)} GPUs, cuda:{index} is none of them"
-        raise CompileError(f"TensorRT compiles on the GPU that will run the plan: {reason}")
-    return None
-
-
-def _targets(
-    library: Any, flavour: PlanFlavour, precision: Precision, options: PlanOptions, gpu: gpus.Gpu | None
-) -> tuple[str, ...]:
-    if flavour == "tensorrt":
-        assert gpu is not None  # _gpu raises
-        if options.targets not in ((), (gpu.architecture,)):
-            raise CompileError(
-                f"TensorRT compiles for the GPU at hand, {gpu.architecture} here, not for {', '.join(options.targets)}: "
-                "copy the bundle to that device and run edge-backbones compile there"
-            )
-        targets: tuple[str, ...] = (gpu.architecture,)
-    else:
-        known = _rtx_architectures(library)
-        targets = options.targets or tuple(t for t in _RTX_DEFAULT if _has(t, precision) and t in known)
-        unknown = [target for target in targets if target not in known]
-        if unknown:
-            raise CompileError(
-                f"TensorRT-RTX {library.__version__} does not compile for {', '.join(unknown)}; it knows {', '.join(known)}. "
-                "Jetson and datacenter GPUs need TensorRT (--flavour tensorrt), on the device itself"
-            )
-    old = [target for target in targets if not _has(target, precision)]
-    if old:
-        raise CompileError(
-            f"{', '.join(old)} has no {precision}, which came with sm_{FIRST_ARCHITECTURE[precision]}: leave it out, or "
-            "compile int8 or fp16"
-        )
-    return targets
-
-
-def _rtx_architectures(library: Any) -> tuple[str, ...]:
-    names = [name for name in library.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name)]
-    return tuple(f"sm_{name.removeprefix('SM')}" for name in names)
-
-
-def _has(architecture: str, precision: Precision) -> bool:
-    return int(architecture.removeprefix("sm_")) >= FIRST_ARCHITECTURE.get(precision, 0)
-
-
-def _profiles(input: InputSpec, options: PlanOptions) -> tuple[Shapes, ...]:
-    whole = Shapes(batch=input.batch, height=input.height, width=input.width)
-    for shapes in options.profiles:
-        for axis in ("batch", "height", "width"):
-            inner, outer = getattr(shapes, axis), getattr(whole, axis)
-            if not outer.min <= inner.min <= inner.max <= outer.max:
-                raise CompileError(
-                    f"a profile asks for {axis} {inner}, the graph has {outer}: build the bundle for more sizes"
-                )
-    profiles = options.profiles or (whole,)
-    numbered = [Profile(number, *shapes_of(input, shapes)) for number, shapes in enumerate(profiles)]
-    missing = uncovered(numbered, input)
-    if missing:
-        raise CompileError(
-            f"no profile holds {missing[0]}, and the bundle promises {input.min_shape} to {input.max_shape}: add a profile "
-            "for it, or build a bundle with fewer sizes"
-        )
-    return profiles
-
-
-def _refuse(
-    library: Any,
-    flavour: PlanFlavour,
-    options: PlanOptions,
-    input: InputSpec,
-    profiles: Sequence[Shapes],
-    precision: Precision,
-    gpu: gpus.Gpu | None,
-    *,
-    weak: bool,
-) -> None:
-    """Raise CompileError for what this library lacks or would ignore."""
-    name = f"{flavour} {library.__version__}"
-    if flavour == "tensorrt_rtx":
-        ignored = {
-            "version compatibility": options.version_compatible,
-            "hardware compatibility": options.hardware_compatibility != "none",
-            "sparse weights": options.sparse,
-            "a DLA core": options.dla_core is not None,
-            "a timing cache": options.timing_cache is not None,
-        }
-        asked = [what for what, wanted in ignored.items() if wanted]
-        if asked:
-            raise CompileError(
-                f"{name} has no {' and no '.join(asked)}: leave it out, or use TensorRT (--flavour tensorrt)"
-            )
-        if (options.refit or options.strip) and not gpus.find_gpus():
-            raise CompileError(
-                f"{name} compiles refittable and stripped plans on a machine with a GPU only ({gpus.no_gpu_reason()})"
-            )
-    if options.hardware_compatibility != "none" and _compatibility(library, options.hardware_compatibility) is None:
-        raise CompileError(
-            f"{name} has no hardware compatibility {options.hardware_compatibility!r}: use a newer release"
-        )
-    if options.hardware_compatibility != "none" and gpu is not None and gpu.integrated:
-        raise CompileError(
-            f"TensorRT has no hardware compatibility on JetPack ({gpu.name}): leave it out, and compile on each device"
-        )
-    if (
-        options.hardware_compatibility == "ampere_plus"
-        and gpu is not None
-        and not _has(gpu.architecture, Precision.BF16)
-    ):
-        raise CompileError(
-            f"hardware compatibility ampere_plus begins with sm_80, and {gpu.name} is {gpu.architecture}: leave it out"
-        )
-    if options.dla_core is not None:
-        for shapes in profiles:
-            sizes = {"batch": shapes.batch, "height": shapes.height, "width": shapes.width}
-            if reasons := against_dla(precision, msgspec.structs.replace(input, **sizes)):
-                raise CompileError("; ".join(reasons))
-    if weak and options.strip:
-        raise CompileError(
-            "a stripped plan takes its weights from the graph of its precision, which int8 on this DLA has not"
-        )
-    if weak and (options.dla_core is None or precision is not Precision.INT8):
-        raise CompileError("weak typing with ranges is for int8 on a DLA core; every other plan takes a typed graph")
-
-
 # ---- configuration --------------------------------------------------------------------------------------------------
 
 
@@ -380,10 +198,6 @@ def _network_flags(library: Any, *, weak: bool) -> int:
     """Values of these members differ between releases; some have no STRONGLY_TYPED to choose, being it always."""
     flags = library.NetworkDefinitionCreationFlag
     return 0 if weak or not hasattr(flags, "STRONGLY_TYPED") else 1 << int(flags.STRONGLY_TYPED)
-
-
-def _compatibility(library: Any, wanted: str) -> Any:
-    return getattr(library.HardwareCompatibilityLevel, wanted.upper(), None)
 
 
 def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, targets: Sequence[str]) -> None:
@@ -394,7 +208,7 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
     if options.level is not None:
         config.builder_optimization_level = options.level
     if options.hardware_compatibility != "none":
-        config.hardware_compatibility_level = _compatibility(library, options.hardware_compatibility)
+        config.hardware_compatibility_level = compatibility_level(library, options.hardware_compatibility)
     flags = library.BuilderFlag
     wanted = {
         "VERSION_COMPATIBLE": options.version_compatible,

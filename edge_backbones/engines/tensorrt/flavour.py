@@ -13,9 +13,9 @@ from edge_backbones.bundle.reader import Bundle
 from edge_backbones.engines.base import CompiledEngine, CompileOptions, EngineSession, Flavour, LoadOptions
 from edge_backbones.engines.refusals import against_rtx_targets
 from edge_backbones.engines.tensorrt import compile as compiler
-from edge_backbones.engines.tensorrt import library, plans
-from edge_backbones.engines.tensorrt.compile import PlanFlavour
+from edge_backbones.engines.tensorrt import library, plans, requests
 from edge_backbones.engines.tensorrt.options import PlanOptions
+from edge_backbones.engines.tensorrt.requests import PlanFlavour
 from edge_backbones.errors import BundleError, CompileError, EngineMismatchError
 from edge_backbones.machine import hosts
 from edge_backbones.machine.hosts import Host
@@ -69,7 +69,7 @@ class TensorRt(Flavour):
     def check(self, graph: GraphRecord, input: InputSpec, options: CompileOptions) -> None:
         plan = options.plan or PlanOptions()
         weak = self._is_weak(graph, plan)
-        compiler.check_plan(input, graph.precision, flavour=self._name, options=plan, gpu=options.gpu, weak=weak)
+        requests.check_plan(input, graph.precision, flavour=self._name, options=plan, gpu=options.gpu, weak=weak)
 
     def source_graph(self, bundle: Bundle, graph: GraphRecord, options: CompileOptions) -> GraphRecord:
         if self._is_weak(graph, options.plan or PlanOptions()):
@@ -101,7 +101,7 @@ class TensorRt(Flavour):
     def _is_weak(self, graph: GraphRecord, plan: PlanOptions) -> bool:
         """Return whether int8 is compiled from the fp32 graph and the ranges: DLA of older releases takes no Q/DQ pairs."""
         is_int8_on_dla = plan.dla_core is not None and graph.precision is Precision.INT8
-        return is_int8_on_dla and compiler.has_weak_typing(self._name)
+        return is_int8_on_dla and requests.has_weak_typing(self._name)
 
     def _graph_and_ranges(
         self, bundle: Bundle, graph: GraphRecord, plan: PlanOptions
