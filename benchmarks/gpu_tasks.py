@@ -333,7 +333,7 @@ def on_device(memory: cuda.Memory, values: np.ndarray) -> tuple[Any, int]:
         memory.copy_in(pointer, values.ctypes.data, values.nbytes, stream)
         memory.wait(stream)
     return DeviceArray(
-        pointer, values.shape, values.dtype, device=memory.device, owner=None, synchronize=None, stream=stream
+        pointer, values.shape, values.dtype, device=memory.gpu, owner=None, synchronize=None, stream=stream
     ), stream
 
 
@@ -635,7 +635,7 @@ def _plan_overhead(device: int, flavour: Any, graph: bytes, cuda_graphs: bool) -
         flavour=flavour,
         input=input,
         outputs=SPEC.outputs,
-        device=device,
+        gpu=device,
         cuda_graphs=cuda_graphs,
     )
     with contextlib.closing(session):

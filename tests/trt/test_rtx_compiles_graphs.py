@@ -18,13 +18,13 @@ import pytest
 from onnx import numpy_helper
 
 from edge_backbones.bundle.manifest import EngineKey
-from edge_backbones.engines.compat import reasons_in_plan
 from edge_backbones.engines.tensorrt import compile as compiler
 from edge_backbones.engines.tensorrt import requests
 from edge_backbones.engines.tensorrt.compile import Plan, compile_plan
+from edge_backbones.engines.tensorrt.engine import load as load_engine
 from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
-from edge_backbones.engines.tensorrt.session import _load
+from edge_backbones.engines.tensorrt.plans import reasons_in_plan
 from edge_backbones.errors import CompileError, EngineMismatchError
 from edge_backbones.machine.gpus import Gpu, find_gpus
 from edge_backbones.progress import Progress
@@ -197,7 +197,7 @@ def test_rtx_itself_writes_no_plan_without_weights_here(
     """What is refused on a machine without a GPU before it is tried, the library cannot do there; its words come through."""
     pretended = Gpu(0, "no GPU", "sm_89", 24 << 30, "13.0", 58, False)
     monkeypatch.setattr(compiler.gpus, "find_gpus", lambda: (pretended,))
-    monkeypatch.setattr(compiler.cuda, "open_memory", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(compiler, "open_memory", lambda gpu: contextlib.nullcontext())
     for option in ("strip", "refit"):
         with pytest.raises(CompileError, match=r"cannot compile this graph: .*CUDA_SUCCESS.*edge-backbones doctor"):
             compiled(typed(case, Precision.FP32, tmp_path), targets=("sm_89",), **{option: True})
@@ -219,7 +219,9 @@ def test_what_rtx_says_to_plans_that_it_does_not_load(case: Case, tmp_path: Path
 
     def refusal(data: bytes) -> str:
         with pytest.raises(EngineMismatchError) as told:
-            _load(trt, bytearray(data), "tensorrt_rtx", graph.input, graph.spec.outputs, False, None, None, graph.spec)
+            load_engine(
+                trt, bytearray(data), "tensorrt_rtx", graph.input, graph.spec.outputs, False, None, None, graph.spec
+            )
         return str(told.value)
 
     assert "CUDA driver version is insufficient" in refusal(plan)

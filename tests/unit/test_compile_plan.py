@@ -58,7 +58,7 @@ def compiled(monkeypatch):
     room = types.SimpleNamespace(available=7 << 30)
     monkeypatch.setattr(tensorrt, "read_system", lambda: types.SimpleNamespace(memory=room))
     monkeypatch.setattr(tensorrt, "logger_of", lambda library: log)
-    monkeypatch.setattr(tensorrt.cuda, "open_memory", Context)
+    monkeypatch.setattr(tensorrt, "open_memory", Context)
     Context.entered.clear()
 
     def compile(library, precision=Precision.FP16, input=None, ranges=None, gpu=ORIN, **options):

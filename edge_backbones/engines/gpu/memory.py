@@ -68,13 +68,11 @@ class CudaBindings:
 
     name: MemoryBackend = "cuda-bindings"
 
-    def __init__(self, device: int, driver: Any) -> None:
+    def __init__(self, gpu: int, driver: Any) -> None:
         self.driver = driver
         self._check(driver.cuInit(0), "cuInit")
-        handle = self._check(driver.cuDeviceGet(device), "cuDeviceGet of GPU %d", device)
-        self._context = self._check(
-            driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain of GPU %d", device
-        )
+        handle = self._check(driver.cuDeviceGet(gpu), "cuDeviceGet of GPU %d", gpu)
+        self._context = self._check(driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain of GPU %d", gpu)
 
     def push(self) -> None:
         self._check(self.driver.cuCtxPushCurrent(self._context), "cuCtxPushCurrent")
@@ -107,14 +105,14 @@ class PyCuda:
 
     name: MemoryBackend = "pycuda"
 
-    def __init__(self, device: int, library: Any, driver: Any) -> None:
+    def __init__(self, gpu: int, library: Any, driver: Any) -> None:
         self.driver = driver
         self._library = library
         self._held: dict[int, Any] = {}  # pycuda frees what nobody holds
         with self._typed("pycuda.driver.init"):
             library.init()
             # Kept for good: pycuda detaches a primary context in a way that leaves it current.
-            self._context = library.Device(device).retain_primary_context()
+            self._context = library.Device(gpu).retain_primary_context()
 
     def push(self) -> None:
         with self._typed("Context.push"):
@@ -160,9 +158,9 @@ class Memory:
     refusal of CUDA is a DeviceError with CUDA's name for it, OutOfMemoryError where memory ran out. Threads may share it.
     """
 
-    def __init__(self, device: int, backend: Backend) -> None:
+    def __init__(self, gpu: int, backend: Backend) -> None:
         driver = backend.driver
-        self.device = device
+        self.gpu = gpu
         self.backend = backend.name
         self._backend = backend
         self._driver = driver
@@ -196,7 +194,7 @@ class Memory:
             code, *amounts = self._driver.cuMemGetInfo()
             known = "" if int(code) else f"; {readable(amounts[0])} of {readable(amounts[1])} are free"
             raise OutOfMemoryError(
-                f"cuda:{self.device} has no {readable(size)} left ({error}){known}: run smaller batches or fewer threads, "
+                f"cuda:{self.gpu} has no {readable(size)} left ({error}){known}: run smaller batches or fewer threads, "
                 "or end what else uses this GPU"
             ) from error
 
@@ -322,7 +320,7 @@ class Memory:
     def free_graph(self, graph: Any) -> None:
         self._check(self._driver.cuGraphExecDestroy(graph), "cuGraphExecDestroy")
 
-    def device_of(self, pointer: int) -> int | None:
+    def gpu_of(self, pointer: int) -> int | None:
         """Index of the GPU on which a pointer is valid; None for memory that CUDA does not know."""
         result = self._driver.cuPointerGetAttribute(self._ordinal, pointer)
         if int(result[0]) == _INVALID_VALUE:
@@ -335,7 +333,7 @@ class Memory:
         return result[1] if len(result) > 1 else None
 
 
-def open_memory(device: int, backend: MemoryBackend | None = None) -> Memory:
+def open_memory(gpu: int, backend: MemoryBackend | None = None) -> Memory:
     """The memory of one GPU, the same object for every caller; without ``backend`` cuda-bindings, else pycuda.
 
     Raises MissingDependencyError with the command that installs it, DeviceError when CUDA refuses.
@@ -343,21 +341,21 @@ def open_memory(device: int, backend: MemoryBackend | None = None) -> Memory:
     if backend not in (None, "cuda-bindings", "pycuda"):
         raise InputError(f"memory must be 'cuda-bindings' or 'pycuda', got {backend!r}")
     if backend is not None:
-        return _opened(device, backend)
+        return _opened(gpu, backend)
     try:
-        return _opened(device, "cuda-bindings")
+        return _opened(gpu, "cuda-bindings")
     except MissingDependencyError as error:
         try:
-            return _opened(device, "pycuda")
+            return _opened(gpu, "pycuda")
         except MissingDependencyError:
             raise error from None
 
 
 @functools.cache  # the primary context stays retained: what callers hold may outlive every session
-def _opened(device: int, backend: MemoryBackend) -> Memory:
+def _opened(gpu: int, backend: MemoryBackend) -> Memory:
     if backend == "cuda-bindings":
-        return Memory(device, CudaBindings(device, _cuda_bindings()))
-    return Memory(device, PyCuda(device, _pycuda(), gpus.CtypesDriver(gpus.load_driver())))
+        return Memory(gpu, CudaBindings(gpu, _cuda_bindings()))
+    return Memory(gpu, PyCuda(gpu, _pycuda(), gpus.CtypesDriver(gpus.load_driver())))
 
 
 def _cuda_bindings() -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.gpu.memory import Memory
 from edge_backbones.engines.gpu.streams import StreamKey
 from edge_backbones.errors import DeviceError, OutOfMemoryError
 
@@ -96,7 +96,7 @@ class Pool:
     is closed; then it frees.
     """
 
-    def __init__(self, memory: cuda.Memory) -> None:
+    def __init__(self, memory: Memory) -> None:
         self.memory = memory
         # Reentrant: a collection may give something back while this thread is inside.
         self.lock = threading.RLock()

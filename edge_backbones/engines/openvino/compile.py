@@ -15,8 +15,7 @@ import msgspec
 
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.engines.base import CompiledEngine
-from edge_backbones.engines.openvino import int8_graph as cpu_graph
-from edge_backbones.engines.openvino import session as openvino
+from edge_backbones.engines.openvino import int8_graph, session
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.machine import hosts
 from edge_backbones.spec import Precision
@@ -26,7 +25,7 @@ CACHE_LIMIT_BYTES = 4 << 30
 
 def engine_key(graph: bytes, precision: Precision) -> EngineKey:
     """The key of the OpenVINO engine that this machine would make of a graph."""
-    version = openvino.library_version()
+    version = session.library_version()
     if version is None:
         raise MissingDependencyError("compiling the CPU engine", "cpu")
     host = hosts.this_host({"openvino": version})
@@ -51,13 +50,13 @@ def compile_graph(
     as TensorRT does. Raises CompileError with the library's words, MissingDependencyError where OpenVINO is not installed.
     """
     key = engine_key(graph, precision)
-    name = hashlib.sha256(msgspec.json.encode([key, openvino.settings(None), as_written])).hexdigest()
+    name = hashlib.sha256(msgspec.json.encode([key, session.settings(None), as_written])).hexdigest()
     if cache is not None and (cached := _read_cached(cache, name)) is not None:
         return CompiledEngine(cached, key, ".blob", from_cache=True)
-    model = openvino.read_model(graph)
+    model = session.read_model(graph)
     if precision is Precision.INT8 and not as_written:
-        cpu_graph.adapt(model)
-    data = openvino.compile_model(model)
+        int8_graph.adapt(model)
+    data = session.compile_model(model)
     if cache is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             _write_cached(cache, name, data)

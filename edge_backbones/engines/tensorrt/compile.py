@@ -19,7 +19,7 @@ import numpy as np
 
 from edge_backbones.bundle.manifest import GpuKey
 from edge_backbones.bundle.onnx_gate import graph_fault
-from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.gpu.memory import open_memory
 from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, quantise_implicitly
 from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.messages import cause, explained, made, null_pointers_explained, refusals_explained
@@ -80,7 +80,7 @@ def compile_plan(
     log.warnings.clear()
     # TensorRT times kernels on the GPU whose context is current, in the thread that builds too.
     times = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs the GPU for these alone
-    current = cuda.open_memory(card.index) if times and card is not None else contextlib.nullcontext()
+    current = open_memory(card.index) if times and card is not None else contextlib.nullcontext()
     with current:
         with null_pointers_explained(log):
             builder = made(library.Builder(log), "a builder", log)

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from edge_backbones.engines import forks
-from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.gpu.memory import Memory
 from edge_backbones.engines.gpu.pool import Attempts, Pool, Ready
 from edge_backbones.engines.gpu.streams import StreamKey
 from edge_backbones.engines.ports import Shape
@@ -34,7 +34,7 @@ _GRAPH_OUTPUTS = 3  # captured contexts per shape on the device path: results of
 class Contexts:
     """The execution contexts of one engine: lent to calls, kept between them. Threads may share it."""
 
-    def __init__(self, engine: Engine, memory: cuda.Memory) -> None:
+    def __init__(self, engine: Engine, memory: Memory) -> None:
         self.pool = Pool(memory)
         self.refusals: dict[Shape, str] = {}
         self.closed = False

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.bundle.onnx_gate import graph_fault
-from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.gpu.memory import readable
 from edge_backbones.engines.ports import Tensor, mismatches
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.engines.tensorrt.library import TensorRtFlavour
@@ -53,7 +53,7 @@ class Engine:
         context = self.handle.create_execution_context(*chosen)
         if context is None:
             needed = int(self.handle.device_memory_size_v2)
-            raise self.failure(f"TensorRT made no execution context, which takes {cuda.readable(needed)} of its own")
+            raise self.failure(f"TensorRT made no execution context, which takes {readable(needed)} of its own")
         return context
 
     def check(self, done: Any, what: str) -> None:

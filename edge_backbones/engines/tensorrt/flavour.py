@@ -57,7 +57,7 @@ class TensorRt(Flavour):
             flavour=plans.library_to_load(key, this_machine(None)),
             input=input,
             outputs=spec.outputs,
-            device=options.gpu or 0,
+            gpu=options.gpu or 0,
             memory=options.memory,
             cuda_graphs=options.cuda_graphs,
             allow_host_code=options.allow_host_code,

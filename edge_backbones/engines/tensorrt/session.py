@@ -17,8 +17,8 @@ import numpy as np
 
 from edge_backbones.engines import exits
 from edge_backbones.engines.batching import Piece, pieces
-from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
+from edge_backbones.engines.gpu.memory import MemoryBackend, open_memory
 from edge_backbones.engines.gpu.pool import Buffer, Lease
 from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, float32_bytes, is_default, rounded
 from edge_backbones.engines.ports import Shape
@@ -58,8 +58,8 @@ class TensorRtSession:
         flavour: TensorRtFlavour,
         input: InputSpec,
         outputs: Sequence[str],
-        device: int = 0,
-        memory: cuda.MemoryBackend | None = None,
+        gpu: int = 0,
+        memory: MemoryBackend | None = None,
         cuda_graphs: bool = False,
         allow_host_code: bool = False,
         dla_core: int | None = None,
@@ -71,30 +71,30 @@ class TensorRtSession:
         if reason:
             raise EngineMismatchError(f"the {flavour} engine needs an NVIDIA GPU: {reason}")
         found = gpus.find_gpus()
-        if not 0 <= device < len(found):
+        if not 0 <= gpu < len(found):
             raise EngineMismatchError(
-                f"there is no cuda:{device} here, {len(found)} GPUs are visible: pass a smaller index"
+                f"there is no cuda:{gpu} here, {len(found)} GPUs are visible: pass a smaller index"
             )
-        old = tensorrt_library.against_driver(flavour, found[device].driver)
+        old = tensorrt_library.against_driver(flavour, found[gpu].driver)
         if old:
             raise EngineMismatchError(old)
         library = tensorrt_library.load_library(flavour)
-        gpu = cuda.open_memory(device, memory)
-        with exits.calls, gpu:
+        device_memory = open_memory(gpu, memory)
+        with exits.calls, device_memory:
             engine = load_engine(library, plan, flavour, input, outputs, allow_host_code, dla_core, weights, spec)
-            self._contexts = Contexts(engine, gpu)
+            self._contexts = Contexts(engine, device_memory)
             self._finalizer = weakref.finalize(self, close_quietly, self._contexts)
         self._input = input
         self._dtype = np.dtype(input.dtype)
-        self._memory = gpu
+        self._memory = device_memory
         self._profiles = engine.profiles
         self._chosen: dict[Shape, Profile] = {}
         self._routes: dict[Shape, _Route] = {}
         self._cuda_graphs = cuda_graphs
 
     @property
-    def device(self) -> int:
-        return self._memory.device
+    def gpu(self) -> int:
+        return self._memory.gpu
 
     @property
     def graph_refusals(self) -> dict[Shape, str]:
@@ -139,7 +139,7 @@ class TensorRtSession:
                         ready = slot.replay(array, stream, key)
                         contexts.reading(ready, array.owner)
                         return [
-                            _device_array(slot.lease(i, ready), shape, memory.device, stream)
+                            _device_array(slot.lease(i, ready), shape, memory.gpu, stream)
                             for i, shape in enumerate(slot.output_shapes)
                         ]
             return self._run_pieces(array, route, stream, key)
@@ -172,7 +172,7 @@ class TensorRtSession:
         contexts.reading(ready, array.owner)
         leases = [Lease(buffer, ready, pool, pool.give_back) for buffer in buffers]
         return [
-            _device_array(lease, output.shape, self._memory.device, stream)
+            _device_array(lease, output.shape, self._memory.gpu, stream)
             for lease, output in zip(leases, route.outputs, strict=True)
         ]
 
@@ -199,12 +199,10 @@ class TensorRtSession:
         self._finalizer.detach()
 
     def _require_here(self, pointer: int) -> None:
-        on, device = self._memory.device_of(pointer), self._memory.device
-        if on != device:
+        on, gpu = self._memory.gpu_of(pointer), self._memory.gpu
+        if on != gpu:
             where = "host memory" if on is None else f"cuda:{on}"
-            raise InputError(
-                f"{self._input.name} is in {where}, this engine runs on cuda:{device}: copy it there first"
-            )
+            raise InputError(f"{self._input.name} is in {where}, this engine runs on cuda:{gpu}: copy it there first")
 
     def _route(self, array: ForeignArray) -> _Route:
         """How an array is run; InputError for one that cannot be."""
@@ -261,7 +259,7 @@ class GraphedCall:
                 raise contexts.failure(array, error) from error
             raise
         self.outputs = [
-            _device_array(Lease(buffer, ready, pool, pool.give_back), shape, memory.device, stream)
+            _device_array(Lease(buffer, ready, pool, pool.give_back), shape, memory.gpu, stream)
             for buffer, shape in zip(buffers, slot.output_shapes, strict=True)
         ]
         self._contexts, self._memory, self._stream = contexts, memory, stream
@@ -309,5 +307,5 @@ class _Route:
         )
 
 
-def _device_array(lease: Lease, shape: Shape, device: int, stream: int) -> DeviceArray:
-    return DeviceArray.of_engine(lease.buffer.pointer, shape, _FLOAT32, device, lease, stream)
+def _device_array(lease: Lease, shape: Shape, gpu: int, stream: int) -> DeviceArray:
+    return DeviceArray.of_engine(lease.buffer.pointer, shape, _FLOAT32, gpu, lease, stream)
