@@ -1,4 +1,4 @@
-"""What callers pass on the host: arrays of several libraries, checked and made contiguous."""
+"""Check the host arrays that callers pass, and make them contiguous."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edge_backbones.spec import InputSpec
 
 
 def refuse_not_finite(array: np.ndarray, spec: InputSpec) -> None:
-    """Raise InputError for NaN or infinity; return where the sum of squares has only overflowed."""
+    """Raise InputError if an array holds NaN or infinity; return if only the sum of its squares overflowed."""
     found = {}
     for index, sample in enumerate(array):
         counts = {"NaN": int(np.isnan(sample).sum()), "infinite": int(np.isinf(sample).sum())}
@@ -28,7 +28,11 @@ def refuse_not_finite(array: np.ndarray, spec: InputSpec) -> None:
 
 
 def host_array(values: Any, spec: InputSpec) -> np.ndarray:
-    """A C-contiguous array of the engine's dtype over the caller's memory, copied only where it has to be."""
+    """Return a writable, C-contiguous array of the engine's dtype.
+
+    It shares the caller's memory and is a copy only if it must be. Floats of other widths are cast to float32. Raises
+    InputError for another dtype, masked values, or values beyond float32.
+    """
     if not isinstance(values, np.ndarray):
         values = _from_dlpack(values, spec)
     elif isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
@@ -53,6 +57,7 @@ def host_array(values: Any, spec: InputSpec) -> np.ndarray:
 
 
 def _from_dlpack(values: Any, spec: InputSpec) -> np.ndarray:
+    """Return a numpy array over the memory of a CPU array of another library."""
     if not hasattr(values, "__dlpack__"):
         raise InputError(
             f"{spec.name} of type {type(values).__name__} does not fit: pass a numpy array or a DLPack tensor, "
