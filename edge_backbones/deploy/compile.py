@@ -39,11 +39,11 @@ from edge_backbones.parity_report import ParityError, ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision
 
-# Engines by their graphs: the CPU computes fp16, bf16 and fp8 in fp32 and keeps such weights.
+# Size of an engine divided by the size of its graph. The CPU computes fp16, bf16 and fp8 in fp32 and stores fp32 weights.
 _ENGINE_OVER_GRAPH = {
     Precision.FP32: 1.1, Precision.FP16: 2.1, Precision.BF16: 2.1, Precision.INT8: 1.4, Precision.FP8: 3.8,
 }  # fmt: skip
-_KERNELS = 1 << 20
+_KERNEL_BYTES = 1 << 20
 _FORMS = {"onnx": "ONNX", "torchscript": "TorchScript"}
 
 
@@ -114,7 +114,7 @@ def compile_bundle(
         MissingDependencyError: The engine library is not installed.
         InputError: There is no such flavour, precision or profile.
     """
-    del in_process  # child.apart has read it
+    del in_process  # the decorator child.apart has read it
     maker = registry.get(flavour)
     if maker.graph_format is not None and maker.is_program and not allow_host_code:
         raise CompileError(f"a {maker.title} engine is a program, which is measured by running it: {ALLOW}")
@@ -130,7 +130,7 @@ def compile_bundle(
     if plan is not None and plan.embed_runtime and not allow_host_code:
         raise CompileError(f"a plan with its own runtime is measured by running it: {ALLOW}")
     graphs = work.passing(graphs, lambda graph: maker.check(graph, bundle.manifest.input, work.options))
-    if graphs:  # minutes of work would be lost otherwise
+    if graphs:  # otherwise minutes of compiling would be lost at the end
         bundle.require_writable(room=0 if maker.graph_is_engine else sum(map(_size_on_disk, graphs)))
     golden = load_golden(bundle)
     work.passing(graphs, lambda graph: work.add(graph, golden))
@@ -195,9 +195,8 @@ class _Work:
         """
         form = self.maker.graph_format
         if form is None:
-            self.maker.compile(
-                self.bundle, self.bundle.manifest.graphs[0], self.options, self.progress
-            )  # says why it cannot
+            # This flavour compiles no graph of a bundle: its CompileError says why.
+            self.maker.compile(self.bundle, self.bundle.manifest.graphs[0], self.options, self.progress)
         held = [graph for graph in self.bundle.manifest.graphs if graph.format == form]
         graphs = [graph for graph in held if precisions is None or graph.precision in precisions]
         lacking = [precision for precision in precisions or () if precision not in {graph.precision for graph in held}]
@@ -269,7 +268,7 @@ def _advice_on_compiling(bundle: Bundle, key: EngineKey, report: ParityReport) -
 
 def _size_on_disk(graph: GraphRecord) -> int:
     """Return roughly how many bytes the engine of a graph takes on disk."""
-    return int(_ENGINE_OVER_GRAPH[graph.precision] * graph.file.size) + _KERNELS
+    return int(_ENGINE_OVER_GRAPH[graph.precision] * graph.file.size) + _KERNEL_BYTES
 
 
 def flavour_here(gpu: int = 0) -> tuple[str, DeviceProfile | None]:
@@ -310,11 +309,11 @@ def compile_here(
     flavour = engine if engine not in (None, *Precision) else None
     if flavour is None:
         flavour = registry.serving(host).name
-        if gpu is not None and "cpu" in registry.get(flavour).devices:  # nothing here compiles for its GPU
-            flavour = "tensorrt"  # its refusal says why
+        if gpu is not None and "cpu" in registry.get(flavour).devices:
+            flavour = "tensorrt"  # no library here compiles for the GPU, and the error of TensorRT says why
     plan = registry.get(flavour).default_options(host).plan
     profile = None
-    with contextlib.suppress(MissingDependencyError):  # Python 3.10 reads profiles with the cli extra alone
+    with contextlib.suppress(MissingDependencyError):  # Python 3.10 reads profiles only with the cli extra
         profile = profile_here(flavour, () if plan is None else plan.targets, gpu or 0)
     compile_bundle(
         path,
@@ -360,8 +359,9 @@ def _is_compiled(bundle: Bundle, graph: GraphRecord, maker: Flavour, options: Co
 
 
 def _refuse_elsewhere(bundle: Bundle, profile: DeviceProfile, gpu: int) -> None:
-    """Raise CompileError if the profile's GPU is not in this machine: TensorRT compiles on the GPU that will run the
-    engine.
+    """Raise CompileError if the profile's GPU is not in this machine.
+
+    TensorRT compiles on the GPU that will run the engine.
     """
     host = hosts.this_host({}, gpu=gpu)
     if host.gpu is not None and host.gpu.architecture == profile.architecture:

@@ -19,7 +19,7 @@ from edge_backbones.parity_report import Gate, ParityError, ParityReport, StageP
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-_MAX_SQNR_DB = 300.0  # equal maps: JSON has no infinity
+_MAX_SQNR_DB = 300.0  # of equal maps, because JSON has no infinity
 
 
 def measure_parity(
@@ -130,7 +130,7 @@ def advice_on_building(report: ParityReport, library: str = "openvino") -> str:
             f"The graph is right in ONNX Runtime, so {library} computes it wrongly: install another release "
             f"(pip install --upgrade {library})"
         )
-    if report.precision is Precision.FP16:  # 11 bits, and at most 65504
+    if report.precision is Precision.FP16:  # it has 11 significant bits and reaches 65504
         finite = all(stage.finite for stage in report.stages)
         why = "fp16 rounds this network too coarsely" if finite else "its values are beyond what fp16 holds, 65504"
         return f"{why}: choose --precision {'fp32' if finite else 'bf16'} or --precision {'bf16' if finite else 'fp32'}"
@@ -158,7 +158,8 @@ def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate, *,
         length = float(np.linalg.norm(value))
         cosine = float(reference @ value) / (norm * length) if length else 0.0
     else:
-        cosine = 1 / math.sqrt(1 + relative**2) if relative < 1 else 0.0  # the noise counts as across a usual map
+        # As if the noise were orthogonal to a map of the usual norm.
+        cosine = 1 / math.sqrt(1 + relative**2) if relative < 1 else 0.0
     sqnr_db = min(20 * math.log10(1 / relative), _MAX_SQNR_DB) if relative else _MAX_SQNR_DB
     passed = is_inside(gate, cosine=cosine, sqnr_db=sqnr_db, relative=relative)
     return StageParity(

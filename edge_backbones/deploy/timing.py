@@ -21,7 +21,7 @@ from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec
 
 _ROUNDS = 7
-_WARM_UP, _CALLS, _SECONDS = 3, 10, 0.25  # of one turn: at least so many calls, and for at least so long
+_WARM_UP, _CALLS, _SECONDS = 3, 10, 0.25  # one turn takes at least this many calls and at least this long
 
 
 def time_engines(
@@ -102,7 +102,7 @@ def time_bundle(
         bundle, timed = read_current(bundle.path, timed_of)
         for engine in timed:
             bundle = bundle.add_engine(engine, {})
-    except EdgeBackbonesError as error:  # another process took an engine out, say
+    except EdgeBackbonesError as error:  # for example because another process removed an engine
         return Bundle.open(bundle.path), (f"not timed: {error}",)
     return bundle, (ranking(timed),) if timed else ()
 

@@ -1,5 +1,6 @@
-"""Measure the engines of a finished bundle again, on the device that runs them. It needs numpy and the engine library
-alone.
+"""Measure the engines of a finished bundle again, on the device that runs them.
+
+It needs numpy and the engine library alone.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def verify_bundle(
         ParityError: At least one engine is outside the gate that the bundle was built with. Raised after all were
             measured.
     """
-    del in_process  # child.apart has read it
+    del in_process  # the decorator child.apart has read it
     progress("checking files", 0, None)
     bundle, _ = read_current(path, Bundle.check_files)
     bundle, refused = trust.admit(bundle, trusted, sigstore=sigstore)
@@ -78,7 +79,7 @@ def verify_bundle(
         except IntegrityError:
             if record in Bundle.open(path).manifest.engines:
                 raise
-            continue  # taken out since
+            continue  # another process has removed the engine since
         on = None if record.key.gpu is None else gpu
         gate = promises.gate_of(bundle.manifest, record.key, record.parity.gate)
         say_what_is_run(bundle, record)
@@ -94,8 +95,8 @@ def verify_bundle(
             if doubt := trust.vouch(bundle, fresh, instead_of=record):
                 progress(doubt, 0, None)
             bundle = bundle.add_engine(fresh, {})
-            bundle, told = time_bundle(bundle, on, code=allow_host_code, anew=True, progress=progress)
-            for text in told:
+            bundle, notes = time_bundle(bundle, on, code=allow_host_code, anew=True, progress=progress)
+            for text in notes:
                 progress(text, 0, None)
     if reports:
         require(*reports, advice=lambda report: advice[id(report)])

@@ -40,7 +40,7 @@ def host_array(values: Any, spec: InputSpec) -> np.ndarray:
             f"{spec.name} has {np.ma.getmaskarray(values).sum()} masked values, and an engine has no mask: "
             "pass array.filled(0)"
         )
-    is_float = values.dtype.kind == "f" or values.dtype.name == "bfloat16"  # of ml_dtypes, as jax has it
+    is_float = values.dtype.kind == "f" or values.dtype.name == "bfloat16"  # jax's bfloat16 comes from ml_dtypes
     if spec.dtype == "float32" and is_float:
         try:
             with np.errstate(over="raise"):
@@ -52,7 +52,7 @@ def host_array(values: Any, spec: InputSpec) -> np.ndarray:
             ) from error
     elif values.dtype != spec.dtype:
         raise InputError(f"{spec.name} of dtype {values.dtype} does not fit: this engine takes {spec.describe()}")
-    # OpenVINO wraps writable memory only; it does not write to an input.
+    # OpenVINO accepts writable memory only, although it does not write to an input.
     return np.require(np.asarray(values), requirements=("C", "W"))
 
 

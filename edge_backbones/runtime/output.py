@@ -42,8 +42,9 @@ class BackboneOutput(dict[str, tuple[Any, ...]]):
 
     @property
     def hidden_states(self) -> tuple[Any | None, ...] | None:
-        """Return one array per layer or stage of the network, None where it was not asked for; None if none were asked
-        for.
+        """Return one array per layer or stage of the network; None if none were asked for.
+
+        If only some were asked for, the others are None.
         """
         return self.get("hidden_states")
 
@@ -124,7 +125,7 @@ class BackboneConfig:
         plain = {key: value for key, value in vars(self).items() if key not in ("_spec", "_chosen", "_out_indices")}
         return {**copy.deepcopy(plain), **{key: getattr(self, key) for key in _OF_THE_STAGES}}
 
-    def __getattr__(self, name: str) -> Any:  # for type checkers: the attributes are those of the source
+    def __getattr__(self, name: str) -> Any:  # declared for type checkers: the source defines the attributes
         raise AttributeError(f"this configuration has no {name!r}: the source of the bundle has none")
 
     def __eq__(self, other: object) -> bool:

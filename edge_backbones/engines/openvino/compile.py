@@ -1,4 +1,4 @@
-"""Compile a typed ONNX graph for this machine's CPU.
+"""Compile a typed ONNX graph with OpenVINO for this machine's CPU.
 
 Engines are cached by content: the same graph, library and CPU give the same engine without compiling again.
 """
@@ -24,7 +24,10 @@ CACHE_LIMIT_BYTES = 4 << 30
 
 
 def engine_key(graph: bytes, precision: Precision) -> EngineKey:
-    """The key of the OpenVINO engine that this machine would make of a graph."""
+    """Return the key of the OpenVINO engine that this machine would compile from a graph.
+
+    Raises MissingDependencyError if OpenVINO is not installed.
+    """
     version = session.library_version()
     if version is None:
         raise MissingDependencyError("compiling the CPU engine", "cpu")
@@ -45,9 +48,9 @@ def compile_graph(
 ) -> CompiledEngine:
     """Compile ONNX bytes for this machine's CPU, or take the engine from ``cache``.
 
-    An int8 graph is adapted to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`) unless ``as_written``: then
-    the engine rounds
-    as TensorRT does. Raises CompileError with the library's words, MissingDependencyError where OpenVINO is not installed.
+    An int8 graph is adapted to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`), unless ``as_written`` is
+    set: then the engine rounds as TensorRT does. Raises CompileError with OpenVINO's words, and MissingDependencyError
+    if it is not installed.
     """
     key = engine_key(graph, precision)
     name = hashlib.sha256(msgspec.json.encode([key, session.settings(None), as_written])).hexdigest()
@@ -64,7 +67,10 @@ def compile_graph(
 
 
 def _read_cached(cache: Path, name: str) -> bytes | None:
-    """File names are key-content hashes, so that a damaged engine is noticed and made again."""
+    """Return a cached engine; None if there is none.
+
+    File names hold hashes of key and content, so a damaged engine is noticed, deleted and compiled again.
+    """
     with contextlib.suppress(OSError):  # a cache that cannot be read only costs time
         for path in cache.glob(f"{name}-*.blob"):
             data = path.read_bytes()
@@ -76,6 +82,7 @@ def _read_cached(cache: Path, name: str) -> bytes | None:
 
 
 def _write_cached(cache: Path, name: str, data: bytes) -> None:
+    """Add an engine to the cache, and delete the least recently used ones above the size limit."""
     cache.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=cache, suffix=".tmp")
     try:

@@ -1,6 +1,6 @@
-"""Execution contexts of one engine: each has a stream and memory of its own and is used by one thread at a time.
+"""Lend the execution contexts of one engine to calls, so that threads never mix outputs.
 
-They are made when a call finds none idle, and kept, so that threads never mix outputs.
+A context is created when a call finds none idle, and is kept for later calls.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ from edge_backbones.errors import (
     InputError,
 )
 
-_IDLE_STREAMS = 4  # idle contexts of one profile, each behind another stream, before one changes its stream
-_GRAPH_SHAPES = 8  # shapes that get contexts of their own to be captured in
-_GRAPH_OUTPUTS = 3  # captured contexts per shape on the device path: results of so many calls can be held at once
+_IDLE_STREAMS = 4  # most idle contexts of one profile on different streams; then one of them changes its stream
+_GRAPH_SHAPES = 8  # most shapes with contexts of their own for CUDA graphs
+_GRAPH_OUTPUTS = 3  # contexts with a graph per shape; callers can hold the outputs of this many calls
 
 
 class Contexts:
-    """The execution contexts of one engine: lent to calls, kept between them. Threads may share it."""
+    """Create the execution contexts of one engine, lend them to calls and keep them in between. Threads may share it.
+
+    Attributes:
+        pool: Memory and events of the outputs.
+        refusals: Why an input shape has no CUDA graph, by shape.
+        closed: Whether ``close`` was called, or this is a forked child.
+    """
 
     def __init__(self, engine: Engine, memory: Memory) -> None:
         self.pool = Pool(memory)
@@ -45,12 +51,22 @@ class Contexts:
         self._idle: dict[tuple[int, Shape | None], list[Slot]] = {}
         self._captured: dict[Shape, list[Slot]] = {}
         self._graph_shapes: set[Shape] = set()
-        self._alive = 0  # contexts, lent ones too
+        self._alive = 0  # number of contexts, including lent ones
         self._inputs: deque[tuple[Ready, object]] = deque()
         forks.abandon_in_children(self)
 
     def take(self, profile: Profile, shape: Shape, key: StreamKey | None, *, graphs: bool = False) -> Slot:
-        """A context for work on the stream ``key``; None: on the context's own, nothing pending where that is possible."""
+        """Return a context for work on the stream ``key``, created if none is idle.
+
+        Call it inside ``with memory:``, and give the context back with `give_back` or `discard`. Raises InputError
+        after ``close``.
+
+        Args:
+            profile: Optimisation profile that holds ``shape``.
+            shape: Shape of the input.
+            key: Stream of the work; None for the context's own stream, if possible without pending work.
+            graphs: Replay the shape as a CUDA graph, if it may have one.
+        """
         with self._lock:
             if self.closed:
                 raise self.refusal()
@@ -68,7 +84,7 @@ class Contexts:
         return slot
 
     def take_captured(self, profile: Profile, shape: Shape, key: StreamKey) -> Slot | None:
-        """A context that captures and whose fixed outputs nobody holds; None when callers hold those of all."""
+        """Return a context that captures a graph and whose fixed outputs nobody holds; None if there is none to spare."""
         with self._lock:
             if self.closed:
                 raise self.refusal()
@@ -91,6 +107,7 @@ class Contexts:
         return slot
 
     def _may_capture(self, shape: Shape) -> bool:
+        """Return whether a shape may have contexts of its own for CUDA graphs. Only the first few shapes may."""
         if shape in self.refusals:
             return False
         if shape not in self._graph_shapes and len(self._graph_shapes) < _GRAPH_SHAPES:
@@ -98,6 +115,10 @@ class Contexts:
         return shape in self._graph_shapes
 
     def new_slot(self, profile: Profile, captured: Shape | None) -> Slot:
+        """Create a context.
+
+        ``captured``: the one shape that it serves with a CUDA graph; None for any shape of the profile.
+        """
         refusals = None if captured is None else self.refusals
         with self._lock:
             if self.closed:
@@ -107,12 +128,12 @@ class Contexts:
             return Slot(self._engine, self.pool, profile, captured or profile.max, refusals)
         except BaseException as error:
             self._ended()
-            if isinstance(error, RuntimeError):  # what the bindings raise where C++ returns False
+            if isinstance(error, RuntimeError):  # the bindings raise it if C++ returns False
                 raise self._engine.failure(f"TensorRT made no execution context ({error})") from error
             raise
 
     def _ended(self) -> None:
-        """A context is gone; with the last of them, after ``close``, the engine that it was made by."""
+        """Note that a context is gone. After ``close``, the last one to go closes the engine."""
         with self._lock:
             self._alive -= 1
             last = self.closed and not self._alive
@@ -120,7 +141,10 @@ class Contexts:
             self._engine.close()
 
     def give_back(self, slot: Slot) -> None:
-        """Keep a context for the next call; not after ``close``, and not one that was made for a graph that cannot be."""
+        """Keep a context for the next call.
+
+        It is discarded instead after ``close``, or if the CUDA graph that it was created for cannot be captured.
+        """
         with self._lock:
             slot.busy = False
             if not self.closed and not slot.refused:
@@ -130,19 +154,24 @@ class Contexts:
         self.discard(slot)
 
     def failure(self, array: Any, error: RuntimeError) -> InferenceError:
+        """Return the error for a RuntimeError of TensorRT's bindings."""
         return self._engine.failure(f"TensorRT failed on {array.dtype} {array.shape} ({error})")
 
     def discard(self, slot: Slot) -> None:
+        """Release a context for good. Errors of the release are ignored, because an earlier error is being reported."""
         with self._lock:
             for slots in self._captured.values():
                 if slot in slots:
                     slots.remove(slot)
-        with contextlib.suppress(DeviceError):  # a failure before this one is being told
+        with contextlib.suppress(DeviceError):  # an earlier error is being reported
             slot.release()
         self._ended()
 
     def retire(self, slot: Slot) -> None:
-        """Give a context up; where CUDA cannot be asked whether it is done with it, when all is closed."""
+        """Discard a context that belonged to a graphed call.
+
+        If CUDA is not usable, it is kept until ``close``; in a forked child, forever.
+        """
         if self._is_abandoned:
             forks.keep_for_good(slot)
             return
@@ -153,41 +182,45 @@ class Contexts:
             self._idle.setdefault((-1, None), []).extend(left)
 
     def order(self, stream: int, producer: int) -> None:
-        """Let ``stream`` wait for what is on ``producer`` now."""
+        """Make ``stream`` wait for the work that is on ``producer`` now."""
         ready = self.pool.new_ready()
         self._memory.record(ready.event, producer)
         self._memory.follow(stream, ready.event)
 
     def reading(self, ready: Ready, owner: object) -> None:
-        """Keep an input alive until the GPU has read it: its library may know nothing of this stream."""
+        """Keep the owner of an input alive until the GPU has read it, because its library may not know this stream."""
         self._inputs.append((ready, owner))
 
     def forget_inputs(self) -> None:
-        """Let go of the inputs that have been read."""
+        """Release the inputs that the GPU has read."""
         while self._inputs:
             try:
                 ready, owner = self._inputs.popleft()
             except IndexError:
-                return  # another thread was faster
+                return  # another thread took the last one
             if not self._memory.happened(ready.event):
                 self._inputs.appendleft((ready, owner))
                 return
 
     def refusal(self) -> EdgeBackbonesError:
-        """The error for a call after ``close``, or in a forked child."""
+        """Return the error for a call after ``close`` or in a forked child."""
         if self._is_abandoned:
             return forks.refusal("TensorRT")
         return InputError("this EdgeBackbone was closed: open the bundle again")
 
     def abandon(self) -> None:
-        """See forks.Inherited."""
+        """Keep everything native and refuse calls in a forked child, as described in `forks.Inherited`."""
         forks.keep_for_good(self)
-        self.pool.lock = self._lock = threading.RLock()  # a thread that does not exist here may hold the other
+        self.pool.lock = self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
         self._is_abandoned = self._is_abandoned or not self.closed
         self.closed = True
 
     def close(self) -> None:
-        if self.closed:  # in a forked child CUDA is not to be asked for anything
+        """Wait for the GPU, release all idle contexts and free the memory. Raises the first error after all steps.
+
+        A call in another thread finishes first, and then releases its context and the engine.
+        """
+        if self.closed:  # a forked child must not call CUDA
             return
         attempts = Attempts()
         with self._memory:
@@ -208,14 +241,14 @@ class Contexts:
             self._inputs.clear()
             attempts.make(self.pool.close)
             with self._lock:
-                unused = not self._alive  # a call that runs in another thread ends it
+                unused = not self._alive  # otherwise the last running call closes the engine
             if unused:
                 self._engine.close()
         attempts.end()
 
 
 class Lent:
-    """A context for the time of one call; after an error it is thrown away, because its state is not known."""
+    """Give a context back after one call, or discard it after an error, because its state is then unknown."""
 
     __slots__ = ("_array", "_contexts", "_slot")
 
@@ -239,5 +272,6 @@ class Lent:
 
 
 def close_quietly(contexts: Contexts) -> None:
+    """Close contexts and ignore errors of the GPU, for use in finalizers."""
     with contextlib.suppress(DeviceError):
         contexts.close()

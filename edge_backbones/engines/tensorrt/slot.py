@@ -1,4 +1,4 @@
-"""One execution context with its own stream and memory, which runs calls from host or GPU memory."""
+"""Run calls on one execution context, which has a stream and memory of its own."""
 
 from __future__ import annotations
 
@@ -18,27 +18,36 @@ from edge_backbones.engines.tensorrt.engine import Engine
 from edge_backbones.engines.tensorrt.profiles import Profile
 from edge_backbones.errors import DeviceError, InferenceError
 
-_HOST_OUTPUTS = 4  # pinned sets of outputs per context; a caller who holds more gets ordinary memory
+_HOST_OUTPUTS = 4  # most page-locked sets of outputs per context; callers that hold more get ordinary memory
 
 
 @dataclass(eq=False)
 class _HostOutputs:
-    """Arrays that a caller is given, and their reference counts while no caller has them."""
+    """Hold arrays that a caller gets, and their reference counts while no caller holds them."""
 
     arrays: list[np.ndarray]
     addresses: list[int]
     unshared: list[int] = field(default_factory=list)
 
     def references(self) -> list[int]:
+        """Return the arrays' current reference counts."""
         return [sys.getrefcount(array) for array in self.arrays]
 
 
 class Slot:
-    """An execution context, the stream and the memory that it works in. One thread uses it at a time.
+    """Run calls on one execution context, with its own stream and memory. One thread uses it at a time.
 
-    ``key`` and ``ready``: the stream that its last work is behind, None when there is none; and the event of that work.
-    ``largest``: the shape that its memory is made for. ``refusals``: not None if it serves one shape and is replayed as a
-    CUDA graph from the second call on; why it is not, is written there.
+    Its methods need the memory's context to be current (``with memory:``).
+
+    Attributes:
+        key: Stream that its last work is ordered on; None if no work is pending.
+        ready: Event behind its last work; None if no work is pending.
+        shape: Input shape that the context is set to.
+        output_shapes: Output shapes for that input shape, in graph order.
+        group: Profile and captured shape for which `Contexts` keeps it.
+        busy: Whether a call uses it.
+        graph: The captured CUDA graph; None while there is none.
+        refused: Whether a CUDA graph was wanted and could not be captured.
     """
 
     def __init__(
@@ -59,7 +68,7 @@ class Slot:
         self._context: Any = None
         self._stream: int | None = None
         self._fence: int | None = None
-        self._work: int | None = None  # a caller's stream with work of ours behind which there is no event yet
+        self._work: int | None = None  # a caller's stream that has work of this call, but no event behind it yet
         self.graph: Any = None
         self._warm = False
         self._bound: list[int] = []
@@ -69,7 +78,7 @@ class Slot:
         self._staged: np.ndarray = np.empty(0)
         self._staging_address = 0
         self._host_outputs: dict[Shape, list[_HostOutputs]] = {}
-        # Of a captured context on the device path, whose addresses are fixed: its outputs, and those that nobody holds.
+        # Outputs at fixed addresses, for replaying a graph on GPU memory: all of them, and those that nobody holds.
         self._outputs: list[Buffer] = []
         self._at_home: list[Buffer] = []
         self.busy = True
@@ -77,11 +86,12 @@ class Slot:
         try:
             self._open()
         except BaseException:
-            with contextlib.suppress(DeviceError):  # the first failure is the one to tell
+            with contextlib.suppress(DeviceError):  # the first error is the one to raise
                 self.release()
             raise
 
     def _open(self) -> None:
+        """Create the stream and the context, and choose the optimisation profile."""
         self._stream = self._memory.new_stream()
         self._fence = self._memory.new_event()
         self._context = self._engine.new_context()
@@ -94,15 +104,16 @@ class Slot:
 
     @property
     def stream(self) -> int:
+        """Return the handle of its own stream."""
         assert self._stream is not None
         return self._stream
 
     def set_shape(self, shape: Shape) -> None:
-        """Tell the context the shape of the input, and ask it for those of the outputs."""
+        """Set the input shape of the context, and read the output shapes from it."""
         if shape == self.shape:
             return
         engine = self._engine
-        # No local name for the context: a traceback would keep it alive.
+        # Do not bind the context to a local name: a traceback would keep it alive.
         engine.check(self._context.set_input_shape(engine.input, shape), f"an input of shape {shape}")
         unknown = self._context.infer_shapes()
         if unknown:
@@ -112,9 +123,14 @@ class Slot:
             raise engine.failure(f"TensorRT gives outputs of shape {shapes} for an input of shape {shape}")
         self.shape, self.output_shapes = shape, shapes
 
-    # -- from and to the host
+    # -- input and outputs in host memory
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
+        """Run one batch from host memory, wait for it, and return the outputs as float32 arrays.
+
+        The arrays are in page-locked memory, which is reused once no caller holds them. If callers hold too many, the
+        outputs are in ordinary memory.
+        """
         memory, stream = self._memory, self.stream
         if array.shape != self.shape:
             self.set_shape(array.shape)
@@ -133,18 +149,20 @@ class Slot:
         return list(outputs.arrays)
 
     def _stage(self, array: np.ndarray) -> None:
+        """Make the page-locked input buffer look like an array of this dtype and shape."""
         if self._staging is None:
             self._staging = self._memory.pinned((self._input_bytes(),), np.uint8)
             self._staging_address = self._staging.ctypes.data
         self._staged = self._staging[: array.nbytes].view(array.dtype).reshape(array.shape)
 
     def _outputs_for_host(self) -> _HostOutputs:
+        """Return output arrays that no caller holds."""
         made = self._host_outputs.setdefault(self.shape, [])
         for outputs in made:
             if outputs.references() == outputs.unshared:
                 return outputs
         pinned = sum(map(len, self._host_outputs.values())) < _HOST_OUTPUTS
-        if not pinned and not made:  # another shape has them all
+        if not pinned and not made:  # another shape has all of them
             self._host_outputs = {self.shape: made}
             pinned = True
         arrays = [
@@ -158,10 +176,18 @@ class Slot:
             outputs.unshared = outputs.references()
         return outputs
 
-    # -- on the GPU
+    # -- input and outputs in GPU memory
 
     def run_on_device(self, pointer: int, count: int, targets: list[int], stream: int, key: StreamKey) -> Ready:
-        """Enqueue ``count`` images at ``pointer``, filled up with zeros to the batch that was set, into ``targets``."""
+        """Enqueue one batch from GPU memory and return the event behind it.
+
+        Args:
+            pointer: Address of the input.
+            count: Number of images there. The rest of the batch that was set is filled with zeros.
+            targets: Address for each output.
+            stream: Stream of the caller.
+            key: Key of that stream.
+        """
         memory = self._memory
         work = self._begin(stream, key)
         source = pointer
@@ -182,7 +208,10 @@ class Slot:
         return self._end(work, stream, key)
 
     def replay(self, array: ForeignArray, stream: int, key: StreamKey) -> Ready:
-        """Enqueue through the fixed input and outputs of a context that captures."""
+        """Enqueue a call through fixed inputs and outputs, and return the event behind it.
+
+        From the second call on, it replays a CUDA graph.
+        """
         if self.shape != array.shape:
             self.set_shape(array.shape)
         if not self._outputs:
@@ -200,12 +229,14 @@ class Slot:
         return self._end(work, stream, key)
 
     def lease(self, output: int, ready: Ready) -> Lease:
+        """Lend one of the fixed outputs to a caller."""
         buffer = self._outputs[output]
         with self._pool.lock:
             self._at_home.remove(buffer)
         return Lease(buffer, ready, self._pool, self._take_home)
 
     def _take_home(self, buffer: Buffer) -> None:
+        """Take a fixed output back; give it to the pool if this context was released."""
         with self._pool.lock:
             if not self._released:
                 self._at_home.append(buffer)
@@ -213,14 +244,18 @@ class Slot:
         self._pool.give_back(buffer)
 
     def is_at_home(self) -> bool:
-        """Does nobody use this context or hold one of its fixed outputs?"""
+        """Return whether no call uses this context and nobody holds one of its fixed outputs."""
         return not self.busy and len(self._at_home) == len(self._outputs)
 
     def is_ordered(self, key: StreamKey) -> bool:
+        """Return whether work on the stream ``key`` runs after everything that uses the fixed outputs."""
         return all(buffer.follows(key) for buffer in self._outputs)
 
     def _begin(self, stream: int, key: StreamKey) -> int:
-        """The stream to work on: the caller's, or beside a default stream the own one, behind what is on both."""
+        """Return the stream to work on: the caller's, or its own if the caller's is a default stream.
+
+        The work is ordered behind what is on both streams.
+        """
         work = stream
         if is_default(stream):
             work = self.stream
@@ -232,10 +267,12 @@ class Slot:
         return work
 
     def _follow(self, work: int, key: StreamKey | None) -> None:
+        """Make a stream wait for the context's last work, unless that is on the same stream."""
         if self.ready is not None and self.key != key:
             self._memory.follow(work, self.ready.event)
 
     def _end(self, work: int, stream: int, key: StreamKey) -> Ready:
+        """Record an event behind the work, make the caller's stream wait for it, and return it."""
         ready = self._pool.new_ready()
         self._memory.record(ready.event, work)
         if work != stream:
@@ -243,20 +280,23 @@ class Slot:
         self.key, self.ready, self._work = key, ready, None
         return ready
 
-    # -- both
+    # -- for both
 
     def _bytes_of(self, shape: Shape) -> int:
+        """Return how many bytes an input of this shape takes."""
         return math.prod(shape) * self._engine.item_bytes
 
     def _input_bytes(self) -> int:
         return self._bytes_of(self._largest)
 
     def _input_pointer(self) -> int:
+        """Return its own input memory, which fits the largest shape."""
         if self._own_input is None:
             self._own_input = self._memory.allocate(self._input_bytes())
         return self._own_input
 
     def _output_pointers(self) -> list[int]:
+        """Return its own output memory, which fits the outputs of the largest shape."""
         while len(self._own_outputs) < len(self._capacities):
             self._own_outputs.append(self._memory.allocate(self._capacities[len(self._own_outputs)]))
         for shape, capacity in zip(self.output_shapes, self._capacities, strict=True):
@@ -265,6 +305,7 @@ class Slot:
         return self._own_outputs
 
     def _bind(self, source: int, targets: list[int]) -> None:
+        """Set the addresses of input and outputs, if they changed."""
         wanted = [source, *targets]
         if wanted == self._bound:
             return
@@ -274,21 +315,25 @@ class Slot:
         self._bound = wanted
 
     def _enqueue(self, stream: int) -> None:
+        """Enqueue one run: the CUDA graph if there is or can be one, otherwise the kernels."""
         if self.graph is None and self._warm and self._refusals is not None:
             self._capture()
         if self.graph is not None:
             self._memory.launch(self.graph, stream)
             return
         self._execute(stream)
-        self._warm = True  # TensorRT does what is left to do in the first enqueue of a shape: that one is not captured
+        self._warm = True  # the first run of a shape finishes TensorRT's set-up and cannot be captured
 
     def _execute(self, stream: int) -> None:
+        """Enqueue the kernels of one run."""
         self._engine.check(self._context.execute_async_v3(stream), f"to run an input of shape {self.shape}")
 
     def _capture(self) -> None:
+        """Capture one run as a CUDA graph; note the reason if that is not possible."""
         assert self._refusals is not None
         try:
-            ask = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX, which compiles while it runs
+            # TensorRT-RTX has it, because it compiles while it runs.
+            ask = getattr(self._context, "is_stream_capturable", None)
             if ask is None or ask(self.stream):
                 self.graph = self._memory.capture(self.stream, lambda: self._execute(self.stream))
                 return
@@ -300,7 +345,7 @@ class Slot:
         self.refused = True
 
     def release(self) -> None:
-        """Wait for the GPU and give everything back; what fails does not keep the rest. Raises the first failure."""
+        """Wait for the GPU and free everything, even if a step fails. Raises the first error."""
         memory = self._memory
         attempts = Attempts()
         if self.ready is not None:
