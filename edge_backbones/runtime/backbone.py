@@ -175,8 +175,8 @@ class EdgeBackbone:
             try:
                 record = select.choose_engine(bundle, host, engine, device=kind, allow_host_code=allow_host_code)
             except EngineMismatchError as error:
-                told = "".join(f". Not trusted: {name}: {why}" for name, why in refused.items())
-                raise EngineMismatchError(f"{error}{told}") from error
+                not_trusted = "".join(f". Not trusted: {name}: {why}" for name, why in refused.items())
+                raise EngineMismatchError(f"{error}{not_trusted}") from error
             if on_mismatch == "compile":
                 select.measure_here(bundle, record, host, gpu=gpu, allow_host_code=allow_host_code)
             return record, select.open_session(bundle, record, load)
@@ -253,8 +253,9 @@ class EdgeBackbone:
 
     @property
     def out_indices(self) -> list[int]:
-        """Return the indices into ``stage_names`` of the stages that a call returns, as given (-1 stays -1). Set it to
-        a subset.
+        """Return the indices into ``stage_names`` of the stages that a call returns. Set it to a subset.
+
+        They are as given: -1 stays -1.
         """
         return self._config.out_indices
 
@@ -274,8 +275,9 @@ class EdgeBackbone:
 
     @property
     def layouts(self) -> list[str]:
-        """Return the axes of each returned map: ``NCHW`` for most networks, ``NHWC`` or ``NLC`` (tokens) if the source
-        has it.
+        """Return the axes of each returned map.
+
+        ``NCHW`` for most networks, ``NHWC`` or ``NLC`` (tokens) if the source has it.
         """
         return [self._spec.layouts[i] for i in self._config._chosen]
 
@@ -317,14 +319,16 @@ class EdgeBackbone:
 
     @property
     def config(self) -> BackboneConfig:
-        """Return the source's configuration (``hidden_size``, ``patch_size``, ...). Its ``out_features`` are this
-        backbone's.
+        """Return the source's configuration (``hidden_size``, ``patch_size``, ...).
+
+        Its ``out_features`` are this backbone's.
         """
         return self._config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as plain values, with the stages that are chosen now
-        (:meth:`BackboneConfig.to_dict`).
+        """Return the configuration as plain values, with the stages that are chosen now.
+
+        See :meth:`BackboneConfig.to_dict`.
         """
         return self._config.to_dict()
 
@@ -467,7 +471,7 @@ class EdgeBackbone:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._origin is None:
             raise InputError(
-                f"{self!r} is of no bundle and cannot be pickled: write a bundle, and pickle what from_pretrained opens"
+                f"{self!r} is not from a bundle and cannot be pickled: write a bundle, and pickle what from_pretrained opens"
             )
         return _reopen, (type(self), self._origin, self._config)
 
@@ -494,8 +498,8 @@ class EdgeBackbone:
             )
 
     def _run(self, pixel_values: Any, stream: Any) -> Sequence[Any]:
-        # What a robot passes on every frame goes straight through: after an inference the caches are cold, and a few
-        # hundred lines of Python cost a tenth of a millisecond.
+        # Fast path for the input that a robot passes on every frame. After an inference the CPU's caches are cold, and a
+        # few hundred lines of Python take a tenth of a millisecond.
         usual = type(pixel_values) is np.ndarray and (pixel_values.dtype, pixel_values.shape) == self._usual
         if usual and stream is None and pixel_values.flags.carray:
             if self._checks_values and not math.isfinite(np.vdot(pixel_values, pixel_values)):
@@ -550,7 +554,7 @@ def _reopen(kind: type[EdgeBackbone], origin: _Origin, config: BackboneConfig) -
     """
     if not Path(origin.path).is_dir():
         raise BundleError(
-            f"a pickled backbone holds the place of its bundle, and {origin.path} is not there any more: put the bundle "
+            f"a pickled backbone holds the path of its bundle, and {origin.path} is not there any more: put the bundle "
             "back, or open it where it is with EdgeBackbone.from_pretrained"
         )
     backbone = kind.from_pretrained(origin.path, **origin.options)

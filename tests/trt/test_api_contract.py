@@ -139,12 +139,14 @@ RECEIVERS = {
     "library": MODULE,
     "load_library": MODULE,
     "network": "INetworkDefinition",
+    "parser": "OnnxParser",
     "runtime": "Runtime",
     "strategies": "ExecutionContextAllocationStrategy",
     "tensor": "ITensor",
     **dict.fromkeys(
         (
             "array",
+            "bound_to",
             "buffer",
             "card",
             "gpu",

@@ -1,10 +1,11 @@
-"""A typed ONNX graph becomes a plan: TensorRT from 10.3 on and TensorRT-RTX, on one path. No torch, no onnx.
+"""Compile a typed ONNX graph to a plan, with TensorRT from 10.3 on or TensorRT-RTX. It needs neither torch nor onnx.
 
-Networks are strongly typed: number formats come from the graph. What a release has is looked for on its module, so that
-names which came or went (see :mod:`edge_backbones.engines.tensorrt.library`) decide nothing by version number.
+Networks are strongly typed: the graph defines the number formats. Both libraries and all releases share one path: names
+that only some releases have are looked up on the module (see :mod:`edge_backbones.engines.tensorrt.library`), and no
+version number decides.
 
-TensorRT times kernels: it compiles for the GPU of this machine. TensorRT-RTX needs none and compiles for the
-architectures it is told (``targets``).
+TensorRT times kernels, so it compiles for the GPU of this machine. TensorRT-RTX needs no GPU and compiles for the
+architectures in ``targets``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, quant
 from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.messages import cause, explained, made, null_pointers_explained, refusals_explained
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
-from edge_backbones.engines.tensorrt.requests import PlanFlavour, compatibility_level, resolve_request, shapes_of
+from edge_backbones.engines.tensorrt.requests import (
+    InputShapes,
+    PlanFlavour,
+    compatibility_level,
+    resolve_request,
+    shapes_of,
+)
 from edge_backbones.errors import CompileError
 from edge_backbones.machine import gpus
 from edge_backbones.machine.system import gib, read_system
@@ -34,10 +41,18 @@ from edge_backbones.spec import InputSpec, Precision
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled plan, what its key must say, and what TensorRT told about it.
+    """Hold a compiled plan, the facts for its engine key, and what TensorRT reported about it.
 
-    ``timing_cache``: to be given to the next compilation. ``layers``: the engine inspector's JSON, where a GPU was there to
-    load the plan. ``memory_estimate``: bytes, see :func:`least_memory`. ``warnings``: TensorRT's own, the latest last.
+    Attributes:
+        data: The plan's bytes.
+        gpu: GPU part of its engine key.
+        library_version: Release that compiled it.
+        device_name: GPU that it was compiled on.
+        timing_cache: Kernel times, for the next compilation.
+        layers: JSON of the engine inspector, if a GPU was there to load the plan.
+        coverage: Layers that the DLA core runs, if one was asked for.
+        memory_estimate: Bytes that compiling needed at least, see :func:`least_memory`.
+        warnings: TensorRT's warnings, the latest last.
     """
 
     data: bytes
@@ -62,15 +77,28 @@ def compile_plan(
     ranges: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
-    """Compile ONNX bytes, whose number formats are those of ``precision``, for the GPU of index ``gpu`` or
-    ``options.targets``.
+    """Compile ONNX bytes to a plan, for the GPU of index ``gpu`` or for ``options.targets``.
 
-    ``progress`` gets TensorRT's phases; Ctrl-C (KeyboardInterrupt) ends the compilation at its next step. ``ranges``: |x|
-    thresholds by tensor, with an fp32 graph, ``precision`` int8 and a DLA core of a TensorRT that still has weak typing
-    (JetPack 6): its DLA takes no Q/DQ pairs.
+    TensorRT's timing needs at most one compilation per process at a time; several are safe, but their kernels are
+    chosen by disturbed timings. Ctrl-C (KeyboardInterrupt) ends the compilation at TensorRT's next step.
 
-    Raises CompileError with TensorRT's words and a way out, MissingDependencyError. One compilation per process at a time is
-    what TensorRT's timing needs; more are safe.
+    Args:
+        graph: ONNX bytes, with the number formats of ``precision``.
+        input: Name, dtype and sizes of the input.
+        precision: Precision of the graph.
+        flavour: ``tensorrt`` or ``tensorrt_rtx``.
+        options: How to compile it; None for the defaults.
+        gpu: Index of the GPU.
+        ranges: Thresholds of |x| by tensor name, for int8 on a DLA core with a TensorRT that still has weak typing
+            (JetPack 6), whose DLA takes no Q/DQ pairs. ``graph`` is then fp32 and ``precision`` int8.
+        progress: Gets TensorRT's phases.
+
+    Returns:
+        The plan and what TensorRT reported about it.
+
+    Raises:
+        CompileError: TensorRT, or a check before it, refuses the graph or an option; the message says how to fix it.
+        MissingDependencyError: The library is not installed.
     """
     options = options or PlanOptions()
     library, card, targets, profiles = resolve_request(input, precision, flavour, options, gpu, weak=ranges is not None)
@@ -78,9 +106,9 @@ def compile_plan(
     log = logger_of(library)
     log.clear()
     log.warnings.clear()
-    # TensorRT times kernels on the GPU whose context is current, in the thread that builds too.
-    times = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs the GPU for these alone
-    current = open_memory(card.index) if times and card is not None else contextlib.nullcontext()
+    # TensorRT times kernels on the GPU whose context is current. The building thread makes it current too.
+    uses_gpu = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs it only for these
+    current = open_memory(card.index) if uses_gpu and card is not None else contextlib.nullcontext()
     with current:
         with null_pointers_explained(log):
             builder = made(library.Builder(log), "a builder", log)
@@ -90,21 +118,13 @@ def compile_plan(
                     f"there is no DLA core {options.dla_core} here, which has {cores}: leave --dla-core out"
                 )
             network = made(builder.create_network(_network_flags(library, weak=ranges is not None)), "a network", log)
-            parser = made(library.OnnxParser(network, log), "a parser", log)  # owns the weights: it stays until the end
+            parser = made(library.OnnxParser(network, log), "a parser", log)  # owns the weights, so keep it to the end
         if options.dla_core is not None and hasattr(library.OnnxParserFlag, "ADJUST_FOR_DLA"):
             parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
         progress("reading the graph", 0, None)
-        fault = graph_fault(graph)
-        if fault is not None:
-            raise CompileError(f"this graph is given to no library: {fault}")
-        if not parser.parse(graph):
-            causes = dict.fromkeys(
-                cause(parser.get_error(index).node_operator(), parser.get_error(index).desc())
-                for index in range(parser.num_errors)
-            )
-            raise CompileError(f"{flavour} cannot read this graph: {'; '.join(causes) or log.last_error()}")
+        _parse(parser, graph, flavour, log)
         estimate = least_memory(network, profiles, options)
-        if card is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in the memory of this machine
+        if card is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in host memory
             _refuse_for_memory(estimate, card)
 
         config = made(builder.create_builder_config(), "a configuration", log)
@@ -113,7 +133,7 @@ def compile_plan(
             _configure(library, builder, config, options, targets)
             if ranges is not None:
                 quantise_implicitly(library, network, config, ranges)
-            if options.dla_core is not None:  # behind the number formats: a DLA core runs nothing in fp32
+            if options.dla_core is not None:  # after the number formats are set: DLA runs no fp32
                 coverage = place_on_dla(library, builder, network, config, options)
                 progress(str(coverage), 0, None)
             for number, shapes in enumerate(profiles):
@@ -127,23 +147,12 @@ def compile_plan(
                 f"{flavour} {library.__version__} cannot compile this graph: {explained(log.last_error())}"
             )
         compiled = bytes(data)
-        key = GpuKey(
-            architectures=targets,
-            hardware_compatibility=options.hardware_compatibility,
-            version_compatible=options.version_compatible,
-            host_code=options.embed_runtime,
-            refittable=options.refit or options.strip,
-            stripped=options.strip,
-            dla_core=options.dla_core,
-            driver=None if card is None or flavour == "tensorrt_rtx" else card.driver,
-            multiprocessors=None if card is None or flavour == "tensorrt_rtx" else card.multiprocessors,
-            profiles=tuple(shapes_of(input, shapes) for shapes in profiles),
-        )
+        bound_to = None if flavour == "tensorrt_rtx" else card
         return Plan(
             data=compiled,
-            gpu=key,
+            gpu=_gpu_key(options, targets, bound_to, tuple(shapes_of(input, shapes) for shapes in profiles)),
             library_version=str(library.__version__),
-            device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or card is None else card.name,
+            device_name="any GPU of its architectures" if bound_to is None else bound_to.name,
             timing_cache=_written_timing_cache(config, flavour),
             layers=None if card is None or options.strip else _layers(library, compiled, log, options),
             coverage=coverage,
@@ -152,11 +161,43 @@ def compile_plan(
         )
 
 
-def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions) -> int:
-    """Bytes that compiling needs at least: weights of the network and of the plan, the workspace, the widest layer.
+def _parse(parser: Any, graph: bytes, flavour: PlanFlavour, log: Any) -> None:
+    """Read ONNX bytes into the parser's network. Raises CompileError, which names every node that it refuses."""
+    fault = graph_fault(graph)
+    if fault is not None:
+        raise CompileError(f"this graph is given to no library: {fault}")
+    if not parser.parse(graph):
+        causes = dict.fromkeys(
+            cause(parser.get_error(index).node_operator(), parser.get_error(index).desc())
+            for index in range(parser.num_errors)
+        )
+        raise CompileError(f"{flavour} cannot read this graph: {'; '.join(causes) or log.last_error()}")
 
-    An axis of variable size counts with the largest batch where it comes first and with 1 elsewhere: a lower bound, to tell
-    the hopeless before minutes have gone, and no promise.
+
+def _gpu_key(
+    options: PlanOptions, targets: tuple[str, ...], bound_to: gpus.Gpu | None, profiles: tuple[InputShapes, ...]
+) -> GpuKey:
+    """Return the GPU part of a plan's key. ``bound_to``: the GPU whose kernels were timed, None for any of ``targets``."""
+    return GpuKey(
+        architectures=targets,
+        hardware_compatibility=options.hardware_compatibility,
+        version_compatible=options.version_compatible,
+        host_code=options.embed_runtime,
+        refittable=options.refit or options.strip,
+        stripped=options.strip,
+        dla_core=options.dla_core,
+        driver=None if bound_to is None else bound_to.driver,
+        multiprocessors=None if bound_to is None else bound_to.multiprocessors,
+        profiles=profiles,
+    )
+
+
+def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions) -> int:
+    """Return the least number of bytes that compiling needs.
+
+    They hold the weights of network and plan, the workspace, and the widest layer. It is a lower bound, to refuse
+    hopeless compilations early: an axis of variable size counts as the largest batch if it is the first, and as 1
+    elsewhere.
     """
     batch = max(shapes.batch.max for shapes in profiles)
     weights, widest = 0, 0
@@ -173,7 +214,7 @@ def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions)
 
 
 def _refuse_for_memory(estimate: int, gpu: gpus.Gpu) -> None:
-    """Raise CompileError for what cannot fit. A Jetson's GPU has what the CPU leaves."""
+    """Raise CompileError if the memory of the GPU cannot suffice. On a Jetson, that is what the CPU leaves free."""
     memory = read_system().memory if gpu.integrated else None
     room = gpu.memory_bytes if memory is None else min(gpu.memory_bytes, memory.available)
     if estimate > room:
@@ -195,14 +236,18 @@ def _tensor_bytes(tensor: Any, batch: int) -> int:
 
 
 def _network_flags(library: Any, *, weak: bool) -> int:
-    """Values of these members differ between releases; some have no STRONGLY_TYPED to choose, being it always."""
+    """Return the flags of a strongly typed network.
+
+    The values of the flags differ between releases. Releases without STRONGLY_TYPED are always strongly typed.
+    """
     flags = library.NetworkDefinitionCreationFlag
     return 0 if weak or not hasattr(flags, "STRONGLY_TYPED") else 1 << int(flags.STRONGLY_TYPED)
 
 
 def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, targets: Sequence[str]) -> None:
+    """Set the options of a plan in TensorRT's builder configuration."""
     config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
-    config.clear_flag(library.BuilderFlag.TF32)  # set by default: fp32 convolutions would be rounded to 10 bits
+    config.clear_flag(library.BuilderFlag.TF32)  # on by default, it would round fp32 convolutions to 10 bits
     if options.workspace is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace)
     if options.level is not None:
@@ -221,7 +266,7 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
         if set_it:
             config.set_flag(getattr(flags, name))
     if hasattr(library, "ComputeCapability"):
-        config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)  # no graph captures a call that allocates
+        config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)  # a call that allocates cannot be captured
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             capability = getattr(library.ComputeCapability, target.upper().replace("_", ""))
@@ -230,6 +275,7 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
 
 
 def _add_profile(builder: Any, config: Any, input: InputSpec, shapes: Shapes, number: int, log: Any) -> None:
+    """Add one optimisation profile to the configuration."""
     profile = made(builder.create_optimization_profile(), "an optimisation profile", log)
     least, usual, most = shapes_of(input, shapes)
     if profile.set_shape(input.name, least, usual, most) is False or config.add_optimization_profile(profile) != number:
@@ -237,10 +283,11 @@ def _add_profile(builder: Any, config: Any, input: InputSpec, shapes: Shapes, nu
 
 
 def _read_timing_cache(config: Any, data: bytes | None, flavour: PlanFlavour) -> None:
-    if flavour == "tensorrt_rtx":  # there it does nothing and says so with a warning
+    """Give the kernel times of an earlier compilation to TensorRT, or an empty cache if it does not take them."""
+    if flavour == "tensorrt_rtx":  # it would ignore the cache with a warning
         return
     cache = config.create_timing_cache(data or b"")
-    # One of another GPU or release only saves no time.
+    # A cache of another GPU or release does no harm, but saves no time.
     if cache is None or not config.set_timing_cache(cache, False):
         empty = config.create_timing_cache(b"")
         if empty is None or not config.set_timing_cache(empty, False):
@@ -248,6 +295,7 @@ def _read_timing_cache(config: Any, data: bytes | None, flavour: PlanFlavour) ->
 
 
 def _written_timing_cache(config: Any, flavour: PlanFlavour) -> bytes | None:
+    """Return the kernel times that TensorRT measured; None for TensorRT-RTX."""
     if flavour == "tensorrt_rtx":
         return None
     cache = config.get_timing_cache()
@@ -266,7 +314,10 @@ def _serialized(
     progress: Progress,
     current: contextlib.AbstractContextManager[Any],
 ) -> Any:
-    """The plan, or None. TensorRT works in a thread of its own, so that Ctrl-C reaches this one at once."""
+    """Run TensorRT's builder and return the plan; None if it failed.
+
+    TensorRT works in a thread of its own, so that Ctrl-C reaches this thread at once.
+    """
     monitor = _monitor(library, progress)
     config.progress_monitor = monitor
     found: list[Any] = []
@@ -286,7 +337,7 @@ def _serialized(
             thread.join(0.1)
     except BaseException:
         monitor.cancelled = True
-        thread.join()  # it uses what this function holds
+        thread.join()  # it uses objects that this function holds
         raise
     if monitor.error is not None:
         raise monitor.error
@@ -296,8 +347,10 @@ def _serialized(
 
 
 def _monitor(library: Any, progress: Progress) -> Any:
+    """Return a progress monitor for TensorRT that reports to ``progress`` and can cancel the compilation."""
+
     class Monitor(library.IProgressMonitor):  # type: ignore[misc,name-defined]
-        """Phases lie inside each other: the outermost is the one that is shown."""
+        """Report the outermost phase: TensorRT's phases are nested."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -326,20 +379,22 @@ def _monitor(library: Any, progress: Progress) -> Any:
                 return
             try:
                 progress(f"compiling: {phase.lower()}", step, self._steps.get(phase))
-            except BaseException as error:  # an exception must not travel through TensorRT
+            except BaseException as error:  # an exception must not pass through TensorRT's C++ code
                 self.error, self.cancelled = error, True
 
     return Monitor()
 
 
 def _layers(library: Any, plan: bytes, log: Any, options: PlanOptions) -> str | None:
-    """What the engine inspector says, as JSON; None for a library without one, and where the plan does not load: parity
-    says why, and raises."""
+    """Return the engine inspector's JSON; None if the library has no inspector or the plan does not load.
+
+    A plan that does not load is reported later, when its parity is measured.
+    """
     if not hasattr(library, "EngineInspector"):
         return None
     with null_pointers_explained(log):
         runtime = made(library.Runtime(log), "a runtime", log)
-    if options.embed_runtime:  # code that this very call has made
+    if options.embed_runtime:  # this process has just compiled that code
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -1,10 +1,10 @@
-"""Check what is asked of TensorRT before anything is compiled: GPU, release, architectures, input sizes and options."""
+"""Check what a compilation asks of TensorRT before it starts: GPU, release, architectures, input sizes and options."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -19,6 +19,7 @@ from edge_backbones.machine.system import is_jetson
 from edge_backbones.spec import InputSpec, Precision
 
 PlanFlavour = Literal["tensorrt", "tensorrt_rtx"]
+InputShapes: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]"
 
 _RTX_DEFAULT = ("sm_80", "sm_86", "sm_89", "sm_120")
 
@@ -32,17 +33,29 @@ def check_plan(
     gpu: int = 0,
     weak: bool = False,
 ) -> None:
-    """Raise CompileError for what `compile_plan` would refuse before it compiles."""
+    """Raise CompileError for everything that `compile_plan` refuses before it compiles.
+
+    Args:
+        input: As for `compile_plan`.
+        precision: As for `compile_plan`.
+        flavour: As for `compile_plan`.
+        options: As for `compile_plan`.
+        gpu: As for `compile_plan`.
+        weak: Whether the graph is fp32 and ``ranges`` will be passed.
+    """
     resolve_request(input, precision, flavour, options, gpu, weak=weak)
 
 
 def has_weak_typing(flavour: PlanFlavour) -> bool:
-    """Does this library still choose number formats itself? TensorRT 10 does, and DLA on JetPack 6 needs it."""
+    """Return whether this library can still choose number formats itself.
+
+    TensorRT 10 can, and DLA on JetPack 6 needs it.
+    """
     return hasattr(load_library(flavour).BuilderFlag, "INT8")
 
 
-def shapes_of(input: InputSpec, shapes: Shapes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Input shapes (min, opt, max) of one optimisation profile."""
+def shapes_of(input: InputSpec, shapes: Shapes) -> InputShapes:
+    """Return the input shapes (min, opt, max) of one optimisation profile."""
     sizes = (shapes.batch, shapes.height, shapes.width)
     least, usual, most = (input.shape(*(getattr(size, which) for size in sizes)) for which in ("min", "opt", "max"))
     return least, usual, most
@@ -51,15 +64,17 @@ def shapes_of(input: InputSpec, shapes: Shapes) -> tuple[tuple[int, ...], tuple[
 def resolve_request(
     input: InputSpec, precision: Precision, flavour: PlanFlavour, options: PlanOptions, index: int, *, weak: bool
 ) -> tuple[Any, gpus.Gpu | None, tuple[str, ...], tuple[Shapes, ...]]:
-    """The library, the GPU, the architectures and the profiles, if all of it goes together."""
+    """Return the library, the GPU, the architectures and the profiles of a plan.
+
+    The GPU is None if TensorRT-RTX compiles without one. Raises CompileError if they do not fit each other.
+    """
     gpu = _gpu(flavour, index)
     if gpu is not None and flavour == "tensorrt" and (old := against_driver(flavour, gpu.driver)):
         raise CompileError(old)
     library = load_library(flavour)
     version = str(library.__version__)
-    if old := against_release(
-        flavour, version, jetson=is_jetson()
-    ):  # JetPack 6.0 has 8.6, which lacks names used below
+    # JetPack 6.0 has TensorRT 8.6, which lacks names that are used below.
+    if old := against_release(flavour, version, jetson=is_jetson()):
         raise CompileError(f"{flavour} {version} is too old: {old}")
     targets = _targets(library, flavour, precision, options, gpu)
     profiles = _profiles(input, options)
@@ -68,10 +83,11 @@ def resolve_request(
 
 
 def _gpu(flavour: PlanFlavour, index: int) -> gpus.Gpu | None:
+    """Return the GPU to compile on; None if TensorRT-RTX compiles without one."""
     found = gpus.find_gpus()
     if 0 <= index < len(found):
         return found[index]
-    if flavour == "tensorrt":  # without a driver its Builder ends the process
+    if flavour == "tensorrt":  # without a driver, its Builder would end the process
         reason = gpus.no_gpu_reason() or f"this machine has {len(found)} GPUs, cuda:{index} is none of them"
         raise CompileError(f"TensorRT compiles on the GPU that will run the plan: {reason}")
     return None
@@ -80,8 +96,9 @@ def _gpu(flavour: PlanFlavour, index: int) -> gpus.Gpu | None:
 def _targets(
     library: Any, flavour: PlanFlavour, precision: Precision, options: PlanOptions, gpu: gpus.Gpu | None
 ) -> tuple[str, ...]:
+    """Return the architectures that the plan will run on."""
     if flavour == "tensorrt":
-        assert gpu is not None  # _gpu raises
+        assert gpu is not None  # _gpu raises if there is none
         if options.targets not in ((), (gpu.architecture,)):
             raise CompileError(
                 f"TensorRT compiles for the GPU at hand, {gpu.architecture} here, not for {', '.join(options.targets)}: "
@@ -107,15 +124,18 @@ def _targets(
 
 
 def _rtx_architectures(library: Any) -> tuple[str, ...]:
+    """Return the architectures that this release of TensorRT-RTX compiles for."""
     names = [name for name in library.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name)]
     return tuple(f"sm_{name.removeprefix('SM')}" for name in names)
 
 
 def _has(architecture: str, precision: Precision) -> bool:
+    """Return whether an architecture computes in a precision."""
     return int(architecture.removeprefix("sm_")) >= FIRST_ARCHITECTURE.get(precision, 0)
 
 
 def _profiles(input: InputSpec, options: PlanOptions) -> tuple[Shapes, ...]:
+    """Return the input sizes of every optimisation profile, which together must hold all sizes of the input."""
     whole = Shapes(batch=input.batch, height=input.height, width=input.width)
     for shapes in options.profiles:
         for axis in ("batch", "height", "width"):
@@ -146,15 +166,15 @@ def _refuse(
     *,
     weak: bool,
 ) -> None:
-    """Raise CompileError for what this library lacks or would ignore."""
+    """Raise CompileError for options that this library lacks or would ignore."""
     name = f"{flavour} {library.__version__}"
     if flavour == "tensorrt_rtx":
         ignored = {
             "version compatibility": options.version_compatible,
             "hardware compatibility": options.hardware_compatibility != "none",
             "sparse weights": options.sparse,
-            "a DLA core": options.dla_core is not None,
-            "a timing cache": options.timing_cache is not None,
+            "DLA core": options.dla_core is not None,
+            "timing cache": options.timing_cache is not None,
         }
         asked = [what for what, wanted in ignored.items() if wanted]
         if asked:
@@ -198,4 +218,5 @@ def _refuse(
 
 
 def compatibility_level(library: Any, wanted: str) -> Any:
+    """Return the library's constant for a hardware compatibility; None if this release lacks it."""
     return getattr(library.HardwareCompatibilityLevel, wanted.upper(), None)
