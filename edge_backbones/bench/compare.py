@@ -38,7 +38,7 @@ from edge_backbones.images.fit import fit, list_images, open_image, to_input
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.system import settings
 from edge_backbones.progress import Progress, no_progress
-from edge_backbones.runtime.backbone import parse_device
+from edge_backbones.runtime.opening import parse_device
 from edge_backbones.spec import Precision
 
 _MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # what a peer imports, where that is not its name

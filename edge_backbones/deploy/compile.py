@@ -135,8 +135,8 @@ def compile_bundle(
     golden = load_golden(bundle)
     work.passing(graphs, lambda graph: work.add(graph, golden))
     on = None if "cpu" in maker.devices else gpu
-    bundle, told = time_bundle(work.bundle, on, code=allow_host_code, anew=bool(work.added), progress=progress)
-    for text in told:
+    bundle, notes = time_bundle(work.bundle, on, code=allow_host_code, anew=bool(work.added), progress=progress)
+    for text in notes:
         work.note(text)
     if work.failed and not work.added and not (resume and engines_here(bundle, on, code=allow_host_code)):
         raise work.failed[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from edge_backbones.bundle import trust
-from edge_backbones.bundle.manifest import EngineRecord, Source
-from edge_backbones.bundle.reader import Bundle, read_current
-from edge_backbones.engines import base, registry, select
+from edge_backbones.bundle.manifest import Source
+from edge_backbones.engines import base
 from edge_backbones.engines.batching import run_in_pieces
 from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu, stream_pointer
 from edge_backbones.engines.gpu.memory import MemoryBackend
-from edge_backbones.errors import BundleError, EngineMismatchError, InputError, lack_told, refuse_lack
+from edge_backbones.errors import BundleError, InputError, lack_told, refuse_lack
 from edge_backbones.runtime.inputs import host_array, refuse_not_finite
+from edge_backbones.runtime.opening import open_engine, parse_device
 from edge_backbones.runtime.output import BackboneConfig, BackboneOutput, selected
 from edge_backbones.spec import BackboneSpec, InputSpec
 
@@ -160,50 +159,27 @@ class EdgeBackbone:
             InferenceError: This is a forked child whose parent has opened an engine of the same library.
             CompileError: With ``on_mismatch="compile"``, as all that `compile_bundle` raises.
         """
-        kind, gpu = parse_device(device)
+        _, gpu = parse_device(device)
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
         load = base.LoadOptions(
             gpu=gpu, threads=threads, memory=memory, cuda_graphs=cuda_graphs, allow_host_code=allow_host_code
         )
-        refused: dict[str, str] = {}
-
-        def open_engine(bundle: Bundle) -> tuple[EngineRecord, base.EngineSession]:
-            nonlocal refused
-            bundle, refused = trust.admit(bundle, trusted)
-            try:
-                record = select.choose_engine(bundle, host, engine, device=kind, allow_host_code=allow_host_code)
-            except EngineMismatchError as error:
-                not_trusted = "".join(f". Not trusted: {name}: {why}" for name, why in refused.items())
-                raise EngineMismatchError(f"{error}{not_trusted}") from error
-            if on_mismatch == "compile":
-                select.measure_here(bundle, record, host, gpu=gpu, allow_host_code=allow_host_code)
-            return record, select.open_session(bundle, record, load)
-
-        host = registry.this_machine(gpu)
-        try:
-            bundle, (record, opened) = read_current(path, open_engine)
-        except EngineMismatchError:
-            if on_mismatch == "raise" or (gpu is not None and host.gpu is None):
-                raise
-            select.compile_here(path, engine, gpu=gpu, allow_host_code=allow_host_code)
-            bundle, (record, opened) = read_current(path, open_engine)
-        place = "cpu" if gpu is None else f"cuda:{gpu}"
-        manifest = bundle.manifest
-        others = select.passed_over(bundle, record, host, engine, device=kind, allow_host_code=allow_host_code)
+        opened = open_engine(path, engine, load, compiles=on_mismatch == "compile", trusted=trusted)
+        manifest, key = opened.manifest, opened.record.key
         backbone = cls(
             manifest.backbone,
             manifest.input,
-            opened,
+            opened.session,
             manifest.source,
-            device=place,
-            engine_name=record.name,
-            passed_over={**others, **refused},
+            device="cpu" if gpu is None else f"cuda:{gpu}",
+            engine_name=opened.record.name,
+            passed_over=opened.passed_over,
             check_finite=check_finite,
         )
         options = {
-            "engine": record.key.precision.value if engine is None else engine,
+            "engine": key.precision.value if engine is None else engine,
             "device": device,
             "threads": threads,
             "memory": memory,
@@ -213,7 +189,7 @@ class EdgeBackbone:
             "check_finite": check_finite,
             "trusted": trust.absolute(trusted),
         }
-        graph = record.key.precision.value, record.key.graph_sha256
+        graph = key.precision.value, key.graph_sha256
         backbone._origin = _Origin(os.path.realpath(path), options, graph, manifest.input)
         return backbone
 
@@ -531,19 +507,6 @@ class EdgeBackbone:
         array = from_foreign(values, stream=pointer)
         self._input.batch_height_width(array.shape)
         return engine.run_on_device(array, pointer)
-
-
-def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:
-    """Return ``cpu`` or ``cuda``, and the index of the GPU (None for the CPU).
-
-    Raises InputError for other text.
-    """
-    if device == "cpu":
-        return "cpu", None
-    found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", str(device))
-    if found is None:
-        raise InputError(f"device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}")
-    return "cuda", int(found[1] or 0)
 
 
 def _reopen(kind: type[EdgeBackbone], origin: _Origin, config: BackboneConfig) -> EdgeBackbone:
