@@ -145,8 +145,18 @@ def advice_on_building(report: ParityReport, library: str = "openvino") -> str:
 def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate, *, usual: float = 0.0) -> StageParity:
     """Compare one map with its reference, in float64.
 
-    ``usual``: the usual norm of this output, as in `relative_error`. All figures use it where the reference is (nearly)
-    zero. A map with NaN or infinity fails.
+    A map with NaN or infinity fails.
+
+    Args:
+        stage: Name of the output.
+        expected: The reference, shape without the batch axis.
+        actual: The map of the engine, same shape.
+        gate: Bounds that the figures have to keep.
+        usual: Usual norm of this output, as in `relative_error`. All figures use it where the reference is (nearly)
+            zero.
+
+    Returns:
+        The figures, and whether they keep the gate.
     """
     relative = relative_error(actual, expected, usual=usual)
     if not math.isfinite(relative):

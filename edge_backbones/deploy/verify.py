@@ -112,7 +112,14 @@ def say_what_is_run(bundle: Bundle, record: EngineRecord) -> None:
 def runnable(bundle: Bundle, engine: str | None, gpu: int, *, code: bool) -> list[EngineRecord]:
     """Return the engines that ``engine`` asks for and that can run here.
 
-    Raises EngineMismatchError if there is none.
+    Args:
+        bundle: The bundle.
+        engine: A precision, a flavour, a name in the manifest, or None for all.
+        gpu: Index of the GPU for engines that need one.
+        code: Allow engines that are programs, and runtimes inside plans.
+
+    Raises:
+        EngineMismatchError: There is none; the message has a reason for each engine.
     """
     on_gpu = any(record.key.gpu is not None for record in bundle.manifest.engines)
     host = registry.this_machine(gpu if on_gpu else None)

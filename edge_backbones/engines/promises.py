@@ -47,7 +47,11 @@ def refuses_zeros(gate: Gate) -> bool:
 
 
 def is_inside(gate: Gate, *, cosine: float, sqnr_db: float, relative: float) -> bool:
-    """Return whether the figures of one map keep every bound of a gate."""
+    """Return whether the figures of one map keep every bound of a gate.
+
+    ``cosine``: of map and reference. ``sqnr_db``: signal-to-noise ratio in dB. ``relative``: norm of the error divided
+    by that of the reference.
+    """
     return (
         (gate.min_cosine is None or cosine >= gate.min_cosine)
         and (gate.min_sqnr_db is None or sqnr_db >= gate.min_sqnr_db)

@@ -189,7 +189,15 @@ def measure_here(
 ) -> None:
     """Verify an engine in a child process, unless this machine has already verified or compiled it.
 
-    Raises EngineMismatchError if the engine crashes that process, fails or is outside its gate.
+    Args:
+        bundle: The bundle.
+        engine: The engine's record.
+        host: This machine.
+        gpu: Index of the GPU, None for the CPU.
+        allow_host_code: Allow engines that are programs, and runtimes inside plans.
+
+    Raises:
+        EngineMismatchError: The engine crashes that process, fails or is outside its gate.
     """
     if promises.is_measured_here(bundle.manifest, engine, host):
         return
@@ -205,8 +213,16 @@ def compile_here(
 ) -> None:
     """Compile the engines that ``engine`` asks for on this machine, and add them to a bundle.
 
-    By default, all precisions are compiled. Raises what `edge_backbones.deploy.compile.compile_bundle` raises. Raises
-    EngineMismatchError if ``engine`` is an engine's full name, because that belongs to one machine and one release.
+    A child process does it. Raises what `edge_backbones.deploy.compile.compile_bundle` raises.
+
+    Args:
+        path: Folder of the bundle.
+        engine: A precision, a flavour, or None for all precisions.
+        gpu: Index of the GPU, None for the CPU.
+        allow_host_code: Allow engines that are programs, and runtimes inside plans.
+
+    Raises:
+        EngineMismatchError: ``engine`` is an engine's full name, which belongs to one machine and one release.
     """
     if engine is not None and engine not in set(Precision) and registry.find(engine) is None:
         raise EngineMismatchError(

@@ -78,6 +78,18 @@ class EdgeBackbone:
 
     Copies (``copy.copy`` and ``copy.deepcopy``) choose their own stages and share one engine. ``close`` on any of them
     closes the engine for all. An engine that nobody closes is released with its last copy.
+
+    Use `from_pretrained` to open a bundle. The constructor is for an engine that is loaded already.
+
+    Args:
+        spec: Stages and outputs of the engine.
+        input: Input that the engine takes.
+        engine: The loaded engine.
+        source: Where the network is from, for `config` and `backbone_type`.
+        device: Where the engine runs: ``"cpu"`` or ``"cuda:0"``.
+        engine_name: Name of the engine in its manifest.
+        passed_over: Why each other engine of the bundle does not run here, by name.
+        check_finite: Raise InputError for NaN and infinity in host arrays.
     """
 
     def __init__(
@@ -157,7 +169,7 @@ class EdgeBackbone:
             InputError: ``device`` or ``on_mismatch`` is not one of the above.
             ResourceError: Memory, threads or file descriptors ran out.
             InferenceError: This is a forked child whose parent has opened an engine of the same library.
-            CompileError: With ``on_mismatch="compile"``, as all that `compile_bundle` raises.
+            CompileError: With ``on_mismatch="compile"``, a compilation failed. `compile_bundle` says what else it raises.
         """
         _, gpu = parse_device(device)
         if on_mismatch not in ("raise", "compile"):

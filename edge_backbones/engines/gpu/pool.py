@@ -50,9 +50,16 @@ class Ready:
 
 
 class Lease:
-    """Hold one output for its user: a DeviceArray, and whoever took it through DLPack, keep the lease alive.
+    """Hold one output for its user.
 
-    When the last of them is gone, the memory goes back to where it came from.
+    A DeviceArray, and whoever took it through DLPack, keep the lease alive. When the last of them is gone, the memory
+    is given back.
+
+    Args:
+        buffer: The output's memory.
+        ready: Event behind the work that writes it.
+        pool: Where the event belongs.
+        give_back: Takes the buffer back. Garbage collection may call it in any thread.
     """
 
     __slots__ = ("_give_back", "_pool", "_ready", "buffer")

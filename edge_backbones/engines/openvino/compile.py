@@ -48,9 +48,19 @@ def compile_graph(
 ) -> CompiledEngine:
     """Compile ONNX bytes for this machine's CPU, or take the engine from ``cache``.
 
-    An int8 graph is adapted to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`), unless ``as_written`` is
-    set: then the engine rounds as TensorRT does. Raises CompileError with OpenVINO's words, and MissingDependencyError
-    if it is not installed.
+    Args:
+        graph: ONNX bytes.
+        precision: Precision of the graph.
+        cache: Folder of compiled engines, None for no cache.
+        as_written: Compile an int8 graph as it is, so that the engine rounds as TensorRT does. By default it is adapted
+            to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`).
+
+    Returns:
+        The compiled engine.
+
+    Raises:
+        CompileError: OpenVINO refuses the graph; the message has its words.
+        MissingDependencyError: OpenVINO is not installed.
     """
     key = engine_key(graph, precision)
     name = hashlib.sha256(msgspec.json.encode([key, session.settings(None), as_written])).hexdigest()

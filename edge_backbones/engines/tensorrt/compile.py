@@ -134,7 +134,7 @@ def compile_plan(
             if ranges is not None:
                 quantise_implicitly(library, network, config, ranges)
             if options.dla_core is not None:  # after the number formats are set: DLA runs no fp32
-                coverage = place_on_dla(library, builder, network, config, options)
+                coverage = place_on_dla(library, network, config, options)
                 progress(str(coverage), 0, None)
             for number, shapes in enumerate(profiles):
                 _add_profile(builder, config, input, shapes, number, log)
@@ -213,14 +213,14 @@ def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions)
     return 2 * weights + widest + (options.workspace or 0)
 
 
-def _refuse_for_memory(estimate: int, gpu: gpus.Gpu) -> None:
+def _refuse_for_memory(estimate: int, card: gpus.Gpu) -> None:
     """Raise CompileError if the memory of the GPU cannot suffice. On a Jetson, that is what the CPU leaves free."""
-    memory = read_system().memory if gpu.integrated else None
-    room = gpu.memory_bytes if memory is None else min(gpu.memory_bytes, memory.available)
+    memory = read_system().memory if card.integrated else None
+    room = card.memory_bytes if memory is None else min(card.memory_bytes, memory.available)
     if estimate > room:
         has = "has" if memory is None else "has, beside what runs,"
         raise CompileError(
-            f"this compilation needs {gib(estimate)} at least and {gpu.name} {has} {gib(room)}: choose a smaller batch or "
+            f"this compilation needs {gib(estimate)} at least and {card.name} {has} {gib(room)}: choose a smaller batch or "
             "size, a smaller workspace, or end what else runs"
         )
 

@@ -26,10 +26,17 @@ class DlaCoverage:
         return f"DLA runs {self.layers - len(self.refused)} of {self.layers} layers; the GPU {len(self.refused)}{some}"
 
 
-def place_on_dla(library: Any, builder: Any, network: Any, config: Any, options: PlanOptions) -> DlaCoverage:
+def place_on_dla(library: Any, network: Any, config: Any, options: PlanOptions) -> DlaCoverage:
     """Configure a plan to run on a DLA core, and return which layers it can run.
 
-    Raises CompileError if it cannot run all of them and ``options.gpu_fallback`` is off.
+    Args:
+        library: The TensorRT module.
+        network: The network whose layers are placed.
+        config: Configuration that is changed.
+        options: Options of the plan, with ``dla_core`` set.
+
+    Raises:
+        CompileError: The core cannot run all layers, and ``options.gpu_fallback`` is off.
     """
     core = options.dla_core
     assert core is not None  # callers check it
@@ -49,8 +56,14 @@ def place_on_dla(library: Any, builder: Any, network: Any, config: Any, options:
 def quantise_implicitly(library: Any, network: Any, config: Any, ranges: Mapping[str, float]) -> None:
     """Configure weak typing: tensors in ``ranges`` may be computed in int8, everything else in fp16.
 
-    ``ranges``: thresholds of |x| by tensor name. Raises CompileError if TensorRT has no weak typing, or no tensor has a
-    range.
+    Args:
+        library: The TensorRT module.
+        network: The network whose tensors are quantised.
+        config: Configuration that is changed.
+        ranges: Thresholds of |x| by tensor name.
+
+    Raises:
+        CompileError: TensorRT has no weak typing, or no tensor has a range.
     """
     if not hasattr(library.BuilderFlag, "INT8"):
         raise CompileError(f"TensorRT {library.__version__} has no weak typing left: compile the typed int8 graph")

@@ -62,49 +62,62 @@ def shapes_of(input: InputSpec, shapes: Shapes) -> InputShapes:
 
 
 def resolve_request(
-    input: InputSpec, precision: Precision, flavour: PlanFlavour, options: PlanOptions, index: int, *, weak: bool
+    input: InputSpec, precision: Precision, flavour: PlanFlavour, options: PlanOptions, gpu: int, *, weak: bool
 ) -> tuple[Any, gpus.Gpu | None, tuple[str, ...], tuple[Shapes, ...]]:
     """Return the library, the GPU, the architectures and the profiles of a plan.
 
-    The GPU is None if TensorRT-RTX compiles without one. Raises CompileError if they do not fit each other.
+    Args:
+        input: As for `compile_plan`.
+        precision: As for `compile_plan`.
+        flavour: As for `compile_plan`.
+        options: As for `compile_plan`.
+        gpu: As for `compile_plan`.
+        weak: Whether the graph is fp32 and ``ranges`` will be passed.
+
+    Returns:
+        The TensorRT module, the GPU (None if TensorRT-RTX needs none), the architectures, and the sizes of every profile.
+
+    Raises:
+        CompileError: They do not fit each other.
+        MissingDependencyError: The library is not installed.
     """
-    gpu = _gpu(flavour, index)
-    if gpu is not None and flavour == "tensorrt" and (old := against_driver(flavour, gpu.driver)):
+    card = _find_gpu(flavour, gpu)
+    if card is not None and flavour == "tensorrt" and (old := against_driver(flavour, card.driver)):
         raise CompileError(old)
     library = load_library(flavour)
     version = str(library.__version__)
     # JetPack 6.0 has TensorRT 8.6, which lacks names that are used below.
     if old := against_release(flavour, version, jetson=is_jetson()):
         raise CompileError(f"{flavour} {version} is too old: {old}")
-    targets = _targets(library, flavour, precision, options, gpu)
+    targets = _targets(library, flavour, precision, options, card)
     profiles = _profiles(input, options)
-    _refuse(library, flavour, options, input, profiles, precision, gpu, weak=weak)
-    return library, gpu, targets, profiles
+    _refuse(library, flavour, options, input, profiles, precision, card, weak=weak)
+    return library, card, targets, profiles
 
 
-def _gpu(flavour: PlanFlavour, index: int) -> gpus.Gpu | None:
+def _find_gpu(flavour: PlanFlavour, gpu: int) -> gpus.Gpu | None:
     """Return the GPU to compile on; None if TensorRT-RTX compiles without one."""
     found = gpus.find_gpus()
-    if 0 <= index < len(found):
-        return found[index]
+    if 0 <= gpu < len(found):
+        return found[gpu]
     if flavour == "tensorrt":  # without a driver, its Builder would end the process
-        reason = gpus.no_gpu_reason() or f"this machine has {len(found)} GPUs, cuda:{index} is none of them"
+        reason = gpus.no_gpu_reason() or f"this machine has {len(found)} GPUs, cuda:{gpu} is none of them"
         raise CompileError(f"TensorRT compiles on the GPU that will run the plan: {reason}")
     return None
 
 
 def _targets(
-    library: Any, flavour: PlanFlavour, precision: Precision, options: PlanOptions, gpu: gpus.Gpu | None
+    library: Any, flavour: PlanFlavour, precision: Precision, options: PlanOptions, card: gpus.Gpu | None
 ) -> tuple[str, ...]:
     """Return the architectures that the plan will run on."""
     if flavour == "tensorrt":
-        assert gpu is not None  # _gpu raises if there is none
-        if options.targets not in ((), (gpu.architecture,)):
+        assert card is not None  # _find_gpu raises if there is none
+        if options.targets not in ((), (card.architecture,)):
             raise CompileError(
-                f"TensorRT compiles for the GPU at hand, {gpu.architecture} here, not for {', '.join(options.targets)}: "
+                f"TensorRT compiles for the GPU at hand, {card.architecture} here, not for {', '.join(options.targets)}: "
                 "copy the bundle to that device and run edge-backbones compile there"
             )
-        targets: tuple[str, ...] = (gpu.architecture,)
+        targets: tuple[str, ...] = (card.architecture,)
     else:
         known = _rtx_architectures(library)
         targets = options.targets or tuple(t for t in _RTX_DEFAULT if _has(t, precision) and t in known)
@@ -162,7 +175,7 @@ def _refuse(
     input: InputSpec,
     profiles: Sequence[Shapes],
     precision: Precision,
-    gpu: gpus.Gpu | None,
+    card: gpus.Gpu | None,
     *,
     weak: bool,
 ) -> None:
@@ -192,17 +205,17 @@ def _refuse(
         raise CompileError(
             f"{name} has no hardware compatibility {options.hardware_compatibility!r}: use a newer release"
         )
-    if options.hardware_compatibility != "none" and gpu is not None and gpu.integrated:
+    if options.hardware_compatibility != "none" and card is not None and card.integrated:
         raise CompileError(
-            f"TensorRT has no hardware compatibility on JetPack ({gpu.name}): leave it out, and compile on each device"
+            f"TensorRT has no hardware compatibility on JetPack ({card.name}): leave it out, and compile on each device"
         )
     if (
         options.hardware_compatibility == "ampere_plus"
-        and gpu is not None
-        and not _has(gpu.architecture, Precision.BF16)
+        and card is not None
+        and not _has(card.architecture, Precision.BF16)
     ):
         raise CompileError(
-            f"hardware compatibility ampere_plus begins with sm_80, and {gpu.name} is {gpu.architecture}: leave it out"
+            f"hardware compatibility ampere_plus begins with sm_80, and {card.name} is {card.architecture}: leave it out"
         )
     if options.dla_core is not None:
         for shapes in profiles:

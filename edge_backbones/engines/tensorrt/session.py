@@ -263,7 +263,20 @@ class TensorRtSession:
 
 
 class GraphedCall:
-    """Replay one call as a CUDA graph: from one input address into the same ``outputs`` every time."""
+    """Replay one call as a CUDA graph: from one input address into the same ``outputs`` every time.
+
+    One thread at a time may call it.
+
+    Args:
+        contexts: Creates the context of the call.
+        array: The input, which must stay where it is.
+        profile: Optimisation profile that holds its shape.
+        stream: Stream of the call, not a default one.
+        key: Key of that stream.
+
+    Raises:
+        InferenceError: TensorRT cannot capture the call.
+    """
 
     def __init__(self, contexts: Contexts, array: ForeignArray, profile: Profile, stream: int, key: StreamKey) -> None:
         slot = contexts.new_slot(profile, array.shape)

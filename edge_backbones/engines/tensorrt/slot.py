@@ -39,6 +39,14 @@ class Slot:
 
     Its methods need the memory's context to be current (``with memory:``).
 
+    Args:
+        engine: Creates the execution context.
+        pool: Memory and events of the outputs.
+        profile: Optimisation profile of the context.
+        largest: Input shape that its memory is made for.
+        refusals: None for a context without a CUDA graph. Otherwise the context serves one shape, replays it from the
+            second call on, and writes here why it cannot.
+
     Attributes:
         key: Stream that its last work is ordered on; None if no work is pending.
         ready: Event behind its last work; None if no work is pending.
