@@ -394,6 +394,7 @@ class EdgeBackbone:
     def _output(
         self, outputs: Sequence[Any], output_hidden_states: bool | int | Sequence[int] | None
     ) -> BackboneOutput:
+        """Return the chosen stages of a call's outputs."""
         feature_maps = tuple(outputs[i] for i in self._config._chosen)
         hidden_states = None
         if output_hidden_states:
@@ -477,6 +478,7 @@ class EdgeBackbone:
         )
 
     def _check_dataset_index(self, dataset_index: Any) -> None:
+        """Raise InputError for an expert of VitPose that the bundle was not built for."""
         built_for = None if self._source is None else self._source.options.get("dataset_index")
         asked = {int(index) for index in np.ravel(np.asarray(dataset_index))}
         if built_for is not None and asked != {built_for}:
@@ -486,6 +488,7 @@ class EdgeBackbone:
             )
 
     def _run(self, pixel_values: Any, stream: Any) -> Sequence[Any]:
+        """Return every output of the engine, in graph order, for an input on the host or on the GPU."""
         # Fast path for the input that a robot passes on every frame. After an inference the CPU's caches are cold, and a
         # few hundred lines of Python take a tenth of a millisecond.
         usual = type(pixel_values) is np.ndarray and (pixel_values.dtype, pixel_values.shape) == self._usual
@@ -507,6 +510,7 @@ class EdgeBackbone:
         return run_in_pieces(self._engine.run, array, sizes)
 
     def _run_on_gpu(self, values: Any, stream: Any) -> Sequence[Any]:
+        """Check an array on the GPU and enqueue a call on it."""
         engine = self._on_device
         if engine is None:
             advice = (

@@ -238,6 +238,7 @@ class OpenVinoSession:
         return request
 
     def _run(self, request: _Request, array: np.ndarray) -> list[np.ndarray]:
+        """Run one inference. The outputs are the request's arrays, or copies if their shapes vary."""
         # OpenVINO uses the arrays in place and keeps no reference to them, so they must outlive the inference.
         request.handle.set_input_tensor(self._tensor(array, shared_memory=True))
         if self._shapes is not None and (not request.outputs or _references(request.outputs) != request.unshared):

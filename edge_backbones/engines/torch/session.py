@@ -272,6 +272,7 @@ class TorchScriptSession:
         return maps
 
     def _in_pieces(self, pixels: Any) -> list[Any]:
+        """Run a tensor of any batch size in pieces that the engine takes, and join the outputs."""
         count, sizes, torch = len(pixels), self._input.batch, self._torch
         if count in sizes:
             return self._run(pixels)
@@ -284,6 +285,7 @@ class TorchScriptSession:
         return [torch.cat(maps) for maps in zip(*ran, strict=True)]
 
     def _device_array(self, tensor: Any, pixels: Any, done: Any, stream: int) -> DeviceArray:
+        """Return a DeviceArray over a tensor. ``done``: event behind the work that writes it."""
         torch, gpu = self._torch, self._gpu
         assert gpu is not None
 
