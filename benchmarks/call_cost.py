@@ -21,6 +21,7 @@ from edge_backbones import EdgeBackbone
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.gpu.arrays import DeviceArray
 from edge_backbones.engines.tensorrt import library as tensorrt_library
+from edge_backbones.engines.tensorrt import session as tensorrt_session
 from edge_backbones.engines.tensorrt.session import TensorRtSession
 from edge_backbones.machine import gpus
 from edge_backbones.spec import InputSpec
@@ -107,7 +108,7 @@ def measure() -> dict[str, float]:
     log = SimpleNamespace(clear=lambda: None, last_error=lambda: "")
     with (
         mock.patch.multiple(gpus, find_gpus=lambda: (gpu,), no_gpu_reason=lambda: ""),
-        mock.patch.object(cuda, "open_memory", return_value=memory),
+        mock.patch.object(tensorrt_session, "open_memory", return_value=memory),
         mock.patch.multiple(
             tensorrt_library,
             load_library=lambda _: free_tensorrt(input),

@@ -49,7 +49,7 @@ def _plan_overhead(device: int, flavour: Any, graph: bytes, cuda_graphs: bool) -
     from edge_backbones.testing import SPEC
 
     input = pooling_input()
-    plan = build(graph, input, Precision.FP32, flavour=flavour, device=device)
+    plan = build(graph, input, Precision.FP32, flavour=flavour, gpu=device)
     memory = cuda.open_memory(device)
     array, stream = on_device(memory, np.random.default_rng(0).random(input.opt_shape, np.float32))
     library = load_library(flavour)
@@ -83,7 +83,7 @@ def _plan_overhead(device: int, flavour: Any, graph: bytes, cuda_graphs: bool) -
         flavour=flavour,
         input=input,
         outputs=SPEC.outputs,
-        device=device,
+        gpu=device,
         cuda_graphs=cuda_graphs,
     )
     with contextlib.closing(session):
@@ -204,5 +204,5 @@ def on_device(memory: cuda.Memory, values: np.ndarray) -> tuple[Any, int]:
         memory.copy_in(pointer, values.ctypes.data, values.nbytes, stream)
         memory.wait(stream)
     return DeviceArray(
-        pointer, values.shape, values.dtype, device=memory.device, owner=None, synchronize=None, stream=stream
+        pointer, values.shape, values.dtype, device=memory.gpu, owner=None, synchronize=None, stream=stream
     ), stream

@@ -85,7 +85,7 @@ import collections, json, platform, sys
 import numpy
 from edge_backbones import Bundle, EdgeBackbone
 from edge_backbones.bundle.reader import load_golden
-from edge_backbones.engines.compat import this_host
+from edge_backbones.machine.hosts import this_host
 from edge_backbones.engines.openvino.session import load_library
 
 path, out, *precisions = sys.argv[1:]

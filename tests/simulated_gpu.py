@@ -21,7 +21,9 @@ import numpy as np
 
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.gpu.arrays import ForeignArray
+from edge_backbones.engines.tensorrt import compile as tensorrt_compile
 from edge_backbones.engines.tensorrt import library as tensorrt_library
+from edge_backbones.engines.tensorrt import session as tensorrt_session
 from edge_backbones.engines.tensorrt.session import TensorRtSession
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.spec import ShapeRange
@@ -631,7 +633,8 @@ class Machine:
         for module in (gpus, hosts):
             monkeypatch.setattr(module, "no_gpu_reason", lambda: "")
             monkeypatch.setattr(module, "find_gpus", lambda: (self.described,))
-        monkeypatch.setattr(cuda, "open_memory", lambda device, backend=None: self.memory)
+        for module in (tensorrt_compile, tensorrt_session):
+            monkeypatch.setattr(module, "open_memory", lambda gpu, backend=None: self.memory)
         monkeypatch.setattr(tensorrt_library, "load_library", lambda flavour: self.library)
 
     def open(self, batch=None, data=None, **options) -> TensorRtSession:

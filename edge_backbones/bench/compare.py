@@ -42,7 +42,7 @@ from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.system import settings
 from edge_backbones.option import Option
 from edge_backbones.progress import Progress, no_progress
-from edge_backbones.runtime.backbone import parse_device
+from edge_backbones.runtime.opening import parse_device
 from edge_backbones.spec import Precision
 
 _MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # the module of a peer whose name differs from it

@@ -1,6 +1,6 @@
-"""Compile engines for this machine from the graphs of a finished bundle: numpy and the engine library are enough.
+"""Compile engines for this machine from the graphs of a finished bundle. It needs numpy and the engine library alone.
 
-Graphs and engines go to libraries in C++ that nobody has given them to before: all of that happens in a process of its own.
+Graphs and engines go to C++ libraries that may crash on them, so all of it happens in a child process.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.deploy.parity import advice_on_building, measure_in_bundle, require
 from edge_backbones.deploy.timing import engines_here, time_bundle
-from edge_backbones.engines import promises, registry
-from edge_backbones.engines import select as session
+from edge_backbones.engines import promises, registry, select
 from edge_backbones.engines.base import ALLOW, CompiledEngine, CompileOptions, Flavour
 from edge_backbones.engines.refusals import refusals
 from edge_backbones.engines.tensorrt.options import PlanOptions
@@ -41,21 +40,22 @@ from edge_backbones.parity_report import ParityError, ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision
 
-# Engines by their graphs: the CPU computes fp16, bf16 and fp8 in fp32 and keeps such weights.
+# Size of an engine divided by the size of its graph. The CPU computes fp16, bf16 and fp8 in fp32 and stores fp32 weights.
 _ENGINE_OVER_GRAPH = {
     Precision.FP32: 1.1, Precision.FP16: 2.1, Precision.BF16: 2.1, Precision.INT8: 1.4, Precision.FP8: 3.8,
 }  # fmt: skip
-_KERNELS = 1 << 20
+_KERNEL_BYTES = 1 << 20
 _FORMS = {"onnx": "ONNX", "torchscript": "TorchScript"}
 
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What `compile_bundle` added to a bundle.
+    """Hold what `compile_bundle` added to a bundle.
 
-    ``engines``: the records of the added engines, as in the manifest. ``notes``: sentences for the user: which
-    precisions were
-    left out and why, what the engine library reported, which engine runtimes take.
+    Attributes:
+        engines: Records of the added engines, as in the manifest.
+        notes: Sentences for the user: which precisions were left out and why, what the engine library reported, which
+            engine runtimes choose.
     """
 
     engines: tuple[EngineRecord, ...]
@@ -77,41 +77,45 @@ def compile_bundle(
     in_process: bool = False,
     progress: Progress = no_progress,
 ) -> CompileResult:
-    """Add engines for this machine to a bundle, compiled from its graphs, each verified before it is added.
+    """Compile engines for this machine from a bundle's graphs, and add those that hold their accuracy gate.
+
+    Every engine that this machine can run is timed afterwards, side by side. Runtimes choose the fastest, whatever its
+    precision.
+
+    If a precision fails, nothing is added for it. If the caller named no precisions, the others go on, and a note of
+    the result holds its error. That error is raised if nothing was added and (with ``resume``) the bundle had no engine
+    for this machine before.
 
     Args:
         path: Folder of the bundle.
-        precisions: Graphs to compile; None for every graph that the flavour compiles.
-        flavour: Engine library. ``openvino`` for the CPU; ``tensorrt`` for the GPU ``gpu``; ``tensorrt_rtx`` for the
-            architectures of ``plan.targets``, which needs no GPU: without one that fits, the engine is added unmeasured, and
-            `verify_bundle` on the device has to measure it before a runtime takes it; ``torchscript`` for the frozen module
-            of the bundle.
+        precisions: Precisions whose graphs are compiled; None for every graph that the flavour compiles.
+        flavour: Engine library. ``openvino`` compiles for the CPU, ``tensorrt`` for the GPU of index ``gpu``.
+            ``tensorrt_rtx`` compiles for the architectures in ``plan.targets`` and needs no GPU: if none here fits, the
+            engine is added unmeasured, and runtimes choose it only after `verify_bundle` has measured it on the device.
+            ``torchscript`` takes the bundle's frozen module.
         plan: Options of TensorRT.
-        profile: The device that the engines are for (:mod:`edge_backbones.machine.profiles`): what it cannot run is left out,
-            and its workspace is the default.
-        gpu: Index of the GPU to compile for and measure on.
-        allow_host_code: A version-compatible plan may run the code that it carries; ``torchscript`` needs it, because that
-            engine is a program, which is run to measure it.
-        resume: Leave out what was compiled before for this machine, whatever its settings.
-        cache: Folder of compiled CPU engines, None for none.
-        in_process: Compile in this process, for a debugger. Otherwise all of it happens in a process of its own, whose death
-            is reported as a CompileError that says what it was doing.
-        progress: Gets every step, and every note at once.
+        profile: Device that the engines are for (:mod:`edge_backbones.machine.profiles`). What the device cannot run is
+            left out, and its workspace is the default.
+        gpu: Index of the GPU to compile and measure on.
+        allow_host_code: Run engines that are programs: ``torchscript``, and the runtime that a version-compatible plan
+            may carry. Compiling them needs this, because they are measured by running them.
+        resume: Leave out graphs that already have an engine for this machine, whatever its settings.
+        cache: Folder of compiled CPU engines; None for no cache.
+        in_process: Compile in this process, for a debugger. By default a child process does all of it, and if it dies,
+            the CompileError says what it was doing.
+        progress: Gets every step, and every note as soon as it is known.
 
-    Every engine that this machine can run is timed afterwards, side by side: runtimes take the fastest, whatever its
-    precision.
-
-    If a precision fails, the bundle is unchanged for it. If none was asked for by name, the others go on, and a note of the
-    result has its error; that error is raised when nothing was added and (with ``resume``) nothing was there.
+    Returns:
+        The records of the added engines, and notes for the user.
 
     Raises:
-        BundleError: The bundle is damaged or lacks the graph.
-        CompileError: The library refused the graph, or its process died.
+        BundleError: The bundle is damaged or lacks a graph.
+        CompileError: The library refused the graph, or the child process died.
         ParityError: An engine is outside the gate that the bundle was built with.
         MissingDependencyError: The engine library is not installed.
         InputError: There is no such flavour, precision or profile.
     """
-    del in_process  # child.apart has read it
+    del in_process  # the decorator child.apart has read it
     maker = registry.get(flavour)
     if maker.graph_format is not None and maker.is_program and not allow_host_code:
         raise CompileError(f"a {maker.title} engine is a program, which is measured by running it: {ALLOW}")
@@ -127,13 +131,13 @@ def compile_bundle(
     if plan is not None and plan.embed_runtime and not allow_host_code:
         raise CompileError(f"a plan with its own runtime is measured by running it: {ALLOW}")
     graphs = work.passing(graphs, lambda graph: maker.check(graph, bundle.manifest.input, work.options))
-    if graphs:  # minutes of work would be lost otherwise
+    if graphs:  # otherwise minutes of compiling would be lost at the end
         bundle.require_writable(room=0 if maker.graph_is_engine else sum(map(_size_on_disk, graphs)))
     golden = load_golden(bundle)
     work.passing(graphs, lambda graph: work.add(graph, golden))
     on = None if "cpu" in maker.devices else gpu
-    bundle, told = time_bundle(work.bundle, on, code=allow_host_code, anew=bool(work.added), progress=progress)
-    for text in told:
+    bundle, notes = time_bundle(work.bundle, on, code=allow_host_code, anew=bool(work.added), progress=progress)
+    for text in notes:
         work.note(text)
     if work.failed and not work.added and not (resume and engines_here(bundle, on, code=allow_host_code)):
         raise work.failed[0]
@@ -141,9 +145,9 @@ def compile_bundle(
 
 
 class _Work:
-    """One call of `compile_bundle`: the bundle as it grows, and what is to be reported at the end.
+    """Hold the state of one call of `compile_bundle`: the bundle as it grows, and what is reported at the end.
 
-    ``keeps_going``: whether a graph that a step refuses is noted and left out, or its error raised.
+    ``keeps_going``: note a graph that a step refuses and leave it out, instead of raising its error.
     """
 
     def __init__(
@@ -163,11 +167,15 @@ class _Work:
         self.added: list[str] = []
 
     def note(self, text: str) -> None:
+        """Add a sentence to the result, and show it at once."""
         self.notes.append(text)
         self.progress(text, 0, None)
 
     def passing(self, graphs: Sequence[GraphRecord], step: Callable[[GraphRecord], None]) -> list[GraphRecord]:
-        """Return the graphs that a step does not refuse; note why it refuses others, or raise that."""
+        """Return the graphs that ``step`` accepts.
+
+        If it refuses one, raise its error, or note it if the call keeps going.
+        """
         left = []
         for graph in graphs:
             try:
@@ -182,25 +190,26 @@ class _Work:
         return left
 
     def graphs_of(self, precisions: Sequence[Precision] | None) -> list[GraphRecord]:
-        """Return the bundle's graphs of these precisions; raises BundleError, with the way to build them, if one is
-        missing."""
+        """Return the bundle's graphs of these precisions; None for all that the flavour compiles.
+
+        Raises BundleError, with the command that builds them, if one is missing.
+        """
         form = self.maker.graph_format
         if form is None:
-            self.maker.compile(
-                self.bundle, self.bundle.manifest.graphs[0], self.options, self.progress
-            )  # says why it cannot
+            # This flavour compiles no graph of a bundle: its CompileError says why.
+            self.maker.compile(self.bundle, self.bundle.manifest.graphs[0], self.options, self.progress)
         held = [graph for graph in self.bundle.manifest.graphs if graph.format == form]
         graphs = [graph for graph in held if precisions is None or graph.precision in precisions]
         lacking = [precision for precision in precisions or () if precision not in {graph.precision for graph in held}]
         if lacking or not graphs:
             names = ", ".join(graph.precision.value for graph in held) or "none"
             asked = ", ".join(precision.value for precision in lacking) or "graph to compile"
-            way = session.way_to_build(self.bundle, lacking if form == "onnx" else ())
+            way = select.way_to_build(self.bundle, lacking if form == "onnx" else ())
             raise BundleError(f"{self.bundle.path} has no {asked}; its {_FORMS[str(form)]} graphs: {names}. {way}")
         return graphs
 
     def fit_to_profile(self, graphs: Sequence[GraphRecord], profile: DeviceProfile) -> list[GraphRecord]:
-        """Leave out what a device cannot run, and take its defaults."""
+        """Return the graphs that a device can run, and take the device's default options."""
         maker, plan = self.maker, self.options.plan or PlanOptions()
         compiles_for_its_own_gpu = maker.name == "tensorrt"
         if profile.architecture is not None and (compiles_for_its_own_gpu or maker.name not in profile.flavours):
@@ -215,7 +224,7 @@ class _Work:
         return list(graphs)
 
     def add(self, graph: GraphRecord, golden: GoldenSamples) -> None:
-        """Compile one graph, measure the engine where it runs here, and add it to the bundle."""
+        """Compile one graph, measure the engine if it runs here, and add it to the bundle."""
         self.progress(f"compiling {graph.precision}", 0, None)
         hint = f"{self.bundle.path / graph.file.path} is hostile, {child.OR_A_FAULT}; another --precision may do"
         child.doing(f"was compiling {graph.precision} for {self.maker.name}", hint)
@@ -243,8 +252,7 @@ class _Work:
 
 
 def _advice_on_compiling(bundle: Bundle, key: EngineKey, report: ParityReport) -> str:
-    """Return what helps where a graph held its gate when it was built, and the engine that this machine made of it does
-    not."""
+    """Return advice for an engine outside its gate whose graph was inside when the bundle was built."""
     others = [g.precision.value for g in bundle.manifest.graphs if g.format == "onnx" and g.precision != key.precision]
     instead = f"compile another graph of this bundle (--precision {others[0]})" if others else ""
     if report.precision is Precision.FP32:
@@ -260,14 +268,14 @@ def _advice_on_compiling(bundle: Bundle, key: EngineKey, report: ParityReport) -
 
 
 def _size_on_disk(graph: GraphRecord) -> int:
-    """Return about how many bytes the engine of a graph takes."""
-    return int(_ENGINE_OVER_GRAPH[graph.precision] * graph.file.size) + _KERNELS
+    """Return roughly how many bytes the engine of a graph takes on disk."""
+    return int(_ENGINE_OVER_GRAPH[graph.precision] * graph.file.size) + _KERNEL_BYTES
 
 
 def flavour_here(gpu: int = 0) -> tuple[str, DeviceProfile | None]:
-    """Return the flavour that engines for this machine are compiled with when none is named, and this machine's profile.
+    """Return the flavour that compiles for this machine by default, and this machine's profile.
 
-    The profile is None for a GPU that none describes.
+    The profile is None if no profile describes the GPU.
     """
     host = registry.this_machine(gpu)
     flavour = registry.serving(host)
@@ -285,19 +293,28 @@ def compile_here(
     in_process: bool = False,
     progress: Progress = no_progress,
 ) -> None:
-    """Add what ``engine`` (a precision or a flavour; None for every graph) means to a bundle, for the CPU or a GPU.
+    """Compile the engines that ``engine`` asks for, and add them to a bundle.
 
-    For a GPU that is the flavour of `registry.serving`, as for `edge-backbones compile`. Raises as `compile_bundle` does.
+    For a GPU, the flavour is the one of `registry.serving`, as for ``edge-backbones compile``. Raises what
+    `compile_bundle` raises.
+
+    Args:
+        path: Folder of the bundle.
+        engine: A precision, a flavour, or None for every graph.
+        gpu: Index of the GPU, None for the CPU.
+        allow_host_code: As for `compile_bundle`.
+        in_process: As for `compile_bundle`.
+        progress: As for `compile_bundle`.
     """
     host = registry.this_machine(gpu)
     flavour = engine if engine not in (None, *Precision) else None
     if flavour is None:
         flavour = registry.serving(host).name
-        if gpu is not None and "cpu" in registry.get(flavour).devices:  # nothing here compiles for its GPU
-            flavour = "tensorrt"  # its refusal says why
+        if gpu is not None and "cpu" in registry.get(flavour).devices:
+            flavour = "tensorrt"  # no library here compiles for the GPU, and the error of TensorRT says why
     plan = registry.get(flavour).default_options(host).plan
     profile = None
-    with contextlib.suppress(MissingDependencyError):  # Python 3.10 reads profiles with the cli extra alone
+    with contextlib.suppress(MissingDependencyError):  # Python 3.10 reads profiles only with the cli extra
         profile = profile_here(flavour, () if plan is None else plan.targets, gpu or 0)
     compile_bundle(
         path,
@@ -313,9 +330,10 @@ def compile_here(
 
 
 def profile_here(flavour: str, targets: Sequence[str] = (), gpu: int = 0) -> DeviceProfile | None:
-    """Return the profile of a GPU of this machine, where engines of a flavour are for it; None for a GPU that none describes.
+    """Return the profile of this machine's GPU if engines of a flavour would be for it; None otherwise.
 
-    Engines of TensorRT-RTX are for it when ``targets`` name its architecture: others are compiled here for elsewhere.
+    It is also None if no profile describes the GPU. Engines of TensorRT-RTX are for this GPU only if ``targets`` names
+    its architecture; otherwise they are compiled here for another machine.
     """
     maker = registry.get(flavour)
     if maker.devices != ("cuda",) or maker.graph_format is None:
@@ -327,7 +345,7 @@ def profile_here(flavour: str, targets: Sequence[str] = (), gpu: int = 0) -> Dev
 
 
 def _is_compiled(bundle: Bundle, graph: GraphRecord, maker: Flavour, options: CompileOptions) -> bool:
-    """Return whether the bundle holds an engine of this graph that runs here, whole and measured."""
+    """Return whether the bundle already holds a measured, undamaged engine of this graph that runs here."""
     source = maker.source_graph(bundle, graph, options)
     host = registry.this_machine(None if "cpu" in maker.devices else options.gpu)
     for engine in trust.known_engines(bundle):
@@ -342,7 +360,10 @@ def _is_compiled(bundle: Bundle, graph: GraphRecord, maker: Flavour, options: Co
 
 
 def _refuse_elsewhere(bundle: Bundle, profile: DeviceProfile, gpu: int) -> None:
-    """Raise CompileError for a GPU that is not here: TensorRT compiles on the GPU that will run the engine."""
+    """Raise CompileError if the profile's GPU is not in this machine.
+
+    TensorRT compiles on the GPU that will run the engine.
+    """
     host = hosts.this_host({}, gpu=gpu)
     if host.gpu is not None and host.gpu.architecture == profile.architecture:
         return
@@ -356,7 +377,7 @@ def _refuse_elsewhere(bundle: Bundle, profile: DeviceProfile, gpu: int) -> None:
 
 
 def _refuse_for(profile: DeviceProfile, graph: GraphRecord, flavour: str, plan: PlanOptions, input: InputSpec) -> None:
-    """Raise CompileError for what the device cannot run, before minutes have gone into it."""
+    """Raise CompileError, before any compilation, for a graph that the device cannot run."""
     sizes = [
         msgspec.structs.replace(input, batch=shapes.batch, height=shapes.height, width=shapes.width)
         for shapes in plan.profiles
@@ -380,7 +401,7 @@ def _refuse_for(profile: DeviceProfile, graph: GraphRecord, flavour: str, plan: 
 def _engine_record(
     engine: CompiledEngine, report: ParityReport, graph: GraphRecord, *, graph_is_engine: bool
 ) -> tuple[EngineRecord, dict[str, bytes]]:
-    """Return the record of an engine, and the bytes of its files by path."""
+    """Return the manifest record of an engine, and the contents of its new files by path."""
     if graph_is_engine:
         return EngineRecord(key=engine.key, file=graph.file, parity=report), {}
     path = engine.key.path(engine.data, engine.suffix)

@@ -1,4 +1,4 @@
-"""How right an engine is: every feature map, through the real runtime, against the fp32 golden samples."""
+"""Measure how accurate an engine is: compare its feature maps, from the real runtime, with the fp32 golden samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.difference import reference_norm, relative_error, usual_norm
-from edge_backbones.engines import select as session
+from edge_backbones.engines import select
 from edge_backbones.engines.base import LoadOptions
 from edge_backbones.engines.promises import is_inside
 from edge_backbones.engines.select import load_engine
@@ -20,7 +20,7 @@ from edge_backbones.parity_report import Gate, ParityError, ParityReport, StageP
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-_MAX_SQNR_DB = 300.0  # equal maps: JSON has no infinity
+_MAX_SQNR_DB = 300.0  # of equal maps, because JSON has no infinity
 
 
 def measure_parity(
@@ -30,10 +30,22 @@ def measure_parity(
     gate: Gate,
     profiles: Sequence[Profile] = (),
 ) -> ParityReport:
-    """Run every golden case; the worst image of all cases counts for each output of the engine.
+    """Run every golden case through a backbone, and report the worst image of each output.
 
-    An image whose reference map is (nearly) zero, as that of a black frame may be, is judged by what the others have there.
-    ``profiles``: of the engine, each with kernels of its own: every one that takes a case's size is run.
+    If an image's reference map is (nearly) zero, as for a black frame, its error is compared with the usual norm of
+    that output.
+
+    Args:
+        backbone: The engine to measure.
+        golden: Arrays by ``case/name``: the images of every case, and the reference of every output, shape (batch,
+            ...).
+        precision: Precision to report.
+        gate: Bounds that every output has to keep.
+        profiles: The engine's optimisation profiles. Each has kernels of its own, so every profile that takes a case's
+            size is run.
+
+    Returns:
+        The figures of every output, and whether they keep the gate.
     """
     worst: dict[str, StageParity] = {}
     for case in golden.cases:
@@ -49,7 +61,7 @@ def measure_parity(
 
 
 def _batches(shape: Sequence[int], profiles: Sequence[Profile]) -> list[int]:
-    """The batch that there is, and one for each profile that it leaves out."""
+    """Return the batch of a case, plus one batch for every other profile that takes its size."""
 
     def taken(batch: int) -> Profile | None:
         asked = (batch, *shape[1:])
@@ -73,7 +85,20 @@ def measure_engine(
     *,
     options: LoadOptions | None = None,
 ) -> ParityReport:
-    """Do the same for raw engine bytes, which are loaded as ``options`` say."""
+    """Load raw engine bytes and measure them with `measure_parity`.
+
+    Args:
+        key: What the engine was compiled for.
+        data: The engine's bytes.
+        spec: Outputs that the engine promises.
+        input: Input that the engine takes.
+        golden: As for `measure_parity`.
+        gate: As for `measure_parity`.
+        options: How the engine is loaded.
+
+    Returns:
+        As for `measure_parity`.
+    """
     engine = load_engine(key, bytearray(data), spec, input, options)
     shapes = () if key.gpu is None else key.gpu.profiles
     profiles = [Profile(number, *of_one) for number, of_one in enumerate(shapes)]
@@ -82,8 +107,11 @@ def measure_engine(
 
 
 def require(report: ParityReport, *others: ParityReport, advice: Callable[[ParityReport], str]) -> ParityReport:
-    """The first report; raises ParityError, which names the stages, for those that did not pass. ``advice``: a sentence for
-    each of them, which fits its precision and the call that measured it."""
+    """Return the first report if all of them passed.
+
+    Raises ParityError with the stages that failed. ``advice`` returns a sentence for each failed report, which fits its
+    precision and the call that measured it.
+    """
     failed = [one for one in (report, *others) if not one.passed]
     if failed:
         found = "; ".join(f"{one.precision} is outside its gate ({one.gate}): {one.failures()}" for one in failed)
@@ -93,16 +121,17 @@ def require(report: ParityReport, *others: ParityReport, advice: Callable[[Parit
 
 
 def advice_on_building(report: ParityReport, library: str = "openvino") -> str:
-    """What helps where an engine that is built is outside its gate. ``library``: what compiled it, as pip calls it.
+    """Return advice for an engine that is outside its gate while a bundle is built.
 
-    fp32 has no ranges, and ONNX Runtime has checked its graph by then: no image is to blame.
+    ``library``: pip's name of the library that compiled it. For fp32 the calibration images cannot be at fault: there
+    are no ranges, and ONNX Runtime has checked the graph before.
     """
     if report.precision is Precision.FP32:
         return (
             f"The graph is right in ONNX Runtime, so {library} computes it wrongly: install another release "
             f"(pip install --upgrade {library})"
         )
-    if report.precision is Precision.FP16:  # 11 bits, and at most 65504
+    if report.precision is Precision.FP16:  # it has 11 significant bits and reaches 65504
         finite = all(stage.finite for stage in report.stages)
         why = "fp16 rounds this network too coarsely" if finite else "its values are beyond what fp16 holds, 65504"
         return f"{why}: choose --precision {'fp32' if finite else 'bf16'} or --precision {'bf16' if finite else 'fp32'}"
@@ -115,7 +144,21 @@ def advice_on_building(report: ParityReport, library: str = "openvino") -> str:
 
 
 def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate, *, usual: float = 0.0) -> StageParity:
-    """Compare one map with its reference, in float64. ``usual``: as in `relative_error`; all figures follow it."""
+    """Compare one map with its reference, in float64.
+
+    A map with NaN or infinity fails.
+
+    Args:
+        stage: Name of the output.
+        expected: The reference, shape without the batch axis.
+        actual: The map of the engine, same shape.
+        gate: Bounds that the figures have to keep.
+        usual: Usual norm of this output, as in `relative_error`. All figures use it where the reference is (nearly)
+            zero.
+
+    Returns:
+        The figures, and whether they keep the gate.
+    """
     relative = relative_error(actual, expected, usual=usual)
     if not math.isfinite(relative):
         return StageParity(stage=stage, cosine=0, sqnr_db=0, max_abs=0, relative=0, finite=False, passed=False)
@@ -126,7 +169,8 @@ def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate, *,
         length = float(np.linalg.norm(value))
         cosine = float(reference @ value) / (norm * length) if length else 0.0
     else:
-        cosine = 1 / math.sqrt(1 + relative**2) if relative < 1 else 0.0  # the noise counts as across a usual map
+        # As if the noise were orthogonal to a map of the usual norm.
+        cosine = 1 / math.sqrt(1 + relative**2) if relative < 1 else 0.0
     sqnr_db = min(20 * math.log10(1 / relative), _MAX_SQNR_DB) if relative else _MAX_SQNR_DB
     passed = is_inside(gate, cosine=cosine, sqnr_db=sqnr_db, relative=relative)
     return StageParity(
@@ -141,7 +185,10 @@ def compare(stage: str, expected: np.ndarray, actual: np.ndarray, gate: Gate, *,
 
 
 def allowed_noise(gate: Gate) -> float:
-    """|x - r|^2 / |r|^2 that a gate lets pass; noise across the signal has cosine 1 / sqrt(1 + noise)."""
+    """Return the relative noise power |x - r|^2 / |r|^2 that a gate allows.
+
+    Noise that is orthogonal to the signal gives the cosine 1 / sqrt(1 + noise).
+    """
     bounds = [math.inf]
     if gate.min_sqnr_db is not None:
         bounds.append(10 ** (-gate.min_sqnr_db / 10))
@@ -153,7 +200,10 @@ def allowed_noise(gate: Gate) -> float:
 
 
 def excess_noise(stage: StageParity, gate: Gate) -> float:
-    """How many times more noise an output has than its gate allows, by the figure that is worst; 1 where it passes."""
+    """Return how many times more noise power an output has than its gate allows, at least 1.
+
+    The worst figure counts. Infinite for a map that is not finite.
+    """
     if not stage.finite:
         return math.inf
     asked = [1.0]
@@ -167,6 +217,7 @@ def excess_noise(stage: StageParity, gate: Gate) -> float:
 
 
 def _across(cosine: float) -> float:
+    """Return the relative power of orthogonal noise that gives this cosine."""
     return 1 / cosine**2 - 1 if cosine > 0 else math.inf
 
 
@@ -177,7 +228,7 @@ def _ratio(measured: float, allowed: float) -> float:
 
 
 def _worse(a: StageParity, b: StageParity) -> StageParity:
-    """Figure by figure, so that no image hides behind another."""
+    """Return the worse of each figure, so that a good image cannot hide a bad one."""
     return StageParity(
         stage=a.stage,
         cosine=min(a.cosine, b.cosine),
@@ -199,6 +250,21 @@ def measure_in_bundle(
     *,
     code: bool = False,
 ) -> ParityReport:
-    """The same for an engine of a bundle; a plan that was written without weights gets them from the bundle's graph."""
-    options = LoadOptions(gpu=gpu, allow_host_code=code, weights=session.weights_of(bundle, key))
+    """Measure an engine of a bundle with `measure_engine`.
+
+    A plan without weights takes them from the bundle's graph.
+
+    Args:
+        bundle: Where the engine belongs.
+        key: What the engine was compiled for.
+        data: The engine's bytes.
+        golden: As for `measure_parity`.
+        gate: As for `measure_parity`.
+        gpu: Index of the GPU, None for the CPU.
+        code: Allow engines that are programs, and runtimes inside plans.
+
+    Returns:
+        As for `measure_parity`.
+    """
+    options = LoadOptions(gpu=gpu, allow_host_code=code, weights=select.weights_of(bundle, key))
     return measure_engine(key, data, bundle.manifest.backbone, bundle.manifest.input, golden, gate, options=options)

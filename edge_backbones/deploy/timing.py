@@ -1,4 +1,4 @@
-"""How fast engines are: side by side, because a machine is not as fast now as a minute ago."""
+"""Time engines side by side, because a machine may be faster or slower than it was a minute ago."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy as np
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.reader import Bundle, read_current
-from edge_backbones.engines import registry
-from edge_backbones.engines import select as session
+from edge_backbones.engines import registry, select
 from edge_backbones.engines.base import EngineSession, LoadOptions
 from edge_backbones.errors import EdgeBackbonesError
 from edge_backbones.machine import child
@@ -22,16 +21,16 @@ from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec
 
 _ROUNDS = 7
-_WARM_UP, _CALLS, _SECONDS = 3, 10, 0.25  # of one turn: at least so many calls, and for at least so long
+_WARM_UP, _CALLS, _SECONDS = 3, 10, 0.25  # one turn takes at least this many calls and at least this long
 
 
 def time_engines(
     engines: Sequence[Callable[[], EngineSession]], input: InputSpec, *, progress: Progress = no_progress
 ) -> list[float]:
-    """Median milliseconds of a call at opt batch and size, for each engine (what loads it), host memory to host memory.
+    """Return the median milliseconds of a call of each engine, from host memory to host memory.
 
-    The engines take turns, one loaded at a time (thread pools that wait side by side slow each other), and each figure
-    is the median of its turns.
+    Calls have the opt batch and size. The engines take turns with one loaded at a time, because idle thread pools slow
+    each other down. Each figure is the median over the engine's turns. ``engines``: functions that load one each.
     """
     random = np.random.default_rng(0)
     images = random.integers(0, 256, input.opt_shape).astype(input.dtype)
@@ -46,6 +45,7 @@ def time_engines(
 
 
 def _one_turn(load: Callable[[], EngineSession], images: np.ndarray) -> float:
+    """Load an engine, warm it up, and return the median milliseconds of its calls."""
     session = load()
     try:
         for _ in range(_WARM_UP):
@@ -61,23 +61,36 @@ def _one_turn(load: Callable[[], EngineSession], images: np.ndarray) -> float:
 
 
 def engines_here(bundle: Bundle, gpu: int | None, *, code: bool) -> list[EngineRecord]:
+    """Return the trusted engines of a bundle that run on this machine's CPU, or on the GPU of index ``gpu``."""
     place, host = "cpu" if gpu is None else "cuda", registry.this_machine(gpu)
     bundle, _ = trust.admit(bundle)
-    return [e for e in bundle.manifest.engines if not session.reasons_against(bundle, e, host, device=place, code=code)]
+    return [e for e in bundle.manifest.engines if not select.reasons_against(bundle, e, host, device=place, code=code)]
 
 
 def time_bundle(
     bundle: Bundle, gpu: int | None, *, code: bool, anew: bool, progress: Progress
 ) -> tuple[Bundle, tuple[str, ...]]:
-    """The bundle with latencies, and what to note of them: engines that can run here are timed side by side, ``anew`` or
-    where one has none. Without them the engines are as good: what fails here is noted, not raised."""
+    """Time the engines that run here side by side, and store their latencies in the bundle.
+
+    Failures are noted, not raised, because engines without latencies work as well.
+
+    Args:
+        bundle: The bundle.
+        gpu: Index of the GPU, None for the CPU.
+        code: Allow engines that are programs, and runtimes inside plans.
+        anew: Time them even if all have latencies.
+        progress: Gets every round.
+
+    Returns:
+        The bundle with latencies, and sentences for the user.
+    """
 
     def timed_of(current: Bundle) -> list[EngineRecord]:
         here = engines_here(current, gpu, code=code)
         if len(here) < 2 or not (anew or any(engine.milliseconds is None for engine in here)):
             return []
         engines = [
-            functools.partial(session.open_session, current, engine, LoadOptions(gpu=gpu, allow_host_code=code))
+            functools.partial(select.open_session, current, engine, LoadOptions(gpu=gpu, allow_host_code=code))
             for engine in here
         ]
         figures = time_engines(engines, current.manifest.input, progress=progress)
@@ -89,13 +102,13 @@ def time_bundle(
         bundle, timed = read_current(bundle.path, timed_of)
         for engine in timed:
             bundle = bundle.add_engine(engine, {})
-    except EdgeBackbonesError as error:  # another process took an engine out, say
+    except EdgeBackbonesError as error:  # for example because another process removed an engine
         return Bundle.open(bundle.path), (f"not timed: {error}",)
     return bundle, (ranking(timed),) if timed else ()
 
 
 def ranking(timed: Sequence[EngineRecord]) -> str:
-    """Which of these engines runtimes take, and how much slower the others are, in a sentence."""
+    """Return a sentence with the engine that runtimes choose here, and how much slower the others are."""
     first, *rest = sorted(timed, key=lambda engine: engine.milliseconds or 0)
     alike = len({engine.key.precision for engine in timed}) < len(timed)
     names = {e.name: e.name if alike else e.key.precision.value for e in timed}

@@ -1,4 +1,7 @@
-"""What is measured again of a finished bundle, on the device that is to run it: numpy and the engine library are enough."""
+"""Measure the engines of a finished bundle again, on the device that runs them.
+
+It needs numpy and the engine library alone.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,7 @@ from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.reader import Bundle, load_golden, read_current
 from edge_backbones.deploy.parity import measure_in_bundle, require
 from edge_backbones.deploy.timing import time_bundle
-from edge_backbones.engines import promises, registry
-from edge_backbones.engines import select as session
+from edge_backbones.engines import promises, registry, select
 from edge_backbones.errors import InferenceError, IntegrityError
 from edge_backbones.machine import child
 from edge_backbones.parity_report import ParityReport
@@ -31,21 +33,37 @@ def verify_bundle(
     in_process: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[ParityReport, ...]:
-    """Check every file of a bundle, and measure again every engine that can run here (or just ``engine``).
+    """Check every file of a bundle, and measure every engine that can run here again.
 
-    An engine that was compiled ahead of time is measured for the first time, and the report is added to the bundle: from
-    then on runtimes take it. So is that of an engine whose stored report does not let it run, and which holds its gate. One
-    that another process takes out meanwhile is left out. ``gpu``: index of the GPU for engines that need one.
-    ``allow_host_code``: run programs (TorchScript, which ``engine`` has to name) and the code that a plan may carry.
-    ``trusted`` and ``sigstore``: who must have signed, checked before anything runs, as in
-    :func:`edge_backbones.bundle.trust.admit`; engines that it refuses are passed over, and ``progress`` gets why.
+    If an engine was compiled ahead of time, or its stored report does not let it run, and it holds its gate now, the
+    new report is stored in the bundle, and runtimes choose it from then on. An engine that another process removes
+    meanwhile is skipped.
 
-    All of it happens in a process of its own, whose death is an InferenceError that names the engine; with ``in_process`` in
-    this one, for a debugger. Raises TrustError (a BundleError) for a bundle that is not signed as asked, BundleError for a
-    damaged file, EngineMismatchError when no engine can run here, and when all are measured ParityError for those of which a
-    feature map is outside the gate that the bundle was built with.
+    Args:
+        path: Folder of the bundle.
+        engine: Measure only this engine: a precision, a flavour or a name in the manifest.
+        gpu: Index of the GPU for engines that need one.
+        allow_host_code: Run programs (TorchScript, which ``engine`` has to name) and the code that a plan may carry.
+        trusted: Keys of which one must have signed the bundle. This is checked before anything runs, as in
+            :func:`edge_backbones.bundle.trust.admit`. Engines that it refuses are skipped, and ``progress`` gets the
+            reason.
+        sigstore: Identity that must have signed the bundle, checked likewise.
+        in_process: Measure in this process, for a debugger. By default a child process does it, and if it dies, the
+            InferenceError names the engine that it ran.
+        progress: Gets every step and note.
+
+    Returns:
+        One report for each measured engine.
+
+    Raises:
+        TrustError: The bundle is not signed as asked (a BundleError).
+        BundleError: A file is damaged.
+        EngineMismatchError: No engine can run here.
+        InferenceError: An engine failed, or the child process died.
+        ParityError: At least one engine is outside the gate that the bundle was built with. Raised after all were
+            measured.
     """
-    del in_process  # child.apart has read it
+    del in_process  # the decorator child.apart has read it
     progress("checking files", 0, None)
     bundle, _ = read_current(path, Bundle.check_files)
     bundle, refused = trust.admit(bundle, trusted, sigstore=sigstore)
@@ -61,7 +79,7 @@ def verify_bundle(
         except IntegrityError:
             if record in Bundle.open(path).manifest.engines:
                 raise
-            continue  # taken out since
+            continue  # another process has removed the engine since
         on = None if record.key.gpu is None else gpu
         gate = promises.gate_of(bundle.manifest, record.key, record.parity.gate)
         say_what_is_run(bundle, record)
@@ -77,8 +95,8 @@ def verify_bundle(
             if doubt := trust.vouch(bundle, fresh, instead_of=record):
                 progress(doubt, 0, None)
             bundle = bundle.add_engine(fresh, {})
-            bundle, told = time_bundle(bundle, on, code=allow_host_code, anew=True, progress=progress)
-            for text in told:
+            bundle, notes = time_bundle(bundle, on, code=allow_host_code, anew=True, progress=progress)
+            for text in notes:
                 progress(text, 0, None)
     if reports:
         require(*reports, advice=lambda report: advice[id(report)])
@@ -86,23 +104,34 @@ def verify_bundle(
 
 
 def say_what_is_run(bundle: Bundle, record: EngineRecord) -> None:
+    """Tell the parent process which engine runs next, for its message in case this process dies."""
     way = f"take it out with edge-backbones remove {bundle.path} {record.name}, or compile it again"
     child.doing(f"was running {record.name}", f"the engine is hostile or damaged, {child.OR_A_FAULT}; {way}")
 
 
 def runnable(bundle: Bundle, engine: str | None, gpu: int, *, code: bool) -> list[EngineRecord]:
-    """The engines that ``engine`` means and that can run here; raises EngineMismatchError when there is none."""
+    """Return the engines that ``engine`` asks for and that can run here.
+
+    Args:
+        bundle: The bundle.
+        engine: A precision, a flavour, a name in the manifest, or None for all.
+        gpu: Index of the GPU for engines that need one.
+        code: Allow engines that are programs, and runtimes inside plans.
+
+    Raises:
+        EngineMismatchError: There is none; the message has a reason for each engine.
+    """
     on_gpu = any(record.key.gpu is not None for record in bundle.manifest.engines)
     host = registry.this_machine(gpu if on_gpu else None)
 
     def reasons_against(record: EngineRecord) -> list[str]:
-        return [*session.code_reasons(record, engine, code=code), *registry.reasons_against(record.key, host)]
+        return [*select.code_reasons(record, engine, code=code), *registry.reasons_against(record.key, host)]
 
-    return session.fitting_engines(bundle, engine, reasons_against)
+    return select.fitting_engines(bundle, engine, reasons_against)
 
 
 def _advice_on_verifying(bundle: Bundle, record: EngineRecord) -> str:
-    """What helps where an engine in a bundle is outside its gate."""
+    """Return advice for an engine of a bundle that is outside its gate."""
     key = record.key
     flavour = registry.get(key.flavour)
     again = flavour.way_to_compile(bundle.path, f" --precision {key.precision}")

@@ -1,6 +1,6 @@
-"""The seam between this package and the engine libraries: what each of them gives, and what an engine is.
+"""Define what an engine library has to provide, and what an engine is.
 
-To add a library, write one object of `Flavour` in a room of its own and one row in registry.py.
+To add a library, write a `Flavour` object in a folder of its own and add a row to registry.py.
 """
 
 from __future__ import annotations
@@ -30,31 +30,32 @@ COMPILE = "run edge-backbones compile here"
 
 
 class EngineSession(Protocol):
-    """One loaded engine. Several threads may call ``run`` at once."""
+    """Run one loaded engine. Several threads may call ``run`` at once."""
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
         """Return every output of the engine, in graph order, as new float32 arrays that the caller owns.
 
-        ``array`` is C-contiguous, of the input's dtype and of a shape that the engine takes as it is.
+        ``array`` is C-contiguous and has the input's dtype. Its shape is one that the engine takes without splitting or
+        filling.
         """
         ...
 
     def close(self) -> None:
-        """Release the engine. Do not call it while another thread is in ``run``; closing twice is fine."""
+        """Release the engine. Do not call it while another thread is in ``run``. Closing twice is fine."""
         ...
 
 
 @runtime_checkable
 class DeviceSession(EngineSession, Protocol):
-    """A loaded engine that also takes arrays in GPU memory, and leaves its outputs there."""
+    """Run a loaded engine that also takes arrays in GPU memory, and leaves its outputs there."""
 
     def run_on_device(self, array: ForeignArray, stream: int) -> Sequence[DeviceArray]:
-        """Enqueue one call on ``stream`` (a CUDA stream handle) and return the outputs, in graph order, without waiting."""
+        """Enqueue one call on ``stream`` (a CUDA stream handle), and return the outputs in graph order without waiting."""
         ...
 
 
 class GraphedCall(Protocol):
-    """One call of an engine that was recorded as a CUDA graph. ``outputs`` are overwritten by every call."""
+    """Replay one call of an engine that was recorded as a CUDA graph. Every replay overwrites ``outputs``."""
 
     outputs: Sequence[DeviceArray]
 
@@ -65,21 +66,24 @@ class GraphedCall(Protocol):
 
 @runtime_checkable
 class GraphedSession(DeviceSession, Protocol):
-    """A loaded engine whose calls can be recorded as CUDA graphs."""
+    """Run a loaded engine whose calls can be recorded as CUDA graphs."""
 
     def graphed(self, array: ForeignArray, stream: int) -> GraphedCall:
-        """Record a call that reads the memory of ``array``."""
+        """Record a call that reads the memory of ``array`` on ``stream`` (a CUDA stream handle)."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How an engine is loaded.
+    """Say how an engine is loaded.
 
-    ``gpu``: index of the GPU, None for the CPU. ``threads``: most CPU threads, None for the library's own choice.
-    ``memory``: library that manages GPU memory. ``cuda_graphs``: replay each input shape as one CUDA graph.
-    ``allow_host_code``: run engines that are programs, and runtimes inside plans. ``weights``: the ONNX graph that a plan
-    without weights takes them from.
+    Attributes:
+        gpu: Index of the GPU, None for the CPU.
+        threads: Most CPU threads, None for the library's default.
+        memory: Library that manages GPU memory, None for the first that is installed.
+        cuda_graphs: Replay each input shape as one CUDA graph.
+        allow_host_code: Run engines that are programs, and runtimes inside plans.
+        weights: ONNX graph that holds the weights of a plan without weights.
     """
 
     gpu: int | None = None
@@ -92,10 +96,12 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions:
-    """How an engine is compiled.
+    """Say how an engine is compiled.
 
-    ``gpu``: index of the GPU that it is compiled on. ``plan``: options of TensorRT, None for its defaults. ``cache``: folder
-    of engines that were compiled before, None for none.
+    Attributes:
+        gpu: Index of the GPU to compile on.
+        plan: Options of TensorRT, None for its defaults.
+        cache: Folder of engines that were compiled before, None for no cache.
     """
 
     gpu: int = 0
@@ -105,10 +111,16 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class CompiledEngine:
-    """Raw engine bytes of one flavour, and the key that says where they may run.
+    """Hold the bytes of an engine, and the key that says where they may run.
 
-    ``suffix``: of the file in the bundle. ``from_cache``: not compiled now. ``layers``: the library's description of its
-    layers, as JSON. ``timing_cache``: what TensorRT measured. ``notes``: sentences for the user.
+    Attributes:
+        data: The engine's bytes, never empty.
+        key: Library, machine, precision and graph that the engine is compiled for.
+        suffix: Suffix of the engine's file in the bundle.
+        from_cache: Whether an earlier compilation made it.
+        layers: The library's description of the engine's layers, as JSON.
+        timing_cache: Kernel times that TensorRT measured.
+        notes: Sentences for the user.
     """
 
     data: bytes
@@ -125,15 +137,20 @@ class CompiledEngine:
 
 
 class Flavour(abc.ABC):
-    """One engine library.
+    """Describe one engine library: how it loads and compiles engines, and on which machines they run.
 
-    ``name``: as in engine keys and ``--flavour``. ``title``: for people. ``extra``: of ``pip install 'edge-backbones[...]'``.
-    ``devices``: where its engines run: ``"cpu"``, ``"cuda"`` or both. ``graph_format``: the graphs of a bundle that its
-    engines
-    are compiled from; None where the build compiles them from the network itself. ``graph_is_engine``: the library compiles
-    a graph each time it loads it, so the graph's file is the engine. ``is_program``: its engines are code that may do
-    whatever
-    its author wrote; they run only for who asks for them by name and allows it. ``has_dla``: it compiles for DLA cores.
+    Attributes:
+        name: Name in engine keys and for ``--flavour``.
+        title: Name for people.
+        extra: Extra of ``pip install 'edge-backbones[...]'`` that installs the library.
+        devices: Where its engines run: ``"cpu"``, ``"cuda"`` or both.
+        graph_format: Format of the graphs that its engines are compiled from; None if only a build compiles them, from
+            the network itself.
+        graph_is_engine: Whether the library compiles a graph each time it loads it, so that the graph's file is the
+            engine.
+        is_program: Whether its engines are code that may do whatever its author wrote. Such an engine runs only for a
+            user who asks for it by name and allows it.
+        has_dla: Whether it compiles for DLA cores.
     """
 
     name: str
@@ -147,47 +164,79 @@ class Flavour(abc.ABC):
 
     @abc.abstractmethod
     def version(self) -> str | None:
-        """Return the version of the library that is installed here, or None."""
+        """Return the version of the library that is installed here; None if it is not."""
 
     @abc.abstractmethod
     def reasons_against(self, key: EngineKey, host: Host) -> list[str]:
-        """Return why an engine with this key cannot run on ``host``, one phrase each with the way out; empty if it can."""
+        """Return why an engine with this key cannot run on ``host``, one phrase with a fix each; empty if it can."""
 
     @abc.abstractmethod
     def load(
         self, key: EngineKey, data: bytearray, spec: BackboneSpec, input: InputSpec, options: LoadOptions
     ) -> EngineSession:
-        """Load engine bytes.
+        """Load an engine.
 
-        Raises EngineMismatchError for bytes that are no engine of this library, or whose inputs and outputs are not those of
-        ``input`` and ``spec``; MissingDependencyError without the library.
+        Args:
+            key: What the engine was compiled for.
+            data: The engine's bytes. The session may keep and use this memory.
+            spec: Outputs that the engine has to have.
+            input: Input that the engine has to take.
+            options: How to load it.
+
+        Returns:
+            The session that runs it.
+
+        Raises:
+            EngineMismatchError: The bytes are no engine of this library, or its inputs and outputs are not those of
+                ``input`` and ``spec``.
+            MissingDependencyError: The library is not installed.
         """
 
     @abc.abstractmethod
     def compile(
         self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
     ) -> CompiledEngine:
-        """Compile one graph of a bundle for this machine. Raises CompileError and MissingDependencyError."""
+        """Compile one graph of a bundle for this machine.
+
+        Args:
+            bundle: The bundle that holds the graph.
+            graph: The graph's record.
+            options: How to compile it.
+            progress: Gets every step.
+
+        Returns:
+            The compiled engine.
+
+        Raises:
+            CompileError: The library refuses the graph.
+            MissingDependencyError: The library is not installed.
+        """
 
     def check(self, graph: GraphRecord, input: InputSpec, options: CompileOptions) -> None:  # noqa: B027
-        """Raise CompileError for what this library cannot compile, before any work is done. Most find out by compiling."""
+        """Raise CompileError for a graph that this library is known not to compile.
+
+        By default there is nothing to check.
+        """
 
     def source_graph(self, bundle: Bundle, graph: GraphRecord, options: CompileOptions) -> GraphRecord:
-        """Return the graph that the engine of ``graph`` is compiled from: itself, unless the library needs another."""
+        """Return the graph that the engine of ``graph`` is compiled from.
+
+        It is ``graph`` itself, unless the library needs another.
+        """
         return graph
 
     def serves(self, host: Host) -> bool:
-        """Return whether engines for ``host`` are compiled with this library when the user names none."""
+        """Return whether this library compiles for ``host`` if the user names no flavour."""
         return False
 
     def against_profile(self, profile: DeviceProfile) -> str:
-        """Return why this library does not serve a device, as a sentence with the way out; empty if it does."""
+        """Return why this library cannot compile for a device, as a sentence with a fix; empty if it can."""
         if self.name in profile.flavours:
             return ""
         return f"{self.name} does not serve {profile.name}: use flavour {profile.compilers}"
 
     def against_targets(self, profile: DeviceProfile, precision: Precision, targets: Sequence[str]) -> list[str]:
-        """Return why engines for these GPU architectures do not serve a device; ``targets``: as in PlanOptions."""
+        """Return why engines for these GPU architectures do not run on a device; ``targets`` as in PlanOptions."""
         if targets:
             return [f"targets are for tensorrt_rtx and {self.name} compiles for the GPU it finds: leave them out"]
         return []
@@ -197,13 +246,13 @@ class Flavour(abc.ABC):
         return f"pip install 'edge-backbones[{self.extra}]'"
 
     def remedy(self) -> str:
-        """Return what makes an engine that fits this machine, as the end of a sentence."""
+        """Return how to get an engine that fits this machine, as the end of a sentence."""
         return COMPILE
 
     def way_to_compile(self, bundle: Path, options: str = "") -> str:
-        """Return the command that makes an engine of this library; ``options``: more of its flags."""
+        """Return the command that compiles an engine of this library; ``options`` are more flags for it."""
         return f"edge-backbones compile {bundle} --flavour {self.name}{options}"
 
     def default_options(self, host: Host) -> CompileOptions:
-        """Return the options that suit ``host`` when an engine is compiled on the spot, without a command."""
+        """Return the options that suit ``host`` if an engine is compiled when a bundle is opened, without a command."""
         return CompileOptions()

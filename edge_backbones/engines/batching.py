@@ -1,4 +1,4 @@
-"""Batches that an engine does not take as they are: split into pieces, the last one filled up."""
+"""Split a batch that an engine does not take into pieces that it takes, and fill up the last one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from edge_backbones.spec import ShapeRange
 
 @dataclass(frozen=True)
 class Piece:
-    """Images ``start`` to ``start + count`` of a batch, run as a batch of ``run``: the rest is filling."""
+    """Describe one piece of a batch.
+
+    Images ``start`` to ``start + count`` run as a batch of size ``run``; the rest of that batch is filling.
+    """
 
     start: int
     count: int
@@ -20,7 +23,7 @@ class Piece:
 
 
 def pieces(count: int, batch: ShapeRange) -> list[Piece]:
-    """How a batch of ``count`` (at least 1) is run by an engine that takes ``batch``: as few pieces as there can be."""
+    """Return the fewest pieces in which an engine that takes ``batch`` can run ``count`` images (at least 1)."""
     starts = range(0, count, batch.max)
     counts = [min(batch.max, count - start) for start in starts]
     return [Piece(start, n, max(n, batch.min)) for start, n in zip(starts, counts, strict=True)]
@@ -29,9 +32,10 @@ def pieces(count: int, batch: ShapeRange) -> list[Piece]:
 def run_in_pieces(
     run: Callable[[np.ndarray], list[np.ndarray]], array: np.ndarray, batch: ShapeRange
 ) -> list[np.ndarray]:
-    """Run an array of any batch >= 1 through an engine that takes batches of ``batch``.
+    """Run an array of any batch size from 1 through an engine that takes ``batch``.
 
-    Return every output, joined along the batch. Images that fill a piece up are zeros, and their outputs are left out.
+    Returns every output, joined along the batch axis. Filling images are zeros, and their outputs are dropped. If one
+    piece is enough, the outputs are views of what ``run`` returned.
     """
     ran = []
     for piece in pieces(len(array), batch):

@@ -1,7 +1,7 @@
-"""Reasons why an engine does not run on a machine that several engine libraries share.
+"""Find the reasons why an engine does not run on a machine that several engine libraries have in common.
 
-They follow from the engine's key in the manifest: nothing is loaded to find out, because a library that is handed a foreign
-engine may end the process.
+The reasons come from the engine's key in the manifest. Nothing is loaded to find them, because a library that loads an
+engine of another machine may crash the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edge_backbones.machine.hosts import Host
 
 
 def against_library(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:
-    """Return why the library that is installed on ``host`` does not load an engine: none is, or it is another release."""
+    """Return why the library on ``host`` does not load an engine: it is missing or another release."""
     here = host.versions.get(flavour.name)
     if here is None:
         return [f"needs {flavour.name}, which is not installed: {flavour.install(host)}"]
@@ -27,7 +27,7 @@ def against_library(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:
 
 
 def against_cpu(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:
-    """Return why the CPU of ``host`` does not run an engine: it has another architecture, or lacks instructions."""
+    """Return why the CPU of ``host`` does not run an engine: it has another architecture or lacks instructions."""
     if key.architecture != host.architecture:
         return [f"compiled for {key.architecture}; this machine is {host.architecture}: {flavour.remedy()}"]
     if missing := [feature for feature in key.cpu_features if feature not in host.cpu_features]:
@@ -37,12 +37,12 @@ def against_cpu(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:
 
 
 def no_gpu(host: Host) -> str:
-    """Return the reason against every engine for a GPU on a machine that has none."""
+    """Return why no engine for a GPU runs on a machine without one."""
     return f"needs an NVIDIA GPU: {host.no_gpu or 'none was asked for (device=cuda)'}"
 
 
 def against_architecture(flavour: Flavour, asked: GpuKey, gpu: Gpu) -> list[str]:
-    """Return why the architecture of a GPU does not run an engine."""
+    """Return why a GPU's architecture does not run an engine."""
     later = asked.hardware_compatibility == "ampere_plus" and int(gpu.architecture.removeprefix("sm_")) >= 80
     if gpu.architecture in asked.architectures or later:
         return []
@@ -51,7 +51,7 @@ def against_architecture(flavour: Flavour, asked: GpuKey, gpu: Gpu) -> list[str]
 
 
 def against_driver(asked: GpuKey, gpu: Gpu) -> list[str]:
-    """Return why the NVIDIA driver here is too old for an engine."""
+    """Return why the NVIDIA driver of a GPU is too old for an engine."""
     if asked.driver is None or numbers(gpu.driver)[0] >= numbers(asked.driver)[0]:
         return []
     return [
@@ -60,5 +60,8 @@ def against_driver(asked: GpuKey, gpu: Gpu) -> list[str]:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version: (10, 3, 0) for 10.3.0. A manifest may hold any text: nine digits each are read."""
+    """Return the numbers in a version text: (10, 3, 0) for 10.3.0, (0,) for text without numbers.
+
+    A manifest may hold any text, so at most nine digits of each number are read.
+    """
     return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version)) or (0,)

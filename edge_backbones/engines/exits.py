@@ -1,8 +1,10 @@
-"""Engines at the end of the process: Python ends while daemon threads run, and a thread that then returns from a call in C++
-ends the process with SIGABRT. So a hook refuses new calls and waits for those that run.
+"""Let calls of engines finish before the process ends.
 
-It runs when the other threads have been joined, after ``sys.exit``, an exception and Ctrl-C too. A signal that nobody
-handles, such as SIGTERM, ends the process at once and needs no hook.
+Python ends while daemon threads still run. If such a thread then returns from a C++ call, the process ends with
+SIGABRT. An exit hook therefore refuses new calls and waits for those that are running.
+
+The hook runs after the other threads have been joined; also after ``sys.exit``, an exception and Ctrl-C. A signal
+without a handler, such as SIGTERM, ends the process at once and needs no hook.
 """
 
 from __future__ import annotations
@@ -17,27 +19,31 @@ from edge_backbones.errors import InferenceError
 
 
 class Called(Protocol):
-    """A session that threads call, and that knows without counting whether one is in a call."""
+    """Report whether any thread is in a call of this session, so that the exit hook can wait for it."""
 
     def end(self) -> None:
-        """Refuse every call from now on. Release nothing: calls may run."""
+        """Refuse every call from now on. Release nothing, because calls may be running."""
         ...
 
     def is_called(self) -> bool:
-        """Whether a thread is in a call now."""
+        """Return whether a thread is in a call now."""
         ...
 
 
-_PATIENCE = 10.0  # seconds: many times what a call takes
-_RETURN = 0.05  # seconds that a thread has to destroy, in C++, what its last call used
+_PATIENCE = 10.0  # seconds to wait for running calls, many times the length of one
+_RETURN = 0.05  # seconds for a thread to destroy, in C++, what its last call used
 _called: weakref.WeakSet[Called] = weakref.WeakSet()
 
 
 class _Calls:
-    """``with calls:`` around work of a C++ library, which the end of the process waits for. Refuses when that has begun."""
+    """Count the calls into C++ libraries that the end of the process waits for.
+
+    Use it as ``with calls:`` around such work. It raises InferenceError once the process is ending. Threads may share
+    it.
+    """
 
     def __init__(self) -> None:
-        self._running: list[None] = []  # threads append and pop without a lock
+        self._running: list[None] = []  # one entry per call; append and pop need no lock
         self._is_ending = False
 
     def __enter__(self) -> None:
@@ -62,12 +68,12 @@ calls = _Calls()
 
 
 def end_with_process(session: Called) -> None:
-    """Call ``session.end()`` when Python ends, and wait until nobody is in a call of it."""
+    """Call ``session.end()`` when Python ends, and wait until no thread is in a call of it."""
     _called.add(session)
 
 
 def refusal() -> InferenceError:
-    """The error for a call that begins while Python ends."""
+    """Return the error for a call that begins while Python ends."""
     return InferenceError("Python is ending, and no call begins any more: stop your threads before the program ends")
 
 
@@ -84,7 +90,7 @@ def _end() -> None:
 
 
 def _in_child() -> None:
-    """Calls of other threads are not in a forked child, and never end there."""
+    """Forget calls of the parent's threads: they do not exist in a forked child and would never end there."""
     _called.clear()
     calls.forget()
 

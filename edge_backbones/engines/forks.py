@@ -1,7 +1,7 @@
-"""Engines in forked children: a fork copies the memory of an engine, and none of the threads that it waits for.
+"""Refuse engines in forked children. A fork copies an engine's memory, but not the threads that it waits for.
 
-A child that calls, closes or merely collects an engine of its parent waits for ever, or crashes when it ends. So a forked
-child refuses to use such an engine, and never destroys it. Children that are started with spawn have nothing to inherit.
+A child that calls, closes or just collects an engine of its parent hangs, or crashes when it ends. So a forked child
+refuses to use such an engine, and never destroys it. Children that are started with spawn inherit nothing.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from edge_backbones.errors import InferenceError
 
 
 class Inherited(Protocol):
-    """Something that a forked child must neither use nor destroy."""
+    """Hold something native that a forked child must neither use nor destroy."""
 
     def abandon(self) -> None:
-        """In the child: keep everything native for good, and refuse every call from now on."""
+        """Keep everything native for good, and refuse every call from now on. It runs in the child."""
         ...
 
 
-# A function object of our own: argument types set on ctypes.pythonapi's would hold for every library in the process.
+# A function object of its own, because argument types set on ctypes.pythonapi.Py_IncRef would apply to the whole process.
 _increase_references = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
 _inherited: weakref.WeakSet[Inherited] = weakref.WeakSet()
 
 
 def keep_for_good(held: object) -> None:
-    """Never destroy an object, nor what it holds: not when nobody refers to it, and not when the process ends."""
+    """Prevent an object and all that it holds from ever being destroyed, even when the process ends."""
     _increase_references(held)
 
 
@@ -38,7 +38,7 @@ def abandon_in_children(inherited: Inherited) -> None:
 
 
 def refusal(library: str) -> InferenceError:
-    """The error for a call in a forked child."""
+    """Return the error for a call in a forked child."""
     return InferenceError(
         f"{library} was started in the process that this one was forked from, and its threads do not exist here: start "
         "workers with the 'spawn' method (DataLoader: multiprocessing_context='spawn'), or fork before a bundle is opened"

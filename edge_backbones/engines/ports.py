@@ -1,4 +1,4 @@
-"""Inputs and outputs of an engine, compared with what its manifest promises."""
+"""Compare the inputs and outputs of an engine with those in its manifest."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _DTYPES = {"float32": "FLOAT", "uint8": "UINT8"}  # TensorRT's names
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output as the engine describes it.
+    """Describe an input or output as the engine reports it.
 
-    ``dtype`` in TensorRT's words. ``shape``: -1 for an axis that may have several sizes; None where nothing is known of it.
+    ``dtype`` is TensorRT's name (``FLOAT``). In ``shape``, -1 stands for an axis of variable size; None for an unknown
+    shape.
     """
 
     name: str
@@ -28,9 +29,13 @@ class Tensor:
 def mismatches(
     tensors: Iterable[Tensor], input: InputSpec, outputs: Sequence[str], spec: BackboneSpec | None = None
 ) -> list[str]:
-    """Where an engine's inputs and outputs are not those of the manifest, one phrase each.
+    """Return where an engine's inputs and outputs differ from the manifest's, one phrase each; empty if they match.
 
-    ``spec``: what the outputs are, shapes included; without it names and dtypes are compared.
+    Args:
+        tensors: Inputs and outputs of the engine.
+        input: Input in the manifest.
+        outputs: Names of the outputs in the manifest.
+        spec: Outputs in the manifest, to compare their shapes too; None to compare names and dtypes only.
     """
     found = list(tensors)
     inputs = [tensor for tensor in found if tensor.mode == "INPUT"]
@@ -55,7 +60,7 @@ def mismatches(
 
 
 def _takes(shape: Shape | None, input: InputSpec) -> bool:
-    """Whether an engine's input is free or of the one size wherever the manifest says so."""
+    """Return whether each axis is variable, or has the one size that the manifest allows."""
     if shape is None:
         return True
     promised = zip(input.min_shape, input.max_shape, strict=True)
@@ -79,7 +84,10 @@ def _shown(shape: Shape | None) -> str:
 
 
 def _wrong_shapes(shapes: Mapping[str, Shape | None], input: InputSpec, spec: BackboneSpec) -> list[str]:
-    """Outputs whose shape is not what the manifest says of their layout, channels, batch and (by their stride) size."""
+    """Return outputs whose shape does not match the manifest, one phrase each.
+
+    Layout, channels, batch and (through the stride) height and width are compared.
+    """
     maps = zip(spec.out_features, spec.layouts, spec.channels, spec.strides, strict=True)
     extras = ((extra.name, extra.layout, extra.channels, None) for extra in spec.extras)
     reasons = []
@@ -104,8 +112,8 @@ def _wrong_shapes(shapes: Mapping[str, Shape | None], input: InputSpec, spec: Ba
 
 
 def _explains(pixels: ShapeRange, cells: int, stride: int) -> bool:
-    """Whether a map of so many cells has this stride, as the build measures it; sizes that vary are not compared."""
+    """Return whether a map of ``cells`` cells can have this stride, by the build's rules; variable sizes always can."""
     if cells == -1 or not pixels.is_fixed:
         return True
-    left = pixels.max - cells * stride  # borders: padding makes up to one cell more, its lack costs up to two
+    left = pixels.max - cells * stride  # padding adds up to one cell; without it, up to two are lost
     return -stride < left < 2 * stride or (cells > 0 and stride == max(1, round(pixels.max / cells)))

@@ -1,8 +1,8 @@
-"""What has to be true of an engine before it is run, and what this machine remembers to have measured itself.
+"""Check that an engine's reported accuracy allows it to run, and remember which engines this machine has measured.
 
-The manifest holds figures and gates as whoever wrote it left them. They are compared here again, so that an engine runs only
-if its figures are there, fit each other and are inside the gate. That they were measured at all, only a signature or a
-measurement on this machine can show.
+Whoever wrote the manifest chose the figures and gates in it. They are compared again here: an engine runs only if its
+figures are there, fit each other and are inside the gate. Only a signature, or a measurement on this machine, can show
+that they were measured at all.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ DEFAULT_GATES = {
     Precision.FP8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
 }
 VERIFY = "run edge-backbones verify on this device"
-_NO_CACHE = (OSError, RuntimeError)  # a folder that refuses; a user without a home
+_NO_CACHE = (OSError, RuntimeError)  # the folder cannot be used; the user has no home folder
 _MACHINE_ID = Path("/etc/machine-id")
 
 
 def refuses_zeros(gate: Gate) -> bool:
-    """Whether a map of zeros (cosine 0, SQNR 0 dB, relative error 1) is outside a gate; if not, the gate asks for nothing."""
+    """Return whether a map of zeros (cosine 0, SQNR 0 dB, relative error 1) is outside a gate.
+
+    A gate that accepts zeros checks nothing.
+    """
     return (
         (gate.min_cosine is not None and gate.min_cosine > 0)
         or (gate.min_sqnr_db is not None and gate.min_sqnr_db > 0)
@@ -44,7 +47,11 @@ def refuses_zeros(gate: Gate) -> bool:
 
 
 def is_inside(gate: Gate, *, cosine: float, sqnr_db: float, relative: float) -> bool:
-    """Whether the figures of one map keep every bound of a gate."""
+    """Return whether the figures of one map keep every bound of a gate.
+
+    ``cosine``: of map and reference. ``sqnr_db``: signal-to-noise ratio in dB. ``relative``: norm of the error divided
+    by that of the reference.
+    """
     return (
         (gate.min_cosine is None or cosine >= gate.min_cosine)
         and (gate.min_sqnr_db is None or sqnr_db >= gate.min_sqnr_db)
@@ -53,10 +60,11 @@ def is_inside(gate: Gate, *, cosine: float, sqnr_db: float, relative: float) -> 
 
 
 def gate_of(manifest: Manifest, engine: EngineKey, own: Gate | None = None) -> Gate:
-    """The gate that an engine has to hold: that of its bundle's graph of the same precision, or the precision's default.
+    """Return the gate that an engine has to keep.
 
-    ``own``: the gate of its report, which counts only for engines that the build compiled from the network itself: they have
-    no graph in the bundle. A gate that a map of zeros passes asks for nothing, and counts as none.
+    It is the gate of the bundle's graph of its precision, or the precision's default. ``own``: the gate in the engine's
+    own report. It counts only for engines that a build compiled from the network itself, because those have no graph in
+    the bundle. A gate that a map of zeros passes is ignored.
     """
     given = [graph.gate for graph in manifest.graphs if graph.precision == engine.precision]
     flavour = registry.find(engine.flavour)
@@ -66,7 +74,7 @@ def gate_of(manifest: Manifest, engine: EngineKey, own: Gate | None = None) -> G
 
 
 def reasons_against(manifest: Manifest, engine: EngineRecord) -> list[str]:
-    """Why the parity report of an engine does not let it run, one phrase with the way out; empty where it does."""
+    """Return why an engine's parity report does not let it run, one phrase with a fix; empty if it does."""
     report, gate = engine.parity, gate_of(manifest, engine.key, engine.parity.gate)
     if not report.measured:
         return [f"was compiled ahead of time and never measured: {VERIFY}"]
@@ -89,9 +97,9 @@ def _holds(stage: StageParity, gate: Gate) -> bool:
 
 
 def remember(manifest: Manifest, engine: EngineRecord, host: Host) -> None:
-    """Note in the user's cache folder that this machine has run these engine bytes and that they held their gate.
+    """Note in the user's cache folder that this machine has measured this engine, and that it was inside its gate.
 
-    A folder that cannot be written to is left as it is: the engine is measured again when it matters.
+    If the folder cannot be written, nothing happens: the engine is measured again when it matters.
     """
     with contextlib.suppress(*_NO_CACHE):
         note = _note(manifest, engine, host)
@@ -100,13 +108,13 @@ def remember(manifest: Manifest, engine: EngineRecord, host: Host) -> None:
 
 
 def forget(manifest: Manifest, engine: EngineRecord, host: Host) -> None:
-    """Take such a note away: the engine was measured again and did not hold."""
+    """Delete the note of an engine, because it was measured again and was outside its gate."""
     with contextlib.suppress(*_NO_CACHE):
         _note(manifest, engine, host).unlink(missing_ok=True)
 
 
 def is_measured_here(manifest: Manifest, engine: EngineRecord, host: Host) -> bool:
-    """Whether this machine, with the library that it has now, has measured exactly these engine bytes, and they held."""
+    """Return whether this machine, with its current library, has measured exactly these engine bytes inside their gate."""
     try:
         return _note(manifest, engine, host).is_file()
     except _NO_CACHE:
@@ -114,7 +122,7 @@ def is_measured_here(manifest: Manifest, engine: EngineRecord, host: Host) -> bo
 
 
 def _note(manifest: Manifest, engine: EngineRecord, host: Host) -> Path:
-    """The place of a note; its name changes with everything that the measurement depended on."""
+    """Return the path of a note. Its name depends on everything that the measurement depended on."""
     try:
         machine = _MACHINE_ID.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):

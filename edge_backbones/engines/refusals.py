@@ -1,4 +1,4 @@
-"""Why what is to be compiled cannot serve a device, told from its profile before minutes of work have gone into it."""
+"""Find out from a device's profile why it could not run an engine, before minutes go into compiling it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ def refusals(
     dla_core: int | None = None,
     targets: Sequence[str] = (),
 ) -> list[str]:
-    """Return why this build cannot serve the device, each a sentence with the way out; empty when nothing speaks against it.
+    """Return why an engine cannot serve a device, one sentence with a fix each; empty if nothing speaks against it.
 
-    ``input``: the sizes that the engine is compiled for. ``targets``: architectures for TensorRT-RTX, none for its own
-    choice. What only the engine library can tell (layers, memory) is left to it. Raises InputError for an unknown flavour.
+    What only the engine library knows (layers, memory) is not checked. Raises InputError for an unknown flavour.
+
+    Args:
+        profile: The device.
+        precision: Precision of the graph.
+        flavour: Library that compiles it.
+        input: Sizes that the engine is compiled for.
+        dla_core: DLA core that is asked for.
+        targets: Architectures for TensorRT-RTX, empty for its default.
     """
     maker = registry.get(flavour)
     if elsewhere := maker.against_profile(profile):
@@ -58,7 +65,7 @@ def _against_precision(profile: DeviceProfile, precision: Precision) -> str:
 
 
 def against_rtx_targets(profile: DeviceProfile, precision: Precision, targets: Sequence[str]) -> list[str]:
-    """Return why TensorRT-RTX cannot compile for these architectures, or the device runs none of them."""
+    """Return why TensorRT-RTX cannot compile for these architectures, or why the device runs none of them."""
     reasons = []
     unknown = [target for target in targets if target not in RTX_ARCHITECTURES]
     if unknown:
@@ -74,7 +81,7 @@ def against_rtx_targets(profile: DeviceProfile, precision: Precision, targets: S
             f"TensorRT-RTX leaves sm_75 out of its portable engines and {profile.name} is one: name the target sm_75"
         )
     first = FIRST_ARCHITECTURE.get(precision, 0)
-    # The device's own architecture is answered for by its precisions.
+    # The precisions of the profile already cover the device's own architecture.
     late = [
         target
         for target in targets
@@ -89,7 +96,7 @@ def against_rtx_targets(profile: DeviceProfile, precision: Precision, targets: S
 
 
 def against_dla(precision: Precision, input: InputSpec) -> list[str]:
-    """Return why no DLA core computes this, each a sentence with the way out."""
+    """Return why no DLA core runs this precision or these sizes, one sentence with a fix each."""
     reasons = []
     if precision not in (Precision.FP16, Precision.INT8):
         reasons.append(f"DLA computes fp16 and int8, not {precision}: choose one of them, or leave dla_core out")

@@ -1,6 +1,6 @@
-"""The engine libraries that this release knows, one row each, and how those of other packages are found.
+"""List the engine libraries of this release, one row each, and find those that other packages add.
 
-A room is imported when its library is asked for: none of them is needed to read a bundle.
+A library's module is imported only when it is asked for: reading a bundle needs none of them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ ROWS = {
     "torchscript": "edge_backbones.engines.torch.flavour:TORCHSCRIPT",
     "tensorrt_lean": "edge_backbones.engines.tensorrt.flavour:TENSORRT_LEAN",
 }
-"""By preference, where engines are as fast and as precise as each other."""
+"""Where each library is found. Of equally fast and precise engines, the first library in this order is preferred."""
 ENTRY_POINTS = "edge_backbones.flavours"
-"""Group of entry points, ``name = "package.module:OBJECT"``, by which other packages add a `Flavour`."""
+"""Group of entry points, ``name = "package.module:OBJECT"``, with which other packages add a `Flavour`."""
 
 
 @functools.cache
 def find(name: str) -> Flavour | None:
-    """Return the engine library of that name, of ours or of an installed package's; None if there is none."""
+    """Return the engine library of that name, ours or an installed package's; None if there is none.
+
+    Raises InputError if a package's entry point is no `Flavour` of that name.
+    """
     if name in ROWS:
         module, _, attribute = ROWS[name].partition(":")
         ours: Flavour = getattr(importlib.import_module(module), attribute)
@@ -48,7 +51,7 @@ def find(name: str) -> Flavour | None:
 
 
 def get(name: str) -> Flavour:
-    """Return the engine library of that name; raises InputError with the names that there are."""
+    """Return the engine library of that name. Raises InputError, which lists the names, if there is none."""
     found = find(name)
     if found is None:
         raise InputError(f"there is no flavour {name!r}: choose among {', '.join(names())}")
@@ -68,7 +71,7 @@ def title_of(name: str) -> str:
 
 
 def reasons_against(key: EngineKey, host: Host) -> list[str]:
-    """Return why an engine with this key cannot run on ``host``, one phrase each with the way out; empty if it can."""
+    """Return why an engine with this key cannot run on ``host``, one phrase with a fix each; empty if it can."""
     flavour = find(key.flavour)
     if flavour is None:
         return [
@@ -79,24 +82,24 @@ def reasons_against(key: EngineKey, host: Host) -> list[str]:
 
 
 def serving(host: Host) -> Flavour:
-    """Return the library that engines are compiled with for ``host`` when none is asked for.
+    """Return the library that compiles engines for ``host`` if the user names none.
 
-    For its GPU: TensorRT where the release makes plans, else TensorRT-RTX where it is installed and knows the GPU. Where
-    neither is there, or no GPU: OpenVINO for the CPU.
+    For its GPU: TensorRT if that release compiles plans, else TensorRT-RTX if it is installed and knows the GPU.
+    Without either, or without a GPU: a library for the CPU, OpenVINO first.
     """
     return next((flavour for flavour in map(get, ROWS) if flavour.serves(host)), get("openvino"))
 
 
 def this_machine(gpu: int | None) -> Host:
-    """Return this machine with its engine libraries, and the GPU of that index where one is meant."""
+    """Return this machine with its engine libraries, and with the GPU of index ``gpu`` if that is not None."""
     return hosts.this_host(InstalledVersions(), gpu=gpu)
 
 
 class InstalledVersions(Mapping[str, str]):
-    """The version of every engine library that can be imported here, by flavour.
+    """Map flavours to the versions of the engine libraries that can be imported here.
 
-    A library is looked at when it is asked for: TensorRT takes a second to import, and a bundle for the CPU does not need
-    it.
+    A library is looked up only when it is asked for: TensorRT takes a second to import, and a bundle for the CPU does
+    not need it.
     """
 
     def __init__(self) -> None:

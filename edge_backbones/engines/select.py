@@ -17,13 +17,13 @@ from edge_backbones.machine.hosts import Host
 from edge_backbones.parity_report import ParityError
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-# The order of engines that were not timed side by side: fewer bits first, since each of them passed its parity gate. No CPU
-# computes in fp8: there it is fp32 with rounding in between.
+# Order of engines that were not timed side by side: fewer bits first, because each of them passed its parity gate. No CPU
+# computes in fp8: it computes fp32 and rounds in between.
 _PREFERENCE = {
     "cpu": (Precision.INT8, Precision.FP16, Precision.BF16, Precision.FP32, Precision.FP8),
     "cuda": (Precision.INT8, Precision.FP8, Precision.FP16, Precision.BF16, Precision.FP32),
 }
-# What another process is asked to do. Compiling and verifying are not the runtime's own work: it imports neither.
+# Functions that run in a child process. They are named by text, because the runtime imports neither of their modules.
 COMPILE, VERIFY = "edge_backbones.deploy.compile:compile_here", "edge_backbones.deploy.verify:verify_bundle"
 
 
@@ -35,11 +35,19 @@ def choose_engine(
     device: str = "cpu",
     allow_host_code: bool = False,
 ) -> EngineRecord:
-    """Return the best engine of a bundle that can run on ``host``, on its CPU or (``device="cuda"``) on its GPU.
+    """Return the best engine of a bundle that can run on ``host``.
 
-    ``engine`` narrows the choice to a precision (``"int8"``), a flavour (``"openvino"``) or a name as in the manifest. If all
-    of them were timed side by side, the fastest is the best, else the one with the fewest bits. Raises EngineMismatchError
-    with one reason per engine that was passed over.
+    If all of them were timed side by side, the fastest is the best; otherwise the one with the fewest bits.
+
+    Args:
+        bundle: The bundle.
+        host: The machine.
+        engine: Narrow the choice to a precision (``"int8"``), a flavour (``"openvino"``) or a name in the manifest.
+        device: ``"cpu"`` or ``"cuda"``.
+        allow_host_code: Allow engines that are programs, and runtimes inside plans.
+
+    Raises:
+        EngineMismatchError: No engine can run; the message has a reason for each.
     """
     fitting = fitting_engines(
         bundle,
@@ -51,8 +59,8 @@ def choose_engine(
     are_timed = all(found.milliseconds is not None for found in fitting)
 
     def rank(position_and_engine: tuple[int, EngineRecord]) -> tuple[Any, ...]:
-        # As fast, or not timed: fewer bits first. Of one precision: the one that was compiled most closely for this device,
-        # and of those the newest.
+        # Equally fast or not timed: fewer bits first. Within a precision: the engine that is most specific to this device,
+        # then the newest.
         position, found = position_and_engine
         gpu = found.key.gpu
         general = (
@@ -77,7 +85,16 @@ def passed_over(
     device: str = "cpu",
     allow_host_code: bool = False,
 ) -> dict[str, str]:
-    """Return why `choose_engine` did not take each of the other engines, a phrase by name."""
+    """Return why `choose_engine` did not choose each of the other engines, as a phrase by name.
+
+    Args:
+        bundle: The bundle.
+        chosen: What `choose_engine` returned.
+        host: The machine.
+        engine: As for `choose_engine`.
+        device: As for `choose_engine`.
+        allow_host_code: As for `choose_engine`.
+    """
     found = {}
     for other in (e for e in bundle.manifest.engines if e.name != chosen.name):
         reasons = [] if _is_meant(other, engine) else [f"engine={engine!r} was asked for"]
@@ -95,8 +112,16 @@ def _is_meant(record: EngineRecord, engine: str | None) -> bool:
 def fitting_engines(
     bundle: Bundle, engine: str | None, reasons_against: Callable[[EngineRecord], list[str]], *, device: str = "cpu"
 ) -> list[EngineRecord]:
-    """Return the engines that ``engine`` means and that nothing speaks against; raises EngineMismatchError if there is
-    none."""
+    """Return the engines that ``engine`` asks for and that nothing speaks against.
+
+    Raises EngineMismatchError if there is none.
+
+    Args:
+        bundle: The bundle.
+        engine: As for `choose_engine`.
+        reasons_against: Returns why an engine cannot run, as phrases.
+        device: ``"cpu"`` or ``"cuda"``, for the advice in the message.
+    """
     engines = bundle.manifest.engines
     wanted = [e for e in engines if _is_meant(e, engine)]
     if not wanted:
@@ -108,7 +133,8 @@ def fitting_engines(
     if not fitting:
         listed = "; ".join(f"{name}: {' and '.join(why)}" for name, why in reasons.items())
         to_allow = any(len(why) == 1 and "allow_host_code=True" in why[0] for why in reasons.values())
-        advice = "" if to_allow else f" {_advice(bundle, engine, device)}"  # another engine would not be allowed either
+        # If code is not allowed, a newly compiled engine would not be allowed either.
+        advice = "" if to_allow else f" {_advice(bundle, engine, device)}"
         raise EngineMismatchError(f"no engine of {bundle.path} can run here. {listed}.{advice}")
     return fitting
 
@@ -122,11 +148,17 @@ def reasons_against(
     device: str = "cpu",
     code: bool = False,
 ) -> list[str]:
-    """Return why an engine of a bundle is passed over on a device, one phrase each; empty if it may run.
+    """Return why an engine of a bundle cannot run on a device, one phrase each; empty if it can.
 
-    ``asked``: the name that the user asked for. Programs (TorchScript) run only then, and only with ``code``, as does the
-    runtime that a plan may carry. The engine's parity has to have been measured and to be inside its gate: see
-    promises.reasons_against.
+    Its parity must have been measured inside its gate: see promises.reasons_against.
+
+    Args:
+        bundle: The bundle.
+        engine: The engine's record.
+        host: The machine.
+        asked: Name that the user asked for. Programs (TorchScript) run only if it names them.
+        device: ``"cpu"`` or ``"cuda"``.
+        code: Allow engines that are programs, and runtimes inside plans.
     """
     reasons = []
     flavour = registry.find(engine.key.flavour)
@@ -151,7 +183,7 @@ def reasons_by_name(bundle: Bundle, host: Host) -> dict[str, list[str]]:
 
 
 def code_reasons(engine: EngineRecord, asked: str | None, *, code: bool) -> list[str]:
-    """Return why an engine that runs code on the CPU is passed over."""
+    """Return why an engine that runs code on the CPU cannot run: it was not asked for by name, or code is not allowed."""
     key = engine.key
     flavour = registry.find(key.flavour)
     if flavour is not None and flavour.is_program and not (code and asked in (key.flavour, engine.name)):
@@ -167,9 +199,17 @@ def code_reasons(engine: EngineRecord, asked: str | None, *, code: bool) -> list
 def measure_here(
     bundle: Bundle, engine: EngineRecord, host: Host, *, gpu: int | None, allow_host_code: bool = False
 ) -> None:
-    """Verify an engine in a process of its own, unless this machine has done that or has compiled it.
+    """Verify an engine in a child process, unless this machine has already verified or compiled it.
 
-    Raises EngineMismatchError for one that ends that process, fails or is outside its gate.
+    Args:
+        bundle: The bundle.
+        engine: The engine's record.
+        host: This machine.
+        gpu: Index of the GPU, None for the CPU.
+        allow_host_code: Allow engines that are programs, and runtimes inside plans.
+
+    Raises:
+        EngineMismatchError: The engine crashes that process, fails or is outside its gate.
     """
     if promises.is_measured_here(bundle.manifest, engine, host):
         return
@@ -183,10 +223,18 @@ def measure_here(
 def compile_here(
     path: str | os.PathLike[str], engine: str | None, *, gpu: int | None, allow_host_code: bool = False
 ) -> None:
-    """Add the engine that ``engine`` means (all precisions by default) to a bundle, for this machine's CPU or a GPU.
+    """Compile the engines that ``engine`` asks for on this machine, and add them to a bundle.
 
-    Raises what `edge_backbones.deploy.compile.compile_bundle` raises, and EngineMismatchError for an engine by its whole
-    name, which belongs to one machine and release.
+    A child process does it. Raises what `edge_backbones.deploy.compile.compile_bundle` raises.
+
+    Args:
+        path: Folder of the bundle.
+        engine: A precision, a flavour, or None for all precisions.
+        gpu: Index of the GPU, None for the CPU.
+        allow_host_code: Allow engines that are programs, and runtimes inside plans.
+
+    Raises:
+        EngineMismatchError: ``engine`` is an engine's full name, which belongs to one machine and one release.
     """
     if engine is not None and engine not in set(Precision) and registry.find(engine) is None:
         raise EngineMismatchError(
@@ -204,7 +252,10 @@ def open_session(bundle: Bundle, engine: EngineRecord, options: LoadOptions | No
 
 
 def weights_of(bundle: Bundle, key: EngineKey) -> bytearray | None:
-    """Return the graph that holds the weights of a plan that was written without; None for every other engine."""
+    """Return the graph that holds the weights of a plan without weights; None for every other engine.
+
+    Raises EngineMismatchError if the bundle lacks that graph.
+    """
     if key.gpu is None or not key.gpu.stripped:
         return None
     graph = bundle.manifest.onnx_graph(key.precision)
@@ -218,16 +269,25 @@ def weights_of(bundle: Bundle, key: EngineKey) -> bytearray | None:
 def load_engine(
     key: EngineKey, data: bytearray, spec: BackboneSpec, input: InputSpec, options: LoadOptions | None = None
 ) -> EngineSession:
-    """Load engine bytes by their key.
+    """Load engine bytes with the library that their key names.
 
-    Raises EngineMismatchError for bytes that are no engine of that kind or have other inputs and outputs than ``input`` and
-    ``spec`` say, and for a program (TorchScript) without ``allow_host_code``; InputError for an unknown flavour.
+    Args:
+        key: What the engine was compiled for.
+        data: The engine's bytes. The session may keep and use this memory.
+        spec: Outputs that the engine has to have.
+        input: Input that the engine has to take.
+        options: How to load it.
+
+    Raises:
+        EngineMismatchError: The bytes are no engine of that library, its inputs and outputs are not those of ``input``
+            and ``spec``, or it is a program and ``allow_host_code`` is False.
+        InputError: The flavour is unknown.
     """
     return registry.get(key.flavour).load(key, data, spec, input, options or LoadOptions())
 
 
 def _advice(bundle: Bundle, engine: str | None, device: str) -> str:
-    """Return the command that makes the engine that was asked for, when none fits."""
+    """Return the command that makes the engine that was asked for, if none fits."""
     graphs = [(graph.format, graph.precision.value) for graph in bundle.manifest.graphs]
     command = f"Run: edge-backbones compile {bundle.path}"
     where = "" if device == "cpu" else " (on the machine with that GPU)"
@@ -242,13 +302,12 @@ def _advice(bundle: Bundle, engine: str | None, device: str) -> str:
         return f"Run: {flavour.way_to_compile(bundle.path)}{on_gpu}"
     elif engine is not None and bundle.manifest.engines:
         return f"Ask for one of these, or for a precision or a flavour: edge-backbones inspect {bundle.path}"
-    # On a machine with a GPU the command serves that, unless it is told otherwise.
+    # On a machine with a GPU, the command compiles for the GPU unless a flavour is named.
     return command + (" --flavour openvino" if device == "cpu" else where)
 
 
 def way_to_build(bundle: Bundle, precisions: Sequence[Precision]) -> str:
-    """Return the command that builds a bundle anew, with graphs of these precisions beside its own and its TorchScript
-    module."""
+    """Return the command that rebuilds a bundle with graphs of these precisions, beside those that it has."""
     held = [graph.precision for graph in bundle.manifest.graphs if graph.format == "onnx"]
     wanted = list(dict.fromkeys([*held, *precisions]))
     asked = " ".join(f"--precision {precision}" for precision in wanted)

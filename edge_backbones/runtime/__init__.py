@@ -1,0 +1,1 @@
+"""Run a compiled backbone through the API of transformers' backbones."""

@@ -1,12 +1,13 @@
-"""The transformers backbone API over a compiled engine: no torch, no transformers; numpy in and numpy out, or arrays of any
-library on the GPU in and out."""
+"""Run a compiled engine through the API of transformers' backbones, without torch or transformers.
+
+Input and output are numpy arrays, or arrays of any library on the GPU.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +17,21 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from edge_backbones.bundle import trust
-from edge_backbones.bundle.manifest import EngineRecord, Source
-from edge_backbones.bundle.reader import Bundle, read_current
-from edge_backbones.engines import base, registry
-from edge_backbones.engines import select as session
+from edge_backbones.bundle.manifest import Source
+from edge_backbones.engines import base
 from edge_backbones.engines.batching import run_in_pieces
 from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu, stream_pointer
 from edge_backbones.engines.gpu.memory import MemoryBackend
-from edge_backbones.errors import BundleError, EngineMismatchError, InputError, lack_told, refuse_lack
+from edge_backbones.errors import BundleError, InputError, lack_told, refuse_lack
 from edge_backbones.runtime.inputs import host_array, refuse_not_finite
+from edge_backbones.runtime.opening import open_engine, parse_device
 from edge_backbones.runtime.output import BackboneConfig, BackboneOutput, selected
 from edge_backbones.spec import BackboneSpec, InputSpec
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a backbone was opened: what opens the same engine again in another process.
+    """Remember how a backbone was opened, to open the same engine in another process.
 
     ``options``: keyword arguments of ``from_pretrained``. ``graph``: precision and SHA-256 of the graph that runs.
     """
@@ -43,40 +43,53 @@ class _Origin:
 
 
 class EdgeBackbone:
-    """A compiled backbone that is called like a transformers backbone.
+    """Call a compiled backbone like a transformers backbone.
 
     >>> with EdgeBackbone.from_pretrained("resnet50.bundle") as backbone:   # doctest: +SKIP
     ...     maps = backbone(pixel_values).feature_maps                      # (batch, 256, 56, 56), ...
 
-    Input: ``pixel_values`` float (16, 32 or 64 bit) of shape (batch, channels, height, width), normalised; or, for a
-    bundle built with ``input="image"``, uint8 of shape (batch, height, width, channels), raw camera frames. A numpy
-    array, or anything on the CPU that speaks DLPack (``torch.Tensor`` too). An engine on a GPU also takes arrays on that
-    GPU, with DLPack or ``__cuda_array_interface__``: of exactly the engine's dtype, in C order.
+    Input: normalised ``pixel_values``, float (16, 32 or 64 bits), shape (batch, channels, height, width). For a bundle
+    built with ``input="image"``: raw camera frames, uint8, shape (batch, height, width, channels). Pass a numpy array
+    or any CPU array that supports DLPack, such as a ``torch.Tensor``. An engine on a GPU also takes arrays on that GPU
+    that support DLPack or ``__cuda_array_interface__``. Those must have exactly the engine's dtype and be in C order.
 
-    Batch: any size from 1. A batch that the engine takes as it is runs in one piece. One that is smaller than the
-    engine's smallest is filled up with zeros, and the filling is cut from the result; one that is larger than its
-    largest runs in pieces, and the results are joined. Either way ``len(feature_map) == len(pixel_values)``.
+    Batch: any size from 1. A batch that the engine takes runs in one piece. A smaller batch is filled up with zeros,
+    and the filling is cut off the result. A larger batch runs in pieces, and the results are joined. Always
+    ``len(feature_map) == len(pixel_values)``.
 
-    Output: float32 arrays, C-contiguous, that the caller owns: no later call writes to them while the caller holds them
-    or a view of them. Memory that the caller has let go of is used again, so a loop over frames allocates nothing.
+    Output: C-contiguous float32 arrays that the caller owns. No later call writes to an array while the caller holds it
+    or a view of it. Memory that the caller has released is reused, so a loop over frames allocates nothing.
 
-    On the GPU: the input is read in place, behind what is on ``stream`` now; nothing may write to it until ``stream`` is
-    past the call. The output is DeviceArrays on the same GPU, valid for work on ``stream``; the call only enqueues and
-    returns. ``torch.from_dlpack(feature_map)``, ``cupy.from_dlpack`` ... share its memory, make the stream that they work on
-    wait, and keep the memory until they are gone too. Only then a later call writes to it.
+    On the GPU: a call only enqueues work on ``stream`` and returns. It reads the input in place, after the work that is
+    on ``stream`` now; nothing may write to the input until ``stream`` is past the call. The output is DeviceArrays on
+    the same GPU, valid for work on ``stream``. ``torch.from_dlpack(feature_map)``, ``cupy.from_dlpack`` and the like
+    share its memory, make their own stream wait, and keep the memory until they are gone. Only then does a later call
+    write to it.
 
-    Values: NaN and infinity in an array on the host raise InputError, because an engine may turn them into features that
-    look healthy (the ReLU of OpenVINO makes 0 of NaN). Open the bundle with ``check_finite=False`` to leave that out. uint8
-    frames need no check, and arrays on the GPU are not checked.
+    Values: NaN and infinity in a host array raise InputError, because an engine may turn them into features that look
+    normal (OpenVINO's ReLU turns NaN into 0). Open the bundle with ``check_finite=False`` to skip the check. uint8
+    frames and arrays on the GPU are not checked.
 
-    Threads: calls from several threads at the same time are fine and do not mix; each pays for memory of its own. The
-    stage setters and ``close`` are not to be called while another thread is in a call.
+    Threads: several threads may call at the same time; each call has memory of its own. Do not set stages or call
+    ``close`` while another thread is in a call.
 
-    Processes: a child that is started with spawn gets a backbone by ``pickle``, which opens the bundle again in the child,
-    from the same folder. A forked child cannot use an engine of its parent: every call there raises InferenceError.
+    Processes: ``pickle`` carries a backbone to a child that is started with spawn, which opens the bundle again from
+    the same folder. A forked child cannot use an engine of its parent: every call there raises InferenceError.
 
-    Copies (``copy.copy`` and ``copy.deepcopy``) choose stages of their own and share one engine. ``close`` on any of them
-    closes that engine for all. An engine that nobody closes is released with its last copy.
+    Copies (``copy.copy`` and ``copy.deepcopy``) choose their own stages and share one engine. ``close`` on any of them
+    closes the engine for all. An engine that nobody closes is released with its last copy.
+
+    Use `from_pretrained` to open a bundle. The constructor is for an engine that is loaded already.
+
+    Args:
+        spec: Stages and outputs of the engine.
+        input: Input that the engine takes.
+        engine: The loaded engine.
+        source: Where the network is from, for `config` and `backbone_type`.
+        device: Where the engine runs: ``"cpu"`` or ``"cuda:0"``.
+        engine_name: Name of the engine in its manifest.
+        passed_over: Why each other engine of the bundle does not run here, by name.
+        check_finite: Raise InputError for NaN and infinity in host arrays.
     """
 
     def __init__(
@@ -124,78 +137,61 @@ class EdgeBackbone:
     ) -> EdgeBackbone:
         """Open a bundle with the best engine that fits this machine.
 
-        ``engine`` narrows the choice to a precision (``"int8"``), a flavour (``"openvino"``) or one engine's name;
-        ``device``: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. ``threads`` limits the CPU threads (default: all cores). Files
-        that are read are checked against the manifest.
+        An engine runs only if the manifest says that its parity was measured and is inside its gate, and if its inputs
+        and outputs match the manifest. Files are checked against the manifest when they are read.
 
-        For engines on a GPU: ``memory`` is the library that manages memory there (default: cuda-bindings, else pycuda);
-        ``cuda_graphs`` replays each input shape as one CUDA graph from its second call on, which saves launches and takes
-        memory per shape. ``allow_host_code`` lets a version-compatible plan run the code for the CPU that it carries, and a
-        TorchScript engine, which is a program, run at all: what it does is up to its author.
+        Args:
+            path: Folder of the bundle.
+            engine: Narrow the choice to a precision (``"int8"``), a flavour (``"openvino"``) or one engine's name.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+            threads: Most CPU threads; None for all cores.
+            memory: Library that manages GPU memory; None for cuda-bindings, or pycuda if that is missing.
+            cuda_graphs: Replay each input shape as one CUDA graph from its second call on. This saves kernel launches
+                and takes memory for each shape.
+            allow_host_code: Run engines that are programs: TorchScript, and the CPU code that a version-compatible plan
+                may carry. They can do whatever their author wrote.
+            on_mismatch: ``"compile"`` compiles, verifies and adds an engine if none in the bundle runs here, which
+                takes seconds to minutes. It also verifies an engine once if this machine has neither compiled nor
+                verified it. Both happen in child processes. ``"raise"`` does neither.
+            check_finite: Raise InputError for NaN and infinity in host arrays. The check reads the input once and takes
+                less than 1 % of a call of mobilenetv3_large_100 on one image of 224 x 224.
+            trusted: PEM file of a public key, several of them, or a folder of them. One of these keys must have signed
+                the bundle (see :mod:`edge_backbones.bundle.trust`). If the machine or the user has such a folder, the
+                bundle must be signed too. Engines added after signing are skipped unless this machine made them.
 
-        An engine runs only if the manifest says that its parity was measured, with figures inside its gate, and if its
-        inputs and outputs are those of the manifest.
+        Returns:
+            The opened backbone.
 
-        ``check_finite``: raise InputError for NaN and infinity in arrays on the host. The check reads the input once, which
-        takes less than 1 % of a call of mobilenetv3_large_100 on one image of 224 x 224.
-
-        ``trusted``: the PEM file of a public key, or several, or a folder of them: the bundle must be signed by one (see
-        :mod:`edge_backbones.bundle.trust`), as it must be where the machine or the user has such a folder. Engines that
-        were added
-        since and that this machine did not make are passed over.
-
-        Raises BundleError for a damaged bundle, TrustError (a BundleError) for one that is not signed as asked,
-        EngineMismatchError when nothing in it can run here, InputError for a device that is not one, ResourceError where
-        memory, threads or file descriptors run out, InferenceError in a forked child whose parent has opened an engine of
-        the same library. With ``on_mismatch="compile"`` an engine that can is compiled, verified and added to the bundle
-        instead, which takes from seconds to minutes, and raises what `compile_bundle` raises. An engine that fits and that
-        this machine has neither compiled nor verified is then verified once before it is opened. Both happen in processes
-        of their own.
+        Raises:
+            BundleError: The bundle is damaged.
+            TrustError: The bundle is not signed as asked (a BundleError).
+            EngineMismatchError: Nothing in the bundle can run here.
+            InputError: ``device`` or ``on_mismatch`` is not one of the above.
+            ResourceError: Memory, threads or file descriptors ran out.
+            InferenceError: This is a forked child whose parent has opened an engine of the same library.
+            CompileError: With ``on_mismatch="compile"``, a compilation failed. `compile_bundle` says what else it raises.
         """
-        kind, gpu = parse_device(device)
+        _, gpu = parse_device(device)
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
         load = base.LoadOptions(
             gpu=gpu, threads=threads, memory=memory, cuda_graphs=cuda_graphs, allow_host_code=allow_host_code
         )
-        refused: dict[str, str] = {}
-
-        def open_engine(bundle: Bundle) -> tuple[EngineRecord, base.EngineSession]:
-            nonlocal refused
-            bundle, refused = trust.admit(bundle, trusted)
-            try:
-                record = session.choose_engine(bundle, host, engine, device=kind, allow_host_code=allow_host_code)
-            except EngineMismatchError as error:
-                told = "".join(f". Not trusted: {name}: {why}" for name, why in refused.items())
-                raise EngineMismatchError(f"{error}{told}") from error
-            if on_mismatch == "compile":
-                session.measure_here(bundle, record, host, gpu=gpu, allow_host_code=allow_host_code)
-            return record, session.open_session(bundle, record, load)
-
-        host = registry.this_machine(gpu)
-        try:
-            bundle, (record, opened) = read_current(path, open_engine)
-        except EngineMismatchError:
-            if on_mismatch == "raise" or (gpu is not None and host.gpu is None):
-                raise
-            session.compile_here(path, engine, gpu=gpu, allow_host_code=allow_host_code)
-            bundle, (record, opened) = read_current(path, open_engine)
-        place = "cpu" if gpu is None else f"cuda:{gpu}"
-        manifest = bundle.manifest
-        others = session.passed_over(bundle, record, host, engine, device=kind, allow_host_code=allow_host_code)
+        opened = open_engine(path, engine, load, compiles=on_mismatch == "compile", trusted=trusted)
+        manifest, key = opened.manifest, opened.record.key
         backbone = cls(
             manifest.backbone,
             manifest.input,
-            opened,
+            opened.session,
             manifest.source,
-            device=place,
-            engine_name=record.name,
-            passed_over={**others, **refused},
+            device="cpu" if gpu is None else f"cuda:{gpu}",
+            engine_name=opened.record.name,
+            passed_over=opened.passed_over,
             check_finite=check_finite,
         )
         options = {
-            "engine": record.key.precision.value if engine is None else engine,
+            "engine": key.precision.value if engine is None else engine,
             "device": device,
             "threads": threads,
             "memory": memory,
@@ -205,38 +201,38 @@ class EdgeBackbone:
             "check_finite": check_finite,
             "trusted": trust.absolute(trusted),
         }
-        graph = record.key.precision.value, record.key.graph_sha256
+        graph = key.precision.value, key.graph_sha256
         backbone._origin = _Origin(os.path.realpath(path), options, graph, manifest.input)
         return backbone
 
     @property
     def input(self) -> InputSpec:
-        """Name, dtype, layout and sizes that the engine takes."""
+        """Return the name, dtype, layout and sizes that the engine takes."""
         return self._input
 
     @property
     def device(self) -> str:
-        """Where the engine runs: ``cpu`` or ``cuda:0``. Outputs are where the input of their call was."""
+        """Return where the engine runs: ``cpu`` or ``cuda:0``. Outputs are where the input of their call was."""
         return self._device
 
     @property
     def engine(self) -> str:
-        """The engine that was chosen, by its name in the manifest; empty for one that is of no bundle."""
+        """Return the chosen engine's name in the manifest; empty for an engine that is not from a bundle."""
         return self._engine_name
 
     @property
     def passed_over(self) -> dict[str, str]:
-        """The other engines of the bundle by name, and why each does not run here."""
+        """Return why each other engine of the bundle does not run here, by name."""
         return dict(self._passed_over)
 
     @property
     def stage_names(self) -> list[str]:
-        """Every stage of the network, compiled or not."""
+        """Return the names of all stages of the network, compiled or not."""
         return list(self._spec.stage_names)
 
     @property
     def out_features(self) -> list[str]:
-        """Names of the stages that a call returns. Setting it narrows to a subset of the compiled stages."""
+        """Return the names of the stages that a call returns. Set it to a subset of the compiled stages."""
         return self._config.out_features
 
     @out_features.setter
@@ -245,7 +241,10 @@ class EdgeBackbone:
 
     @property
     def out_indices(self) -> list[int]:
-        """Indices into ``stage_names`` of the stages that a call returns, as given: -1 stays -1. Setting it narrows."""
+        """Return the indices into ``stage_names`` of the stages that a call returns. Set it to a subset.
+
+        They are as given: -1 stays -1.
+        """
         return self._config.out_indices
 
     @out_indices.setter
@@ -254,47 +253,53 @@ class EdgeBackbone:
 
     @property
     def channels(self) -> list[int]:
-        """Channels of each returned map."""
+        """Return the number of channels of each returned map."""
         return self._config.channels
 
     @property
     def strides(self) -> list[tuple[int, int]]:
-        """Input pixels per cell of each returned map, (vertical, horizontal)."""
+        """Return how many input pixels one cell of each returned map covers, as (vertical, horizontal)."""
         return [self._spec.strides[i] for i in self._config._chosen]
 
     @property
     def layouts(self) -> list[str]:
-        """Axes of each returned map: ``NCHW`` for most networks, ``NHWC`` or ``NLC`` (tokens) where the source has it."""
+        """Return the axes of each returned map.
+
+        ``NCHW`` for most networks, ``NHWC`` or ``NLC`` (tokens) if the source has it.
+        """
         return [self._spec.layouts[i] for i in self._config._chosen]
 
     @property
     def num_features(self) -> list[int]:
-        """Channels of every stage of the network, one per stage name."""
+        """Return the number of channels of every stage of the network, in the order of ``stage_names``."""
         return list(self._spec.num_features)
 
     @property
     def out_feature_channels(self) -> dict[str, int]:
-        """Channels by name, of every stage of the network."""
+        """Return the number of channels of every stage of the network, by name."""
         return dict(zip(self._spec.stage_names, self._spec.num_features, strict=True))
 
     @property
     def has_cls_tokens(self) -> bool:
-        """Does a call return the class token of each stage?"""
+        """Return whether a call returns the class token of each stage."""
         return bool(self._cls_tokens)
 
     @property
     def has_hidden_states(self) -> bool:
-        """Can a call return hidden states?"""
+        """Return whether a call can return hidden states."""
         return bool(self._hidden_states)
 
     @property
     def has_attentions(self) -> bool:
-        """Could the source return attention weights? An engine never does: asking for them is refused if this is True."""
+        """Return whether the source network can return attention weights.
+
+        An engine never returns them: a call that asks for them raises InputError if this is True.
+        """
         return self._spec.has_attentions
 
     @property
     def backbone_type(self) -> Literal["timm", "transformers"]:
-        """The value of transformers' ``BackboneType``: ``timm`` for a network of timm, else ``transformers``."""
+        """Return transformers' ``BackboneType`` of the network: ``timm`` for a network of timm, else ``transformers``."""
         is_timm = self._source is not None and (
             self._source.library == "timm" or self._source.config.get("model_type") == "timm_backbone"
         )
@@ -302,11 +307,17 @@ class EdgeBackbone:
 
     @property
     def config(self) -> BackboneConfig:
-        """The source's configuration (``hidden_size``, ``patch_size``, ...); its ``out_features`` are the backbone's."""
+        """Return the source's configuration (``hidden_size``, ``patch_size``, ...).
+
+        Its ``out_features`` are this backbone's.
+        """
         return self._config
 
     def to_dict(self) -> dict[str, Any]:
-        """:meth:`BackboneConfig.to_dict` of the configuration: plain values, with the stages that are chosen now."""
+        """Return the configuration as plain values, with the stages that are chosen now.
+
+        See :meth:`BackboneConfig.to_dict`.
+        """
         return self._config.to_dict()
 
     @overload
@@ -343,17 +354,27 @@ class EdgeBackbone:
         dataset_index: Any = None,
         stream: Any = None,
     ) -> BackboneOutput | tuple[tuple[Any, ...], ...]:
-        """Feature maps of the chosen stages; see the class for what goes in and what comes out.
+        """Return the feature maps of the chosen stages. The class docstring describes input and output.
 
-        ``output_hidden_states`` needs a bundle that was built with them: True for all, an index or several for those
-        (the others are None, an index out of range selects nothing). ``dataset_index`` (VitPose's experts) is part of
-        the engine: only the index that it was built for is accepted. ``return_dict=False`` gives the fields that are
-        there as a tuple: ``(feature_maps,)``, ``(feature_maps, hidden_states)``, with class tokens behind them.
+        Args:
+            pixel_values: The images.
+            output_hidden_states: True for all hidden states, an index or several for those: the others are None, and an
+                index out of range selects nothing. The bundle must be built with hidden states.
+            output_attentions: Refused with InputError if the source network could return them, ignored otherwise.
+            return_dict: False returns a tuple of the fields that are not None: ``(feature_maps,)`` or ``(feature_maps,
+                hidden_states)``, followed by class tokens.
+            dataset_index: Expert of VitPose. It is compiled into the engine, so only the index that the bundle was
+                built for is accepted.
+            stream: For input on the GPU: the CUDA stream to work on, as an int, as a stream of torch, cupy, pycuda or
+                cuda-bindings, or as anything with ``__cuda_stream__``. None for the default stream.
 
-        ``stream``, for input on the GPU: the CUDA stream to work on, as an int, a stream of torch, cupy, pycuda or
-        cuda-bindings, or anything with ``__cuda_stream__``; default: the default stream.
+        Returns:
+            The output, or a tuple of its fields.
 
-        Raises InputError (a ValueError) for what the engine cannot take or give; the message says what it can.
+        Raises:
+            InputError: The engine cannot take the input or return what was asked (a ValueError); the message says what
+                it can.
+            InferenceError: The engine failed.
         """
         if output_attentions and self._spec.has_attentions:
             raise InputError("Cannot output attentions: a compiled backbone holds feature maps only")
@@ -373,6 +394,7 @@ class EdgeBackbone:
     def _output(
         self, outputs: Sequence[Any], output_hidden_states: bool | int | Sequence[int] | None
     ) -> BackboneOutput:
+        """Return the chosen stages of a call's outputs."""
         feature_maps = tuple(outputs[i] for i in self._config._chosen)
         hidden_states = None
         if output_hidden_states:
@@ -385,20 +407,23 @@ class EdgeBackbone:
     forward = __call__
 
     def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
-        """A call that drops keyword arguments which it does not know, as transformers' backbones do."""
+        """Call the backbone without the keyword arguments that it does not know, as transformers' backbones do."""
         known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict", "dataset_index", "stream")
         return self(*args, **{key: value for key, value in kwargs.items() if key in known})
 
     def run(self, pixel_values: Any, *, stream: Any = None) -> dict[str, Any]:
-        """Every output of the engine by name, whatever is chosen: feature maps, class tokens, hidden states."""
+        """Return every output of the engine by name: feature maps, class tokens and hidden states, whatever is chosen."""
         return dict(zip(self._spec.outputs, self._run(pixel_values, stream), strict=True))
 
     def graphed(self, pixel_values: Any, *, stream: Any) -> Callable[[], BackboneOutput]:
-        """A call for the memory of ``pixel_values``, on the GPU, as one CUDA graph: nothing is copied or allocated.
+        """Record a call on the GPU memory of ``pixel_values`` as one CUDA graph, and return a function that replays it.
 
-        Write a frame there on ``stream``, and call: it enqueues there and returns the same output every time, whose maps the
-        next call overwrites. For TensorRT, memory at a multiple of 256 bytes, a batch that the engine takes, no default
-        stream: InputError else. One thread at a time.
+        To use it, write a frame to that memory on ``stream``, then call the function. It enqueues on ``stream``,
+        without copying or allocating, and returns the same output every time: the next call overwrites its maps. One
+        thread at a time may call it.
+
+        It needs a TensorRT engine, memory at a multiple of 256 bytes, a batch that the engine takes, and a stream that
+        is not a default one. Raises InputError otherwise.
         """
         engine = self._engine
         if not isinstance(engine, base.GraphedSession) or not is_on_gpu(pixel_values):
@@ -416,8 +441,10 @@ class EdgeBackbone:
         return replay
 
     def close(self) -> None:
-        """Release the engine, for every copy of this backbone. Arrays that were returned stay valid; calling the backbone, or
-        a copy, again raises InputError."""
+        """Release the engine, for every copy of this backbone.
+
+        Returned arrays stay valid. A later call of the backbone or a copy raises InputError.
+        """
         self._engine.close()
 
     def __copy__(self) -> EdgeBackbone:
@@ -433,7 +460,7 @@ class EdgeBackbone:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._origin is None:
             raise InputError(
-                f"{self!r} is of no bundle and cannot be pickled: write a bundle, and pickle what from_pretrained opens"
+                f"{self!r} is not from a bundle and cannot be pickled: write a bundle, and pickle what from_pretrained opens"
             )
         return _reopen, (type(self), self._origin, self._config)
 
@@ -451,6 +478,7 @@ class EdgeBackbone:
         )
 
     def _check_dataset_index(self, dataset_index: Any) -> None:
+        """Raise InputError for an expert of VitPose that the bundle was not built for."""
         built_for = None if self._source is None else self._source.options.get("dataset_index")
         asked = {int(index) for index in np.ravel(np.asarray(dataset_index))}
         if built_for is not None and asked != {built_for}:
@@ -460,8 +488,9 @@ class EdgeBackbone:
             )
 
     def _run(self, pixel_values: Any, stream: Any) -> Sequence[Any]:
-        # What a robot passes on every frame goes straight through: after an inference the caches are cold, and a few
-        # hundred lines of Python cost a tenth of a millisecond.
+        """Return every output of the engine, in graph order, for an input on the host or on the GPU."""
+        # Fast path for the input that a robot passes on every frame. After an inference the CPU's caches are cold, and a
+        # few hundred lines of Python take a tenth of a millisecond.
         usual = type(pixel_values) is np.ndarray and (pixel_values.dtype, pixel_values.shape) == self._usual
         if usual and stream is None and pixel_values.flags.carray:
             if self._checks_values and not math.isfinite(np.vdot(pixel_values, pixel_values)):
@@ -481,6 +510,7 @@ class EdgeBackbone:
         return run_in_pieces(self._engine.run, array, sizes)
 
     def _run_on_gpu(self, values: Any, stream: Any) -> Sequence[Any]:
+        """Check an array on the GPU and enqueue a call on it."""
         engine = self._on_device
         if engine is None:
             advice = (
@@ -495,24 +525,15 @@ class EdgeBackbone:
         return engine.run_on_device(array, pointer)
 
 
-def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:
-    """``cpu`` or ``cuda``, and the index of the GPU, None for the CPU."""
-    if device == "cpu":
-        return "cpu", None
-    found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", str(device))
-    if found is None:
-        raise InputError(f"device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}")
-    return "cuda", int(found[1] or 0)
-
-
 def _reopen(kind: type[EdgeBackbone], origin: _Origin, config: BackboneConfig) -> EdgeBackbone:
-    """What ``pickle.loads`` calls: open the bundle again, with the same options, stages and configuration.
+    """Open the bundle of a pickled backbone again, with the same options, stages and configuration.
 
-    Raises what ``from_pretrained`` raises, and BundleError for a bundle that is gone or was built again meanwhile.
+    ``pickle.loads`` calls it. Raises what ``from_pretrained`` raises, and BundleError if the bundle is gone or was
+    rebuilt.
     """
     if not Path(origin.path).is_dir():
         raise BundleError(
-            f"a pickled backbone holds the place of its bundle, and {origin.path} is not there any more: put the bundle "
+            f"a pickled backbone holds the path of its bundle, and {origin.path} is not there any more: put the bundle "
             "back, or open it where it is with EdgeBackbone.from_pretrained"
         )
     backbone = kind.from_pretrained(origin.path, **origin.options)

@@ -1,4 +1,4 @@
-"""What callers pass on the host: arrays of several libraries, checked and made contiguous."""
+"""Check the host arrays that callers pass, and make them contiguous."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edge_backbones.spec import InputSpec
 
 
 def refuse_not_finite(array: np.ndarray, spec: InputSpec) -> None:
-    """Raise InputError for NaN or infinity; return where the sum of squares has only overflowed."""
+    """Raise InputError if an array holds NaN or infinity; return if only the sum of its squares overflowed."""
     found = {}
     for index, sample in enumerate(array):
         counts = {"NaN": int(np.isnan(sample).sum()), "infinite": int(np.isinf(sample).sum())}
@@ -28,7 +28,11 @@ def refuse_not_finite(array: np.ndarray, spec: InputSpec) -> None:
 
 
 def host_array(values: Any, spec: InputSpec) -> np.ndarray:
-    """A C-contiguous array of the engine's dtype over the caller's memory, copied only where it has to be."""
+    """Return a writable, C-contiguous array of the engine's dtype.
+
+    It shares the caller's memory and is a copy only if it must be. Floats of other widths are cast to float32. Raises
+    InputError for another dtype, masked values, or values beyond float32.
+    """
     if not isinstance(values, np.ndarray):
         values = _from_dlpack(values, spec)
     elif isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
@@ -36,7 +40,7 @@ def host_array(values: Any, spec: InputSpec) -> np.ndarray:
             f"{spec.name} has {np.ma.getmaskarray(values).sum()} masked values, and an engine has no mask: "
             "pass array.filled(0)"
         )
-    is_float = values.dtype.kind == "f" or values.dtype.name == "bfloat16"  # of ml_dtypes, as jax has it
+    is_float = values.dtype.kind == "f" or values.dtype.name == "bfloat16"  # jax's bfloat16 comes from ml_dtypes
     if spec.dtype == "float32" and is_float:
         try:
             with np.errstate(over="raise"):
@@ -48,11 +52,12 @@ def host_array(values: Any, spec: InputSpec) -> np.ndarray:
             ) from error
     elif values.dtype != spec.dtype:
         raise InputError(f"{spec.name} of dtype {values.dtype} does not fit: this engine takes {spec.describe()}")
-    # OpenVINO wraps writable memory only; it does not write to an input.
+    # OpenVINO accepts writable memory only, although it does not write to an input.
     return np.require(np.asarray(values), requirements=("C", "W"))
 
 
 def _from_dlpack(values: Any, spec: InputSpec) -> np.ndarray:
+    """Return a numpy array over the memory of a CPU array of another library."""
     if not hasattr(values, "__dlpack__"):
         raise InputError(
             f"{spec.name} of type {type(values).__name__} does not fit: pass a numpy array or a DLPack tensor, "

@@ -1,4 +1,4 @@
-"""What a backbone returns and how it is configured, as in transformers."""
+"""Hold what a backbone returns and how it is configured, as in transformers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _OF_THE_STAGES = ("stage_names", "out_features", "out_indices", "channels", "num
 
 
 class BackboneOutput(dict[str, tuple[Any, ...]]):
-    """``transformers.modeling_outputs.BackboneOutput`` without torch.
+    """Hold the output of a call, like ``transformers.modeling_outputs.BackboneOutput`` without torch.
 
-    ``feature_maps`` is a tuple of float32 arrays in stage order: numpy's, or DeviceArrays for input that was on the GPU.
-    As in transformers, fields that are None are not keys, ``output[0]``, ``output["feature_maps"]`` and
-    ``output.feature_maps`` are the same, and iterating gives the keys.
+    ``feature_maps`` is a tuple of float32 arrays in stage order: numpy arrays, or DeviceArrays if the input was on the
+    GPU. As in transformers, fields that are None are not keys; ``output[0]``, ``output["feature_maps"]`` and
+    ``output.feature_maps`` are the same; iterating yields the keys.
     """
 
     def __init__(
@@ -37,25 +37,28 @@ class BackboneOutput(dict[str, tuple[Any, ...]]):
 
     @property
     def feature_maps(self) -> tuple[Any, ...]:
-        """One array per chosen stage: NCHW, or what ``EdgeBackbone.layouts`` says."""
+        """Return one array per chosen stage: NCHW, or as ``EdgeBackbone.layouts`` says."""
         return super().__getitem__("feature_maps")
 
     @property
     def hidden_states(self) -> tuple[Any | None, ...] | None:
-        """One array per layer or stage, as the network has it, None where it was not asked for."""
+        """Return one array per layer or stage of the network; None if none were asked for.
+
+        If only some were asked for, the others are None.
+        """
         return self.get("hidden_states")
 
     @property
     def attentions(self) -> None:
-        """Always None: attention weights do not exist in a compiled engine."""
+        """Return None: a compiled engine has no attention weights."""
 
     @property
     def cls_tokens(self) -> tuple[Any, ...] | None:
-        """(batch, channels) per chosen stage, for networks that return class tokens beside their maps."""
+        """Return a (batch, channels) array per chosen stage, for networks that return class tokens beside their maps."""
         return self.get("cls_tokens")
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None."""
+        """Return the fields that are not None."""
         return tuple(self.values())
 
     def __getitem__(self, key: Any) -> Any:
@@ -67,11 +70,11 @@ class BackboneOutput(dict[str, tuple[Any, ...]]):
 
 
 class BackboneConfig:
-    """The configuration that the network came with, and the stages that its backbone returns: ``backbone.config``.
+    """Hold the configuration that the network came with, and the stages that its backbone returns.
 
-    As in transformers, setting ``out_features`` or ``out_indices`` narrows the backbone, under the rules of
-    :attr:`EdgeBackbone.out_features`. What follows from the compiled stages (``stage_names``, ``channels``,
-    ``num_features``) cannot be set. Every other attribute (``hidden_size``, ``patch_size``, ...) is a plain value.
+    It is ``backbone.config``. As in transformers, setting ``out_features`` or ``out_indices`` narrows the backbone, by
+    the rules of :attr:`EdgeBackbone.out_features`. ``stage_names``, ``channels`` and ``num_features`` follow from the
+    compiled stages and cannot be set. Every other attribute (``hidden_size``, ``patch_size``, ...) is a plain value.
     """
 
     def __init__(self, spec: BackboneSpec, source: Mapping[str, Any]) -> None:
@@ -83,10 +86,12 @@ class BackboneConfig:
 
     @property
     def stage_names(self) -> list[str]:
+        """Return the names of all stages of the network."""
         return list(self._spec.stage_names)
 
     @property
     def out_features(self) -> list[str]:
+        """Return the names of the stages that a call returns."""
         return [self._spec.out_features[i] for i in self._chosen]
 
     @out_features.setter
@@ -95,6 +100,7 @@ class BackboneConfig:
 
     @property
     def out_indices(self) -> list[int]:
+        """Return the indices into ``stage_names`` of the stages that a call returns, as given."""
         return list(self._out_indices)
 
     @out_indices.setter
@@ -103,18 +109,23 @@ class BackboneConfig:
 
     @property
     def channels(self) -> list[int]:
+        """Return the number of channels of each returned map."""
         return [self._spec.channels[i] for i in self._chosen]
 
     @property
     def num_features(self) -> list[int]:
+        """Return the number of channels of every stage of the network."""
         return list(self._spec.num_features)
 
     def to_dict(self) -> dict[str, Any]:
-        """A copy as plain values. For a bundle from transformers, ``Config.from_dict`` of that library takes it."""
+        """Return a copy as plain values.
+
+        If the bundle was built from transformers, ``Config.from_dict`` of that library takes it.
+        """
         plain = {key: value for key, value in vars(self).items() if key not in ("_spec", "_chosen", "_out_indices")}
         return {**copy.deepcopy(plain), **{key: getattr(self, key) for key in _OF_THE_STAGES}}
 
-    def __getattr__(self, name: str) -> Any:  # for type checkers: the attributes are those of the source
+    def __getattr__(self, name: str) -> Any:  # declared for type checkers: the source defines the attributes
         raise AttributeError(f"this configuration has no {name!r}: the source of the bundle has none")
 
     def __eq__(self, other: object) -> bool:
@@ -126,6 +137,7 @@ class BackboneConfig:
         return f"BackboneConfig({', '.join(f'{key}={value!r}' for key, value in self.to_dict().items())})"
 
     def _choose(self, wanted: tuple[str, ...], indices: tuple[int, ...]) -> None:
+        """Choose stages by name; raise InputError for one that is not compiled."""
         missing = [name for name in wanted if name not in self._spec.out_features]
         if missing:
             raise InputError(
@@ -137,7 +149,7 @@ class BackboneConfig:
 
 
 def selected(hidden_states: bool | int | Sequence[int], count: int) -> set[int]:
-    """Which of ``count`` hidden states are asked for, by the rules of transformers' ``output_hidden_states``."""
+    """Return which of ``count`` hidden states are asked for, by the rules of transformers' ``output_hidden_states``."""
     if isinstance(hidden_states, bool):
         return set(range(count))
     indices = [hidden_states] if isinstance(hidden_states, int) else hidden_states

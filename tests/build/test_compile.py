@@ -106,12 +106,12 @@ def test_whatever_decides_what_the_engine_is_decides_which_entry_of_the_cache(tm
     for other in ({"graph": 5.0}, {"precision": Precision.FP16}, {"as_written": True}):
         assert not from_cache(**other), other
         assert from_cache(**other), other
-    settings = compiler.openvino.settings(None)
+    settings = compiler.session.settings(None)
     with monkeypatch.context() as changed:
-        changed.setattr(compiler.openvino, "settings", lambda threads: {**settings, "NUM_STREAMS": 2})
+        changed.setattr(compiler.session, "settings", lambda threads: {**settings, "NUM_STREAMS": 2})
         assert not from_cache()
     with monkeypatch.context() as changed:
-        changed.setattr(compiler.openvino, "library_version", lambda: "2030.1")
+        changed.setattr(compiler.session, "library_version", lambda: "2030.1")
         assert not from_cache()
     here = compiler.hosts.this_host({})
     with monkeypatch.context() as changed:
@@ -122,7 +122,7 @@ def test_whatever_decides_what_the_engine_is_decides_which_entry_of_the_cache(tm
 
 def test_an_engine_comes_from_the_cache_the_second_time(tmp_path, monkeypatch):
     first = compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
-    monkeypatch.setattr(compiler.openvino, "compile_model", lambda graph: pytest.fail("compiled again"))
+    monkeypatch.setattr(compiler.session, "compile_model", lambda graph: pytest.fail("compiled again"))
     again = compiler.compile_graph(scaling_graph(3.0), Precision.FP32, cache=tmp_path)
     assert (first.from_cache, again.from_cache) == (False, True)
     assert again.data == first.data
@@ -171,7 +171,7 @@ def test_what_is_no_graph_is_a_compile_error_before_openvino_sees_it(garbage):
 
 
 def test_without_openvino_the_message_is_the_install_command(monkeypatch):
-    monkeypatch.setattr(compiler.openvino, "library_version", lambda: None)
+    monkeypatch.setattr(compiler.session, "library_version", lambda: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'edge-backbones\[cpu\]'"):
         compiler.compile_graph(scaling_graph(1.0), Precision.FP32, cache=None)
 

@@ -89,9 +89,7 @@ def open_session(kind: str, device: int, *, compiled_on: int | None = None, **op
     if kind in gpu_common.TENSORRT:
         from edge_backbones.engines.tensorrt.session import TensorRtSession
 
-        return TensorRtSession(
-            bytearray(data), flavour=kind, input=input, outputs=SPEC.outputs, device=device, **options
-        )
+        return TensorRtSession(bytearray(data), flavour=kind, input=input, outputs=SPEC.outputs, gpu=device, **options)
     from edge_backbones.engines.torch.session import TorchScriptSession
 
     return TorchScriptSession(data, input=input, outputs=SPEC.outputs, device=f"cuda:{device}", **options)

@@ -35,7 +35,7 @@ def made(memory):
         memory.wait(0)
     owner = Owner()
     yield (
-        DeviceArray(pointer, values.shape, values.dtype, device=memory.device, owner=owner, synchronize=None),
+        DeviceArray(pointer, values.shape, values.dtype, device=memory.gpu, owner=owner, synchronize=None),
         values,
     )
     with memory:
@@ -66,7 +66,7 @@ def test_torch_keeps_ours_alive(memory):
         pointer = memory.allocate(1024)
     owner = Owner()
     alive = weakref.ref(owner)
-    array = DeviceArray(pointer, (256,), np.float32, device=memory.device, owner=owner, synchronize=None)
+    array = DeviceArray(pointer, (256,), np.float32, device=memory.gpu, owner=owner, synchronize=None)
     tensor = torch.from_dlpack(array)
     del array, owner
     gc.collect()

@@ -398,7 +398,7 @@ def test_a_damaged_plan(tensorrt, gpu):
                 flavour=tensorrt,
                 input=gpu_common.pooling_input(512),
                 outputs=SPEC.outputs,
-                device=gpu,
+                gpu=gpu,
             )
 
 

@@ -43,7 +43,7 @@ def run(plan, gpu: int, flavour: str = "tensorrt", **options) -> None:
 
     input = gpu_common.pooling_input(512)
     data = bytearray(plan.data)
-    session = TensorRtSession(data, flavour=flavour, input=input, outputs=SPEC.outputs, device=gpu, **options)
+    session = TensorRtSession(data, flavour=flavour, input=input, outputs=SPEC.outputs, gpu=gpu, **options)
     with EdgeBackbone(SPEC, input, session, device=f"cuda:{gpu}") as backbone:
         for batch in (1, 5):
             images = gpu_engines.pictures(batch)

@@ -14,6 +14,7 @@ import pytest
 from edge_backbones import Bundle, EdgeBackbone, compile_bundle, verify_bundle
 from edge_backbones.engines.tensorrt import compile as builder
 from edge_backbones.engines.tensorrt import library as tensorrt_library
+from edge_backbones.engines.tensorrt import requests
 from edge_backbones.engines.tensorrt.options import PlanOptions
 from edge_backbones.errors import EngineMismatchError, MissingDependencyError
 from edge_backbones.parity_report import ParityError
@@ -67,7 +68,7 @@ class Device(Machine):
             monkeypatch.setattr(builder, "_layers", lambda *_: None)
         simulated.read_plan = read
         monkeypatch.setattr(tensorrt_library, "load_library", load)
-        monkeypatch.setattr(builder, "load_library", load_compiler)
+        monkeypatch.setattr(requests, "load_library", load_compiler)
 
 
 @pytest.fixture(params=FLAVOURS)

@@ -19,8 +19,9 @@ from onnx import numpy_helper
 
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.engines.tensorrt import compile as compiler
+from edge_backbones.engines.tensorrt import requests
 from edge_backbones.engines.tensorrt.compile import Plan, compile_plan
-from edge_backbones.engines.tensorrt.engine import load as _load
+from edge_backbones.engines.tensorrt.engine import load as load_engine
 from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
 from edge_backbones.engines.tensorrt.plans import reasons_in_plan
@@ -197,7 +198,7 @@ def test_rtx_itself_writes_no_plan_without_weights_here(
     """What is refused on a machine without a GPU before it is tried, the library cannot do there; its words come through."""
     pretended = Gpu(0, "no GPU", "sm_89", 24 << 30, "13.0", 58, False)
     monkeypatch.setattr(compiler.gpus, "find_gpus", lambda: (pretended,))
-    monkeypatch.setattr(compiler.cuda, "open_memory", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(compiler, "open_memory", lambda gpu: contextlib.nullcontext())
     for option in ("strip", "refit"):
         with pytest.raises(CompileError, match=r"cannot compile this graph: .*CUDA_SUCCESS.*edge-backbones doctor"):
             compiled(typed(case, Precision.FP32, tmp_path), targets=("sm_89",), **{option: True})
@@ -205,7 +206,7 @@ def test_rtx_itself_writes_no_plan_without_weights_here(
 
 @pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
 def test_rtx_itself_has_no_lean_runtime(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "_refuse", lambda *_, **__: None)
+    monkeypatch.setattr(requests, "_refuse", lambda *_, **__: None)
     with pytest.raises(CompileError, match=r"libnvinfer_lean.*leave version compatibility out"):
         compiled(typed(case, Precision.FP32, tmp_path), version_compatible=True, embed_runtime=True, targets=("sm_89",))
 
@@ -219,7 +220,9 @@ def test_what_rtx_says_to_plans_that_it_does_not_load(case: Case, tmp_path: Path
 
     def refusal(data: bytes) -> str:
         with pytest.raises(EngineMismatchError) as told:
-            _load(trt, bytearray(data), "tensorrt_rtx", graph.input, graph.spec.outputs, False, None, None, graph.spec)
+            load_engine(
+                trt, bytearray(data), "tensorrt_rtx", graph.input, graph.spec.outputs, False, None, None, graph.spec
+            )
         return str(told.value)
 
     assert "CUDA driver version is insufficient" in refusal(plan)
@@ -235,7 +238,7 @@ def test_tensorrt_itself_refuses_what_we_refuse(
     case: Case, target: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Our table of formats by architecture is that of the library: without it, the library's own words come through."""
-    monkeypatch.setattr(compiler, "FIRST_ARCHITECTURE", {})
+    monkeypatch.setattr(requests, "FIRST_ARCHITECTURE", {})
     graph = typed(case, Precision.BF16 if format == "b16" else Precision.FP8, tmp_path)
     with pytest.raises(CompileError, match=rf"{target.lower()}.*{format}.*leave the target out"):
         compiled(graph, targets=(f"sm_{target[2:]}",))
@@ -252,8 +255,8 @@ def test_tensorrt_itself_refuses_what_we_refuse(
         ({"version_compatible": True}, "no version compatibility"),
         ({"hardware_compatibility": "ampere_plus"}, "no hardware compatibility"),
         ({"sparse": True}, "no sparse weights"),
-        ({"dla_core": 0}, "no a DLA core"),
-        ({"timing_cache": b"0"}, "no a timing cache"),
+        ({"dla_core": 0}, "no DLA core"),
+        ({"timing_cache": b"0"}, "no timing cache"),
         ({"refit": True}, "on a machine with a GPU only"),
         ({"strip": True}, "on a machine with a GPU only"),
         ({"workspace": 1 << 60}, None),
@@ -277,7 +280,7 @@ def test_what_rtx_cannot_do_or_would_ignore_is_refused(
 def test_tensorrt_needs_the_gpu_it_compiles_for(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Builder ends the process where there is no driver: it must not be reached."""
     monkeypatch.setattr(compiler.gpus, "find_gpus", tuple)
-    monkeypatch.setattr(compiler, "load_library", lambda flavour: pytest.fail("the library was touched"))
+    monkeypatch.setattr(requests, "load_library", lambda flavour: pytest.fail("the library was touched"))
     graph = typed(case, Precision.FP32, tmp_path)
     with pytest.raises(CompileError, match="TensorRT compiles on the GPU that will run the plan"):
         compile_plan(graph.path.read_bytes(), graph.input, Precision.FP32, flavour="tensorrt")

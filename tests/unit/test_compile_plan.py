@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 
 from edge_backbones.engines.tensorrt import compile as tensorrt
+from edge_backbones.engines.tensorrt import requests
 from edge_backbones.engines.tensorrt.compile import compile_plan
 from edge_backbones.engines.tensorrt.dla import DlaCoverage, calibration_cache
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
@@ -57,12 +58,12 @@ def compiled(monkeypatch):
     room = types.SimpleNamespace(available=7 << 30)
     monkeypatch.setattr(tensorrt, "read_system", lambda: types.SimpleNamespace(memory=room))
     monkeypatch.setattr(tensorrt, "logger_of", lambda library: log)
-    monkeypatch.setattr(tensorrt.cuda, "open_memory", Context)
+    monkeypatch.setattr(tensorrt, "open_memory", Context)
     Context.entered.clear()
 
     def compile(library, precision=Precision.FP16, input=None, ranges=None, gpu=ORIN, **options):
         monkeypatch.setattr(tensorrt.gpus, "find_gpus", lambda: (gpu,))
-        monkeypatch.setattr(tensorrt, "load_library", lambda flavour: library)
+        monkeypatch.setattr(requests, "load_library", lambda flavour: library)
         return compile_plan(
             GRAPH,
             input or input_spec(),
@@ -188,13 +189,13 @@ def test_what_cannot_be_is_refused(compiled, options, message):
 
 
 def test_a_driver_older_than_the_library_is_told_before_anything_is_made(compiled, monkeypatch):
-    monkeypatch.setattr(tensorrt, "against_driver", lambda flavour, driver: f"too old: CUDA {driver}")
+    monkeypatch.setattr(requests, "against_driver", lambda flavour, driver: f"too old: CUDA {driver}")
     with pytest.raises(CompileError, match=r"too old: CUDA 12\.6"):
         compiled(None)
 
 
 def test_the_tensorrt_of_jetpack_6_0_is_told_before_anything_is_made_of_it(compiled, monkeypatch):
-    monkeypatch.setattr(tensorrt, "is_jetson", lambda: True)
+    monkeypatch.setattr(requests, "is_jetson", lambda: True)
     old = types.SimpleNamespace(__version__="8.6.2")
     with pytest.raises(CompileError, match=r"tensorrt 8\.6\.2 is too old: 10\.3 is the oldest .*JetPack 6\.2"):
         compiled(old)

@@ -380,8 +380,8 @@ def test_every_return_of_the_driver_is_checked(symbol, use):
 
 
 def test_a_pointer_that_cuda_does_not_know_has_no_device():
-    assert over_pycuda()[0].device_of(0x1000) == 0
-    assert over_pycuda(fails={"cuPointerGetAttribute": 1})[0].device_of(0x1000) is None
+    assert over_pycuda()[0].gpu_of(0x1000) == 0
+    assert over_pycuda(fails={"cuPointerGetAttribute": 1})[0].gpu_of(0x1000) is None
 
 
 def test_streams_are_told_apart_by_their_number_where_cuda_has_one():

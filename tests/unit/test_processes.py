@@ -250,7 +250,7 @@ def test_spawned_processes_get_their_own_engine(path, tmp_path):
 
 def test_a_backbone_of_no_bundle_is_not_pickled():
     backbone = EdgeBackbone(SPEC, pooling_input(), NumpySession(pooling_input()))
-    with pytest.raises(InputError, match="is of no bundle and cannot be pickled: write a bundle"):
+    with pytest.raises(InputError, match="is not from a bundle and cannot be pickled: write a bundle"):
         pickle.dumps(backbone)
 
 
@@ -259,7 +259,7 @@ def test_a_bundle_that_is_gone_is_named(path, tmp_path):
     with EdgeBackbone.from_pretrained(tmp_path / "b.bundle") as backbone:
         data = pickle.dumps(backbone)
     shutil.move(tmp_path / "b.bundle", tmp_path / "c.bundle")
-    with pytest.raises(BundleError, match=r"holds the place of its bundle, and .*b\.bundle is not there any more"):
+    with pytest.raises(BundleError, match=r"holds the path of its bundle, and .*b\.bundle is not there any more"):
         pickle.loads(data)
     shutil.move(tmp_path / "c.bundle", tmp_path / "b.bundle")
     pickle.loads(data).close()

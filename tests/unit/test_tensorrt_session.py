@@ -656,7 +656,7 @@ def changed(i: int, j: int, value: str) -> list:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": 1}, "there is no cuda:1 here, 1 GPUs are visible"),
+        ({"gpu": 1}, "there is no cuda:1 here, 1 GPUs are visible"),
         (
             {"data": bytearray(b"\0" * 100)},
             r"tensorrt 11.4.0.1 does not load this plan \(Serialization assertion failed\)",

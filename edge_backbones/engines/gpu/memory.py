@@ -1,8 +1,8 @@
-"""The memory, streams, events and graphs of one GPU. With machine/gpu.py, which finds GPUs, all that touches CUDA.
+"""Manage the memory, streams, events and graphs of one GPU.
 
-This takes cuda-bindings or pycuda. Both work in the GPU's
-primary context, which is the one of torch, cupy and TensorRT, so it does not matter who came first; the context is current
-only inside ``with memory:`` and what was current before is current again afterwards.
+Together with machine/gpus.py, which finds GPUs, this is all that touches CUDA. It uses cuda-bindings or pycuda. Both
+work in the GPU's primary context, which torch, cupy and TensorRT use too, so it does not matter which library comes
+first. The context is current only inside ``with memory:``; afterwards the previous context is current again.
 """
 
 from __future__ import annotations
@@ -30,68 +30,79 @@ MemoryBackend = Literal["cuda-bindings", "pycuda"]
 
 _INVALID_VALUE = 1
 _PORTABLE, _NON_BLOCKING, _DISABLE_TIMING = 1, 1, 2
-# While a stream captures, its context must not be waited for (CUDA programming guide, "Prohibited and Unhandled Operations").
+# Nobody may wait for a context while one of its streams captures (CUDA programming guide, "Prohibited and Unhandled
+# Operations").
 _capturing = threading.RLock()
 
 
 class Backend(Protocol):
-    """What cuda-bindings and pycuda do each in their own way; ``driver`` is called for everything else."""
+    """Do what cuda-bindings and pycuda each do in their own way. Everything else goes to ``driver``.
+
+    Pointers and streams are ints. ``allocate``, ``free`` and the stream functions need the primary context to be
+    current.
+    """
 
     name: MemoryBackend
     driver: Any
 
     def push(self) -> None:
-        """Make the primary context current in this thread, over what is current now."""
+        """Make the primary context current in this thread, on top of the current one."""
         ...
 
     def pop(self) -> None:
-        """Make current again what was current before ``push``."""
+        """Make the context current again that was current before ``push``."""
         ...
 
     def allocate(self, size: int) -> int:
-        """Device memory of ``size`` bytes: its pointer, a multiple of 256."""
+        """Allocate ``size`` bytes of device memory and return the pointer, a multiple of 256. Raises OutOfMemoryError."""
         ...
 
     def free(self, pointer: int) -> None:
-        """Give device memory back, once the GPU has done with it."""
+        """Free device memory, after the GPU has finished with it."""
         ...
 
     def new_stream(self) -> int:
-        """A stream that does not wait for the default stream."""
+        """Create a stream that does not wait for the default stream."""
         ...
 
-    def free_stream(self, stream: int) -> None: ...
+    def free_stream(self, stream: int) -> None:
+        """Destroy a stream. Work that is enqueued on it still runs."""
+        ...
 
 
 class CudaBindings:
-    """NVIDIA's cuda-bindings. ``driver`` is ``cuda.bindings.driver``, or what has its functions."""
+    """Use NVIDIA's cuda-bindings. ``driver`` is ``cuda.bindings.driver``, or an object with its functions."""
 
     name: MemoryBackend = "cuda-bindings"
 
-    def __init__(self, device: int, driver: Any) -> None:
+    def __init__(self, gpu: int, driver: Any) -> None:
         self.driver = driver
         self._check(driver.cuInit(0), "cuInit")
-        handle = self._check(driver.cuDeviceGet(device), "cuDeviceGet of GPU %d", device)
-        self._context = self._check(
-            driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain of GPU %d", device
-        )
+        handle = self._check(driver.cuDeviceGet(gpu), "cuDeviceGet of GPU %d", gpu)
+        self._context = self._check(driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain of GPU %d", gpu)
 
     def push(self) -> None:
+        """Make the primary context current, as described in `Backend`."""
         self._check(self.driver.cuCtxPushCurrent(self._context), "cuCtxPushCurrent")
 
     def pop(self) -> None:
+        """Make the previous context current, as described in `Backend`."""
         self._check(self.driver.cuCtxPopCurrent(), "cuCtxPopCurrent")
 
     def allocate(self, size: int) -> int:
+        """Allocate device memory, as described in `Backend`."""
         return int(self._check(self.driver.cuMemAlloc(size), "cuMemAlloc of %d bytes", size))
 
     def free(self, pointer: int) -> None:
+        """Free device memory, as described in `Backend`."""
         self._check(self.driver.cuMemFree(pointer), "cuMemFree")
 
     def new_stream(self) -> int:
+        """Create a stream, as described in `Backend`."""
         return int(self._check(self.driver.cuStreamCreate(_NON_BLOCKING), "cuStreamCreate"))
 
     def free_stream(self, stream: int) -> None:
+        """Destroy a stream, as described in `Backend`."""
         self._check(self.driver.cuStreamDestroy(stream), "cuStreamDestroy")
 
     def _check(self, result: Any, what: str, *values: object) -> Any:
@@ -99,52 +110,62 @@ class CudaBindings:
 
 
 class PyCuda:
-    """pycuda in the primary context, pushed and popped around every use: it never makes a context of its own.
+    """Use pycuda in the primary context, which is pushed and popped around every use.
 
-    Context, device memory and streams are pycuda's. What it cannot do (streams of others, events on them, graphs) goes to
-    the same driver through ctypes. ``library`` is ``pycuda.driver``.
+    It never creates a context of its own. pycuda manages the context, device memory and streams. What it cannot do
+    (foreign streams, events on them, graphs) goes to the same driver through ctypes. ``library`` is ``pycuda.driver``.
     """
 
     name: MemoryBackend = "pycuda"
 
-    def __init__(self, device: int, library: Any, driver: Any) -> None:
+    def __init__(self, gpu: int, library: Any, driver: Any) -> None:
         self.driver = driver
         self._library = library
-        self._held: dict[int, Any] = {}  # pycuda frees what nobody holds
+        self._held: dict[int, Any] = {}  # keeps pycuda's objects alive, which free their memory when they are collected
         with self._typed("pycuda.driver.init"):
             library.init()
-            # Kept for good: pycuda detaches a primary context in a way that leaves it current.
-            self._context = library.Device(device).retain_primary_context()
+            # Kept for good, because pycuda detaches a primary context in a way that leaves it current.
+            self._context = library.Device(gpu).retain_primary_context()
 
     def push(self) -> None:
+        """Make the primary context current, as described in `Backend`."""
         with self._typed("Context.push"):
             self._context.push()
 
     def pop(self) -> None:
+        """Make the previous context current, as described in `Backend`."""
         with self._typed("Context.pop"):
             self._context.pop()
 
     def allocate(self, size: int) -> int:
+        """Allocate device memory, as described in `Backend`."""
         with self._typed(f"mem_alloc of {size} bytes"):
             held = self._library.mem_alloc(size)
         self._held[int(held)] = held
         return int(held)
 
     def free(self, pointer: int) -> None:
+        """Free device memory, as described in `Backend`."""
         with self._typed("DeviceAllocation.free"):
             self._held.pop(pointer).free()
 
     def new_stream(self) -> int:
+        """Create a stream, as described in `Backend`."""
         with self._typed("Stream"):
             held = self._library.Stream(_NON_BLOCKING)
         self._held[int(held.handle)] = held
         return int(held.handle)
 
     def free_stream(self, stream: int) -> None:
-        del self._held[stream]  # which destroys it: the context is current
+        """Destroy a stream, as described in `Backend`."""
+        del self._held[stream]  # this destroys the stream, because the context is current
 
     @contextlib.contextmanager
     def _typed(self, what: str) -> Any:
+        """Turn pycuda's errors into DeviceError, or OutOfMemoryError if memory ran out.
+
+        ``what``: the call, for the message.
+        """
         try:
             yield
         except self._library.MemoryError as error:
@@ -154,15 +175,16 @@ class PyCuda:
 
 
 class Memory:
-    """Memory, streams, events and graphs of one GPU. Everything but entering is called inside ``with memory:``.
+    """Manage the memory, streams, events and graphs of one GPU. Call its methods inside ``with memory:``.
 
-    Pointers, streams and events are plain ints, as CUDA has them; streams of others do too, 0 is the default stream. Every
-    refusal of CUDA is a DeviceError with CUDA's name for it, OutOfMemoryError where memory ran out. Threads may share it.
+    Pointers, streams and events are plain ints, as in CUDA. Streams of other libraries work too; 0 is the default
+    stream. If CUDA refuses a call, it raises DeviceError with CUDA's name of the error, or OutOfMemoryError if memory
+    ran out. Threads may share it.
     """
 
-    def __init__(self, device: int, backend: Backend) -> None:
+    def __init__(self, gpu: int, backend: Backend) -> None:
         driver = backend.driver
-        self.device = device
+        self.gpu = gpu
         self.backend = backend.name
         self._backend = backend
         self._driver = driver
@@ -170,9 +192,9 @@ class Memory:
         self._ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         try:
             self._stream_id = driver.cuStreamGetId
-        except (AttributeError, DeviceError):  # bindings and drivers before CUDA 12
+        except (AttributeError, DeviceError):  # bindings and drivers before CUDA 12 lack it
             self._stream_id = None
-        # CUDA 11's cuGraphInstantiate takes other arguments, and the bindings of 13 have it alone.
+        # CUDA 11's cuGraphInstantiate takes other arguments; the bindings of CUDA 13 have no other name for it.
         self._instantiate = getattr(driver, "cuGraphInstantiateWithFlags", None) or driver.cuGraphInstantiate
 
     def __enter__(self) -> Memory:
@@ -185,69 +207,74 @@ class Memory:
         try:
             self._backend.pop()
         except DeviceError:
-            if error is None:  # else the first failure is the one to tell
+            if error is None:  # otherwise the first error is the one to raise
                 raise
 
     def allocate(self, size: int) -> int:
-        """Device memory of ``size`` bytes (at least 1), aligned to 256."""
+        """Allocate ``size`` bytes (at least 1) of device memory, aligned to 256 bytes, and return the pointer.
+
+        Raises OutOfMemoryError, which says how much memory is free.
+        """
         try:
             return self._backend.allocate(size)
         except OutOfMemoryError as error:
             code, *amounts = self._driver.cuMemGetInfo()
             known = "" if int(code) else f"; {readable(amounts[0])} of {readable(amounts[1])} are free"
             raise OutOfMemoryError(
-                f"cuda:{self.device} has no {readable(size)} left ({error}){known}: run smaller batches or fewer threads, "
+                f"cuda:{self.gpu} has no {readable(size)} left ({error}){known}: run smaller batches or fewer threads, "
                 "or end what else uses this GPU"
             ) from error
 
     def free(self, pointer: int) -> None:
-        """Give device memory back; waits until the GPU has done with it."""
+        """Free device memory, after waiting until the GPU has finished with it."""
         self._backend.free(pointer)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """An uninitialised array in page-locked host memory, which lives as long as it or a view of it does."""
+        """Return an uninitialised array in page-locked host memory, which lives as long as the array or a view of it."""
         size = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
         pointer = int(self._check(self._driver.cuMemHostAlloc(size, _PORTABLE), "cuMemHostAlloc of %d bytes", size))
         block = (ctypes.c_ubyte * size).from_address(pointer)
-        # Not an array underneath: numpy would make it, and not the array that is returned, the base of further views.
+        # A ctypes block, not an array: numpy would make an array the base of further views, instead of the returned one.
         weakref.finalize(block, self._free_pinned, pointer).atexit = False
         return np.ndarray(shape, dtype, buffer=block)
 
     def _free_pinned(self, pointer: int) -> None:
         if not sys.is_finalizing():
-            with (
-                contextlib.suppress(DeviceError),
-                self,
-            ):  # after a fault of the GPU nothing can be freed, nor anyone told
+            # After a fault of the GPU nothing can be freed, and no caller is there to get the error.
+            with contextlib.suppress(DeviceError), self:
                 self._check(self._driver.cuMemFreeHost(pointer), "cuMemFreeHost")
 
     def copy_in(self, to: int, source: int, size: int, stream: int) -> None:
-        """Host to device, enqueued; the host memory must stay until the stream is past it."""
+        """Enqueue a copy from host to device. The host memory must stay until the stream is past the copy."""
         self._check(self._driver.cuMemcpyHtoDAsync(to, source, size, stream), "copying %d bytes to the GPU", size)
 
     def copy_out(self, to: int, source: int, size: int, stream: int) -> None:
-        """Device to host, enqueued."""
+        """Enqueue a copy from device to host. The host memory must stay until the stream is past the copy."""
         self._check(self._driver.cuMemcpyDtoHAsync(to, source, size, stream), "copying %d bytes from the GPU", size)
 
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
-        """Device to device, enqueued."""
+        """Enqueue a copy from device to device."""
         self._check(self._driver.cuMemcpyDtoDAsync(to, source, size, stream), "copying %d bytes on the GPU", size)
 
     def clear(self, pointer: int, size: int, stream: int) -> None:
-        """Set device memory to zero, enqueued."""
+        """Enqueue setting ``size`` bytes of device memory to zero."""
         self._check(self._driver.cuMemsetD8Async(pointer, 0, size, stream), "clearing %d bytes on the GPU", size)
 
     def new_stream(self) -> int:
-        """A stream that runs beside the default stream."""
+        """Create a stream that runs beside the default stream, and return its handle."""
         return self._backend.new_stream()
 
     def free_stream(self, stream: int) -> None:
-        """Give a stream back; what is enqueued on it still runs."""
+        """Destroy a stream. Work that is enqueued on it still runs."""
         self._backend.free_stream(stream)
 
     def stream_key(self, stream: int) -> StreamKey:
-        """What tells a stream from every other: 0 for the default stream, else CUDA's number, which no later stream with the
-        same handle gets. Before CUDA 12 it is the handle, and whoever destroys a stream first has to wait for it."""
+        """Return a key that identifies a stream among all others.
+
+        It is 0 for the default stream, else derived from CUDA's number for the stream. No later stream with the same
+        handle gets the same number. Before CUDA 12 the key is the handle, and whoever destroys a stream must wait for
+        it first.
+        """
         if stream in (0, 1):
             return 0
         if self._stream_id is None:
@@ -255,26 +282,28 @@ class Memory:
         return 1 + int(self._check(self._stream_id(stream), "cuStreamGetId of %#x", stream))
 
     def wait(self, stream: int) -> None:
-        """Block until everything on a stream is done; a fault of an earlier kernel comes up here."""
+        """Block until all work on a stream is done. An error of an earlier kernel is raised here."""
         self._check(self._driver.cuStreamSynchronize(stream), "waiting for the GPU")
 
     def wait_for_all(self) -> None:
-        """Block until every stream of the context is done."""
+        """Block until all work on every stream of the context is done."""
         with _capturing:
             self._check(self._driver.cuCtxSynchronize(), "waiting for every stream of the GPU")
 
     def new_event(self) -> int:
+        """Create an event without timing, and return its handle."""
         return int(self._check(self._driver.cuEventCreate(_DISABLE_TIMING), "cuEventCreate"))
 
     def free_event(self, event: int) -> None:
+        """Destroy an event."""
         self._check(self._driver.cuEventDestroy(event), "cuEventDestroy")
 
     def record(self, event: int, stream: int) -> None:
-        """Let an event stand for what is on a stream now."""
+        """Record an event behind the work that is on a stream now."""
         self._check(self._driver.cuEventRecord(event, stream), "cuEventRecord")
 
     def follow(self, stream: int, event: int) -> None:
-        """Let what is enqueued on a stream from now on run after an event; nothing blocks here."""
+        """Make work that is enqueued on a stream from now on wait for an event. Nothing blocks here."""
         self._check(self._driver.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent")
 
     def wait_for(self, event: int) -> None:
@@ -282,23 +311,22 @@ class Memory:
         self._check(self._driver.cuEventSynchronize(event), "cuEventSynchronize")
 
     def happened(self, event: int) -> bool:
-        """Has an event happened? A fault of the GPU is not told here."""
+        """Return whether an event has happened. It does not raise an error of the GPU."""
         return not int(self._driver.cuEventQuery(event)[0])
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Any:
-        """What ``enqueue`` puts on a stream, as a graph to launch; nothing of it runs now. The stream is not a default one.
+        """Record what ``enqueue`` puts on a stream as a CUDA graph, and return the graph for ``launch``.
 
-        Raises what ``enqueue`` raises, and DeviceError for what cannot be captured; the stream is usable afterwards.
+        Nothing of it runs now. The stream must not be a default one. Raises what ``enqueue`` raises, and DeviceError
+        for what cannot be captured. The stream stays usable.
         """
         with _capturing:
-            # Relaxed: memory that is freed meanwhile, by this thread's garbage collection or another thread, breaks nothing.
+            # In relaxed mode, this thread's garbage collection or another thread may free memory meanwhile.
             self._check(self._driver.cuStreamBeginCapture(stream, self._relaxed), "cuStreamBeginCapture")
             try:
                 enqueue()
             except BaseException:
-                code, graph = self._driver.cuStreamEndCapture(
-                    stream
-                )  # which fails as a rule: the capture was broken off
+                code, graph = self._driver.cuStreamEndCapture(stream)  # usually fails, because the capture was aborted
                 if not int(code) and int(graph):
                     self._driver.cuGraphDestroy(graph)
                 raise
@@ -306,7 +334,7 @@ class Memory:
         try:
             executable = self._check(self._instantiate(graph, 0), "cuGraphInstantiate")
         except DeviceError:
-            self._driver.cuGraphDestroy(graph)  # the failure to tell is the first
+            self._driver.cuGraphDestroy(graph)  # ignore a second error: the first one is raised
             raise
         try:
             self._check(self._driver.cuGraphDestroy(graph), "cuGraphDestroy")
@@ -316,14 +344,15 @@ class Memory:
         return executable
 
     def launch(self, graph: Any, stream: int) -> None:
-        """Enqueue a graph."""
+        """Enqueue a graph on a stream."""
         self._check(self._driver.cuGraphLaunch(graph, stream), "cuGraphLaunch")
 
     def free_graph(self, graph: Any) -> None:
+        """Destroy a graph."""
         self._check(self._driver.cuGraphExecDestroy(graph), "cuGraphExecDestroy")
 
-    def device_of(self, pointer: int) -> int | None:
-        """Index of the GPU on which a pointer is valid; None for memory that CUDA does not know."""
+    def gpu_of(self, pointer: int) -> int | None:
+        """Return the index of the GPU on which a pointer is valid; None for memory that CUDA does not know."""
         result = self._driver.cuPointerGetAttribute(self._ordinal, pointer)
         if int(result[0]) == _INVALID_VALUE:
             return None
@@ -335,38 +364,39 @@ class Memory:
         return result[1] if len(result) > 1 else None
 
 
-def open_memory(device: int, backend: MemoryBackend | None = None) -> Memory:
-    """The memory of one GPU, the same object for every caller; without ``backend`` cuda-bindings, else pycuda.
+def open_memory(gpu: int, backend: MemoryBackend | None = None) -> Memory:
+    """Return the memory of the GPU with index ``gpu``, the same object for every caller.
 
-    Raises MissingDependencyError with the command that installs it, DeviceError when CUDA refuses.
+    ``backend``: None for cuda-bindings, or pycuda if that is missing. Raises MissingDependencyError, with the command
+    that installs the library, and DeviceError if CUDA refuses.
     """
     if backend not in (None, "cuda-bindings", "pycuda"):
         raise InputError(f"memory must be 'cuda-bindings' or 'pycuda', got {backend!r}")
     if backend is not None:
-        return _opened(device, backend)
+        return _opened(gpu, backend)
     try:
-        return _opened(device, "cuda-bindings")
+        return _opened(gpu, "cuda-bindings")
     except MissingDependencyError as error:
         try:
-            return _opened(device, "pycuda")
+            return _opened(gpu, "pycuda")
         except MissingDependencyError:
             raise error from None
 
 
-@functools.cache  # the primary context stays retained: what callers hold may outlive every session
-def _opened(device: int, backend: MemoryBackend) -> Memory:
+@functools.cache  # keeps the primary context, because arrays of callers may outlive every session
+def _opened(gpu: int, backend: MemoryBackend) -> Memory:
     if backend == "cuda-bindings":
-        return Memory(device, CudaBindings(device, _cuda_bindings()))
-    return Memory(device, PyCuda(device, _pycuda(), gpus.CtypesDriver(gpus.load_driver())))
+        return Memory(gpu, CudaBindings(gpu, _cuda_bindings()))
+    return Memory(gpu, PyCuda(gpu, _pycuda(), gpus.CtypesDriver(gpus.load_driver())))
 
 
 def _cuda_bindings() -> Any:
-    for name in ("cuda.bindings.driver", "cuda.cuda"):  # the second: before 12.6
+    for name in ("cuda.bindings.driver", "cuda.cuda"):  # the second name is that of releases before 12.6
         try:
             return importlib.import_module(name)
         except ImportError:
             continue
-    # Not the extra, which brings TensorRT too: on a Jetson, and beside TensorRT-RTX, that is the wrong one.
+    # Do not advise the extra: it installs TensorRT too, which is wrong on a Jetson and beside TensorRT-RTX.
     fix = "pip install 'cuda-bindings==12.*', or 13.* where the driver serves CUDA 13 (edge-backbones doctor tells)"
     raise MissingDependencyError("memory on the GPU (cuda-bindings is missing)", "tensorrt", fix=fix)
 
@@ -379,7 +409,7 @@ def _pycuda() -> Any:
 
 
 def readable(size: int) -> str:
-    """Bytes for a message: ``123.4 MB``."""
+    """Return a number of bytes as text: ``123.4 MB``."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"

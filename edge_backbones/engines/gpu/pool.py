@@ -1,4 +1,4 @@
-"""Memory of feature maps on the GPU: who holds it, which streams may still read it, and when it is used again."""
+"""Reuse the GPU memory of feature maps: track who holds it, and which streams may still read it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.gpu.memory import Memory
 from edge_backbones.engines.gpu.streams import StreamKey
 from edge_backbones.errors import DeviceError, OutOfMemoryError
 
-_UNUSABLE_BUFFERS = 8  # of one size that other streams may still read, before the GPU is waited for
-_FREE_BUFFERS = 256  # outputs that nobody holds and that are kept for later calls
+_UNUSABLE_BUFFERS = 8  # wait for the GPU once other streams may still read this many buffers of one size
+_FREE_BUFFERS = 256  # most outputs that are kept for later calls while nobody holds them
 
 
 @dataclass(eq=False)
 class Buffer:
-    """Device memory. ``key``: the stream whose work may still read or write it, None for none.
+    """Hold a block of device memory.
 
-    ``foreign``: another stream reads it too, so only a wait for the whole GPU tells when it is free.
+    ``key``: the stream whose work may still read or write it, None for none. ``foreign``: another stream reads it too,
+    so it is free only after a wait for the whole GPU.
     """
 
     pointer: int
@@ -30,12 +31,12 @@ class Buffer:
     foreign: bool = False
 
     def follows(self, key: StreamKey) -> bool:
-        """Is work on the stream ``key`` ordered behind everything that uses this memory?"""
+        """Return whether work on the stream ``key`` runs after everything that uses this memory."""
         return not self.foreign and self.key in (None, key)
 
 
 class Ready:
-    """An event behind the work of one call, given back when neither an output nor the context refers to it."""
+    """Hold an event behind the work of one call. It returns to the pool once no output and no context refers to it."""
 
     __slots__ = ("_pool", "event")
 
@@ -49,7 +50,17 @@ class Ready:
 
 
 class Lease:
-    """One output that somebody holds: what a DeviceArray, and whoever took it through DLPack, keeps alive."""
+    """Hold one output for its user.
+
+    A DeviceArray, and whoever took it through DLPack, keep the lease alive. When the last of them is gone, the memory
+    is given back.
+
+    Args:
+        buffer: The output's memory.
+        ready: Event behind the work that writes it.
+        pool: Where the event belongs.
+        give_back: Takes the buffer back. Garbage collection may call it in any thread.
+    """
 
     __slots__ = ("_give_back", "_pool", "_ready", "buffer")
 
@@ -60,7 +71,7 @@ class Lease:
         self._give_back = give_back
 
     def order(self, consumer: int) -> None:
-        """Let the stream ``consumer`` wait for this output."""
+        """Make the stream ``consumer`` wait for this output."""
         with self._pool.memory as memory:
             if memory.stream_key(consumer) != self.buffer.key:
                 self.buffer.foreign = True
@@ -72,41 +83,46 @@ class Lease:
 
 
 class Attempts:
-    """Steps of which each is made whatever became of those before."""
+    """Run every clean-up step even if an earlier one failed; `end` raises the first error."""
 
     def __init__(self) -> None:
         self._first: DeviceError | None = None
 
     def make(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Run ``step``, and remember its DeviceError."""
         try:
             step(*arguments)
         except DeviceError as error:
             self._first = self._first or error
 
     def end(self) -> None:
-        """Raise the first failure, if there was one."""
+        """Raise the first error, if there was one."""
         if self._first is not None:
             raise self._first
 
 
 class Pool:
-    """Device memory and events that outlive a call. What is given back is used again by work that is ordered behind it.
+    """Keep device memory and events between calls. Work that runs after their last use gets them again.
 
-    Giving back only notes it (a garbage collection may do so anywhere, also while somebody captures a graph) until the pool
-    is closed; then it frees.
+    Returning something only notes it, because garbage collection may return it anywhere, even while a graph is
+    captured. After ``close``, what is returned is freed. Threads may share the pool.
     """
 
-    def __init__(self, memory: cuda.Memory) -> None:
+    def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        # Reentrant: a collection may give something back while this thread is inside.
+        # Reentrant, because garbage collection may return something while this thread holds the lock.
         self.lock = threading.RLock()
         self._free: dict[int, list[Buffer]] = {}
-        self._count = 0  # of free buffers
+        self._count = 0  # number of free buffers
         self._events: list[int] = []
         self._closed = False
 
     def take(self, size: int, key: StreamKey) -> Buffer:
-        """A buffer of ``size`` bytes, rounded, for work on the stream ``key``; inside ``with memory:``."""
+        """Return a buffer of ``size`` bytes for work on the stream ``key``.
+
+        ``size`` is already rounded. Call it inside ``with memory:``. Raises OutOfMemoryError if freeing unused buffers
+        does not help.
+        """
         with self.lock:
             same = self._free.get(size, []) if self._count <= _FREE_BUFFERS else []
             for i in range(len(same) - 1, -1, -1):
@@ -134,7 +150,7 @@ class Pool:
         return [buffer for same in free.values() for buffer in same]
 
     def _settle(self) -> None:
-        """Wait until every stream is past the free buffers, and free what is more than is likely to be used again."""
+        """Wait until all streams are past the free buffers, and free those that are unlikely to be used again."""
         settled, surplus = self._take_free(), []
         try:
             self.memory.wait_for_all()
@@ -166,15 +182,18 @@ class Pool:
         attempts.end()
 
     def new_ready(self) -> Ready:
+        """Return an event for the work of one call, new or reused. Call it inside ``with memory:``."""
         with self.lock:
             event = self._events.pop() if self._events else None
         return Ready(self, self.memory.new_event() if event is None else event)
 
     def give_back(self, buffer: Buffer) -> None:
+        """Take a buffer back that nobody holds any more."""
         self._keep(buffer)
         self._after_close()
 
     def give_back_event(self, event: int) -> None:
+        """Take an event back that nobody refers to any more."""
         with self.lock:
             self._events.append(event)
         self._after_close()
@@ -185,6 +204,6 @@ class Pool:
                 self._release_free()
 
     def close(self) -> None:
-        """Free what is not held now, and from now on what is given back."""
+        """Free everything that nobody holds now, and whatever is returned later. Call it inside ``with memory:``."""
         self._closed = True
         self._release_free()

@@ -1,0 +1,1 @@
+"""Run ONNX graphs on the CPU with ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""ONNX Runtime: engines for CPUs. The graph is the engine: the library compiles it each time it loads it."""
+"""Describe ONNX Runtime, whose engines are graphs for CPUs. The library compiles a graph each time it loads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from edge_backbones.spec import BackboneSpec, InputSpec
 
 
 class OnnxRuntime(Flavour):
-    """fp32 and int8 graphs on any CPU. Its kernels follow the CPU, so parity belongs to the CPU that measured it."""
+    """Run fp32 and int8 graphs on any CPU.
+
+    Kernels depend on the CPU, so a parity report holds for the CPU that measured it.
+    """
 
     name, title, extra = "onnxruntime", "ONNX Runtime", "onnxruntime"
     graph_is_engine = True
@@ -52,7 +55,7 @@ class OnnxRuntime(Flavour):
         return CompiledEngine(data, key, ".onnx", from_cache=False)
 
     def serves(self, host: Host) -> bool:
-        return host.versions.get(self.name) is not None  # asked after OpenVINO
+        return host.versions.get(self.name) is not None  # registry.serving asks OpenVINO first
 
 
 ONNXRUNTIME = OnnxRuntime()

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the session that runs a typed graph."""
+"""Run a typed graph with ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _DTYPES = {
     "tensor(bfloat16)": "BF16",
     "tensor(uint8)": "UINT8",
 }
-_FEWEST_MESSAGES = 3  # errors only: warnings go to the terminal of whoever runs the program
+_ERRORS_ONLY = 3  # ONNX Runtime writes warnings to the terminal of the program
 
 
 def library_version() -> str | None:
-    """Return the version of ONNX Runtime, or None where it is not installed. Does not import it."""
+    """Return the version of ONNX Runtime, without importing it; None if it is not installed."""
     for name in ("onnxruntime", "onnxruntime-gpu"):
         try:
             return importlib.metadata.version(name)
@@ -42,12 +42,19 @@ def library_version() -> str | None:
 
 
 class OnnxRuntimeSession:
-    """A typed ONNX graph that ONNX Runtime has compiled for this CPU while it loaded it. Threads may share it.
+    """Run a typed ONNX graph that ONNX Runtime compiles for this CPU when it loads it. Threads may share it.
 
-    ``input`` and ``spec``: what the manifest promises. ``threads``: most threads of one call, None for one per core.
+    Args:
+        graph: ONNX bytes.
+        input: Input in the manifest.
+        spec: Outputs in the manifest.
+        threads: Most threads of one call, None for one per core.
 
-    Raises EngineMismatchError for a graph that ONNX Runtime does not load or whose inputs and outputs are others,
-    MissingDependencyError without the library, InferenceError for a call in a forked child.
+    Raises:
+        EngineMismatchError: ONNX Runtime does not load the graph, or its inputs and outputs are not those of the
+            manifest.
+        MissingDependencyError: The library is not installed.
+        InferenceError: A call failed, or was made in a forked child.
     """
 
     def __init__(
@@ -59,7 +66,7 @@ class OnnxRuntimeSession:
         if fault := graph_fault(graph):
             raise EngineMismatchError(f"this graph is given to no library: {fault}. Build the bundle again")
         options = library.SessionOptions()
-        options.log_severity_level = _FEWEST_MESSAGES
+        options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
         what = f"ONNX Runtime {library.__version__}"
@@ -68,7 +75,7 @@ class OnnxRuntimeSession:
                 session = library.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
         except EdgeBackbonesError:
             raise
-        except Exception as error:  # it has an exception type for every status
+        except Exception as error:  # ONNX Runtime has an exception type for every status
             refuse_lack(f"loading a graph with {what}", error)
             raise EngineMismatchError(
                 f"{what} does not load this graph ({cause(error)}): choose another flavour"
@@ -86,7 +93,7 @@ class OnnxRuntimeSession:
         forks.abandon_in_children(self)
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
-        """See EngineSession."""
+        """Return the outputs as described in `EngineSession`."""
         session = self._session
         if session is None:
             raise self._refusal
@@ -95,17 +102,17 @@ class OnnxRuntimeSession:
                 outputs: list[np.ndarray] = session.run(self._outputs, {self._input: array})
         except EdgeBackbonesError:
             raise
-        except Exception as error:  # it has an exception type for every status
+        except Exception as error:  # ONNX Runtime has an exception type for every status
             refuse_lack(f"running ONNX Runtime on {array.dtype} {array.shape}", error)
             raise InferenceError(f"ONNX Runtime failed on {array.dtype} {array.shape}: {cause(error)}") from error
         return outputs
 
     def close(self) -> None:
-        """See EngineSession."""
+        """Release the graph as described in `EngineSession`."""
         self._session = None
 
     def abandon(self) -> None:
-        """See forks.Inherited."""
+        """Keep the graph alive and refuse calls in a forked child, as described in `forks.Inherited`."""
         forks.keep_for_good(self._session)
         if self._session is not None:
             self._refusal = forks.refusal("ONNX Runtime")

@@ -1,0 +1,1 @@
+"""Compile ONNX graphs to OpenVINO blobs for the CPU, and run them."""

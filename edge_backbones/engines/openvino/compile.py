@@ -1,4 +1,4 @@
-"""Compile a typed ONNX graph for this machine's CPU.
+"""Compile a typed ONNX graph with OpenVINO for this machine's CPU.
 
 Engines are cached by content: the same graph, library and CPU give the same engine without compiling again.
 """
@@ -15,8 +15,7 @@ import msgspec
 
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.engines.base import CompiledEngine
-from edge_backbones.engines.openvino import int8_graph as cpu_graph
-from edge_backbones.engines.openvino import session as openvino
+from edge_backbones.engines.openvino import int8_graph, session
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.machine import hosts
 from edge_backbones.spec import Precision
@@ -25,8 +24,11 @@ CACHE_LIMIT_BYTES = 4 << 30
 
 
 def engine_key(graph: bytes, precision: Precision) -> EngineKey:
-    """The key of the OpenVINO engine that this machine would make of a graph."""
-    version = openvino.library_version()
+    """Return the key of the OpenVINO engine that this machine would compile from a graph.
+
+    Raises MissingDependencyError if OpenVINO is not installed.
+    """
+    version = session.library_version()
     if version is None:
         raise MissingDependencyError("compiling the CPU engine", "cpu")
     host = hosts.this_host({"openvino": version})
@@ -46,18 +48,28 @@ def compile_graph(
 ) -> CompiledEngine:
     """Compile ONNX bytes for this machine's CPU, or take the engine from ``cache``.
 
-    An int8 graph is adapted to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`) unless ``as_written``: then
-    the engine rounds
-    as TensorRT does. Raises CompileError with the library's words, MissingDependencyError where OpenVINO is not installed.
+    Args:
+        graph: ONNX bytes.
+        precision: Precision of the graph.
+        cache: Folder of compiled engines, None for no cache.
+        as_written: Compile an int8 graph as it is, so that the engine rounds as TensorRT does. By default it is adapted
+            to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`).
+
+    Returns:
+        The compiled engine.
+
+    Raises:
+        CompileError: OpenVINO refuses the graph; the message has its words.
+        MissingDependencyError: OpenVINO is not installed.
     """
     key = engine_key(graph, precision)
-    name = hashlib.sha256(msgspec.json.encode([key, openvino.settings(None), as_written])).hexdigest()
+    name = hashlib.sha256(msgspec.json.encode([key, session.settings(None), as_written])).hexdigest()
     if cache is not None and (cached := _read_cached(cache, name)) is not None:
         return CompiledEngine(cached, key, ".blob", from_cache=True)
-    model = openvino.read_model(graph)
+    model = session.read_model(graph)
     if precision is Precision.INT8 and not as_written:
-        cpu_graph.adapt(model)
-    data = openvino.compile_model(model)
+        int8_graph.adapt(model)
+    data = session.compile_model(model)
     if cache is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             _write_cached(cache, name, data)
@@ -65,7 +77,10 @@ def compile_graph(
 
 
 def _read_cached(cache: Path, name: str) -> bytes | None:
-    """File names are key-content hashes, so that a damaged engine is noticed and made again."""
+    """Return a cached engine; None if there is none.
+
+    File names hold hashes of key and content, so a damaged engine is noticed, deleted and compiled again.
+    """
     with contextlib.suppress(OSError):  # a cache that cannot be read only costs time
         for path in cache.glob(f"{name}-*.blob"):
             data = path.read_bytes()
@@ -77,6 +92,7 @@ def _read_cached(cache: Path, name: str) -> bytes | None:
 
 
 def _write_cached(cache: Path, name: str, data: bytes) -> None:
+    """Add an engine to the cache, and delete the least recently used ones above the size limit."""
     cache.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=cache, suffix=".tmp")
     try:

@@ -1,4 +1,4 @@
-"""OpenVINO: engines for CPUs, compiled ahead of time to blobs."""
+"""Describe OpenVINO, whose engines are blobs for CPUs, compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edge_backbones.spec import BackboneSpec, InputSpec
 
 
 class OpenVino(Flavour):
-    """Blobs are bound to the release that wrote them and to the instruction sets of the CPU."""
+    """Compile and run blobs. A blob runs only with the release that wrote it, on CPUs with the same instruction sets."""
 
     name, title, extra = "openvino", "OpenVINO", "cpu"
 

@@ -1,14 +1,16 @@
-"""What OpenVINO is given instead of three things that an int8 graph says the way TensorRT wants them.
+"""Rewrite an int8 graph for OpenVINO, in three places where the graph is written the way that TensorRT needs it.
 
-- TensorRT takes signed 8-bit tensors alone. Behind a ReLU half of their levels lie idle; unsigned, all 256 serve the same
-  range and the noise of rounding is a quarter. resnet50: 2.5 dB in its last stage, and 6 % faster.
-- What rounds to unsigned 8 bits cuts off what is negative: a ReLU that nobody else reads is left out in front of it. resnet50
-  has 45, which cost 2 %.
-- Where a Q follows a max pooling, TensorRT moves it in front of it by itself. OpenVINO does not: there the convolution
-  would write floats, and the pooling read them. The values are the same, for rounding keeps the order. resnet50: 4 %.
+- TensorRT takes signed 8-bit tensors only. After a ReLU, half of their levels are unused. With unsigned tensors, all
+  256 levels cover the same range, and rounding noise drops to a quarter. For resnet50: 2.5 dB in the last stage, and 6
+  % faster.
+- Rounding to unsigned 8 bits cuts off negative values, so a ReLU before it that has no other reader is removed.
+  resnet50 has 45 of them, which took 2 % of the time.
+- If a Q follows a max pooling, TensorRT moves the Q before the pooling. OpenVINO does not: the convolution would write
+  floats, and the pooling would read them. The values stay the same, because rounding keeps the order. For resnet50: 4
+  %.
 
-The models are as OpenVINO reads ONNX: Q is a FakeQuantize to [-128, 127] and a Convert to i8, DQ a Convert, a Subtract of 0
-and a Multiply. (Times: OpenVINO 2026.4, two AVX512-VNNI cores.)
+The models are as OpenVINO reads ONNX: Q is a FakeQuantize to [-128, 127] and a Convert to i8; DQ is a Convert, a
+Subtract of 0 and a Multiply. (Times: OpenVINO 2026.4, two AVX512-VNNI cores.)
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from edge_backbones.engines.openvino.session import load_library
 if TYPE_CHECKING:
     import openvino
 
-# Nodes whose result is not negative where their first input is not.
+# Operations whose result is never negative if their first input is not.
 _KEEP_SIGN = frozenset({
     "AvgPool", "Convert", "MaxPool", "ReduceMean", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
 })  # fmt: skip
 
 
 class _Pair(NamedTuple):
-    """A Q/DQ pair of one scale: its FakeQuantize and its Multiply."""
+    """Hold a Q/DQ pair with one scale: its FakeQuantize and its Multiply."""
 
     quantize: Any
     last: Any
@@ -44,6 +46,7 @@ def adapt(model: openvino.Model) -> None:
 
 
 def _quantize_before_pooling(model: openvino.Model) -> None:
+    """Move Q/DQ pairs from behind a max pooling to before it."""
     for quantize, last, _ in _pairs(model):
         entry = quantize.input(0)
         pooling = entry.get_source_output().get_node()
@@ -60,11 +63,12 @@ def _quantize_before_pooling(model: openvino.Model) -> None:
 
 
 def _use_all_levels(model: openvino.Model) -> None:
+    """Make Q/DQ pairs unsigned if their input is never negative."""
     ops = load_library().opset13
 
     for quantize, last, scale in _pairs(model):
         readers = last.output(0).get_target_inputs()
-        # A Concat stays one of 8 bits only where all its parts have the same scale.
+        # A Concat stays in 8 bits only if all its parts have the same scale.
         if not _never_negative(quantize.input_value(0)) or any(_type(reader) == "Concat" for reader in readers):
             continue
         step = scale * 127 / 255
@@ -77,7 +81,7 @@ def _use_all_levels(model: openvino.Model) -> None:
 
 
 def _before_relu(quantize: Any) -> Any:
-    """What this node would read without the ReLU in front of it, where that serves it alone."""
+    """Return the input of the ReLU before a Q if the Q is its only reader; otherwise the Q's own input."""
     node = quantize.input_value(0).get_node()
     if node.get_type_name() == "Convert" and _only_reader(node) is not None:
         node = node.input_value(0).get_node()
@@ -86,7 +90,7 @@ def _before_relu(quantize: Any) -> Any:
 
 
 def _pairs(model: openvino.Model) -> list[_Pair]:
-    """The Q/DQ pairs of activations, in graph order."""
+    """Return the Q/DQ pairs of activations, in graph order."""
     load_library()
     found = []
     for quantize in model.get_ordered_ops():
@@ -123,7 +127,7 @@ def _never_negative(output: Any) -> bool:
 
 
 def _scalar(node: Any, index: int) -> float | None:
-    """The only value of a constant input, seen through conversions; None for any other input."""
+    """Return the single value of a constant input, looking through conversions; None for any other input."""
     source = node.input_value(index).get_node()
     while source.get_type_name() == "Convert":
         source = source.input_value(0).get_node()

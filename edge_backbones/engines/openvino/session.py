@@ -1,7 +1,7 @@
-"""OpenVINO on the CPU: the only runtime module that touches it.
+"""Run engines with OpenVINO on the CPU. Of the runtime, only this module touches OpenVINO.
 
-Precision is in the graph, so the library is told to compute in it (f32 where the graph has floats) instead of choosing
-bf16 by itself on CPUs that have it. An engine is what ``CompiledModel.export_model`` wrote, byte for byte.
+The graph defines the precision. OpenVINO is told to use it (f32 where the graph has floats), instead of choosing bf16
+on CPUs that have it. An engine is exactly the bytes that ``CompiledModel.export_model`` wrote.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def load_library() -> Any:
-    """The openvino module; raises MissingDependencyError with the command that installs it."""
+    """Return the openvino module. Raises MissingDependencyError, with the command that installs it, if it is missing."""
     try:
         with _without_telemetry():
             import openvino
@@ -58,12 +58,13 @@ _turns = threading.RLock()
 
 @contextlib.contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Import openvino in the block: it takes the stub that it carries for where ``openvino_telemetry`` is not installed.
+    """Import openvino inside the block without its telemetry package.
 
-    With that package the import looks up an analytics host, forks for it and writes to the home folder. Behind the block a
-    program imports the package as if nothing had been.
+    OpenVINO falls back to a stub if ``openvino_telemetry`` is not installed, so that package is hidden inside the
+    block. With it, the import contacts an analytics host, forks for that and writes to the home folder. After the
+    block, a program can import the package as usual.
     """
-    with _turns:  # of two threads, the second would take the None of the first for what was there before
+    with _turns:  # otherwise a second thread would take the first one's None for the original module
         before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == _TELEMETRY}
         sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
         try:
@@ -74,7 +75,7 @@ def _without_telemetry() -> Iterator[None]:
 
 
 def library_version() -> str | None:
-    """OpenVINO's full version, or None where it is not installed."""
+    """Return OpenVINO's full version; None if it is not installed."""
     try:
         return str(load_library().get_version())
     except MissingDependencyError:
@@ -82,14 +83,15 @@ def library_version() -> str | None:
 
 
 def core() -> Any:
-    """The one Core of this process, kept for good. Raises InferenceError in a forked child of the process that made it.
+    """Return the one Core of this process, which is kept for good.
 
-    A forked child cannot make a Core of its own either: all Cores of a process share the threads of engines that were
-    closed, and a child that is handed one of these waits for it for ever.
+    Raises InferenceError in a forked child of the process that created it. Such a child cannot create a Core of its own
+    either: all Cores of a process share the threads of closed engines, and a child that gets one of these threads waits
+    for it forever.
 
-    The Core is kept because its CPU plugin gives the thread that makes it a stack for signals (sigaltstack, openvino pull
-    request 11894) and unmaps that stack when it goes. Of two plugins that go first come, first gone, the thread is left with
-    a stack that is not there, and the next signal, Ctrl-C too, ends the process.
+    The Core is kept because its CPU plugin gives the thread that creates it a signal stack (sigaltstack, OpenVINO pull
+    request 11894), and unmaps that stack when it is destroyed. If two plugins are destroyed in the order of their
+    creation, the thread keeps a stack that no longer exists, and the next signal, even Ctrl-C, ends the process.
     """
     made, process = _core()
     if process != os.getpid():
@@ -106,13 +108,16 @@ def _core() -> tuple[Any, int]:
 
 
 def settings(threads: int | None) -> dict[str, Any]:
-    """Plugin settings for compiling and for loading: one stream, low latency, no precision of the library's own."""
+    """Return plugin settings for compiling and loading: one stream, low latency, and the graph's own precision."""
     chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     return chosen if threads is None else {**chosen, "INFERENCE_NUM_THREADS": threads}
 
 
 def read_model(graph: bytes) -> openvino.Model:
-    """An ONNX file as OpenVINO has it; CompileError with OpenVINO's words, or for a graph that it is not given."""
+    """Read an ONNX file into an OpenVINO model.
+
+    Raises CompileError, with OpenVINO's words, if OpenVINO refuses the graph or the graph is not safe to pass to it.
+    """
     fault = graph_fault(graph)
     if fault is not None:
         raise CompileError(f"this graph is given to no library: {fault}")
@@ -125,7 +130,7 @@ def read_model(graph: bytes) -> openvino.Model:
 
 
 def compile_model(model: openvino.Model) -> bytes:
-    """Compile for this CPU and return the blob; CompileError with OpenVINO's words."""
+    """Compile a model for this CPU and return the blob. Raises CompileError with OpenVINO's words."""
     openvino = load_library()
     try:
         with exits.calls:
@@ -136,9 +141,18 @@ def compile_model(model: openvino.Model) -> bytes:
 
 
 class OpenVinoSession:
-    """A loaded CPU engine. Threads may share it: every call borrows an infer request of its own.
+    """Run a loaded CPU engine. Threads may share it: every call borrows an infer request of its own.
 
-    ``input`` and ``spec``: what a manifest says of the engine. Raises EngineMismatchError for one whose ports are others.
+    Args:
+        blob: The engine's bytes, kept in use as long as the session.
+        outputs: Names of the outputs, in the order in which ``run`` returns them.
+        threads: Most CPU threads, None for all cores.
+        input: Input in the manifest, to compare with the engine's.
+        spec: Outputs in the manifest, to compare with the engine's.
+
+    Raises:
+        EngineMismatchError: OpenVINO does not load the engine, or its inputs and outputs are not those of the manifest.
+        MissingDependencyError: OpenVINO is not installed.
     """
 
     def __init__(
@@ -159,7 +173,7 @@ class OpenVinoSession:
                 model = core().import_model(tensor, "CPU", settings(threads))
         except EdgeBackbonesError:
             raise
-        except Exception as error:  # of many types: bytes of a damaged blob are in the text of some
+        except Exception as error:  # of many types; the text of some holds bytes of the damaged blob
             refuse_lack(f"loading an engine with OpenVINO {openvino.get_version()}", error)
             raise EngineMismatchError(
                 f"OpenVINO {openvino.get_version()} does not load this engine ({cause(error)}): "
@@ -169,7 +183,7 @@ class OpenVinoSession:
         with refusing(
             lambda why: EngineMismatchError(f"the ports of this engine cannot be read ({why}): compile it again")
         ):
-            # A port may have several names: an engine merges tensors that are the same.
+            # A port may have several names, because OpenVINO merges equal tensors.
             names = [next(iter(port.get_names() & set(outputs)), port.get_any_name()) for port in model.outputs]
             inputs = [Tensor(_name(port, wanted), "INPUT", *_form(port)) for port in model.inputs]
             made = [Tensor(name, "OUTPUT", *_form(port)) for name, port in zip(names, model.outputs, strict=True)]
@@ -186,13 +200,17 @@ class OpenVinoSession:
         shapes = [model.outputs[port].partial_shape for port in self._ports]
         self._shapes = None if any(s.is_dynamic for s in shapes) else [tuple(s.to_shape()) for s in shapes]
         self._idle: deque[_Request] = deque()
-        self._requests: weakref.WeakSet[_Request] = weakref.WeakSet()  # those in calls too: a call costs nothing more
+        self._requests: weakref.WeakSet[_Request] = weakref.WeakSet()  # idle ones and those in calls
         self._refusal: EdgeBackbonesError | None = None
         self._ended: _Loaded | None = None
         forks.abandon_in_children(self)
         exits.end_with_process(self)
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs as described in `EngineSession`.
+
+        Raises InputError after ``close``, and InferenceError if OpenVINO fails or this is a forked child.
+        """
         loaded = self._loaded
         if loaded is None:
             raise self._refusal or InputError("this EdgeBackbone was closed: open the bundle again")
@@ -204,12 +222,12 @@ class OpenVinoSession:
             try:
                 outputs = self._run(request, array)
             except BaseException:
-                self._requests.discard(request)  # the traceback may keep it
+                self._requests.discard(request)  # although the traceback may keep it alive
                 raise
         except (RuntimeError, MemoryError) as error:
             refuse_lack(f"running OpenVINO on {array.dtype} {array.shape}", error)
             raise InferenceError(f"OpenVINO failed on {array.dtype} {array.shape}: {cause(error)}") from error
-        if self._keeps_requests:  # and not after an error: a request that failed is not trusted again
+        if self._keeps_requests:  # not reached after an error: a request that failed is never used again
             self._idle.append(request)
         return outputs
 
@@ -220,7 +238,8 @@ class OpenVinoSession:
         return request
 
     def _run(self, request: _Request, array: np.ndarray) -> list[np.ndarray]:
-        # OpenVINO reads and writes the arrays in place and keeps no reference to them: they must outlive the inference.
+        """Run one inference. The outputs are the request's arrays, or copies if their shapes vary."""
+        # OpenVINO uses the arrays in place and keeps no reference to them, so they must outlive the inference.
         request.handle.set_input_tensor(self._tensor(array, shared_memory=True))
         if self._shapes is not None and (not request.outputs or _references(request.outputs) != request.unshared):
             request.outputs = [np.empty(shape, np.float32) for shape in self._shapes]
@@ -228,50 +247,51 @@ class OpenVinoSession:
             for port, output in zip(self._ports, request.outputs, strict=True):
                 request.handle.set_output_tensor(port, self._tensor(output, shared_memory=True))
         try:
-            request.handle.start_async(share_inputs=True)  # infer() would also wrap every output in a dictionary
+            request.handle.start_async(share_inputs=True)  # infer() would also put every output into a dictionary
         finally:
-            request.handle.wait()  # interrupted or not: until it is done OpenVINO writes to the arrays
+            request.handle.wait()  # even if interrupted: OpenVINO writes to the arrays until it is done
         if self._shapes is None:
             return [request.handle.get_output_tensor(port).data.copy() for port in self._ports]
         return list(request.outputs)
 
     def close(self) -> None:
+        """Release the engine as described in `EngineSession`."""
         self._loaded, self._keeps_requests = None, False
         self._idle.clear()
 
     def abandon(self) -> None:
-        """See forks.Inherited."""
+        """Keep the engine alive and refuse calls in a forked child, as described in `forks.Inherited`."""
         forks.keep_for_good([self._loaded, self._ended, *self._idle])
         if self._loaded is not None:
             self._refusal = forks.refusal("OpenVINO")
         self.close()
 
     def end(self) -> None:
-        """See exits.Called."""
-        if self._loaded is not None:  # nothing is released: a thread that destroys a request is in C++ too
+        """Refuse calls because the process ends, as described in `exits.Called`."""
+        if self._loaded is not None:  # release nothing, because destroying a request runs C++ too
             self._ended, self._loaded = self._loaded, None
             self._refusal = exits.refusal()
 
     def is_called(self) -> bool:
-        """See exits.Called."""
+        """Return whether a thread is in a call, as described in `exits.Called`."""
         return len(self._idle) < len(self._requests)
 
 
 class _Loaded(NamedTuple):
-    """A model, and the bytes that weights in it may point into. The last field of a tuple goes first."""
+    """Hold a model and the bytes that its weights may point into. Python releases the last field of a tuple first."""
 
     blob: bytearray
     model: Any
 
 
 def _name(port: Any, wanted: str) -> str:
-    """The name of a port; ``wanted`` where that is one of several."""
+    """Return the name of a port: ``wanted`` if that is one of its names."""
     names: set[str] = port.get_names()
     return wanted if wanted in names or not names else str(port.get_any_name())
 
 
 def _form(port: Any) -> tuple[str, Shape | None]:
-    """The dtype and the shape of a port, as Tensor has them."""
+    """Return the dtype and shape of a port, as in `Tensor`."""
     dtype, shape = port.get_element_type().get_type_name(), port.get_partial_shape()
     sizes = None if shape.rank.is_dynamic else tuple(-1 if d.is_dynamic else d.get_length() for d in shape)
     return _DTYPES.get(dtype, dtype), sizes
@@ -282,10 +302,10 @@ _DTYPES = {"f32": "FLOAT", "f16": "HALF", "bf16": "BF16", "u8": "UINT8"}
 
 @dataclass(eq=False)
 class _Request:
-    """An infer request and the arrays that it writes to, which are replaced once a caller holds one of them.
+    """Hold an infer request and the arrays that it writes to, which are replaced once a caller holds one of them.
 
-    ``unshared``: their reference counts while nobody else does. A view or a DLPack export counts as holding.
-    ``loaded``: what the request computes with, kept while it runs, though the engine is closed meanwhile.
+    ``unshared``: the arrays' reference counts while no caller holds them. A view or a DLPack export counts as holding.
+    ``loaded``: the model of the request, kept while the request runs even if the engine is closed meanwhile.
     """
 
     handle: Any
@@ -306,16 +326,16 @@ _FRAMES = re.compile(
     r"|Shape inference input shapes \{.*\}"
     r"|\[CPU\] (?=Cannot|Could)"
 )
-"""What stands around the cause: where in OpenVINO's sources the error passed, and the condition in C++ that was false."""
+"""Text around the cause: places in OpenVINO's sources, and the C++ condition that was false."""
 _FAILED = re.compile(r"^-- (\S+?)(?:-\d+)? with a message:\n(.*?)(?=^-- \S+ with a message:|^Summary:|\Z)", re.M | re.S)
 _NODE = re.compile(r"While validating ONNX node '<Node\(\w+\): (.*?)>'")
 _UNKNOWN = re.compile(r"^-- No conversion rule found for operations: (.*)$", re.M)
 
 
 def cause(error: BaseException) -> str:
-    """Why OpenVINO refused, in its own words and on one line, without the frames of C++ and the links around them.
+    """Return why OpenVINO refused, in its own words on one line, without C++ frames and links.
 
-    Its ONNX reader reports every operation that it has no rule for, and every node that its rule refused: all are named.
+    Its ONNX reader reports every operation that it does not know and every node that it refused; all are named.
     """
     text = str(error)
     unknown = [re.sub(r"-\d+$", "", name) for found in _UNKNOWN.findall(text) for name in found.strip().split(", ")]
@@ -323,11 +343,11 @@ def cause(error: BaseException) -> str:
     for operation, message in _FAILED.findall(text):
         node = _NODE.search(message)
         reasons.append(f"{operation}{f' {node.group(1)!r}' if node else ''}: {_without_frames(message)}")
-    # Escapes are longer than what they stand for: they come first.
+    # Escape before shortening, because escapes are longer than the characters that they replace.
     return shortened(visible("; ".join(reasons) or _without_frames(text) or first_line(error)), 500)
 
 
 def _without_frames(text: str) -> str:
     lines = [line for line in _FRAMES.sub(" ", text).splitlines() if "://" not in line]
-    said = " ".join(" ".join(lines).split()).rstrip(".")
-    return "out of memory (std::bad_alloc)" if said == "std::bad_alloc" else said
+    message = " ".join(" ".join(lines).split()).rstrip(".")
+    return "out of memory (std::bad_alloc)" if message == "std::bad_alloc" else message

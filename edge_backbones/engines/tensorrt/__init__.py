@@ -1,0 +1,1 @@
+"""Compile graphs to plans with TensorRT or TensorRT-RTX, and run them."""

@@ -1,51 +1,58 @@
-"""A typed ONNX graph becomes a plan: TensorRT from 10.3 on and TensorRT-RTX, on one path. No torch, no onnx.
+"""Compile a typed ONNX graph to a plan, with TensorRT from 10.3 on or TensorRT-RTX. It needs neither torch nor onnx.
 
-Networks are strongly typed: number formats come from the graph. What a release has is looked for on its module, so that
-names which came or went (see :mod:`edge_backbones.engines.tensorrt.library`) decide nothing by version number.
+Networks are strongly typed: the graph defines the number formats. Both libraries and all releases share one path: names
+that only some releases have are looked up on the module (see :mod:`edge_backbones.engines.tensorrt.library`), and no
+version number decides.
 
-TensorRT times kernels: it compiles for the GPU of this machine. TensorRT-RTX needs none and compiles for the
-architectures it is told (``targets``).
+TensorRT times kernels, so it compiles for the GPU of this machine. TensorRT-RTX needs no GPU and compiles for the
+architectures in ``targets``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import numpy as np
 
 from edge_backbones.bundle.manifest import GpuKey
 from edge_backbones.bundle.onnx_gate import graph_fault
-from edge_backbones.engines.gpu import memory as cuda
-from edge_backbones.engines.refusals import against_dla
+from edge_backbones.engines.gpu.memory import open_memory
 from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, quantise_implicitly
-from edge_backbones.engines.tensorrt.library import against_driver, against_release, load_library, logger_of
+from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.messages import cause, explained, made, null_pointers_explained, refusals_explained
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
-from edge_backbones.engines.tensorrt.profiles import Profile, uncovered
+from edge_backbones.engines.tensorrt.requests import (
+    InputShapes,
+    PlanFlavour,
+    compatibility_level,
+    resolve_request,
+    shapes_of,
+)
 from edge_backbones.errors import CompileError
 from edge_backbones.machine import gpus
-from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
-from edge_backbones.machine.system import gib, is_jetson, read_system
+from edge_backbones.machine.system import gib, read_system
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision
-
-PlanFlavour = Literal["tensorrt", "tensorrt_rtx"]
-
-_RTX_DEFAULT = ("sm_80", "sm_86", "sm_89", "sm_120")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled plan, what its key must say, and what TensorRT told about it.
+    """Hold a compiled plan, the facts for its engine key, and what TensorRT reported about it.
 
-    ``timing_cache``: to be given to the next compilation. ``layers``: the engine inspector's JSON, where a GPU was there to
-    load the plan. ``memory_estimate``: bytes, see :func:`least_memory`. ``warnings``: TensorRT's own, the latest last.
+    Attributes:
+        data: The plan's bytes.
+        gpu: GPU part of its engine key.
+        library_version: Release that compiled it.
+        device_name: GPU that it was compiled on.
+        timing_cache: Kernel times, for the next compilation.
+        layers: JSON of the engine inspector, if a GPU was there to load the plan.
+        coverage: Layers that the DLA core runs, if one was asked for.
+        memory_estimate: Bytes that compiling needed at least, see :func:`least_memory`.
+        warnings: TensorRT's warnings, the latest last.
     """
 
     data: bytes
@@ -70,25 +77,38 @@ def compile_plan(
     ranges: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
-    """Compile ONNX bytes, whose number formats are those of ``precision``, for the GPU of index ``gpu`` or
-    ``options.targets``.
+    """Compile ONNX bytes to a plan, for the GPU of index ``gpu`` or for ``options.targets``.
 
-    ``progress`` gets TensorRT's phases; Ctrl-C (KeyboardInterrupt) ends the compilation at its next step. ``ranges``: |x|
-    thresholds by tensor, with an fp32 graph, ``precision`` int8 and a DLA core of a TensorRT that still has weak typing
-    (JetPack 6): its DLA takes no Q/DQ pairs.
+    TensorRT's timing needs at most one compilation per process at a time; several are safe, but their kernels are
+    chosen by disturbed timings. Ctrl-C (KeyboardInterrupt) ends the compilation at TensorRT's next step.
 
-    Raises CompileError with TensorRT's words and a way out, MissingDependencyError. One compilation per process at a time is
-    what TensorRT's timing needs; more are safe.
+    Args:
+        graph: ONNX bytes, with the number formats of ``precision``.
+        input: Name, dtype and sizes of the input.
+        precision: Precision of the graph.
+        flavour: ``tensorrt`` or ``tensorrt_rtx``.
+        options: How to compile it; None for the defaults.
+        gpu: Index of the GPU.
+        ranges: Thresholds of |x| by tensor name, for int8 on a DLA core with a TensorRT that still has weak typing
+            (JetPack 6), whose DLA takes no Q/DQ pairs. ``graph`` is then fp32 and ``precision`` int8.
+        progress: Gets TensorRT's phases.
+
+    Returns:
+        The plan and what TensorRT reported about it.
+
+    Raises:
+        CompileError: TensorRT, or a check before it, refuses the graph or an option; the message says how to fix it.
+        MissingDependencyError: The library is not installed.
     """
     options = options or PlanOptions()
-    library, card, targets, profiles = _agreed(input, precision, flavour, options, gpu, weak=ranges is not None)
+    library, card, targets, profiles = resolve_request(input, precision, flavour, options, gpu, weak=ranges is not None)
 
     log = logger_of(library)
     log.clear()
     log.warnings.clear()
-    # TensorRT times kernels on the GPU whose context is current, in the thread that builds too.
-    times = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs the GPU for these alone
-    current = cuda.open_memory(card.index) if times and card is not None else contextlib.nullcontext()
+    # TensorRT times kernels on the GPU whose context is current. The building thread makes it current too.
+    uses_gpu = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs it only for these
+    current = open_memory(card.index) if uses_gpu and card is not None else contextlib.nullcontext()
     with current:
         with null_pointers_explained(log):
             builder = made(library.Builder(log), "a builder", log)
@@ -98,21 +118,13 @@ def compile_plan(
                     f"there is no DLA core {options.dla_core} here, which has {cores}: leave --dla-core out"
                 )
             network = made(builder.create_network(_network_flags(library, weak=ranges is not None)), "a network", log)
-            parser = made(library.OnnxParser(network, log), "a parser", log)  # owns the weights: it stays until the end
+            parser = made(library.OnnxParser(network, log), "a parser", log)  # owns the weights, so keep it to the end
         if options.dla_core is not None and hasattr(library.OnnxParserFlag, "ADJUST_FOR_DLA"):
             parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
         progress("reading the graph", 0, None)
-        fault = graph_fault(graph)
-        if fault is not None:
-            raise CompileError(f"this graph is given to no library: {fault}")
-        if not parser.parse(graph):
-            causes = dict.fromkeys(
-                cause(parser.get_error(index).node_operator(), parser.get_error(index).desc())
-                for index in range(parser.num_errors)
-            )
-            raise CompileError(f"{flavour} cannot read this graph: {'; '.join(causes) or log.last_error()}")
+        _parse(parser, graph, flavour, log)
         estimate = least_memory(network, profiles, options)
-        if card is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in the memory of this machine
+        if card is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in host memory
             _refuse_for_memory(estimate, card)
 
         config = made(builder.create_builder_config(), "a configuration", log)
@@ -121,8 +133,8 @@ def compile_plan(
             _configure(library, builder, config, options, targets)
             if ranges is not None:
                 quantise_implicitly(library, network, config, ranges)
-            if options.dla_core is not None:  # behind the number formats: a DLA core runs nothing in fp32
-                coverage = place_on_dla(library, builder, network, config, options)
+            if options.dla_core is not None:  # after the number formats are set: DLA runs no fp32
+                coverage = place_on_dla(library, network, config, options)
                 progress(str(coverage), 0, None)
             for number, shapes in enumerate(profiles):
                 _add_profile(builder, config, input, shapes, number, log)
@@ -135,23 +147,12 @@ def compile_plan(
                 f"{flavour} {library.__version__} cannot compile this graph: {explained(log.last_error())}"
             )
         compiled = bytes(data)
-        key = GpuKey(
-            architectures=targets,
-            hardware_compatibility=options.hardware_compatibility,
-            version_compatible=options.version_compatible,
-            host_code=options.embed_runtime,
-            refittable=options.refit or options.strip,
-            stripped=options.strip,
-            dla_core=options.dla_core,
-            driver=None if card is None or flavour == "tensorrt_rtx" else card.driver,
-            multiprocessors=None if card is None or flavour == "tensorrt_rtx" else card.multiprocessors,
-            profiles=tuple(shapes_of(input, shapes) for shapes in profiles),
-        )
+        bound_to = None if flavour == "tensorrt_rtx" else card
         return Plan(
             data=compiled,
-            gpu=key,
+            gpu=_gpu_key(options, targets, bound_to, tuple(shapes_of(input, shapes) for shapes in profiles)),
             library_version=str(library.__version__),
-            device_name="any GPU of its architectures" if flavour == "tensorrt_rtx" or card is None else card.name,
+            device_name="any GPU of its architectures" if bound_to is None else bound_to.name,
             timing_cache=_written_timing_cache(config, flavour),
             layers=None if card is None or options.strip else _layers(library, compiled, log, options),
             coverage=coverage,
@@ -160,36 +161,43 @@ def compile_plan(
         )
 
 
-def check_plan(
-    input: InputSpec,
-    precision: Precision,
-    *,
-    flavour: PlanFlavour,
-    options: PlanOptions,
-    gpu: int = 0,
-    weak: bool = False,
-) -> None:
-    """Raise CompileError for what `compile_plan` would refuse before it compiles."""
-    _agreed(input, precision, flavour, options, gpu, weak=weak)
+def _parse(parser: Any, graph: bytes, flavour: PlanFlavour, log: Any) -> None:
+    """Read ONNX bytes into the parser's network. Raises CompileError, which names every node that it refuses."""
+    fault = graph_fault(graph)
+    if fault is not None:
+        raise CompileError(f"this graph is given to no library: {fault}")
+    if not parser.parse(graph):
+        causes = dict.fromkeys(
+            cause(parser.get_error(index).node_operator(), parser.get_error(index).desc())
+            for index in range(parser.num_errors)
+        )
+        raise CompileError(f"{flavour} cannot read this graph: {'; '.join(causes) or log.last_error()}")
 
 
-def has_weak_typing(flavour: PlanFlavour) -> bool:
-    """Does this library still choose number formats itself? TensorRT 10 does, and DLA on JetPack 6 needs it."""
-    return hasattr(load_library(flavour).BuilderFlag, "INT8")
-
-
-def shapes_of(input: InputSpec, shapes: Shapes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Input shapes (min, opt, max) of one optimisation profile."""
-    sizes = (shapes.batch, shapes.height, shapes.width)
-    least, usual, most = (input.shape(*(getattr(size, which) for size in sizes)) for which in ("min", "opt", "max"))
-    return least, usual, most
+def _gpu_key(
+    options: PlanOptions, targets: tuple[str, ...], bound_to: gpus.Gpu | None, profiles: tuple[InputShapes, ...]
+) -> GpuKey:
+    """Return the GPU part of a plan's key. ``bound_to``: the GPU whose kernels were timed, None for any of ``targets``."""
+    return GpuKey(
+        architectures=targets,
+        hardware_compatibility=options.hardware_compatibility,
+        version_compatible=options.version_compatible,
+        host_code=options.embed_runtime,
+        refittable=options.refit or options.strip,
+        stripped=options.strip,
+        dla_core=options.dla_core,
+        driver=None if bound_to is None else bound_to.driver,
+        multiprocessors=None if bound_to is None else bound_to.multiprocessors,
+        profiles=profiles,
+    )
 
 
 def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions) -> int:
-    """Bytes that compiling needs at least: weights of the network and of the plan, the workspace, the widest layer.
+    """Return the least number of bytes that compiling needs.
 
-    An axis of variable size counts with the largest batch where it comes first and with 1 elsewhere: a lower bound, to tell
-    the hopeless before minutes have gone, and no promise.
+    They hold the weights of network and plan, the workspace, and the widest layer. It is a lower bound, to refuse
+    hopeless compilations early: an axis of variable size counts as the largest batch if it is the first, and as 1
+    elsewhere.
     """
     batch = max(shapes.batch.max for shapes in profiles)
     weights, widest = 0, 0
@@ -205,14 +213,14 @@ def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions)
     return 2 * weights + widest + (options.workspace or 0)
 
 
-def _refuse_for_memory(estimate: int, gpu: gpus.Gpu) -> None:
-    """Raise CompileError for what cannot fit. A Jetson's GPU has what the CPU leaves."""
-    memory = read_system().memory if gpu.integrated else None
-    room = gpu.memory_bytes if memory is None else min(gpu.memory_bytes, memory.available)
+def _refuse_for_memory(estimate: int, card: gpus.Gpu) -> None:
+    """Raise CompileError if the memory of the GPU cannot suffice. On a Jetson, that is what the CPU leaves free."""
+    memory = read_system().memory if card.integrated else None
+    room = card.memory_bytes if memory is None else min(card.memory_bytes, memory.available)
     if estimate > room:
         has = "has" if memory is None else "has, beside what runs,"
         raise CompileError(
-            f"this compilation needs {gib(estimate)} at least and {gpu.name} {has} {gib(room)}: choose a smaller batch or "
+            f"this compilation needs {gib(estimate)} at least and {card.name} {has} {gib(room)}: choose a smaller batch or "
             "size, a smaller workspace, or end what else runs"
         )
 
@@ -224,177 +232,28 @@ def _tensor_bytes(tensor: Any, batch: int) -> int:
     return int(np.prod(sizes, dtype=np.int64)) * max(1, int(tensor.dtype.itemsize))
 
 
-# ---- what is asked for, against what there is -----------------------------------------------------------------------
-
-
-def _agreed(
-    input: InputSpec, precision: Precision, flavour: PlanFlavour, options: PlanOptions, index: int, *, weak: bool
-) -> tuple[Any, gpus.Gpu | None, tuple[str, ...], tuple[Shapes, ...]]:
-    """The library, the GPU, the architectures and the profiles, if all of it goes together."""
-    gpu = _gpu(flavour, index)
-    if gpu is not None and flavour == "tensorrt" and (old := against_driver(flavour, gpu.driver)):
-        raise CompileError(old)
-    library = load_library(flavour)
-    version = str(library.__version__)
-    if old := against_release(
-        flavour, version, jetson=is_jetson()
-    ):  # JetPack 6.0 has 8.6, which lacks names used below
-        raise CompileError(f"{flavour} {version} is too old: {old}")
-    targets = _targets(library, flavour, precision, options, gpu)
-    profiles = _profiles(input, options)
-    _refuse(library, flavour, options, input, profiles, precision, gpu, weak=weak)
-    return library, gpu, targets, profiles
-
-
-def _gpu(flavour: PlanFlavour, index: int) -> gpus.Gpu | None:
-    found = gpus.find_gpus()
-    if 0 <= index < len(found):
-        return found[index]
-    if flavour == "tensorrt":  # without a driver its Builder ends the process
-        reason = gpus.no_gpu_reason() or f"this machine has {len(found)} GPUs, cuda:{index} is none of them"
-        raise CompileError(f"TensorRT compiles on the GPU that will run the plan: {reason}")
-    return None
-
-
-def _targets(
-    library: Any, flavour: PlanFlavour, precision: Precision, options: PlanOptions, gpu: gpus.Gpu | None
-) -> tuple[str, ...]:
-    if flavour == "tensorrt":
-        assert gpu is not None  # _gpu raises
-        if options.targets not in ((), (gpu.architecture,)):
-            raise CompileError(
-                f"TensorRT compiles for the GPU at hand, {gpu.architecture} here, not for {', '.join(options.targets)}: "
-                "copy the bundle to that device and run edge-backbones compile there"
-            )
-        targets: tuple[str, ...] = (gpu.architecture,)
-    else:
-        known = _rtx_architectures(library)
-        targets = options.targets or tuple(t for t in _RTX_DEFAULT if _has(t, precision) and t in known)
-        unknown = [target for target in targets if target not in known]
-        if unknown:
-            raise CompileError(
-                f"TensorRT-RTX {library.__version__} does not compile for {', '.join(unknown)}; it knows {', '.join(known)}. "
-                "Jetson and datacenter GPUs need TensorRT (--flavour tensorrt), on the device itself"
-            )
-    old = [target for target in targets if not _has(target, precision)]
-    if old:
-        raise CompileError(
-            f"{', '.join(old)} has no {precision}, which came with sm_{FIRST_ARCHITECTURE[precision]}: leave it out, or "
-            "compile int8 or fp16"
-        )
-    return targets
-
-
-def _rtx_architectures(library: Any) -> tuple[str, ...]:
-    names = [name for name in library.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name)]
-    return tuple(f"sm_{name.removeprefix('SM')}" for name in names)
-
-
-def _has(architecture: str, precision: Precision) -> bool:
-    return int(architecture.removeprefix("sm_")) >= FIRST_ARCHITECTURE.get(precision, 0)
-
-
-def _profiles(input: InputSpec, options: PlanOptions) -> tuple[Shapes, ...]:
-    whole = Shapes(batch=input.batch, height=input.height, width=input.width)
-    for shapes in options.profiles:
-        for axis in ("batch", "height", "width"):
-            inner, outer = getattr(shapes, axis), getattr(whole, axis)
-            if not outer.min <= inner.min <= inner.max <= outer.max:
-                raise CompileError(
-                    f"a profile asks for {axis} {inner}, the graph has {outer}: build the bundle for more sizes"
-                )
-    profiles = options.profiles or (whole,)
-    numbered = [Profile(number, *shapes_of(input, shapes)) for number, shapes in enumerate(profiles)]
-    missing = uncovered(numbered, input)
-    if missing:
-        raise CompileError(
-            f"no profile holds {missing[0]}, and the bundle promises {input.min_shape} to {input.max_shape}: add a profile "
-            "for it, or build a bundle with fewer sizes"
-        )
-    return profiles
-
-
-def _refuse(
-    library: Any,
-    flavour: PlanFlavour,
-    options: PlanOptions,
-    input: InputSpec,
-    profiles: Sequence[Shapes],
-    precision: Precision,
-    gpu: gpus.Gpu | None,
-    *,
-    weak: bool,
-) -> None:
-    """Raise CompileError for what this library lacks or would ignore."""
-    name = f"{flavour} {library.__version__}"
-    if flavour == "tensorrt_rtx":
-        ignored = {
-            "version compatibility": options.version_compatible,
-            "hardware compatibility": options.hardware_compatibility != "none",
-            "sparse weights": options.sparse,
-            "a DLA core": options.dla_core is not None,
-            "a timing cache": options.timing_cache is not None,
-        }
-        asked = [what for what, wanted in ignored.items() if wanted]
-        if asked:
-            raise CompileError(
-                f"{name} has no {' and no '.join(asked)}: leave it out, or use TensorRT (--flavour tensorrt)"
-            )
-        if (options.refit or options.strip) and not gpus.find_gpus():
-            raise CompileError(
-                f"{name} compiles refittable and stripped plans on a machine with a GPU only ({gpus.no_gpu_reason()})"
-            )
-    if options.hardware_compatibility != "none" and _compatibility(library, options.hardware_compatibility) is None:
-        raise CompileError(
-            f"{name} has no hardware compatibility {options.hardware_compatibility!r}: use a newer release"
-        )
-    if options.hardware_compatibility != "none" and gpu is not None and gpu.integrated:
-        raise CompileError(
-            f"TensorRT has no hardware compatibility on JetPack ({gpu.name}): leave it out, and compile on each device"
-        )
-    if (
-        options.hardware_compatibility == "ampere_plus"
-        and gpu is not None
-        and not _has(gpu.architecture, Precision.BF16)
-    ):
-        raise CompileError(
-            f"hardware compatibility ampere_plus begins with sm_80, and {gpu.name} is {gpu.architecture}: leave it out"
-        )
-    if options.dla_core is not None:
-        for shapes in profiles:
-            sizes = {"batch": shapes.batch, "height": shapes.height, "width": shapes.width}
-            if reasons := against_dla(precision, msgspec.structs.replace(input, **sizes)):
-                raise CompileError("; ".join(reasons))
-    if weak and options.strip:
-        raise CompileError(
-            "a stripped plan takes its weights from the graph of its precision, which int8 on this DLA has not"
-        )
-    if weak and (options.dla_core is None or precision is not Precision.INT8):
-        raise CompileError("weak typing with ranges is for int8 on a DLA core; every other plan takes a typed graph")
-
-
 # ---- configuration --------------------------------------------------------------------------------------------------
 
 
 def _network_flags(library: Any, *, weak: bool) -> int:
-    """Values of these members differ between releases; some have no STRONGLY_TYPED to choose, being it always."""
+    """Return the flags of a strongly typed network.
+
+    The values of the flags differ between releases. Releases without STRONGLY_TYPED are always strongly typed.
+    """
     flags = library.NetworkDefinitionCreationFlag
     return 0 if weak or not hasattr(flags, "STRONGLY_TYPED") else 1 << int(flags.STRONGLY_TYPED)
 
 
-def _compatibility(library: Any, wanted: str) -> Any:
-    return getattr(library.HardwareCompatibilityLevel, wanted.upper(), None)
-
-
 def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, targets: Sequence[str]) -> None:
+    """Set the options of a plan in TensorRT's builder configuration."""
     config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
-    config.clear_flag(library.BuilderFlag.TF32)  # set by default: fp32 convolutions would be rounded to 10 bits
+    config.clear_flag(library.BuilderFlag.TF32)  # on by default, it would round fp32 convolutions to 10 bits
     if options.workspace is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace)
     if options.level is not None:
         config.builder_optimization_level = options.level
     if options.hardware_compatibility != "none":
-        config.hardware_compatibility_level = _compatibility(library, options.hardware_compatibility)
+        config.hardware_compatibility_level = compatibility_level(library, options.hardware_compatibility)
     flags = library.BuilderFlag
     wanted = {
         "VERSION_COMPATIBLE": options.version_compatible,
@@ -407,7 +266,7 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
         if set_it:
             config.set_flag(getattr(flags, name))
     if hasattr(library, "ComputeCapability"):
-        config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)  # no graph captures a call that allocates
+        config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)  # a call that allocates cannot be captured
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             capability = getattr(library.ComputeCapability, target.upper().replace("_", ""))
@@ -416,6 +275,7 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
 
 
 def _add_profile(builder: Any, config: Any, input: InputSpec, shapes: Shapes, number: int, log: Any) -> None:
+    """Add one optimisation profile to the configuration."""
     profile = made(builder.create_optimization_profile(), "an optimisation profile", log)
     least, usual, most = shapes_of(input, shapes)
     if profile.set_shape(input.name, least, usual, most) is False or config.add_optimization_profile(profile) != number:
@@ -423,10 +283,11 @@ def _add_profile(builder: Any, config: Any, input: InputSpec, shapes: Shapes, nu
 
 
 def _read_timing_cache(config: Any, data: bytes | None, flavour: PlanFlavour) -> None:
-    if flavour == "tensorrt_rtx":  # there it does nothing and says so with a warning
+    """Give the kernel times of an earlier compilation to TensorRT, or an empty cache if it does not take them."""
+    if flavour == "tensorrt_rtx":  # it would ignore the cache with a warning
         return
     cache = config.create_timing_cache(data or b"")
-    # One of another GPU or release only saves no time.
+    # A cache of another GPU or release does no harm, but saves no time.
     if cache is None or not config.set_timing_cache(cache, False):
         empty = config.create_timing_cache(b"")
         if empty is None or not config.set_timing_cache(empty, False):
@@ -434,6 +295,7 @@ def _read_timing_cache(config: Any, data: bytes | None, flavour: PlanFlavour) ->
 
 
 def _written_timing_cache(config: Any, flavour: PlanFlavour) -> bytes | None:
+    """Return the kernel times that TensorRT measured; None for TensorRT-RTX."""
     if flavour == "tensorrt_rtx":
         return None
     cache = config.get_timing_cache()
@@ -452,7 +314,10 @@ def _serialized(
     progress: Progress,
     current: contextlib.AbstractContextManager[Any],
 ) -> Any:
-    """The plan, or None. TensorRT works in a thread of its own, so that Ctrl-C reaches this one at once."""
+    """Run TensorRT's builder and return the plan; None if it failed.
+
+    TensorRT works in a thread of its own, so that Ctrl-C reaches this thread at once.
+    """
     monitor = _monitor(library, progress)
     config.progress_monitor = monitor
     found: list[Any] = []
@@ -472,7 +337,7 @@ def _serialized(
             thread.join(0.1)
     except BaseException:
         monitor.cancelled = True
-        thread.join()  # it uses what this function holds
+        thread.join()  # it uses objects that this function holds
         raise
     if monitor.error is not None:
         raise monitor.error
@@ -482,8 +347,10 @@ def _serialized(
 
 
 def _monitor(library: Any, progress: Progress) -> Any:
+    """Return a progress monitor for TensorRT that reports to ``progress`` and can cancel the compilation."""
+
     class Monitor(library.IProgressMonitor):  # type: ignore[misc,name-defined]
-        """Phases lie inside each other: the outermost is the one that is shown."""
+        """Report the outermost phase: TensorRT's phases are nested."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -512,20 +379,22 @@ def _monitor(library: Any, progress: Progress) -> Any:
                 return
             try:
                 progress(f"compiling: {phase.lower()}", step, self._steps.get(phase))
-            except BaseException as error:  # an exception must not travel through TensorRT
+            except BaseException as error:  # an exception must not pass through TensorRT's C++ code
                 self.error, self.cancelled = error, True
 
     return Monitor()
 
 
 def _layers(library: Any, plan: bytes, log: Any, options: PlanOptions) -> str | None:
-    """What the engine inspector says, as JSON; None for a library without one, and where the plan does not load: parity
-    says why, and raises."""
+    """Return the engine inspector's JSON; None if the library has no inspector or the plan does not load.
+
+    A plan that does not load is reported later, when its parity is measured.
+    """
     if not hasattr(library, "EngineInspector"):
         return None
     with null_pointers_explained(log):
         runtime = made(library.Runtime(log), "a runtime", log)
-    if options.embed_runtime:  # code that this very call has made
+    if options.embed_runtime:  # this process has just compiled that code
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -1,29 +1,24 @@
-"""Execution contexts of one engine: each has a stream and memory of its own and is used by one thread at a time.
+"""Lend the execution contexts of one engine to calls, so that threads never mix outputs.
 
-They are made when a call finds none idle, and kept, so that threads never mix outputs.
+A context is created when a call finds none idle, and is kept for later calls.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import sys
 import threading
 from collections import deque
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from edge_backbones.engines import forks
-from edge_backbones.engines.gpu import memory as cuda
-from edge_backbones.engines.gpu.arrays import ForeignArray
-from edge_backbones.engines.gpu.pool import Attempts, Buffer, Lease, Pool, Ready
-from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, float32_bytes, is_default, rounded
+from edge_backbones.engines.gpu.memory import Memory
+from edge_backbones.engines.gpu.pool import Attempts, Pool, Ready
+from edge_backbones.engines.gpu.streams import StreamKey
 from edge_backbones.engines.ports import Shape
 from edge_backbones.engines.tensorrt.engine import Engine
 from edge_backbones.engines.tensorrt.profiles import Profile
+from edge_backbones.engines.tensorrt.slot import Slot
 from edge_backbones.errors import (
     DeviceError,
     EdgeBackbonesError,
@@ -31,323 +26,21 @@ from edge_backbones.errors import (
     InputError,
 )
 
-_IDLE_STREAMS = 4  # idle contexts of one profile, each behind another stream, before one changes its stream
-_HOST_OUTPUTS = 4  # pinned sets of outputs per context; a caller who holds more gets ordinary memory
-_GRAPH_SHAPES = 8  # shapes that get contexts of their own to be captured in
-_GRAPH_OUTPUTS = 3  # captured contexts per shape on the device path: results of so many calls can be held at once
-
-
-@dataclass(eq=False)
-class _HostOutputs:
-    """Arrays that a caller is given, and their reference counts while no caller has them."""
-
-    arrays: list[np.ndarray]
-    addresses: list[int]
-    unshared: list[int] = field(default_factory=list)
-
-    def references(self) -> list[int]:
-        return [sys.getrefcount(array) for array in self.arrays]
-
-
-class Slot:
-    """An execution context, the stream and the memory that it works in. One thread uses it at a time.
-
-    ``key`` and ``ready``: the stream that its last work is behind, None when there is none; and the event of that work.
-    ``largest``: the shape that its memory is made for. ``refusals``: not None if it serves one shape and is replayed as a
-    CUDA graph from the second call on; why it is not, is written there.
-    """
-
-    def __init__(
-        self, engine: Engine, pool: Pool, profile: Profile, largest: Shape, refusals: dict[Shape, str] | None
-    ) -> None:
-        self._engine = engine
-        self._pool = pool
-        self._memory = pool.memory
-        self._profile = profile
-        self._largest = largest
-        self._refusals = refusals
-        self.refused = False
-        self.group: tuple[int, Shape | None] = (profile.index, None)
-        self.key: StreamKey | None = None
-        self.ready: Ready | None = None
-        self.shape: Shape = ()
-        self.output_shapes: list[Shape] = []
-        self._context: Any = None
-        self._stream: int | None = None
-        self._fence: int | None = None
-        self._work: int | None = None  # a caller's stream with work of ours behind which there is no event yet
-        self.graph: Any = None
-        self._warm = False
-        self._bound: list[int] = []
-        self._own_input: int | None = None
-        self._own_outputs: list[int] = []
-        self._staging: np.ndarray | None = None
-        self._staged: np.ndarray = np.empty(0)
-        self._staging_address = 0
-        self._host_outputs: dict[Shape, list[_HostOutputs]] = {}
-        # Of a captured context on the device path, whose addresses are fixed: its outputs, and those that nobody holds.
-        self._outputs: list[Buffer] = []
-        self._at_home: list[Buffer] = []
-        self.busy = True
-        self._released = False
-        try:
-            self._open()
-        except BaseException:
-            with contextlib.suppress(DeviceError):  # the first failure is the one to tell
-                self.release()
-            raise
-
-    def _open(self) -> None:
-        self._stream = self._memory.new_stream()
-        self._fence = self._memory.new_event()
-        self._context = self._engine.new_context()
-        if len(self._engine.profiles) > 1:
-            done = self._context.set_optimization_profile_async(self._profile.index, int(self._stream))
-            self._engine.check(done, f"optimisation profile {self._profile.index}")
-            self._memory.wait(self._stream)
-        self.set_shape(self._largest)
-        self._capacities = [float32_bytes(shape) for shape in self.output_shapes]
-
-    @property
-    def stream(self) -> int:
-        assert self._stream is not None
-        return self._stream
-
-    def set_shape(self, shape: Shape) -> None:
-        """Tell the context the shape of the input, and ask it for those of the outputs."""
-        if shape == self.shape:
-            return
-        engine = self._engine
-        # No local name for the context: a traceback would keep it alive.
-        engine.check(self._context.set_input_shape(engine.input, shape), f"an input of shape {shape}")
-        unknown = self._context.infer_shapes()
-        if unknown:
-            raise engine.failure(f"TensorRT does not know the shapes of {list(unknown)} for an input of shape {shape}")
-        shapes = [tuple(self._context.get_tensor_shape(name)) for name in engine.outputs]
-        if any(not s or min(s) < 1 or s[0] != shape[0] for s in shapes):
-            raise engine.failure(f"TensorRT gives outputs of shape {shapes} for an input of shape {shape}")
-        self.shape, self.output_shapes = shape, shapes
-
-    # -- from and to the host
-
-    def run(self, array: np.ndarray) -> list[np.ndarray]:
-        memory, stream = self._memory, self.stream
-        if array.shape != self.shape:
-            self.set_shape(array.shape)
-        if self._staged.shape != array.shape:
-            self._stage(array)
-        self._follow(stream, None)
-        self._bind(self._input_pointer(), self._output_pointers())
-        outputs = self._outputs_for_host()
-        np.copyto(self._staged, array)
-        memory.copy_in(self._bound[0], self._staging_address, array.nbytes, stream)
-        self._enqueue(stream)
-        for address, pointer, output in zip(outputs.addresses, self._bound[1:], outputs.arrays, strict=True):
-            memory.copy_out(address, pointer, output.nbytes, stream)
-        memory.wait(stream)
-        self.key, self.ready = None, None
-        return list(outputs.arrays)
-
-    def _stage(self, array: np.ndarray) -> None:
-        if self._staging is None:
-            self._staging = self._memory.pinned((self._input_bytes(),), np.uint8)
-            self._staging_address = self._staging.ctypes.data
-        self._staged = self._staging[: array.nbytes].view(array.dtype).reshape(array.shape)
-
-    def _outputs_for_host(self) -> _HostOutputs:
-        made = self._host_outputs.setdefault(self.shape, [])
-        for outputs in made:
-            if outputs.references() == outputs.unshared:
-                return outputs
-        pinned = sum(map(len, self._host_outputs.values())) < _HOST_OUTPUTS
-        if not pinned and not made:  # another shape has them all
-            self._host_outputs = {self.shape: made}
-            pinned = True
-        arrays = [
-            self._memory.pinned(shape, np.float32) if pinned else np.empty(shape, np.float32)
-            for shape in self.output_shapes
-        ]
-        outputs = _HostOutputs(arrays, [array.ctypes.data for array in arrays])
-        del arrays
-        if pinned:
-            made.append(outputs)
-            outputs.unshared = outputs.references()
-        return outputs
-
-    # -- on the GPU
-
-    def run_on_device(self, pointer: int, count: int, targets: list[int], stream: int, key: StreamKey) -> Ready:
-        """Enqueue ``count`` images at ``pointer``, filled up with zeros to the batch that was set, into ``targets``."""
-        memory = self._memory
-        work = self._begin(stream, key)
-        source = pointer
-        if count != self.shape[0] or pointer % ALIGNMENT:
-            source = self._input_pointer()
-            size = count * (self._bytes_of(self.shape) // self.shape[0])
-            memory.copy(source, pointer, size, work)
-            if count != self.shape[0]:
-                memory.clear(source + size, self._bytes_of(self.shape) - size, work)
-        direct = [target % ALIGNMENT == 0 for target in targets]
-        own = targets if all(direct) else self._output_pointers()
-        written = [target if fits else mine for target, fits, mine in zip(targets, direct, own, strict=True)]
-        self._bind(source, written)
-        self._enqueue(work)
-        for target, address, shape in zip(targets, written, self.output_shapes, strict=True):
-            if target != address:
-                memory.copy(target, address, float32_bytes(shape), work)
-        return self._end(work, stream, key)
-
-    def replay(self, array: ForeignArray, stream: int, key: StreamKey) -> Ready:
-        """Enqueue through the fixed input and outputs of a context that captures."""
-        if self.shape != array.shape:
-            self.set_shape(array.shape)
-        if not self._outputs:
-            for shape in self.output_shapes:
-                self._outputs.append(self._pool.take(rounded(float32_bytes(shape)), key))
-                self._at_home.append(self._outputs[-1])
-        elif not all(buffer.follows(key) for buffer in self._outputs):
-            self._memory.wait_for_all()
-        for buffer in self._outputs:
-            buffer.key, buffer.foreign = key, False
-        work = self._begin(stream, key)
-        self._memory.copy(self._input_pointer(), array.pointer, array.nbytes, work)
-        self._bind(self._input_pointer(), [buffer.pointer for buffer in self._outputs])
-        self._enqueue(work)
-        return self._end(work, stream, key)
-
-    def lease(self, output: int, ready: Ready) -> Lease:
-        buffer = self._outputs[output]
-        with self._pool.lock:
-            self._at_home.remove(buffer)
-        return Lease(buffer, ready, self._pool, self._take_home)
-
-    def _take_home(self, buffer: Buffer) -> None:
-        with self._pool.lock:
-            if not self._released:
-                self._at_home.append(buffer)
-                return
-        self._pool.give_back(buffer)
-
-    def is_at_home(self) -> bool:
-        """Does nobody use this context or hold one of its fixed outputs?"""
-        return not self.busy and len(self._at_home) == len(self._outputs)
-
-    def is_ordered(self, key: StreamKey) -> bool:
-        return all(buffer.follows(key) for buffer in self._outputs)
-
-    def _begin(self, stream: int, key: StreamKey) -> int:
-        """The stream to work on: the caller's, or beside a default stream the own one, behind what is on both."""
-        work = stream
-        if is_default(stream):
-            work = self.stream
-            assert self._fence is not None
-            self._memory.record(self._fence, stream)
-            self._memory.follow(work, self._fence)
-        self._follow(work, key)
-        self._work = work
-        return work
-
-    def _follow(self, work: int, key: StreamKey | None) -> None:
-        if self.ready is not None and self.key != key:
-            self._memory.follow(work, self.ready.event)
-
-    def _end(self, work: int, stream: int, key: StreamKey) -> Ready:
-        ready = self._pool.new_ready()
-        self._memory.record(ready.event, work)
-        if work != stream:
-            self._memory.follow(stream, ready.event)
-        self.key, self.ready, self._work = key, ready, None
-        return ready
-
-    # -- both
-
-    def _bytes_of(self, shape: Shape) -> int:
-        return math.prod(shape) * self._engine.item_bytes
-
-    def _input_bytes(self) -> int:
-        return self._bytes_of(self._largest)
-
-    def _input_pointer(self) -> int:
-        if self._own_input is None:
-            self._own_input = self._memory.allocate(self._input_bytes())
-        return self._own_input
-
-    def _output_pointers(self) -> list[int]:
-        while len(self._own_outputs) < len(self._capacities):
-            self._own_outputs.append(self._memory.allocate(self._capacities[len(self._own_outputs)]))
-        for shape, capacity in zip(self.output_shapes, self._capacities, strict=True):
-            if float32_bytes(shape) > capacity:
-                raise self._engine.failure(f"TensorRT gives an output of shape {shape} for an input of {self.shape}")
-        return self._own_outputs
-
-    def _bind(self, source: int, targets: list[int]) -> None:
-        wanted = [source, *targets]
-        if wanted == self._bound:
-            return
-        self._bound = []
-        for name, pointer in zip((self._engine.input, *self._engine.outputs), wanted, strict=True):
-            self._engine.check(self._context.set_tensor_address(name, int(pointer)), f"an address for {name}")
-        self._bound = wanted
-
-    def _enqueue(self, stream: int) -> None:
-        if self.graph is None and self._warm and self._refusals is not None:
-            self._capture()
-        if self.graph is not None:
-            self._memory.launch(self.graph, stream)
-            return
-        self._execute(stream)
-        self._warm = True  # TensorRT does what is left to do in the first enqueue of a shape: that one is not captured
-
-    def _execute(self, stream: int) -> None:
-        self._engine.check(self._context.execute_async_v3(stream), f"to run an input of shape {self.shape}")
-
-    def _capture(self) -> None:
-        assert self._refusals is not None
-        try:
-            ask = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX, which compiles while it runs
-            if ask is None or ask(self.stream):
-                self.graph = self._memory.capture(self.stream, lambda: self._execute(self.stream))
-                return
-            reason = "TensorRT says that it cannot be captured"
-        except (InferenceError, RuntimeError) as error:
-            reason = str(error)
-        self._refusals[self.shape] = reason
-        self._refusals = None
-        self.refused = True
-
-    def release(self) -> None:
-        """Wait for the GPU and give everything back; what fails does not keep the rest. Raises the first failure."""
-        memory = self._memory
-        attempts = Attempts()
-        if self.ready is not None:
-            attempts.make(memory.wait_for, self.ready.event)
-        for stream in (self._stream, self._work):
-            if stream is not None:
-                attempts.make(memory.wait, stream)
-        if self.graph is not None:
-            attempts.make(memory.free_graph, self.graph)
-        self.graph = self._context = self.ready = None
-        with self._pool.lock:
-            self._released = True
-            for buffer in self._at_home:
-                self._pool.give_back(buffer)
-            self._at_home = []
-        for pointer in [*self._own_outputs, *([] if self._own_input is None else [self._own_input])]:
-            attempts.make(memory.free, pointer)
-        self._own_outputs, self._own_input = [], None
-        self._staging, self._host_outputs, self._staged = None, {}, np.empty(0)
-        if self._fence is not None:
-            attempts.make(memory.free_event, self._fence)
-        if self._stream is not None:
-            attempts.make(memory.free_stream, self._stream)
-        self._fence = self._stream = None
-        attempts.end()
+_IDLE_STREAMS = 4  # most idle contexts of one profile on different streams; then one of them changes its stream
+_GRAPH_SHAPES = 8  # most shapes with contexts of their own for CUDA graphs
+_GRAPH_OUTPUTS = 3  # contexts with a graph per shape; callers can hold the outputs of this many calls
 
 
 class Contexts:
-    """The execution contexts of one engine: lent to calls, kept between them. Threads may share it."""
+    """Create the execution contexts of one engine, lend them to calls and keep them in between. Threads may share it.
 
-    def __init__(self, engine: Engine, memory: cuda.Memory) -> None:
+    Attributes:
+        pool: Memory and events of the outputs.
+        refusals: Why an input shape has no CUDA graph, by shape.
+        closed: Whether ``close`` was called, or this is a forked child.
+    """
+
+    def __init__(self, engine: Engine, memory: Memory) -> None:
         self.pool = Pool(memory)
         self.refusals: dict[Shape, str] = {}
         self.closed = False
@@ -358,12 +51,22 @@ class Contexts:
         self._idle: dict[tuple[int, Shape | None], list[Slot]] = {}
         self._captured: dict[Shape, list[Slot]] = {}
         self._graph_shapes: set[Shape] = set()
-        self._alive = 0  # contexts, lent ones too
+        self._alive = 0  # number of contexts, including lent ones
         self._inputs: deque[tuple[Ready, object]] = deque()
         forks.abandon_in_children(self)
 
     def take(self, profile: Profile, shape: Shape, key: StreamKey | None, *, graphs: bool = False) -> Slot:
-        """A context for work on the stream ``key``; None: on the context's own, nothing pending where that is possible."""
+        """Return a context for work on the stream ``key``, created if none is idle.
+
+        Call it inside ``with memory:``, and give the context back with `give_back` or `discard`. Raises InputError
+        after ``close``.
+
+        Args:
+            profile: Optimisation profile that holds ``shape``.
+            shape: Shape of the input.
+            key: Stream of the work; None for the context's own stream, if possible without pending work.
+            graphs: Replay the shape as a CUDA graph, if it may have one.
+        """
         with self._lock:
             if self.closed:
                 raise self.refusal()
@@ -381,7 +84,7 @@ class Contexts:
         return slot
 
     def take_captured(self, profile: Profile, shape: Shape, key: StreamKey) -> Slot | None:
-        """A context that captures and whose fixed outputs nobody holds; None when callers hold those of all."""
+        """Return a context that captures a graph and whose fixed outputs nobody holds; None if there is none to spare."""
         with self._lock:
             if self.closed:
                 raise self.refusal()
@@ -404,6 +107,7 @@ class Contexts:
         return slot
 
     def _may_capture(self, shape: Shape) -> bool:
+        """Return whether a shape may have contexts of its own for CUDA graphs. Only the first few shapes may."""
         if shape in self.refusals:
             return False
         if shape not in self._graph_shapes and len(self._graph_shapes) < _GRAPH_SHAPES:
@@ -411,6 +115,10 @@ class Contexts:
         return shape in self._graph_shapes
 
     def new_slot(self, profile: Profile, captured: Shape | None) -> Slot:
+        """Create a context.
+
+        ``captured``: the one shape that it serves with a CUDA graph; None for any shape of the profile.
+        """
         refusals = None if captured is None else self.refusals
         with self._lock:
             if self.closed:
@@ -420,12 +128,12 @@ class Contexts:
             return Slot(self._engine, self.pool, profile, captured or profile.max, refusals)
         except BaseException as error:
             self._ended()
-            if isinstance(error, RuntimeError):  # what the bindings raise where C++ returns False
+            if isinstance(error, RuntimeError):  # the bindings raise it if C++ returns False
                 raise self._engine.failure(f"TensorRT made no execution context ({error})") from error
             raise
 
     def _ended(self) -> None:
-        """A context is gone; with the last of them, after ``close``, the engine that it was made by."""
+        """Note that a context is gone. After ``close``, the last one to go closes the engine."""
         with self._lock:
             self._alive -= 1
             last = self.closed and not self._alive
@@ -433,7 +141,10 @@ class Contexts:
             self._engine.close()
 
     def give_back(self, slot: Slot) -> None:
-        """Keep a context for the next call; not after ``close``, and not one that was made for a graph that cannot be."""
+        """Keep a context for the next call.
+
+        It is discarded instead after ``close``, or if the CUDA graph that it was created for cannot be captured.
+        """
         with self._lock:
             slot.busy = False
             if not self.closed and not slot.refused:
@@ -443,19 +154,24 @@ class Contexts:
         self.discard(slot)
 
     def failure(self, array: Any, error: RuntimeError) -> InferenceError:
+        """Return the error for a RuntimeError of TensorRT's bindings."""
         return self._engine.failure(f"TensorRT failed on {array.dtype} {array.shape} ({error})")
 
     def discard(self, slot: Slot) -> None:
+        """Release a context for good. Errors of the release are ignored, because an earlier error is being reported."""
         with self._lock:
             for slots in self._captured.values():
                 if slot in slots:
                     slots.remove(slot)
-        with contextlib.suppress(DeviceError):  # a failure before this one is being told
+        with contextlib.suppress(DeviceError):  # an earlier error is being reported
             slot.release()
         self._ended()
 
     def retire(self, slot: Slot) -> None:
-        """Give a context up; where CUDA cannot be asked whether it is done with it, when all is closed."""
+        """Discard a context that belonged to a graphed call.
+
+        If CUDA is not usable, it is kept until ``close``; in a forked child, forever.
+        """
         if self._is_abandoned:
             forks.keep_for_good(slot)
             return
@@ -466,41 +182,45 @@ class Contexts:
             self._idle.setdefault((-1, None), []).extend(left)
 
     def order(self, stream: int, producer: int) -> None:
-        """Let ``stream`` wait for what is on ``producer`` now."""
+        """Make ``stream`` wait for the work that is on ``producer`` now."""
         ready = self.pool.new_ready()
         self._memory.record(ready.event, producer)
         self._memory.follow(stream, ready.event)
 
     def reading(self, ready: Ready, owner: object) -> None:
-        """Keep an input alive until the GPU has read it: its library may know nothing of this stream."""
+        """Keep the owner of an input alive until the GPU has read it, because its library may not know this stream."""
         self._inputs.append((ready, owner))
 
     def forget_inputs(self) -> None:
-        """Let go of the inputs that have been read."""
+        """Release the inputs that the GPU has read."""
         while self._inputs:
             try:
                 ready, owner = self._inputs.popleft()
             except IndexError:
-                return  # another thread was faster
+                return  # another thread took the last one
             if not self._memory.happened(ready.event):
                 self._inputs.appendleft((ready, owner))
                 return
 
     def refusal(self) -> EdgeBackbonesError:
-        """The error for a call after ``close``, or in a forked child."""
+        """Return the error for a call after ``close`` or in a forked child."""
         if self._is_abandoned:
             return forks.refusal("TensorRT")
         return InputError("this EdgeBackbone was closed: open the bundle again")
 
     def abandon(self) -> None:
-        """See forks.Inherited."""
+        """Keep everything native and refuse calls in a forked child, as described in `forks.Inherited`."""
         forks.keep_for_good(self)
-        self.pool.lock = self._lock = threading.RLock()  # a thread that does not exist here may hold the other
+        self.pool.lock = self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
         self._is_abandoned = self._is_abandoned or not self.closed
         self.closed = True
 
     def close(self) -> None:
-        if self.closed:  # in a forked child CUDA is not to be asked for anything
+        """Wait for the GPU, release all idle contexts and free the memory. Raises the first error after all steps.
+
+        A call in another thread finishes first, and then releases its context and the engine.
+        """
+        if self.closed:  # a forked child must not call CUDA
             return
         attempts = Attempts()
         with self._memory:
@@ -521,14 +241,14 @@ class Contexts:
             self._inputs.clear()
             attempts.make(self.pool.close)
             with self._lock:
-                unused = not self._alive  # a call that runs in another thread ends it
+                unused = not self._alive  # otherwise the last running call closes the engine
             if unused:
                 self._engine.close()
         attempts.end()
 
 
 class Lent:
-    """A context for the time of one call; after an error it is thrown away, because its state is not known."""
+    """Give a context back after one call, or discard it after an error, because its state is then unknown."""
 
     __slots__ = ("_array", "_contexts", "_slot")
 
@@ -552,5 +272,6 @@ class Lent:
 
 
 def close_quietly(contexts: Contexts) -> None:
+    """Close contexts and ignore errors of the GPU, for use in finalizers."""
     with contextlib.suppress(DeviceError):
         contexts.close()

@@ -1,4 +1,4 @@
-"""The deep-learning accelerator of Jetsons: which layers it runs, and int8 by ranges instead of Q/DQ pairs."""
+"""Place layers on a Jetson's deep-learning accelerator (DLA), and quantise for it by ranges instead of Q/DQ pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from edge_backbones.errors import CompileError
 
 @dataclass(frozen=True)
 class DlaCoverage:
-    """Which layers a DLA core runs, asked before anything is compiled."""
+    """Count the layers that a DLA core can run, as TensorRT reports before compiling.
+
+    ``layers``: all layers that compute. ``refused``: names of those that the GPU has to run.
+    """
 
     layers: int
     refused: tuple[str, ...]
@@ -23,9 +26,20 @@ class DlaCoverage:
         return f"DLA runs {self.layers - len(self.refused)} of {self.layers} layers; the GPU {len(self.refused)}{some}"
 
 
-def place_on_dla(library: Any, builder: Any, network: Any, config: Any, options: PlanOptions) -> DlaCoverage:
+def place_on_dla(library: Any, network: Any, config: Any, options: PlanOptions) -> DlaCoverage:
+    """Configure a plan to run on a DLA core, and return which layers it can run.
+
+    Args:
+        library: The TensorRT module.
+        network: The network whose layers are placed.
+        config: Configuration that is changed.
+        options: Options of the plan, with ``dla_core`` set.
+
+    Raises:
+        CompileError: The core cannot run all layers, and ``options.gpu_fallback`` is off.
+    """
     core = options.dla_core
-    assert core is not None  # the caller asks for DLA
+    assert core is not None  # callers check it
     config.default_device_type = library.DeviceType.DLA
     config.DLA_core = core
     if options.gpu_fallback:
@@ -40,7 +54,17 @@ def place_on_dla(library: Any, builder: Any, network: Any, config: Any, options:
 
 
 def quantise_implicitly(library: Any, network: Any, config: Any, ranges: Mapping[str, float]) -> None:
-    """Weak typing: a tensor with a scale may be computed in int8, everything else in fp16."""
+    """Configure weak typing: tensors in ``ranges`` may be computed in int8, everything else in fp16.
+
+    Args:
+        library: The TensorRT module.
+        network: The network whose tensors are quantised.
+        config: Configuration that is changed.
+        ranges: Thresholds of |x| by tensor name.
+
+    Raises:
+        CompileError: TensorRT has no weak typing, or no tensor has a range.
+    """
     if not hasattr(library.BuilderFlag, "INT8"):
         raise CompileError(f"TensorRT {library.__version__} has no weak typing left: compile the typed int8 graph")
     config.set_flag(library.BuilderFlag.INT8)
@@ -56,8 +80,11 @@ def quantise_implicitly(library: Any, network: Any, config: Any, ranges: Mapping
 
 
 def calibration_cache(version: str, ranges: Mapping[str, float]) -> bytes:
-    """What TensorRT of this version would have written after calibrating: range / 127 of each tensor, as the hexadecimal
-    digits of a big-endian float32. TensorRT leaves a table of another version or algorithm unread."""
+    """Return a calibration table, as TensorRT of this version would write it.
+
+    Each range / 127 is written as the hexadecimal digits of a big-endian float32. TensorRT ignores a table of another
+    version or algorithm.
+    """
     major, minor, patch = map(int, version.split(".")[:3])
     lines = [f"TRT-{major * 10000 + minor * 100 + patch}-EntropyCalibration2"]
     lines += [f"{name}: {struct.pack('>f', value / 127).hex()}" for name, value in ranges.items()]
@@ -65,8 +92,10 @@ def calibration_cache(version: str, ranges: Mapping[str, float]) -> bytes:
 
 
 def _calibrator(library: Any, cache: bytes) -> Any:
+    """Return a calibrator for TensorRT that only reads the table in ``cache``."""
+
     class Calibrator(library.IInt8EntropyCalibrator2):  # type: ignore[misc,name-defined]
-        """The kind that DLA takes."""
+        """Hand over a finished calibration table; DLA needs this kind of calibrator."""
 
         def get_batch_size(self) -> int:
             return 1

@@ -1,4 +1,4 @@
-"""A plan that TensorRT has deserialised, checked against what its manifest promises."""
+"""Deserialise a plan with TensorRT, and check it against its manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.bundle.onnx_gate import graph_fault
-from edge_backbones.engines.gpu import memory as cuda
+from edge_backbones.engines.gpu.memory import readable
 from edge_backbones.engines.ports import Tensor, mismatches
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.engines.tensorrt.library import TensorRtFlavour
@@ -24,7 +24,18 @@ from edge_backbones.spec import BackboneSpec, InputSpec
 
 @dataclass
 class Engine:
-    """A deserialised plan. ``runtime`` and ``handle`` are dropped by ``close``, after every context."""
+    """Hold a deserialised plan. ``close`` drops ``handle`` and ``runtime``, and must come after every context is gone.
+
+    Attributes:
+        library: The TensorRT module.
+        logger: Its logger.
+        runtime: TensorRT's runtime, which must outlive ``handle``.
+        handle: TensorRT's engine.
+        input: Name of the input.
+        item_bytes: Bytes of one value of the input.
+        outputs: Names of the outputs.
+        profiles: Its optimisation profiles.
+    """
 
     library: Any
     logger: Any
@@ -36,8 +47,12 @@ class Engine:
     profiles: tuple[Profile, ...]
 
     def new_context(self) -> Any:
-        """An execution context whose memory is that of its profile, where TensorRT can do so. TensorRT-RTX would begin with
-        spare kernels and compile others meanwhile, which nobody has measured."""
+        """Create an execution context.
+
+        Where TensorRT can, the context takes only the memory of its profile. TensorRT-RTX compiles kernels for each
+        shape at once: otherwise it would begin with fallback kernels, which nobody has measured, and replace them while
+        it runs.
+        """
         self.logger.clear()
         strategies = getattr(self.library, "ExecutionContextAllocationStrategy", None)
         on_change = getattr(strategies, "ON_PROFILE_CHANGE", None)
@@ -53,15 +68,19 @@ class Engine:
         context = self.handle.create_execution_context(*chosen)
         if context is None:
             needed = int(self.handle.device_memory_size_v2)
-            raise self.failure(f"TensorRT made no execution context, which takes {cuda.readable(needed)} of its own")
+            raise self.failure(f"TensorRT made no execution context, which takes {readable(needed)} of its own")
         return context
 
     def check(self, done: Any, what: str) -> None:
-        """TensorRT says that something failed by returning False, and why in its log."""
+        """Raise InferenceError, with the reason in TensorRT's log, if a call returned False.
+
+        ``what``: the request, for the message.
+        """
         if not done:
             raise self.failure(f"TensorRT refused {what}")
 
     def failure(self, what: str) -> InferenceError:
+        """Return an InferenceError with the reason in TensorRT's log, or an OutOfMemoryError if that is the reason."""
         log = self.logger.last_error()
         if says_out_of_memory(log):
             return OutOfMemoryError(
@@ -70,6 +89,7 @@ class Engine:
         return InferenceError(f"{what}: {log}")
 
     def close(self) -> None:
+        """Release TensorRT's engine, then its runtime."""
         self.handle = None
         self.runtime = None
 
@@ -85,11 +105,28 @@ def load(
     weights: bytes | bytearray | None,
     spec: BackboneSpec | None,
 ) -> Engine:
+    """Deserialise a plan and check its inputs, outputs and profiles against the manifest.
+
+    Args:
+        library: The TensorRT module.
+        data: The plan's bytes.
+        flavour: Name of the library.
+        input: Input in the manifest.
+        outputs: Names of the outputs in the manifest.
+        allow_host_code: Allow the runtime that a plan may carry.
+        dla_core: DLA core to run on.
+        weights: ONNX graph with the weights of a plan without weights.
+        spec: Outputs in the manifest, to compare their shapes too.
+
+    Raises:
+        EngineMismatchError: The plan does not load, or is not the one of the manifest.
+        OutOfMemoryError: It does not fit into the GPU's memory.
+    """
     logger = tensorrt_library.logger_of(library)
     logger.clear()
     try:
         runtime = library.Runtime(logger)
-    except TypeError as error:  # what pybind11 makes of a null pointer
+    except TypeError as error:  # pybind11 raises it for a null pointer
         raise EngineMismatchError(f"{flavour} cannot start: {logger.last_error()}") from error
     if allow_host_code:
         if not hasattr(runtime, "engine_host_code_allowed"):
@@ -111,14 +148,14 @@ def load(
             _refit(library, engine, weights, flavour)
         profiles = _agreed_profiles(engine, input, outputs, spec)
     except BaseException:
-        engine = None  # before its runtime
+        engine = None  # must go before its runtime
         raise
     item_bytes = np.dtype(input.dtype).itemsize
     return Engine(library, logger, runtime, engine, input.name, item_bytes, tuple(outputs), profiles)
 
 
 def _refit(library: Any, engine: Any, graph: bytes | bytearray, flavour: TensorRtFlavour) -> None:
-    """Give a plan that was written without weights those of its ONNX graph."""
+    """Give a plan without weights the weights of its ONNX graph."""
     logger = tensorrt_library.logger_of(library)
     fault = graph_fault(graph)
     if fault is not None:
@@ -128,7 +165,7 @@ def _refit(library: Any, engine: Any, graph: bytes | bytearray, flavour: TensorR
     try:
         refitter = library.Refitter(engine, logger)
         parser = library.OnnxParserRefitter(refitter, logger)
-    except TypeError as error:  # what pybind11 makes of a null pointer
+    except TypeError as error:  # pybind11 raises it for a null pointer
         raise EngineMismatchError(f"{flavour} cannot refit this plan: {logger.last_error()}") from error
     if not parser.refit_from_bytes(bytes(graph)) or not refitter.refit_cuda_engine():
         raise EngineMismatchError(
@@ -139,7 +176,7 @@ def _refit(library: Any, engine: Any, graph: bytes | bytearray, flavour: TensorR
 def _agreed_profiles(
     engine: Any, input: InputSpec, outputs: Sequence[str], spec: BackboneSpec | None
 ) -> tuple[Profile, ...]:
-    """The optimisation profiles of an engine that is the one of the manifest; EngineMismatchError for another."""
+    """Return the optimisation profiles of a plan. Raises EngineMismatchError if it is not the one of the manifest."""
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     tensors = [
         Tensor(
@@ -164,6 +201,7 @@ def _agreed_profiles(
 
 
 def _profiles(engine: Any, input: str) -> tuple[Profile, ...]:
+    """Return the optimisation profiles of a plan, one without bounds if its shape is fixed."""
     shape = tuple(engine.get_tensor_shape(input))
     if -1 not in shape:
         return (Profile(0, shape, shape, shape),)

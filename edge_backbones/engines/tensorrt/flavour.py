@@ -1,4 +1,4 @@
-"""TensorRT, TensorRT-RTX and the lean runtime of TensorRT: engines for NVIDIA GPUs, compiled ahead of time to plans."""
+"""Describe TensorRT, TensorRT-RTX and TensorRT's lean runtime, whose engines are plans for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from edge_backbones.bundle.reader import Bundle
 from edge_backbones.engines.base import CompiledEngine, CompileOptions, EngineSession, Flavour, LoadOptions
 from edge_backbones.engines.refusals import against_rtx_targets
 from edge_backbones.engines.tensorrt import compile as compiler
-from edge_backbones.engines.tensorrt import library, plans
-from edge_backbones.engines.tensorrt.compile import PlanFlavour
+from edge_backbones.engines.tensorrt import library, plans, requests
 from edge_backbones.engines.tensorrt.options import PlanOptions
+from edge_backbones.engines.tensorrt.requests import PlanFlavour
 from edge_backbones.errors import BundleError, CompileError, EngineMismatchError
 from edge_backbones.machine import hosts
 from edge_backbones.machine.hosts import Host
@@ -26,7 +26,7 @@ from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 
 class TensorRt(Flavour):
-    """TensorRT and TensorRT-RTX, which have one API. ``name`` tells which."""
+    """Compile and run plans with TensorRT or TensorRT-RTX, which share one API; ``name`` says which."""
 
     devices = ("cuda",)
 
@@ -49,7 +49,7 @@ class TensorRt(Flavour):
         wrong = plans.reasons_in_plan(key, data)
         if wrong:
             raise EngineMismatchError(f"{key.name}: {' and '.join(wrong)}")
-        from edge_backbones.engines.registry import this_machine  # what the table of libraries imports
+        from edge_backbones.engines.registry import this_machine  # imported here, because registry imports this module
         from edge_backbones.engines.tensorrt.session import TensorRtSession
 
         return TensorRtSession(
@@ -57,7 +57,7 @@ class TensorRt(Flavour):
             flavour=plans.library_to_load(key, this_machine(None)),
             input=input,
             outputs=spec.outputs,
-            device=options.gpu or 0,
+            gpu=options.gpu or 0,
             memory=options.memory,
             cuda_graphs=options.cuda_graphs,
             allow_host_code=options.allow_host_code,
@@ -69,7 +69,7 @@ class TensorRt(Flavour):
     def check(self, graph: GraphRecord, input: InputSpec, options: CompileOptions) -> None:
         plan = options.plan or PlanOptions()
         weak = self._is_weak(graph, plan)
-        compiler.check_plan(input, graph.precision, flavour=self._name, options=plan, gpu=options.gpu, weak=weak)
+        requests.check_plan(input, graph.precision, flavour=self._name, options=plan, gpu=options.gpu, weak=weak)
 
     def source_graph(self, bundle: Bundle, graph: GraphRecord, options: CompileOptions) -> GraphRecord:
         if self._is_weak(graph, options.plan or PlanOptions()):
@@ -99,13 +99,17 @@ class TensorRt(Flavour):
         return version is not None and not library.against_release(self._name, version, jetson=host.jetson)
 
     def _is_weak(self, graph: GraphRecord, plan: PlanOptions) -> bool:
-        """Return whether int8 is compiled from the fp32 graph and the ranges: DLA of older releases takes no Q/DQ pairs."""
+        """Return whether int8 is compiled from the fp32 graph and ranges.
+
+        DLA of older releases needs this, because it takes no Q/DQ pairs.
+        """
         is_int8_on_dla = plan.dla_core is not None and graph.precision is Precision.INT8
-        return is_int8_on_dla and compiler.has_weak_typing(self._name)
+        return is_int8_on_dla and requests.has_weak_typing(self._name)
 
     def _graph_and_ranges(
         self, bundle: Bundle, graph: GraphRecord, plan: PlanOptions
     ) -> tuple[bytes, Mapping[str, float] | None]:
+        """Return the ONNX bytes to compile, and the calibrated ranges if they are compiled with weak typing."""
         if not self._is_weak(graph, plan):
             return bytes(bundle.read(graph.file)), None
         plain, record = bundle.manifest.onnx_graph(Precision.FP32), bundle.manifest.calibration
@@ -123,7 +127,7 @@ class TensorRt(Flavour):
 
 
 class TensorRtRtx(TensorRt):
-    """TensorRT-RTX: compiles without a GPU for the architectures that it is told, and knows no Jetson or datacenter GPU."""
+    """Compile plans with TensorRT-RTX. It needs no GPU, and serves no Jetson and no datacenter GPU."""
 
     def serves(self, host: Host) -> bool:
         return host.gpu is not None and host.gpu.architecture in RTX_ARCHITECTURES and super().serves(host)
@@ -145,7 +149,7 @@ class TensorRtRtx(TensorRt):
 
 
 class TensorRtLean(Flavour):
-    """The lean runtime of TensorRT: it runs version-compatible plans of TensorRT, and compiles none."""
+    """Run version-compatible plans with TensorRT's lean runtime, which cannot compile."""
 
     name, title, extra, devices = "tensorrt_lean", "TensorRT's lean runtime", "tensorrt", ("cuda",)
     graph_format = None
@@ -187,7 +191,11 @@ def compile_engine(
     ranges: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> CompiledEngine:
-    """Compile ONNX bytes to a plan with its key: see :func:`edge_backbones.engines.tensorrt.compile.compile_plan`."""
+    """Compile ONNX bytes to an engine: a plan and its key.
+
+    The parameters are those of :func:`edge_backbones.engines.tensorrt.compile.compile_plan`, which also says what it
+    raises.
+    """
     plan = compiler.compile_plan(
         graph, input, precision, flavour=flavour, options=options, gpu=gpu, ranges=ranges, progress=progress
     )
@@ -208,10 +216,13 @@ def compile_engine(
 
 
 def _latest_timing_cache(bundle: Bundle) -> bytes | None:
-    """Return what an earlier compilation measured; TensorRT itself leaves out what another GPU measured."""
+    """Return the kernel times of the latest compilation; None if the bundle has none.
+
+    TensorRT ignores those of another GPU.
+    """
     for engine in reversed(trust.known_engines(bundle)):
         if engine.timing_cache is not None:
-            with contextlib.suppress(BundleError):  # damaged, or gone with its engine: it only saves time
+            with contextlib.suppress(BundleError):  # damaged or removed with its engine; it only saves time
                 return bytes(bundle.read(engine.timing_cache))
     return None
 

@@ -1,7 +1,7 @@
-"""Finding TensorRT: the full library, the RTX one or the lean runtime, and the log in which they give their reasons.
+"""Find TensorRT (the full library, the RTX one or the lean runtime), and collect the errors that it logs.
 
-Releases are told apart by what they have, never by a version string: names that are gone in TensorRT 11 and TensorRT-RTX
-(weak typing, `EXPLICIT_BATCH`), or came in between (`device_memory_size_v2`), are looked for on the module.
+What a release can do is looked up on its module, never derived from a version string. Some names are gone in TensorRT
+11 and TensorRT-RTX (weak typing, `EXPLICIT_BATCH`), others were added in between (`device_memory_size_v2`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TensorRtFlavour = Literal["tensorrt", "tensorrt_rtx", "tensorrt_lean"]
 FLAVOURS: tuple[TensorRtFlavour, ...] = ("tensorrt", "tensorrt_rtx", "tensorrt_lean")
 
 OLDEST = (10, 3)
-"""Of TensorRT, for plans: strongly typed networks, and what else compiling takes for granted."""
+"""Oldest release of TensorRT that can compile plans: it has strongly typed networks and all that compiling needs."""
 FROM_JETPACK = (
     "sudo apt install python3-libnvinfer, in an environment made by /usr/bin/python3 -m venv --system-site-packages ENV "
     "(JetPack has it, pip has not)"
@@ -32,13 +32,15 @@ _making = threading.Lock()
 
 
 def load_library(flavour: TensorRtFlavour) -> Any:
-    """The module of a flavour; raises MissingDependencyError with the command that installs it, on a Jetson JetPack's.
+    """Return the module of a flavour.
 
-    Importing needs no GPU and no driver. Making a Runtime or a Builder of `tensorrt` or `tensorrt_lean` without a driver
-    ends the process: ask :func:`edge_backbones.machine.gpus.find_gpus` first.
+    Importing it needs no GPU and no driver. But without a driver, creating a Runtime or a Builder of `tensorrt` or
+    `tensorrt_lean` ends the process: call :func:`edge_backbones.machine.gpus.find_gpus` first.
+
+    Raises MissingDependencyError with the command that installs it; on a Jetson, the command for JetPack.
     """
     reason = "not installed"
-    # `tensorrt_rtx` re-exports `tensorrt_rtx_bindings`, which is all that some installations have.
+    # `tensorrt_rtx` re-exports `tensorrt_rtx_bindings`. Some installations have only the bindings.
     for name in (flavour, f"{flavour}_bindings"):
         try:
             module = importlib.import_module(name)
@@ -47,17 +49,17 @@ def load_library(flavour: TensorRtFlavour) -> Any:
                 reason = f"installed, and cannot be loaded: {str(error).splitlines()[-1]}"
                 break
             continue
-        # torch-tensorrt-rtx puts TensorRT-RTX in the place of `tensorrt`.
+        # torch-tensorrt-rtx registers TensorRT-RTX as `tensorrt`, so check which library this is.
         if hasattr(module, "ComputeCapability") == (flavour == "tensorrt_rtx"):
             return module
-    from edge_backbones.machine.system import is_jetson  # the bindings of every release are asked without msgspec
+    from edge_backbones.machine.system import is_jetson  # imported here, because tests use this module without msgspec
 
     fix = FROM_JETPACK if flavour == "tensorrt" and is_jetson() else ""
     raise MissingDependencyError(f"the {flavour} engine ({reason})", _EXTRAS[flavour], fix=fix)
 
 
 def library_version(flavour: TensorRtFlavour) -> str | None:
-    """The library's version, or None where it cannot be imported."""
+    """Return the library's version; None if it cannot be imported."""
     try:
         return str(load_library(flavour).__version__)
     except MissingDependencyError:
@@ -65,7 +67,7 @@ def library_version(flavour: TensorRtFlavour) -> str | None:
 
 
 def against_release(flavour: TensorRtFlavour, version: str, *, jetson: bool) -> str:
-    """Why plans are not made with this release of TensorRT, with the way out; empty if they are."""
+    """Return why this release cannot compile plans, with a fix; empty if it can."""
     if flavour != "tensorrt" or tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= OLDEST:
         return ""
     way = "to JetPack 6.2 or newer" if jetson else "with pip install --upgrade tensorrt"
@@ -73,9 +75,10 @@ def against_release(flavour: TensorRtFlavour, version: str, *, jetson: bool) -> 
 
 
 def against_driver(flavour: TensorRtFlavour, driver: str) -> str:
-    """Why a driver that serves CUDA ``driver`` is too old for the installed library, with the way out; empty if it is not.
+    """Return why a driver for CUDA ``driver`` is too old for the installed library, with a fix; empty if it is not.
 
-    Only wheels say which CUDA they were made with. Under an older driver a Runtime is dead, and using it ends the process.
+    Only wheels say which CUDA they were built with. With an older driver, a Runtime does not work, and using it ends
+    the process.
     """
     wheel, served = flavour.replace("_", "-"), int(driver.partition(".")[0])
     made_with = [cuda for cuda in range(11, 20) if _is_installed(wheel, cuda)]
@@ -96,10 +99,10 @@ def _is_installed(wheel: str, cuda: int) -> bool:
 
 
 def logger_of(library: Any) -> Any:
-    """The one logger of a library in this process: TensorRT keeps the first that it is given and warns about others.
+    """Return the one logger of a library in this process: TensorRT keeps its first logger and warns about others.
 
-    An ``ILogger`` with ``last_error() -> str`` of the calling thread, ``clear()``, and ``warnings``, the latest texts.
-    Messages of threads that TensorRT starts itself count for every caller.
+    It is an ``ILogger`` with ``last_error() -> str`` for the calling thread, ``clear()``, and ``warnings`` with the
+    latest texts. Messages from TensorRT's own threads count for every caller.
     """
     with _making:
         name = library.__name__
@@ -109,11 +112,12 @@ def logger_of(library: Any) -> Any:
 
 
 def _make_logger(library: Any) -> Any:
+    """Create the logger of a library."""
     severities = library.ILogger.Severity
     errors = (severities.INTERNAL_ERROR, severities.ERROR)
 
     class Log(library.ILogger):  # type: ignore[misc,name-defined]
-        """A failure is a None or a False in TensorRT, and its reason stands only here."""
+        """Keep TensorRT's latest errors and warnings: its calls return None or False, and only the log has the reason."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -127,14 +131,14 @@ def _make_logger(library: Any) -> Any:
                 self.warnings.append(message)
 
         def clear(self) -> None:
-            """Forget what this thread was told, before a call whose failure is to be explained."""
+            """Forget the errors of this thread, before a call whose failure is to be explained."""
             mine = threading.get_ident()
             kept = [entry for entry in self.errors if entry[0] != mine]
             self.errors.clear()
             self.errors.extend(kept)
 
         def last_error(self) -> str:
-            """The last error of this thread, or the last of any."""
+            """Return the last error of this thread; if there is none, the last of any thread."""
             mine = [message for thread, message in self.errors if thread == threading.get_ident()]
             texts = mine or [message for _, message in self.errors]
             return " ".join(texts[-1].split()) if texts else f"{library.__name__} logged no error"

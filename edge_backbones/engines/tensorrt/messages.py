@@ -1,4 +1,4 @@
-"""What TensorRT says when it fails, made into errors of ours with the way out."""
+"""Turn failures of TensorRT into errors of this package that say how to fix them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ _WAYS_OUT: tuple[tuple[str, str], ...] = (
 
 
 def made(thing: Any, what: str, log: Any) -> Any:
+    """Return ``thing``; raise CompileError, with TensorRT's reason, if it is None.
+
+    ``what``: its name, for the message.
+    """
     if thing is None:
         raise CompileError(f"TensorRT did not make {what}: {log.last_error()}")
     return thing
@@ -39,7 +43,10 @@ def made(thing: Any, what: str, log: Any) -> Any:
 
 @contextlib.contextmanager
 def null_pointers_explained(log: Any) -> Iterator[None]:
-    """A constructor of TensorRT that fails is a TypeError of pybind, for the null pointer it got; the log has the reason."""
+    """Turn a TypeError of a constructor into a CompileError.
+
+    If a constructor of TensorRT fails, pybind11 raises TypeError for the null pointer, and the log has the reason.
+    """
     try:
         yield
     except TypeError as error:
@@ -48,7 +55,7 @@ def null_pointers_explained(log: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusals_explained(log: Any) -> Iterator[None]:
-    """What the bindings raise for a setting that they do not take."""
+    """Turn the errors that the bindings raise for a setting into a CompileError."""
     try:
         yield
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -57,18 +64,18 @@ def refusals_explained(log: Any) -> Iterator[None]:
 
 
 def cause(operation: str, text: str) -> str:
-    """Why the parser refused a node, in its own words, without the conditions in C++ and the frames around them.
+    """Return why the parser refused a node, in its own words, without C++ conditions and frames.
 
-    Its text for an operation that it has no importer for is ``false``, or that there is no plugin of that name.
+    For an unknown operation, the parser's text is ``false``, or that there is no plugin of that name.
     """
     if text.strip() in ("", "false") or "Plugin not found" in text:
         return f"no layer for {operation or 'a node'}"
-    found = _IN_A_LAYER.search(text)  # the layer that it made of the node says more than the node itself
+    found = _IN_A_LAYER.search(text)  # the error of the layer says more than the error of the node
     said = found.group(1) if found else _CONDITION.sub("", text.strip().splitlines()[0]).strip('"')
     return f"{operation}: {said}".removeprefix(": ").rstrip(".")
 
 
 def explained(message: str) -> str:
-    """TensorRT's words, with a way out where one is known."""
+    """Return TensorRT's message, with a fix if one is known."""
     ways = [way for pattern, way in _WAYS_OUT if re.search(pattern, message)]
     return f"{message} ({ways[0]})" if ways else message

@@ -1,4 +1,4 @@
-"""How a plan is compiled."""
+"""Define the options of a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edge_backbones.spec import ShapeRange
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """One optimisation profile: the sizes that its kernels are chosen for."""
+    """Define one optimisation profile: the input sizes that kernels are chosen for."""
 
     batch: ShapeRange
     height: ShapeRange
@@ -22,16 +22,25 @@ class Shapes:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """How a plan is compiled. ``None`` and ``False`` leave a setting to TensorRT.
+    """Say how a plan is compiled. ``None`` and ``False`` leave a setting to TensorRT.
 
-    ``profiles``: input sizes, each inside those of the graph; none means one profile with all of them. ``targets``:
-    architectures for TensorRT-RTX (``sm_89``). ``workspace``: bytes of scratch memory that a kernel may ask for. ``level``:
-    builder optimisation level, 0 to 5. ``hardware_compatibility``: ``ampere_plus`` (any GPU since Ampere, slower) or
-    ``same_compute_capability``. ``version_compatible``: newer releases and the lean runtime run it; ``embed_runtime``
-    carries a lean runtime inside, which is code that a device has to allow. ``refit``: weights can be replaced later;
-    ``strip``: the plan is written without them. ``sparse``: use 2:4 sparse weights. ``dla_core``: compile for this core of
-    the deep-learning accelerator; ``gpu_fallback``: layers that it cannot run go to the GPU. ``timing_cache``: what an
-    earlier compilation measured.
+    Attributes:
+        profiles: Input sizes, each inside those of the graph; empty for one profile with all of them.
+        targets: Architectures for TensorRT-RTX (``sm_89``).
+        workspace: Bytes of scratch memory that a kernel may ask for.
+        level: Builder optimisation level, 0 to 5.
+        hardware_compatibility: ``ampere_plus`` for any GPU since Ampere (slower), or ``same_compute_capability``.
+        version_compatible: Newer releases and the lean runtime can run the plan.
+        embed_runtime: Put a lean runtime into the plan. It is code, which a device has to allow.
+        refit: Weights can be replaced later.
+        strip: Write the plan without weights.
+        sparse: Use 2:4 sparse weights.
+        dla_core: Compile for this core of the deep-learning accelerator.
+        gpu_fallback: Let the GPU run layers that the DLA core cannot run.
+        timing_cache: Kernel times that an earlier compilation measured.
+
+    Raises:
+        InputError: An option is out of range.
     """
 
     profiles: Annotated[

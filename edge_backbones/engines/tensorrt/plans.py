@@ -1,4 +1,4 @@
-"""What is known of a plan before TensorRT sees it: whether it fits a machine, and what its first bytes say."""
+"""Check a plan before TensorRT reads it: whether it fits a machine, and what its first bytes say."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from edge_backbones.machine.hosts import Host
 
 _RTX_MAGIC = b"vtrt"
 _RTX_HEADER_BYTES = 64
-# Bit of an architecture in the mask of a TensorRT-RTX plan, as 1.7 writes it.
+# Bit of each architecture in the mask of a plan of TensorRT-RTX, as release 1.7 writes it.
 _RTX_MASK = {"sm_75": 1, "sm_80": 2, "sm_86": 4, "sm_89": 8, "sm_120": 16, "sm_121": 32}
 
 
 def reasons_against(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:
-    """Return why a plan cannot run on ``host``, one phrase each with the way out; empty if it can."""
+    """Return why a plan cannot run on ``host``, one phrase with a fix each; empty if it can."""
     asked = cast(GpuKey, key.gpu)
     reasons = _against_library(flavour, key, asked, host)
     if not reasons and asked.stripped and library_to_load(key, host) == "tensorrt_lean":
@@ -36,7 +36,7 @@ def reasons_against(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:
     if elsewhere := compat.against_architecture(flavour, asked, gpu):
         reasons += elsewhere
     elif times_kernels and asked.hardware_compatibility == "none":
-        # All modules of Jetson Orin have one name.
+        # All modules of Jetson Orin have the same name, so compare the number of SMs too.
         there, here = f"{key.device_name} ({asked.multiprocessors} SMs)", f"{gpu.name} ({gpu.multiprocessors} SMs)"
         if key.device_name != gpu.name or asked.multiprocessors not in (None, gpu.multiprocessors):
             reasons.append(
@@ -47,11 +47,12 @@ def reasons_against(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:
 
 
 def _against_library(flavour: Flavour, key: EngineKey, asked: GpuKey, host: Host) -> list[str]:
+    """Return why no library on ``host`` loads the plan."""
     here = host.versions.get(flavour.name)
     if asked.version_compatible:
         candidates = [host.versions.get(name) for name in ("tensorrt", "tensorrt_lean")]
         found = [version for version in candidates if version is not None]
-        # Newer releases run the lean runtime that a plan carries; one that carries none needs that of its own release.
+        # Newer releases run the lean runtime that a plan carries. A plan without one needs the runtime of its own release.
         newer = any(numbers(version) >= numbers(key.library_version) for version in found)
         if key.library_version in found or (newer and asked.host_code):
             return []
@@ -80,10 +81,10 @@ def library_to_load(key: EngineKey, host: Host) -> TensorRtFlavour:
 
 
 def reasons_in_plan(key: EngineKey, plan: bytes | bytearray | memoryview) -> list[str]:
-    """Return what is wrong with the bytes of a plan, one phrase each, from its first 64.
+    """Return what is wrong with a plan according to its first 64 bytes, one phrase each.
 
-    TensorRT-RTX writes its name, the length of the file, its release and a mask of architectures there. TensorRT's own
-    header is not documented: only emptiness and the other library's name can be told.
+    A plan of TensorRT-RTX begins with its name, the file's length, the release and a mask of architectures. The header
+    of TensorRT's plans is not documented: only an empty plan, or one of TensorRT-RTX, can be recognised.
     """
     if not plan:
         return ["the plan is empty: compile it again"]

@@ -1,4 +1,4 @@
-"""Optimisation profiles of a plan, and what its log says."""
+"""Choose the optimisation profile for an input shape, and recognise known failures in TensorRT's log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edge_backbones.spec import InputSpec
 
 @dataclass(frozen=True)
 class Profile:
-    """One optimisation profile: the smallest, the usual and the largest shape of the input."""
+    """Hold one optimisation profile: the smallest, the usual and the largest shape of the input."""
 
     index: int
     min: Shape
@@ -22,6 +22,7 @@ class Profile:
     max: Shape
 
     def holds(self, shape: Sequence[int]) -> bool:
+        """Return whether an input of this shape is inside the profile."""
         return len(shape) == len(self.min) and all(
             low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
         )
@@ -31,9 +32,9 @@ class Profile:
 
 
 def choose_profile(profiles: Sequence[Profile], shape: Shape) -> Profile:
-    """The tightest profile that holds a shape: the smallest maximum, then the nearest optimum, then the first.
+    """Return the tightest profile that holds a shape: the smallest maximum, then the nearest optimum, then the first.
 
-    InputError with the shape and the min, opt and max of every profile when none does.
+    Raises InputError, which lists every profile, if none holds it.
     """
     fitting = [profile for profile in profiles if profile.holds(shape)]
     if not fitting:
@@ -46,7 +47,10 @@ def choose_profile(profiles: Sequence[Profile], shape: Shape) -> Profile:
 
 
 def uncovered(profiles: Sequence[Profile], input: InputSpec) -> list[Shape]:
-    """Inputs that the manifest promises and no profile holds: all corners are tried, and what lies beyond each profile."""
+    """Return input shapes that the manifest allows and no profile holds; empty if there are none.
+
+    It tries the corners of the allowed sizes, and the sizes just beyond each profile.
+    """
     axes = (0, 2, 3) if input.layout == "NCHW" else (0, 1, 2)
     tried: list[list[int]] = []
     for axis, sizes, step in zip(
@@ -60,7 +64,7 @@ def uncovered(profiles: Sequence[Profile], input: InputSpec) -> list[Shape]:
 
 
 def says_out_of_memory(log: str) -> bool:
-    """Is memory the reason that TensorRT logged?"""
+    """Return whether TensorRT's log says that memory ran out."""
     text = log.lower().replace(" ", "")
     return any(
         words in text for words in ("outofmemory", "out_of_memory", "cudaerrormemoryallocation", "couldnotallocate")
@@ -68,6 +72,6 @@ def says_out_of_memory(log: str) -> bool:
 
 
 def says_host_code(log: str) -> bool:
-    """Is code for the host in the plan the reason that TensorRT logged?"""
+    """Return whether TensorRT's log says that the plan carries host code."""
     text = log.lower().replace(" ", "").replace("-", "").replace("_", "")
     return any(words in text for words in ("hostcode", "leanruntime", "versioncompatib"))

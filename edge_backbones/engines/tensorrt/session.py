@@ -1,8 +1,7 @@
-"""TensorRT at run time: the full library, TensorRT-RTX or the lean runtime, over plans; no torch.
+"""Run plans with TensorRT, TensorRT-RTX or the lean runtime, without torch.
 
-A plan is run by execution contexts. Each has a stream and memory of its own and is used by one thread at a time, so that
-threads never mix outputs; they are made when a call finds none idle, and kept. What is decided (which profile, which pieces,
-which memory) is decided in plan.py.
+Every call borrows an execution context (contexts.py), which has a stream and memory of its own. This module decides
+which profile, which pieces and which memory a call uses.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import numpy as np
 
 from edge_backbones.engines import exits
 from edge_backbones.engines.batching import Piece, pieces
-from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
+from edge_backbones.engines.gpu.memory import MemoryBackend, open_memory
 from edge_backbones.engines.gpu.pool import Buffer, Lease
 from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, float32_bytes, is_default, rounded
 from edge_backbones.engines.ports import Shape
@@ -41,14 +40,27 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 class TensorRtSession:
-    """A loaded plan on one GPU. Threads may share it: every call borrows an execution context of its own.
+    """Run a loaded plan on one GPU. Threads may share it: every call borrows an execution context of its own.
 
-    ``weights``: the ONNX graph of a plan that was written without weights, which are taken from there. ``spec``: what a
-    manifest says of the outputs, whose shapes are then compared with the plan's.
-    ``graph_refusals``: with ``cuda_graphs``, why an input shape is enqueued and not replayed, by shape.
+    A session that is not closed is released when it is collected.
 
-    Raises EngineMismatchError where this machine or this plan cannot do what the manifest promises, MissingDependencyError
-    without the libraries, OutOfMemoryError. A session that is not closed is released when it is collected.
+    Args:
+        plan: The plan's bytes.
+        flavour: Library that loads the plan.
+        input: Input in the manifest.
+        outputs: Names of the outputs in the manifest.
+        gpu: Index of the GPU.
+        memory: Library that manages GPU memory; None for the first that is installed.
+        cuda_graphs: Replay each input shape as a CUDA graph.
+        allow_host_code: Allow the runtime that a plan may carry.
+        dla_core: DLA core that the plan runs on.
+        weights: ONNX graph with the weights of a plan without weights.
+        spec: Outputs in the manifest, to compare their shapes with the plan's.
+
+    Raises:
+        EngineMismatchError: This machine or this plan cannot do what the manifest says.
+        MissingDependencyError: A library is not installed.
+        OutOfMemoryError: The plan does not fit into the GPU's memory.
     """
 
     def __init__(
@@ -58,50 +70,55 @@ class TensorRtSession:
         flavour: TensorRtFlavour,
         input: InputSpec,
         outputs: Sequence[str],
-        device: int = 0,
-        memory: cuda.MemoryBackend | None = None,
+        gpu: int = 0,
+        memory: MemoryBackend | None = None,
         cuda_graphs: bool = False,
         allow_host_code: bool = False,
         dla_core: int | None = None,
         weights: bytes | bytearray | None = None,
         spec: BackboneSpec | None = None,
     ) -> None:
-        # Before anything of TensorRT is made: without a driver the lean runtime ends the process.
+        # Check this before creating anything of TensorRT: without a driver, the lean runtime ends the process.
         reason = gpus.no_gpu_reason()
         if reason:
             raise EngineMismatchError(f"the {flavour} engine needs an NVIDIA GPU: {reason}")
         found = gpus.find_gpus()
-        if not 0 <= device < len(found):
+        if not 0 <= gpu < len(found):
             raise EngineMismatchError(
-                f"there is no cuda:{device} here, {len(found)} GPUs are visible: pass a smaller index"
+                f"there is no cuda:{gpu} here, {len(found)} GPUs are visible: pass a smaller index"
             )
-        old = tensorrt_library.against_driver(flavour, found[device].driver)
+        old = tensorrt_library.against_driver(flavour, found[gpu].driver)
         if old:
             raise EngineMismatchError(old)
         library = tensorrt_library.load_library(flavour)
-        gpu = cuda.open_memory(device, memory)
-        with exits.calls, gpu:
+        device_memory = open_memory(gpu, memory)
+        with exits.calls, device_memory:
             engine = load_engine(library, plan, flavour, input, outputs, allow_host_code, dla_core, weights, spec)
-            self._contexts = Contexts(engine, gpu)
+            self._contexts = Contexts(engine, device_memory)
             self._finalizer = weakref.finalize(self, close_quietly, self._contexts)
         self._input = input
         self._dtype = np.dtype(input.dtype)
-        self._memory = gpu
+        self._memory = device_memory
         self._profiles = engine.profiles
         self._chosen: dict[Shape, Profile] = {}
         self._routes: dict[Shape, _Route] = {}
         self._cuda_graphs = cuda_graphs
 
     @property
-    def device(self) -> int:
-        return self._memory.device
+    def gpu(self) -> int:
+        """Return the index of the GPU."""
+        return self._memory.gpu
 
     @property
     def graph_refusals(self) -> dict[Shape, str]:
+        """Return why an input shape is not replayed as a CUDA graph, by shape. It is empty without ``cuda_graphs``."""
         return dict(self._contexts.refusals)
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
-        """As EngineSession has it; the arrays are in page-locked memory, which is used again once nobody holds them."""
+        """Return the outputs as described in `EngineSession`.
+
+        The arrays are in page-locked memory, which is reused once nobody holds them.
+        """
         if self._contexts.closed:
             raise self._contexts.refusal()
         profile = self._profile(array.shape)
@@ -111,17 +128,21 @@ class TensorRtSession:
                 return slot.run(array)
 
     def run_on_device(self, array: ForeignArray, stream: int) -> list[DeviceArray]:
-        """Every output, in graph order, as new float32 arrays on the same GPU; enqueued on ``stream``, nothing waits.
+        """Enqueue one call on ``stream`` and return its outputs without waiting.
 
-        ``array``: of any batch from 1, the input's dtype, in C order, on this GPU. It is read in place: nothing may write
-        to it until ``stream`` is past this call, and it is kept alive until then. It is copied on the GPU first where it
-        does not start at a multiple of 256, is filled up to the smallest batch, or goes through a CUDA graph.
+        The outputs are new float32 arrays on the same GPU, in graph order. ``array`` has any batch size from 1 and the
+        input's dtype, and is in C order on this GPU. It is read in place and kept alive until then: nothing may write
+        to it until ``stream`` is past this call. It is copied on the GPU first if it does not start at a multiple of
+        256, is filled up to the smallest batch, or goes through a CUDA graph.
 
-        The outputs are valid for work on ``stream``; DLPack makes other streams wait. Their memory is used again by a later
-        call on ``stream`` once nobody holds them. Who reads them on another stream without DLPack has to hold them until
-        that work is done.
+        The outputs are valid for work on ``stream``; DLPack makes other streams wait. A later call on ``stream`` reuses
+        their memory once nobody holds them. To read them on another stream without DLPack, hold them until that work is
+        done.
 
-        ``stream``: 0 is the default stream, on which TensorRT would block: it runs beside it and is ordered by events.
+        ``stream`` 0 is the default stream, on which TensorRT would block. The work then runs on another stream and is
+        ordered by events.
+
+        Raises InputError for an array that does not fit, OutOfMemoryError and InferenceError.
         """
         route = self._route(array)
         contexts = self._contexts
@@ -139,12 +160,13 @@ class TensorRtSession:
                         ready = slot.replay(array, stream, key)
                         contexts.reading(ready, array.owner)
                         return [
-                            _device_array(slot.lease(i, ready), shape, memory.device, stream)
+                            _device_array(slot.lease(i, ready), shape, memory.gpu, stream)
                             for i, shape in enumerate(slot.output_shapes)
                         ]
             return self._run_pieces(array, route, stream, key)
 
     def _run_pieces(self, array: ForeignArray, route: _Route, stream: int, key: StreamKey) -> list[DeviceArray]:
+        """Enqueue an array piece by piece into shared outputs."""
         contexts, pool = self._contexts, self._contexts.pool
         buffers: list[Buffer] = []
         try:
@@ -165,19 +187,22 @@ class TensorRtSession:
                     ready = slot.run_on_device(source, piece.count, targets, stream, key)
         except BaseException:
             with contextlib.suppress(DeviceError):
-                self._memory.wait(stream)  # pieces that are enqueued read the input, which nobody keeps for them
+                self._memory.wait(stream)  # enqueued pieces still read the input, and nothing else keeps it alive
             for buffer in buffers:
                 pool.give_back(buffer)
             raise
         contexts.reading(ready, array.owner)
         leases = [Lease(buffer, ready, pool, pool.give_back) for buffer in buffers]
         return [
-            _device_array(lease, output.shape, self._memory.device, stream)
+            _device_array(lease, output.shape, self._memory.gpu, stream)
             for lease, output in zip(leases, route.outputs, strict=True)
         ]
 
     def graphed(self, array: ForeignArray, stream: int) -> GraphedCall:
-        """See EdgeBackbone.graphed."""
+        """Record a call on the memory of ``array`` as a CUDA graph, as described in `EdgeBackbone.graphed`.
+
+        Raises InputError if the array cannot be read in place or ``stream`` is a default one.
+        """
         route = self._route(array)
         if not route.exact or array.pointer % ALIGNMENT:
             raise InputError(
@@ -191,23 +216,22 @@ class TensorRtSession:
             return GraphedCall(self._contexts, array, route.parts[0][1], stream, memory.stream_key(stream))
 
     def close(self) -> None:
-        """Release contexts, engine and runtime, in this order, after the GPU has done with them. Closing twice is fine.
+        """Wait for the GPU, then release contexts, engine and runtime, in this order. Closing twice is fine.
 
-        Arrays that were returned stay valid. A call that is running in another thread finishes first in that thread.
+        Returned arrays stay valid. A call in another thread finishes first.
         """
         self._contexts.close()
         self._finalizer.detach()
 
     def _require_here(self, pointer: int) -> None:
-        on, device = self._memory.device_of(pointer), self._memory.device
-        if on != device:
+        """Raise InputError if a pointer is not in the memory of this GPU."""
+        on, gpu = self._memory.gpu_of(pointer), self._memory.gpu
+        if on != gpu:
             where = "host memory" if on is None else f"cuda:{on}"
-            raise InputError(
-                f"{self._input.name} is in {where}, this engine runs on cuda:{device}: copy it there first"
-            )
+            raise InputError(f"{self._input.name} is in {where}, this engine runs on cuda:{gpu}: copy it there first")
 
     def _route(self, array: ForeignArray) -> _Route:
-        """How an array is run; InputError for one that cannot be."""
+        """Return how an array is run. Raises InputError if it cannot be."""
         if self._contexts.closed:
             raise self._contexts.refusal()
         name, shape = self._input.name, array.shape
@@ -229,6 +253,7 @@ class TensorRtSession:
         return route
 
     def _profile(self, shape: Shape) -> Profile:
+        """Return the optimisation profile for a shape."""
         profile = self._chosen.get(shape)
         if profile is None:
             profile = choose_profile(self._profiles, shape)
@@ -238,7 +263,20 @@ class TensorRtSession:
 
 
 class GraphedCall:
-    """One input, where it lies, into the same ``outputs`` every time."""
+    """Replay one call as a CUDA graph: from one input address into the same ``outputs`` every time.
+
+    One thread at a time may call it.
+
+    Args:
+        contexts: Creates the context of the call.
+        array: The input, which must stay where it is.
+        profile: Optimisation profile that holds its shape.
+        stream: Stream of the call, not a default one.
+        key: Key of that stream.
+
+    Raises:
+        InferenceError: TensorRT cannot capture the call.
+    """
 
     def __init__(self, contexts: Contexts, array: ForeignArray, profile: Profile, stream: int, key: StreamKey) -> None:
         slot = contexts.new_slot(profile, array.shape)
@@ -248,26 +286,27 @@ class GraphedCall:
         try:
             for shape in slot.output_shapes:
                 buffers.append(pool.take(rounded(float32_bytes(shape)), key))
-            for _ in range(2):  # the second enqueue of a context is captured
+            for _ in range(2):  # the second run of a context is captured
                 targets = [buffer.pointer for buffer in buffers]
                 ready = slot.run_on_device(array.pointer, array.shape[0], targets, stream, key)
             if slot.graph is None:
                 raise InferenceError(f"TensorRT makes no CUDA graph of this: {contexts.refusals[array.shape]}")
         except BaseException as error:
-            self._finalizer()  # which waits for the GPU
+            self._finalizer()  # waits for the GPU
             for buffer in buffers:
                 pool.give_back(buffer)
             if isinstance(error, RuntimeError):
                 raise contexts.failure(array, error) from error
             raise
         self.outputs = [
-            _device_array(Lease(buffer, ready, pool, pool.give_back), shape, memory.device, stream)
+            _device_array(Lease(buffer, ready, pool, pool.give_back), shape, memory.gpu, stream)
             for buffer, shape in zip(buffers, slot.output_shapes, strict=True)
         ]
         self._contexts, self._memory, self._stream = contexts, memory, stream
         self._graph, self._ready, self._owner = slot.graph, ready, array.owner
 
     def __call__(self) -> list[DeviceArray]:
+        """Enqueue the graph on its stream. Raises InputError after the session was closed."""
         if self._contexts.closed:
             raise self._contexts.refusal()
         with self._memory as memory:
@@ -277,7 +316,10 @@ class GraphedCall:
 
 
 class _Output(NamedTuple):
-    """One output of a whole batch: ``size`` bytes hold it and the last filling, ``image`` bytes are one image's."""
+    """Describe one output of a whole batch.
+
+    ``size`` bytes hold it with the filling of the last piece; ``image`` bytes hold one image's part.
+    """
 
     shape: Shape
     size: int
@@ -286,9 +328,9 @@ class _Output(NamedTuple):
 
 @dataclass
 class _Route:
-    """How arrays of one shape are run on the GPU: pieces, each with its profile and shape; and what comes out.
+    """Describe how arrays of one shape run on the GPU: the pieces, each with profile and shape, and the outputs.
 
-    ``image``: bytes of one image of the input. ``outputs`` are known once a context was told the shape.
+    ``image``: bytes of one image of the input. ``outputs``: empty until a context has reported the shapes.
     """
 
     parts: list[tuple[Piece, Profile, Shape]]
@@ -297,10 +339,11 @@ class _Route:
 
     @property
     def exact(self) -> bool:
-        """Is the batch one that the engine takes as it is?"""
+        """Return whether the engine takes the batch without splitting or filling."""
         return len(self.parts) == 1 and self.parts[0][0].run == self.parts[0][0].count
 
     def set_outputs(self, count: int, shapes: Sequence[Shape]) -> None:
+        """Derive the outputs of the whole batch from those of one piece. ``count``: images in the batch."""
         last = self.parts[-1][0]
         images = [float32_bytes(shape[1:]) for shape in shapes]
         self.outputs = tuple(
@@ -309,5 +352,5 @@ class _Route:
         )
 
 
-def _device_array(lease: Lease, shape: Shape, device: int, stream: int) -> DeviceArray:
-    return DeviceArray.of_engine(lease.buffer.pointer, shape, _FLOAT32, device, lease, stream)
+def _device_array(lease: Lease, shape: Shape, gpu: int, stream: int) -> DeviceArray:
+    return DeviceArray.of_engine(lease.buffer.pointer, shape, _FLOAT32, gpu, lease, stream)

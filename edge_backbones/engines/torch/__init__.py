@@ -1,0 +1,1 @@
+"""Run TorchScript files and programs of torch-tensorrt with torch."""

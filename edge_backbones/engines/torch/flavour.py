@@ -1,4 +1,4 @@
-"""torch: TorchScript files, and programs that torch-tensorrt compiled. Both are code, which torch runs as it is."""
+"""Describe the engines that torch runs: TorchScript files, and programs that torch-tensorrt compiled. Both are code."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 
 class _Program(Flavour):
+    """Load an engine that is a program, if the caller allows it."""
+
     is_program = True
 
     def load(
@@ -32,7 +34,7 @@ class _Program(Flavour):
 
 
 class TorchScript(_Program):
-    """The frozen TorchScript module of a bundle: torch compiles it wherever it loads it, so it runs on any CPU and GPU."""
+    """Run the frozen TorchScript module of a bundle. torch compiles it when it loads it, so it runs on any CPU and GPU."""
 
     name, title, extra, devices = "torchscript", "TorchScript", "build", ("cpu", "cuda")
     graph_format, graph_is_engine = "torchscript", True
@@ -41,7 +43,7 @@ class TorchScript(_Program):
         return session.library_version()
 
     def reasons_against(self, key: EngineKey, host: Host) -> list[str]:
-        if host.versions.get(self.name) is None:  # torch loads what older releases wrote
+        if host.versions.get(self.name) is None:  # any release of torch loads files of older ones
             return compat.against_library(self, key, host)
         return []
 
@@ -52,7 +54,7 @@ class TorchScript(_Program):
 
 
 class TorchTensorRt(_Program):
-    """A TorchScript file or exported program with TensorRT engines inside, compiled from the network by the build."""
+    """Run a TorchScript file or exported program with TensorRT engines inside. A build compiles it from the network."""
 
     name, title, extra, devices = "torch_tensorrt", "Torch-TensorRT", "torch-tensorrt", ("cuda",)
     graph_format = None
@@ -88,7 +90,7 @@ class TorchTensorRt(_Program):
 
 
 def engine_of_torchscript(module: bytes) -> CompiledEngine:
-    """Return the bytes of a frozen TorchScript module as an engine. Raises MissingDependencyError without torch."""
+    """Return a frozen TorchScript module as an engine. Raises MissingDependencyError without torch."""
     version = session.library_version()
     if version is None:
         raise MissingDependencyError("the TorchScript engine", "build")
@@ -105,7 +107,7 @@ def engine_of_torchscript(module: bytes) -> CompiledEngine:
 
 
 def engine_of_torch_tensorrt(program: bytes, suffix: str, precision: Precision, gpu: Gpu) -> CompiledEngine:
-    """Return a program with TensorRT engines inside, which was compiled on ``gpu``, as an engine."""
+    """Return a program with TensorRT engines inside, compiled on ``gpu``, as an engine."""
     key = EngineKey(
         flavour="torch_tensorrt",
         library_version=session.torch_tensorrt_version() or "unknown",

@@ -1,7 +1,8 @@
-"""TorchScript and exported programs, with or without TensorRT engines inside: the only runtime module that touches torch.
+"""Run TorchScript files and exported programs, with or without TensorRT engines inside.
 
-Such a file is a program, and torch runs what it says: open only what you trust. It needs no torch-tensorrt unless it holds
-one of its engines; `torch_tensorrt` is then imported first, which brings the operator that runs them.
+Of the runtime, only this module touches torch. Such a file is a program, and torch does what it says: open only files
+that you trust. Only a file with TensorRT engines inside needs torch-tensorrt. `torch_tensorrt` is then imported first,
+because it registers the operator that runs them.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ from edge_backbones.errors import (
 from edge_backbones.machine import gpus
 from edge_backbones.spec import InputSpec
 
-# What torch says when a file needs the class or the operator of torch_tensorrt and nobody has registered it.
+# Text in torch's error if a file needs a class or an operator of torch_tensorrt that is not registered.
 _NEEDS_TORCH_TENSORRT = re.compile(r"classes\.tensorrt|tensorrt::|ops\.tensorrt|'tensorrt'")
 
 
 def load_library() -> Any:
-    """The torch module; raises MissingDependencyError with the command that installs it."""
+    """Return the torch module. Raises MissingDependencyError, with the command that installs it, if it is missing."""
     try:
         import torch
-    except (ImportError, OSError, MemoryError) as error:  # OSError: a shared library of it is missing
+    except (ImportError, OSError, MemoryError) as error:  # OSError if one of its shared libraries is missing
         refuse_lack("loading torch", error)
         raise MissingDependencyError("the TorchScript engine (torch)", "build") from error
     return torch
 
 
 def library_version() -> str | None:
-    """torch's version, or None where it is not installed. Does not import it, which takes seconds."""
+    """Return the version of torch; None if it is not installed. It is not imported, because that takes seconds."""
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -60,7 +61,7 @@ def library_version() -> str | None:
 
 
 def torch_tensorrt_version() -> str | None:
-    """The version of torch_tensorrt, or None where it is not installed. Does not import it."""
+    """Return the version of torch_tensorrt, without importing it; None if it is not installed."""
     for name in ("torch-tensorrt", "torch-tensorrt-rtx"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -68,10 +69,11 @@ def torch_tensorrt_version() -> str | None:
 
 
 def load_torch_tensorrt(refusal: type[EdgeBackbonesError] = EngineMismatchError) -> Any:
-    """The torch_tensorrt module; MissingDependencyError where it is not installed, ``refusal`` where it does not import.
+    """Return the torch_tensorrt module.
 
-    Without a driver it raises RuntimeError while it is imported, and with a TensorRT that it does not fit ImportError or
-    OSError. A failed import leaves no part of it behind, nor the `tensorrt` that torch-tensorrt-rtx replaces by its own.
+    Raises MissingDependencyError if it is not installed, and ``refusal`` if it cannot be imported: without a driver its
+    import raises RuntimeError, and with a TensorRT that it does not fit ImportError or OSError. A failed import leaves
+    no part of it in ``sys.modules``, and puts back the `tensorrt` that torch-tensorrt-rtx replaces by its own.
     """
     tensorrt = sys.modules.get("tensorrt")
     try:
@@ -99,7 +101,7 @@ def load_torch_tensorrt(refusal: type[EdgeBackbonesError] = EngineMismatchError)
 
 
 def require_gpu(device: str, refusal: type[EdgeBackbonesError] = EngineMismatchError) -> int:
-    """The index in ``cuda`` or ``cuda:1``, after torch was asked for that GPU; raises ``refusal`` where it has none."""
+    """Return the GPU index in ``cuda`` or ``cuda:1``. Raises ``refusal`` if torch cannot use that GPU."""
     torch = load_library()
     index = int(device.partition(":")[2] or 0)
     reason = gpus.no_gpu_reason()
@@ -107,7 +109,7 @@ def require_gpu(device: str, refusal: type[EdgeBackbonesError] = EngineMismatchE
         raise refusal(f"{device} needs an NVIDIA GPU: {reason}")
     try:
         torch.cuda.get_device_properties(index)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises AssertionError
         count = len(gpus.find_gpus())
         why = cause(error) if index < count else f"{count} GPUs are visible: pass a smaller index"
         raise refusal(f"torch {torch.__version__} does not serve {device}: {why}") from error
@@ -115,20 +117,29 @@ def require_gpu(device: str, refusal: type[EdgeBackbonesError] = EngineMismatchE
 
 
 class TorchScriptSession:
-    """A loaded TorchScript file (or exported program) on the CPU or on one GPU. Threads may share it.
+    """Run a loaded TorchScript file (or exported program) on the CPU or on one GPU. Threads may share it.
 
-    ``device``: ``cpu``, ``cuda`` or ``cuda:1``. Sizes other than the one that the module was traced at give what its code
-    makes of them; parity on the golden samples tells. torch optimises a module in its first calls: they are slower.
+    Sizes other than the one that the module was traced at give whatever its code computes; the parity on golden samples
+    shows whether that is right. torch optimises a module in its first calls, which are slower.
 
-    ``threads``: torch keeps their number per calling thread, so each call sets it and puts it back. A thread whose very
-    first use of torch falls into such a call begins with that number, because torch hands the latest one on.
+    torch keeps the number of threads per calling thread, so each call sets it and restores it. A thread that uses torch
+    for the first time during such a call starts with that number, because torch passes the latest one on.
 
-    Memory of a closed session stays with torch's allocator for the next one. Number formats of float32 arithmetic on a GPU
-    (TF32) are those of the process, as torch.backends has them, where the file does not say otherwise.
+    torch's allocator keeps the memory of a closed session for the next one. On a GPU, float32 arithmetic (TF32 or not)
+    follows the process's settings in torch.backends, unless the file sets its own.
 
-    Raises EngineMismatchError for bytes that are no such program, for one that returns another number of maps, and for a
-    GPU that is not there; MissingDependencyError without torch (or torch_tensorrt); InferenceError in a forked child of a
-    process that has opened one.
+    Args:
+        data: The program's bytes.
+        input: Input in the manifest.
+        outputs: Names of the outputs, in the order in which the program returns them.
+        device: ``cpu``, ``cuda`` or ``cuda:1``.
+        threads: Most CPU threads of one call, None for torch's default.
+
+    Raises:
+        EngineMismatchError: torch does not load the bytes, the program returns another number of tensors, or the GPU is
+            not there.
+        MissingDependencyError: torch (or torch_tensorrt) is not installed.
+        InferenceError: This is a forked child of a process that has opened such a session, or a call failed.
     """
 
     def __init__(
@@ -156,27 +167,33 @@ class TorchScriptSession:
             module, returned = _load(torch, bytes(data), self._device)
         self._check_count(returned)
         if self._gpu is not None:
-            torch.cuda.synchronize(self._gpu)  # weights came on the default stream; calls may use any
+            torch.cuda.synchronize(self._gpu)  # weights were copied on the default stream; calls may use another
         self._module: Any = module
         self._is_abandoned = False
         forks.abandon_in_children(self)
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
-        """As EngineSession has it, C-contiguous. On a GPU the arrays are copied there and back on torch's current stream."""
+        """Return the outputs as described in `EngineSession`.
+
+        On a GPU, the arrays are copied there and back on torch's current stream.
+        """
         self._check(array.dtype, array.shape)
         if not array.flags.writeable:
-            array = array.copy()  # torch has no read-only tensors, and warns
+            array = array.copy()  # torch has no read-only tensors and would warn
         with self._running(f"{array.dtype} {array.shape}"):
             pixels = self._torch.from_numpy(array).to(self._device)
             maps = [feature_map.cpu() for feature_map in self._run(pixels)]
         return [feature_map.numpy() for feature_map in maps]
 
     def run_on_device(self, array: ForeignArray, stream: int) -> list[DeviceArray]:
-        """Every output, in graph order, as new float32 arrays on the same GPU; enqueued on ``stream``, nothing waits.
+        """Enqueue one call on ``stream`` and return its outputs without waiting.
 
-        ``array``: of any batch from 1, the input's dtype, in C order, on this GPU; read in place and held as long as an
-        output is, so nothing may write to it until ``stream`` is past this call. ``stream`` 0 is the default stream.
-        The outputs are valid for work on ``stream``; DLPack makes other streams wait.
+        The outputs are new float32 arrays on the same GPU, in graph order. ``array`` has any batch size from 1 and the
+        input's dtype, and is in C order on this GPU. It is read in place and kept as long as an output, so nothing may
+        write to it until ``stream`` is past this call. ``stream`` 0 is the default stream. The outputs are valid for
+        work on ``stream``; DLPack makes other streams wait.
+
+        Raises InputError for an array that does not fit, OutOfMemoryError and InferenceError.
         """
         torch, gpu = self._torch, self._gpu
         name = self._input.name
@@ -202,7 +219,7 @@ class TorchScriptSession:
                     synchronize=None,
                 )
                 pixels = torch.as_tensor(lent, device=self._device)
-                if pixels.data_ptr() != array.pointer:  # torch asked CUDA where it is, and fetched it
+                if pixels.data_ptr() != array.pointer:  # torch has copied it from another GPU
                     raise InputError(f"{name} is on another GPU, this engine runs on cuda:{gpu}: copy it there first")
                 maps = self._in_pieces(pixels)
                 done = torch.cuda.Event()
@@ -210,10 +227,11 @@ class TorchScriptSession:
         return [self._device_array(feature_map, pixels, done, stream) for feature_map in maps]
 
     def close(self) -> None:
+        """Release the module as described in `EngineSession`."""
         self._module = None
 
     def abandon(self) -> None:
-        """See forks.Inherited."""
+        """Keep the module alive and refuse calls in a forked child, as described in `forks.Inherited`."""
         forks.keep_for_good(self._module)
         self._is_abandoned = self._is_abandoned or self._module is not None
         self.close()
@@ -237,9 +255,9 @@ class TorchScriptSession:
             )
 
     def _run(self, pixels: Any) -> list[Any]:
-        """New contiguous float32 tensors on this device, none of which shares memory with another or the input."""
+        """Return new contiguous float32 tensors on this device that share no memory with each other or the input."""
         module = self._module
-        if module is None:  # closed by another thread since the call began
+        if module is None:  # another thread has closed it since the call began
             raise self._refusal()
         returned = module(pixels)
         tensors = returned if isinstance(returned, (tuple, list)) else (returned,)
@@ -254,6 +272,7 @@ class TorchScriptSession:
         return maps
 
     def _in_pieces(self, pixels: Any) -> list[Any]:
+        """Run a tensor of any batch size in pieces that the engine takes, and join the outputs."""
         count, sizes, torch = len(pixels), self._input.batch, self._torch
         if count in sizes:
             return self._run(pixels)
@@ -266,13 +285,14 @@ class TorchScriptSession:
         return [torch.cat(maps) for maps in zip(*ran, strict=True)]
 
     def _device_array(self, tensor: Any, pixels: Any, done: Any, stream: int) -> DeviceArray:
+        """Return a DeviceArray over a tensor. ``done``: event behind the work that writes it."""
         torch, gpu = self._torch, self._gpu
         assert gpu is not None
 
         def make_wait(consumer: int) -> None:
             other = _stream(torch, consumer, gpu)
             other.wait_event(done)
-            tensor.record_stream(other)  # the allocator gives the memory away in the order of one stream only
+            tensor.record_stream(other)  # otherwise the allocator reuses the memory in the order of one stream only
 
         return DeviceArray(
             tensor.data_ptr(),
@@ -286,6 +306,10 @@ class TorchScriptSession:
 
     @contextlib.contextmanager
     def _running(self, what: str) -> Iterator[None]:
+        """Set the number of threads inside the block, and turn torch's errors into typed ones.
+
+        ``what``: the input, for messages.
+        """
         torch, wanted = self._torch, self._threads if self._gpu is None else None
         before = None if wanted is None else torch.get_num_threads()
         if wanted is not None and before != wanted:
@@ -295,7 +319,8 @@ class TorchScriptSession:
                 yield
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"cuda:{self._gpu} has no memory left for {what}: {cause(error)}") from error
-        except (RuntimeError, AssertionError, MemoryError, torch.jit.Error) as error:  # a guard of a program asserts
+        # Guards of a program raise AssertionError.
+        except (RuntimeError, AssertionError, MemoryError, torch.jit.Error) as error:
             refuse_lack(f"running torch on {what}", error)
             raise InferenceError(f"torch failed on {what}: {cause(error)}") from error
         finally:
@@ -305,13 +330,15 @@ class TorchScriptSession:
 
 @functools.cache
 def _first_process() -> int:
-    """The process that opened the first session. In its forked children the threads of OpenMP do not exist, and torch waits
-    for them."""
+    """Return the id of the process that opened the first session.
+
+    In its forked children the threads of OpenMP do not exist, and torch would wait for them.
+    """
     return os.getpid()
 
 
 def _load(torch: Any, data: bytes, device: Any) -> tuple[Any, int | None]:
-    """A callable, and the number of tensors that it returns where the file says it."""
+    """Return a callable program, and the number of tensors that it returns if the file says so."""
     is_script = _is_torchscript(data)
     read = _read_torchscript if is_script else _read_exported
     with warnings.catch_warnings():
@@ -328,7 +355,7 @@ def _load(torch: Any, data: bytes, device: Any) -> tuple[Any, int | None]:
             raise
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"{device} has no memory left for this program: {cause(error)}") from error
-        except Exception as error:  # torch has a dozen types for what it cannot read
+        except Exception as error:  # torch raises a dozen types for files that it cannot read
             refuse_lack(f"loading a program with torch {torch.__version__}", error)
             kind = "TorchScript" if is_script else "exported program"
             raise EngineMismatchError(
@@ -348,11 +375,11 @@ def _read_exported(torch: Any, data: bytes, device: Any) -> tuple[Any, int | Non
 
 
 def _is_torchscript(data: bytes) -> bool:
-    """TorchScript and exported programs are both zip files; the first has its code in a folder."""
+    """Return whether the bytes are TorchScript. Exported programs are zip files too, but have no ``code`` folder."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return any("/code/" in name for name in archive.namelist())
-    except Exception as error:  # zipfile has several types for what it cannot read
+    except Exception as error:  # zipfile raises several types for files that it cannot read
         raise EngineMismatchError(
             f"these {len(data)} bytes are neither TorchScript nor an exported program ({error}): build or compile it again"
         ) from error
@@ -363,13 +390,15 @@ def _memory(tensor: Any) -> int:
 
 
 def _stream(torch: Any, stream: int, gpu: int) -> Any:
-    """torch's object for a stream handle; 0 and 1 are the legacy default stream."""
+    """Return torch's object for a stream handle. 0 and 1 are the legacy default stream."""
     return torch.cuda.default_stream(gpu) if stream in (0, 1) else torch.cuda.ExternalStream(stream, device=gpu)
 
 
 def cause(error: BaseException) -> str:
-    """Why torch failed, in its own words: it puts a trace before the cause and advice behind it, so this is the first
-    sentence of the last line."""
+    """Return why torch failed, in its own words: the first sentence of the last line.
+
+    torch writes a trace before the cause and advice after it.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or isinstance(error, KeyError):
         return first_line(error)
