@@ -27,7 +27,7 @@ from edge_backbones.errors import ClientMismatchError
 from edge_backbones.integrations.clients import find_backbone, is_backbone
 from edge_backbones.integrations.modules import EngineModule, open_for_client
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.output import BackboneConfig
+from edge_backbones.runtime.config import BackboneConfig
 
 _BEFORE_5_1 = importlib.util.find_spec("transformers.backbone_utils") is None
 _BACKBONE_TYPES: Any = importlib.import_module(

@@ -9,8 +9,6 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -22,24 +20,68 @@ from edge_backbones.engines import base
 from edge_backbones.engines.batching import run_in_pieces
 from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu, stream_pointer
 from edge_backbones.engines.gpu.memory import MemoryBackend
-from edge_backbones.errors import BundleError, InputError, lack_told, refuse_lack
+from edge_backbones.errors import InputError, lack_told, refuse_lack
+from edge_backbones.runtime.config import BackboneConfig, selected
 from edge_backbones.runtime.inputs import host_array, refuse_not_finite
-from edge_backbones.runtime.opening import open_engine, parse_device
-from edge_backbones.runtime.output import BackboneConfig, BackboneOutput, selected
+from edge_backbones.runtime.opening import Origin, open_engine, parse_device, reopen
 from edge_backbones.spec import BackboneSpec, InputSpec
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Remember how a backbone was opened, to open the same engine in another process.
+class BackboneOutput(dict[str, tuple[Any, ...]]):
+    """Hold the output of a call, like ``transformers.modeling_outputs.BackboneOutput`` without torch.
 
-    ``options``: keyword arguments of ``from_pretrained``. ``graph``: precision and SHA-256 of the graph that runs.
+    ``feature_maps`` is a tuple of float32 arrays in stage order: numpy arrays, or DeviceArrays if the input was on the
+    GPU. As in transformers, fields that are None are not keys; ``output[0]``, ``output["feature_maps"]`` and
+    ``output.feature_maps`` are the same; iterating yields the keys.
     """
 
-    path: str
-    options: Mapping[str, Any]
-    graph: tuple[str, str]
-    input: InputSpec
+    def __init__(
+        self,
+        feature_maps: tuple[Any, ...],
+        hidden_states: tuple[Any | None, ...] | None = None,
+        attentions: None = None,
+        cls_tokens: tuple[Any, ...] | None = None,
+    ) -> None:
+        fields = {
+            "feature_maps": feature_maps,
+            "hidden_states": hidden_states,
+            "attentions": attentions,
+            "cls_tokens": cls_tokens,
+        }
+        super().__init__({name: value for name, value in fields.items() if value is not None})
+
+    @property
+    def feature_maps(self) -> tuple[Any, ...]:
+        """Return one array per chosen stage: NCHW, or as ``EdgeBackbone.layouts`` says."""
+        return super().__getitem__("feature_maps")
+
+    @property
+    def hidden_states(self) -> tuple[Any | None, ...] | None:
+        """Return one array per layer or stage of the network; None if none were asked for.
+
+        If only some were asked for, the others are None.
+        """
+        return self.get("hidden_states")
+
+    @property
+    def attentions(self) -> None:
+        """Return None: a compiled engine has no attention weights."""
+
+    @property
+    def cls_tokens(self) -> tuple[Any, ...] | None:
+        """Return a (batch, channels) array per chosen stage, for networks that return class tokens beside their maps."""
+        return self.get("cls_tokens")
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the fields that are not None."""
+        return tuple(self.values())
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __repr__(self) -> str:
+        fields = (f"{name}=[{', '.join(str(a.shape) for a in arrays)}]" for name, arrays in self.items())
+        return f"BackboneOutput({', '.join(fields)})"
 
 
 class EdgeBackbone:
@@ -114,7 +156,7 @@ class EdgeBackbone:
         self._passed_over = dict(passed_over or {})
         self._config = BackboneConfig(spec, {} if source is None else source.config)
         self._checks_values = check_finite and input.dtype == "float32"
-        self._origin: _Origin | None = None
+        self._origin: Origin | None = None
         self._cls_tokens = tuple(spec.outputs.index(name) for name in spec.cls_tokens)
         self._hidden_states = tuple(spec.outputs.index(name) for name in spec.hidden_states)
         self._usual = (np.dtype(input.dtype), input.opt_shape)
@@ -202,7 +244,7 @@ class EdgeBackbone:
             "trusted": trust.absolute(trusted),
         }
         graph = key.precision.value, key.graph_sha256
-        backbone._origin = _Origin(os.path.realpath(path), options, graph, manifest.input)
+        backbone._origin = Origin(os.path.realpath(path), options, graph, manifest.input)
         return backbone
 
     @property
@@ -395,7 +437,7 @@ class EdgeBackbone:
         self, outputs: Sequence[Any], output_hidden_states: bool | int | Sequence[int] | None
     ) -> BackboneOutput:
         """Return the chosen stages of a call's outputs."""
-        feature_maps = tuple(outputs[i] for i in self._config._chosen)
+        feature_maps = tuple([outputs[i] for i in self._config._chosen])  # a generator is a Python call for each map
         hidden_states = None
         if output_hidden_states:
             states = [outputs[i] for i in self._hidden_states]
@@ -462,7 +504,7 @@ class EdgeBackbone:
             raise InputError(
                 f"{self!r} is not from a bundle and cannot be pickled: write a bundle, and pickle what from_pretrained opens"
             )
-        return _reopen, (type(self), self._origin, self._config)
+        return reopen, (type(self), self._origin, self._config)
 
     def __enter__(self) -> EdgeBackbone:
         return self
@@ -523,30 +565,3 @@ class EdgeBackbone:
         array = from_foreign(values, stream=pointer)
         self._input.batch_height_width(array.shape)
         return engine.run_on_device(array, pointer)
-
-
-def _reopen(kind: type[EdgeBackbone], origin: _Origin, config: BackboneConfig) -> EdgeBackbone:
-    """Open the bundle of a pickled backbone again, with the same options, stages and configuration.
-
-    ``pickle.loads`` calls it. Raises what ``from_pretrained`` raises, and BundleError if the bundle is gone or was
-    rebuilt.
-    """
-    if not Path(origin.path).is_dir():
-        raise BundleError(
-            f"a pickled backbone holds the path of its bundle, and {origin.path} is not there any more: put the bundle "
-            "back, or open it where it is with EdgeBackbone.from_pretrained"
-        )
-    backbone = kind.from_pretrained(origin.path, **origin.options)
-    opened = backbone._origin
-    if (
-        opened is None
-        or opened.graph != origin.graph
-        or (backbone._spec, backbone._input) != (config._spec, origin.input)
-    ):
-        backbone.close()
-        raise BundleError(
-            f"{origin.path} was built again since this backbone was pickled: open it as it is now with "
-            "EdgeBackbone.from_pretrained"
-        )
-    backbone._config = config
-    return backbone

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.manifest import EngineRecord, Manifest
 from edge_backbones.bundle.reader import Bundle, read_current
 from edge_backbones.engines import registry, select
 from edge_backbones.engines.base import EngineSession, LoadOptions
-from edge_backbones.errors import EngineMismatchError, InputError
+from edge_backbones.errors import BundleError, EngineMismatchError, InputError
+from edge_backbones.spec import InputSpec
+
+if TYPE_CHECKING:
+    from edge_backbones.runtime.backbone import EdgeBackbone
+    from edge_backbones.runtime.config import BackboneConfig
 
 
 @dataclass(frozen=True)
@@ -94,3 +101,43 @@ def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:
     if found is None:
         raise InputError(f"device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}")
     return "cuda", int(found[1] or 0)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Remember how a backbone was opened, to open the same engine in another process.
+
+    ``options``: keyword arguments of ``from_pretrained``. ``graph``: precision and SHA-256 of the graph that runs.
+    """
+
+    path: str
+    options: Mapping[str, Any]
+    graph: tuple[str, str]
+    input: InputSpec
+
+
+def reopen(kind: type[EdgeBackbone], origin: Origin, config: BackboneConfig) -> EdgeBackbone:
+    """Open the bundle of a pickled backbone again, with the same options, stages and configuration.
+
+    ``pickle.loads`` calls it. Raises what ``from_pretrained`` raises, and BundleError if the bundle is gone or was
+    rebuilt.
+    """
+    if not Path(origin.path).is_dir():
+        raise BundleError(
+            f"a pickled backbone holds the path of its bundle, and {origin.path} is not there any more: put the bundle "
+            "back, or open it where it is with EdgeBackbone.from_pretrained"
+        )
+    backbone = kind.from_pretrained(origin.path, **origin.options)
+    opened = backbone._origin
+    if (
+        opened is None
+        or opened.graph != origin.graph
+        or (backbone._spec, backbone._input) != (config._spec, origin.input)
+    ):
+        backbone.close()
+        raise BundleError(
+            f"{origin.path} was built again since this backbone was pickled: open it as it is now with "
+            "EdgeBackbone.from_pretrained"
+        )
+    backbone._config = config
+    return backbone

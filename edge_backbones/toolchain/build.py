@@ -81,7 +81,8 @@ class BuildOptions:
     images that it has not seen, with channels equalised and biases corrected where that helps; ``percentile`` is
     what that estimator keeps, 99.99 by default.
     ``calibration``: a calibration.json, or the bundle with it, whose ranges are used instead. ``exclude``: layers to leave
-    in half, as in :func:`edge_backbones.toolchain.quantize.qdq.select_layers`. ``fallback``: where the gate fails, leave the
+    in half, as in :func:`edge_backbones.toolchain.quantize.placement.select_layers`. ``fallback``: where the gate fails,
+    leave the
     noisiest blocks in half instead of giving up.
     """
 
@@ -273,6 +274,7 @@ class BuildOptions:
 
     @property
     def needs_ranges(self) -> bool:
+        """Whether a wanted precision needs ranges, which are found on calibration images."""
         return any(precision.is_calibrated for precision in self.wanted)
 
     def source_options(self, profile: DeviceProfile | None = None) -> SourceOptions:
