@@ -103,7 +103,7 @@ def free_tensorrt(input: InputSpec) -> Any:
 def measure() -> dict[str, float]:
     """Return the microseconds of each kind of call."""
     input, found = pooling_input(), {}
-    memory = cuda.Memory(0, cuda.CudaBindings(0, FreeDriver()))
+    memory = cuda.GpuMemory(0, cuda.CudaBindings(0, FreeDriver()))
     gpu = gpus.Gpu(0, "none", "sm_90", 1 << 34, "13.0", 1, False)
     log = SimpleNamespace(clear=lambda: None, last_error=lambda: "")
     with (

@@ -194,7 +194,7 @@ def host_allocations(call: Callable[[], Any], wait: Callable[[], None], calls: i
     return {"kept_bytes_per_call": (after - before) / calls, "largest_bytes_in_a_call": float(statistics.median(peaks))}
 
 
-def on_device(memory: cuda.Memory, values: np.ndarray) -> tuple[Any, int]:
+def on_device(memory: cuda.GpuMemory, values: np.ndarray) -> tuple[Any, int]:
     """Return a copy on the GPU, which lives as long as the process, and a stream."""
     from edge_backbones.engines.gpu.arrays import DeviceArray
 

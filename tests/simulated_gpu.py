@@ -629,7 +629,7 @@ class Machine:
         self.gpu = NumpyGpu()
         self.library = NumpyTensorRt(self.gpu)
         self.described = gpus.Gpu(0, "Numpy GPU", "sm_90", 1 << 30, "13.0", 1, False)
-        self.memory = cuda.Memory(0, cuda.CudaBindings(0, self.gpu))
+        self.memory = cuda.GpuMemory(0, cuda.CudaBindings(0, self.gpu))
         for module in (gpus, hosts):
             monkeypatch.setattr(module, "no_gpu_reason", lambda: "")
             monkeypatch.setattr(module, "find_gpus", lambda: (self.described,))

@@ -29,7 +29,7 @@ import numpy as np
 
 from edge_backbones.bench import energy
 from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, load_network
-from edge_backbones.bench.results import FEWEST_TURNS, Comparison, Machine, Measurement, ratio_of
+from edge_backbones.bench.results import FEWEST_TURNS, Comparison, MeasuredMachine, Measurement, ratio_of
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.golden import full_batches
 from edge_backbones.bundle.reader import Bundle, load_golden
@@ -431,7 +431,7 @@ def _measurement(name: str, what: str, start: Start, turns: Sequence[Calls]) -> 
 # ---- the machine, and the settings that decide its speed
 
 
-def this_machine(*, root: Path = Path("/"), repository: Path | None = None) -> Machine:
+def this_machine(*, root: Path = Path("/"), repository: Path | None = None) -> MeasuredMachine:
     """Describe this machine for a result. ``repository``: a git checkout whose commit is recorded."""
     host = hosts.this_host({})
     gpu_clocks: dict[str, str] = {}
@@ -440,7 +440,7 @@ def this_machine(*, root: Path = Path("/"), repository: Path | None = None) -> M
         gpu_clocks = energy.gpu_settings()
     except EdgeBackbonesError as error:
         gpu = str(error)
-    return Machine(
+    return MeasuredMachine(
         name=host.device_name,
         architecture=host.architecture,
         cpu_features=host.cpu_features,

@@ -24,7 +24,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
-class Machine(_Strict, frozen=True):
+class MeasuredMachine(_Strict, frozen=True):
     """The machine that was measured. ``settings``: what decides its speed and can be read (governor, clocks)."""
 
     name: str
@@ -104,7 +104,7 @@ class Comparison(_Strict, frozen=True):
     threads: int
     device: str
     date: str
-    machine: Machine
+    machine: MeasuredMachine
     measurements: tuple[Measurement, ...]
     ratios: tuple[Ratio, ...]
 

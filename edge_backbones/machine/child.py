@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, ParamSpec, TypeVar
 
 from edge_backbones.errors import CompileError, EdgeBackbonesError, InferenceError
-from edge_backbones.machine.system import Memory, gib, read_system
+from edge_backbones.machine.system import HostMemory, gib, read_system
 from edge_backbones.progress import Progress
 
 _Parameters = ParamSpec("_Parameters")
@@ -242,7 +242,7 @@ def _why(
     code: int,
     what: str,
     hint: str,
-    memory: Memory | None,
+    memory: HostMemory | None,
     refusal: type[EdgeBackbonesError],
     *,
     for_memory: bool,

@@ -50,7 +50,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge_backbones"
 
 
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
+class HostMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes in bytes. ``available``: what can be used without swapping."""
 
     total: int
@@ -70,7 +70,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     board: str = ""
     jetson: bool = False
     l4t: str | None = None
-    memory: Memory | None = None
+    memory: HostMemory | None = None
     driver: str | None = None
     cuda: str | None = None
     tensorrt_pythons: tuple[str, ...] = ()
@@ -160,11 +160,11 @@ def settings(root: Path = Path("/")) -> dict[str, str]:
     return found
 
 
-def _memory(meminfo: str) -> Memory | None:
+def _memory(meminfo: str) -> HostMemory | None:
     rows = {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", meminfo, re.MULTILINE)}
     if "MemTotal" not in rows:
         return None
-    return Memory(
+    return HostMemory(
         total=rows["MemTotal"],
         available=rows.get("MemAvailable", rows.get("MemFree", 0)),
         swap=rows.get("SwapFree", 0),

@@ -29,7 +29,7 @@ from PIL import Image
 
 from build_scripts import fetch_chromium
 from edge_backbones import verify_bundle
-from edge_backbones.bench.results import Comparison, Machine, Measurement, Ratio
+from edge_backbones.bench.results import Comparison, MeasuredMachine, Measurement, Ratio
 from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import BlockNoise, CalibrationFile, Decision, GoldenRecord, GpuKey, Trial
 from edge_backbones.bundle.reader import Bundle, load_golden
@@ -125,7 +125,7 @@ COMPARISON = Comparison(
     threads=2,
     device="cpu",
     date="2026-11-02",
-    machine=Machine(
+    machine=MeasuredMachine(
         name="a processor", architecture="x86_64", cpu_features=(), cores=2, memory_bytes=8 << 30, system="Linux",
         python="3.11", gpu=None, settings={"governor": "performance"}, commit="0123abc",
     ),

@@ -131,7 +131,7 @@ class Context:
         return handle.value or 0
 
 
-def free_bytes(memory: cuda.Memory) -> int:
+def free_bytes(memory: cuda.GpuMemory) -> int:
     """Device memory that nobody has, of any process, once the GPU is idle."""
     gc.collect()
     driver = gpus.CtypesDriver(gpus.load_driver())
@@ -148,7 +148,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
 
-def assert_flat(memory: cuda.Memory, action, calls: int, *, host_slack: int = 8 << 20) -> None:
+def assert_flat(memory: cuda.GpuMemory, action, calls: int, *, host_slack: int = 8 << 20) -> None:
     """``calls`` calls of ``action`` leave neither device memory nor host memory behind, once it is warm."""
     for _ in range(calls // 10):
         action()

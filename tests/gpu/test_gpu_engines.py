@@ -196,7 +196,7 @@ def test_opening_and_closing_leaves_nothing_behind(kind, gpu):
     gpu_engines.assert_flat(memory, once, 30, host_slack=32 << 20)
 
 
-def fill(memory: cuda.Memory) -> list[int]:
+def fill(memory: cuda.GpuMemory) -> list[int]:
     """Take all device memory but crumbs, which the driver may need to load a kernel."""
     taken, size = [], 1 << 34
     while size >= 16 << 20:

@@ -270,9 +270,9 @@ class Library:
             raise (self.MemoryError if what == "alloc" else self.Error)(f"cu{what} failed: invalid")
 
 
-def over_pycuda(**options) -> tuple[cuda.Memory, Library, SimpleNamespace]:
+def over_pycuda(**options) -> tuple[cuda.GpuMemory, Library, SimpleNamespace]:
     library, native = Library(), libcuda(**options)
-    return cuda.Memory(0, cuda.PyCuda(0, library, gpus.CtypesDriver(native))), library, native
+    return cuda.GpuMemory(0, cuda.PyCuda(0, library, gpus.CtypesDriver(native))), library, native
 
 
 def test_pycuda_works_in_the_primary_context_and_leaves_what_was_current():

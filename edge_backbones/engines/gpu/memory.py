@@ -174,7 +174,7 @@ class PyCuda:
             raise DeviceError(f"{what} failed: {error}") from error
 
 
-class Memory:
+class GpuMemory:
     """Manage the memory, streams, events and graphs of one GPU. Call its methods inside ``with memory:``.
 
     Pointers, streams and events are plain ints, as in CUDA. Streams of other libraries work too; 0 is the default
@@ -197,7 +197,7 @@ class Memory:
         # CUDA 11's cuGraphInstantiate takes other arguments; the bindings of CUDA 13 have no other name for it.
         self._instantiate = getattr(driver, "cuGraphInstantiateWithFlags", None) or driver.cuGraphInstantiate
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> GpuMemory:
         self._backend.push()
         return self
 
@@ -364,7 +364,7 @@ class Memory:
         return result[1] if len(result) > 1 else None
 
 
-def open_memory(gpu: int, backend: MemoryBackend | None = None) -> Memory:
+def open_memory(gpu: int, backend: MemoryBackend | None = None) -> GpuMemory:
     """Return the memory of the GPU with index ``gpu``, the same object for every caller.
 
     ``backend``: None for cuda-bindings, or pycuda if that is missing. Raises MissingDependencyError, with the command
@@ -384,10 +384,10 @@ def open_memory(gpu: int, backend: MemoryBackend | None = None) -> Memory:
 
 
 @functools.cache  # keeps the primary context, because arrays of callers may outlive every session
-def _opened(gpu: int, backend: MemoryBackend) -> Memory:
+def _opened(gpu: int, backend: MemoryBackend) -> GpuMemory:
     if backend == "cuda-bindings":
-        return Memory(gpu, CudaBindings(gpu, _cuda_bindings()))
-    return Memory(gpu, PyCuda(gpu, _pycuda(), gpus.CtypesDriver(gpus.load_driver())))
+        return GpuMemory(gpu, CudaBindings(gpu, _cuda_bindings()))
+    return GpuMemory(gpu, PyCuda(gpu, _pycuda(), gpus.CtypesDriver(gpus.load_driver())))
 
 
 def _cuda_bindings() -> Any:

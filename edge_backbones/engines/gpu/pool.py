@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edge_backbones.engines.gpu.memory import Memory
+from edge_backbones.engines.gpu.memory import GpuMemory
 from edge_backbones.engines.gpu.streams import StreamKey
 from edge_backbones.errors import DeviceError, OutOfMemoryError
 
@@ -82,7 +82,7 @@ class Lease:
             self._give_back(self.buffer)
 
 
-class Attempts:
+class CleanUp:
     """Run every clean-up step even if an earlier one failed; `end` raises the first error."""
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class Pool:
     captured. After ``close``, what is returned is freed. Threads may share the pool.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: GpuMemory) -> None:
         self.memory = memory
         # Reentrant, because garbage collection may return something while this thread holds the lock.
         self.lock = threading.RLock()
@@ -160,10 +160,10 @@ class Pool:
         finally:
             for buffer in settled:
                 self._keep(buffer)
-        attempts = Attempts()
+        steps = CleanUp()
         for buffer in surplus:
-            attempts.make(self.memory.free, buffer.pointer)
-        attempts.end()
+            steps.make(self.memory.free, buffer.pointer)
+        steps.end()
 
     def _keep(self, buffer: Buffer) -> None:
         with self.lock:
@@ -174,12 +174,12 @@ class Pool:
         free = self._take_free()
         with self.lock:
             events, self._events = self._events, []
-        attempts = Attempts()
+        steps = CleanUp()
         for buffer in free:
-            attempts.make(self.memory.free, buffer.pointer)
+            steps.make(self.memory.free, buffer.pointer)
         for event in events:
-            attempts.make(self.memory.free_event, event)
-        attempts.end()
+            steps.make(self.memory.free_event, event)
+        steps.end()
 
     def new_ready(self) -> Ready:
         """Return an event for the work of one call, new or reused. Call it inside ``with memory:``."""

@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from edge_backbones.engines import forks
-from edge_backbones.engines.gpu.memory import Memory
-from edge_backbones.engines.gpu.pool import Attempts, Pool, Ready
+from edge_backbones.engines.gpu.memory import GpuMemory
+from edge_backbones.engines.gpu.pool import CleanUp, Pool, Ready
 from edge_backbones.engines.gpu.streams import StreamKey
 from edge_backbones.engines.ports import Shape
 from edge_backbones.engines.tensorrt.engine import Engine
@@ -40,7 +40,7 @@ class Contexts:
         closed: Whether ``close`` was called, or this is a forked child.
     """
 
-    def __init__(self, engine: Engine, memory: Memory) -> None:
+    def __init__(self, engine: Engine, memory: GpuMemory) -> None:
         self.pool = Pool(memory)
         self.refusals: dict[Shape, str] = {}
         self.closed = False
@@ -222,7 +222,7 @@ class Contexts:
         """
         if self.closed:  # a forked child must not call CUDA
             return
-        attempts = Attempts()
+        steps = CleanUp()
         with self._memory:
             with self._lock:
                 if self.closed:
@@ -234,17 +234,17 @@ class Contexts:
                 self._captured.clear()
 
             for slot in slots:
-                attempts.make(slot.release)
+                steps.make(slot.release)
                 self._ended()
             for ready, _ in self._inputs:
-                attempts.make(self._memory.wait_for, ready.event)
+                steps.make(self._memory.wait_for, ready.event)
             self._inputs.clear()
-            attempts.make(self.pool.close)
+            steps.make(self.pool.close)
             with self._lock:
                 unused = not self._alive  # otherwise the last running call closes the engine
             if unused:
                 self._engine.close()
-        attempts.end()
+        steps.end()
 
 
 class Lent:

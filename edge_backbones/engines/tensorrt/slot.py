@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.engines.gpu.arrays import ForeignArray
-from edge_backbones.engines.gpu.pool import Attempts, Buffer, Lease, Pool, Ready
+from edge_backbones.engines.gpu.pool import Buffer, CleanUp, Lease, Pool, Ready
 from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, float32_bytes, is_default, rounded
 from edge_backbones.engines.ports import Shape
 from edge_backbones.engines.tensorrt.engine import Engine
@@ -355,14 +355,14 @@ class Slot:
     def release(self) -> None:
         """Wait for the GPU and free everything, even if a step fails. Raises the first error."""
         memory = self._memory
-        attempts = Attempts()
+        steps = CleanUp()
         if self.ready is not None:
-            attempts.make(memory.wait_for, self.ready.event)
+            steps.make(memory.wait_for, self.ready.event)
         for stream in (self._stream, self._work):
             if stream is not None:
-                attempts.make(memory.wait, stream)
+                steps.make(memory.wait, stream)
         if self.graph is not None:
-            attempts.make(memory.free_graph, self.graph)
+            steps.make(memory.free_graph, self.graph)
         self.graph = self._context = self.ready = None
         with self._pool.lock:
             self._released = True
@@ -370,12 +370,12 @@ class Slot:
                 self._pool.give_back(buffer)
             self._at_home = []
         for pointer in [*self._own_outputs, *([] if self._own_input is None else [self._own_input])]:
-            attempts.make(memory.free, pointer)
+            steps.make(memory.free, pointer)
         self._own_outputs, self._own_input = [], None
         self._staging, self._host_outputs, self._staged = None, {}, np.empty(0)
         if self._fence is not None:
-            attempts.make(memory.free_event, self._fence)
+            steps.make(memory.free_event, self._fence)
         if self._stream is not None:
-            attempts.make(memory.free_stream, self._stream)
+            steps.make(memory.free_stream, self._stream)
         self._fence = self._stream = None
-        attempts.end()
+        steps.end()
