@@ -380,7 +380,7 @@ def _profiles(folder: Path) -> Kind:
 
 def comparison() -> results.Comparison:
     """Return a result of `edge-backbones bench` with two contenders that ran and one that did not."""
-    machine = results.Machine(
+    machine = results.MeasuredMachine(
         name="m", architecture="x86_64", cpu_features=("avx2",), cores=2, memory_bytes=1 << 33, system="Linux",
         python="3.11", gpu=None, settings={"governor": "performance"}, commit=None,
     )  # fmt: skip
