@@ -19,7 +19,7 @@ from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.toolchain.build import BuildOptions, build_bundle
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
-from tests.build import networks
+from tests.toolchain import networks
 
 
 def write(path, nodes, input_shape, outputs=("y",), constants=None, dtype=TensorProto.FLOAT):

@@ -15,5 +15,5 @@ def _torch_is_not_imported(request: pytest.FixtureRequest) -> Iterator[None]:
     alone = all(Path(__file__).parent in item.path.parents for item in request.session.items)
     yield
     assert not alone or "torch" not in sys.modules, (
-        "a unit test, or what it imports, imported torch: move it to tests/build"
+        "a unit test, or what it imports, imported torch: move it to tests/toolchain"
     )

@@ -24,7 +24,7 @@ from edge_backbones.spec import (
 NAMES = ["stem", "stage1", "stage2", "stage3", "stage4"]
 
 
-# What transformers itself answers is compared row by row in tests/build/test_transformers_rules.py; this is what every
+# What transformers itself answers is compared row by row in tests/transformers/test_rules.py; this is what every
 # machine without torch must answer.
 @pytest.mark.parametrize(
     ("out_features", "out_indices", "expected"),

@@ -17,7 +17,7 @@ from edge_backbones.errors import InferenceError
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.testing import make_bundle, pooled, pooling_input
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BEGIN = """
 import os, signal, sys, threading
 import numpy as np

@@ -16,7 +16,7 @@ from edge_backbones import parity_report
 from edge_backbones.bundle import manifest
 from edge_backbones.errors import ManifestError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "manifest.v6.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "manifest.v6.json"
 SCHEMA = Path(manifest.__file__).with_name("manifest.schema.json")
 
 

@@ -1,6 +1,6 @@
 """Flags of the command line: they stay as recorded in tests/golden/cli_flags.json, and what is typed reaches the library.
 
-A flag that is new or gone on purpose is recorded with ``python -m tests.unit.test_cli_flags``.
+A flag that is new or gone on purpose is recorded with ``python -m tests.unit.cli.test_cli_flags``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from edge_backbones.option import Option
 from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.toolchain.build import BuildOptions
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "cli_flags.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "cli_flags.json"
 
 
 def plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from edge_backbones.machine.profiles import (
 )
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
 
-FOLDER = Path(__file__).parents[2] / "profiles"
+FOLDER = Path(__file__).parents[3] / "profiles"
 FILES = sorted(FOLDER.glob("*.toml"))
 ONE = ShapeRange.fixed(1)
 SIDE = ShapeRange.fixed(224)

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line per refusal, JSON, files written. Builds are tested in tests/build."""
+"""The command line: exit codes, one line per refusal, JSON, files written. Builds are tested in tests/toolchain."""
 
 from __future__ import annotations
 
