@@ -15,11 +15,10 @@ from transformers import ResNetBackbone, ResNetConfig, TimmBackboneConfig
 
 from edge_backbones import AutoEdgeBackbone, BuildOptions, auto
 from edge_backbones.bundle.manifest import CalibrationFile
-from edge_backbones.deploy import verify
-from edge_backbones.engines import promises
+from edge_backbones.engines import promises, select
 from edge_backbones.errors import CalibrationError, InputError, SourceError
 from edge_backbones.images.config import ImageConfig
-from edge_backbones.machine import profiles
+from edge_backbones.machine import child, profiles
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
 
@@ -229,20 +228,19 @@ def test_an_engine_that_this_machine_has_not_measured_is_measured_in_a_process_o
     tmp_path, builds, monkeypatch
 ):
     """A cache that several machines share. What it has built itself is opened at once."""
-    measure, asked = verify.verify_bundle, []
+    run_apart, asked = child.run_apart, []
 
-    def verified(path, **options):
-        asked.append(options)
-        return measure(path, **options)
+    def verified(function, *arguments, **options):
+        asked.append(function)
+        return run_apart(function, *arguments, **options)
 
-    monkeypatch.setattr(verify, "verify_bundle", verified)
+    monkeypatch.setattr(child, "run_apart", verified)
     AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=tmp_path).close()
     assert (len(builds), asked) == (1, [])
     (tmp_path / "id").write_text("another machine")
     monkeypatch.setattr(promises, "_MACHINE_ID", tmp_path / "id")
     AutoEdgeBackbone.from_config(config(out_indices=[3]), options=OPTIONS, cache=tmp_path).close()
-    assert len(builds) == len(asked) == 1
-    assert not asked[0].get("in_process")
+    assert (len(builds), asked) == (1, [select.VERIFY])
 
 
 def _first_time_refused(original: Any) -> Any:
