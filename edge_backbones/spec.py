@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -130,6 +130,14 @@ _PRECISIONS = {
         min_opset=19,
     ),
 }
+
+
+def precisions_of(names: Iterable[Precision | str]) -> tuple[Precision, ...]:
+    """Return number formats by their names; raises InputError for a name that is none."""
+    try:
+        return tuple(Precision(name) for name in names)
+    except ValueError as error:
+        raise InputError(f"{error}: choose among {', '.join(Precision)}") from None
 
 
 class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,10 @@ from hypothesis import settings
 # No example is failed for being slow on a busy machine.
 settings.register_profile("project", derandomize=True, deadline=None)
 settings.load_profile("project")
+
+# A run that was started in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,7 +38,7 @@ from edge_backbones.machine.profiles import DeviceProfile, load_profile, profile
 from edge_backbones.machine.system import board_name
 from edge_backbones.parity_report import ParityError, ParityReport
 from edge_backbones.progress import Progress, no_progress
-from edge_backbones.spec import InputSpec, Precision
+from edge_backbones.spec import InputSpec, Precision, precisions_of
 
 # Size of an engine divided by the size of its graph. The CPU computes fp16, bf16 and fp8 in fp32 and stores fp32 weights.
 _ENGINE_OVER_GRAPH = {
@@ -123,7 +123,7 @@ def compile_bundle(
     trust.admit(bundle)
     options = CompileOptions(gpu=gpu, plan=plan or PlanOptions(), cache=cache)
     work = _Work(bundle, maker, options, allow_host_code, progress, keeps_going=precisions is None)
-    graphs = work.graphs_of(None if precisions is None else [Precision(precision) for precision in precisions])
+    graphs = work.graphs_of(None if precisions is None else precisions_of(precisions))
     if resume:
         graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, maker, options)]
     if profile is not None:
@@ -195,7 +195,7 @@ class _Work:
         Raises BundleError, with the command that builds them, if one is missing.
         """
         form = self.maker.graph_format
-        if form is None:
+        if form is None and self.bundle.manifest.graphs:
             # This flavour compiles no graph of a bundle: its CompileError says why.
             self.maker.compile(self.bundle, self.bundle.manifest.graphs[0], self.options, self.progress)
         held = [graph for graph in self.bundle.manifest.graphs if graph.format == form]
@@ -205,7 +205,9 @@ class _Work:
             names = ", ".join(graph.precision.value for graph in held) or "none"
             asked = ", ".join(precision.value for precision in lacking) or "graph to compile"
             way = select.way_to_build(self.bundle, lacking if form == "onnx" else ())
-            raise BundleError(f"{self.bundle.path} has no {asked}; its {_FORMS[str(form)]} graphs: {names}. {way}")
+            raise BundleError(
+                f"{self.bundle.path} has no {asked}; its {_FORMS.get(str(form), 'other')} graphs: {names}. {way}"
+            )
         return graphs
 
     def fit_to_profile(self, graphs: Sequence[GraphRecord], profile: DeviceProfile) -> list[GraphRecord]:

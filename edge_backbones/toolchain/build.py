@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -33,7 +33,7 @@ from edge_backbones.machine.system import default_cache
 from edge_backbones.option import Option
 from edge_backbones.parity_report import Gate, ParityReport
 from edge_backbones.progress import Progress, no_progress
-from edge_backbones.spec import InputSpec, Precision, ShapeRange
+from edge_backbones.spec import InputSpec, Precision, ShapeRange, precisions_of
 from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, MeasuredEngine, PreparedBackbone
 from edge_backbones.toolchain.write_bundle import write_bundle
 
@@ -225,8 +225,8 @@ class BuildOptions:
         if self.input not in ("pixel_values", "image"):
             raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
         if self.precisions != "auto":
-            object.__setattr__(self, "precisions", _as_precisions(self.precisions))
-        object.__setattr__(self, "gates", dict(zip(_as_precisions(self.gates), self.gates.values(), strict=True)))
+            object.__setattr__(self, "precisions", precisions_of(self.precisions))
+        object.__setattr__(self, "gates", dict(zip(precisions_of(self.gates), self.gates.values(), strict=True)))
         if self.precisions != "auto" and (not self.precisions or len(set(self.precisions)) != len(self.precisions)):
             raise InputError(
                 f"precisions must be 'auto' or at least one of {', '.join(Precision)}, each once; got {self.precisions}"
@@ -270,7 +270,7 @@ class BuildOptions:
     @property
     def wanted(self) -> tuple[Precision, ...]:
         """The precisions that are tried."""
-        return _AUTO if self.precisions == "auto" else _as_precisions(self.precisions)
+        return _AUTO if self.precisions == "auto" else precisions_of(self.precisions)
 
     @property
     def needs_ranges(self) -> bool:
@@ -294,14 +294,6 @@ class BuildOptions:
             dataset_index=self.dataset_index,
             image=self.image,
         )
-
-
-def _as_precisions(names: Iterable[Precision | str]) -> tuple[Precision, ...]:
-    """Return number formats by their names; raises InputError for a name that is none."""
-    try:
-        return tuple(Precision(name) for name in names)
-    except ValueError as error:
-        raise InputError(f"{error}: choose among {', '.join(Precision)}") from None
 
 
 @dataclass(frozen=True)
