@@ -46,6 +46,7 @@ def load_library() -> Any:
     try:
         with _without_telemetry():
             import openvino
+            from openvino import Core  # noqa: F401  # a folder named openvino, on sys.path, can be imported too
     except (ImportError, OSError, MemoryError) as error:
         refuse_lack("loading OpenVINO", error)
         raise MissingDependencyError("the CPU engine (OpenVINO)", "cpu") from error

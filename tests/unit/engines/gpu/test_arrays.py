@@ -373,9 +373,7 @@ def test_a_library_that_cannot_wait_for_a_stream_is_refused():
 def test_what_a_library_refuses_is_told_in_its_words(error):
     library = Library()
     library.capsule = lambda: (_ for _ in ()).throw(error("tensors that require gradient"))
-    with pytest.raises(
-        InputError, match=r"test_arrays\.Library cannot .*tensors that require gradient"
-    ) as caught:
+    with pytest.raises(InputError, match=r"test_arrays\.Library cannot .*tensors that require gradient") as caught:
         from_foreign(library, stream=0)
     assert isinstance(caught.value.__cause__, error)
 
