@@ -49,7 +49,8 @@ def load_library(flavour: TensorRtFlavour) -> Any:
                 reason = f"installed, and cannot be loaded: {str(error).splitlines()[-1]}"
                 break
             continue
-        if not hasattr(module, "__version__"):  # a folder of that name on sys.path, such as that of the library's sources
+        # A folder of that name on sys.path, such as that of the library's sources, can be imported too.
+        if not hasattr(module, "__version__"):
             continue
         # torch-tensorrt-rtx registers TensorRT-RTX as `tensorrt`, so check which library this is.
         if hasattr(module, "ComputeCapability") == (flavour == "tensorrt_rtx"):
