@@ -50,7 +50,7 @@ def load_library(flavour: TensorRtFlavour) -> Any:
                 break
             continue
         # A folder of that name on sys.path, such as that of the library's sources, can be imported too.
-        if not hasattr(module, "__version__"):
+        if not hasattr(module, "Runtime"):
             continue
         # torch-tensorrt-rtx registers TensorRT-RTX as `tensorrt`, so check which library this is.
         if hasattr(module, "ComputeCapability") == (flavour == "tensorrt_rtx"):

@@ -101,14 +101,14 @@ def test_a_library_that_cannot_be_loaded_says_why(modules):
 
 
 def test_the_bindings_alone_are_enough(modules):
-    modules("tensorrt_lean_bindings", "__version__ = '11.4.0'")
+    modules("tensorrt_lean_bindings", "__version__ = '11.4.0'\nRuntime = object")
     assert library_version("tensorrt_lean") == "11.4.0"
 
 
 def test_rtx_in_the_place_of_tensorrt_is_not_taken_for_it(modules):
     """torch-tensorrt-rtx puts it there."""
-    sys.modules["tensorrt"] = types.SimpleNamespace(__version__="1.7", ComputeCapability=object)
-    modules("tensorrt_rtx", "__version__ = '1.7.1'\nComputeCapability = object")
+    sys.modules["tensorrt"] = types.SimpleNamespace(__version__="1.7", ComputeCapability=object, Runtime=object)
+    modules("tensorrt_rtx", "__version__ = '1.7.1'\nComputeCapability = object\nRuntime = object")
     assert library_version("tensorrt") is None
     assert library_version("tensorrt_rtx") == "1.7.1"
 
