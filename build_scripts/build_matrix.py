@@ -279,11 +279,10 @@ def engine_task(build: Task, device: Device, folder: Path) -> Task | None:
     """Return the task of an engine; None for this machine's own CPU, whose engine comes with the bundle."""
     path = _found_profile(device.profile, folder)
     profile = load_profile(path)
-    kinds = {"cpu": "openvino", "rtx": "tensorrt_rtx"}
-    flavour = device.flavour or kinds.get(profile.kind, "tensorrt")
+    flavour = device.flavour or profile.flavours[0]
     if flavour == "openvino" and device.resource is None:
         return None
-    anywhere = flavour == "tensorrt_rtx"
+    anywhere = registry.get(flavour).takes_targets
     targets = (profile.architecture,) if anywhere and profile.architecture in RTX_ARCHITECTURES else ()
     resource = device.resource or (None if anywhere else profile.architecture)
     library = None  # of a worker: nobody knows before it is asked

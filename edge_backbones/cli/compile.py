@@ -144,11 +144,16 @@ def _for_device(
         chosen, found = flavour, deploy.profile_here(flavour, plan.targets, gpu)
     else:
         chosen, found = deploy.flavour_here(gpu)
-        if chosen == "openvino":
+        maker = registry.get(chosen)
+        if "cpu" in maker.devices:
             _refuse_cpu_for_want_of_tensorrt()
-        elif chosen == "tensorrt_rtx" and not plan.targets and found is not None and found.architecture is not None:
+        elif maker.takes_targets and not plan.targets and found is not None and found.architecture is not None:
             plan = dataclasses.replace(plan, targets=(found.architecture,))
-    if found is None and profile is None and (flavour is None or (chosen == "tensorrt" and gpus.find_gpus())):
+    if (
+        found is None
+        and profile is None
+        and (flavour is None or (registry.get(chosen).needs_own_gpu and gpus.find_gpus()))
+    ):
         console.err.print(
             "no profile is known to be of this GPU: compiling without its limits (--profile NAME or FILE.toml)"
         )

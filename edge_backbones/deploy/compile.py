@@ -117,7 +117,9 @@ def compile_bundle(
     """
     del in_process  # the decorator child.apart has read it
     maker = registry.get(flavour)
-    if maker.graph_format is not None and maker.is_program and not allow_host_code:
+    if maker.refusal:
+        raise CompileError(maker.refusal)
+    if maker.is_program and not allow_host_code:
         raise CompileError(f"a {maker.title} engine is a program, which is measured by running it: {ALLOW}")
     bundle = Bundle.open(path)
     trust.admit(bundle)
@@ -195,9 +197,6 @@ class _Work:
         Raises BundleError, with the command that builds them, if one is missing.
         """
         form = self.maker.graph_format
-        if form is None and self.bundle.manifest.graphs:
-            # This flavour compiles no graph of a bundle: its CompileError says why.
-            self.maker.compile(self.bundle, self.bundle.manifest.graphs[0], self.options, self.progress)
         held = [graph for graph in self.bundle.manifest.graphs if graph.format == form]
         graphs = [graph for graph in held if precisions is None or graph.precision in precisions]
         lacking = [precision for precision in precisions or () if precision not in {graph.precision for graph in held}]
@@ -213,14 +212,13 @@ class _Work:
     def fit_to_profile(self, graphs: Sequence[GraphRecord], profile: DeviceProfile) -> list[GraphRecord]:
         """Return the graphs that a device can run, and take the device's default options."""
         maker, plan = self.maker, self.options.plan or PlanOptions()
-        compiles_for_its_own_gpu = maker.name == "tensorrt"
-        if profile.architecture is not None and (compiles_for_its_own_gpu or maker.name not in profile.flavours):
+        if profile.architecture is not None and (maker.needs_own_gpu or maker.name not in profile.flavours):
             _refuse_elsewhere(self.bundle, profile, self.options.gpu)
         if plan.workspace is None:
             plan = dataclasses.replace(plan, workspace=profile.defaults.workspace_bytes)
         input = self.bundle.manifest.input
         graphs = self.passing(graphs, lambda graph: _refuse_for(profile, graph, maker.name, plan, input))
-        if compiles_for_its_own_gpu and profile.architecture is not None:
+        if maker.needs_own_gpu and profile.architecture is not None:
             plan = dataclasses.replace(plan, targets=(profile.architecture,))
         self.options = dataclasses.replace(self.options, plan=plan)
         return list(graphs)
@@ -314,14 +312,15 @@ def compile_here(
         flavour = registry.serving(host).name
         if gpu is not None and "cpu" in registry.get(flavour).devices:
             flavour = "tensorrt"  # no library here compiles for the GPU, and the error of TensorRT says why
-    plan = registry.get(flavour).default_options(host).plan
+    maker = registry.get(flavour)
+    targets = (host.gpu.architecture,) if maker.takes_targets and host.gpu is not None else ()
     profile = None
     with contextlib.suppress(MissingDependencyError):  # Python 3.10 reads profiles only with the cli extra
-        profile = profile_here(flavour, () if plan is None else plan.targets, gpu or 0)
+        profile = profile_here(flavour, targets, gpu or 0)
     compile_bundle(
         path,
         precisions=(Precision(engine),) if engine in set(Precision) else None,
-        plan=plan,
+        plan=PlanOptions(targets=targets),
         flavour=flavour,
         profile=None if profile is None else profile.name,
         gpu=gpu or 0,
@@ -341,7 +340,7 @@ def profile_here(flavour: str, targets: Sequence[str] = (), gpu: int = 0) -> Dev
     if maker.devices != ("cuda",) or maker.graph_format is None:
         return None
     found = hosts.this_host({}, gpu=gpu).gpu
-    if found is None or (flavour == "tensorrt_rtx" and found.architecture not in targets):
+    if found is None or (maker.takes_targets and found.architecture not in targets):
         return None
     return profile_of(found, board=board_name())
 

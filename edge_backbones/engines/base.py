@@ -151,16 +151,26 @@ class Flavour(abc.ABC):
         is_program: Whether its engines are code that may do whatever its author wrote. Such an engine runs only for a
             user who asks for it by name and allows it.
         has_dla: Whether it compiles for DLA cores.
+        needs_own_gpu: Whether it compiles on the GPU that will run the engine, and for no other.
+        takes_targets: Whether it compiles for the GPU architectures in ``PlanOptions.targets``, without such a GPU.
+        package: Name of the library for pip.
+        refusal: Why no engine of it is compiled from a bundle's graphs; empty if engines are.
+        only_runs: Whether it compiles nothing at all, in a build neither.
     """
 
     name: str
     title: str
     extra: str
+    package: str
     devices: ClassVar[tuple[Literal["cpu", "cuda"], ...]] = ("cpu",)
     graph_format: ClassVar[Literal["onnx", "torchscript"] | None] = "onnx"
     graph_is_engine: ClassVar[bool] = False
     is_program: ClassVar[bool] = False
     has_dla: bool = False
+    needs_own_gpu: bool = False
+    takes_targets: bool = False
+    refusal: ClassVar[str] = ""
+    only_runs: ClassVar[bool] = False
 
     @abc.abstractmethod
     def version(self) -> str | None:
@@ -229,11 +239,16 @@ class Flavour(abc.ABC):
         """Return whether this library compiles for ``host`` if the user names no flavour."""
         return False
 
-    def against_profile(self, profile: DeviceProfile) -> str:
-        """Return why this library cannot compile for a device, as a sentence with a fix; empty if it can."""
-        if self.name in profile.flavours:
-            return ""
-        return f"{self.name} does not serve {profile.name}: use flavour {profile.compilers}"
+    def against_profile(self, profile: DeviceProfile, instead: str) -> str:
+        """Return why this library cannot compile for a device, as a sentence with a fix; empty if it can.
+
+        ``instead``: The libraries that can, as in "tensorrt or torch_tensorrt".
+        """
+        return (
+            f"{self.name} does not serve {profile.name}: use flavour {instead}"
+            if self.name not in profile.flavours
+            else ""
+        )
 
     def against_targets(self, profile: DeviceProfile, precision: Precision, targets: Sequence[str]) -> list[str]:
         """Return why engines for these GPU architectures do not run on a device; ``targets`` as in PlanOptions."""
@@ -252,7 +267,3 @@ class Flavour(abc.ABC):
     def way_to_compile(self, bundle: Path, options: str = "") -> str:
         """Return the command that compiles an engine of this library; ``options`` are more flags for it."""
         return f"edge-backbones compile {bundle} --flavour {self.name}{options}"
-
-    def default_options(self, host: Host) -> CompileOptions:
-        """Return the options that suit ``host`` if an engine is compiled when a bundle is opened, without a command."""
-        return CompileOptions()

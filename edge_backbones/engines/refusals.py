@@ -34,7 +34,8 @@ def refusals(
         targets: Architectures for TensorRT-RTX, empty for its default.
     """
     maker = registry.get(flavour)
-    if elsewhere := maker.against_profile(profile):
+    instead = " or ".join(name for name in profile.flavours if not _only_runs(name))
+    if elsewhere := maker.against_profile(profile, instead):
         reasons = [elsewhere]
     else:
         reasons = maker.against_targets(profile, precision, targets)
@@ -54,6 +55,12 @@ def refusals(
     if not maker.has_dla:
         reasons.append(f"{flavour} compiles nothing for DLA: use flavour tensorrt")
     return reasons + against_dla(precision, input)
+
+
+def _only_runs(flavour: str) -> bool:
+    """Return whether an engine library compiles nothing at all."""
+    found = registry.find(flavour)
+    return found is not None and found.only_runs
 
 
 def _against_precision(profile: DeviceProfile, precision: Precision) -> str:

@@ -73,7 +73,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ``architecture``: that of the GPU (``sm_87``), None for a CPU. ``device_names``: words in the name of the CUDA device or
     of the board; any of them tells the device from others of its architecture. ``precisions``: number formats that the
     hardware computes, or for a CPU that its engine library accepts. ``pays``: the formats that are worth building, and why.
-    ``flavours``: engine libraries that serve the device. ``unified_memory``: CPU and GPU share their memory.
+    ``flavours``: engine libraries that serve the device; a build matrix takes the first if it names none.
+    ``unified_memory``: CPU and GPU share their memory.
     """
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_.-]*\Z")]
@@ -103,11 +104,6 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def dla_cores(self) -> int:
         """Return the number of DLA cores of the module that has the most."""
         return max((module.dla_cores for module in self.modules), default=0)
-
-    @property
-    def compilers(self) -> str:
-        """The engine libraries that compile for it, for a message: ``tensorrt or torch_tensorrt``."""
-        return " or ".join(name for name in self.flavours if name != "tensorrt_lean")
 
 
 @functools.cache

@@ -458,7 +458,7 @@ def _measure(
     # Host code is allowed: the program was made here, of the network that the user gave.
     load = LoadOptions(gpu=None if engine.key.gpu is None else 0, allow_host_code=True)
     report = measure_engine(engine.key, engine.data, graph.spec, graph.input, golden, gate, options=load)
-    library = {"torchscript": "torch", "torch_tensorrt": "torch-tensorrt"}.get(engine.key.flavour, engine.key.flavour)
+    library = registry.get(engine.key.flavour).package
     return require(report, advice=functools.partial(advice_on_building, library=library))
 
 

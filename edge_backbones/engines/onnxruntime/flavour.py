@@ -22,7 +22,7 @@ class OnnxRuntime(Flavour):
     Kernels depend on the CPU, so a parity report holds for the CPU that measured it.
     """
 
-    name, title, extra = "onnxruntime", "ONNX Runtime", "onnxruntime"
+    name, title, extra, package = "onnxruntime", "ONNX Runtime", "onnxruntime", "onnxruntime"
     graph_is_engine = True
 
     def version(self) -> str | None:

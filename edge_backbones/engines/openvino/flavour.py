@@ -17,7 +17,7 @@ from edge_backbones.spec import BackboneSpec, InputSpec
 class OpenVino(Flavour):
     """Compile and run blobs. A blob runs only with the release that wrote it, on CPUs with the same instruction sets."""
 
-    name, title, extra = "openvino", "OpenVINO", "cpu"
+    name, title, extra, package = "openvino", "OpenVINO", "cpu", "openvino"
 
     def version(self) -> str | None:
         return session.library_version()
@@ -38,9 +38,9 @@ class OpenVino(Flavour):
     def serves(self, host: Host) -> bool:
         return host.versions.get(self.name) is not None
 
-    def against_profile(self, profile: DeviceProfile) -> str:
+    def against_profile(self, profile: DeviceProfile, instead: str) -> str:
         if self.name not in profile.flavours:
-            return f"openvino runs on CPUs and {profile.name} is a GPU: use flavour {profile.compilers}, or the profile cpu"
+            return f"openvino runs on CPUs and {profile.name} is a GPU: use flavour {instead}, or the profile cpu"
         return ""
 
 

@@ -30,8 +30,10 @@ class TensorRt(Flavour):
 
     devices = ("cuda",)
 
-    def __init__(self, name: PlanFlavour, title: str, extra: str, *, has_dla: bool = False) -> None:
-        self.name, self.title, self.extra, self.has_dla = name, title, extra, has_dla
+    def __init__(self, name: PlanFlavour, title: str, extra: str) -> None:
+        self.name, self.title, self.extra, self.package = name, title, extra, name.replace("_", "-")
+        self.has_dla = self.needs_own_gpu = name == "tensorrt"
+        self.takes_targets = not self.needs_own_gpu
         self._name: PlanFlavour = name
 
     def version(self) -> str | None:
@@ -132,17 +134,13 @@ class TensorRtRtx(TensorRt):
     def serves(self, host: Host) -> bool:
         return host.gpu is not None and host.gpu.architecture in RTX_ARCHITECTURES and super().serves(host)
 
-    def default_options(self, host: Host) -> CompileOptions:
-        targets = () if host.gpu is None else (host.gpu.architecture,)
-        return CompileOptions(plan=PlanOptions(targets=targets))
-
-    def against_profile(self, profile: DeviceProfile) -> str:
+    def against_profile(self, profile: DeviceProfile, instead: str) -> str:
         if self.name not in profile.flavours and profile.architecture is not None:
             return (
                 f"TensorRT-RTX compiles for {', '.join(RTX_ARCHITECTURES)} and {profile.name} is {profile.architecture}: "
-                f"use flavour {profile.compilers}"
+                f"use flavour {instead}"
             )
-        return super().against_profile(profile)
+        return super().against_profile(profile, instead)
 
     def against_targets(self, profile: DeviceProfile, precision: Precision, targets: Sequence[str]) -> list[str]:
         return against_rtx_targets(profile, precision, targets)
@@ -151,8 +149,9 @@ class TensorRtRtx(TensorRt):
 class TensorRtLean(Flavour):
     """Run version-compatible plans with TensorRT's lean runtime, which cannot compile."""
 
-    name, title, extra, devices = "tensorrt_lean", "TensorRT's lean runtime", "tensorrt", ("cuda",)
-    graph_format = None
+    name, title, extra, package = "tensorrt_lean", "TensorRT's lean runtime", "tensorrt", "tensorrt-lean"
+    devices, graph_format, only_runs = ("cuda",), None, True
+    refusal = "tensorrt_lean runs plans and compiles none: compile with flavour tensorrt and version_compatible=True"
 
     def version(self) -> str | None:
         return library.library_version("tensorrt_lean")
@@ -168,16 +167,10 @@ class TensorRtLean(Flavour):
     def compile(
         self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
     ) -> CompiledEngine:
-        raise CompileError(self._refusal())
+        raise CompileError(self.refusal)
 
-    def check(self, graph: GraphRecord, input: InputSpec, options: CompileOptions) -> None:
-        raise CompileError(self._refusal())
-
-    def against_profile(self, profile: DeviceProfile) -> str:
-        return self._refusal()
-
-    def _refusal(self) -> str:
-        return "tensorrt_lean runs plans and compiles none: compile with flavour tensorrt and version_compatible=True"
+    def against_profile(self, profile: DeviceProfile, instead: str) -> str:
+        return self.refusal
 
 
 def compile_engine(
@@ -227,6 +220,6 @@ def _latest_timing_cache(bundle: Bundle) -> bytes | None:
     return None
 
 
-TENSORRT = TensorRt("tensorrt", "TensorRT", "tensorrt", has_dla=True)
+TENSORRT = TensorRt("tensorrt", "TensorRT", "tensorrt")
 TENSORRT_RTX = TensorRtRtx("tensorrt_rtx", "TensorRT-RTX", "rtx")
 TENSORRT_LEAN = TensorRtLean()

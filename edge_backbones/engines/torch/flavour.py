@@ -36,7 +36,7 @@ class _Program(Flavour):
 class TorchScript(_Program):
     """Run the frozen TorchScript module of a bundle. torch compiles it when it loads it, so it runs on any CPU and GPU."""
 
-    name, title, extra, devices = "torchscript", "TorchScript", "build", ("cpu", "cuda")
+    name, title, extra, package, devices = "torchscript", "TorchScript", "build", "torch", ("cpu", "cuda")
     graph_format, graph_is_engine = "torchscript", True
 
     def version(self) -> str | None:
@@ -56,8 +56,12 @@ class TorchScript(_Program):
 class TorchTensorRt(_Program):
     """Run a TorchScript file or exported program with TensorRT engines inside. A build compiles it from the network."""
 
-    name, title, extra, devices = "torch_tensorrt", "Torch-TensorRT", "torch-tensorrt", ("cuda",)
-    graph_format = None
+    name, title, extra, package = "torch_tensorrt", "Torch-TensorRT", "torch-tensorrt", "torch-tensorrt"
+    devices, graph_format, needs_own_gpu = ("cuda",), None, True
+    refusal = (
+        "torch_tensorrt compiles the network itself, which a bundle does not hold: edge-backbones build MODEL BUNDLE "
+        "--flavour torch_tensorrt, on a machine with the GPU"
+    )
 
     def version(self) -> str | None:
         return session.torch_tensorrt_version()
@@ -77,10 +81,7 @@ class TorchTensorRt(_Program):
     def compile(
         self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
     ) -> CompiledEngine:
-        raise CompileError(
-            "torch_tensorrt compiles the network itself, which a bundle does not hold: edge-backbones build MODEL BUNDLE "
-            "--flavour torch_tensorrt, on a machine with the GPU"
-        )
+        raise CompileError(self.refusal)
 
     def remedy(self) -> str:
         return "run edge-backbones build MODEL BUNDLE --flavour torch_tensorrt --overwrite here"

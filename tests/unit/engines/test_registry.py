@@ -21,7 +21,7 @@ from edge_backbones.testing import make_bundle, pooled
 class Theirs(Flavour):
     """A library of another package: its engine is the pooling network of the tests, in numpy."""
 
-    name, title, extra = "theirs", "Theirs", "theirs"
+    name, title, extra, package = "theirs", "Theirs", "theirs", "theirs"
 
     def version(self):
         return "1.0"
