@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 import edge_backbones
-from edge_backbones.errors import BundleError, CalibrationError, InputError, MissingDependencyError
+from edge_backbones.errors import BundleError, CalibrationError, InputError, needing
 from edge_backbones.images.decode import list_images
 from edge_backbones.machine.profiles import DeviceProfile, load_profile
 from edge_backbones.machine.system import default_cache
@@ -143,10 +143,8 @@ def _open(
         )
     options = dataclasses.replace(options, precisions=(Precision(engine),))
     progress("loading the network", 0, None)
-    try:
+    with needing("building a bundle", "build"):
         from edge_backbones.toolchain.sources.load import load_source
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
     profile = None if options.profile is None else load_profile(options.profile)
     loaded = load_source(source, options.source_options(profile))
     folder = (default_cache() if cache is None else Path(cache)) / "bundles"

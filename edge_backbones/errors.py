@@ -236,6 +236,21 @@ def why_no_import(error: ImportError) -> EdgeBackbonesError:
 
 
 @contextlib.contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Turn the failed import of a library that is not installed into MissingDependencyError, which names ``extra``.
+
+    A folder of the library's name in the working directory, such as a clone of its sources, is not the library.
+    """
+    try:
+        yield
+    except ImportError as error:
+        # Nothing can be imported from a mere folder, which Python takes for a package without a file.
+        if isinstance(error, ModuleNotFoundError) or (error.name and error.path is None):
+            raise MissingDependencyError(f"{what} ({error.name} is not installed)", extra) from error
+        raise
+
+
+@contextlib.contextmanager
 def lack_told(doing: str) -> Iterator[None]:
     """Turn any error in the block that is caused by a lack of memory, threads or file descriptors into ResourceError."""
     try:

@@ -65,17 +65,17 @@ def draw_feature_maps(
     _save(figure, path)
 
 
-def draw_layers(path: Path, layers: Sequence[tuple[str, float]], *, born: str, limit_db: float, title: str) -> None:
+def draw_layers(path: Path, layers: Sequence[tuple[str, float]], *, origin: str, limit_db: float, title: str) -> None:
     """Write a PNG: one bar of SQNR per layer, the limit as a line, and the layer where the error begins in red.
 
-    ``layers``: (name, SQNR in dB), from top to bottom. ``born``: the name of the red layer. ``limit_db``: the gate's SQNR.
+    ``layers``: (name, SQNR in dB), from top to bottom. ``origin``: the name of the red layer. ``limit_db``: the gate's SQNR.
     """
     figure = _figure_class()(figsize=(8, 0.34 * len(layers) + 1.3), layout="constrained", facecolor="white")
     axis = figure.subplots()
     axis.barh(
         range(len(layers)),
         [sqnr_db for _, sqnr_db in layers],
-        color=["#c0392b" if name == born else "#7f8fa6" for name, _ in layers],
+        color=["#c0392b" if name == origin else "#7f8fa6" for name, _ in layers],
     )
     axis.set_yticks(range(len(layers)), [visible(name) for name, _ in layers], fontsize=8, parse_math=False)
     axis.invert_yaxis()

@@ -133,9 +133,9 @@ _PRECISIONS = {
 
 
 def precisions_of(names: Iterable[Precision | str]) -> tuple[Precision, ...]:
-    """Return number formats by their names; raises InputError for a name that is none."""
+    """Return number formats by their names, or by one name; raises InputError for a name that is none."""
     try:
-        return tuple(Precision(name) for name in names)
+        return tuple(Precision(name) for name in ((names,) if isinstance(names, str) else names))
     except ValueError as error:
         raise InputError(f"{error}: choose among {', '.join(Precision)}") from None
 

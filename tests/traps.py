@@ -279,7 +279,7 @@ def graph_trap(name: str, said: str, change: Callable[[onnx.ModelProto], object]
         change(model)
         with_graph(bundle, model.SerializeToString())
 
-    TRAPS[name] = spring, rf"graphs/fp32\.onnx is given to no library: .*{said}"
+    TRAPS[name] = spring, rf"graphs/fp32\.onnx is refused: .*{said}"
 
 
 def keep_outside(tensor: onnx.TensorProto, location: str, offset: int = 0) -> None:
@@ -299,12 +299,12 @@ graph_trap("graph_lies_about_a_weight", "asks for", lambda m: m.graph.initialize
 graph_trap("graph_has_negative_sizes", "negative size", lambda m: m.graph.initializer[0].dims.append(-1))
 
 
-@trap(r"graphs/fp32\.onnx is given to no library: ")
+@trap(r"graphs/fp32\.onnx is refused: ")
 def graph_is_cut_off(bundle: Bundle, outside: Path) -> None:
     with_graph(bundle, pooling_graph().SerializeToString()[:-40])
 
 
-@trap(r"graphs/fp32\.onnx is given to no library: ")
+@trap(r"graphs/fp32\.onnx is refused: ")
 def graph_is_text(bundle: Bundle, outside: Path) -> None:
     with_graph(bundle, b"<?xml version='1.0'?><net><layers/></net>")
 

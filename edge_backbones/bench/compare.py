@@ -35,7 +35,7 @@ from edge_backbones.bundle.golden import full_batches
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
-from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, MissingDependencyError
+from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, needing
 from edge_backbones.images.decode import list_images, open_image
 from edge_backbones.images.fit import fit, to_input
 from edge_backbones.machine import gpus, hosts
@@ -345,13 +345,9 @@ def _fp32_graph(bundle: Bundle, work: Path, progress: Progress) -> _Graph:
     if held is not None:
         return _Graph(bundle.path / held.file.path, exact=True)
     progress("exporting the network in fp32", 0, None)
-    try:
+    with needing("exporting the network in fp32", "build"):
         from edge_backbones.toolchain.export import export_onnx
         from edge_backbones.toolchain.prepare import prepare
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"exporting the network in fp32 ({error.name} is not installed)", "build"
-        ) from error
     return _Graph(
         export_onnx(prepare(load_network(bundle), bundle.manifest.input), work / "fp32.onnx").path, exact=False
     )

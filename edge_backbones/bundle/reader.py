@@ -95,7 +95,7 @@ class Bundle:
         if any(graph.file == record for graph in self.manifest.graphs if graph.format == "onnx"):
             fault = graph_fault(data)
             if fault is not None:
-                raise IntegrityError(f"{path} is given to no library: {fault}. Build the bundle again")
+                raise IntegrityError(f"{path} is refused: {fault}. Build the bundle again")
         return data
 
     def check_files(self) -> None:

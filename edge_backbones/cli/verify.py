@@ -128,8 +128,8 @@ def _explain(
     files = [picture if len(drawn) == 1 else picture.with_stem(f"{picture.stem}.{one.precision}") for one in drawn]
     for one, file in zip(drawn, files, strict=True):
         layers = [(layer.name, layer.sqnr_db) for layer in one.layers]
-        title = f"{bundle.name}, {one.precision}: {one.stage} is outside its gate; {one.cause}, {one.born}"
-        draw_layers(file, layers, born=one.born, limit_db=one.limit_db, title=title)
+        title = f"{bundle.name}, {one.precision}: {one.stage} is outside its gate; {one.cause}, {one.origin}"
+        draw_layers(file, layers, origin=one.origin, limit_db=one.limit_db, title=title)
     if as_json:
         document = {"parity": error.reports, "explanations": found, "pictures": [str(file) for file in files]}
         console.print_json({"error": type(error).__name__, "message": str(error), **document})
@@ -139,7 +139,7 @@ def _explain(
         table = console.Table("layer" if one.cause == "engine" else "block alone", title=one.stage)
         table.add_column("SQNR dB", justify="right")
         for layer in one.layers:
-            style = "red" if layer.name == one.born else ""
+            style = "red" if layer.name == one.origin else ""
             table.add_row(Text(visible(layer.name), style=style), Text(f"{layer.sqnr_db:.1f}", style=style))
         console.out.print(table)
         console.out.print(one.sentence)

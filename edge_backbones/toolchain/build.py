@@ -25,8 +25,8 @@ from edge_backbones.errors import (
     CalibrationError,
     CompileError,
     InputError,
-    MissingDependencyError,
     SourceError,
+    needing,
 )
 from edge_backbones.machine import gpus, profiles
 from edge_backbones.machine.system import default_cache
@@ -224,6 +224,14 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.input not in ("pixel_values", "image"):
             raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
+        for option in ("out_features", "exclude", "flavours"):  # one name stands for a tuple of it
+            if isinstance(value := getattr(self, option), str):
+                object.__setattr__(self, option, (value,))
+        if unknown := set(self.flavours) - {"torchscript", "torch_tensorrt"}:
+            raise InputError(
+                f"flavours are torchscript and torch_tensorrt, got {', '.join(sorted(unknown))}: edge-backbones compile "
+                "adds engines of other libraries to a finished bundle"
+            )
         if self.precisions != "auto":
             object.__setattr__(self, "precisions", precisions_of(self.precisions))
         object.__setattr__(self, "gates", dict(zip(precisions_of(self.gates), self.gates.values(), strict=True)))
@@ -342,10 +350,8 @@ def build_bundle(
     options = options or BuildOptions()
     _check_before_loading(options, images)
     progress("loading libraries", 0, None)
-    try:
+    with needing("building a bundle", "build"):
         from edge_backbones.toolchain import steps
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"building a bundle ({error.name} is not installed)", "build") from error
     profile = None if options.profile is None else profiles.load_profile(options.profile)
     reused = None if options.calibration is None else steps.read_calibration(options.calibration)
 

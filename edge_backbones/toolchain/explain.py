@@ -53,7 +53,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         stage: the stage that is outside.
         cause: ``engine`` (it differs from its graph), ``activations`` or ``weights`` (rounding), or ``format`` (a graph
             without Q/DQ pairs is outside by itself).
-        born: the first wrong layer, or the noisiest block; the stage, where neither can be named.
+        origin: the first wrong layer, or the noisiest block; the stage, where neither can be named.
         sentence: the explanation, for people.
         layers: for ``engine`` the layers that were compared, in graph order; for rounding the blocks, each quantised
             alone, the noisiest first; for ``format`` the layers that were compared with the fp32 graph, if there is one.
@@ -63,7 +63,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision
     stage: str
     cause: str
-    born: str
+    origin: str
     sentence: str
     layers: tuple[LayerNoise, ...]
     limit_db: float
@@ -106,7 +106,7 @@ def _loaded(path: Path) -> ir.Model:
     data = path.read_bytes()
     fault = graph_fault(data)
     if fault is not None:
-        raise IntegrityError(f"{path} is given to no library: {fault}. Build the bundle again")
+        raise IntegrityError(f"{path} is refused: {fault}. Build the bundle again")
     return ir.from_proto(onnx.load_from_string(data))
 
 
@@ -127,16 +127,16 @@ def _first_wrong_layer(
     free = _with_rounding(model, None) if report.precision.info.is_integer else None
     high, noise = _bisect(layers, lambda node: _difference_of_engine(model, free, node, inputs), limit, progress)
     if high < len(layers):
-        born = str(layers[high].name)
-        sentence = f"the engine library computes {born} otherwise than its graph says: report it, with this graph"
+        origin = str(layers[high].name)
+        sentence = f"the engine library computes {origin} otherwise than its graph says: report it, with this graph"
     else:
-        born = failing
+        origin = failing
         sentence = "the graph holds its gate, every layer of it compiled by itself too: the engine is not of this graph"
     return Explanation(
         precision=report.precision,
         stage=failing,
         cause="engine",
-        born=born,
+        origin=origin,
         sentence=f"{sentence}. First compile it again (edge-backbones compile BUNDLE --precision {report.precision})",
         layers=noise,
         limit_db=_db(limit),
@@ -224,9 +224,9 @@ def _outside_by_itself(
     needs = f"{failing} is left {_db(of_graph):.1f} dB of the {_db(allowed):.1f} dB that it needs"
     beyond = _first_beyond(model, layers, report.precision.info.rest.info.largest, image, batch)
     if beyond is not None:
-        born = str(beyond.name)
+        origin = str(beyond.name)
         sentence = (
-            f"{born} is the first layer with values that {report.precision} cannot hold: build bf16 or fp32 instead"
+            f"{origin} is the first layer with values that {report.precision} cannot hold: build bf16 or fp32 instead"
         )
     elif plain is not None:
         reference = _loaded(plain)
@@ -240,10 +240,10 @@ def _outside_by_itself(
             allowed,
             progress,
         )
-        born = str(shared[high].name) if high < len(shared) else failing
-        sentence = f"{needs}; {born} is the first layer that {report.precision} takes further from fp32 than that"
+        origin = str(shared[high].name) if high < len(shared) else failing
+        sentence = f"{needs}; {origin} is the first layer that {report.precision} takes further from fp32 than that"
     else:
-        born = failing
+        origin = failing
         sentence = (
             f"{needs}: {report.precision} is too coarse here. With an fp32 graph in the bundle the layer can be told"
         )
@@ -251,7 +251,7 @@ def _outside_by_itself(
         precision=report.precision,
         stage=failing,
         cause="format",
-        born=born,
+        origin=origin,
         sentence=sentence,
         layers=noise,
         limit_db=_db(allowed),
@@ -304,18 +304,19 @@ def _loudest_block(
     if not found or of_weights > allowed:
         cause = "weights"
         sentence = f"{weights} of the {_db(allowed):.1f} dB that {failing} needs: {report.precision} is too coarse here"
-        born = failing
+        origin = failing
     else:
-        cause, born = "activations", found[0].name
+        cause, origin = "activations", found[0].name
         sentence = (
-            f"most of the error of {failing} is born in {born}: its activations alone leave {found[0].sqnr_db:.1f} dB of "
-            f"the {_db(allowed):.1f} dB that are needed ({weights}). Build with --exclude {born}, or with more typical images"
+            f"most of the error of {failing} begins in {origin}: its activations alone leave {found[0].sqnr_db:.1f} dB of "
+            f"the {_db(allowed):.1f} dB that are needed ({weights}). Build with --exclude {origin}, or with more "
+            "typical images"
         )
     return Explanation(
         precision=report.precision,
         stage=failing,
         cause=cause,
-        born=born,
+        origin=origin,
         sentence=sentence,
         layers=tuple(found[:_LOUDEST_SHOWN]),
         limit_db=_db(allowed),

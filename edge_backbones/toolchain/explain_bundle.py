@@ -10,7 +10,7 @@ from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.deploy.parity import measure_in_bundle
 from edge_backbones.deploy.verify import runnable, say_what_is_run
 from edge_backbones.engines import promises
-from edge_backbones.errors import BundleError, InferenceError, MissingDependencyError
+from edge_backbones.errors import BundleError, InferenceError, needing
 from edge_backbones.machine import child
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import Precision
@@ -34,10 +34,8 @@ def explain_bundle(
     damaged file or a graph that the bundle lacks, EngineMismatchError when no engine can run here, MissingDependencyError.
     """
     del in_process  # child.apart has read it
-    try:
+    with needing("explaining an error", "build"):
         from edge_backbones.toolchain.explain import explain
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"explaining an error ({error.name} is not installed)", "build") from error
     bundle, _ = trust.admit(Bundle.open(path))
     bundle.check_files()
     golden = load_golden(bundle)
@@ -52,7 +50,7 @@ def explain_bundle(
             continue
         if record.key.gpu is not None:
             raise BundleError(
-                f"{record.name} is outside its gate ({report.failures()}); where the error is born is found for CPU engines "
+                f"{record.name} is outside its gate ({report.failures()}); where an error begins is found for CPU engines "
                 "only: compile this graph for the CPU and explain that engine"
             )
         graph = bundle.manifest.onnx_graph(precision)

@@ -119,17 +119,17 @@ def test_a_layer_that_the_engine_library_computes_wrongly(bundle, monkeypatch, l
     with pytest.raises(ParityError):
         verify_bundle(bundle, engine=precision.value)
     [found] = explain_bundle(bundle, engine=precision.value)
-    assert (found.precision, found.cause, found.born) == (precision, "engine", layer)
+    assert (found.precision, found.cause, found.origin) == (precision, "engine", layer)
     assert f"computes {layer} otherwise than its graph says" in found.sentence
-    [born] = [one for one in found.layers if one.name == layer]
-    assert born.sqnr_db < found.limit_db
+    [origin] = [one for one in found.layers if one.name == layer]
+    assert origin.sqnr_db < found.limit_db
     assert len(found.layers) <= 6  # bisection, not one compilation per layer
 
 
 def test_an_engine_of_another_graph(bundle):
     with_engine(bundle, damaged(load(bundle, "int8"), "layer2.0.conv1/Conv"), Precision.INT8, GATE)
     [found] = explain_bundle(bundle)
-    assert (found.cause, found.born) == ("engine", found.stage)
+    assert (found.cause, found.origin) == ("engine", found.stage)
     assert "the engine is not of this graph. First compile it again" in found.sentence
     assert all(one.sqnr_db > found.limit_db for one in found.layers)
 
@@ -143,8 +143,8 @@ def test_activations_that_are_rounded_too_coarsely(bundle, layer, block):
     with_graph(bundle, wrong, Precision.INT8)
     with_engine(bundle, wrong, Precision.INT8, GATE)
     [found] = explain_bundle(bundle)
-    assert (found.cause, found.born) == ("activations", block)
-    assert f"most of the error of {found.stage} is born in {block}" in found.sentence
+    assert (found.cause, found.origin) == ("activations", block)
+    assert f"most of the error of {found.stage} begins in {block}" in found.sentence
     assert f"--exclude {block}" in found.sentence
     assert [one.sqnr_db for one in found.layers] == sorted(one.sqnr_db for one in found.layers)
 
@@ -154,7 +154,7 @@ def test_weights_that_are_wrong(bundle):
     with_graph(bundle, wrong, Precision.INT8)
     with_engine(bundle, wrong, Precision.INT8, GATE)
     [found] = explain_bundle(bundle)
-    assert (found.cause, found.born) == ("weights", found.stage)
+    assert (found.cause, found.origin) == ("weights", found.stage)
 
 
 def test_a_format_without_rounding_points(bundle):
@@ -210,7 +210,7 @@ def test_an_error_of_the_adaptation_to_the_cpu(bundle, monkeypatch):
     with_engine(bundle, model, Precision.INT8, GATE)
     [found] = explain_bundle(bundle, engine="int8")
     assert found.cause == "engine"
-    assert found.born in (layer, next(node.name for node in model.graph.node if output in node.input))
+    assert found.origin in (layer, next(node.name for node in model.graph.node if output in node.input))
 
 
 def fp16_of(bundle: Path, folder: Path) -> Path:
@@ -229,7 +229,7 @@ def test_values_that_fp16_cannot_hold(bundle, tmp_path):
     report = report_of(bundle, Precision.FP16, Gate(min_cosine=0.9999))
     golden = load_golden(Bundle.open(bundle))
     found = explain.explain(tmp_path / "wrong.onnx", report, golden)
-    assert (found.cause, found.born) == ("format", layer)
+    assert (found.cause, found.origin) == ("format", layer)
     assert "is the first layer with values that fp16 cannot hold: build bf16 or fp32" in found.sentence
 
 
@@ -239,11 +239,11 @@ def test_a_format_that_is_too_coarse_for_a_layer(bundle, tmp_path):
     report = report_of(bundle, Precision.FP16, Gate(min_cosine=0.9999))
     golden, fp32 = load_golden(Bundle.open(bundle)), bundle / "graphs" / "fp32.onnx"
     found = explain.explain(tmp_path / "wrong.onnx", report, golden, plain=fp32)
-    assert (found.cause, found.born) == ("format", "layer2.0.conv1/Conv")
+    assert (found.cause, found.origin) == ("format", "layer2.0.conv1/Conv")
     assert "is the first layer that fp16 takes further from fp32 than that" in found.sentence
     assert found.layers
     alone = explain.explain(tmp_path / "wrong.onnx", report, golden)
-    assert (alone.born, alone.layers) == ("layer4", ())
+    assert (alone.origin, alone.layers) == ("layer4", ())
     assert "With an fp32 graph in the bundle the layer can be told" in alone.sentence
 
 
@@ -253,7 +253,7 @@ def test_a_layer_of_a_bf16_engine_that_is_not_that_of_its_graph(bundle):
         verify_bundle(bundle)
     [found] = explain_bundle(bundle)
     # Compiled by itself every layer of the graph is right: the engine that lies in the bundle is of another graph.
-    assert (found.precision, found.cause, found.born) == (Precision.BF16, "engine", "layer2")
+    assert (found.precision, found.cause, found.origin) == (Precision.BF16, "engine", "layer2")
 
 
 def test_bf16_that_is_too_coarse(bundle):
@@ -262,7 +262,7 @@ def test_bf16_that_is_too_coarse(bundle):
     damaged_graph = bundle / "graphs" / "damaged.onnx"
     onnx.save(damaged(onnx.load(graph), "layer2.0.conv1/Conv"), damaged_graph)
     found = explain.explain(damaged_graph, report, golden, plain=fp32)
-    assert (found.cause, found.born) == ("format", "layer2.0.conv1/Conv")
+    assert (found.cause, found.origin) == ("format", "layer2.0.conv1/Conv")
 
 
 def test_bf16_is_computed_as_torch_computes_it():
@@ -328,7 +328,7 @@ def test_verify_explains_in_words_and_in_a_picture(bundle, tmp_path):
 
     done = verify(bundle, "--explain", folder=tmp_path)
     assert done.returncode == 3, done.stderr
-    assert "is born in layer2.0" in " ".join(done.stdout.split())
+    assert "begins in layer2.0" in " ".join(done.stdout.split())
     assert "drew explanation.png" in done.stdout
     with Image.open(tmp_path / "explanation.png") as picture:
         assert picture.width > 500
@@ -338,9 +338,9 @@ def test_verify_explains_in_words_and_in_a_picture(bundle, tmp_path):
     document = json.loads(done.stdout)
     assert done.returncode == 3
     assert (document["error"], document["pictures"]) == ("ParityError", ["why/int8.png"])
-    assert document["explanations"][0]["born"] == "layer2.0"
+    assert document["explanations"][0]["origin"] == "layer2.0"
     assert (tmp_path / "why" / "int8.png").stat().st_size > 5000
 
     done = verify(bundle, folder=tmp_path)
     assert done.returncode == 3
-    assert "is born in" not in done.stdout + done.stderr
+    assert "begins in" not in done.stdout + done.stderr

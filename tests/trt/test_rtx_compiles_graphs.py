@@ -327,7 +327,7 @@ def test_profiles_of_several_sizes(case: Case, precision: Precision, tmp_path: P
 
 @pytest.mark.parametrize("case", ["test_vit"], indirect=True)
 def test_graphs_that_are_no_graphs(case: Case) -> None:
-    with pytest.raises(CompileError, match="this graph is given to no library"):
+    with pytest.raises(CompileError, match="this graph is refused"):
         compile_plan(b"not ONNX", case.graph.input, Precision.FP32, flavour="tensorrt_rtx")
 
 

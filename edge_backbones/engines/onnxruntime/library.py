@@ -22,6 +22,7 @@ def load_library() -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
+        from onnxruntime import InferenceSession  # noqa: F401  # a folder named onnxruntime can be imported too
     except (ImportError, OSError, MemoryError) as error:
         refuse_lack("loading ONNX Runtime", error)
         raise MissingDependencyError("the ONNX Runtime engine", "onnxruntime") from error

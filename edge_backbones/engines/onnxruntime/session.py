@@ -64,7 +64,7 @@ class OnnxRuntimeSession:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}")
         if fault := graph_fault(graph):
-            raise EngineMismatchError(f"this graph is given to no library: {fault}. Build the bundle again")
+            raise EngineMismatchError(f"this graph is refused: {fault}. Build the bundle again")
         options = library.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads or 0

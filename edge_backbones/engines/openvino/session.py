@@ -121,7 +121,7 @@ def read_model(graph: bytes) -> openvino.Model:
     """
     fault = graph_fault(graph)
     if fault is not None:
-        raise CompileError(f"this graph is given to no library: {fault}")
+        raise CompileError(f"this graph is refused: {fault}")
     openvino = load_library()
     try:
         with exits.calls:

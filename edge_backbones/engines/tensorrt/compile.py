@@ -165,7 +165,7 @@ def _parse(parser: Any, graph: bytes, flavour: PlanFlavour, log: Any) -> None:
     """Read ONNX bytes into the parser's network. Raises CompileError, which names every node that it refuses."""
     fault = graph_fault(graph)
     if fault is not None:
-        raise CompileError(f"this graph is given to no library: {fault}")
+        raise CompileError(f"this graph is refused: {fault}")
     if not parser.parse(graph):
         causes = dict.fromkeys(
             cause(parser.get_error(index).node_operator(), parser.get_error(index).desc())

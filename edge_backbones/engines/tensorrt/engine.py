@@ -159,7 +159,7 @@ def _refit(library: Any, engine: Any, graph: bytes | bytearray, flavour: TensorR
     logger = tensorrt_library.logger_of(library)
     fault = graph_fault(graph)
     if fault is not None:
-        raise EngineMismatchError(f"the graph with the weights is given to no library: {fault}")
+        raise EngineMismatchError(f"the graph with the weights is refused: {fault}")
     if not hasattr(library, "OnnxParserRefitter"):
         raise EngineMismatchError(f"{flavour} takes no weights from a graph: compile the plan without --strip")
     try:

@@ -46,6 +46,7 @@ def load_library() -> Any:
     """Return the torch module. Raises MissingDependencyError, with the command that installs it, if it is missing."""
     try:
         import torch
+        from torch import jit  # noqa: F401  # a folder named torch, on sys.path, can be imported too
     except (ImportError, OSError, MemoryError) as error:  # OSError if one of its shared libraries is missing
         refuse_lack("loading torch", error)
         raise MissingDependencyError("the TorchScript engine (torch)", "build") from error
@@ -79,7 +80,10 @@ def load_torch_tensorrt(refusal: type[EdgeBackbonesError] = EngineMismatchError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return importlib.import_module("torch_tensorrt")
+            library = importlib.import_module("torch_tensorrt")
+            if not hasattr(library, "__version__"):  # a folder named torch_tensorrt, on sys.path, can be imported too
+                raise ModuleNotFoundError("a folder is not the library", name="torch_tensorrt")
+            return library
     except Exception as error:
         for name in [name for name in sys.modules if name.startswith("torch_tensorrt.")]:
             del sys.modules[name]

@@ -17,7 +17,7 @@ import timm
 from torch import nn
 
 from edge_backbones.bundle.manifest import Source
-from edge_backbones.errors import MissingDependencyError, SourceError, first_line
+from edge_backbones.errors import SourceError, first_line, needing
 from edge_backbones.integrations.clients import find_backbone, is_backbone, is_timm_module
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 from edge_backbones.toolchain.sources.base import (
@@ -315,8 +315,6 @@ def _load_live(module: nn.Module, options: SourceOptions, source: Source | None 
 
 def _transformers() -> Any:
     """Import our module for transformers, which takes seconds and is not needed for timm's networks."""
-    try:
+    with needing("a backbone of transformers", "build"):
         from edge_backbones.toolchain.sources import transformers
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"a backbone of transformers ({error.name} is not installed)", "build") from error
     return transformers

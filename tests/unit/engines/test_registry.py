@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
 import types
 
 import msgspec
@@ -108,3 +110,40 @@ def test_what_is_no_name_of_a_library_is_no_manifest(bundle, name):
     raw["engines"][1]["key"]["flavour"] = name
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(raw, type=manifest_module.Manifest)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        'tensorrt.library.load_library("tensorrt")',
+        'tensorrt.library.load_library("tensorrt_lean")',
+        "openvino.session.load_library()",
+        "onnxruntime.library.load_library()",
+        "torch.session.load_library()",
+        "torch.session.load_torch_tensorrt()",
+    ],
+)
+def test_a_folder_of_the_name_is_no_library(load, tmp_path):
+    """Python imports a folder of sources, such as a clone of TensorRT, where the library is not installed."""
+    name = next(
+        name
+        for name in ("tensorrt_lean", "torch_tensorrt", "tensorrt", "openvino", "onnxruntime", "torch")
+        if name in load
+    )
+    (tmp_path / name).mkdir()
+    code = f"""import pathlib, sys
+from edge_backbones import engines, errors
+from edge_backbones.engines.onnxruntime import library
+from edge_backbones.engines.openvino import session
+from edge_backbones.engines.tensorrt import library
+from edge_backbones.engines.torch import session
+from edge_backbones.machine import system
+sys.path[:] = [{str(tmp_path)!r}, *(part for part in sys.path if not pathlib.Path(part, {name!r}).is_dir())]
+import {name}
+try:
+    engines.{load}
+except errors.MissingDependencyError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "pip install" in said.stdout, said.stderr

@@ -29,3 +29,17 @@ def test_an_unknown_name_is_refused_with_the_known_ones(options):
 def test_each_is_wanted_once(precisions):
     with pytest.raises(InputError, match="each once"):
         BuildOptions(precisions=precisions)
+
+
+def test_one_name_stands_for_a_tuple_of_it():
+    one = BuildOptions(precisions="int8", out_features="layer4", exclude="layer1", flavours="torch_tensorrt")
+    assert (one.precisions, one.wanted) == ((Precision.INT8,), (Precision.INT8,))
+    assert (one.out_features, one.exclude, one.flavours) == (("layer4",), ("layer1",), ("torch_tensorrt",))
+
+
+@pytest.mark.parametrize("flavours", ["openvino", ("torchscript", "tensorrt")])
+def test_a_build_makes_no_engine_of_another_flavour(flavours):
+    with pytest.raises(
+        InputError, match=r"flavours are torchscript and torch_tensorrt, got .*: edge-backbones compile"
+    ):
+        BuildOptions(flavours=flavours)

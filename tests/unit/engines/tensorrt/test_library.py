@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import types
 
@@ -50,22 +49,6 @@ def test_a_library_that_is_missing_is_named_with_its_extra(modules, monkeypatch)
     with pytest.raises(MissingDependencyError, match=r"tensorrt_rtx engine \(not installed\).*edge-backbones\[rtx\]"):
         load_library("tensorrt_rtx")
     assert [library_version(flavour) for flavour in FLAVOURS] == [None] * 3
-
-
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_lean", "openvino"])
-def test_a_folder_of_the_name_is_no_library(name, tmp_path):
-    """Python imports a folder of sources, such as a clone of TensorRT, where the library is not installed."""
-    (tmp_path / name).mkdir()
-    code = f"""import pathlib, sys
-from edge_backbones.engines.openvino import session as openvino
-from edge_backbones.engines.tensorrt import library as tensorrt
-from edge_backbones.machine import system
-sys.path[:] = [{str(tmp_path)!r}, *(part for part in sys.path if not pathlib.Path(part, {name!r}).is_dir())]
-import {name} as folder
-print({"openvino.library_version()" if name == "openvino" else f"tensorrt.library_version({name!r})"})
-"""
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert said.stdout == "None\n", said.stderr
 
 
 def test_on_a_jetson_pip_is_not_where_tensorrt_comes_from(modules, monkeypatch):
