@@ -76,7 +76,7 @@ from edge_backbones.spec import Precision, ShapeRange
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from edge_backbones.toolchain.build import BuildOptions
+    from edge_backbones.toolchain.options import BuildOptions
 
 _LIBRARIES = (
     "torch",
@@ -208,7 +208,7 @@ def read_matrix(path: Path) -> Matrix:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     with refusing(lambda why: InputError(f"{path} is not a build matrix: {why}")):
         matrix = msgspec.toml.decode(data, type=Matrix)
-    from edge_backbones.toolchain.build import BuildOptions
+    from edge_backbones.toolchain.options import BuildOptions
 
     known = {field.name for field in dataclasses.fields(BuildOptions)} - {"precisions", "cache", "calibration"}
     for model in matrix.models:
@@ -489,7 +489,7 @@ def carry_out(task: Task, bundle: Path) -> tuple[str, ...]:
 
 def build_options(task: Task) -> BuildOptions:
     """Return the BuildOptions of a model. Raises InputError that names the option."""
-    from edge_backbones.toolchain.build import OF_CALIBRATED, BuildOptions
+    from edge_backbones.toolchain.options import OF_CALIBRATED, BuildOptions
 
     elsewhere = () if task.precision.is_calibrated else OF_CALIBRATED  # what the cells beside this one are told
     options = {name: value for name, value in task.options.items() if name not in elsewhere}

@@ -90,10 +90,10 @@ if TYPE_CHECKING:
     from edge_backbones.spec import Precision as Precision
     from edge_backbones.spec import ShapeRange as ShapeRange
     from edge_backbones.toolchain.artifacts import LoadedBackbone as LoadedBackbone
-    from edge_backbones.toolchain.build import BuildOptions as BuildOptions
     from edge_backbones.toolchain.build import BuildResult as BuildResult
     from edge_backbones.toolchain.build import build_bundle as build_bundle
     from edge_backbones.toolchain.calibration.images import ImageSource as ImageSource
+    from edge_backbones.toolchain.options import BuildOptions as BuildOptions
     from edge_backbones.toolchain.sources.module_source import ModuleSource as ModuleSource
 
 _NAMES = {
@@ -104,7 +104,8 @@ _NAMES = {
     "edge_backbones.engines.gpu.memory": ("MemoryBackend",),
     "edge_backbones.engines.base": ("CompiledEngine", "CompileOptions", "EngineSession", "Flavour", "LoadOptions"),
     # Build one
-    "edge_backbones.toolchain.build": ("BuildOptions", "BuildResult", "build_bundle"),
+    "edge_backbones.toolchain.build": ("BuildResult", "build_bundle"),
+    "edge_backbones.toolchain.options": ("BuildOptions",),
     "edge_backbones.auto": ("AutoEdgeBackbone",),
     "edge_backbones.toolchain.sources.module_source": ("ModuleSource",),
     "edge_backbones.toolchain.artifacts": ("LoadedBackbone",),

@@ -27,7 +27,8 @@ from edge_backbones.progress import Progress, no_progress
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import LoadedBackbone
-from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.build import build_bundle
+from edge_backbones.toolchain.options import BuildOptions
 
 if TYPE_CHECKING:
     from torch import nn

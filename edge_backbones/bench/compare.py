@@ -40,7 +40,7 @@ from edge_backbones.images.decode import list_images, open_image
 from edge_backbones.images.fit import fit, to_input
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.system import settings
-from edge_backbones.option import Option
+from edge_backbones.option import Option, documented
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.runtime.opening import parse_device
 from edge_backbones.spec import Precision
@@ -72,19 +72,19 @@ _CALM = 0.02  # the largest share of stolen time in a turn that counts
 _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """What is compared, and for how long.
+    """Say what is compared, and for how long.
 
-    ``engine`` and ``device``: as in `EdgeBackbone.from_pretrained`. ``vs``: names from `PEERS`. ``turns``: of each
-    contender; a turn takes at least ``seconds`` and makes at least ``calls``. ``images``: inputs that NNCF calibrates on,
-    shape (images, *input); None for the golden samples. ``pythons``: the interpreter of each peer that is installed in
-    another environment, which needs this package too (NNCF's needs only nncf). ``patience``: seconds that a contender has
-    to load, and to end a turn. ``repository``: a git checkout whose commit is recorded. ``allow_host_code``: run programs
-    inside the bundle (a TorchScript engine, the peer torchscript) and the code that a plan may carry.
+    Raises:
+        InputError: An option is out of range, or a peer does not run on this device.
     """
 
-    engine: str | None = None
+    engine: Annotated[
+        str | None,
+        Option("The engine, as for `EdgeBackbone.from_pretrained`.", has_flag=False),
+    ] = None
     vs: Annotated[
         tuple[str, ...],
         Option(
@@ -93,25 +93,51 @@ class CompareOptions:
             group="Peers",
         ),
     ] = ("torch", "onnxruntime", "openvino")
-    device: str = "cpu"
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    device: Annotated[
+        str,
+        Option("Where all of them run, as for `EdgeBackbone.from_pretrained`.", has_flag=False),
+    ] = "cpu"
+    threads: Annotated[
+        int,
+        Option("CPU threads of each. By default one per core.", has_flag=False),
+    ] = field(default_factory=lambda: os.cpu_count() or 1)
     turns: Annotated[
         int,
         Option("How many turns each takes. From six on, noise can be told from a difference.", group="Timing", least=1),
     ] = 9
     seconds: Annotated[float, Option("How many seconds a turn takes at least.", group="Timing", least=0)] = 1.0
-    calls: int = 10
-    images: np.ndarray | None = None
+    calls: Annotated[
+        int,
+        Option("How many calls a turn makes at least.", has_flag=False),
+    ] = 10
+    images: Annotated[
+        np.ndarray | None,
+        Option(
+            "Inputs that NNCF calibrates on, shape (images, *input). By default the golden samples.", has_flag=False
+        ),
+    ] = None
     pythons: Annotated[
         Mapping[str, str],
         Option(
-            "NAME=PYTHON: the interpreter to run a peer with that is installed in another environment. Repeat for several.",
+            "NAME=PYTHON: the interpreter to run a peer with that is installed in another environment.",
             group="Peers",
         ),
     ] = field(default_factory=dict)
-    patience: float = 900.0
-    repository: Path | None = None
-    allow_host_code: bool = False
+    patience: Annotated[
+        float,
+        Option("Seconds that a contender has to load, and to end a turn.", has_flag=False),
+    ] = 900.0
+    repository: Annotated[
+        Path | None,
+        Option("A git checkout whose commit is recorded.", has_flag=False),
+    ] = None
+    allow_host_code: Annotated[
+        bool,
+        Option(
+            "Run programs inside the bundle (a TorchScript engine, the peer torchscript) and the code that a plan may carry.",
+            has_flag=False,
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.vs if name not in PEERS]

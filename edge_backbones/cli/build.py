@@ -14,7 +14,8 @@ from edge_backbones.errors import EdgeBackbonesError
 from edge_backbones.progress import Progress
 from edge_backbones.report.page import write_report
 from edge_backbones.spec import Precision
-from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.build import build_bundle
+from edge_backbones.toolchain.options import BuildOptions
 
 
 def _precisions(chosen: list[Any]) -> tuple[Precision, ...] | Literal["auto"]:

@@ -53,7 +53,13 @@ def _known_flavour(name: str | None) -> str | None:
 
 @takes(
     PlanOptions,
-    profiles=Form(flag="shapes", type=list[str] | None, read=_shapes, metavar="SHAPES"),
+    profiles=Form(
+        flag="shapes",
+        type=list[str] | None,
+        read=_shapes,
+        metavar="BATCHxHEIGHTxWIDTH",
+        help="Each part is a number or MIN:OPT:MAX, as in 1x224x224 or 1:4:8x224x224.",
+    ),
     targets=Form(flag="target"),
     workspace=Form(read=lambda mib: mib << 20, metavar="MIB"),
     timing_cache=Form(type=Path | None, read=_timing_cache),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import typer
 
 from edge_backbones.errors import EdgeBackbonesError
-from edge_backbones.option import Option
+from edge_backbones.option import options_of
 
 T = TypeVar("T")
 
@@ -23,17 +23,19 @@ class Form:
     """How a field is typed on the command line, where that differs from its name and type in the dataclass.
 
     ``flag``: the flag without dashes in front. ``type``: what typer parses. ``read`` makes the field's value of that; a
-    ValueError of it is a usage error. ``metavar``: what stands for the value in the help.
+    ValueError of it is a usage error. ``metavar``: what stands for the value in the help. ``help``: sentences about how the
+    value is typed, after those of the `Option`.
     """
 
     flag: str | None = None
     type: Any = None
     read: Callable[[Any], Any] | None = None
     metavar: str | None = None
+    help: str = ""
 
 
 def takes(options: type, **forms: Form) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for each field of an options dataclass that is annotated with an `Option`.
+    """Give a command one flag for each field of an options dataclass that is annotated with an `Option` that asks for it.
 
     Name, type, default, help and group of a flag are those of the field; ``forms`` holds what is different on the command
     line, by field. The flags take the place of the command's parameter ``given``, which receives what was typed: values by
@@ -71,21 +73,20 @@ class _Flag(NamedTuple):
 
 
 def _flags(options: type, forms: Mapping[str, Form]) -> Iterator[tuple[str, _Flag]]:
-    """Yield the name and the flag of each field that has an `Option`."""
-    hints = typing.get_type_hints(options, include_extras=True)
-    for field in dataclasses.fields(options):
-        kind, *extras = typing.get_args(hints[field.name]) or (None,)
-        option = next((extra for extra in extras if isinstance(extra, Option)), None)
-        if option is None:
+    """Yield the name and the flag of each field whose `Option` asks for one."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    for field_name, (kind, option) in options_of(options).items():
+        if not option.has_flag:
             continue
+        field = fields[field_name]
         form = forms.get(field.name, Form())
         name = form.flag or field.name
-        kind, read = (form.type, _same) if form.type is not None else _typed(kind)
+        typed, read = (form.type, _same) if form.type is not None else _typed(kind)
         default = field.default if isinstance(field.default, (bool, int, float, str)) else None
         dashed = name.replace("_", "-")
         info = typer.Option(
             f"--{dashed}/--no-{dashed}" if default is True else f"--{dashed}",
-            help=option.help,
+            help=" ".join(filter(None, (option.help, form.help, "Repeat for several." if _repeats(typed) else ""))),
             min=option.least,
             max=option.most,
             metavar=form.metavar,
@@ -93,7 +94,7 @@ def _flags(options: type, forms: Mapping[str, Form]) -> Iterator[tuple[str, _Fla
             rich_help_panel=option.group,
         )
         parameter = inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[typed, info]
         )
         yield field.name, _Flag(parameter, form.read or read)
 
@@ -106,6 +107,11 @@ def _typed(kind: Any) -> tuple[Any, Callable[[Any], Any]]:
     if typing.get_origin(item) is Literal:
         return several(choice(*typing.get_args(item))), lambda chosen: tuple(one.value for one in chosen)
     return several(item), tuple
+
+
+def _repeats(kind: Any) -> bool:
+    """Return whether typer parses a list: the flag may be typed more than once."""
+    return any(typing.get_origin(part) is list for part in (kind, *typing.get_args(kind)))
 
 
 def _same(value: T) -> T:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING
 
 from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.reader import Bundle
@@ -24,17 +24,15 @@ from edge_backbones.engines.torch.flavour import engine_of_torch_tensorrt, engin
 from edge_backbones.errors import (
     CalibrationError,
     CompileError,
-    InputError,
     SourceError,
     needing,
 )
 from edge_backbones.machine import gpus, profiles
-from edge_backbones.machine.system import default_cache
-from edge_backbones.option import Option
-from edge_backbones.parity_report import Gate, ParityReport
+from edge_backbones.parity_report import ParityReport
 from edge_backbones.progress import Progress, no_progress
-from edge_backbones.spec import InputSpec, Precision, ShapeRange, precisions_of
+from edge_backbones.spec import InputSpec, Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, MeasuredEngine, PreparedBackbone
+from edge_backbones.toolchain.options import BuildOptions, as_range
 from edge_backbones.toolchain.write_bundle import write_bundle
 
 if TYPE_CHECKING:
@@ -43,265 +41,7 @@ if TYPE_CHECKING:
 
     from edge_backbones.machine.profiles import DeviceProfile
     from edge_backbones.toolchain.calibration.images import ImageSource
-    from edge_backbones.toolchain.sources.base import SourceOptions
     from edge_backbones.toolchain.sources.module_source import ModuleSource
-
-Method = Literal["auto", "max", "percentile", "entropy", "mse"]
-METHODS = get_args(Method)
-PROGRAMS = ("torchscript", "exported_program")
-_AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
-OF_CALIBRATED = ("method", "percentile", "calibration", "exclude")
-"""Options that mean nothing to other precisions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """What to build.
-
-    The network: ``weights``, ``num_channels``, ``output_stride``, ``out_indices``, ``out_features``, ``hidden_states``,
-    ``dataset_index`` and ``image`` (its preprocessing) as in :class:`edge_backbones.toolchain.sources.base.SourceOptions`;
-    ``from_model``: the source is a whole model, of which the backbone is taken. The input: ``input`` is ``"pixel_values"``
-    (float NCHW) or ``"image"`` (uint8 NHWC, preprocessing in the graph); ``batch``, ``height`` and ``width`` are sizes or
-    ranges. None: the batch of ``profile``, 1 without one; the size that the network's preprocessing makes, else the network's
-    own, else that of ``profile``.
-
-    The engines: ``precisions`` (or their names), one graph and one engine each, of which runtimes take the fastest; or
-    ``"auto"``: the fastest
-    of fp32, fp16 and int8 on this machine that is inside its gate, with the graphs of int8 and fp16, so that
-    `compile_bundle` can weigh them again on another device. ``gates`` replace the default gate of a precision. ``golden``:
-    images that parity is measured on. ``torchscript``: also write graphs/fp32.ts. ``flavours``: engines for libtorch beside
-    those of OpenVINO: that module itself, or the network compiled by torch-tensorrt for this machine's GPU (fp32, fp16 or
-    bf16 as in ``precisions``, fp16 where they have none of these), as what ``program`` says. ``profile``: the device that the
-    bundle is for (:mod:`edge_backbones.machine.profiles`): what it cannot run is refused before it is built, and sizes
-    that nobody
-    asked for are those that suit it.
-    ``cache``: folder of compiled engines, None for no cache.
-
-    int8: ``method`` is the range estimator, ``"auto"`` for the one that leaves each feature map the least noise on
-    images that it has not seen, with channels equalised and biases corrected where that helps; ``percentile`` is
-    what that estimator keeps, 99.99 by default.
-    ``calibration``: a calibration.json, or the bundle with it, whose ranges are used instead. ``exclude``: layers to leave
-    in half, as in :func:`edge_backbones.toolchain.quantize.placement.select_layers`. ``fallback``: where the gate fails,
-    leave the
-    noisiest blocks in half instead of giving up.
-    """
-
-    weights: Annotated[
-        str,
-        Option(
-            "Where the weights come from: pretrained, random:SEED, or a checkpoint file (.safetensors, or .pth / .ckpt "
-            "without code). Prefixes of names such as module. or backbone. are removed. Of a training checkpoint the EMA "
-            "weights are preferred, then those of a teacher.",
-            group="Network",
-        ),
-    ] = "pretrained"
-    from_model: Annotated[
-        bool, Option("The model is a whole one, such as DETR: take the backbone inside it.", group="Network")
-    ] = False
-    num_channels: Annotated[
-        int | None, Option("How many channels the input has. By default as the network has.", group="Network", least=1)
-    ] = None
-    output_stride: Annotated[
-        int | None,
-        Option(
-            "Dilate the last stages so that no stride is larger than this: 8 or 16. Only some networks of timm can.",
-            group="Network",
-        ),
-    ] = None
-    out_indices: Annotated[
-        tuple[int, ...] | None,
-        Option("Which stages to keep, by index, such as 1,2,3,4 or -2,-1. By default the last one."),
-    ] = None
-    out_features: Annotated[tuple[str, ...] | None, Option("Which stages to keep, by name, such as layer1,layer4.")] = (
-        None
-    )
-    hidden_states: Annotated[
-        bool, Option("Return every hidden state too, for output_hidden_states=True.", group="Network")
-    ] = False
-    dataset_index: Annotated[
-        int, Option("Which expert to take of a ViTPose network that has several.", group="Network", least=0)
-    ] = 0
-    image: Annotated[
-        Any,
-        Option(
-            "The preprocessing, for a model that comes with none: the folder of an image processor of transformers, or its "
-            "preprocessor_config.json.",
-            group="Network",
-        ),
-    ] = None
-    input: Annotated[
-        Literal["pixel_values", "image"],
-        Option(
-            "What the engine takes. pixel_values: float NCHW, normalised. image: uint8 NHWC camera frames, which the graph "
-            "preprocesses.",
-            group="Input",
-        ),
-    ] = "pixel_values"
-    batch: Annotated[
-        int | ShapeRange | None,
-        Option(
-            "How many images one call takes: a number, or a range MIN:OPT:MAX. By default what suits the device of the "
-            "profile, else 1.",
-            group="Input",
-        ),
-    ] = None
-    height: int | ShapeRange | None = None
-    width: int | ShapeRange | None = None
-    precisions: Annotated[
-        tuple[Precision | str, ...] | Literal["auto"],
-        Option(
-            "Number format of the engine. Repeat for one engine each. auto: the fastest of fp32, fp16 and int8 on this "
-            "machine that passes its accuracy gate. By default int8."
-        ),
-    ] = (Precision.INT8,)
-    method: Annotated[
-        Method | None,
-        Option(
-            "How to find the range of values of each tensor. auto, the default, takes for each stage the method that leaves "
-            "it the least noise.",
-            group="int8 and fp8",
-        ),
-    ] = None
-    percentile: Annotated[
-        float | None,
-        Option(
-            "How many percent of a tensor's values method percentile keeps inside the range. By default 99.99.",
-            group="int8 and fp8",
-        ),
-    ] = None
-    calibration: Annotated[
-        Path | None,
-        Option(
-            "Take the ranges from this calibration.json, or from the bundle that holds it, instead of calibrating. It must "
-            "be of the same network.",
-            group="int8 and fp8",
-        ),
-    ] = None
-    exclude: Annotated[
-        tuple[str, ...],
-        Option(
-            "Layers to leave in fp16: a module (blocks.0), a pattern (*.mlp.fc2), op:Add or stage:layer4. Repeat for "
-            "several.",
-            group="int8 and fp8",
-        ),
-    ] = ()
-    fallback: Annotated[
-        bool,
-        Option(
-            "If int8 or fp8 misses the accuracy gate, leave the noisiest blocks in fp16 until it passes.",
-            group="int8 and fp8",
-        ),
-    ] = True
-    gates: Mapping[Precision, Gate] = field(default_factory=dict)
-    profile: Annotated[
-        str | Path | None,
-        Option(
-            "The device that the bundle is for: a name that `edge-backbones profiles` lists, or a .toml file. What it cannot "
-            "run is refused, and its usual batch is the default."
-        ),
-    ] = None
-    golden: Annotated[int, Option("How many images the accuracy of each engine is measured on.", least=1)] = 4
-    torchscript: Annotated[
-        bool, Option("Write the network as a TorchScript program too, for libtorch.", group="Engines for libtorch")
-    ] = True
-    flavours: Annotated[
-        tuple[Literal["torchscript", "torch_tensorrt"], ...],
-        Option(
-            "Engines for libtorch to make besides those of OpenVINO. Repeat for both. Engines of TensorRT are made by "
-            "`edge-backbones compile`.",
-            group="Engines for libtorch",
-        ),
-    ] = ()
-    program: Annotated[
-        Literal["torchscript", "exported_program"],
-        Option(
-            "What torch_tensorrt writes: a program for torch.jit.load, or one for torch.export.load.",
-            group="Engines for libtorch",
-        ),
-    ] = "torchscript"
-    cache: Path | None = field(default_factory=default_cache)
-
-    def __post_init__(self) -> None:
-        if self.input not in ("pixel_values", "image"):
-            raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
-        for option in ("out_features", "exclude", "flavours"):  # one name stands for a tuple of it
-            if isinstance(value := getattr(self, option), str):
-                object.__setattr__(self, option, (value,))
-        if unknown := set(self.flavours) - {"torchscript", "torch_tensorrt"}:
-            raise InputError(
-                f"flavours are torchscript and torch_tensorrt, got {', '.join(sorted(unknown))}: edge-backbones compile "
-                "adds engines of other libraries to a finished bundle"
-            )
-        if self.precisions != "auto":
-            object.__setattr__(self, "precisions", precisions_of(self.precisions))
-        object.__setattr__(self, "gates", dict(zip(precisions_of(self.gates), self.gates.values(), strict=True)))
-        if self.precisions != "auto" and (not self.precisions or len(set(self.precisions)) != len(self.precisions)):
-            raise InputError(
-                f"precisions must be 'auto' or at least one of {', '.join(Precision)}, each once; got {self.precisions}"
-            )
-        if self.method not in (None, *METHODS) or not (self.percentile is None or 0 < self.percentile <= 100):
-            raise InputError(
-                f"method must be {', '.join(METHODS)} and percentile in (0, 100]; got {self.method!r} and {self.percentile}"
-            )
-        if self.percentile is not None and self.method not in (None, "auto", "percentile"):
-            raise InputError(
-                f"percentile is {self.percentile}, which method {self.method} does not read: leave one out"
-            )
-        for option in OF_CALIBRATED:
-            if not self.needs_ranges and getattr(self, option) not in (None, ()):
-                raise InputError(
-                    f"{option} is of int8 and fp8, and {', '.join(self.wanted)} is what is built: leave {option} out, or "
-                    "add --precision int8"
-                )
-        for size in (self.batch, self.height, self.width):
-            if isinstance(size, int) and size < 1:
-                raise InputError(f"batch, height and width must be at least 1, got {size}")
-        if "torchscript" in self.flavours and not self.torchscript:
-            raise InputError("flavour torchscript is the file graphs/fp32.ts: leave torchscript=True")
-        if self.program not in PROGRAMS:
-            raise InputError(f"program must be {' or '.join(PROGRAMS)}, got {self.program!r}")
-        if self.program != PROGRAMS[0] and "torch_tensorrt" not in self.flavours:
-            raise InputError(
-                f"program {self.program} is of flavour torch_tensorrt, which is not built: add it, or leave it"
-            )
-        for precision, gate in self.gates.items():
-            if not promises.refuses_zeros(gate):
-                raise InputError(
-                    f"the gate of {precision} asks for {gate}, which a map of zeros passes: give it a bound such as "
-                    "Gate(min_cosine=0.9)"
-                )
-        if self.golden < 1:
-            raise InputError(f"golden must be at least 1 image, got {self.golden}")
-        if (self.height is None) != (self.width is None):
-            raise InputError(f"height and width go together, got {self.height} and {self.width}")
-
-    @property
-    def wanted(self) -> tuple[Precision, ...]:
-        """The precisions that are tried."""
-        return _AUTO if self.precisions == "auto" else precisions_of(self.precisions)
-
-    @property
-    def needs_ranges(self) -> bool:
-        """Whether a wanted precision needs ranges, which are found on calibration images."""
-        return any(precision.is_calibrated for precision in self.wanted)
-
-    def source_options(self, profile: DeviceProfile | None = None) -> SourceOptions:
-        """The part that says how to make the network; ``profile``: of the device that it is for."""
-        from edge_backbones.toolchain.sources.base import SourceOptions
-
-        return SourceOptions(
-            **({} if profile is None else {"default_size": profile.defaults.size}),
-            weights=self.weights,
-            from_model=self.from_model,
-            num_channels=self.num_channels,
-            img_size=_opt_size(self),
-            output_stride=self.output_stride,
-            out_indices=self.out_indices,
-            out_features=self.out_features,
-            hidden_states=self.hidden_states,
-            dataset_index=self.dataset_index,
-            image=self.image,
-        )
 
 
 @dataclass(frozen=True)
@@ -483,24 +223,13 @@ def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:
 # ---- the input ------------------------------------------------------------------------------------------------------
 
 
-def _opt_size(options: BuildOptions) -> tuple[int, int] | None:
-    """Return the (height, width) that the user asks for, None where the user leaves it open."""
-    if options.height is None or options.width is None:
-        return None
-    return _as_range(options.height).opt, _as_range(options.width).opt
-
-
-def _as_range(size: int | ShapeRange) -> ShapeRange:
-    return size if isinstance(size, ShapeRange) else ShapeRange.fixed(size)
-
-
 def _input_spec(options: BuildOptions, loaded: LoadedBackbone, profile: DeviceProfile | None) -> InputSpec:
     """Settle the graph's input. Axes of variable size go in steps of the deepest kept stride.
 
     Raises SourceError for a range that is not in multiples of it.
     """
     batch = options.batch or (1 if profile is None else profile.defaults.batch)
-    heights, widths = _as_range(options.height or loaded.height), _as_range(options.width or loaded.width)
+    heights, widths = as_range(options.height or loaded.height), as_range(options.width or loaded.width)
     step = 1 if heights.is_fixed and widths.is_fixed else max(n for stride in loaded.spec.strides for n in stride)
     for axis, sizes in (("height", heights), ("width", widths)):
         if not sizes.is_fixed and any(size % step for size in (sizes.min, sizes.opt, sizes.max)):
@@ -510,7 +239,7 @@ def _input_spec(options: BuildOptions, loaded: LoadedBackbone, profile: DevicePr
     return InputSpec(
         name="image" if options.input == "image" else "pixel_values",
         channels=loaded.channels_in,
-        batch=_as_range(batch),
+        batch=as_range(batch),
         height=heights,
         width=widths,
         size_multiple=step,

@@ -28,7 +28,7 @@ from edge_backbones.toolchain.sources.load import load_source
 
 if TYPE_CHECKING:
     from edge_backbones.machine.profiles import DeviceProfile
-    from edge_backbones.toolchain.build import BuildOptions
+    from edge_backbones.toolchain.options import BuildOptions
 
 __all__ = [
     "ChosenImages", "calibrate_graph", "choose_images", "collect_notes", "export_network", "load_network",

@@ -16,8 +16,9 @@ from edge_backbones.engines.openvino.session import core, settings
 from edge_backbones.errors import InputError
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision, ShapeRange
-from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.build import build_bundle
 from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.options import BuildOptions
 from edge_backbones.toolchain.prepare import prepare
 from tests.toolchain import networks
 

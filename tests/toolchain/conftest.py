@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from edge_backbones.spec import Precision, ShapeRange
-from edge_backbones.toolchain.build import BuildOptions, BuildResult, build_bundle
+from edge_backbones.toolchain.build import BuildResult, build_bundle
+from edge_backbones.toolchain.options import BuildOptions
 from tests.photographs import photograph_folder, photographs, quick_timing
 
 __all__ = ["photograph_folder", "photographs", "quick_timing"]  # fixtures that are shared with other suites

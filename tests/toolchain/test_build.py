@@ -40,7 +40,8 @@ from edge_backbones.machine import hosts
 from edge_backbones.parity_report import Gate, ParityError
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision, ShapeRange
-from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.build import build_bundle
+from edge_backbones.toolchain.options import BuildOptions
 from edge_backbones.toolchain.sources.base import SourceOptions
 from edge_backbones.toolchain.sources.module_source import ModuleSource
 from edge_backbones.toolchain.sources.timm import load_timm
@@ -334,7 +335,8 @@ def test_what_is_not_a_bundle_is_never_overwritten(tmp_path):
 
 BUILD = """
     import sys
-    from edge_backbones.toolchain.build import BuildOptions, build_bundle
+    from edge_backbones.toolchain.build import build_bundle
+    from edge_backbones.toolchain.options import BuildOptions
     from edge_backbones.spec import Precision
     build_bundle(
         "test_resnet",

@@ -17,7 +17,8 @@ from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import BundleError
 from edge_backbones.spec import Precision
-from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.build import build_bundle
+from edge_backbones.toolchain.options import BuildOptions
 from edge_backbones.toolchain.sources.module_source import ModuleSource
 from tests.faults import failing
 

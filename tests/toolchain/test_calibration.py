@@ -28,12 +28,13 @@ from edge_backbones.parity_report import Gate
 from edge_backbones.progress import no_progress
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph
-from edge_backbones.toolchain.build import BuildOptions, BuildResult, build_bundle
+from edge_backbones.toolchain.build import BuildResult, build_bundle
 from edge_backbones.toolchain.calibration import calibrate as calibrate_module
 from edge_backbones.toolchain.calibration import choose, ranges
 from edge_backbones.toolchain.calibration.calibrate import Feed, calibrate, check_fits
 from edge_backbones.toolchain.calibration.images import ImageSet, gather_images, halves, split_golden, weighted_sample
 from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.options import BuildOptions
 from edge_backbones.toolchain.prepare import prepare
 
 FLOATS = networks.input_spec(48, 64)

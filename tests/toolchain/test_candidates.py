@@ -23,11 +23,12 @@ from edge_backbones.parity_report import Gate, ParityError
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain import candidates
-from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.build import build_bundle
 from edge_backbones.toolchain.calibration.choose import Fold, choose_ranges, correct_biases
 from edge_backbones.toolchain.calibration.noise import Sample, blocks_to_exclude, noise_of_blocks
 from edge_backbones.toolchain.calibration.ranges import METHODS, collect_magnitudes, find_ranges
 from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.options import BuildOptions
 from edge_backbones.toolchain.prepare import prepare
 from edge_backbones.toolchain.quantize.placement import quantized_layers, select_layers, tensors_to_calibrate
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph

@@ -31,8 +31,9 @@ from edge_backbones.parity_report import Gate, ParityError, ParityReport
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain import explain
 from edge_backbones.toolchain.artifacts import ExportedGraph
-from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.build import build_bundle
 from edge_backbones.toolchain.explain_bundle import explain_bundle
+from edge_backbones.toolchain.options import BuildOptions
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there

@@ -18,9 +18,10 @@ from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.errors import CalibrationError
 from edge_backbones.spec import Precision
-from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.build import build_bundle
 from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges, tensors_beyond_half
 from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.options import BuildOptions
 from edge_backbones.toolchain.prepare import prepare
 from edge_backbones.toolchain.quantize.placement import quantized_layers, tensors_to_calibrate
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph

@@ -47,7 +47,8 @@ from edge_backbones.report.page import write_report
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
-from edge_backbones.toolchain.build import BuildOptions, build_bundle
+from edge_backbones.toolchain.build import build_bundle
+from edge_backbones.toolchain.options import BuildOptions
 
 HOSTILE = '<script>alert_(1)</script><img src="https://example.org/x.png">\'" onload="alert(2)'
 

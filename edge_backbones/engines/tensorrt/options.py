@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from edge_backbones.errors import InputError
-from edge_backbones.option import Option
+from edge_backbones.option import Option, documented
 from edge_backbones.spec import ShapeRange
 
 
@@ -20,24 +20,10 @@ class Shapes:
     width: ShapeRange
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Say how a plan is compiled. ``None`` and ``False`` leave a setting to TensorRT.
-
-    Attributes:
-        profiles: Input sizes, each inside those of the graph; empty for one profile with all of them.
-        targets: Architectures for TensorRT-RTX (``sm_89``).
-        workspace: Bytes of scratch memory that a kernel may ask for.
-        level: Builder optimisation level, 0 to 5.
-        hardware_compatibility: ``ampere_plus`` for any GPU since Ampere (slower), or ``same_compute_capability``.
-        version_compatible: Newer releases and the lean runtime can run the plan.
-        embed_runtime: Put a lean runtime into the plan. It is code, which a device has to allow.
-        refit: Weights can be replaced later.
-        strip: Write the plan without weights.
-        sparse: Use 2:4 sparse weights.
-        dla_core: Compile for this core of the deep-learning accelerator.
-        gpu_fallback: Let the GPU run layers that the DLA core cannot run.
-        timing_cache: Kernel times that an earlier compilation measured.
 
     Raises:
         InputError: An option is out of range.
@@ -46,20 +32,21 @@ class PlanOptions:
     profiles: Annotated[
         tuple[Shapes, ...],
         Option(
-            "Input sizes to choose kernels for, as BATCHxHEIGHTxWIDTH; each is a number or MIN:OPT:MAX, as in 1x224x224 or "
-            "1:4:8x224x224. Repeat for several optimisation profiles. By default one profile with every size of the graph.",
+            "Input sizes to choose kernels for: an optimisation profile each, inside the sizes of the graph. By default one "
+            "profile with every size of the graph.",
             group="TensorRT: speed",
         ),
     ] = ()
     targets: Annotated[
         tuple[str, ...],
         Option(
-            "GPU architecture to compile for with tensorrt_rtx, such as sm_89. Repeat for several.",
+            "GPU architecture to compile for with tensorrt_rtx, such as sm_89.",
             group="TensorRT: which GPUs run the plan",
         ),
     ] = ()
     workspace: Annotated[
-        int | None, Option("How much scratch memory a kernel may use.", group="TensorRT: speed", least=1)
+        int | None,
+        Option("How much scratch memory a kernel may use.", group="TensorRT: speed", least=1, in_python="In bytes."),
     ] = None
     level: Annotated[
         int | None,
@@ -105,7 +92,11 @@ class PlanOptions:
     ] = True
     timing_cache: Annotated[
         bytes | None,
-        Option("Kernel timings of an earlier compilation, to save time: its .cache file.", group="TensorRT: speed"),
+        Option(
+            "Kernel timings of an earlier compilation, to save time: its .cache file.",
+            group="TensorRT: speed",
+            in_python="The bytes of that file.",
+        ),
     ] = None
 
     def __post_init__(self) -> None:

@@ -37,24 +37,12 @@ _SMALL_FILES = ["config.json", "preprocessor_config.json", "processor_config.jso
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """How to make the network.
+    """Say how to make the network. Fields that `BuildOptions` has too mean the same.
 
-    Args:
-        weights: ``"pretrained"`` (of a live module: its own), ``"random:SEED"``, or the path of a checkpoint (.safetensors,
-            or .pth / .pt / .bin that ``torch.load(weights_only=True)`` accepts).
-        num_channels: channels of the input; None for the network's own.
-        img_size: (height, width); None for the network's own, or ``default_size`` of one that has none (convolutional ones
-            of transformers).
-        default_size: height and width for such networks.
-        output_stride: the stride of the last stage, of timm names that take it.
-        out_indices: the kept stages by transformers' rules. When these and ``out_features`` are None, the stages that the
-            source has chosen, or the last one.
-        out_features: the kept stages by name.
-        hidden_states: also return every hidden state.
-        dataset_index: the expert of a VitPose with several.
-        image: the preprocessing, where the source has none or another is meant: an image processor of transformers, the
-            folder or file of one, a data configuration of timm, or an ImageConfig.
-        from_model: the source is a whole model, of which the backbone is taken.
+    Attributes:
+        img_size: Height and width; None for the network's own, or ``default_size`` for one that has none (convolutional
+            networks of transformers).
+        default_size: Height and width of such networks.
     """
 
     weights: str = "pretrained"

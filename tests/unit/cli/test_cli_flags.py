@@ -27,9 +27,9 @@ from edge_backbones.cli import compile as compiling
 from edge_backbones.cli.main import COMMANDS, _run, app
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
 from edge_backbones.errors import InputError
-from edge_backbones.option import Option
+from edge_backbones.option import options_of
 from edge_backbones.spec import Precision, ShapeRange
-from edge_backbones.toolchain.build import BuildOptions
+from edge_backbones.toolchain.options import BuildOptions
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "cli_flags.json"
 
@@ -101,10 +101,7 @@ COMMAND_OF = {BuildOptions: build.build, PlanOptions: compiling.compile_, Compar
 
 @pytest.mark.parametrize("declared", NOT_FLAGS)
 def test_every_field_is_a_flag_or_has_a_reason_not_to_be(declared):
-    hints = typing.get_type_hints(declared, include_extras=True)
-    explained = {
-        name for name, hint in hints.items() if any(isinstance(part, Option) for part in typing.get_args(hint))
-    }
+    explained = {name for name, (_, option) in options_of(declared).items() if option.has_flag}
     fields = {field.name for field in dataclasses.fields(declared)}
     assert explained | set(NOT_FLAGS[declared]) == fields
     assert not explained & set(NOT_FLAGS[declared])
