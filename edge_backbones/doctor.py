@@ -154,8 +154,7 @@ def judge_engines(machine: Machine, bundle: Bundle) -> list[Finding]:
     """Return one finding per engine of a bundle: that it runs on the machine, or why it does not."""
     found = []
     for engine in bundle.manifest.engines:
-        device = "cpu" if engine.key.gpu is None else "cuda"
-        reasons = session.reasons_against(bundle, engine, machine.host, engine.name, device=device)
+        reasons = session.reasons_against(bundle, engine, machine.host, engine.name, device="auto")
         told = "; ".join(reasons) or "runs here"
         fix = _way_to_run(machine, engine, bundle.path, reasons) if reasons else ""
         found.append(Finding(topic=f"engine {engine.name}", ok=not reasons, found=told, fix=fix))
@@ -173,7 +172,7 @@ def _way_to_run(machine: Machine, engine: EngineRecord, path: Path, reasons: Seq
     if not engine.parity.measured:
         return f"edge-backbones verify {path}"
     if any(COMPILE in reason for reason in reasons):
-        return f"edge-backbones compile {path}" + (" --flavour openvino" if not engine.key.gpu and machine.gpus else "")
+        return f"edge-backbones compile {path}" + (" --device cpu" if not engine.key.gpu and machine.gpus else "")
     return "; ".join(reason.rpartition(": ")[2] for reason in reasons)  # the advice follows the last colon
 
 

@@ -126,7 +126,7 @@ def one_line(error: BaseException | str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two lines about the latency")
     parser.add_argument("--patience", type=float, default=600.0, help="seconds that verifying a new bundle may take")
     parser.add_argument("--verify", action="store_true", help="verify the bundle, say which engine would run, and end")

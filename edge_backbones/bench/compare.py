@@ -33,16 +33,15 @@ from edge_backbones.bench.results import FEWEST_TURNS, Comparison, MeasuredMachi
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.golden import full_batches
 from edge_backbones.bundle.reader import Bundle, load_golden
-from edge_backbones.engines import registry
-from edge_backbones.engines import select as session
+from edge_backbones.engines import select
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, needing
 from edge_backbones.images.decode import list_images, open_image
 from edge_backbones.images.fit import fit, to_input
 from edge_backbones.machine import gpus, hosts
+from edge_backbones.machine.devices import parse_device
 from edge_backbones.machine.system import settings
 from edge_backbones.option import Option, documented
 from edge_backbones.progress import Progress, no_progress
-from edge_backbones.runtime.opening import parse_device
 from edge_backbones.spec import Precision
 
 _MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # the module of a peer whose name differs from it
@@ -95,7 +94,7 @@ class CompareOptions:
     ] = ("torch", "onnxruntime", "openvino")
     device: Annotated[
         str,
-        Option("Where all of them run, as for `EdgeBackbone.from_pretrained`.", has_flag=False),
+        Option("Where all of them run: cpu, cuda or cuda:1.", has_flag=False),
     ] = "cpu"
     threads: Annotated[
         int,
@@ -144,8 +143,12 @@ class CompareOptions:
         if unknown or len(set(self.vs)) != len(self.vs):
             raise InputError(f"--vs takes {', '.join(PEERS)}, each once; got {', '.join(self.vs)}")
         on_cpu = [name for name in self.vs if name in ("openvino", "nncf")]
+        if parse_device(self.device)[0] == "auto":
+            raise InputError("device 'auto' is not for a comparison: name it, as cpu, cuda or cuda:1")
         if self.device != "cpu" and on_cpu:
             raise InputError(f"{' and '.join(on_cpu)} run on the CPU, not on {self.device}: leave them out of --vs")
+        if idle := sorted(self.pythons.keys() - {"edge", *self.vs}):
+            raise InputError(f"--peer-python {idle[0]} is for a peer, and --vs has {', '.join(self.vs)}: leave it out")
         if self.turns < 1 or self.calls < 1 or self.seconds < 0 or self.threads < 1:
             raise InputError(
                 f"turns, calls and threads must be at least 1 and seconds at least 0, got {self.turns}, {self.calls}, "
@@ -161,9 +164,11 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
     """
     options = options or CompareOptions()
     bundle, _ = trust.admit(Bundle.open(path))
-    kind, gpu = parse_device(options.device)
-    host = registry.this_machine(gpu)
-    engine = session.choose_engine(bundle, host, options.engine, device=kind, allow_host_code=options.allow_host_code)
+    code = options.allow_host_code
+    host, place, _ = select.machine_for(bundle, options.device)
+    engine = select.choose_engine(
+        bundle, host, select.full_name(bundle, options.engine), device=place, allow_host_code=code
+    )
     with tempfile.TemporaryDirectory(prefix="edge-backbones-bench-") as work:
         tasks: dict[str, Task] = {}
         absent: dict[str, Measurement] = {}

@@ -115,7 +115,7 @@ def edge(bundle: Bundle, task: Task) -> Loaded:
     backbone = EdgeBackbone.from_pretrained(
         bundle.path,
         engine=task.engine,
-        threads=task.threads,
+        threads=task.threads if task.device == "cpu" else None,
         device=task.device,
         allow_host_code=task.allow_host_code,
     )

@@ -21,6 +21,8 @@ from edge_backbones.cli.shared import (
     ThreadsOption,
     names,
 )
+from edge_backbones.engines import select
+from edge_backbones.errors import InputError
 
 
 @takes(
@@ -37,7 +39,7 @@ def bench(
     bundle: BundleArgument,
     *,
     engine: EngineOption = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     given: dict[str, Any],
     images: Annotated[
@@ -66,15 +68,19 @@ def bench(
     Example: **edge-backbones bench resnet50.bundle --vs torch,onnxruntime,nncf --out today.json**
     """
     before = None if against is None else read(against)
+    opened = Bundle.open(bundle)
+    device = select.device_for(opened, device, engine, allow_host_code=allow_host_code)
     if device != "cpu":
         given.setdefault("vs", ("torch", "onnxruntime"))  # OpenVINO runs on the CPU alone
     if threads is not None:
         given["threads"] = threads
+    if images is not None and "nncf" not in given.get("vs", ()):
+        raise InputError(f"--images {images} is what nncf calibrates with: add nncf to --vs, or leave it out")
     options = CompareOptions(
         **given,
         engine=engine,
         device=device,
-        images=None if images is None else read_images(images, Bundle.open(bundle)),
+        images=None if images is None else read_images(images, opened),
         allow_host_code=allow_host_code,
     )
     with console.Steps(as_json) as progress:

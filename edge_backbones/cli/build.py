@@ -9,7 +9,7 @@ import typer
 
 from edge_backbones.cli import console
 from edge_backbones.cli.options import Form, choice, read_option, several, takes
-from edge_backbones.cli.shared import JsonFlag, height_width, integers, names, shape_range
+from edge_backbones.cli.shared import JsonFlag, ModelArgument, height_width, integers, names, shape_range
 from edge_backbones.errors import EdgeBackbonesError
 from edge_backbones.progress import Progress
 from edge_backbones.report.page import write_report
@@ -39,14 +39,7 @@ def _precisions(chosen: list[Any]) -> tuple[Precision, ...] | Literal["auto"]:
     flavours=Form(flag="flavour"),
 )
 def build(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="What to build: a timm name (resnet50, resnet50.a1_in1k), a hub id (microsoft/resnet-50), a folder that "
-            "save_pretrained wrote, or a config.json of transformers.",
-            show_default=False,
-        ),
-    ],
+    model: ModelArgument,
     bundle: Annotated[Path, typer.Argument(help="The bundle folder to write.", show_default=False)],
     *,
     images: Annotated[
@@ -60,8 +53,8 @@ def build(
     size: Annotated[
         str | None,
         typer.Option(
-            help="Height and width of the input: HxW, or a range HxW:HxW:HxW (smallest, usual, largest). By default what the "
-            "network's preprocessing makes, else the network's own.",
+            help="Height and width of the input: HxW, one number for a square, or a range HxW:HxW:HxW (smallest, usual, "
+            "largest). By default what the network's preprocessing makes, else the network's own.",
             metavar="HxW",
             show_default=False,
             rich_help_panel="Input",

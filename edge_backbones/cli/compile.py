@@ -14,13 +14,15 @@ from edge_backbones import doctor
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
 from edge_backbones.cli.options import Form, takes
-from edge_backbones.cli.shared import AllowHostCode, BundleArgument, GpuOption, InProcess, JsonFlag, shape_range
+from edge_backbones.cli.shared import AllowHostCode, BundleArgument, DeviceOption, InProcess, JsonFlag, shape_range
 from edge_backbones.deploy import compile as deploy
-from edge_backbones.engines import registry
+from edge_backbones.engines import registry, select
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
 from edge_backbones.errors import CompileError, InputError
 from edge_backbones.machine import gpus
 from edge_backbones.machine.child import LESS_MEMORY
+from edge_backbones.machine.devices import Place, parse_device
+from edge_backbones.machine.profiles import load_profile
 from edge_backbones.machine.system import default_cache
 from edge_backbones.spec import Precision
 
@@ -90,7 +92,7 @@ def compile_(
             show_default=False,
         ),
     ] = None,
-    gpu: GpuOption = 0,
+    device: DeviceOption = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Leave out the engines that were compiled for this machine before.")
     ] = False,
@@ -106,7 +108,8 @@ def compile_(
     Example: **edge-backbones compile resnet50.bundle --precision int8**
     """
     plan = PlanOptions(**given)
-    chosen, plan, profile = _for_device(flavour, plan, profile, gpu)
+    place, gpu = parse_device(device)
+    chosen, plan, profile = _for_device(flavour, plan, profile, place, gpu)
     steps = console.Steps(as_json, aloud="leaving ")  # at once, because an error may follow
     with _memory_explained(), steps as progress:
         result = deploy.compile_bundle(
@@ -140,7 +143,7 @@ def compile_(
 
 
 def _for_device(
-    flavour: str | None, plan: PlanOptions, profile: str | None, gpu: int
+    flavour: str | None, plan: PlanOptions, profile: str | None, place: Place, gpu: int
 ) -> tuple[str, PlanOptions, str | None]:
     """Fill in what was not typed: the flavour that serves this machine, its targets and its profile.
 
@@ -148,11 +151,16 @@ def _for_device(
     """
     if flavour is not None:
         chosen, found = flavour, deploy.profile_here(flavour, plan.targets, gpu)
+        if place not in ("auto", *registry.get(chosen).devices):
+            on = " or ".join(registry.get(chosen).devices)
+            raise InputError(f"--flavour {chosen} compiles for {on}, and --device is {place}: leave one of them out")
+    elif place == "cpu":
+        chosen, found = registry.serving(registry.this_machine(None)).name, load_profile("cpu")
     else:
         chosen, found = deploy.flavour_here(gpu)
         maker = registry.get(chosen)
         if "cpu" in maker.devices:
-            _refuse_cpu_for_want_of_tensorrt()
+            _refuse_cpu_for_want_of_tensorrt(asked=place == "cuda")
         elif maker.takes_targets and not plan.targets and found is not None and found.architecture is not None:
             plan = dataclasses.replace(plan, targets=(found.architecture,))
     if (
@@ -176,10 +184,16 @@ def _memory_explained() -> Iterator[None]:
         raise CompileError(f"compiling found no memory left{said}. {LESS_MEMORY}") from error
 
 
-def _refuse_cpu_for_want_of_tensorrt() -> None:
-    """Say why this machine's GPU is not compiled for; raise CompileError if OpenVINO is missing too."""
+def _refuse_cpu_for_want_of_tensorrt(*, asked: bool) -> None:
+    """Say why this machine's GPU is not compiled for.
+
+    Raises CompileError if the GPU was asked for, or if no library for the CPU is there instead.
+    """
     machine = doctor.look()
-    if why := doctor.why_not_the_gpu(machine):
+    why = doctor.why_not_the_gpu(machine)
+    if asked:
+        raise CompileError(f"nothing here compiles for the GPU: {why or gpus.no_gpu_reason()}")
+    if why:
         if "openvino" not in machine.libraries:
             raise CompileError(why)
         console.err.print(f"compiling for the CPU: {why}", soft_wrap=True)
@@ -188,11 +202,14 @@ def _refuse_cpu_for_want_of_tensorrt() -> None:
 def remove(
     bundle: BundleArgument,
     engines: Annotated[
-        list[str], typer.Argument(help="Names of engines, as `inspect` shows them.", show_default=False)
+        list[str],
+        typer.Argument(
+            help="Names of engines, as `inspect` shows them, or the beginnings of names.", show_default=False
+        ),
     ],
 ) -> None:
     """Remove engines from a bundle. Programs that have opened them keep them."""
     opened = Bundle.open(bundle)
-    for engine in engines:
+    for engine in [select.full_name(opened, engine) or engine for engine in engines]:
         opened = opened.remove_engine(engine)
         console.out.print(f"removed {engine}; left: {', '.join(e.name for e in opened.manifest.engines) or 'none'}")

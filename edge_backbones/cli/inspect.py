@@ -8,15 +8,14 @@ from edge_backbones.bundle.manifest import Manifest
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
 from edge_backbones.cli.shared import BundleArgument, JsonFlag
-from edge_backbones.engines import registry, select
+from edge_backbones.engines import select
 
 
 def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     """Show what is in a bundle, and which of its engines run on this machine. Only the manifest is read."""
     opened = Bundle.open(bundle)
     manifest = opened.manifest
-    on_gpu = any(engine.key.gpu is not None for engine in manifest.engines)
-    host = registry.this_machine(0 if on_gpu else None)
+    host, _, _ = select.machine_for(opened, "auto")
     reasons = select.reasons_by_name(opened, host)
     if as_json:
         console.print_json({"manifest": manifest, "reasons_against": reasons})

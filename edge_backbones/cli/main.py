@@ -40,9 +40,11 @@ from edge_backbones.cli import console
 from edge_backbones.parity_report import ParityError
 
 COMMANDS = {
+    "stages": "stages:stages",
     "build": "build:build",
     "compile": "compile:compile_",
     "remove": "compile:remove",
+    "pack": "pack:pack",
     "sign": "trust:sign",
     "verify": "verify:verify",
     "run": "run:run",

@@ -35,7 +35,7 @@ def run(
         "features"
     ),
     engine: EngineOption = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     allow_host_code: AllowHostCode = False,
     threads: ThreadsOption = None,
     picture: Annotated[bool, typer.Option(help="Draw the feature maps as a picture too.")] = True,

@@ -7,20 +7,46 @@ from typing import Annotated
 
 import typer
 
+from edge_backbones.errors import InputError
+from edge_backbones.machine.devices import parse_device
 from edge_backbones.spec import ShapeRange
 
+
+def _device(name: str) -> str:
+    """Refuse a name of no device."""
+    try:
+        parse_device(name)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+    return name
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout and nothing else.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="What to build: a timm name (resnet50, resnet50.a1_in1k), a hub id (microsoft/resnet-50), a folder that "
+        "save_pretrained wrote, or a config.json of transformers.",
+        show_default=False,
+    ),
+]
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", show_default=False)]
 EngineOption = Annotated[
     str | None,
     typer.Option(
-        help="Which engine to use: a precision (int8), a flavour (openvino) or the name of one engine. By default the best "
-        "one that runs here.",
+        help="Which engine to use: a precision (int8), a flavour (openvino), or the name of one engine or the beginning of "
+        "it. By default the best one that runs here.",
         show_default=False,
     ),
 ]
-GpuOption = Annotated[int, typer.Option(min=0, help="The index of the GPU, for engines that need one.")]
-DeviceOption = Annotated[str, typer.Option(help="The device to run on: cpu, cuda or cuda:1.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        callback=_device,
+        metavar="DEVICE",
+        help="The device: cpu, cuda or cuda:1. auto: the first GPU if something here is for it, else the CPU.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(min=1, help="How many CPU threads to use. All by default.", show_default=False),
@@ -78,9 +104,10 @@ def shape_range(text: str) -> ShapeRange:
 
 
 def height_width(text: str) -> tuple[ShapeRange, ShapeRange]:
-    """Read HxW, or HxW:HxW:HxW as min:opt:max; raise ValueError for anything else."""
+    """Read HxW, or HxW:HxW:HxW as min:opt:max, a number for a square; raise ValueError for anything else."""
     pairs = [part.lower().split("x") for part in text.split(":")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"{text!r} is not HxW or HxW:HxW:HxW")
+    pairs = [pair * 2 if len(pair) == 1 else pair for pair in pairs]
+    if any(len(pair) != 2 or not "".join(pair).isdecimal() for pair in pairs):
+        raise ValueError(f"{text!r} is not HxW, one number for a square, or a range such as HxW:HxW:HxW")
     heights, widths = (":".join(pair[axis] for pair in pairs) for axis in (0, 1))
     return shape_range(heights), shape_range(widths)

@@ -14,8 +14,8 @@ from edge_backbones.cli.shared import (
     SIGSTORE_PANEL,
     AllowHostCode,
     BundleArgument,
+    DeviceOption,
     EngineOption,
-    GpuOption,
     InProcess,
     JsonFlag,
     SigstoreConfig,
@@ -30,7 +30,7 @@ _EXPLANATION = "Why a gate fails"
 def verify(
     bundle: BundleArgument,
     engine: EngineOption = None,
-    gpu: GpuOption = 0,
+    device: DeviceOption = "auto",
     key: Annotated[
         list[Path] | None,
         typer.Option(
@@ -63,8 +63,13 @@ def verify(
         ),
     ] = False,
     picture: Annotated[
-        Path, typer.Option(help="Where --explain writes its picture.", rich_help_panel=_EXPLANATION)
-    ] = Path("explanation.png"),
+        Path | None,
+        typer.Option(
+            help="Where --explain writes its picture. By default explanation.png.",
+            show_default=False,
+            rich_help_panel=_EXPLANATION,
+        ),
+    ] = None,
     allow_host_code: AllowHostCode = False,
     in_process: InProcess = False,
     as_json: JsonFlag = False,
@@ -74,13 +79,15 @@ def verify(
     The engines run in the real runtime. One that was compiled ahead of time for this GPU is measured for the first time, and
     may run from then on.
     """
+    if picture is not None and not explain:
+        raise InputError(f"--picture {picture} is what --explain draws: add --explain, or leave it out")
     identity = _identity(sigstore_identity, sigstore_issuer, sigstore_config)
     try:
         with console.Steps(as_json, aloud="passing ") as progress:
             reports = deploy.verify_bundle(
                 bundle,
                 engine=engine,
-                gpu=gpu,
+                device=device,
                 allow_host_code=allow_host_code,
                 trusted=key or None,
                 sigstore=identity,
@@ -90,7 +97,9 @@ def verify(
     except ParityError as error:
         if not explain:
             raise
-        _explain(bundle, engine, gpu, picture, error, as_json=as_json, in_process=in_process)
+        _explain(
+            bundle, engine, device, picture or Path("explanation.png"), error, as_json=as_json, in_process=in_process
+        )
         raise typer.Exit(console.EXIT_PARITY) from None
     if as_json:
         console.print_json({"bundle": str(bundle), "parity": reports})
@@ -111,7 +120,7 @@ def _identity(identity: str | None, issuer: str | None, config: Path | None) -> 
 def _explain(
     bundle: Path,
     engine: str | None,
-    gpu: int,
+    device: str,
     picture: Path,
     error: ParityError,
     *,
@@ -123,7 +132,7 @@ def _explain(
     from edge_backbones.toolchain.explain_bundle import explain_bundle
 
     with console.Steps(as_json) as progress:
-        found = explain_bundle(bundle, engine=engine, gpu=gpu, in_process=in_process, progress=progress)
+        found = explain_bundle(bundle, engine=engine, device=device, in_process=in_process, progress=progress)
     drawn = [one for one in found if one.layers]
     files = [picture if len(drawn) == 1 else picture.with_stem(f"{picture.stem}.{one.precision}") for one in drawn]
     for one, file in zip(drawn, files, strict=True):

@@ -31,6 +31,7 @@ from edge_backbones.errors import (
     EdgeBackbonesError,
     EngineMismatchError,
     InferenceError,
+    InputError,
     MissingDependencyError,
 )
 from edge_backbones.machine import child, hosts
@@ -121,6 +122,11 @@ def compile_bundle(
         raise CompileError(maker.refusal)
     if maker.is_program and not allow_host_code:
         raise CompileError(f"a {maker.title} engine is a program, which is measured by running it: {ALLOW}")
+    if plan is not None and not maker.takes_plan_options and (changed := plan.changed()):
+        raise InputError(
+            f"{' and '.join(changed)}: {maker.title} has no such option: leave it out, or compile with TensorRT "
+            "(flavour tensorrt)"
+        )
     bundle = Bundle.open(path)
     trust.admit(bundle)
     options = CompileOptions(gpu=gpu, plan=plan or PlanOptions(), cache=cache)
@@ -197,6 +203,11 @@ class _Work:
         Raises BundleError, with the command that builds them, if one is missing.
         """
         form = self.maker.graph_format
+        if not self.bundle.manifest.graphs:
+            raise BundleError(
+                f"{self.bundle.path} was packed without graphs to compile from: compile in the whole bundle, or pack that one "
+                "again with --graphs"
+            )
         held = [graph for graph in self.bundle.manifest.graphs if graph.format == form]
         graphs = [graph for graph in held if precisions is None or graph.precision in precisions]
         lacking = [precision for precision in precisions or () if precision not in {graph.precision for graph in held}]

@@ -17,6 +17,7 @@ from edge_backbones.engines import registry, select
 from edge_backbones.engines.base import EngineSession, LoadOptions
 from edge_backbones.errors import EdgeBackbonesError
 from edge_backbones.machine import child
+from edge_backbones.machine.devices import Place
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec
 
@@ -62,7 +63,8 @@ def _one_turn(load: Callable[[], EngineSession], images: np.ndarray) -> float:
 
 def engines_here(bundle: Bundle, gpu: int | None, *, code: bool) -> list[EngineRecord]:
     """Return the trusted engines of a bundle that run on this machine's CPU, or on the GPU of index ``gpu``."""
-    place, host = "cpu" if gpu is None else "cuda", registry.this_machine(gpu)
+    place: Place = "cpu" if gpu is None else "cuda"
+    host = registry.this_machine(gpu)
     bundle, _ = trust.admit(bundle)
     return [e for e in bundle.manifest.engines if not select.reasons_against(bundle, e, host, device=place, code=code)]
 

@@ -26,7 +26,7 @@ def verify_bundle(
     path: str | Path,
     *,
     engine: str | None = None,
-    gpu: int = 0,
+    device: str = "auto",
     allow_host_code: bool = False,
     trusted: trust.Trusted | None = None,
     sigstore: trust.SigstoreIdentity | None = None,
@@ -41,8 +41,9 @@ def verify_bundle(
 
     Args:
         path: Folder of the bundle.
-        engine: Measure only this engine: a precision, a flavour or a name in the manifest.
-        gpu: Index of the GPU for engines that need one.
+        engine: Measure only this engine: a precision, a flavour, or a name in the manifest or the beginning of one.
+        device: Measure only engines for this device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. ``"auto"`` measures all of
+            them, on the CPU and on GPU 0.
         allow_host_code: Run programs (TorchScript, which ``engine`` has to name) and the code that a plan may carry.
         trusted: Keys of which one must have signed the bundle. This is checked before anything runs, as in
             :func:`edge_backbones.bundle.trust.admit`. Engines that it refuses are skipped, and ``progress`` gets the
@@ -72,7 +73,7 @@ def verify_bundle(
     golden = load_golden(bundle)
     reports: list[ParityReport] = []
     advice: dict[int, str] = {}
-    for record in runnable(bundle, engine, gpu, code=allow_host_code):
+    for record, on in runnable(bundle, engine, device, code=allow_host_code):
         progress(f"verifying {record.key.precision}", 0, None)
         try:
             data = bundle.read(record.file)
@@ -80,7 +81,6 @@ def verify_bundle(
             if record in Bundle.open(path).manifest.engines:
                 raise
             continue  # another process has removed the engine since
-        on = None if record.key.gpu is None else gpu
         gate = promises.gate_of(bundle.manifest, record.key, record.parity.gate)
         say_what_is_run(bundle, record)
         measured = measure_in_bundle(bundle, record.key, data, golden, gate, on, code=allow_host_code)
@@ -109,25 +109,28 @@ def say_what_is_run(bundle: Bundle, record: EngineRecord) -> None:
     child.doing(f"was running {record.name}", f"the engine is hostile or damaged, {child.OR_A_FAULT}; {way}")
 
 
-def runnable(bundle: Bundle, engine: str | None, gpu: int, *, code: bool) -> list[EngineRecord]:
-    """Return the engines that ``engine`` asks for and that can run here.
+def runnable(bundle: Bundle, engine: str | None, device: str, *, code: bool) -> list[tuple[EngineRecord, int | None]]:
+    """Return the engines that ``engine`` asks for and that can run here, each with the GPU's index (None: the CPU).
 
     Args:
         bundle: The bundle.
-        engine: A precision, a flavour, a name in the manifest, or None for all.
-        gpu: Index of the GPU for engines that need one.
+        engine: A precision, a flavour, a name in the manifest or the beginning of one, or None for all.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         code: Allow engines that are programs, and runtimes inside plans.
 
     Raises:
         EngineMismatchError: There is none; the message has a reason for each engine.
+        InputError: ``device`` names no device.
     """
-    on_gpu = any(record.key.gpu is not None for record in bundle.manifest.engines)
-    host = registry.this_machine(gpu if on_gpu else None)
+    host, place, gpu = select.machine_for(bundle, device)
+    engine = select.full_name(bundle, engine)
 
     def reasons_against(record: EngineRecord) -> list[str]:
-        return [*select.code_reasons(record, engine, code=code), *registry.reasons_against(record.key, host)]
+        reasons = [*select.against_place(record, place), *select.code_reasons(record, engine, code=code)]
+        return reasons or registry.reasons_against(record.key, host)
 
-    return select.fitting_engines(bundle, engine, reasons_against)
+    fitting = select.fitting_engines(bundle, engine, reasons_against, device=place)
+    return [(record, gpu if place == "cuda" or record.key.gpu is not None else None) for record in fitting]
 
 
 def _advice_on_verifying(bundle: Bundle, record: EngineRecord) -> str:

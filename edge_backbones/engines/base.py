@@ -153,6 +153,7 @@ class Flavour(abc.ABC):
         has_dla: Whether it compiles for DLA cores.
         needs_own_gpu: Whether it compiles on the GPU that will run the engine, and for no other.
         takes_targets: Whether it compiles for the GPU architectures in ``PlanOptions.targets``, without such a GPU.
+        takes_plan_options: Whether it reads `PlanOptions`, which are refused for every other library.
         package: Name of the library for pip.
         refusal: Why no engine of it is compiled from a bundle's graphs; empty if engines are.
         only_runs: Whether it compiles nothing at all, in a build neither.
@@ -169,6 +170,7 @@ class Flavour(abc.ABC):
     has_dla: bool = False
     needs_own_gpu: bool = False
     takes_targets: bool = False
+    takes_plan_options: ClassVar[bool] = False
     refusal: ClassVar[str] = ""
     only_runs: ClassVar[bool] = False
 

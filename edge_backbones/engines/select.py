@@ -13,6 +13,7 @@ from edge_backbones.engines import promises, registry
 from edge_backbones.engines.base import ALLOW, EngineSession, LoadOptions
 from edge_backbones.errors import CompileError, EngineMismatchError, InferenceError
 from edge_backbones.machine import child
+from edge_backbones.machine.devices import Place, parse_device
 from edge_backbones.machine.hosts import Host
 from edge_backbones.parity_report import ParityError
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
@@ -32,18 +33,19 @@ def choose_engine(
     host: Host,
     engine: str | None = None,
     *,
-    device: str = "cpu",
+    device: Place = "cpu",
     allow_host_code: bool = False,
 ) -> EngineRecord:
     """Return the best engine of a bundle that can run on ``host``.
 
-    If all of them were timed side by side, the fastest is the best; otherwise the one with the fewest bits.
+    If all of them were timed side by side, the fastest is the best; otherwise the one with the fewest bits. An engine
+    for the GPU is better than one for the CPU.
 
     Args:
         bundle: The bundle.
         host: The machine.
         engine: Narrow the choice to a precision (``"int8"``), a flavour (``"openvino"``) or a name in the manifest.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"`` for both.
         allow_host_code: Allow engines that are programs, and runtimes inside plans.
 
     Raises:
@@ -55,6 +57,9 @@ def choose_engine(
         lambda e: reasons_against(bundle, e, host, engine, device=device, code=allow_host_code),
         device=device,
     )
+    if device == "auto":  # the CPU's engines and the GPU's were not timed against each other
+        fitting = [found for found in fitting if found.key.gpu is not None] or fitting
+        device = "cpu" if fitting[0].key.gpu is None else "cuda"
     order, flavours = _PREFERENCE[device], list(registry.ROWS)
     are_timed = all(found.milliseconds is not None for found in fitting)
 
@@ -82,7 +87,7 @@ def passed_over(
     host: Host,
     engine: str | None = None,
     *,
-    device: str = "cpu",
+    device: Place = "cpu",
     allow_host_code: bool = False,
 ) -> dict[str, str]:
     """Return why `choose_engine` did not choose each of the other engines, as a phrase by name.
@@ -99,7 +104,8 @@ def passed_over(
     for other in (e for e in bundle.manifest.engines if e.name != chosen.name):
         reasons = [] if _is_meant(other, engine) else [f"engine={engine!r} was asked for"]
         reasons = reasons or reasons_against(bundle, other, host, engine, device=device, code=allow_host_code)
-        if not reasons and None not in (other.milliseconds, chosen.milliseconds):
+        is_timed = None not in (other.milliseconds, chosen.milliseconds)
+        if not reasons and is_timed and (other.key.gpu is None) == (chosen.key.gpu is None):
             reasons = [f"takes {other.milliseconds:.2f} ms, the one that runs {chosen.milliseconds:.2f} ms"]
         found[other.name] = "; ".join(reasons) or f"would run, and {chosen.name} is preferred"
     return found
@@ -110,7 +116,7 @@ def _is_meant(record: EngineRecord, engine: str | None) -> bool:
 
 
 def fitting_engines(
-    bundle: Bundle, engine: str | None, reasons_against: Callable[[EngineRecord], list[str]], *, device: str = "cpu"
+    bundle: Bundle, engine: str | None, reasons_against: Callable[[EngineRecord], list[str]], *, device: Place = "cpu"
 ) -> list[EngineRecord]:
     """Return the engines that ``engine`` asks for and that nothing speaks against.
 
@@ -120,7 +126,7 @@ def fitting_engines(
         bundle: The bundle.
         engine: As for `choose_engine`.
         reasons_against: Returns why an engine cannot run, as phrases.
-        device: ``"cpu"`` or ``"cuda"``, for the advice in the message.
+        device: As for `choose_engine`, for the advice in the message.
     """
     engines = bundle.manifest.engines
     wanted = [e for e in engines if _is_meant(e, engine)]
@@ -145,7 +151,7 @@ def reasons_against(
     host: Host,
     asked: str | None = None,
     *,
-    device: str = "cpu",
+    device: Place = "cpu",
     code: bool = False,
 ) -> list[str]:
     """Return why an engine of a bundle cannot run on a device, one phrase each; empty if it can.
@@ -157,17 +163,59 @@ def reasons_against(
         engine: The engine's record.
         host: The machine.
         asked: Name that the user asked for. Programs (TorchScript) run only if it names them.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: As for `choose_engine`.
         code: Allow engines that are programs, and runtimes inside plans.
     """
-    reasons = []
-    flavour = registry.find(engine.key.flavour)
-    if flavour is not None and device not in flavour.devices:
-        place = flavour.devices[0]
-        reasons.append(f"runs on {place}, not on {device}: ask for it there (device={place!r}, --device {place})")
-    reasons += code_reasons(engine, asked, code=code)
+    reasons = [*against_place(engine, device), *code_reasons(engine, asked, code=code)]
     reasons += promises.reasons_against(bundle.manifest, engine)
     return reasons or registry.reasons_against(engine.key, host)
+
+
+def against_place(engine: EngineRecord, device: Place) -> list[str]:
+    """Return why an engine does not run on a kind of device, as one phrase; empty if it does."""
+    flavour = registry.find(engine.key.flavour)
+    if flavour is None or device == "auto" or device in flavour.devices:
+        return []
+    place = flavour.devices[0]
+    return [f"runs on {place}, not on {device}: ask for it there (device={place!r}, --device {place})"]
+
+
+def machine_for(bundle: Bundle, device: str) -> tuple[Host, Place, int]:
+    """Return this machine as the engines of a bundle see it on a device, the kind of that device and the GPU's index.
+
+    ``auto`` looks at GPU 0 if an engine of the bundle is for a GPU. Raises InputError for text that names no device.
+    """
+    place, gpu = parse_device(device)
+    needs_gpu = place == "cuda" or (place == "auto" and any(e.key.gpu is not None for e in bundle.manifest.engines))
+    return registry.this_machine(gpu if needs_gpu else None), place, gpu
+
+
+def device_for(bundle: Bundle, device: str, engine: str | None = None, *, allow_host_code: bool = False) -> str:
+    """Return the device that ``auto`` stands for, for a bundle on this machine; any other device as it is.
+
+    Raises what `choose_engine` raises.
+    """
+    host, place, gpu = machine_for(bundle, device)
+    if place != "auto":
+        return device
+    chosen = choose_engine(bundle, host, full_name(bundle, engine), device=place, allow_host_code=allow_host_code)
+    return "cpu" if chosen.key.gpu is None else f"cuda:{gpu}"
+
+
+def full_name(bundle: Bundle, engine: str | None) -> str | None:
+    """Return what ``engine`` stands for: a precision, a flavour and a full name as they are, a prefix as the full name.
+
+    Raises EngineMismatchError for a prefix of several names.
+    """
+    names = [record.name for record in bundle.manifest.engines]
+    if engine is None or engine in set(Precision) or registry.find(engine) is not None or engine in names:
+        return engine
+    meant = [name for name in names if engine and name.startswith(engine)]
+    if len(meant) > 1:
+        raise EngineMismatchError(
+            f"{engine!r} begins the names of {len(meant)} engines of {bundle.path}: {', '.join(meant)}. Type more of one"
+        )
+    return meant[0] if meant else engine
 
 
 def reasons_by_name(bundle: Bundle, host: Host) -> dict[str, list[str]]:
@@ -177,8 +225,7 @@ def reasons_by_name(bundle: Bundle, host: Host) -> dict[str, list[str]]:
     """
     found = {}
     for engine in bundle.manifest.engines:
-        device = "cpu" if engine.key.gpu is None else "cuda"
-        found[engine.name] = reasons_against(bundle, engine, host, engine.name, device=device)
+        found[engine.name] = reasons_against(bundle, engine, host, engine.name, device="auto")
     return found
 
 
@@ -213,7 +260,8 @@ def measure_here(
     """
     if promises.is_measured_here(bundle.manifest, engine, host):
         return
-    options = {"engine": engine.name, "gpu": gpu or 0, "allow_host_code": allow_host_code}
+    device = "cpu" if gpu is None else f"cuda:{gpu}"
+    options = {"engine": engine.name, "device": device, "allow_host_code": allow_host_code}
     try:
         child.run_apart(VERIFY, (bundle.path,), options, refusal=InferenceError)
     except (InferenceError, ParityError) as error:
@@ -286,11 +334,11 @@ def load_engine(
     return registry.get(key.flavour).load(key, data, spec, input, options or LoadOptions())
 
 
-def _advice(bundle: Bundle, engine: str | None, device: str) -> str:
+def _advice(bundle: Bundle, engine: str | None, device: Place) -> str:
     """Return the command that makes the engine that was asked for, if none fits."""
     graphs = [(graph.format, graph.precision.value) for graph in bundle.manifest.graphs]
     command = f"Run: edge-backbones compile {bundle.path}"
-    where = "" if device == "cpu" else " (on the machine with that GPU)"
+    where = " (on the machine with that GPU)" if device == "cuda" else ""
     if engine in set(Precision):
         if ("onnx", engine) not in graphs:
             return way_to_build(bundle, [Precision(engine)])
@@ -302,8 +350,8 @@ def _advice(bundle: Bundle, engine: str | None, device: str) -> str:
         return f"Run: {flavour.way_to_compile(bundle.path)}{on_gpu}"
     elif engine is not None and bundle.manifest.engines:
         return f"Ask for one of these, or for a precision or a flavour: edge-backbones inspect {bundle.path}"
-    # On a machine with a GPU, the command compiles for the GPU unless a flavour is named.
-    return command + (" --flavour openvino" if device == "cpu" else where)
+    # On a machine with a GPU, the command compiles for the GPU unless the CPU is named.
+    return command + (" --device cpu" if device == "cpu" else where)
 
 
 def way_to_build(bundle: Bundle, precisions: Sequence[Precision]) -> str:

@@ -30,6 +30,7 @@ from edge_backbones.errors import (
     visible,
 )
 from edge_backbones.machine import child, hosts
+from edge_backbones.machine.devices import Place
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.report import charts, figures, layers
 from edge_backbones.report.words import fixed, megabytes, signs, times, yes_or_no
@@ -204,9 +205,11 @@ def _run_here(
     Returns the engine and its outputs by name; if none can run, None, no outputs, and a sentence that says why. Raises
     EngineMismatchError for an ``engine`` that the bundle does not hold.
     """
+    engine = session.full_name(bundle, engine)
     if engine is not None:
         session.fitting_engines(bundle, engine, lambda _: [])  # raises for a name that no engine has
-    for device in ("cpu",) if host.gpu is None else ("cuda", "cpu"):
+    places: tuple[Place, ...] = ("cpu",) if host.gpu is None else ("cuda", "cpu")
+    for device in places:
         try:
             record = session.choose_engine(bundle, host, engine, device=device)
         except EngineMismatchError:

@@ -23,7 +23,7 @@ from edge_backbones.engines.gpu.memory import MemoryBackend
 from edge_backbones.errors import InputError, lack_told, refuse_lack
 from edge_backbones.runtime.config import BackboneConfig, selected
 from edge_backbones.runtime.inputs import host_array, refuse_not_finite
-from edge_backbones.runtime.opening import Origin, open_engine, parse_device, reopen
+from edge_backbones.runtime.opening import Origin, open_engine, reopen
 from edge_backbones.spec import BackboneSpec, InputSpec
 
 
@@ -168,7 +168,7 @@ class EdgeBackbone:
         path: str | os.PathLike[str],
         *,
         engine: str | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         threads: int | None = None,
         memory: MemoryBackend | None = None,
         cuda_graphs: bool = False,
@@ -184,8 +184,10 @@ class EdgeBackbone:
 
         Args:
             path: Folder of the bundle.
-            engine: Narrow the choice to a precision (``"int8"``), a flavour (``"openvino"``) or one engine's name.
-            device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+            engine: Narrow the choice to a precision (``"int8"``), a flavour (``"openvino"``), or one engine's name or the
+                beginning of it.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. ``"auto"`` is the first GPU if an engine of the bundle runs on
+                it, else the CPU.
             threads: Most CPU threads; None for all cores.
             memory: Library that manages GPU memory; None for cuda-bindings, or pycuda if that is missing.
             cuda_graphs: Replay each input shape as one CUDA graph from its second call on. This saves kernel launches
@@ -208,33 +210,32 @@ class EdgeBackbone:
             BundleError: The bundle is damaged.
             TrustError: The bundle is not signed as asked (a BundleError).
             EngineMismatchError: Nothing in the bundle can run here.
-            InputError: ``device`` or ``on_mismatch`` is not one of the above.
+            InputError: ``device`` or ``on_mismatch`` is not one of the above, or an option is for another device.
             ResourceError: Memory, threads or file descriptors ran out.
             InferenceError: This is a forked child whose parent has opened an engine of the same library.
             CompileError: With ``on_mismatch="compile"``, a compilation failed. `compile_bundle` says what else it raises.
         """
-        _, gpu = parse_device(device)
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
         load = base.LoadOptions(
-            gpu=gpu, threads=threads, memory=memory, cuda_graphs=cuda_graphs, allow_host_code=allow_host_code
+            threads=threads, memory=memory, cuda_graphs=cuda_graphs, allow_host_code=allow_host_code
         )
-        opened = open_engine(path, engine, load, compiles=on_mismatch == "compile", trusted=trusted)
+        opened = open_engine(path, engine, load, device=device, compiles=on_mismatch == "compile", trusted=trusted)
         manifest, key = opened.manifest, opened.record.key
         backbone = cls(
             manifest.backbone,
             manifest.input,
             opened.session,
             manifest.source,
-            device="cpu" if gpu is None else f"cuda:{gpu}",
+            device=opened.device,
             engine_name=opened.record.name,
             passed_over=opened.passed_over,
             check_finite=check_finite,
         )
         options = {
             "engine": key.precision.value if engine is None else engine,
-            "device": device,
+            "device": opened.device,
             "threads": threads,
             "memory": memory,
             "cuda_graphs": cuda_graphs,

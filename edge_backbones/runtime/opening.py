@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.manifest import EngineRecord, Manifest
@@ -15,6 +15,8 @@ from edge_backbones.bundle.reader import Bundle, read_current
 from edge_backbones.engines import registry, select
 from edge_backbones.engines.base import EngineSession, LoadOptions
 from edge_backbones.errors import BundleError, EngineMismatchError, InputError
+from edge_backbones.machine import gpus
+from edge_backbones.machine.devices import Place, parse_device
 from edge_backbones.spec import InputSpec
 
 if TYPE_CHECKING:
@@ -31,12 +33,14 @@ class Opened:
         record: Its record in the manifest.
         manifest: Manifest of the bundle.
         passed_over: Why each other engine of the bundle does not run here, by name.
+        device: Where the engine is loaded: ``"cpu"`` or ``"cuda:0"``.
     """
 
     session: EngineSession
     record: EngineRecord
     manifest: Manifest
     passed_over: dict[str, str]
+    device: str
 
 
 def open_engine(
@@ -44,6 +48,7 @@ def open_engine(
     engine: str | None,
     load: LoadOptions,
     *,
+    device: str,
     compiles: bool,
     trusted: trust.Trusted | None,
 ) -> Opened:
@@ -51,8 +56,9 @@ def open_engine(
 
     Args:
         path: Folder of the bundle.
-        engine: Narrow the choice to a precision, a flavour or one engine's name.
-        load: How it is loaded: on the CPU, or on the GPU of index ``load.gpu``.
+        engine: Narrow the choice to a precision, a flavour, or one engine's name or the beginning of it.
+        load: How it is loaded; ``load.gpu`` is filled in.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         compiles: Compile an engine if none in the bundle runs here, and verify one that this machine has not measured.
         trusted: Keys of which one must have signed the bundle.
 
@@ -62,45 +68,56 @@ def open_engine(
     Raises:
         BundleError: The bundle is damaged, or not signed as asked (TrustError).
         EngineMismatchError: Nothing in the bundle can run here.
+        InputError: ``device`` names no device, or an option is for another device.
     """
-    host, code = registry.this_machine(load.gpu), load.allow_host_code
-    device = "cpu" if load.gpu is None else "cuda"
-    refused: dict[str, str] = {}
+    _refuse_idle_options(load, parse_device(device)[0])
+    code = load.allow_host_code
 
-    def choose_and_load(bundle: Bundle) -> tuple[EngineRecord, EngineSession]:
-        nonlocal refused
+    def choose_and_load(bundle: Bundle) -> Opened:
         bundle, refused = trust.admit(bundle, trusted)
+        asked = select.full_name(bundle, engine)
+        host, place, index = select.machine_for(bundle, device)
         try:
-            record = select.choose_engine(bundle, host, engine, device=device, allow_host_code=code)
+            record = select.choose_engine(bundle, host, asked, device=place, allow_host_code=code)
         except EngineMismatchError as error:
             not_trusted = "".join(f". Not trusted: {name}: {why}" for name, why in refused.items())
             raise EngineMismatchError(f"{error}{not_trusted}") from error
+        gpu = index if place == "cuda" or (place == "auto" and record.key.gpu is not None) else None
         if compiles:
-            select.measure_here(bundle, record, host, gpu=load.gpu, allow_host_code=code)
-        return record, select.open_session(bundle, record, load)
+            select.measure_here(bundle, record, host, gpu=gpu, allow_host_code=code)
+        session = select.open_session(bundle, record, dataclasses.replace(load, gpu=gpu))
+        others = select.passed_over(bundle, record, host, asked, device=place, allow_host_code=code)
+        place_of_engine = "cpu" if gpu is None else f"cuda:{gpu}"
+        return Opened(session, record, bundle.manifest, {**others, **refused}, place_of_engine)
 
     try:
-        bundle, (record, session) = read_current(path, choose_and_load)
+        return read_current(path, choose_and_load)[1]
     except EngineMismatchError:
-        if not compiles or (load.gpu is not None and host.gpu is None):
+        gpu = _gpu_to_compile_for(device)
+        if not compiles or (gpu is not None and registry.this_machine(gpu).gpu is None):
             raise
-        select.compile_here(path, engine, gpu=load.gpu, allow_host_code=code)
-        bundle, (record, session) = read_current(path, choose_and_load)
-    others = select.passed_over(bundle, record, host, engine, device=device, allow_host_code=code)
-    return Opened(session, record, bundle.manifest, {**others, **refused})
+        select.compile_here(path, engine, gpu=gpu, allow_host_code=code)
+        return read_current(path, choose_and_load)[1]
 
 
-def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int | None]:
-    """Return ``cpu`` or ``cuda``, and the index of the GPU (None for the CPU).
+def _refuse_idle_options(load: LoadOptions, place: Place) -> None:
+    """Raise InputError for options that mean nothing on the device that was asked for."""
+    if place == "cuda" and load.threads is not None:
+        raise InputError(f"threads={load.threads} is for engines on the CPU, and device is cuda: leave it out")
+    if place == "cpu" and (load.cuda_graphs or load.memory is not None):
+        name = "cuda_graphs" if load.cuda_graphs else "memory"
+        raise InputError(f"{name}={getattr(load, name)!r} is for engines on a GPU, and device is cpu: leave it out")
 
-    Raises InputError for other text.
+
+def _gpu_to_compile_for(device: str) -> int | None:
+    """Return the index of the GPU that an engine has to be compiled for; None for the CPU.
+
+    With ``auto`` it is the GPU if there is one and a library here compiles for it.
     """
-    if device == "cpu":
-        return "cpu", None
-    found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", str(device))
-    if found is None:
-        raise InputError(f"device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}")
-    return "cuda", int(found[1] or 0)
+    place, gpu = parse_device(device)
+    if place == "auto" and gpus.find_gpus() and "cpu" not in registry.serving(registry.this_machine(0)).devices:
+        return 0
+    return gpu if place == "cuda" else None
 
 
 @dataclass(frozen=True)

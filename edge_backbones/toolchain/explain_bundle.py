@@ -24,7 +24,7 @@ def explain_bundle(
     path: str | Path,
     *,
     engine: str | None = None,
-    gpu: int = 0,
+    device: str = "auto",
     in_process: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[Explanation, ...]:
@@ -40,11 +40,10 @@ def explain_bundle(
     bundle.check_files()
     golden = load_golden(bundle)
     found = []
-    for record in runnable(bundle, engine, gpu, code=False):
+    for record, on in runnable(bundle, engine, device, code=False):
         progress(f"verifying {record.key.precision}", 0, None)
         precision, gate = record.key.precision, promises.gate_of(bundle.manifest, record.key, record.parity.gate)
         say_what_is_run(bundle, record)
-        on = None if record.key.gpu is None else gpu
         report = measure_in_bundle(bundle, record.key, bundle.read(record.file), golden, gate, on)
         if report.passed:
             continue

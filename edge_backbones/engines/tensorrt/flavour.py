@@ -28,7 +28,7 @@ from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 class TensorRt(Flavour):
     """Compile and run plans with TensorRT or TensorRT-RTX, which share one API; ``name`` says which."""
 
-    devices = ("cuda",)
+    devices, takes_plan_options = ("cuda",), True
 
     def __init__(self, name: PlanFlavour, title: str, extra: str) -> None:
         self.name, self.title, self.extra, self.package = name, title, extra, name.replace("_", "-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -107,5 +108,11 @@ class PlanOptions:
             raise InputError(f"builder level must be 0 to 5, got {self.level}")
         if self.workspace is not None and not 1 <= self.workspace < 1 << 63:
             raise InputError(f"workspace must be at least 1 byte and below 2**63, got {self.workspace}")
+        if not self.gpu_fallback and self.dla_core is None:
+            raise InputError("gpu_fallback=False (--no-gpu-fallback) is for a DLA core: set dla_core (--dla-core) too")
         if self.embed_runtime and not self.version_compatible:
             raise InputError("embed_runtime is for version-compatible plans: set version_compatible=True too")
+
+    def changed(self) -> list[str]:
+        """Return the names of the options that differ from their defaults."""
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]

@@ -258,7 +258,7 @@ def test_an_engine_that_the_bundle_lacks_is_refused(tmp_path):
     bundle = make_bundle(tmp_path / "pool.bundle")
     with pytest.raises(EngineMismatchError, match="has no engine 'int8'"):
         compare(bundle.path, CompareOptions(engine="int8", vs=()))
-    with pytest.raises(InputError, match="device must be 'cpu', 'cuda' or 'cuda:<index>', got 'gpu'"):
+    with pytest.raises(InputError, match="device must be 'auto', 'cpu', 'cuda' or 'cuda:<index>', got 'gpu'"):
         compare(bundle.path, CompareOptions(device="gpu", vs=()))
     with pytest.raises(EngineMismatchError, match="runs on cpu, not on cuda"):
         compare(bundle.path, CompareOptions(device="cuda", vs=()))

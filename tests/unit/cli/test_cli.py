@@ -68,7 +68,7 @@ def test_version():
         ["build", "resnet18"],
         ["build", "resnet18", "x.bundle", "--out-indices", "a"],
         ["build", "resnet18", "x.bundle", "--batch", "4:2:1"],
-        ["build", "resnet18", "x.bundle", "--size", "224"],
+        ["build", "resnet18", "x.bundle", "--size", "224x"],
         ["build", "resnet18", "x.bundle", "--precision", "int3"],
         ["run"],
     ],

@@ -229,13 +229,14 @@ def test_what_is_typed_for_a_comparison_reaches_the_library(ask, monkeypatch):
     def same(one: CompareOptions, other: CompareOptions) -> bool:
         return dataclasses.replace(one, images=None) == dataclasses.replace(other, images=None)
 
+    monkeypatch.setattr(Bundle, "open", lambda _: None)
+    monkeypatch.setattr(bench.select, "device_for", lambda _, device, *__, **___: device.replace("auto", "cpu"))
     assert same(ask("bench", "x.bundle"), CompareOptions())
     assert ask("bench", "x.bundle", "--device", "cuda").vs == ("torch", "onnxruntime")
     images = np.zeros((1, 2))
     monkeypatch.setattr(bench, "read_images", lambda *_: images)
-    monkeypatch.setattr(Bundle, "open", lambda _: None)
     typed = (
-        "--vs openvino,,nncf --engine int8 --threads 3 --turns 7 --seconds 0.5 --peer-python nncf=py --peer-python torch=p "
+        "--vs openvino,,nncf --engine int8 --threads 3 --turns 7 --seconds 0.5 --peer-python nncf=py --peer-python openvino=p "
         "--allow-host-code --images photos"
     )
     asked = ask("bench", "x.bundle", *typed.split())
@@ -246,7 +247,7 @@ def test_what_is_typed_for_a_comparison_reaches_the_library(ask, monkeypatch):
         threads=3,
         turns=7,
         seconds=0.5,
-        pythons={"nncf": "py", "torch": "p"},
+        pythons={"nncf": "py", "openvino": "p"},
         allow_host_code=True,
     )
     assert same(asked, expected)

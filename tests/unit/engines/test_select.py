@@ -120,9 +120,9 @@ def test_on_a_cpu_the_engine_with_most_of_its_instructions_is_taken():
 @pytest.mark.parametrize(
     ("asked", "device", "way"),
     [
-        (None, "cpu", "Run: edge-backbones compile b.bundle --flavour openvino"),
+        (None, "cpu", "Run: edge-backbones compile b.bundle --device cpu"),
         (None, "cuda", "Run: edge-backbones compile b.bundle (on the machine with that GPU)"),
-        ("fp16", "cpu", "Run: edge-backbones compile b.bundle --precision fp16 --flavour openvino"),
+        ("fp16", "cpu", "Run: edge-backbones compile b.bundle --precision fp16 --device cpu"),
         ("fp16", "cuda", "Run: edge-backbones compile b.bundle --precision fp16 (on the machine with that GPU)"),
         ("bf16", "cpu", "edge-backbones build MODEL b.bundle --precision fp16 --precision bf16 --overwrite"),
         ("fp8", "cuda", "edge-backbones build MODEL b.bundle --precision fp16 --precision fp8 --images FOLDER --overwrite"),
@@ -233,3 +233,58 @@ def test_a_stripped_plan_wants_the_graph_that_it_was_made_of():
     bundle.read = lambda file: bytearray(b"graph")
     graph.file.sha256 = stripped.graph_sha256
     assert session.weights_of(bundle, stripped) == b"graph"
+
+
+def on_cpu(precision="int8", **changes) -> EngineRecord:
+    """Return an engine of OpenVINO for any x86_64 CPU."""
+    made = engine(precision, flavour="openvino", version="2026.4.1")
+    return changed_record(made, key=msgspec.structs.replace(made.key, gpu=None), **changes)
+
+
+WITH_OPENVINO = dataclasses.replace(HOST, versions={**HOST.versions, "openvino": "2026.4.1"})
+
+
+@pytest.mark.parametrize("milliseconds", [None, 0.1])
+def test_auto_takes_the_gpu_where_an_engine_is_for_it(milliseconds):
+    """Engines of the CPU and of the GPU were not timed against each other: a figure of the one says nothing of the other."""
+    cpu, gpu = on_cpu(milliseconds=milliseconds), engine("fp16")
+    slow = changed_record(engine("fp32"), milliseconds=9.0)
+    for engines in itertools.permutations((cpu, gpu)):
+        assert session.choose_engine(bundle_of(*engines), WITH_OPENVINO, device="auto") is gpu
+    assert session.choose_engine(bundle_of(cpu, slow), WITH_OPENVINO, device="auto") is slow
+    assert session.choose_engine(bundle_of(cpu, gpu), WITH_OPENVINO, "int8", device="auto") is cpu
+    over = session.passed_over(bundle_of(cpu, slow), slow, WITH_OPENVINO, device="auto")
+    assert over == {cpu.name: f"would run, and {slow.name} is preferred"}
+
+
+def test_auto_takes_the_cpu_where_no_engine_fits_the_gpu():
+    cpu, unmeasured, other = on_cpu(), engine(measured=False), engine(architectures=("sm_87",))
+    assert session.choose_engine(bundle_of(unmeasured, other, cpu), WITH_OPENVINO, device="auto") is cpu
+    over = session.passed_over(bundle_of(unmeasured, other, cpu), cpu, WITH_OPENVINO, device="auto")
+    assert "never measured" in over[unmeasured.name]
+    assert "sm_87" in over[other.name]
+    with pytest.raises(EngineMismatchError, match="never measured"):
+        session.choose_engine(bundle_of(unmeasured), WITH_OPENVINO, device="auto")
+
+
+def test_the_gpu_is_looked_for_only_if_it_may_be_needed(monkeypatch):
+    looked = []
+    monkeypatch.setattr(registry, "this_machine", lambda gpu: looked.append(gpu) or HOST)
+    for device, engines in (
+        ("auto", [on_cpu()]),
+        ("auto", [on_cpu(), engine()]),
+        ("cpu", [engine()]),
+        ("cuda:2", [on_cpu()]),
+    ):
+        session.machine_for(bundle_of(*engines), device)
+    assert looked == [None, 0, None, 2]
+
+
+def test_the_beginning_of_one_name_stands_for_it():
+    int8, fp32 = on_cpu(), on_cpu("fp32")
+    bundle = bundle_of(int8, fp32)
+    for unchanged in (None, "int8", "openvino", int8.name, "tensorrt", "resnet", ""):
+        assert session.full_name(bundle, unchanged) == unchanged
+    assert session.full_name(bundle, int8.name[:-3]) == int8.name
+    with pytest.raises(EngineMismatchError, match=f"'openv' begins the names of 2 engines .*{fp32.name}. Type more"):
+        session.full_name(bundle, "openv")

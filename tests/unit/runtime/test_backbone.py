@@ -667,7 +667,7 @@ def test_an_array_on_the_gpu_does_not_fit_an_engine_on_the_cpu(backbone):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "cuda:1 ", 0])
 def test_a_device_that_is_not_one_is_refused(tmp_path, device):
-    with pytest.raises(InputError, match="device must be 'cpu', 'cuda' or 'cuda:<index>', got"):
+    with pytest.raises(InputError, match="device must be 'auto', 'cpu', 'cuda' or 'cuda:<index>', got"):
         EdgeBackbone.from_pretrained(tmp_path, device=device)
 
 
@@ -689,13 +689,35 @@ def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind
     monkeypatch.setattr(registry, "this_machine", looked.append)
     monkeypatch.setattr(session, "open_session", open_session)
     monkeypatch.setattr(session, "choose_engine", choose_engine)
-    opened = EdgeBackbone.from_pretrained(
-        bundle.path, device=device, threads=3, memory="pycuda", cuda_graphs=True, allow_host_code=True
-    )
+    options = {"threads": 3} if index is None else {"memory": "pycuda", "cuda_graphs": True}
+    options["allow_host_code"] = True
+    opened = EdgeBackbone.from_pretrained(bundle.path, device=device, **options)
     assert looked == [index]
-    options = {"threads": 3, "memory": "pycuda", "cuda_graphs": True, "allow_host_code": True}
     assert seen == [{"device": kind, "allow_host_code": True}, LoadOptions(gpu=index, **options)]
     assert opened.device == ("cpu" if index is None else f"cuda:{index}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda", "threads": 3}, "threads=3 is for engines on the CPU, and device is cuda"),
+        ({"device": "cuda:1", "threads": 1}, "threads=1 is for engines on the CPU, and device is cuda"),
+        ({"device": "cpu", "cuda_graphs": True}, "cuda_graphs=True is for engines on a GPU, and device is cpu"),
+        ({"device": "cpu", "memory": "pycuda"}, "memory='pycuda' is for engines on a GPU, and device is cpu"),
+    ],
+)
+def test_options_of_another_device_are_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        EdgeBackbone.from_pretrained(make_bundle(tmp_path / "b.bundle").path, **options)
+
+
+def test_an_engine_is_found_by_the_beginning_of_its_name(tmp_path):
+    bundle = make_bundle(tmp_path / "b.bundle")
+    (record,) = bundle.manifest.engines
+    with EdgeBackbone.from_pretrained(bundle.path, engine=record.name[:-6]) as backbone:
+        assert (backbone.engine, backbone.device) == (record.name, "cpu")
+    with pytest.raises(EngineMismatchError, match="has no engine 'penvino'; it holds: openvino-"):
+        EdgeBackbone.from_pretrained(bundle.path, engine="penvino")
 
 
 def test_a_bundle_that_others_write_to_is_read_again(tmp_path, monkeypatch):
