@@ -203,11 +203,6 @@ class _Work:
         Raises BundleError, with the command that builds them, if one is missing.
         """
         form = self.maker.graph_format
-        if not self.bundle.manifest.graphs:
-            raise BundleError(
-                f"{self.bundle.path} was packed without graphs to compile from: compile in the whole bundle, or pack that one "
-                "again with --graphs"
-            )
         held = [graph for graph in self.bundle.manifest.graphs if graph.format == form]
         graphs = [graph for graph in held if precisions is None or graph.precision in precisions]
         lacking = [precision for precision in precisions or () if precision not in {graph.precision for graph in held}]
@@ -215,6 +210,8 @@ class _Work:
             names = ", ".join(graph.precision.value for graph in held) or "none"
             asked = ", ".join(precision.value for precision in lacking) or "graph to compile"
             way = select.way_to_build(self.bundle, lacking if form == "onnx" else ())
+            if not self.bundle.manifest.graphs:
+                way = "Compile in the bundle that it was packed of, or pack that one again with --graphs"
             raise BundleError(
                 f"{self.bundle.path} has no {asked}; its {_FORMS.get(str(form), 'other')} graphs: {names}. {way}"
             )

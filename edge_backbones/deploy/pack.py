@@ -94,9 +94,8 @@ def _write(
                 place.write_bytes(bundle.read(record))
             return manifest
 
-        _, manifest = read_current(path, copy)
-        write_manifest(folder, manifest)
-    return manifest
+        write_manifest(folder, read_current(path, copy)[1])
+    return Bundle.open(target).manifest
 
 
 def _kept(bundle: Bundle, engine: str | None, device: str, *, graphs: bool) -> Manifest:

@@ -236,8 +236,8 @@ def test_what_is_typed_for_a_comparison_reaches_the_library(ask, monkeypatch):
     images = np.zeros((1, 2))
     monkeypatch.setattr(bench, "read_images", lambda *_: images)
     typed = (
-        "--vs openvino,,nncf --engine int8 --threads 3 --turns 7 --seconds 0.5 --peer-python nncf=py --peer-python openvino=p "
-        "--allow-host-code --images photos"
+        "--vs openvino,,nncf --engine int8 --threads 3 --turns 7 --seconds 0.5 --peer-python nncf=py "
+        "--peer-python openvino=p --allow-host-code --images photos"
     )
     asked = ask("bench", "x.bundle", *typed.split())
     assert asked.images is images
