@@ -62,6 +62,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+import build_scripts
 from edge_backbones import __version__
 from edge_backbones.bundle.manifest import EngineRecord, encode
 from edge_backbones.bundle.reader import Bundle
@@ -269,7 +270,7 @@ def _model_task(
             options["profile"] = _found_profile(str(options["profile"]), folder)
             meant["profile"] = msgspec.to_builtins(load_profile(options["profile"]))
     except InputError as error:
-        why = _words(error)
+        why = words_of(error)
     path = None if place is None else str(place)
     task = Task(model=model.title, precision=Precision.FP32, source=source, images=path, options=options)
     return task, content, why
@@ -382,9 +383,9 @@ async def build_matrix(
         try:
             seconds, engines = await run(task, bundle)
         except NoWorkerError as error:
-            return Ending(status="waiting", why=_words(error))
+            return Ending(status="waiting", why=words_of(error))
         except Exception as error:  # whatever it is: the other cells do not suffer from it
-            return Ending(status="failed", why=_words(error))
+            return Ending(status="failed", why=words_of(error))
         return Ending(status="made", seconds=seconds, engines=engines)
 
     async def cell(task: Task, bundle: Path, built_on_it: Sequence[Task] = ()) -> None:
@@ -436,7 +437,7 @@ def _longest_first(
     return sorted(rows, key=length, reverse=True)
 
 
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
     """Return an error in one line, with its type unless it is one of ours."""
     said = " ".join(str(error).split())
     return said if isinstance(error, EdgeBackbonesError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
@@ -479,7 +480,7 @@ def _write_state(path: Path, endings: Mapping[str, Ending]) -> None:
 def carry_out(task: Task, bundle: Path) -> tuple[str, ...]:
     """Build the bundle or add the engine; return the names of the engines that this put into it."""
     if task.flavour is not None:
-        return add_engine(bundle, **_order(task))
+        return add_engine(bundle, **order_of(task))
     from edge_backbones.toolchain.build import build_bundle
 
     options = build_options(task)
@@ -503,7 +504,7 @@ def build_options(task: Task) -> BuildOptions:
         return BuildOptions(**{"torchscript": False, **given, "precisions": (task.precision,)})
 
 
-def _order(task: Task) -> dict[str, Any]:
+def order_of(task: Task) -> dict[str, Any]:
     """Return what a device needs to know to make an engine, as plain values."""
     return {
         "precision": task.precision.value,
@@ -587,7 +588,7 @@ def child(text: bytes, bundle: str, sender: Connection) -> None:
     try:
         sender.send((carry_out(msgspec.json.decode(text, type=Task), Path(bundle)), ""))
     except Exception as error:
-        sender.send(((), _words(error)))
+        sender.send(((), words_of(error)))
 
 
 def _end_with_the_matrix() -> None:
@@ -611,8 +612,8 @@ def on_ray(address: str, elsewhere: Run) -> tuple[Run, dict[str, float]]:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from error
-    # Workers have the package, not this script.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[carry_out.__module__])
+    # Workers have the package, not these scripts.
+    ray.cloudpickle.register_pickle_by_value(build_scripts)
     # A process of its own for every cell, as here; what crashed once would crash again.
     remote = ray.remote(max_calls=1, max_retries=0)(_on_worker)
 
@@ -638,7 +639,7 @@ def on_ray(address: str, elsewhere: Run) -> tuple[Run, dict[str, float]]:
     async def run(task: Task, bundle: Path) -> tuple[float, tuple[str, ...]]:
         if task.resource is None:
             return await elsewhere(task, bundle)
-        order, profile = _order(task), str(task.profile)
+        order, profile = order_of(task), str(task.profile)
         text = Path(profile).read_text(encoding="utf-8") if profile.endswith(".toml") else None
         seconds, made = await answer_of(task.resource, order, await asyncio.to_thread(pack, bundle), text)
         records = []
@@ -672,7 +673,7 @@ def _on_worker(
         try:
             names = add_engine(bundle, **order)
         except Exception as error:  # in words: not every error can be unpickled on the other side
-            raise EdgeBackbonesError(_words(error)) from None
+            raise EdgeBackbonesError(words_of(error)) from None
         opened = Bundle.open(bundle)
         made = [engine for engine in opened.manifest.engines if engine.name in names]
         sent = [(msgspec.json.encode(e), {file.path: bytes(opened.read(file)) for file in e.files}) for e in made]
