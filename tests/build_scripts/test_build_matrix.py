@@ -26,7 +26,9 @@ import pytest
 from PIL import Image
 
 from build_scripts import build_matrix as module
-from build_scripts.build_matrix import Ending, Task, build_matrix, read_matrix, tasks_of
+from build_scripts import matrix_tasks
+from build_scripts.build_matrix import Ending, build_matrix
+from build_scripts.matrix_tasks import Task, read_matrix, tasks_of
 from edge_backbones import Bundle, EdgeBackbone
 from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.writer import record_bytes
@@ -248,16 +250,16 @@ def profile_file(path: Path) -> str:
 def test_another_library_makes_again_what_it_made(folder, monkeypatch):
     path = write(folder)
     carry_out(path, Pretender())
-    monkeypatch.setattr(module.registry, "InstalledVersions", lambda: {"tensorrt_rtx": "99.1"})
+    monkeypatch.setattr(matrix_tasks.registry, "InstalledVersions", lambda: {"tensorrt_rtx": "99.1"})
     carry_out(path, engines := Pretender())
     assert set(engines.asked) == {name for name in ALL if "rtx-40" in name}
-    monkeypatch.setattr(module, "_versions", lambda: {"onnxruntime": "99.1"})
+    monkeypatch.setattr(matrix_tasks, "_versions", lambda: {"onnxruntime": "99.1"})
     carry_out(path, everything := Pretender())
     assert set(everything.asked) == ALL
 
 
 def test_what_decides_the_ranges_is_among_the_versions():
-    assert {"onnxruntime", "numpy", "torch"} <= set(module._versions())
+    assert {"onnxruntime", "numpy", "torch"} <= set(matrix_tasks._versions())
 
 
 def test_what_fails_fails_alone_and_is_tried_again(folder):
