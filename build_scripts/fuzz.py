@@ -434,7 +434,7 @@ def _calibration(folder: Path) -> Kind:
 
 
 def _matrix(folder: Path) -> Kind:
-    from build_scripts.build_matrix import build_options
+    from build_scripts.matrix_cells import build_options
     from build_scripts.matrix_tasks import read_matrix, tasks_of
 
     path = folder / "matrix.toml"

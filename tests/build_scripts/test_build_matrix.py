@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 from build_scripts import build_matrix as module
-from build_scripts import matrix_tasks
+from build_scripts import matrix_cells, matrix_tasks
 from build_scripts.build_matrix import Ending, build_matrix
 from build_scripts.matrix_tasks import Task, read_matrix, tasks_of
 from edge_backbones import Bundle, EdgeBackbone
@@ -301,8 +301,8 @@ def test_a_process_that_cannot_be_started_fails_alone(folder, monkeypatch):
     def refused(**_):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(module._PROCESSES, "Process", refused)
-    endings, _ = carry_out(path, module.here(2))
+    monkeypatch.setattr(matrix_cells._PROCESSES, "Process", refused)
+    endings, _ = carry_out(path, matrix_cells.here(2))
     assert {ending.status for ending in endings.values()} == {"failed"}
     assert endings["test_resnet.fp32"].why == "BlockingIOError: [Errno 11] Resource temporarily unavailable"
 
@@ -331,7 +331,7 @@ def test_an_engine_that_no_worker_can_make_waits(folder):
 
 def test_a_worker_that_goes_leaves_the_cell_waiting(folder):
     name = "test_resnet.fp32 on jetson-orin-nano"
-    gone = Pretender({name: module.NoWorkerError("no worker offers sm_87 any more")})
+    gone = Pretender({name: matrix_cells.NoWorkerError("no worker offers sm_87 any more")})
     path = write(folder, device='\n[[devices]]\nprofile = "jetson-orin-nano"\n')
     endings, _ = carry_out(path, gone, sm_87=1.0)
     assert (endings[name].status, endings[name].why) == ("waiting", "no worker offers sm_87 any more")
@@ -406,12 +406,12 @@ def test_gates_and_size_ranges_are_tables():
         options={"gates": {"int8": {"min_cosine": 0.9}, "fp16": {"min_sqnr_db": 20.0}},
                  "batch": {"min": 1, "opt": 2, "max": 4}, "width": 64, "height": 32, "out_indices": [1, 2]},
     )  # fmt: skip
-    options = module.build_options(task)
+    options = matrix_cells.build_options(task)
     assert options.gates == {Precision.INT8: Gate(min_cosine=0.9), Precision.FP16: Gate(min_sqnr_db=20.0)}
     assert (options.batch, options.height) == (ShapeRange(min=1, opt=2, max=4), 32)
     assert (options.out_indices, options.precisions) == ((1, 2), (Precision.INT8,))
     with pytest.raises(InputError, match=r"option gates: .*min_cos\b"):
-        module.build_options(msgspec.structs.replace(task, options={"gates": {"int8": {"min_cos": 0.9}}}))
+        matrix_cells.build_options(msgspec.structs.replace(task, options={"gates": {"int8": {"min_cos": 0.9}}}))
 
 
 def test_a_bundle_travels_without_the_engines_of_others(tmp_path):
@@ -480,7 +480,9 @@ def test_a_cell_that_is_killed_is_told(tmp_path):
     long = Task(model="m", precision="fp32", source="resnet50")
 
     async def killed() -> None:
-        cell = asyncio.create_task(module.run_child(long, tmp_path / "x", concurrent.futures.ThreadPoolExecutor(1)))
+        cell = asyncio.create_task(
+            matrix_cells.run_child(long, tmp_path / "x", concurrent.futures.ThreadPoolExecutor(1))
+        )
         while not (running := multiprocessing.active_children()):
             await asyncio.sleep(0.01)
         running[0].kill()
@@ -495,7 +497,9 @@ def test_a_run_that_ends_early_leaves_no_cell_behind(tmp_path):
     long = Task(model="m", precision="fp32", source="resnet50")
 
     async def cancelled() -> None:
-        cell = asyncio.create_task(module.run_child(long, tmp_path / "x", concurrent.futures.ThreadPoolExecutor(1)))
+        cell = asyncio.create_task(
+            matrix_cells.run_child(long, tmp_path / "x", concurrent.futures.ThreadPoolExecutor(1))
+        )
         while not multiprocessing.active_children():
             await asyncio.sleep(0.01)
         cell.cancel()
@@ -536,7 +540,7 @@ def test_nothing_goes_on_when_the_matrix_is_killed(tmp_path):
 
 def test_what_cells_are_forked_from_has_no_threads():
     """A lock that a thread holds at the fork is never given back."""
-    code = f"import os, {', '.join(module._PRELOADED)}; print(len(os.listdir('/proc/self/task')))"
+    code = f"import os, {', '.join(matrix_cells._PRELOADED)}; print(len(os.listdir('/proc/self/task')))"
     one = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads of OpenBLAS know of forks
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=one, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
@@ -554,10 +558,10 @@ def test_no_more_processes_than_jobs_run_at_a_time(monkeypatch, tmp_path):
         return ()
 
     async def six() -> None:
-        run = module.here(2)
+        run = matrix_cells.here(2)
         await asyncio.gather(*(run(Task(model=str(i), precision="fp32"), tmp_path) for i in range(6)))
 
-    monkeypatch.setattr(module, "run_child", pretend)
+    monkeypatch.setattr(matrix_cells, "run_child", pretend)
     asyncio.run(six())
     assert len(seen) == 6
     assert max(seen) == 2
@@ -575,12 +579,12 @@ def test_one_engine_at_a_time_is_timed_on_a_gpu(monkeypatch, tmp_path):
         return ()
 
     async def five() -> None:
-        run = module.here(2)
+        run = matrix_cells.here(2)
         gpu = [Task(model=f"gpu{i}", precision="fp32", flavour="tensorrt", resource="sm_90") for i in range(3)]
         tasks = [*gpu, Task(model="cpu0", precision="fp32"), Task(model="cpu1", precision="fp32")]
         await asyncio.gather(*(run(task, tmp_path) for task in tasks))
 
-    monkeypatch.setattr(module, "run_child", pretend)
+    monkeypatch.setattr(matrix_cells, "run_child", pretend)
     asyncio.run(five())
     assert max(sum(name.startswith("gpu") for name in names) for names in seen) == 1
     assert {"gpu0", "cpu0"} in seen
@@ -625,11 +629,11 @@ def test_nobody_waits_for_a_worker_that_is_gone(monkeypatch, tmp_path):
     fake = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", fake)
     monkeypatch.setattr(module, "_POLL", 0.01)
-    run, resources = module.on_ray("auto", module.here(1))
+    run, resources = module.on_ray("auto", matrix_cells.here(1))
     assert resources == {"sm_87": 1.0}
     bundle = make_bundle(tmp_path / "net.bundle")
     task = Task(model="m", precision=Precision.FP32, flavour="openvino", profile="cpu", resource="sm_87")
-    with pytest.raises(module.NoWorkerError, match="no worker offers sm_87 any more"):
+    with pytest.raises(matrix_cells.NoWorkerError, match="no worker offers sm_87 any more"):
         asyncio.run(asyncio.wait_for(run(task, bundle.path), 30))
     assert fake.offered == []
     assert fake.cancelled == [fake.asked]
