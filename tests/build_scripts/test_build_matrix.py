@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 from build_scripts import build_matrix as module
-from build_scripts import matrix_cells, matrix_tasks
+from build_scripts import matrix_cells, matrix_ray, matrix_tasks
 from build_scripts.build_matrix import Ending, build_matrix
 from build_scripts.matrix_tasks import Task, read_matrix, tasks_of
 from edge_backbones import Bundle, EdgeBackbone
@@ -417,7 +417,7 @@ def test_gates_and_size_ranges_are_tables():
 def test_a_bundle_travels_without_the_engines_of_others(tmp_path):
     bundle = make_bundle(tmp_path / "net.bundle")
     (tmp_path / "copy").mkdir()
-    module.unpack(module.pack(bundle.path), tmp_path / "copy")
+    matrix_ray.unpack(matrix_ray.pack(bundle.path), tmp_path / "copy")
     copy = Bundle.open(tmp_path / "copy")
     copy.check_files()
     assert copy.manifest.golden == bundle.manifest.golden
@@ -628,8 +628,8 @@ def test_nobody_waits_for_a_worker_that_is_gone(monkeypatch, tmp_path):
     """Ray waits for another worker to join, for ever."""
     fake = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", fake)
-    monkeypatch.setattr(module, "_POLL", 0.01)
-    run, resources = module.on_ray("auto", matrix_cells.here(1))
+    monkeypatch.setattr(matrix_ray, "_POLL", 0.01)
+    run, resources = matrix_ray.on_ray("auto", matrix_cells.here(1))
     assert resources == {"sm_87": 1.0}
     bundle = make_bundle(tmp_path / "net.bundle")
     task = Task(model="m", precision=Precision.FP32, flavour="openvino", profile="cpu", resource="sm_87")
@@ -647,19 +647,19 @@ def test_what_a_worker_does_before_it_compiles(monkeypatch, tmp_path):
         seen.update(hidden="CUDA_VISIBLE_DEVICES" in os.environ, profile=load_profile(profile), path=Path(profile))
         return (engine_for("orin", bundle).name,)
 
-    monkeypatch.setattr(module, "add_engine", pretend)
-    monkeypatch.setattr(module, "pack", with_engines)
+    monkeypatch.setattr(matrix_ray, "add_engine", pretend)
+    monkeypatch.setattr(matrix_ray, "pack", with_engines)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     bundle, text = make_bundle(tmp_path / "net.bundle"), profile_file(tmp_path / "mine.toml")
     (tmp_path / "mine.toml").unlink()
     order = {"precision": "fp32", "flavour": "openvino", "profile": str(tmp_path / "mine.toml"), "targets": ()}
-    _, [(record, files)] = module._on_worker(order, module.pack(bundle.path), text)
+    _, [(record, files)] = matrix_ray._on_worker(order, matrix_ray.pack(bundle.path), text)
     assert msgspec.json.decode(record, type=EngineRecord).key.device_name == "orin"
     assert list(files.values()) == [b"orin"]
     assert (seen["hidden"], seen["profile"].name) == (False, "mine")
     assert not seen["path"].exists()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    module._on_worker(order, module.pack(bundle.path), text)
+    matrix_ray._on_worker(order, matrix_ray.pack(bundle.path), text)
     assert seen["hidden"]
 
 
@@ -681,11 +681,11 @@ def test_what_a_worker_says_can_be_read_here(monkeypatch, tmp_path):
     def refuse(*_: object, **__: object) -> None:
         raise MissingDependencyError("compiling for the GPU", "tensorrt")
 
-    monkeypatch.setattr(module, "add_engine", refuse)
+    monkeypatch.setattr(matrix_ray, "add_engine", refuse)
     bundle = make_bundle(tmp_path / "net.bundle")
     order = {"precision": "fp32", "flavour": "tensorrt", "profile": "jetson-orin-nano", "targets": ()}
     with pytest.raises(EdgeBackbonesError) as caught:
-        module._on_worker(order, module.pack(bundle.path), None)
+        matrix_ray._on_worker(order, matrix_ray.pack(bundle.path), None)
     assert "needs the 'tensorrt' extra" in str(pickle.loads(pickle.dumps(caught.value)))
 
 
