@@ -1,4 +1,4 @@
-"""Models x precisions x devices: what is made, what is left alone, what fails alone, here and on a Ray cluster."""
+"""Models x precisions x devices: what is made, what is left alone, what fails alone, and what is printed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import subprocess
 import pytest
 from PIL import Image
 
-from build_scripts import build_matrix as module
 from build_scripts import matrix_cells
-from build_scripts.build_matrix import Ending
+from build_scripts.build_matrix import Ending, show
 from edge_backbones import Bundle
 from edge_backbones.errors import EdgeBackbonesError
 from tests.build_scripts.matrices import ALL, ROOT, Pretender, carry_out, command, write
@@ -189,7 +188,7 @@ def test_a_model_whose_inputs_cannot_be_read_fails_alone(folder):
 
 def test_the_table_has_a_row_per_bundle_and_a_column_per_device(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    module.show(
+    show(
         {
             "net.fp32": Ending(status="made", seconds=12.4),
             "net.fp32 on orin": Ending(status="waiting", why="no worker offers sm_87"),
