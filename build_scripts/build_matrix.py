@@ -38,141 +38,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import collections
 import contextlib
-import dataclasses
-import functools
-import hashlib
-import importlib.metadata
-import io
 import json
 import math
-import multiprocessing
 import os
-import re
 import sys
-import tempfile
-import threading
-import time
-import zipfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edge_backbones import __version__
-from edge_backbones.bundle.manifest import EngineRecord, encode
+from build_scripts.matrix_cells import NoWorkerError, Run, here
+from build_scripts.matrix_ray import on_ray
+from build_scripts.matrix_tasks import Task, local_resources, read_matrix, tasks_of, words_of
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.engines import registry
 from edge_backbones.errors import BundleError, EdgeBackbonesError, InputError
-from edge_backbones.machine import gpus, hosts
-from edge_backbones.machine.profiles import RTX_ARCHITECTURES, load_profile
-from edge_backbones.parity_report import Gate
-from edge_backbones.reading import read_file, refusing, shortened
-from edge_backbones.spec import Precision, ShapeRange
+from edge_backbones.reading import read_file, refusing
 
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
-    from edge_backbones.toolchain.options import BuildOptions
-
-_LIBRARIES = (
-    "torch",
-    "timm",
-    "transformers",
-    "numpy",
-    "Pillow",
-    "onnx",
-    "onnxscript",
-    "onnx-ir",
-    "onnxruntime",
-    "openvino",
-)
-_STRUCTURED = {  # options that are no plain values
-    "gates": dict[Precision, Gate],
-    "batch": int | ShapeRange,
-    "height": int | ShapeRange,
-    "width": int | ShapeRange,
-}
-# Cells are forked from a server that has imported what takes seconds and starts no thread (OpenVINO and ONNX Runtime do).
-_PRELOADED = ["edge_backbones.toolchain.build", "timm", "onnxscript"]
-_PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-_MAX_BYTES = 1 << 20
 _MAX_STATE_BYTES = 64 << 20
-_POLL = 3.0  # seconds between two looks at what a cluster offers
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-_PROCESSES.set_forkserver_preload(_PRELOADED)
-
-
-class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A model of the matrix.
-
-    ``options``: fields of BuildOptions; gates and size ranges are tables. ``name``: of its bundles, by default the
-    source's.
-    """
-
-    source: str
-    name: str | None = None
-    images: str | None = None
-    precisions: tuple[Precision, ...] | None = None
-    options: dict[str, Any] = {}
-
-    @property
-    def title(self) -> str:
-        return self.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", self.source.rstrip("/")).strip("-.")
-
-
-class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A device of the matrix.
-
-    ``profile``: a name from `edge-backbones profiles`, or a .toml file. ``flavour``: by default that of the profile's
-    kind. ``resource``: what a worker must offer, for engines that can be made only on the device; by default the GPU's
-    architecture.
-    """
-
-    profile: str
-    name: str | None = None
-    flavour: str | None = None
-    resource: str | None = None
-
-    @property
-    def title(self) -> str:
-        return self.name or Path(self.profile).stem
-
-
-class Matrix(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    out: str
-    models: tuple[Model, ...]
-    devices: tuple[Device, ...]
-    precisions: tuple[Precision, ...] = (Precision.INT8,)
-    images: str | None = None
-
-
-class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """A bundle to build, or an engine (with ``flavour``) to add to it.
-
-    ``digest``: of everything that decides the result. ``why``: why it cannot be made, if an input cannot be read.
-    """
-
-    model: str
-    precision: Precision
-    device: str | None = None
-    source: str = ""
-    images: str | None = None
-    options: dict[str, Any] = {}
-    flavour: str | None = None
-    profile: str | None = None
-    targets: tuple[str, ...] = ()
-    resource: str | None = None
-    digest: str = ""
-    why: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}.{self.precision}" + (f" on {self.device}" if self.device else "")
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,157 +69,6 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
     digest: str = ""
     engines: tuple[str, ...] = ()
-
-
-class NoWorkerError(EdgeBackbonesError):
-    """No machine of the cluster offers what a task needs."""
-
-
-Run = Callable[[Task, Path], Awaitable[tuple[float, tuple[str, ...]]]]
-"""Carry out a task on a bundle, when there is room; returns the seconds that it took and the names of its engines. What it
-raises is the end of that task; NoWorkerError leaves it waiting."""
-
-
-# ---- the matrix -----------------------------------------------------------------------------------------------------
-
-
-def read_matrix(path: Path) -> Matrix:
-    """Read a matrix file. Raises InputError that names the file and the field."""
-    try:
-        data = read_file(path, limit=_MAX_BYTES)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    with refusing(lambda why: InputError(f"{path} is not a build matrix: {why}")):
-        matrix = msgspec.toml.decode(data, type=Matrix)
-    from edge_backbones.toolchain.options import BuildOptions
-
-    known = {field.name for field in dataclasses.fields(BuildOptions)} - {"precisions", "cache", "calibration"}
-    for model in matrix.models:
-        unknown = sorted(set(model.options) - known)
-        if unknown:
-            said, title = shortened(str(unknown), 100), shortened(model.title, 80)
-            raise InputError(f"{path}: {title} has options {said}; there are {', '.join(sorted(known))}")
-    for kind, titles in (("models", [m.title for m in matrix.models]), ("devices", [d.title for d in matrix.devices])):
-        twice = [title for title, count in collections.Counter(titles).items() if count > 1]
-        if not titles:
-            raise InputError(f"{path}: there are no {kind}")
-        if twice:
-            raise InputError(f"{path}: two {kind} are named {shortened(twice[0], 80)}")
-        bad = [title for title in titles if not _NAME.fullmatch(title)]
-        if bad:
-            raise InputError(f"{path}: {shortened(bad[0], 80)!r} cannot be part of a file name: give it another name")
-    return matrix
-
-
-def tasks_of(matrix: Matrix, folder: Path) -> list[tuple[Task, list[Task]]]:
-    """Return a task for every bundle and every engine. Paths in the matrix are relative to its ``folder``.
-
-    Digests are of contents, not of places and names: a folder may move.
-    """
-    hash_of = functools.cache(_hash_of)
-    host = hosts.this_host({})
-    made_with = [__version__, _versions(), host.architecture, host.cpu_features]
-    found = []
-    for model in matrix.models:
-        with refusing(lambda why, model=model: InputError(f"{shortened(model.title, 80)} cannot be built: {why}")):  # type: ignore[misc]
-            task, content, why = _model_task(model, matrix, folder, hash_of)
-        for precision in model.precisions or matrix.precisions:
-            digest = _digest(made_with, content, precision)
-            build = msgspec.structs.replace(task, precision=precision, digest=digest, why=why)
-            engines = [engine_task(build, device, folder) for device in matrix.devices]
-            found.append((build, [engine for engine in engines if engine is not None]))
-    return found
-
-
-def _model_task(
-    model: Model, matrix: Matrix, folder: Path, hash_of: Callable[[Path], str]
-) -> tuple[Task, dict[str, Any], str]:
-    """Return the task of a model's bundle, its inputs by content, and why an input cannot be read (empty if all can)."""
-    images = model.images or matrix.images
-    place = None if images is None else (folder / images).resolve()
-    source, options, meant = model.source, dict(model.options), dict(model.options)
-    content: dict[str, Any] = {"source": source, "options": meant}
-    why = ""
-    try:
-        content["images"] = place and hash_of(place)
-        if (folder / source).exists():  # a save_pretrained folder; other sources are names
-            source = str((folder / source).resolve())
-            content["source"] = hash_of(Path(source))
-        if (folder / str(options.get("weights", "pretrained"))).is_file():
-            options["weights"] = str((folder / options["weights"]).resolve())
-            meant["weights"] = hash_of(Path(options["weights"]))
-        if "profile" in options:
-            options["profile"] = _found_profile(str(options["profile"]), folder)
-            meant["profile"] = msgspec.to_builtins(load_profile(options["profile"]))
-    except InputError as error:
-        why = _words(error)
-    path = None if place is None else str(place)
-    task = Task(model=model.title, precision=Precision.FP32, source=source, images=path, options=options)
-    return task, content, why
-
-
-def engine_task(build: Task, device: Device, folder: Path) -> Task | None:
-    """Return the task of an engine; None for this machine's own CPU, whose engine comes with the bundle."""
-    path = _found_profile(device.profile, folder)
-    profile = load_profile(path)
-    flavour = device.flavour or profile.flavours[0]
-    if flavour == "openvino" and device.resource is None:
-        return None
-    anywhere = registry.get(flavour).takes_targets
-    targets = (profile.architecture,) if anywhere and profile.architecture in RTX_ARCHITECTURES else ()
-    resource = device.resource or (None if anywhere else profile.architecture)
-    library = None  # of a worker: nobody knows before it is asked
-    if resource is None or resource in local_resources():
-        library = registry.InstalledVersions().get(flavour)
-    return Task(
-        model=build.model,
-        precision=build.precision,
-        device=device.title,
-        flavour=flavour,
-        profile=path,
-        targets=targets,
-        resource=resource,
-        digest=_digest(build.digest, flavour, msgspec.to_builtins(profile), targets, resource, library),
-    )
-
-
-def _found_profile(name_or_path: str, folder: Path) -> str:
-    return str((folder / name_or_path).resolve()) if name_or_path.endswith(".toml") else name_or_path
-
-
-def _digest(*content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.partition(" ")[0]}
-    for library in _LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[library] = importlib.metadata.version(library)
-    return found
-
-
-def _hash_of(path: Path) -> str:
-    """Return the hash of a file's content, or of all files of a folder and their names."""
-    digest = hashlib.sha256()
-    try:
-        if not path.exists():
-            raise InputError(f"{path} does not exist")
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, "sha256") if hasattr(hashlib, "file_digest") else _sha256(opened)
-            name = file.relative_to(path).as_posix() if path.is_dir() else ""
-            digest.update(f"{name}\0{content.hexdigest()}\0".encode())
-    except OSError as error:
-        raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
-
-
-def _sha256(file: Any) -> Any:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
 
 
 # ---- carrying it out ------------------------------------------------------------------------------------------------
@@ -382,9 +114,9 @@ async def build_matrix(
         try:
             seconds, engines = await run(task, bundle)
         except NoWorkerError as error:
-            return Ending(status="waiting", why=_words(error))
+            return Ending(status="waiting", why=words_of(error))
         except Exception as error:  # whatever it is: the other cells do not suffer from it
-            return Ending(status="failed", why=_words(error))
+            return Ending(status="failed", why=words_of(error))
         return Ending(status="made", seconds=seconds, engines=engines)
 
     async def cell(task: Task, bundle: Path, built_on_it: Sequence[Task] = ()) -> None:
@@ -436,12 +168,6 @@ def _longest_first(
     return sorted(rows, key=length, reverse=True)
 
 
-def _words(error: BaseException) -> str:
-    """Return an error in one line, with its type unless it is one of ours."""
-    said = " ".join(str(error).split())
-    return said if isinstance(error, EdgeBackbonesError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
-
-
 def _holds(bundle: Path, engines: Sequence[str]) -> bool:
     """Return whether a bundle is there with these engines, and every file has the right size."""
     try:
@@ -471,229 +197,6 @@ def _write_state(path: Path, endings: Mapping[str, Ending]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-
-
-# ---- one cell, wherever it is ---------------------------------------------------------------------------------------
-
-
-def carry_out(task: Task, bundle: Path) -> tuple[str, ...]:
-    """Build the bundle or add the engine; return the names of the engines that this put into it."""
-    if task.flavour is not None:
-        return add_engine(bundle, **_order(task))
-    from edge_backbones.toolchain.build import build_bundle
-
-    options = build_options(task)
-    built = build_bundle(task.source, bundle, images=task.images, options=options, overwrite=True)
-    return tuple(engine.name for engine in built.bundle.manifest.engines)
-
-
-def build_options(task: Task) -> BuildOptions:
-    """Return the BuildOptions of a model. Raises InputError that names the option."""
-    from edge_backbones.toolchain.options import OF_CALIBRATED, BuildOptions
-
-    elsewhere = () if task.precision.is_calibrated else OF_CALIBRATED  # what the cells beside this one are told
-    options = {name: value for name, value in task.options.items() if name not in elsewhere}
-    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-    for name in given.keys() & _STRUCTURED.keys():
-        with refusing(lambda why, name=name: InputError(f"option {name}: {why}")):  # type: ignore[misc]
-            given[name] = msgspec.convert(given[name], _STRUCTURED[name])
-    with refusing(
-        lambda why: InputError(f"the options of {shortened(task.model, 80)} are not those of a build: {why}")
-    ):
-        return BuildOptions(**{"torchscript": False, **given, "precisions": (task.precision,)})
-
-
-def _order(task: Task) -> dict[str, Any]:
-    """Return what a device needs to know to make an engine, as plain values."""
-    return {
-        "precision": task.precision.value,
-        "flavour": task.flavour,
-        "profile": task.profile,
-        "targets": task.targets,
-    }
-
-
-def add_engine(
-    bundle: Path, *, precision: str, flavour: Any, profile: str, targets: tuple[str, ...]
-) -> tuple[str, ...]:
-    from edge_backbones.deploy.compile import compile_bundle
-    from edge_backbones.engines.tensorrt.options import PlanOptions
-
-    plan = PlanOptions(targets=targets)
-    result = compile_bundle(bundle, precisions=(Precision(precision),), flavour=flavour, profile=profile, plan=plan)
-    return tuple(engine.name for engine in result.engines)
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def here(jobs: int) -> Run:
-    """Return a function that runs tasks here, several at a time; on a GPU one at a time, because engines are timed."""
-    free, threads = asyncio.Semaphore(jobs), ThreadPoolExecutor(jobs)
-    devices: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
-
-    async def run(task: Task, bundle: Path) -> tuple[float, tuple[str, ...]]:
-        device = contextlib.nullcontext() if task.resource is None else devices[task.resource]
-        async with device, free:  # the device first: who waits for it leaves the place to others
-            begin = time.monotonic()
-            engines = await run_child(task, bundle, threads)
-            return time.monotonic() - begin, engines
-
-    return run
-
-
-async def run_child(task: Task, bundle: Path, threads: ThreadPoolExecutor) -> tuple[str, ...]:
-    """Run a task in a process of its own, so that a cell that crashes or is killed harms no other."""
-    receiver, sender = _PROCESSES.Pipe(duplex=False)
-    with receiver:
-        with sender:  # the process has its own: what it leaves unsaid ends the reading
-            process = _PROCESSES.Process(target=child, args=(msgspec.json.encode(task), str(bundle), sender))
-            try:
-                process.start()
-            except (EOFError, BrokenPipeError) as error:
-                tried = ", ".join(_PRELOADED)
-                raise EdgeBackbonesError(f"no cell can start: python -c 'import {tried}' tells why") from error
-        try:
-            engines, why = await asyncio.get_running_loop().run_in_executor(threads, _outcome, process, receiver)
-        except BaseException:
-            process.kill()
-            process.join()
-            raise
-    if why:
-        raise EdgeBackbonesError(why)
-    return engines
-
-
-def _outcome(process: Any, receiver: Connection) -> tuple[tuple[str, ...], str]:
-    """Return what a cell sent before its process ended: the names of its engines, or why there are none."""
-    try:
-        engines, why = receiver.recv()
-    except (EOFError, OSError):
-        process.join()
-        code = process.exitcode or 0
-        return (), f"died of signal {-code}" if code < 0 else f"exit code {code}"
-    process.join()
-    return tuple(engines), why
-
-
-def child(text: bytes, bundle: str, sender: Connection) -> None:
-    """Carry out a task, and send the names of its engines or the reason of the failure. Library output is dropped."""
-    threading.Thread(target=_end_with_the_matrix, daemon=True).start()
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(nowhere, stream)
-    try:
-        sender.send((carry_out(msgspec.json.decode(text, type=Task), Path(bundle)), ""))
-    except Exception as error:
-        sender.send(((), _words(error)))
-
-
-def _end_with_the_matrix() -> None:
-    """Make this process end when the matrix is killed, so that no cell goes on writing."""
-    matrix = multiprocessing.parent_process()
-    if matrix is not None:
-        matrix.join()
-        os._exit(1)
-
-
-# ---- a Ray cluster --------------------------------------------------------------------------------------------------
-
-
-def on_ray(address: str, elsewhere: Run) -> tuple[Run, dict[str, float]]:
-    """Return how to run a task on a device of a Ray cluster, and its devices; other tasks run ``elsewhere``."""
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError("--ray needs Ray: pip install 'edge-backbones[fleet]'") from error
-    try:
-        ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:200]}") from error
-    # Workers have the package, not this script.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[carry_out.__module__])
-    # A process of its own for every cell, as here; what crashed once would crash again.
-    remote = ray.remote(max_calls=1, max_retries=0)(_on_worker)
-
-    async def answer_of(resource: str, *arguments: Any) -> tuple[float, list[tuple[bytes, dict[str, bytes]]]]:
-        asked = remote.options(num_cpus=0, resources={resource: 1}).remote(*arguments)
-        answer = asyncio.wrap_future(asked.future())
-        try:
-            # Ray itself waits for ever for a worker that is gone: another one could join.
-            while not (await asyncio.wait({answer}, timeout=_POLL))[0]:
-                if not ray.cluster_resources().get(resource):
-                    raise NoWorkerError(f"no worker offers {resource} any more")
-            return answer.result()
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, EdgeBackbonesError) else error
-            raise EdgeBackbonesError(str(cause).strip().splitlines()[-1]) from error
-        except ray.exceptions.RayError as error:
-            raise EdgeBackbonesError(f"the worker died: {' '.join(str(error).split())[:200]}") from error
-        finally:
-            if not answer.done():
-                answer.cancel()
-                ray.cancel(asked, force=True)
-
-    async def run(task: Task, bundle: Path) -> tuple[float, tuple[str, ...]]:
-        if task.resource is None:
-            return await elsewhere(task, bundle)
-        order, profile = _order(task), str(task.profile)
-        text = Path(profile).read_text(encoding="utf-8") if profile.endswith(".toml") else None
-        seconds, made = await answer_of(task.resource, order, await asyncio.to_thread(pack, bundle), text)
-        records = []
-        for encoded, contents in made:
-            records.append(msgspec.json.decode(encoded, type=EngineRecord))
-            await asyncio.to_thread(Bundle.open(bundle).add_engine, records[-1], contents)
-        return seconds, tuple(record.name for record in records)
-
-    return run, dict(ray.cluster_resources())
-
-
-def _on_worker(
-    order: dict[str, Any], packed: bytes, profile: str | None
-) -> tuple[float, list[tuple[bytes, dict[str, bytes]]]]:
-    """Compile on a worker: return the seconds, and the records and files of the engines.
-
-    ``profile``: the text of a profile that is a file.
-    """
-    # Older releases of Ray hide every GPU from a task that asks for none of their resource "GPU". Here the device is a
-    # resource of its own, and the first look at CUDA decides what this process sees.
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as work:
-        if profile is not None:
-            order = {**order, "profile": str(Path(work) / Path(order["profile"]).name)}
-            Path(order["profile"]).write_text(profile, encoding="utf-8")
-        bundle = Path(work) / "cell.bundle"
-        bundle.mkdir()
-        unpack(packed, bundle)
-        try:
-            names = add_engine(bundle, **order)
-        except Exception as error:  # in words: not every error can be unpickled on the other side
-            raise EdgeBackbonesError(_words(error)) from None
-        opened = Bundle.open(bundle)
-        made = [engine for engine in opened.manifest.engines if engine.name in names]
-        sent = [(msgspec.json.encode(e), {file.path: bytes(opened.read(file)) for file in e.files}) for e in made]
-        return time.monotonic() - begin, sent
-
-
-def pack(bundle: Path) -> bytes:
-    """Return a bundle without the engines of other devices, which may change meanwhile."""
-    opened = Bundle.open(bundle)
-    manifest = msgspec.structs.replace(opened.manifest, engines=())
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("manifest.json", encode(manifest))
-        for file in manifest.files():
-            archive.writestr(file.path, bytes(opened.read(file)))
-    return stream.getvalue()
-
-
-def unpack(packed: bytes, folder: Path) -> None:
-    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-        archive.extractall(folder)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -729,9 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(ending.status == "failed" for ending in endings.values()) else 0
 
 
-def local_resources() -> dict[str, float]:
-    """Return the GPUs of this machine by architecture."""
-    return {gpu.architecture: 1.0 for gpu in gpus.find_gpus()}
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def show(endings: Mapping[str, Ending]) -> None:

@@ -110,19 +110,10 @@ def compile_plan(
     uses_gpu = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs it only for these
     current = open_memory(card.index) if uses_gpu and card is not None else contextlib.nullcontext()
     with current:
-        with null_pointers_explained(log):
-            builder = made(library.Builder(log), "a builder", log)
-            cores = builder.num_DLA_cores
-            if options.dla_core is not None and not 0 <= options.dla_core < cores:
-                raise CompileError(
-                    f"there is no DLA core {options.dla_core} here, which has {cores}: leave --dla-core out"
-                )
-            network = made(builder.create_network(_network_flags(library, weak=ranges is not None)), "a network", log)
-            parser = made(library.OnnxParser(network, log), "a parser", log)  # owns the weights, so keep it to the end
-        if options.dla_core is not None and hasattr(library.OnnxParserFlag, "ADJUST_FOR_DLA"):
-            parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
-        progress("reading the graph", 0, None)
-        _parse(parser, graph, flavour, log)
+        # The parser owns the weights: it must live as long as the network.
+        builder, network, _parser = _read_graph(
+            library, graph, flavour, options, log, progress, weak=ranges is not None
+        )
         estimate = least_memory(network, profiles, options)
         if card is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in host memory
             _refuse_for_memory(estimate, card)
@@ -159,6 +150,27 @@ def compile_plan(
             memory_estimate=estimate,
             warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
         )
+
+
+def _read_graph(
+    library: Any, graph: bytes, flavour: PlanFlavour, options: PlanOptions, log: Any, progress: Progress, *, weak: bool
+) -> tuple[Any, Any, Any]:
+    """Return TensorRT's builder, the network that it reads from ONNX bytes, and the parser, which owns the weights.
+
+    Raises CompileError if this machine lacks the DLA core, or if TensorRT refuses the graph.
+    """
+    with null_pointers_explained(log):
+        builder = made(library.Builder(log), "a builder", log)
+        cores = builder.num_DLA_cores
+        if options.dla_core is not None and not 0 <= options.dla_core < cores:
+            raise CompileError(f"there is no DLA core {options.dla_core} here, which has {cores}: leave --dla-core out")
+        network = made(builder.create_network(_network_flags(library, weak=weak)), "a network", log)
+        parser = made(library.OnnxParser(network, log), "a parser", log)
+    if options.dla_core is not None and hasattr(library.OnnxParserFlag, "ADJUST_FOR_DLA"):
+        parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
+    progress("reading the graph", 0, None)
+    _parse(parser, graph, flavour, log)
+    return builder, network, parser
 
 
 def _parse(parser: Any, graph: bytes, flavour: PlanFlavour, log: Any) -> None:

@@ -178,53 +178,6 @@ def test_image_input_takes_uint8_frames_only():
         backbone(np.zeros((1, 32, 48, 3), np.float32))
 
 
-def test_attributes_have_the_names_and_types_of_transformers():
-    backbone, _ = over_numpy(2)
-    assert backbone.stage_names == ["pool2", "pool4", "pool8"]
-    assert backbone.out_features == ["pool4", "pool8"]
-    assert backbone.out_indices == [1, 2]
-    assert backbone.channels == [3, 3]
-    assert backbone.strides == [(4, 4), (8, 8)]
-    assert backbone.num_features == [3, 3, 3]
-    assert backbone.out_feature_channels == {"pool2": 3, "pool4": 3, "pool8": 3}
-    assert backbone.to_dict()["out_indices"] == [1, 2]
-
-
-def test_setters_narrow_and_widen_within_the_compiled_stages():
-    backbone, _ = over_numpy(2)
-    images = pixels(2)
-    backbone.out_features = ["pool8"]
-    assert (backbone.out_indices, backbone.channels, backbone.strides) == ([2], [3], [(8, 8)])
-    (only,) = backbone(images).feature_maps
-    np.testing.assert_array_equal(only, pooled(images)[1])
-    backbone.out_indices = [1, -1]
-    assert backbone.out_features == ["pool4", "pool8"]
-    backbone.out_features = None
-    assert backbone.out_features == ["pool8"]
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value", "message"),
-    [
-        (
-            "out_features",
-            ["pool2"],
-            "stages ['pool2'] are not compiled into this bundle, which holds ['pool4', 'pool8']",
-        ),
-        ("out_indices", [0, 1], "stages ['pool2'] are not compiled"),
-        ("out_features", ["nope"], "out_features must be a subset of stage_names"),
-        ("out_indices", [2, 1], "out_indices must be in the same order as stage_names"),
-        ("out_indices", 1, "out_indices must be a list"),
-    ],
-)
-def test_a_failed_setter_changes_nothing(attribute, value, message):
-    backbone, _ = over_numpy(2)
-    with pytest.raises(InputError, match=re.escape(message)):
-        setattr(backbone, attribute, value)
-    assert backbone.out_features == ["pool4", "pool8"]
-    assert len(backbone(pixels(2)).feature_maps) == 2
-
-
 def test_output_behaves_like_the_one_of_transformers():
     backbone, _ = over_numpy(1)
     images = pixels(1)
@@ -374,24 +327,6 @@ def test_a_configuration_that_cannot_be_followed_is_refused(attribute, value, er
     with pytest.raises(error):
         setattr(backbone.config, attribute, value)
     assert backbone.to_dict() == before
-
-
-@pytest.mark.parametrize(
-    ("library", "config", "expected"),
-    [
-        ("timm", {}, "timm"),
-        ("transformers", {"model_type": "timm_backbone"}, "timm"),
-        ("transformers", {"model_type": "resnet"}, "transformers"),
-        ("torch", {}, "transformers"),
-    ],
-)
-def test_backbone_type_and_has_attentions_are_those_of_transformers(library, config, expected):
-    source = Source(library=library, name="pool", weights="random", config=config)
-    for has_attentions in (True, False):
-        spec = msgspec.structs.replace(SPEC, has_attentions=has_attentions)
-        backbone = EdgeBackbone(spec, pooling_input(), NumpySession(pooling_input()), source)
-        assert (backbone.backbone_type, backbone.has_attentions) == (expected, has_attentions)
-    assert over_numpy(2)[0].backbone_type == "transformers"
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
