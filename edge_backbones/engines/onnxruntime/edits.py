@@ -1,19 +1,19 @@
-"""Small edits of a graph that this room shares. All nodes and constants that they add have names of their own."""
+"""Small edits of ONNX graphs, and questions about them, that the modules of this folder share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
     from numpy.typing import NDArray
 
 
 class Editor:
-    """Add nodes and constants to a graph."""
+    """Add nodes and constants to a graph, under names that it does not have yet."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -42,7 +42,7 @@ class Editor:
     def node(
         self,
         op_type: str,
-        inputs: list[ir.Value | None],
+        inputs: Sequence[ir.Value | None],
         dtype: str,
         near: ir.Value,
         *,

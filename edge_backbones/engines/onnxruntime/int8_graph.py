@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 
 # The lowest results of operators.
 _LOWEST = {"Gelu": -0.1701, "HardSigmoid": 0.0, "HardSwish": -0.375, "Relu": 0.0, "Sigmoid": 0.0, "Softmax": 0.0}
+_LOWEST_SILU = -0.2785
 # Operators whose results are not below their lowest input.
 _KEEP_LOWEST = frozenset({
     "AveragePool", "Flatten", "GlobalAveragePool", "MaxPool", "ReduceMean", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
 })  # fmt: skip
 _SIGNED_ZERO = 128  # zero point of the unsigned levels that stand for the signed ones
 _LARGEST_BIAS = 2.0**30  # of the int32 in a bias
-_PRODUCT_CHANNELS = 16
+_PRODUCT_CHANNELS = 32
 _BEFORE_ROUNDING = frozenset({"Clip", "MaxPool", "Relu"})  # ONNX Runtime rounds before these as well as behind them
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 _LAYERS = _PRODUCTS | {"Conv"}
@@ -90,6 +92,9 @@ def adapt(model: ir.Model) -> None:
     for node in tuple(model.graph):
         if node not in integer:
             _restore(editor, node)
+        elif node.op_type == "MatMul":
+            _round_parameters(editor, node, pairs)
+            _keep_bias_apart(editor, node)
         elif node.op_type == "Add":
             _round_branch(editor, node, pairs)
         else:
@@ -161,6 +166,10 @@ def _lowest(value: ir.Value | None) -> float:
     if node.op_type == "Clip":
         bound = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
         return min(0.0, float(bound)) if bound is not None and bound.size == 1 else -np.inf
+    if node.op_type == "Mul" and any(
+        (gate := producer_of(a, "Sigmoid")) is not None and gate.inputs[0] is b for a, b in permutations(node.inputs)
+    ):
+        return _LOWEST_SILU
     if node.op_type == "Concat":
         return min(_lowest(part) for part in node.inputs)
     return _LOWEST.get(node.op_type, -np.inf)
@@ -311,6 +320,21 @@ def _round_parameters(editor: Editor, node: ir.Node, pairs: dict[ir.Value, _Pair
     node.replace_input_with(2, editor.node("DequantizeLinear", rounded, "FLOAT", near, before=node, axis=0))
 
 
+def _keep_bias_apart(editor: Editor, product: ir.Node) -> None:
+    """Give the bias behind a matrix product leading axes of size 1.
+
+    ONNX Runtime makes a Gemm of a product and a bias with one axis, before it looks for integer kernels, and has none then.
+    """
+    add = only_reader(product.outputs[0])
+    if add is None or add.op_type != "Add":
+        return
+    index = 1 - list(add.inputs).index(product.outputs[0])
+    bias, shape = array_of(add.inputs[index]), product.outputs[0].shape
+    if bias is not None and bias.ndim == 1 and shape is not None and len(shape) > 2:
+        apart = bias.astype(np.float32).reshape([1] * (len(shape) - 1) + [-1])
+        add.replace_input_with(index, editor.constant(apart, add.outputs[0]))
+
+
 def _is_product(conv: ir.Node, pairs: dict[ir.Value, _Pair]) -> bool:
     """Return whether a Conv is a product of matrices: 1x1, no stride, and one group."""
     weight = _weight_of(conv.inputs[1])
@@ -344,9 +368,10 @@ def _as_product(editor: Editor, conv: ir.Node, pairs: dict[ir.Value, _Pair]) -> 
     second = editor.node("DequantizeLinear", constants, "FLOAT", output, before=conv, axis=1)
     product = result = editor.node("MatMul", [first, second], "FLOAT", output, before=conv)
     if len(conv.inputs) > 2:
-        result = editor.node("Add", [result, editor.constant(np.asarray(array_of(conv.inputs[2]), np.float32).reshape(1, 1, 1, -1), output)], "FLOAT", output, before=conv)
+        bias = np.asarray(array_of(conv.inputs[2]), np.float32).reshape(1, 1, 1, -1)  # as in _keep_bias_apart
+        result = editor.node("Add", [result, editor.constant(bias, output)], "FLOAT", output, before=conv)
     result = editor.node("Transpose", [result], "FLOAT", output, before=conv, perm=[0, 3, 1, 2])
-    result.shape, result.dtype = output.shape, output.dtype
+    result.shape = output.shape
     name = output.name
     output.replace_all_uses_with(result, replace_graph_outputs=True)
     editor.graph.remove(conv, safe=True)
