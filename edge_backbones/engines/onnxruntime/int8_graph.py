@@ -15,7 +15,9 @@ DequantizeLinear in front. So:
 - Every other convolution is computed in fp32: its weights are multiplied out, once, when ONNX Runtime loads the graph, and
   a Q/DQ pair that only fp32 layers read is removed.
 
-The file keeps the 8-bit weights.
+The file keeps the 8-bit weights. Processor time of a call on one thread (ONNX Runtime 1.32, AVX512-VNNI, 224 x 224), in ms:
+fp32, int8 as this module writes it, and int8 with nothing but its half-precision rest made float32: resnet18 34.5, 12.1
+and 46.7; mobilenetv3_large_100 6.1, 5.0 and 8.1; convnext_atto 13.8, 8.9 and 17.8; vit_tiny_patch16_224 29.6, 15.2 and 38.0.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ _KEEP_LOWEST = frozenset({
 })  # fmt: skip
 _SIGNED_ZERO = 128  # zero point of the unsigned levels that stand for the signed ones
 _LARGEST_BIAS = 2.0**30  # of the int32 in a bias
-_PRODUCT_CHANNELS = 32
+_PRODUCT_CHANNELS = 32  # 16 is no faster on mobilenetv3_large_100, and 64 leaves out the first stage of convnext_atto
 _BEFORE_ROUNDING = frozenset({"Clip", "MaxPool", "Relu"})  # ONNX Runtime rounds before these as well as behind them
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 _LAYERS = _PRODUCTS | {"Conv"}
@@ -165,7 +167,7 @@ def _lowest(value: ir.Value | None) -> float:
         return -np.inf
     if node.op_type == "Clip":
         bound = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
-        return min(0.0, float(bound)) if bound is not None and bound.size == 1 else -np.inf
+        return min(0.0, float(bound.item())) if bound is not None and bound.size == 1 else -np.inf
     if node.op_type == "Mul" and any(
         (gate := producer_of(a, "Sigmoid")) is not None and gate.inputs[0] is b for a, b in permutations(node.inputs)
     ):
@@ -219,20 +221,27 @@ def _has_integer_inputs(node: ir.Node, pairs: dict[ir.Value, _Pair]) -> bool:
     weight = _weight_of(second)
     if weight is None:
         return node.op_type == "MatMul" and second in pairs
-    scales = array_of(second.producer().inputs[1])  # type: ignore[union-attr]
-    if weight.dtype != np.int8 or scales is None or scales.ndim > 1:
+    dequantize = second.producer()
+    assert dequantize is not None  # _weight_of has looked at it
+    scales = array_of(dequantize.inputs[1])
+    zero = array_of(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
+    if weight.dtype != np.int8 or scales is None or scales.ndim > 1 or (zero is not None and zero.any()):
+        return False
+    transposed = node.op_type == "Conv" or integer_attribute(node, "transB", 0) == 1
+    channels = 0 if transposed else 1
+    if scales.size > 1 and integer_attribute(dequantize, "axis", 1) % weight.ndim != channels:
         return False
     if node.op_type == "MatMul":
         return weight.ndim == 2
-    if node.op_type == "Gemm" and any(
-        name in node.attributes and node.attributes[name].value != 1 for name in ("alpha", "beta")
-    ):
+    if any(name in node.attributes and node.attributes[name].value != 1 for name in ("alpha", "beta")):
         return False
-    bias = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
-    if len(node.inputs) > 2 and (bias is None or bias.ndim != 1):
+    if len(node.inputs) < 3:
+        return True
+    bias = array_of(node.inputs[2])
+    if bias is None or bias.shape != weight.shape[channels : channels + 1]:
         return False
-    steps = pairs[first].scale * scales
-    return bias is None or float(np.abs(bias / steps).max(initial=0.0)) < _LARGEST_BIAS
+    with np.errstate(all="ignore"):  # a scale of 0 makes infinities and NaN, which are not below
+        return float(np.abs(bias / (pairs[first].scale * scales)).max(initial=0.0)) < _LARGEST_BIAS
 
 
 def _rounding(value: ir.Value) -> ir.Node | None:
@@ -265,8 +274,8 @@ def _maker_of(value: ir.Value | None) -> ir.Node | None:
 def _has_neighbour(node: ir.Node, integer: set[ir.Node], pairs: dict[ir.Value, _Pair]) -> bool:
     """Return whether a layer before or behind a node is computed in integers too."""
     before = {_maker_of(q.inputs[0]) for value in node.inputs if value in pairs for q in pairs[value].quantize}
-    q, reader = _rounding(node.outputs[0]), only_reader(node.outputs[0])
-    behind = {reader}
+    before |= {value.producer() for value in node.inputs if value is not None}  # the Conv before an Add
+    q, behind = _rounding(node.outputs[0]), {only_reader(node.outputs[0])}
     for pair in pairs.values() if q is not None else ():
         if q in pair.quantize:
             behind |= {use.node for use in pair.result.uses()}
