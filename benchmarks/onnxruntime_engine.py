@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("--turns", type=int, default=15, help="turns of every contender")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contender")
     arguments = parser.parse_args()
     load = os.getloadavg()
     comparisons = {}
@@ -37,7 +38,7 @@ def main() -> None:
         options = CompareOptions(
             engine=engine,
             vs=("onnxruntime", "openvino", "torch"),
-            threads=2,
+            threads=arguments.threads,
             turns=arguments.turns,
             seconds=0.4,
             calls=4,
@@ -46,7 +47,7 @@ def main() -> None:
         found = comparisons[bundle.manifest.source.name] = compare(path, options)
         print(bundle.manifest.source.name, *(f"{m.name} {m.median_ms} ms" for m in found.measurements), flush=True)
     results = {
-        "machine": machine(),
+        "machine": {**machine(), "threads": arguments.threads},
         "load_average": {"before": load, "after": os.getloadavg()},
         "comparisons": msgspec.to_builtins(comparisons),
     }
