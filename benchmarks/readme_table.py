@@ -171,8 +171,8 @@ def _onnxruntime(results: dict[str, Any]) -> list[str]:
     versions = machine["versions"]
     lines = [
         f"Threads: {machine['threads']}, of an {machine['cpu']} ({machine['cpu_features'][-1]}). ONNX Runtime",
-        f"{versions['onnxruntime']}, OpenVINO {versions['openvino']}, batch 1 at 224 x 224, random weights. Other work shared",
-        f"the machine: its load average was {load['before'][0]:.1f} before and {load['after'][0]:.1f} afterwards.",
+        f"{versions['onnxruntime']}, OpenVINO {versions['openvino']}, batch 1 at 224 x 224, random weights. Others used",
+        f"the machine too: its load average was {load['before'][0]:.1f} before and {load['after'][0]:.1f} afterwards.",
         "",
         "| | int8 of ONNX Runtime | its fp32 | OpenVINO fp32 | torch | SQNR of int8 |",
         "|---|---|---|---|---|---|",

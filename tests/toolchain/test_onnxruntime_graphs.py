@@ -212,7 +212,10 @@ def hand_written(*, axis: int = 0, zero: int = 0, scales: int = 2, named_inputs:
 @pytest.mark.parametrize("odd", [{}, {"axis": 1}, {"zero": 3}, {"zero": 3, "axis": 1}, {"scales": 1}])
 def test_a_strangers_weights_keep_their_values(tmp_path, odd):
     # The images lie on the levels, so that it does not matter whether they are rounded.
-    graph, images = hand_written(**odd), np.random.default_rng(0).integers(-120, 121, (1, 2, 5, 7)) * np.float32(0.05)
+    graph, images = (
+        hand_written(**odd),
+        (0.05 * np.random.default_rng(0).integers(-120, 121, (1, 2, 5, 7))).astype(np.float32),
+    )
     [found], [as_written] = (run(g, images, tmp_path).outputs for g in (rewrite(graph, Precision.INT8), graph))
     assert np.abs(found - as_written).max() < 0.06  # one level of the result
 
