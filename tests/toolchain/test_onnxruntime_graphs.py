@@ -111,8 +111,8 @@ def test_layers_become_integer_kernels(photographs, tmp_path, net, size):
     )  # a branch is rounded too
 
 
-@pytest.mark.parametrize(("net", "integer"), [(ReluFeature, 0), (PooledFeature, 0)])
-def test_feature_maps_are_not_rounded(photographs, tmp_path, net, integer):
+@pytest.mark.parametrize("net", [ReluFeature, PooledFeature])
+def test_feature_maps_are_not_rounded(photographs, tmp_path, net):
     images = networks.normalised(networks.crops(photographs, 2, 32, 48))
     module = net()
     found = run(rewrite(typed_graph(module, tmp_path, images, stages=2), Precision.INT8), images, tmp_path)
