@@ -166,4 +166,29 @@ def _row(figure: dict[str, Any]) -> str:
     return f"| {figure['what']} | {value}{miss} | {bound} {figure['target']:g}{unit}{figure['unit']} |"
 
 
-_TABLES = {"accuracy": _accuracy, "int8_graphs": _int8_graphs, "device": _figures, "matrix": _figures}
+def _onnxruntime(results: dict[str, Any]) -> list[str]:
+    machine, load = results["machine"], results["load_average"]
+    versions = machine["versions"]
+    lines = [
+        f"Threads: {machine['threads']}, of an {machine['cpu']} ({machine['cpu_features'][-1]}). ONNX Runtime",
+        f"{versions['onnxruntime']}, OpenVINO {versions['openvino']}, batch 1 at 224 x 224, random weights. Others used",
+        f"the machine too: its load average was {load['before'][0]:.1f} before and {load['after'][0]:.1f} afterwards.",
+        "",
+        "| | int8 of ONNX Runtime | its fp32 | OpenVINO fp32 | torch | SQNR of int8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, comparison in results["comparisons"].items():
+        ours = comparison["measurements"][0]
+        ratios = [f"{r['median']:.2f}x ({r['low']:.2f} to {r['high']:.2f})" for r in comparison["ratios"]]
+        sqnr = ours["worst_sqnr_db"]
+        lines.append(f"| {model} | {ours['median_ms']:.1f} ms | {' | '.join(ratios)} | {sqnr:.1f} dB |")
+    return lines
+
+
+_TABLES = {
+    "accuracy": _accuracy,
+    "int8_graphs": _int8_graphs,
+    "device": _figures,
+    "matrix": _figures,
+    "onnxruntime": _onnxruntime,
+}

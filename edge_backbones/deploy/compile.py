@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,7 +251,7 @@ class _Work:
                 self.bundle, engine.key, engine.data, golden, report.gate, gpu, code=self.allow_host_code
             )
             require(report, advice=functools.partial(_advice_on_compiling, self.bundle, engine.key))
-        record, contents = _engine_record(engine, report, graph, graph_is_engine=self.maker.graph_is_engine)
+        record, contents = _engine_record(engine, report, graph)
         if doubt := trust.vouch(self.bundle, record):
             self.note(doubt)
         self.bundle = self.bundle.add_engine(record, contents)
@@ -408,10 +409,13 @@ def _refuse_for(profile: DeviceProfile, graph: GraphRecord, flavour: str, plan: 
 
 
 def _engine_record(
-    engine: CompiledEngine, report: ParityReport, graph: GraphRecord, *, graph_is_engine: bool
+    engine: CompiledEngine, report: ParityReport, graph: GraphRecord
 ) -> tuple[EngineRecord, dict[str, bytes]]:
-    """Return the manifest record of an engine, and the contents of its new files by path."""
-    if graph_is_engine:
+    """Return the manifest record of an engine, and the contents of its new files by path.
+
+    An engine that is the graph itself needs no file of its own.
+    """
+    if hashlib.sha256(engine.data).hexdigest() == graph.file.sha256:
         return EngineRecord(key=engine.key, file=graph.file, parity=report), {}
     path = engine.key.path(engine.data, engine.suffix)
     stem = path.removesuffix(engine.suffix)

@@ -1,10 +1,11 @@
-"""ONNX Runtime as the engine of a bundle: the same graph as OpenVINO's, against fp32 torch and its own rules."""
+"""ONNX Runtime as the engine of a bundle, against fp32 torch, OpenVINO and its own rules."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -76,15 +77,35 @@ def test_a_live_network_gives_the_same_maps(tmp_path, photographs):
     assert all(torch.isfinite(torch.from_numpy(m)).all() for m in output.values())
 
 
-def test_the_graph_is_the_engine(bundle):
+def test_an_fp32_graph_is_the_engine_and_an_int8_one_is_rewritten(bundle):
     graphs = {graph.file.path for graph in bundle.manifest.graphs}
-    ours = [engine for engine in bundle.manifest.engines if engine.key.flavour == "onnxruntime"]
-    assert {engine.file.path for engine in ours} <= graphs
-    assert all(engine.milliseconds is not None for engine in ours)  # timed beside OpenVINO's
-    smaller = bundle.remove_engine(ours[0].name)
+    ours = {e.key.precision.value: e for e in bundle.manifest.engines if e.key.flavour == "onnxruntime"}
+    assert ours["fp32"].file.path in graphs
+    assert ours["int8"].file.path.startswith("engines/onnxruntime-")
+    assert ours["int8"].file.path.endswith(".onnx")
+    assert all(engine.milliseconds is not None for engine in ours.values())  # timed beside OpenVINO's
+    smaller = bundle.remove_engine(ours["fp32"].name).remove_engine(ours["int8"].name)
     smaller.check_files()
+    assert not (bundle.path / ours["int8"].file.path).exists()
     compile_bundle(bundle.path, precisions=("fp32", "int8"), flavour="onnxruntime", resume=True)
     assert len(engines(Bundle.open(bundle.path))) == 2
+
+
+def test_an_engine_of_an_earlier_release_still_runs(bundle):
+    """It was the graph itself, also for int8."""
+    graph = bundle.manifest.onnx_graph(Precision.INT8)
+    engine = next(e for e in bundle.manifest.engines if e.name == engines(bundle)["int8"])
+    images = np.random.default_rng(0).standard_normal((3, 3, 96, 128)).astype(np.float32)
+    with EdgeBackbone.from_pretrained(bundle.path, engine=engine.name) as backbone:
+        now = backbone(images).feature_maps
+    older = bundle.add_engine(msgspec.structs.replace(engine, file=graph.file), {})
+    try:
+        with EdgeBackbone.from_pretrained(older.path, engine=engine.name) as backbone:
+            before = backbone(images).feature_maps
+    finally:
+        compile_bundle(bundle.path, precisions=("int8",), flavour="onnxruntime")
+    for one, other in zip(now, before, strict=True):
+        assert np.linalg.norm(one - other) < 0.5 * np.linalg.norm(other)  # of noise, which int8 amplifies
 
 
 def test_results_are_the_callers_own(bundle):
