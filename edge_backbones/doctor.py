@@ -24,6 +24,7 @@ from edge_backbones.engines.base import COMPILE
 from edge_backbones.engines.openvino import session as openvino
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.errors import root_cause
+from edge_backbones.installation import pip_install
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.profiles import RTX_ARCHITECTURES, DeviceProfile, modules_of, profile_of
 from edge_backbones.machine.system import System, gib, read_system
@@ -276,7 +277,7 @@ def _library(machine: Machine, purpose: str, extra: str, distributions: Sequence
     broken = [name for name in distributions if name in machine.broken]
     parts = [", ".join(versions), f"missing: {', '.join(missing)}" if missing else ""]
     parts += [f"{name} does not load: {machine.broken[name]}" for name in broken]
-    fixes = [f"pip install 'edge-backbones[{extra}]'"] if missing else []
+    fixes = [pip_install(extra)] if missing else []
     fixes += [f"pip install --force-reinstall {' '.join(broken)}"] if broken else []
     return Finding(topic=purpose, ok=not fixes, found="; ".join(filter(None, parts)), fix=", ".join(fixes))
 
@@ -341,7 +342,7 @@ def _tensorrt(machine: Machine) -> Finding:
     if not system.jetson and not machine.gpus:
         return Finding(topic=topic, ok=True, found="not installed; there is no GPU here that would need it")
     if not system.jetson:
-        return Finding(topic=topic, ok=False, found="missing", fix="pip install 'edge-backbones[tensorrt]'")
+        return Finding(topic=topic, ok=False, found="missing", fix=pip_install("tensorrt"))
     if _is_too_old(system):
         found = f"JetPack {system.jetpack} has an older one than engines are made with"
         return Finding(topic=topic, ok=False, found=found, fix=_INSTEAD_OF_JETPACK_5)
@@ -355,7 +356,7 @@ def _tensorrt(machine: Machine) -> Finding:
         )
     theirs = system.tensorrt_pythons[-1]
     remade = (
-        f"/usr/bin/python{theirs} -m venv --system-site-packages ENV, ENV/bin/pip install 'edge-backbones[cli]', and "
+        f"/usr/bin/python{theirs} -m venv --system-site-packages ENV, {pip_install('cli', 'ENV/bin/pip')}, and "
         "ENV/bin/edge-backbones doctor tells the rest"
     )
     if short not in system.tensorrt_pythons:
@@ -375,7 +376,7 @@ def _optional(machine: Machine, flavour: str) -> Finding:
     """Check a flavour that few need: its absence needs no fix unless this machine's GPU depends on it."""
     purpose, install = {
         "tensorrt_lean": ("run version-compatible plans (TensorRT lean)", "pip install tensorrt-lean"),
-        "tensorrt_rtx": ("compile for RTX GPUs, without one too (TensorRT-RTX)", "pip install 'edge-backbones[rtx]'"),
+        "tensorrt_rtx": ("compile for RTX GPUs, without one too (TensorRT-RTX)", pip_install("rtx")),
     }[flavour]
     version = machine.tensorrt.get(flavour)
     if version is not None:

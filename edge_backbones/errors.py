@@ -38,6 +38,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from edge_backbones.installation import pip_install
+
 
 class EdgeBackbonesError(Exception):
     """Base class of all errors of this package. It can be pickled, so it can leave a worker process.
@@ -64,8 +66,7 @@ class MissingDependencyError(EdgeBackbonesError, ImportError):
     """A library of an optional extra is not installed. ``fix``: how to install it if pip cannot."""
 
     def __init__(self, what: str, extra: str, *, fix: str = "") -> None:
-        pip = f"{what} needs the '{extra}' extra: pip install 'edge-backbones[{extra}]'"
-        super().__init__(f"{what}: {fix}" if fix else pip)
+        super().__init__(f"{what}: {fix}" if fix else f"{what} needs the '{extra}' extra: {pip_install(extra)}")
         self.extra = extra
 
 
@@ -76,7 +77,7 @@ class BrokenLibraryError(EdgeBackbonesError, ImportError):
         super().__init__(
             f"an installed library is not for this machine ({platform.machine()}, Python {platform.python_version()}): "
             f"{' '.join(str(cause).split())[:200]}. An environment is made on the machine that runs it, not copied: python3 "
-            "-m venv ENV, and ENV/bin/pip install 'edge-backbones[cli]'"
+            f"-m venv ENV, and {pip_install('cli', 'ENV/bin/pip')}"
         )
 
 

@@ -37,6 +37,7 @@ from edge_backbones.engines import select
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, needing
 from edge_backbones.images.decode import list_images, open_image
 from edge_backbones.images.fit import fit, to_input
+from edge_backbones.installation import pip_install
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.devices import parse_device
 from edge_backbones.machine.system import settings
@@ -45,13 +46,12 @@ from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import Precision
 
 _MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # the module of a peer whose name differs from it
-_INSTALL = {
-    "torch": "pip install 'edge-backbones[build]'",
-    "torch-compile": "pip install 'edge-backbones[build]'",
-    "torchscript": "pip install 'edge-backbones[build]'",
-    "onnxruntime": "pip install onnxruntime",
-    "openvino": "pip install 'edge-backbones[cpu]'",
-    "nncf": "pip install nncf (or say which Python has it: --peer-python nncf=PYTHON)",
+_EXTRAS = {  # that install a peer
+    "torch": "build",
+    "torch-compile": "build",
+    "torchscript": "build",
+    "onnxruntime": "onnxruntime",
+    "openvino": "cpu",
 }
 WHAT = {
     "edge": "this bundle's engine",
@@ -362,7 +362,8 @@ def _require_installed(name: str, options: CompareOptions) -> None:
     """Raise InputError, with the command that installs it, if a peer is not installed."""
     module = _MODULES.get(name, name)
     if name != "edge" and name not in options.pythons and importlib.util.find_spec(module) is None:
-        raise InputError(f"not installed: {_INSTALL[name]}")
+        nncf = "pip install nncf (or say which Python has it: --peer-python nncf=PYTHON)"
+        raise InputError(f"not installed: {nncf if name == 'nncf' else pip_install(_EXTRAS[name])}")
 
 
 class _Graph(NamedTuple):

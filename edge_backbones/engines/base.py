@@ -15,6 +15,7 @@ import numpy as np
 
 from edge_backbones.bundle.manifest import EngineKey, GraphRecord
 from edge_backbones.bundle.reader import Bundle
+from edge_backbones.installation import pip_install
 from edge_backbones.machine.hosts import Host
 from edge_backbones.machine.profiles import DeviceProfile
 from edge_backbones.progress import Progress
@@ -260,7 +261,7 @@ class Flavour(abc.ABC):
 
     def install(self, host: Host) -> str:
         """Return the command that installs the library on ``host``."""
-        return f"pip install 'edge-backbones[{self.extra}]'"
+        return pip_install(self.extra)
 
     def remedy(self) -> str:
         """Return how to get an engine that fits this machine, as the end of a sentence."""

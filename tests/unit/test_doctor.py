@@ -15,6 +15,7 @@ from edge_backbones.bundle.manifest import GpuKey
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.doctor import Finding, Machine, Python, judge, judge_engines
 from edge_backbones.errors import MissingDependencyError
+from edge_backbones.installation import pip_install
 from edge_backbones.machine import hosts
 from edge_backbones.machine.gpus import Gpu
 from edge_backbones.machine.system import read_system
@@ -324,7 +325,7 @@ def test_what_few_need_is_asked_for_where_it_serves():
     server = judge(machine("server-h100", gpus=(H100,)))
     assert all(finding(server, topic).ok and "pip install" in finding(server, topic).found for topic in topics)
     card = gpu("NVIDIA GeForce RTX 4090", "sm_89", 24, "13.0")
-    assert finding(judge(machine("laptop", gpus=(card,))), topics[1]).fix == "pip install 'edge-backbones[rtx]'"
+    assert finding(judge(machine("laptop", gpus=(card,))), topics[1]).fix == pip_install("rtx")
     assert finding(judge(machine("laptop", gpus=(card,), tensorrt={"tensorrt": "10.13.0"})), topics[1]).ok
     assert finding(judge(machine("jetpack6-orin-nano")), topics[0]).found.endswith("nothing on a Jetson needs it")
 
@@ -334,7 +335,7 @@ def test_a_laptop_and_a_bare_machine():
     assert "cpupower" in finding(laptop, "power mode").fix
     assert finding(laptop, "fast int8").ok
     assert finding(laptop, "NVIDIA GPU").found.endswith("CPU engines do not need one")
-    assert finding(bare, "run on the CPU").fix == "pip install 'edge-backbones[cpu]'"
+    assert finding(bare, "run on the CPU").fix == pip_install("cpu")
     assert not finding(bare, "fast int8").ok
     assert finding(bare, "power mode").found == "not shown by this system"
     assert not finding(bare, "memory").ok
@@ -377,7 +378,7 @@ def test_which_engines_of_a_bundle_run_there(tmp_path):
     assert (found.ok, found.found, found.topic) == (True, "runs here", f"engine {engine.name}")
     bare = machine("laptop", libraries={})
     [found] = judge_engines(bare, with_key(bundle, architecture="x86_64", cpu_features=()))
-    assert (found.ok, found.fix) == (False, "pip install 'edge-backbones[cpu]'")
+    assert (found.ok, found.fix) == (False, pip_install("cpu"))
     [found] = judge_engines(machine("jetpack6-orin-nano"), bundle)
     assert not found.ok
     assert found.fix == f"edge-backbones compile {bundle.path}"

@@ -11,6 +11,7 @@ from edge_backbones.bundle.manifest import EngineKey, GpuKey
 from edge_backbones.engines.compat import numbers
 from edge_backbones.engines.registry import reasons_against
 from edge_backbones.engines.tensorrt.plans import library_to_load, reasons_in_plan
+from edge_backbones.installation import pip_install
 from edge_backbones.machine.gpus import Gpu
 from edge_backbones.machine.hosts import Host, cpu_features, device_name
 
@@ -26,7 +27,7 @@ KEY = EngineKey(
 HOST = Host("x86_64", ("avx2", "avx512f", "avx512_vnni", "amx_int8"), "Xeon 2", {"openvino": "2026.4.1"})
 
 
-WAY_OUT = r"pip install '.*'|run edge-backbones compile here|update the driver|no NVIDIA driver"
+WAY_OUT = r"pip install (--editable )?'.*'|run edge-backbones compile here|update the driver|no NVIDIA driver"
 """Each says what to do; why there is no GPU is said by who looked for one, with its own way out."""
 
 
@@ -40,7 +41,7 @@ def test_the_same_or_a_richer_cpu_fits():
         (Host("x86_64", ("avx2",), "Atom", {"openvino": "2026.4.1"}), "avx512f, avx512_vnni; this one (Atom)"),
         (Host("aarch64", ("asimd",), "Orin", {"openvino": "2026.4.1"}), "compiled for x86_64; this machine is aarch64"),
         (Host("x86_64", HOST.cpu_features, "Xeon", {"openvino": "2026.5"}), "openvino 2026.4.1; here 2026.5"),
-        (Host("x86_64", HOST.cpu_features, "Xeon", {}), "pip install 'edge-backbones[cpu]'"),
+        (Host("x86_64", HOST.cpu_features, "Xeon", {}), pip_install("cpu")),
     ],
 )
 def test_every_obstacle_is_a_sentence(host, reason):
@@ -130,7 +131,7 @@ def test_a_plan_runs_where_it_was_compiled():
             "compiled for the kernels of Orin Nano (None SMs); this GPU is Orin (8 SMs)",
         ),
         (key(), host(versions={"tensorrt": "10.7.0"}), "compiled with tensorrt 10.3.0; here 10.7.0"),
-        (key(), host(versions={}), "needs tensorrt, which is not installed: pip install 'edge-backbones[tensorrt]'"),
+        (key(), host(versions={}), f"needs tensorrt, which is not installed: {pip_install('tensorrt')}"),
         (key(), host(versions={"tensorrt_lean": "10.3.0"}), "needs tensorrt, which is not installed"),
         (key(), host(gpu=None, no_gpu="no NVIDIA driver"), "needs an NVIDIA GPU: no NVIDIA driver"),
         (key(driver="13.0"), host(), "under a driver for CUDA 13.0; the one here serves CUDA 12.6: update the driver"),
