@@ -284,9 +284,7 @@ def described(axis: str, figure: str, points: Sequence[tuple[float, float]]) -> 
     fit = None
     if len({x for x, _ in ordered}) >= LEAST_POINTS:
         x = np.array([x for x, _ in ordered], float)
-        fit = (fit_power if curve.law == "power" else fit_linear)(
-            VARIABLES[curve.variable](x), [y for _, y in ordered]
-        )
+        fit = (fit_power if curve.law == "power" else fit_linear)(VARIABLES[curve.variable](x), [y for _, y in ordered])
     return {
         "axis": axis,
         "figure": figure,

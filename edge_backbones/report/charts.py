@@ -143,10 +143,11 @@ def chart_calibration(bundle: Bundle, writers: Mapping[str, str]) -> Calibration
 
 def _writer_of(tensor: str, writers: Mapping[str, str]) -> tuple[str, str]:
     """Return the module and the operator that compute a tensor; empty for an input or a tensor that the graph lacks."""
-    # A typed graph computes in half what it returns in fp32: the tensor of that name is only cast.
-    node = writers.get(f"{tensor}.half") or writers.get(tensor, "")
+    # A typed graph computes in half what it returns in fp32, or the other way round: one of the two is only cast.
+    nodes = (writers.get(f"{tensor}.half", "Cast:"), writers.get(tensor, "Cast:"))
+    node = next((node for node in nodes if not node.startswith("Cast:")), "")
     module, _, op = node.partition("/")
-    return ("", "") if node.startswith("Cast:") else (module, op) if op else ("", module)
+    return (module, op) if op else ("", module)
 
 
 def _columns(values: Sequence[float]) -> list[tuple[float, float, int]]:

@@ -46,7 +46,8 @@ class Layers(NamedTuple):
 
     ``formats``: for each number format how many layers compute in it, and their share of the multiply-adds, from 0 to 1.
     ``products``: multiply-adds of all layers for one image. ``outside``: the layers of an int8 or fp8 graph that multiply, or
-    that the build left out, and that compute in another format. ``writers``: by tensor, the name of the node that computes
+    that the build left out, and that compute in another format. ``reasons``: why, with the number of these layers and their
+    share of the multiply-adds, the largest share first. ``writers``: by tensor, the name of the node that computes
     it. ``graph``: its record.
     """
 
@@ -55,6 +56,7 @@ class Layers(NamedTuple):
     formats: list[tuple[str, int, float]]
     products: int
     outside: list[Layer]
+    reasons: list[tuple[str, int, float]]
     writers: dict[str, str]
     graph: GraphRecord
 
@@ -82,8 +84,13 @@ def list_layers(bundle: Bundle) -> Layers | str:
     few = record.precision.value
     outside = [layer for layer in layers if record.precision.is_calibrated and layer.format != few]
     outside = [layer for layer in outside if layer.products or layer.name in record.excluded]
+    reasons = []
+    for why in dict.fromkeys(layer.why for layer in outside):
+        alike = [layer for layer in outside if layer.why == why]
+        reasons.append((why, len(alike), sum(layer.products for layer in alike) / max(products, 1)))
+    reasons.sort(key=lambda reason: -reason[2])
     writers = {output: node.name for node in graph.node for output in node.output}
-    return Layers(few, layers, formats, products, outside, writers, record)
+    return Layers(few, layers, formats, products, outside, reasons, writers, record)
 
 
 def _read_graph(bundle: Bundle, record: GraphRecord) -> Any:
@@ -160,8 +167,8 @@ def _why_excluded(name: str, blocks: Collection[str]) -> str:
     block = next((block for block in blocks if is_meant(name, block)), None)
     if block is None:
         return "left out by hand, with --exclude"
-    what = "skip branches" if block.startswith("op:") else f"block {block}"
-    return f"the build left {what} out: see what it tried, below"
+    what = "the skip branches" if block.startswith("op:") else block
+    return f"the build left {what} out: see what it tried"
 
 
 def _why_outside(op: str, weight: tuple[int, ...]) -> str:

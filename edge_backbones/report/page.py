@@ -39,7 +39,7 @@ from edge_backbones.report.words import fixed, megabytes, signs, times, yes_or_n
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 
-_LAYERS_TIMED = 25
+_LAYERS_TIMED = 10
 
 
 def write_report(
@@ -97,19 +97,21 @@ def _render(
     in_process = shown is not None and promises.is_measured_here(manifest, shown, host)
     found_layers = layers.list_layers(bundle)
     manifest_bytes = (bundle.path / MANIFEST).stat().st_size
-    screen = summary.summarise(
-        manifest, name, shown=shown, comparisons=comparisons, manifest_bytes=manifest_bytes
-    )
+    screen = summary.summarise(manifest, name, shown=shown, comparisons=comparisons, manifest_bytes=manifest_bytes)
     return environment.from_string(source).render(
         name=name,
         quoted=shlex.quote(name),
         manifest=manifest,
         weights=_weights(manifest),
         screen=screen,
+        headline="" if screen.engine is None else summary.label(screen.engine),
         snippet=usage.snippet(manifest, name, screen.engine),
         sized=[*(e.file for e in manifest.engines), *(g.file for g in manifest.graphs)],
         stages=_stages(manifest, references),
-        engines=[(e, summary.label(e), _sentence(e), reasons[e.name], charts.chart_parity(e.parity)) for e in manifest.engines],
+        engines=[
+            (e, summary.label(e), _sentence(e), reasons[e.name], charts.chart_parity(e.parity))
+            for e in manifest.engines
+        ],
         shown=shown,
         why=why,
         figures=figures.draw_figures(
@@ -313,15 +315,14 @@ def measure_noise(
 
 
 class _Times(NamedTuple):
-    """How long the layers of an engine take; ``rows``: the slowest, with their share; ``rest`` is that of the others.
+    """How long the layers of an engine take: ``layers`` in the order in which they ran, and the ``slowest`` of them.
 
     ``why``: why there are none, a sentence. ``command``: what to type for them.
     """
 
-    rows: list[tuple[LayerTime, float]]
+    layers: list[LayerTime]
+    slowest: list[LayerTime]
     total: float
-    others: int
-    rest: float
     why: str = ""
     command: str = ""
 
@@ -331,23 +332,22 @@ def _times_of_layers(
 ) -> _Times | None:
     """Return the times of the layers of the engine that runs here, or how to get them; None if nothing can tell."""
     name = shlex.quote(Path(os.path.abspath(bundle.path)).name)
-    nothing = _Times([], 0.0, 0, 0.0)
+    nothing = _Times([], [], 0.0)
     if shown is None:
         return None
     flavour = registry.find(shown.key.flavour)
     if flavour is None or not flavour.times_layers:
         return None
     if not asked:
-        return nothing._replace(why="Not timed. To time them on this machine:", command=f"edge-backbones report {name} --time-layers")
+        return nothing._replace(
+            why="Not timed. To time them on this machine:", command=f"edge-backbones report {name} --time-layers"
+        )
     try:
         found = time_layers_of(bundle.path, shown, images[: bundle.manifest.input.batch.opt], in_process=in_process)
     except (InferenceError, MissingDependencyError) as error:
         return nothing._replace(why=f"Not timed: {error}.")
-    total = sum(layer.milliseconds for layer in found)
-    slowest = sorted(found, key=lambda layer: -layer.milliseconds)
-    rows = [(layer, layer.milliseconds / total) for layer in slowest[:_LAYERS_TIMED]]
-    rest = sum(layer.milliseconds for layer in slowest[_LAYERS_TIMED:])
-    return _Times(rows, total, len(found) - len(rows), rest)
+    slowest = sorted(found, key=lambda layer: -layer.milliseconds)[:_LAYERS_TIMED]
+    return _Times(found, slowest, sum(layer.milliseconds for layer in found))
 
 
 @child.apart(InferenceError)
@@ -361,7 +361,9 @@ def time_layers_of(
 ) -> list[LayerTime]:
     """Run an engine and return the time of each of its layers, in a process of its own as `run_engine` does."""
     del in_process, progress  # child.apart has read them
-    child.doing(f"was timing the layers of {record.name}", "the engine is hostile or damaged, or the library has a fault")
+    child.doing(
+        f"was timing the layers of {record.name}", "the engine is hostile or damaged, or the library has a fault"
+    )
     bundle = Bundle.open(path)
     batch = bundle.manifest.input.batch.opt
     filled = images[np.arange(batch) % len(images)]

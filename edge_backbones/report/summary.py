@@ -119,19 +119,23 @@ def _verdict(manifest: Manifest, name: str) -> Verdict:
     later = ""
     if waiting:
         whose = label(waiting[0]) if len(waiting) == 1 else f"{len(waiting)} of {len(engines)} engines"
-        verb = "is" if len(waiting) == 1 else "are"
         on = "its device" if len(waiting) == 1 else "their devices"
-        later = f"{whose} {verb} not measured yet. To measure, run on {on}:"
+        later = f"Not measured yet: {whose}. On {on}, run:"
     if failing:
         worst = worst_stage(failing[0])
         whose = label(failing[0]) if len(failing) == 1 else f"{len(failing)} of {len(engines)} engines"
         verb = "is outside its accuracy gate" if len(failing) == 1 else "are outside their accuracy gates"
         which = "" if len(failing) == 1 else f"{label(failing[0])}: "
         figure = _figure(worst)
-        sentence = f"{whose} {verb}. {which}{worst.stage} has {figure}; the gate asks for {signs(failing[0].parity.gate)}."
+        sentence = (
+            f"{whose} {verb}. {which}{worst.stage} has {figure}; the gate asks for {signs(failing[0].parity.gate)}."
+        )
+        if failing[0].key.gpu is None:  # where an error begins is found for CPU engines
+            sentence += " To find the layer where the error begins:"
+            return Verdict("bad", "Fail", sentence, (f"edge-backbones verify {shlex.quote(name)} --explain",))
         return Verdict("bad", "Fail", f"{sentence} {later}".strip(), verify)
     if not measured:
-        return Verdict("open", "Not measured yet", later[:1].upper() + later[1:], verify)
+        return Verdict("open", "Not measured yet", later.removeprefix("Not measured yet: "), verify)
     every = (
         f"{label(measured[0])} holds its accuracy gate on every output."
         if len(measured) == 1
@@ -159,12 +163,13 @@ def decibels_in_words(sqnr_db: float) -> str:
     if sqnr_db >= _EXACT_DB:
         return "There is no difference from fp32."
     if sqnr_db <= 0:
-        return "The error's energy is at least as large as the signal's."
+        return "The error is as large as the signal, or larger."
     ratio, percent = 10 ** (sqnr_db / 10), 100 * 10 ** (-sqnr_db / 20)
     if ratio >= _TINY:
-        return f"The error's energy is less than 1/1,000,000 of the signal's: {percent:.1g} % of its RMS size."
+        return f"The error has less than 1/1,000,000 of the signal's energy, and {percent:.1g} % of its size (RMS)."
     shown = f"{ratio:.1f}" if ratio < 10 else f"{float(f'{ratio:.2g}'):,.0f}"
-    return f"The error's energy is 1/{shown} of the signal's: {percent:.2g} % of its RMS size."
+    size = f"{percent:.0f}" if percent >= 9.95 else f"{percent:#.2g}"
+    return f"The error has 1/{shown} of the signal's energy, and {size} % of its size (RMS)."
 
 
 def _figure(stage: StageParity) -> str:
@@ -176,17 +181,13 @@ def _accuracy(engine: EngineRecord) -> Tile:
     if not engine.parity.measured:
         return Tile("accuracy", "not measured", None, f"{label(engine)} was compiled without its device.")
     worst = worst_stage(engine)
-    name = f"accuracy (SQNR) of {worst.stage}, the worst of {len(engine.parity.stages)} outputs"
-    if len(engine.parity.stages) == 1:
-        name = f"accuracy (SQNR) of {worst.stage}"
+    name = f"{'worst ' if len(engine.parity.stages) > 1 else ''}stage: {worst.stage}"
     if not worst.finite:
         return Tile(name, "not finite", None, "The output has infinite values or NaN.")
     text = "exact" if worst.sqnr_db >= _EXACT_DB else f"{worst.sqnr_db:.1f} dB"
-    aside = (
-        f"Gate: {signs(engine.parity.gate)}. It bounds the feature maps; how much your task's own metric moves, only your "
-        "task can tell."
-    )
-    return Tile(name, text, worst.sqnr_db, decibels_in_words(worst.sqnr_db), aside)
+    aside = f"Gate: {signs(engine.parity.gate)}. It bounds the feature maps: try your task's own metric too."
+    meaning = f"SQNR against fp32. {decibels_in_words(worst.sqnr_db)}"
+    return Tile(name, text, worst.sqnr_db, meaning, aside)
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def _accuracy(engine: EngineRecord) -> Tile:
 def _speed(manifest: Manifest, engine: EngineRecord, name: str, comparisons: Sequence[Comparison]) -> Tile:
     """Return the latency of an engine and how it compares with fp32 of the same library, from the best source there is."""
     batch = manifest.input.batch.opt
-    title = "one call" if batch == 1 else f"one call, batch {batch}"
+    title = f"time of one call, batch {batch}"
     for comparison in comparisons:
         if comparison.engine == engine.name and comparison.measurements[0].median_ms is not None:
             return _speed_of_comparison(title, engine, comparison, comparison.measurements[0].median_ms)
@@ -206,7 +207,8 @@ def _speed(manifest: Manifest, engine: EngineRecord, name: str, comparisons: Seq
         meaning = f"The bundle holds no time of {label(engine)}.{where or ' To measure it beside fp32:'}"
         return Tile(title, "not timed", None, meaning, commands=commands)
     text = f"{milliseconds:.2f} ms"
-    where = f"Timed on {engine.key.device_name}, all cores."
+    how = "with all cores" if engine.key.gpu is None else "from host memory to host memory"
+    where = f"Timed on {engine.key.device_name}, {how}."
     if engine.key.precision is Precision.FP32:
         return Tile(title, text, milliseconds, "This engine is the fp32 one.", where)
     if baseline is None:
@@ -231,9 +233,7 @@ def _speed_of_comparison(title: str, engine: EngineRecord, comparison: Compariso
 def _ratio_in_words(ratio: Ratio, peer: Measurement) -> str:
     if not ratio.is_ranked:
         return f"A tie with fp32 ({peer.what}): {ratio.median:.2f}× ({ratio.low:.2f} to {ratio.high:.2f})."
-    return (
-        f"{ratio.median:.2f}× as fast as fp32 ({peer.what}), {ratio.low:.2f}× to {ratio.high:.2f}× with 95 % confidence."
-    )
+    return f"{ratio.median:.2f}× as fast as fp32 ({peer.what}), {ratio.low:.2f}× to {ratio.high:.2f}× with 95 % confidence."
 
 
 def _times_as_fast(times: float, library: str, baseline: float) -> str:
@@ -289,7 +289,15 @@ def _commands_to_time(manifest: Manifest, engine: EngineRecord, name: str) -> tu
     """Return the commands that time an engine beside fp32 and show it on this page."""
     bundle, results = shlex.quote(name), shlex.quote(f"{name.removesuffix('.bundle')}.bench.json")
     device = "" if engine.key.gpu is None else " --device cuda"
-    one = f" --engine {engine.key.precision}" if len(manifest.engines) > 1 else ""
+    one = ""
+    if len(manifest.engines) > 1:
+        keys = [other.key for other in manifest.engines]
+        meant = [engine.key.precision.value, engine.key.flavour]
+        alike = [
+            sum(key.precision is engine.key.precision for key in keys),
+            sum(key.flavour == meant[1] for key in keys),
+        ]
+        one = f" --engine {next((word for word, count in zip(meant, alike, strict=True) if count == 1), engine.name)}"
     return (
         f"edge-backbones bench {bundle}{one}{device} --out {results}",
         f"edge-backbones report {bundle} --bench {results}",
@@ -303,8 +311,11 @@ def _size(manifest: Manifest, engine: EngineRecord, manifest_bytes: int) -> Tile
     """Return what a device needs of the bundle, against the whole folder."""
     files, needed = needs_of_device(manifest, engine)
     whole = sum({file.path: file.size for file in manifest.files()}.values()) + manifest_bytes
-    what = "The engine and manifest.json" if len(files) == 1 else "The engine, the graph with its weights and manifest.json"
+    what = (
+        "The engine and manifest.json"
+        if len(files) == 1
+        else "The engine, the graph with its weights and manifest.json"
+    )
     meaning = f"{what}; the whole folder has {megabytes(whole)}."
-    aside = "The rest (graphs, golden samples, ranges) is for compiling and verifying."
+    aside = "The rest is for compiling and verifying."
     return Tile("size on the device", megabytes(needed + manifest_bytes), needed + manifest_bytes, meaning, aside)
-

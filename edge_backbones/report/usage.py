@@ -23,13 +23,15 @@ def snippet(manifest: Manifest, name: str, engine: EngineRecord | None) -> tuple
             f"    pixels = {pixels} / 255.0",
             f"    images = ((pixels - config.mean) / config.std){order}.transpose(0, 3, 1, 2).astype(np.float32)",
         ]
+    # Double quotes, as in the documentation, where the name allows.
+    path = f'"{repr(name)[1:-1]}"' if repr(name).startswith("'") and '"' not in name else repr(name)
     return (
         "import numpy as np",
         "from edge_backbones import Bundle, EdgeBackbone, fit",
         "",
-        f"config = Bundle.open({name!r}).manifest.image",
+        f"config = Bundle.open({path}).manifest.image",
         f"frame = np.zeros((480, 640, {input.channels}), np.uint8)  # your camera's frame, {colours}",
-        f"with EdgeBackbone.from_pretrained({name!r}{device}) as backbone:",
+        f"with EdgeBackbone.from_pretrained({path}{device}) as backbone:",
         "    size = backbone.input.height.opt, backbone.input.width.opt",
         *fed,
         "    maps = backbone(images).feature_maps",

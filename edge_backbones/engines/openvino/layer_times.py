@@ -10,6 +10,7 @@ from edge_backbones.engines.openvino.session import cause, core, load_library, s
 from edge_backbones.errors import InferenceError, refuse_lack
 
 _WARM_UP, _CALLS = 3, 30
+_OF_FUSION = "/WithoutBiases"  # what OpenVINO adds to the name of a layer whose bias it keeps apart
 
 
 def time_layers(blob: bytearray, images: np.ndarray) -> list[LayerTime]:
@@ -39,7 +40,7 @@ def time_layers(blob: bytearray, images: np.ndarray) -> list[LayerTime]:
         refuse_lack("timing the layers of an engine with OpenVINO", error)
         raise InferenceError(f"OpenVINO cannot time the layers of this engine: {cause(error)}") from error
     return [
-        LayerTime(name=name, kind=kinds[name][0], kernel=kinds[name][1], milliseconds=taken)
+        LayerTime(name=name.removesuffix(_OF_FUSION), kind=kinds[name][0], kernel=kinds[name][1], milliseconds=taken)
         for name, taken in shortest.items()
         if taken > 0
     ]
