@@ -73,10 +73,7 @@ def main() -> None:
     parser.add_argument("--redraw", action="store_true", help="measure nothing: fit and draw the stored points anew")
     arguments = parser.parse_args()
     path = (CACHE if arguments.quick else RESULTS) / "growth.json"
-    if arguments.redraw:
-        found = refit(json.loads(path.read_text(encoding="utf-8")))
-    else:
-        found = measure(quick=arguments.quick)
+    found = refit(json.loads(path.read_text(encoding="utf-8"))) if arguments.redraw else measure(quick=arguments.quick)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, path.with_suffix(".png"))
     for curve in found["curves"]:

@@ -35,7 +35,7 @@ def report(
         ),
     ] = False,
 ) -> None:
-    """Write one HTML page about a bundle: is it good and fast, its feature maps beside fp32, its layers, ranges and origin."""
+    """Write one HTML page about a bundle: is it good, is it fast, feature maps beside fp32, layers, ranges and origin."""
     comparisons = [read(file) for file in bench_results or ()]
     written = write_report(bundle, out, comparisons=comparisons, engine=engine, time_layers=time_layers)
     console.out.print(f"wrote {written}")

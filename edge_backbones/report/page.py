@@ -55,7 +55,8 @@ def write_report(
     ``out`` is the file, by default ``<bundle>.report.html`` beside the folder. ``comparisons``: results of ``edge-backbones
     bench`` for this bundle. ``engine``: the engine whose feature maps are drawn, as in EdgeBackbone.from_pretrained; by
     default the best that runs here. If it cannot run, the page says why and has everything else. ``time_layers``: run that
-    engine some more, and show the time of each of its layers. Without that, the same input gives the same bytes. An existing file stays until the new one is complete.
+    engine some more, and show the time of each of its layers. Without that, the same input gives the same bytes. An existing
+    file stays until the new one is complete.
 
     Raises BundleError for a damaged bundle, EngineMismatchError for an engine that it does not hold, InputError for a place
     that cannot be written, MissingDependencyError without the report extra.
@@ -281,7 +282,9 @@ def _noise_of_layers(
     if found.graph.precision is Precision.FP32:
         return "The graph is the fp32 reference itself: it has no error to show."
     if not found.graph.precision.is_calibrated and fp32 is None:
-        return f"To see the error of {found.precision} layers, the bundle needs the fp32 graph: build it with --precision fp32 too."
+        return (
+            f"{found.precision} layers are compared with the fp32 graph, which needs a build with --precision fp32 too."
+        )
     try:
         return measure_noise(bundle.path, found.graph, fp32, image, in_process=in_process)
     except (InferenceError, MissingDependencyError) as error:

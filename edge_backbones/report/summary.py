@@ -232,13 +232,13 @@ def _speed_of_comparison(title: str, engine: EngineRecord, comparison: Compariso
 
 def _ratio_in_words(ratio: Ratio, peer: Measurement) -> str:
     if not ratio.is_ranked:
-        return f"A tie with fp32 ({peer.what}): {ratio.median:.2f}× ({ratio.low:.2f} to {ratio.high:.2f})."
-    return f"{ratio.median:.2f}× as fast as fp32 ({peer.what}), {ratio.low:.2f}× to {ratio.high:.2f}× with 95 % confidence."
+        return f"A tie with fp32 ({peer.what}): {ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})."
+    return f"{ratio.median:.2f}x as fast as fp32 ({peer.what}), {ratio.low:.2f}x to {ratio.high:.2f}x with 95 % confidence."
 
 
 def _times_as_fast(times: float, library: str, baseline: float) -> str:
     slower = " It is slower." if times < 1 else ""
-    return f"{times:.2f}× as fast as fp32 of {library} ({baseline:.2f} ms).{slower}"
+    return f"{times:.2f}x as fast as fp32 of {library} ({baseline:.2f} ms).{slower}"
 
 
 def _stored_times(manifest: Manifest, engine: EngineRecord) -> tuple[float | None, float | None]:
@@ -277,7 +277,7 @@ def shipped_trial(decision: Decision, engine: EngineRecord, manifest: Manifest) 
 
 
 def is_meant(layer: str, block: str) -> bool:
-    """Return whether a layer ``layer1.0.conv1/Conv`` belongs to a block of a trial: a module, or all of a type (``op:Add``)."""
+    """Return whether a layer (``layer1.0.conv1/Conv``) is in a block of a trial: a module, or all of a type (``op:Add``)."""
     kind, _, op = block.partition(":")
     path, _, op_type = layer.partition("/")
     if kind == "op":

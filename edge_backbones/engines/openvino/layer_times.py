@@ -16,8 +16,8 @@ _OF_FUSION = "/WithoutBiases"  # what OpenVINO adds to the name of a layer whose
 def time_layers(blob: bytearray, images: np.ndarray) -> list[LayerTime]:
     """Return the layers of an engine that took time, in the order in which they ran.
 
-    Each figure is the shortest of several calls, which other programs of the machine disturb least. ``images``: an input that the engine takes. Raises InferenceError if
-    OpenVINO fails.
+    Each figure is the shortest of several calls, which other programs of the machine disturb least. ``images``: an input
+    that the engine takes. Raises InferenceError if OpenVINO fails.
     """
     openvino = load_library()
     shortest: dict[str, float] = {}
