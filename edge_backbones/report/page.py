@@ -106,6 +106,7 @@ def _render(
         weights=_weights(manifest),
         screen=screen,
         headline="" if screen.engine is None else summary.label(screen.engine),
+        install=_install(screen.engine),
         snippet=usage.snippet(manifest, name, screen.engine),
         sized=[*(e.file for e in manifest.engines), *(g.file for g in manifest.graphs)],
         stages=_stages(manifest, references),
@@ -129,6 +130,12 @@ def _render(
         comparisons=[charts.compare_peers(one) for one in comparisons],
         gpu_facts=[(e.name, _gpu_facts(e)) for e in manifest.engines if e.key.gpu is not None],
     )
+
+
+def _install(engine: EngineRecord | None) -> str:
+    """Return the command that installs what an engine needs; empty without an engine, or for an unknown library."""
+    flavour = None if engine is None else registry.find(engine.key.flavour)
+    return "" if flavour is None else f"pip install 'edge-backbones[{flavour.extra}]'"
 
 
 def _visible(value: Any) -> Any:

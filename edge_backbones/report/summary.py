@@ -203,8 +203,9 @@ def _speed(manifest: Manifest, engine: EngineRecord, name: str, comparisons: Seq
     commands = _commands_to_time(manifest, engine, name)
     milliseconds, baseline = _stored_times(manifest, engine)
     if milliseconds is None:
-        where = "" if engine.key.gpu is None else " Run this on its device:"
-        meaning = f"The bundle holds no time of {label(engine)}.{where or ' To measure it beside fp32:'}"
+        beside = "other libraries" if engine.key.precision is Precision.FP32 else "fp32"
+        on = "" if engine.key.gpu is None else ", on its device"
+        meaning = f"The bundle holds no time of {label(engine)}. To measure it beside {beside}{on}:"
         return Tile(title, "not timed", None, meaning, commands=commands)
     text = f"{milliseconds:.2f} ms"
     how = "with all cores" if engine.key.gpu is None else "from host memory to host memory"
