@@ -248,7 +248,7 @@ def test_a_format_that_is_too_coarse_for_a_layer(bundle, tmp_path):
 
 
 def test_the_error_at_every_layer(bundle, tmp_path):
-    """fp16 against fp32, int8 against itself without the rounding of activations; a damaged layer and those behind it show."""
+    """fp16 against fp32, int8 against itself without rounding of activations; a damaged layer and those behind it show."""
     image = load_golden(Bundle.open(bundle)).inputs["opt"][:1]
     half, fp32 = fp16_of(bundle, tmp_path), bundle / "graphs" / "fp32.onnx"
     found = explain.layer_noise(half, image, plain=fp32)
