@@ -3,7 +3,9 @@
 Latency and resident memory of the int8 engine against batch, resolution, kept stages and threads; build time against
 calibration images and parameters. Every point is one process with nothing else in it; points take turns over several
 rounds, and medians count. Each curve is fitted by least squares with the law that is natural for it: a fixed cost and one
-per unit, or a power law (in logarithms). Results: benchmarks/results/growth.json and growth.png, of --quick in .cache/bench.
+per unit, or a power law (in logarithms). A curve of fewer than three points has no law, since any law passes through two.
+Results: benchmarks/results/growth.json and growth.png, of --quick in .cache/bench. ``--redraw`` measures nothing: it fits
+and draws the stored points anew.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ SIDES = (160, 224, 320, 448, 640)
 STAGES = 5
 IMAGES = (4, 8, 16, 32)
 NETWORKS = ("mobilenetv3_small_050", "mobilenetv3_large_100", "resnet18", "resnet50")
+LEAST_POINTS = 3  # any law with two parameters passes through two points, whatever the truth is
 _CALLS, _SECONDS = 8, 0.4
 
 
@@ -67,9 +70,10 @@ CURVES: dict[tuple[str, str], Curve] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few points of a smaller network, once each")
-    quick = parser.parse_args().quick
-    found = measure(quick=quick)
-    path = (CACHE if quick else RESULTS) / "growth.json"
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: fit and draw the stored points anew")
+    arguments = parser.parse_args()
+    path = (CACHE if arguments.quick else RESULTS) / "growth.json"
+    found = refit(json.loads(path.read_text(encoding="utf-8"))) if arguments.redraw else measure(quick=arguments.quick)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, path.with_suffix(".png"))
     for curve in found["curves"]:
@@ -94,6 +98,14 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "curves": [curve for axis, found in points.items() for curve in curves(axis, found)],
     }
+
+
+def refit(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return stored results with each curve fitted anew to its stored points."""
+    fitted = [
+        described(curve["axis"], curve["figure"], [(x, y) for x, y in curve["points"]]) for curve in stored["curves"]
+    ]
+    return {**stored, "curves": fitted}
 
 
 # ---- Points
@@ -253,35 +265,44 @@ def _least_squares(
 
 def curves(axis: str, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the curves of an axis that was measured in at least two places: points, fit and the law in words."""
-    found = []
-    for (of, figure), curve in CURVES.items():
-        if of != axis:
-            continue
-        x_key = "parameters" if axis == "parameters" else "x"
-        ordered = sorted((point[x_key], point[figure]) for point in points)
-        if len({x for x, _ in ordered}) < 2:
-            continue
+    x_key = "parameters" if axis == "parameters" else "x"
+    if len({point[x_key] for point in points}) < 2:
+        return []
+    return [
+        described(axis, figure, [(point[x_key], point[figure]) for point in points])
+        for of, figure in CURVES
+        if of == axis
+    ]
+
+
+def described(axis: str, figure: str, points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Return one curve: its points in order, its fit, None for fewer than LEAST_POINTS, and the law in words."""
+    curve, ordered = CURVES[axis, figure], sorted(points)
+    fit = None
+    if len({x for x, _ in ordered}) >= LEAST_POINTS:
         x = np.array([x for x, _ in ordered], float)
-        y = [y for _, y in ordered]
-        fit = (fit_power if curve.law == "power" else fit_linear)(VARIABLES[curve.variable](x), y)
-        found.append(
-            {
-                "axis": axis,
-                "figure": figure,
-                "title": curve.title,
-                "x_name": curve.x_name,
-                "y_name": curve.y_name,
-                "variable": curve.variable,
-                "points": [list(point) for point in ordered],
-                "fit": fit,
-                "words": words(fit, curve),
-            }
-        )
-    return found
+        fit = (fit_power if curve.law == "power" else fit_linear)(VARIABLES[curve.variable](x), [y for _, y in ordered])
+    return {
+        "axis": axis,
+        "figure": figure,
+        "title": curve.title,
+        "x_name": curve.x_name,
+        "y_name": curve.y_name,
+        "variable": curve.variable,
+        "points": [list(point) for point in ordered],
+        "fit": fit,
+        "words": words(fit, curve) if fit else without_law(ordered, curve),
+    }
+
+
+def without_law(points: Sequence[tuple[float, float]], curve: Curve) -> str:
+    """Say what was measured where a law cannot be told: ``2 points, 12.5 and 7.58 ms: too few for a law``."""
+    values = " and ".join(f"{y:.3g}" for _, y in points)
+    return f"{len(points)} points, {values} {curve.y_name}: too few for a law"
 
 
 def words(fit: dict[str, Any], curve: Curve) -> str:
-    """Return a fit in words: ``4.1 ms + 7.9 ± 0.1 ms per image, R² 0.999``. Two points have no errors."""
+    """Return a fit in words: ``4.1 ms + 7.9 ± 0.1 ms per image, R² 0.999``."""
     r2 = "" if fit["r2"] is None else f", R² {fit['r2']:.3f}"
     if fit["law"] == "power":
         return f"{curve.y_name} ∝ {curve.per}^({_with_error(fit['exponent'], fit['exponent_error'])}){r2}"
@@ -313,7 +334,10 @@ def predict(curve: dict[str, Any], x: np.ndarray) -> np.ndarray:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw one panel per curve: the points, the fitted law as a line, and the law in words."""
+    """Draw one panel per curve: the points, the fitted law as a line, and the law in words.
+
+    A curve without a law has its points alone, and says how many there are.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -327,7 +351,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for index, curve in enumerate(found):
         axes = figure.add_subplot(rows, columns, index + 1)
         x, y = np.array(curve["points"], float).T
-        if curve["fit"]["law"] == "power":
+        if curve["fit"] and curve["fit"]["law"] == "power":
             axes.set_xscale("log")
             axes.set_yscale("log")
             heights = np.geomspace(y.min(), y.max(), 4)
@@ -337,7 +361,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         else:
             at = np.linspace(x.min(), x.max(), 100)
             axes.set_ylim(0, 1.15 * max(y.max(), 1e-9))
-        axes.plot(at, predict(curve, at), color="#8aa4c8", linewidth=2, zorder=1)
+        if curve["fit"]:
+            axes.plot(at, predict(curve, at), color="#8aa4c8", linewidth=2, zorder=1)
         axes.plot(x, y, "o", color="#1f3d6e", markersize=6, zorder=2)
         axes.set_title(f"{curve['title']}\n", fontsize=11, loc="left", fontweight="bold")
         axes.text(0, 1.03, curve["words"], transform=axes.transAxes, fontsize=9, color="#444444")

@@ -28,7 +28,14 @@ def report(
         ),
     ] = None,
     engine: EngineOption = None,
+    time_layers: Annotated[
+        bool,
+        typer.Option(
+            "--time-layers", help="Run the engine some more on this machine, and show the time of each of its layers."
+        ),
+    ] = False,
 ) -> None:
-    """Write one HTML page about a bundle: its feature maps beside fp32, parity, what runs in int8, speed and origin."""
+    """Write one HTML page about a bundle: is it good, is it fast, feature maps beside fp32, layers, ranges and origin."""
     comparisons = [read(file) for file in bench_results or ()]
-    console.out.print(f"wrote {write_report(bundle, out, comparisons=comparisons, engine=engine)}")
+    written = write_report(bundle, out, comparisons=comparisons, engine=engine, time_layers=time_layers)
+    console.out.print(f"wrote {written}")

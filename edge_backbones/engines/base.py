@@ -9,7 +9,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -137,6 +137,22 @@ class CompiledEngine:
             raise ValueError("an engine cannot be empty")
 
 
+class LayerTime(NamedTuple):
+    """Say how long one layer of an engine takes.
+
+    Attributes:
+        name: Name that the library gives it, which starts with the graph's own where it has kept that.
+        kind: The library's word for what it does, ``Convolution``.
+        kernel: The library's name of the code that ran, which often names the number format.
+        milliseconds: Time in one call.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    milliseconds: float
+
+
 class Flavour(abc.ABC):
     """Describe one engine library: how it loads and compiles engines, and on which machines they run.
 
@@ -158,6 +174,7 @@ class Flavour(abc.ABC):
         package: Name of the library for pip.
         refusal: Why no engine of it is compiled from a bundle's graphs; empty if engines are.
         only_runs: Whether it compiles nothing at all, in a build neither.
+        times_layers: Whether ``time_layers`` works.
     """
 
     name: str
@@ -174,6 +191,7 @@ class Flavour(abc.ABC):
     takes_plan_options: ClassVar[bool] = False
     refusal: ClassVar[str] = ""
     only_runs: ClassVar[bool] = False
+    times_layers: ClassVar[bool] = False
 
     @abc.abstractmethod
     def version(self) -> str | None:
@@ -224,6 +242,26 @@ class Flavour(abc.ABC):
             CompileError: The library refuses the graph.
             MissingDependencyError: The library is not installed.
         """
+
+    def time_layers(self, data: bytearray, images: np.ndarray) -> list[LayerTime]:
+        """Run an engine and return the time of each of its layers, in the order in which they ran.
+
+        Args:
+            data: The engine's bytes.
+            images: An input of a shape that the engine takes.
+
+        Raises:
+            InferenceError: The engine fails.
+            NotImplementedError: The library cannot tell: ``times_layers`` is false.
+        """
+        raise NotImplementedError(f"{self.title} does not tell the time of single layers")
+
+    def profiler(self, file: str) -> str:
+        """Return the library's own command that times the layers of an engine on its device; empty if there is none.
+
+        ``file``: Path of the engine's file.
+        """
+        return ""
 
     def check(self, graph: GraphRecord, input: InputSpec, options: CompileOptions) -> None:  # noqa: B027
         """Raise CompileError for a graph that this library is known not to compile.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from edge_backbones.bench.results import Comparison, Measurement, Ratio
@@ -64,16 +64,30 @@ def _bars(values: Sequence[float], line: float | None = None) -> list[Bar]:
 # ---- what a build tried, and calibration ----------------------------------------------------------------------------
 
 
+class TensorRange(NamedTuple):
+    """The range of a tensor, and the largest value that calibration saw, None if that is not known.
+
+    ``module`` and ``op``: the module that computes the tensor, and the operator; empty if the graph does not say.
+    """
+
+    tensor: str
+    module: str
+    op: str
+    value: float
+    largest: float | None
+
+
 class Calibration(NamedTuple):
     """The calibrated ranges of tensors.
 
-    ``columns``: a histogram, as (low, high, how many ranges lie between). ``widest``: the tensors with the largest ranges, as
-    (tensor, range, largest value that calibration saw, None if that is not known).
+    ``columns``: a histogram, as (low, high, how many ranges lie between). ``widest``: the tensors with the largest ranges.
+    ``every``: all of them, in the order of the graph.
     """
 
     file: CalibrationFile
     columns: list[tuple[float, float, int]]
-    widest: list[tuple[str, float, float | None]]
+    widest: list[TensorRange]
+    every: list[TensorRange]
 
 
 class Point(NamedTuple):
@@ -110,15 +124,30 @@ def chart_trials(decision: Decision | None) -> Trade | None:
     return Trade(points, slowest, least, most)
 
 
-def chart_calibration(bundle: Bundle) -> Calibration | None:
-    """Return the ranges of a bundle's calibration, None for a bundle without one."""
+def chart_calibration(bundle: Bundle, writers: Mapping[str, str]) -> Calibration | None:
+    """Return the ranges of a bundle's calibration, None for a bundle without one.
+
+    ``writers``: by tensor, the name of the node that computes it, as in `Layers`.
+    """
     record = bundle.manifest.calibration
     if record is None:
         return None
     file = decode_calibration(bundle.read(record.file), str(bundle.path / record.file.path))
-    widest = sorted(file.ranges.items(), key=lambda item: (-item[1], item[0]))[:_TENSORS_SHOWN]
-    columns = _columns([value for value in file.ranges.values() if 0 < value < math.inf])
-    return Calibration(file, columns, [(name, value, file.largest.get(name)) for name, value in widest])
+    every = [
+        TensorRange(tensor, *_writer_of(tensor, writers), value, file.largest.get(tensor))
+        for tensor, value in file.ranges.items()
+    ]
+    widest = sorted(every, key=lambda one: (-one.value, one.tensor))[:_TENSORS_SHOWN]
+    return Calibration(file, _columns([one.value for one in every if 0 < one.value < math.inf]), widest, every)
+
+
+def _writer_of(tensor: str, writers: Mapping[str, str]) -> tuple[str, str]:
+    """Return the module and the operator that compute a tensor; empty for an input or a tensor that the graph lacks."""
+    # A typed graph computes in half what it returns in fp32, or the other way round: one of the two is only cast.
+    nodes = (writers.get(f"{tensor}.half", "Cast:"), writers.get(tensor, "Cast:"))
+    node = next((node for node in nodes if not node.startswith("Cast:")), "")
+    module, _, op = node.partition("/")
+    return (module, op) if op else ("", module)
 
 
 def _columns(values: Sequence[float]) -> list[tuple[float, float, int]]:

@@ -7,6 +7,7 @@ on the golden samples. Its looks are in report.html.jinja. Names in a bundle are
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,25 +17,30 @@ import numpy as np
 
 from edge_backbones.bench.results import Comparison
 from edge_backbones.bundle import trust
-from edge_backbones.bundle.manifest import EngineRecord, Manifest
+from edge_backbones.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from edge_backbones.bundle.reader import Bundle, load_golden
-from edge_backbones.bundle.storage import write_beside_and_rename
+from edge_backbones.bundle.storage import MANIFEST, write_beside_and_rename
 from edge_backbones.engines import promises, registry
 from edge_backbones.engines import select as session
-from edge_backbones.engines.base import LoadOptions
+from edge_backbones.engines.base import LayerTime, LoadOptions
 from edge_backbones.errors import (
     EngineMismatchError,
     InferenceError,
     InputError,
     MissingDependencyError,
+    first_line,
+    needing,
     visible,
 )
 from edge_backbones.machine import child, hosts
 from edge_backbones.machine.devices import Place
 from edge_backbones.progress import Progress, no_progress
-from edge_backbones.report import charts, figures, layers
+from edge_backbones.report import charts, figures, layers, summary, usage
 from edge_backbones.report.words import fixed, megabytes, signs, times, yes_or_no
 from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.spec import Precision
+
+_LAYERS_TIMED = 10
 
 
 def write_report(
@@ -43,13 +49,15 @@ def write_report(
     *,
     comparisons: Sequence[Comparison] = (),
     engine: str | None = None,
+    time_layers: bool = False,
 ) -> Path:
     """Write the report of a bundle as one HTML file and return its path.
 
     ``out`` is the file, by default ``<bundle>.report.html`` beside the folder. ``comparisons``: results of ``edge-backbones
     bench`` for this bundle. ``engine``: the engine whose feature maps are drawn, as in EdgeBackbone.from_pretrained; by
-    default the best that runs here. If it cannot run, the page says why and has everything else. The same input gives the
-    same bytes. An existing file stays until the new one is complete.
+    default the best that runs here. If it cannot run, the page says why and has everything else. ``time_layers``: run that
+    engine some more, and show the time of each of its layers. Without that, the same input gives the same bytes. An existing
+    file stays until the new one is complete.
 
     Raises BundleError for a damaged bundle, EngineMismatchError for an engine that it does not hold, InputError for a place
     that cannot be written, MissingDependencyError without the report extra.
@@ -61,7 +69,7 @@ def write_report(
         raise InputError(
             f"{target} is inside {folder}, which holds what its manifest names: write the report beside it"
         )
-    page = _render(opened, folder.name, comparisons, engine)
+    page = _render(opened, folder.name, comparisons, engine, time_layers=time_layers)
     try:
         write_beside_and_rename(target, page.encode("utf-8", "backslashreplace"))
     except OSError as error:
@@ -69,7 +77,9 @@ def write_report(
     return target
 
 
-def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine: str | None) -> str:
+def _render(
+    bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine: str | None, *, time_layers: bool
+) -> str:
     """Return the page of a bundle as HTML; ``name`` is that of its folder."""
     try:
         import jinja2
@@ -86,14 +96,25 @@ def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine
     host = _this_host(bundle)
     reasons = _reasons(bundle, host)
     shown, outputs, why = _run_here(bundle, host, images[: figures.IMAGES_SHOWN], reasons, engine)
+    in_process = shown is not None and promises.is_measured_here(manifest, shown, host)
+    found_layers = layers.list_layers(bundle)
+    manifest_bytes = (bundle.path / MANIFEST).stat().st_size
+    screen = summary.summarise(manifest, name, shown=shown, comparisons=comparisons, manifest_bytes=manifest_bytes)
     return environment.from_string(source).render(
         name=name,
+        quoted=shlex.quote(name),
         manifest=manifest,
         weights=_weights(manifest),
-        bytes=sum(file.size for file in manifest.files()),
+        screen=screen,
+        headline="" if screen.engine is None else summary.label(screen.engine),
+        install=_install(screen.engine),
+        snippet=usage.snippet(manifest, name, screen.engine),
         sized=[*(e.file for e in manifest.engines), *(g.file for g in manifest.graphs)],
         stages=_stages(manifest, references),
-        engines=[(e, _sentence(e), reasons[e.name], charts.chart_parity(e.parity)) for e in manifest.engines],
+        engines=[
+            (e, summary.label(e), _sentence(e), reasons[e.name], charts.chart_parity(e.parity))
+            for e in manifest.engines
+        ],
         shown=shown,
         why=why,
         figures=figures.draw_figures(
@@ -101,12 +122,21 @@ def _render(bundle: Bundle, name: str, comparisons: Sequence[Comparison], engine
         ),
         colours=figures.colour_bars(),
         image_count=len(images),
-        calibration=charts.chart_calibration(bundle),
-        layers=layers.list_layers(bundle),
+        calibration=charts.chart_calibration(bundle, {} if isinstance(found_layers, str) else found_layers.writers),
+        layers=found_layers,
+        noise=_noise_of_layers(bundle, found_layers, images[:1], in_process=in_process),
+        times=_times_of_layers(bundle, shown, images, asked=time_layers, in_process=in_process),
+        descriptions=[(e, described) for e in manifest.engines if (described := layers.describe_plan(bundle, e))],
         trade=charts.chart_trials(manifest.decision),
         comparisons=[charts.compare_peers(one) for one in comparisons],
         gpu_facts=[(e.name, _gpu_facts(e)) for e in manifest.engines if e.key.gpu is not None],
     )
+
+
+def _install(engine: EngineRecord | None) -> str:
+    """Return the command that installs what an engine needs; empty without an engine, or for an unknown library."""
+    flavour = None if engine is None else registry.find(engine.key.flavour)
+    return "" if flavour is None else f"pip install 'edge-backbones[{flavour.extra}]'"
 
 
 def _visible(value: Any) -> Any:
@@ -247,3 +277,107 @@ def run_engine(
     opened = session.open_session(bundle, record, LoadOptions(gpu=gpu))
     with EdgeBackbone(spec, input, opened, device="cpu" if gpu is None else "cuda") as backbone:
         return backbone.run(images)
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def _noise_of_layers(
+    bundle: Bundle, found: layers.Layers | str, image: np.ndarray, *, in_process: bool
+) -> list[tuple[str, float]] | str:
+    """Return the SQNR in dB at each layer that multiplies, on one golden image, or a sentence that says why not."""
+    if isinstance(found, str):
+        return found
+    fp32 = bundle.manifest.onnx_graph(Precision.FP32)
+    if found.graph.precision is Precision.FP32:
+        return "The graph is the fp32 reference itself: it has no error to show."
+    if not found.graph.precision.is_calibrated and fp32 is None:
+        return (
+            f"{found.precision} layers are compared with the fp32 graph, which needs a build with --precision fp32 too."
+        )
+    try:
+        return measure_noise(bundle.path, found.graph, fp32, image, in_process=in_process)
+    except (InferenceError, MissingDependencyError) as error:
+        return f"Not measured: {error}."
+
+
+@child.apart(InferenceError)
+def measure_noise(
+    path: Path,
+    graph: GraphRecord,
+    plain: GraphRecord | None,
+    image: np.ndarray,
+    *,
+    in_process: bool = False,
+    progress: Progress = no_progress,
+) -> list[tuple[str, float]]:
+    """Return the name of each layer of a graph that multiplies, and the SQNR in dB there.
+
+    It runs in a process of its own, as `run_engine` does. Raises InferenceError if it fails, MissingDependencyError without
+    the libraries of the workstation.
+    """
+    del in_process, progress  # child.apart has read them
+    child.doing("was measuring the error of layers", "the graph is hostile or damaged, or the library has a fault")
+    with needing("measuring the error of layers", "build"):
+        from edge_backbones.toolchain.explain import layer_noise
+    try:
+        other = None if plain is None else path / plain.file.path
+        return [(layer.name, layer.sqnr_db) for layer in layer_noise(path / graph.file.path, image, plain=other)]
+    except (RuntimeError, ValueError, KeyError) as error:  # ONNX Runtime's own errors are RuntimeErrors
+        raise InferenceError(f"ONNX Runtime cannot run {graph.file.path}: {first_line(error)}") from error
+
+
+class _Times(NamedTuple):
+    """How long the layers of an engine take: ``layers`` in the order in which they ran, and the ``slowest`` of them.
+
+    ``why``: why there are none, a sentence. ``command``: what to type for them.
+    """
+
+    layers: list[LayerTime]
+    slowest: list[LayerTime]
+    total: float
+    why: str = ""
+    command: str = ""
+
+
+def _times_of_layers(
+    bundle: Bundle, shown: EngineRecord | None, images: np.ndarray, *, asked: bool, in_process: bool
+) -> _Times | None:
+    """Return the times of the layers of the engine that runs here, or how to get them; None if nothing can tell."""
+    name = shlex.quote(Path(os.path.abspath(bundle.path)).name)
+    nothing = _Times([], [], 0.0)
+    if shown is None:
+        return None
+    flavour = registry.find(shown.key.flavour)
+    if flavour is None or not flavour.times_layers:
+        return None
+    if not asked:
+        return nothing._replace(
+            why="Not timed. To time them on this machine:", command=f"edge-backbones report {name} --time-layers"
+        )
+    try:
+        found = time_layers_of(bundle.path, shown, images[: bundle.manifest.input.batch.opt], in_process=in_process)
+    except (InferenceError, MissingDependencyError) as error:
+        return nothing._replace(why=f"Not timed: {error}.")
+    slowest = sorted(found, key=lambda layer: -layer.milliseconds)[:_LAYERS_TIMED]
+    return _Times(found, slowest, sum(layer.milliseconds for layer in found))
+
+
+@child.apart(InferenceError)
+def time_layers_of(
+    path: Path,
+    record: EngineRecord,
+    images: np.ndarray,
+    *,
+    in_process: bool = False,
+    progress: Progress = no_progress,
+) -> list[LayerTime]:
+    """Run an engine and return the time of each of its layers, in a process of its own as `run_engine` does."""
+    del in_process, progress  # child.apart has read them
+    child.doing(
+        f"was timing the layers of {record.name}", "the engine is hostile or damaged, or the library has a fault"
+    )
+    bundle = Bundle.open(path)
+    batch = bundle.manifest.input.batch.opt
+    filled = images[np.arange(batch) % len(images)]
+    return registry.get(record.key.flavour).time_layers(bundle.read(record.file), filled)

@@ -35,7 +35,9 @@ from edge_backbones.toolchain.layer_names import block_of
 from edge_backbones.toolchain.onnx_runtime import reference_options
 
 _LAYERS = frozenset({"Add", "Conv", "Gemm", "LayerNormalization", "MatMul", "Mul", "Relu", "Softmax"})
+_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _LOUDEST_SHOWN = 8
+_AT_ONCE = 16  # values of layers that are in memory together
 
 
 class LayerNoise(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +101,34 @@ def explain(
     if not _rounded(model.graph):
         return _outside_by_itself(model, plain, report, failing, image, batch, of_graph, allowed, progress)
     return _loudest_block(model, report, failing, image, batch, expected, allowed, progress)
+
+
+def layer_noise(graph: Path, image: np.ndarray, *, plain: Path | None = None) -> tuple[LayerNoise, ...]:
+    """Measure the error that has built up at each layer of a typed graph that multiplies, in graph order.
+
+    A graph with rounding points is compared with itself without the rounding of activations, which leaves out the rounding
+    of weights. Any other is compared with ``plain``, the fp32 graph; without that the result is empty. ``image``: one input,
+    shape (1, ...). Raises IntegrityError for a graph that no library may have.
+    """
+    model = _loaded(graph)
+    if _rounded(model.graph):
+        reference = _with_rounding(model, None)
+    elif plain is not None:
+        reference = _loaded(plain)
+    else:
+        return ()
+    known = {str(node.name): node.outputs[0] for node in reference.graph}
+    layers = [node for node in model.graph if node.op_type in _PRODUCTS and str(node.name) in known]
+    names = [str(node.name) for node in layers]
+    actual = _session(_with_outputs(model, [node.outputs[0] for node in layers]))
+    expected = _session(_with_outputs(reference, [known[name] for name in names]))
+    found: list[LayerNoise] = []
+    for start in range(0, len(names), _AT_ONCE):
+        outputs = [f"explained {index}" for index in range(start, min(start + _AT_ONCE, len(names)))]
+        ours, theirs = (_run(one, outputs, image, _batch(one, image)) for one in (actual, expected))
+        for name, mine, right in zip(names[start:], ours, theirs, strict=False):
+            found.append(LayerNoise(name=name, sqnr_db=round(_db(_noise(mine, right)), 2)))
+    return tuple(found)
 
 
 def _loaded(path: Path) -> ir.Model:
@@ -265,14 +295,21 @@ def _first_beyond(
 
     ONNX Runtime computes half in float32 and so shows such values.
     """
-    copy = ir.from_proto(ir.to_proto(model))
-    names = [str(layer.outputs[0].name) for layer in layers]
-    values = {output.name: output for node in copy.graph for output in node.outputs}
-    del copy.graph.outputs[:]
-    copy.graph.outputs.extend(_as_float(copy.graph, values[n], f"explained {i}") for i, n in enumerate(names))
-    found = _run(_session(copy), [f"explained {i}" for i in range(len(names))], image, batch)
+    names = [f"explained {index}" for index in range(len(layers))]
+    copy = _with_outputs(model, [layer.outputs[0] for layer in layers])
+    found = _run(_session(copy), names, image, batch)
     inside = [bool(np.isfinite(value).all()) and float(np.abs(value).max()) <= largest for value in found]
     return None if all(inside) else layers[inside.index(False)]
+
+
+def _with_outputs(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
+    """Return a copy whose outputs are these tensors in float32, named ``explained 0``, ``explained 1``, ..."""
+    copy = ir.from_proto(ir.to_proto(model))
+    values = {output.name: output for node in copy.graph for output in node.outputs}
+    del copy.graph.outputs[:]
+    copy.graph.outputs.extend(_as_float(copy.graph, values[v.name], f"explained {i}") for i, v in enumerate(outputs))
+    passes.RemoveUnusedNodesPass()(copy)
+    return copy
 
 
 def _value(model: ir.Model, layer: ir.Node, image: np.ndarray, batch: int) -> np.ndarray:

@@ -48,11 +48,23 @@ def test_standard_errors_are_those_of_the_textbook():
     assert found["fixed_error"] == pytest.approx(s * np.sqrt(1 / 4 + 2.5**2 / 5))
 
 
-def test_two_points_have_no_errors():
-    found = growth.fit_linear((1, 2), (5, 7))
-    assert (found["fixed"], found["slope"]) == (pytest.approx(3), pytest.approx(2))
-    assert (found["slope_error"], found["fixed_error"], found["r2"]) == (None, None, None)
-    assert growth.words(found, growth.CURVES["batch", "milliseconds"]) == "3 ms + 2 ms per image"
+def test_two_points_have_no_law():
+    """Any law of two parameters passes through two points: the points are named instead."""
+    points = [{"x": n, "milliseconds": 2 + 10 / n, "resident_mb": 75.0 + n} for n in (2, 1)]
+    latency, memory = growth.curves("threads", points)
+    assert latency["fit"] is None
+    assert latency["points"] == [[1, 12.0], [2, 7.0]]
+    assert latency["words"] == "2 points, 12 and 7 ms: too few for a law"
+    assert memory["words"] == "2 points, 76 and 77 MB: too few for a law"
+    three = growth.curves("threads", [*points, {"x": 4, "milliseconds": 4.5, "resident_mb": 79.0}])
+    assert all(curve["fit"]["slope_error"] is not None for curve in three)
+
+
+def test_a_point_that_was_measured_twice_is_one_place():
+    points = [{"x": n, "seconds": 6 + 0.4 * n} for n in (4, 4, 8)]
+    (curve,) = growth.curves("images", points)
+    assert curve["fit"] is None
+    assert curve["words"].startswith("3 points")
 
 
 # ---- curves
@@ -136,8 +148,37 @@ def test_the_picture(tmp_path):
     points = (np.abs(pixels.astype(int) - (0x1F, 0x3D, 0x6E)).sum(axis=2) < 30).mean(axis=0)
     assert points[: len(points) // 2].sum() > 0  # in both columns
     assert points[len(points) // 2 :].sum() > 0
+    assert not has_line(tmp_path, results, "threads")
+    assert has_line(tmp_path, results, "batch")
     growth.draw({**results, "curves": results["curves"][:1]}, tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size < (tmp_path / "growth.png").stat().st_size
+
+
+def has_line(folder, results, axis):
+    """Whether the picture of the first curve of an axis has a fitted law, by its colour."""
+    only = [curve for curve in results["curves"] if curve["axis"] == axis][:1]
+    growth.draw({**results, "curves": only}, folder / "only.png")
+    with Image.open(folder / "only.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return bool((np.abs(pixels - (0x8A, 0xA4, 0xC8)).sum(axis=2) < 6).sum() > 200)
+
+
+def test_stored_points_are_fitted_and_drawn_anew(tmp_path, monkeypatch):
+    results = json.loads(json.dumps(made_up()))
+    stale = [{**curve, "fit": {"law": "linear"}, "words": "a law of an older release"} for curve in results["curves"]]
+    (tmp_path / "growth.json").write_text(json.dumps({**results, "curves": stale}))
+    monkeypatch.setattr(growth, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["growth", "--redraw"])
+    growth.main()
+    assert json.loads((tmp_path / "growth.json").read_text()) == results
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_the_committed_picture_has_no_law_of_two_points():
+    stored = json.loads((common.RESULTS / "growth.json").read_text())
+    assert stored == growth.refit(stored)
+    few = [curve for curve in stored["curves"] if len(curve["points"]) < growth.LEAST_POINTS]
+    assert all(curve["fit"] is None and "too few for a law" in curve["words"] for curve in few)
 
 
 # ---- frames to feature maps

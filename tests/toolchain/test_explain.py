@@ -248,6 +248,28 @@ def test_a_format_that_is_too_coarse_for_a_layer(bundle, tmp_path):
     assert "With an fp32 graph in the bundle the layer can be told" in alone.sentence
 
 
+def test_the_error_at_every_layer(bundle, tmp_path):
+    """fp16 against fp32, int8 against itself without rounding of activations; a damaged layer and those behind it show."""
+    image = load_golden(Bundle.open(bundle)).inputs["opt"][:1]
+    half, fp32 = fp16_of(bundle, tmp_path), bundle / "graphs" / "fp32.onnx"
+    found = explain.layer_noise(half, image, plain=fp32)
+    convolutions = [node.name for node in onnx.load(half).graph.node if node.op_type == "Conv"]
+    assert [layer.name for layer in found] == convolutions
+    assert all(50 < layer.sqnr_db < 100 for layer in found)
+    assert explain.layer_noise(half, image) == ()  # nothing to compare with
+    layer = "layer2.0.conv1/Conv"
+    onnx.save(damaged(onnx.load(half), layer), tmp_path / "wrong.onnx")
+    wrong = {one.name: one.sqnr_db for one in explain.layer_noise(tmp_path / "wrong.onnx", image, plain=fp32)}
+    right = {one.name: one.sqnr_db for one in found}
+    at = convolutions.index(layer)
+    assert all(wrong[name] == right[name] for name in convolutions[:at])
+    assert wrong[layer] < 30
+    assert wrong[convolutions[-1]] < 30
+    int8 = explain.layer_noise(bundle / "graphs" / "int8.onnx", image, plain=fp32)
+    assert [one.name for one in int8] == convolutions
+    assert 10 < min(one.sqnr_db for one in int8) < 50
+
+
 def test_a_layer_of_a_bf16_engine_that_is_not_that_of_its_graph(bundle):
     with_engine(bundle, damaged(load(bundle, "bf16"), "layer2.0.conv1/Conv"), Precision.BF16, GATE)
     with pytest.raises(ParityError):

@@ -80,7 +80,7 @@ class Page(HTMLParser):
         self._raw = tag in ("style", "script")
         if tag == "table":
             self._rows = []
-            self.tables.setdefault(attributes.get("class") or "", []).append(self._rows)
+            self.tables.setdefault((attributes.get("class") or "").partition(" ")[0], []).append(self._rows)
         elif tag == "tr":
             self._rows.append([])
         elif tag in ("td", "th"):
@@ -271,11 +271,23 @@ def test_the_loudest_blocks_are_listed(page):
 def test_ranges_are_those_of_the_calibration(int8, page):
     data = (int8.path / "calibration.json").read_bytes()
     found = msgspec.json.decode(data, type=CalibrationFile)
-    rows = page.rows("widest")
-    widest = sorted(found.ranges, key=lambda tensor: -found.ranges[tensor])[:10]
-    assert {row[0][0] for row in rows} == set(widest)
-    assert all(row[1][1] == [found.ranges[row[0][0]]] for row in rows)
-    assert all(row[2][1] == [found.largest[row[0][0]]] for row in rows)
+    graph = onnx.load(int8.path / "graphs" / "int8.onnx").graph
+    writers = {name: node.name for node in graph.node for name in node.output}
+    every, widest = (
+        {words[0][0].split()[-1]: ("".join(words[0][0].split()), words[1][1], words[2][1]) for words in page.rows(kind)}
+        for kind in ("ranges", "widest")
+    )
+    tensors = [tensor for tensor in found.ranges if tensor != "pixel_values"]
+    assert len(page.rows("ranges")) == len(found.ranges)
+    assert {"layer1.0.act1/Relu", "layer1.0.conv1/Conv"} & {writers[tensor] for tensor in tensors if tensor in writers}
+    for tensor in tensors:
+        text, value, largest = every[tensor]
+        assert (value, largest) == ([found.ranges[tensor]], [found.largest[tensor]])
+        node = next(writers[n] for n in (f"{tensor}.half", tensor) if not writers.get(n, "Cast").startswith("Cast"))
+        module, _, op = node.partition("/")
+        assert text == f"{module}{op},tensor{tensor}"
+    order = sorted(found.ranges, key=lambda tensor: -found.ranges[tensor])[:10]
+    assert list(widest) == [tensor if tensor != "pixel_values" else "input" for tensor in order]
     columns = [str(a["aria-label"]).split() for a in page.of("svg") if " ranges from " in str(a.get("aria-label"))]
     assert sum(int(words[0]) for words in columns) == len(found.ranges)
     for words in columns:
@@ -295,6 +307,119 @@ def products_of_convolutions(height: int, width: int) -> list[tuple[int, int]]:
     with torch.no_grad():
         net(torch.zeros(1, 3, height, width))
     return counted
+
+
+def test_the_error_of_each_layer_is_that_of_the_graph_without_rounding(int8, page):
+    """Of the first layer in int8 it is the rounding of its own input; behind it errors build up."""
+    rows = {"".join(row[0][0].split()): row[1][1] for row in page.rows("noise")}
+    graph = onnx.load(int8.path / "graphs" / "int8.onnx").graph
+    assert list(rows) == [node.name for node in graph.node if node.op_type == "Conv"]
+    stem = next(iter(rows))
+    assert rows.pop(stem) == []  # it is not quantised
+    values = [value for (value,) in rows.values()]
+    assert all(10 < value < 80 for value in values)
+    assert values[0] == max(values)
+    assert "the worst is" in page.text
+
+
+def test_where_onnxruntime_is_missing_the_error_of_layers_is_a_sentence(int8, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "edge_backbones.toolchain.explain", None)
+    page = Page(write_report(int8.path, tmp_path / "r.html"))
+    assert "Not measured: measuring the error of layers" in page.text
+    assert "noise" not in page.tables
+
+
+def test_why_layers_are_not_in_int8(int8, tmp_path, photograph_folder):
+    """By hand, by the build, and by the rules: the shares add up to what is not in int8."""
+    from edge_backbones.report.layers import list_layers
+
+    options = BuildOptions(
+        weights="random:0", precisions=(Precision.INT8,), cache=None, height=64, width=96, out_indices=(2, 4),
+        torchscript=False, exclude=("layer1.0", "op:Add"),
+    )  # fmt: skip
+    built = build_bundle("test_resnet", tmp_path / "net.bundle", images=photograph_folder, options=options).bundle
+    engine = built.manifest.engines[0]
+    shipped = Trial(
+        precision=Precision.INT8, blocks=("op:Add",), cosine=0.99, sqnr_db=20, passed=True, milliseconds=1.5
+    )
+    decision = Decision(sentence="so", device_name=engine.key.device_name, trials=(shipped,))
+    write_manifest(built.path, replace(built.manifest, decision=decision))
+    found = list_layers(Bundle.open(built.path))
+    why = {layer.name: layer.why for layer in found.outside}
+    assert why["layer1.0.conv1/Conv"] == "left out by hand, with --exclude"
+    assert why["layer2.0/Add"] == "the build left the skip branches out: see what it tried"
+    stem = next(layer for layer in found.outside if "few input channels (3)" in layer.why)
+    assert stem.op == "Conv"
+    assert all(layer.why for layer in found.outside)
+    assert sum(count for _, count, _ in found.reasons) == len(found.outside)
+    shares = sum(share for _, _, share in found.reasons)
+    assert shares == pytest.approx(1 - next(share for kind, _, share in found.formats if kind == "int8"))
+    page = Page(write_report(built.path, tmp_path / "r.html"))
+    assert [(row[0][0], row[1][1]) for row in page.rows("reasons")] == [(w, [n]) for w, n, _ in found.reasons]
+    assert len(page.rows("outside")) == len(found.outside)
+
+
+def test_times_of_layers_are_asked_for(int8, page, tmp_path):
+    assert "times" not in page.tables
+    assert "edge-backbones report int8.bundle --time-layers" in page.text
+    timed = Page(write_report(int8.path, tmp_path / "r.html", time_layers=True))
+    slowest, every = timed.tables["times"]
+    names = ["".join(row[0][0].split()) for row in every[1:]]
+    graph = onnx.load(int8.path / "graphs" / "int8.onnx").graph
+    convolutions = {node.name for node in graph.node if node.op_type == "Conv"}
+    assert len(convolutions & set(names)) > len(convolutions) / 2
+    taken = [row[2][1][0] for row in slowest[1:]]
+    assert taken == sorted(taken, reverse=True)
+    assert len(taken) == 10
+    assert sum(float(row[3][0].split()[0]) for row in every[1:]) == pytest.approx(100, abs=5)
+    assert "layers, one" not in timed.text
+
+
+def test_a_library_that_times_no_layers_has_no_command(pooling, tmp_path, monkeypatch):
+    from edge_backbones.engines.openvino.flavour import OpenVino
+
+    monkeypatch.setattr(OpenVino, "times_layers", False)
+    page = Page(write_report(pooling.path, tmp_path / "r.html"))
+    assert "--time-layers" not in page.text
+    assert "The bundle holds no times of single layers, and OpenVINO does not tell them." in page.text
+
+
+def with_plan(bundle: Bundle, said: bytes) -> Bundle:
+    """The same with a TensorRT plan, not measured, of which the library said this."""
+    engine = bundle.manifest.engines[0]
+    gpu = GpuKey(architectures=("sm_87",), driver="12.6")
+    key = replace(engine.key, flavour="tensorrt", library_version="10.3.0", device_name="Orin", gpu=gpu)
+    (bundle.path / "engines" / "plan.layers.json").write_bytes(said)
+    layers = record_file(bundle.path, "engines/plan.layers.json")
+    unmeasured = ParityReport(precision=Precision.FP32, gate=engine.parity.gate, stages=())
+    plan = replace(engine, key=key, parity=unmeasured, layers=layers)
+    write_manifest(bundle.path, replace(bundle.manifest, engines=(engine, plan)))
+    return Bundle.open(bundle.path)
+
+
+def test_what_tensorrt_says_of_layers_is_listed(pooling, tmp_path):
+    layers = [
+        {"Name": "conv", "LayerType": "CaskConvolution", "TacticName": "sm80_i8816", "Outputs": []},
+        {"Name": HOSTILE, "LayerType": "Reformat", "Outputs": [{"Format/Datatype": "Int8 NC/32HW32"}]},
+        "a name alone",
+    ]
+    bundle = with_plan(pooling, json.dumps({"Layers": layers * 40, "Bindings": []}).encode())
+    page = Page(write_report(bundle.path, tmp_path / "r.html"))
+    rows = [[cell[0] for cell in row] for row in page.rows("plan")]
+    assert rows[0] == ["conv", "CaskConvolution", "sm80_i8816"]
+    assert rows[1] == [HOSTILE.replace(".", ". "), "Reformat", "Int8 NC/32HW32"]
+    assert rows[2] == ["a name alone", "", ""]
+    assert len(rows) == 60
+    assert "60 more are in engines/plan.layers.json" in page.text
+    plan = bundle.manifest.engines[1]
+    assert f"trtexec --loadEngine={plan.file.path} --dumpProfile --separateProfileRun" in page.text
+
+
+@pytest.mark.parametrize("said", [b"no json", b"[]", b"{}", b'{"Layers": 3}', b'{"Layers": []}', b'"Layers"'])
+def test_a_file_that_describes_no_layers_does_not_stop_the_page(pooling, tmp_path, said):
+    page = Page(write_report(with_plan(pooling, said).path, tmp_path / "r.html"))
+    assert "plan" not in page.tables
+    assert len(page.rows("parity")) == 2
 
 
 def test_layers_of_a_dynamic_graph_are_counted_at_its_usual_size(dynamic, tmp_path):
@@ -684,10 +809,10 @@ class Browser:
         first, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(first)
 
-    def open(self, page: Path, *, scheme: str, width: int) -> None:
+    def open(self, page: Path, *, scheme: str, width: int, height: int = 800) -> None:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.events.clear()
         self.call("Page.navigate", url=page.as_uri())
@@ -794,6 +919,38 @@ def test_a_browser_shows_the_page_without_complaint(browser, shown, scheme, widt
     assert [url for url in requested if not url.startswith("data:")] == [shown.as_uri()]
     complaints = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Network.loadingFailed")
     assert [e for e in browser.events if e["method"] in complaints] == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1400, 800)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_first_screen_answers_is_it_good_and_fast(browser, shown, scheme, width, height):
+    browser.open(shown, scheme=scheme, width=width, height=height)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    places = browser.evaluate(
+        """['#verdict', '.tiles > div:nth-child(1) .figure', '.tiles > div:nth-child(2) .figure',
+            '.tiles > div:nth-child(3) .figure'].map(one => {
+              const place = document.querySelector(one).getBoundingClientRect();
+              return [place.top, place.bottom, place.left, place.right];
+            })"""
+    )
+    for top, bottom, left, right in places:
+        assert 0 <= top < bottom <= height
+        assert 0 <= left < right <= width
+    assert "Pass." in browser.evaluate("document.getElementById('verdict').innerText")
+
+
+def test_wide_tables_stack_on_a_phone(browser, report):
+    """Of tables with many columns every cell is on the screen, with its head beside it; the rest scroll in their boxes."""
+    browser.open(report, scheme="light", width=390, height=844)
+    browser.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    outside = """[...document.querySelectorAll('.stack td')].filter(
+        cell => cell.getBoundingClientRect().right > innerWidth).map(cell => cell.outerHTML.slice(0, 80))"""
+    assert browser.evaluate("document.querySelectorAll('.stack td').length") > 50
+    assert browser.evaluate(outside) == []
+    label = "getComputedStyle(document.querySelector('.parity td'), '::before').content"
+    assert browser.evaluate(label) == '"SQNR, dB"'
+    browser.open(report, scheme="light", width=1400, height=800)
+    assert browser.evaluate(label) == "none"
 
 
 def test_a_complaint_of_the_browser_would_be_seen(browser, tmp_path):

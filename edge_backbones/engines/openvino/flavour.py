@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from edge_backbones.bundle.manifest import EngineKey, GraphRecord
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.engines import compat
-from edge_backbones.engines.base import CompiledEngine, CompileOptions, EngineSession, Flavour, LoadOptions
+from edge_backbones.engines.base import CompiledEngine, CompileOptions, EngineSession, Flavour, LayerTime, LoadOptions
 from edge_backbones.engines.openvino import compile as compiler
-from edge_backbones.engines.openvino import session
+from edge_backbones.engines.openvino import layer_times, session
 from edge_backbones.machine.hosts import Host
 from edge_backbones.machine.profiles import DeviceProfile
 from edge_backbones.progress import Progress
@@ -18,6 +20,7 @@ class OpenVino(Flavour):
     """Compile and run blobs. A blob runs only with the release that wrote it, on CPUs with the same instruction sets."""
 
     name, title, extra, package = "openvino", "OpenVINO", "cpu", "openvino"
+    times_layers = True
 
     def version(self) -> str | None:
         return session.library_version()
@@ -34,6 +37,9 @@ class OpenVino(Flavour):
         self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
     ) -> CompiledEngine:
         return compiler.compile_graph(bytes(bundle.read(graph.file)), graph.precision, cache=options.cache)
+
+    def time_layers(self, data: bytearray, images: np.ndarray) -> list[LayerTime]:
+        return layer_times.time_layers(data, images)
 
     def serves(self, host: Host) -> bool:
         return host.versions.get(self.name) is not None

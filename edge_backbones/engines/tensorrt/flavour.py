@@ -96,6 +96,9 @@ class TensorRt(Flavour):
             progress=progress,
         )
 
+    def profiler(self, file: str) -> str:
+        return f"trtexec --loadEngine={file} --dumpProfile --separateProfileRun" if self.name == "tensorrt" else ""
+
     def serves(self, host: Host) -> bool:
         version = host.versions.get(self.name) if host.gpu is not None else None
         return version is not None and not library.against_release(self._name, version, jetson=host.jetson)
