@@ -39,7 +39,11 @@ COPIED = {
     "edge_backbones/bundle/manifest.schema.json": "reference/manifest.schema.json",
 }
 """Files of the repository that the site holds, and where."""
-_TITLES = {"sensitive.md": "Networks that amplify rounding", "preprocessing.md": "Preprocessing", "README.md": "Benchmarks"}
+_TITLES = {
+    "sensitive.md": "Networks that amplify rounding",
+    "preprocessing.md": "Preprocessing",
+    "README.md": "Benchmarks",
+}
 _LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -211,8 +215,8 @@ def devices_page() -> str:
         "# Devices",
         "",
         "A *profile* says what a device has and which number formats pay on it. `edge-backbones profiles NAME` prints one.",
-        "`--profile NAME` of `build` and `compile` refuses what that device cannot run before any work is done, and takes its",
-        "defaults for what you do not say. You can pass a `.toml` file of your own instead of a name; copy one of",
+        "`--profile NAME` of `build` and `compile` refuses what that device cannot run before any work is done, and takes",
+        "its defaults for what you do not say. You can pass a `.toml` file of your own instead of a name; copy one of",
         "`profiles/` in the repository.",
         "",
         "The figures are those of the makers' data sheets; the source of each is a comment in the file of the profile.",
