@@ -110,7 +110,7 @@ def command_line_page() -> str:
     lines += [f"| [{name}](#{name}) | {_cell(_sentences(command.help)[0])} |" for name, command in shown.items()]
     general = list(_parameters(group))
     if general:
-        lines += ["", "Before the name of a command:", "", *_table(group, general)]
+        lines += ["", "Before the name of a command:", "", *_options(group, general)]
     for name, command in shown.items():
         lines += ["", *_command(name, command)]
     return "\n".join(lines) + "\n"
@@ -137,7 +137,7 @@ def _command(name: str, command: Any) -> list[str]:
     for parameter in _parameters(command):
         panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(parameter)
     for panel, parameters in panels.items():
-        lines += [f"**{panel}**", "", *_table(command, parameters), ""]
+        lines += [f"**{panel}**", "", *_options(command, parameters), ""]
     return lines
 
 
@@ -148,15 +148,16 @@ def _parameters(command: Any) -> Iterator[Any]:
             yield parameter
 
 
-def _table(command: Any, parameters: list[Any]) -> list[str]:
-    """Return a table with one row per option."""
+def _options(command: Any, parameters: list[Any]) -> list[str]:
+    """Return a definition list with one entry per option; unlike a table it needs no width."""
     hints = typing.get_type_hints(command.callback)
-    rows = ["| option | value | what it does |", "|---|---|---|"]
+    lines = []
     for parameter in parameters:
         flags = ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
         value = _value(parameter, hints[parameter.name])
-        rows.append(f"| {flags} | {value} | {_cell(parameter.help or '')}{_default(parameter)} |")
-    return rows
+        text = " ".join((parameter.help or "").split()).replace("<", "&lt;")
+        lines += [f"{flags} {value}".rstrip(), f":   {text}{_default(parameter)}", ""]
+    return lines
 
 
 def _value(parameter: Any, annotation: Any) -> str:
@@ -165,7 +166,8 @@ def _value(parameter: Any, annotation: Any) -> str:
         return ""
     if choices := _choices(annotation):
         return ", ".join(f"`{choice}`" for choice in choices)
-    return f"`{parameter.metavar or _kind(annotation).__name__.upper()}`"
+    kind = _kind(annotation)
+    return f"`{parameter.metavar or ('TEXT' if kind is str else kind.__name__.upper())}`"
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -13,7 +13,7 @@ from tests.photographs import quick_timing  # noqa: F401
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``photographs/``, ``photo.jpg``, and resnet18.bundle and camera.bundle of a network that builds quickly."""
+    """A folder with ``photographs/``, ``photo.jpg``, and two bundles of a network that builds quickly."""
     import timm
     import torch
 

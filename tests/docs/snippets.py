@@ -49,15 +49,33 @@ def commands(path: Path) -> Iterator[tuple[int, list[str]]]:
     for snippet in snippets(path):
         if snippet.language not in ("sh", "bash", "shell", "console"):
             continue
-        for number, line in enumerate(snippet.code.replace("\\\n", " ").splitlines()):
+        for number, line in _lines(snippet.code):
             for words in _simple_commands(line):
                 if words and Path(words[0]).name == "edge-backbones":
                     yield snippet.line + number, words[1:]
 
 
+def _lines(code: str) -> Iterator[tuple[int, str]]:
+    """Yield the commands of a shell block with their line: what ends with a backslash or inside quotes goes on."""
+    begun, text = 0, ""
+    for number, line in enumerate(code.splitlines()):
+        begun = begun if text else number
+        text = f"{text}\n{line}" if text else line
+        if text.endswith("\\"):
+            text = text[:-1]
+            continue
+        try:
+            shlex.split(text, comments=True)
+        except ValueError:  # a quotation that is still open
+            continue
+        yield begun, text
+        text = ""
+    assert not text, f"a quotation is never closed: {text}"
+
+
 def _simple_commands(line: str) -> Iterator[list[str]]:
     words: list[str] = []
-    for word in shlex.split(line.removeprefix("$ "), comments=True):
+    for word in shlex.split(line, comments=True):
         if word in _BETWEEN:
             yield words
             words = []

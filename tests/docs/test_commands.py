@@ -25,7 +25,7 @@ PENDING: set[tuple[str, str]] = {
 }
 
 # Options of other programs: with the program in front of them, or alone in a sentence.
-OTHERS = re.compile(FOREIGN.pattern + r"|pip wheel|trtexec")
+OTHERS = re.compile(FOREIGN.pattern + r"|pip wheel|trtexec|http\.server")
 OF_OTHERS = {"--system-site-packages", "--cpu"}
 
 TYPED = [
