@@ -43,6 +43,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile.jetson
 
+# Not --quiet, which would hide warnings from --strict.
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 

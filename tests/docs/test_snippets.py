@@ -23,7 +23,7 @@ from tests.docs.snippets import PAGES, ROOT, Snippet, name_of, snippets
 
 # What makes a snippet small enough for a test: the network of the fixtures instead of a real one, fewer pixels.
 SMALLER = {
-    'weights="random:0", out_indices=(1, 2, 3, 4)': 'weights="random:0", out_indices=(1, 2, 3, 4), method="max"',
+    'weights="random:0", out_indices=(1, 2, 3, 4)': 'weights="random:0", out_indices=(1, 2, 3, 4), precisions="fp32"',
     '"resnet18", "my.bundle"': '"test_resnet", "my.bundle"',
     '"resnet18", out_indices=[2, 3]': '"test_resnet", out_indices=[2, 3]',
     'backbone="resnet18"': 'backbone="test_resnet"',
