@@ -32,7 +32,9 @@ ERRORS = sorted(
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The built site. Strict: a warning, such as a link that leads nowhere, fails it."""
-    assert "mkdocs build --strict\n" in (ROOT / "Makefile").read_text(encoding="utf-8")  # with --quiet nothing would fail it
+    assert "mkdocs build --strict\n" in (ROOT / "Makefile").read_text(
+        encoding="utf-8"
+    )  # with --quiet nothing would fail it
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
