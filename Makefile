@@ -2,6 +2,7 @@
 # make check  the lints and the unit tests: what to run before a commit, in less than four minutes on two cores
 # make test   installs and runs every test, those of transformers twice (newest, 4.44); no GPU, no model hub
 # make lint   formatting, lint, types, direction of imports, Dockerfile.jetson
+# make docs   builds the documentation from docs/ and the code into site/, and checks its links; open site/index.html
 # make coverage  builds one of every kind of backbone (hours); writes benchmarks/results/coverage.json and its page
 # make gpu    tests and benchmark on this machine's NVIDIA GPU; writes benchmarks/results/<device>.json; installs nothing
 # make bench  the figures of the README, side by side with their peers, in half an hour; writes benchmarks/results.
@@ -16,7 +17,7 @@ OLD_TRANSFORMERS = $(VENV)/transformers-4.44
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test lint bench fuzz gpu coverage schema networks clean
+.PHONY: demo check test lint docs bench fuzz gpu coverage schema networks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m build_scripts.demo
@@ -41,6 +42,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile.jetson
+
+# Not --quiet, which would hide warnings from --strict.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.dev $(VENV)/nncf/.installed
 	$(BIN)/python -m benchmarks.run --nncf $(VENV)/nncf/bin/python $(BENCH)
@@ -89,4 +94,4 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) demo_output .cache
+	rm -rf $(VENV) demo_output site .cache
