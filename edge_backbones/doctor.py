@@ -195,11 +195,9 @@ def _machine(machine: Machine) -> Finding:
     system, host = machine.system, machine.host
     where = ", in a container" if system.container else ""
     name = " ".join(part for part in (system.board, f"({system.name})" if system.name else "") if part)
-    return Finding(
-        topic="machine",
-        ok=True,
-        found=f"{name or platform.system()}{where}, {host.architecture}, {host.device_name}, {machine.cores} logical cores",
-    )
+    processor = ", ".join(dict.fromkeys([host.architecture, host.device_name]))  # a Jetson's has no other name
+    found = f"{name or platform.system()}{where}, {processor}, {machine.cores} logical cores"
+    return Finding(topic="machine", ok=True, found=found)
 
 
 def _memory(machine: Machine) -> Finding:

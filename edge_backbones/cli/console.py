@@ -146,7 +146,8 @@ def print_trials(decision: Decision | None) -> None:
     for column in ("cosine", "SQNR dB", "ms", ""):
         table.add_column(column, justify="right")
     for trial in decision.trials:
-        without = f" without {len(trial.blocks)} blocks" if trial.blocks else ""
+        count = len(trial.blocks)
+        without = f" without {count} block{'s' * (count > 1)}" if count else ""
         milliseconds = "" if trial.milliseconds is None else f"{trial.milliseconds:.2f}"
         table.add_row(
             f"{trial.precision}{without}",

@@ -186,5 +186,5 @@ def _text(path: Path) -> str:
 
 
 def gib(size: int) -> str:
-    """Return a size in bytes as text: ``7.4 GiB``."""
-    return f"{size / 2**30:.1f} GiB"
+    """Return a size in bytes as text: ``7.4 GiB``, or ``12 MiB`` where that says more."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"
