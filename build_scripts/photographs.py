@@ -1,4 +1,4 @@
-"""Real photographs without a download, from installed packages: scikit-image, scikit-learn and, where it is there, foolbox."""
+"""Real photographs without a download: those that scikit-image, scikit-learn and foolbox carry in their packages."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def photographs() -> dict[str, Image.Image]:
 def photographs_of_things() -> dict[str, Image.Image]:
     """Return :func:`photographs` and two that no crop is cut from, by name, RGB: what an ImageNet network has classes for.
 
-    The packages' other pictures are left out: textures, drawings, scans, and what microscopes and telescopes see. ImageNet has
-    no class for them, so its networks guess: of brick and grass the most probable class has 0.20 and 0.05 in fp32.
+    The packages' other pictures are left out: textures, drawings, scans, and what microscopes and telescopes see. ImageNet
+    has no class for them, so its networks guess: of brick and grass the most probable class has 0.20 and 0.05 in fp32.
     """
     return photographs() | _read(_NO_CROPS)
 

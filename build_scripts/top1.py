@@ -63,7 +63,9 @@ def head(network: Any, feature_map: np.ndarray) -> torch.Tensor:
     """Return the logits of the network's own head, in fp32, for its last feature map: NCHW to (images, classes)."""
     features = torch.from_numpy(np.ascontiguousarray(feature_map))
     with torch.inference_mode():
-        if isinstance(network, EfficientNet):  # its last stage ends before this convolution, its forward_head begins after
+        if isinstance(
+            network, EfficientNet
+        ):  # its last stage ends before this convolution, its forward_head begins after
             features = network.bn2(network.conv_head(features))
         return network.forward_head(features)  # type: ignore[no-any-return]
 
