@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+PEERS_START_FROM = "fp32"
+MEASURED = (*VARIANTS, *accuracy_peers.KINDS)
 NETWORKS = (*digits.STAGES, imagenet.NAME)
 
 
@@ -85,6 +87,9 @@ def main() -> None:
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=list(digits.SEEDS), help="of networks trained on digits"
     )
+    parser.add_argument(
+        "--variants", nargs="+", choices=MEASURED, default=list(MEASURED), help="fp32 is always measured"
+    )
     parser.add_argument("--nncf", default=sys.executable, help="Python that has NNCF")
     parser.add_argument("--modelopt", default=sys.executable, help="Python that has ModelOpt")
     parser.add_argument("--out", type=Path, default=STORED)
@@ -97,7 +102,8 @@ def main() -> None:
     for name in arguments.only:
         for seed in [0] if name == imagenet.NAME else arguments.seeds:  # which comes with its weights
             case = load_case(name, seed)
-            runs.setdefault(name, {})[str(seed)] = measure(f"{name}, seed {seed}", case, pythons)
+            found = measure(f"{name}, seed {seed}", case, arguments.variants, pythons)
+            runs.setdefault(name, {}).setdefault(str(seed), {}).update(found)
             document["networks"][name] = {
                 "trained_on": case.trained_on, "images": len(case.labels), "machine": machine()
             }  # fmt: skip
@@ -121,8 +127,8 @@ def load_case(name: str, seed: int) -> Case:
     return Case(net, "digits", digits.STAGES[name], pixels[:CALIBRATION], test, labels, digits.logits)
 
 
-def measure(name: str, case: Case, pythons: Mapping[str, str]) -> dict[str, Any]:
-    """Measure every variant and every peer on one trained network."""
+def measure(name: str, case: Case, variants: Collection[str], pythons: Mapping[str, str]) -> dict[str, Any]:
+    """Measure fp32 and the given variants, peers among them, on one trained network."""
     net, stages, labels = case.net, case.stages, case.labels
     calibration, images = case.calibration.numpy(), case.test.numpy()
     loaded = load_source(net, SourceOptions(out_indices=stages))
@@ -145,6 +151,8 @@ def measure(name: str, case: Case, pythons: Mapping[str, str]) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for variant, options in VARIANTS.items():
+            if variant not in (PEERS_START_FROM, *variants):
+                continue
             bundle = work / f"{variant}.bundle"
             result = build_bundle(
                 net,
@@ -166,8 +174,15 @@ def measure(name: str, case: Case, pythons: Mapping[str, str]) -> dict[str, Any]
             judge(variant, maps, shipped=record.precision.value, excluded=len(record.excluded), notes=result.notes)
         np.savez(work / "images.npz", calibration=calibration, test=images)
         for kind in accuracy_peers.KINDS:
+            if kind not in variants:
+                continue
             python = pythons.get(kind.partition(" ")[0], sys.executable)
-            command = [python, accuracy_peers.__file__, kind, str(work / "fp32.bundle" / "graphs" / "fp32.onnx")]
+            command = [
+                python,
+                accuracy_peers.__file__,
+                kind,
+                str(work / f"{PEERS_START_FROM}.bundle" / "graphs" / "fp32.onnx"),
+            ]
             done = subprocess.run(
                 [*command, str(work / "images.npz"), str(work / "maps.npz")], capture_output=True, text=True
             )
