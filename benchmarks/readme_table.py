@@ -132,7 +132,8 @@ def _accuracy_on_digits(results: dict[str, Any]) -> list[str]:
 def _accuracy_on_imagenet(results: dict[str, Any]) -> list[str]:
     """Return the table that counts photographs: they are too few for percents."""
     lines = [
-        "| trained on ImageNet | photographs | right in fp32 | right in int8 | same answer | SQNR of int8 | best other int8 |",
+        "| trained on ImageNet | photographs | right in fp32 | right in int8 | same answer | SQNR of int8 "
+        "| best other int8 |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, variants in _trained_on("ImageNet", results).items():
