@@ -80,8 +80,9 @@ $(VENV)/bin/python:
 	  { echo "edge_backbones needs Python 3.10 or newer; say which: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# Compiling every module of every library would take half of pip's time; Python compiles those that are imported.
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
