@@ -1,4 +1,4 @@
-# make demo   from nothing to feature maps: installs, builds resnet50 in int8 from photographs, runs it, shows it
+# make demo   from nothing to feature maps: installs, builds a trained network in int8, runs it, shows what it sees
 # make check  the lints and the unit tests: what to run before a commit, in less than four minutes on two cores
 # make test   installs and runs every test, those of transformers twice (newest, 4.44); no GPU, no model hub
 # make lint   formatting, lint, types, direction of imports, Dockerfile.jetson
@@ -85,8 +85,9 @@ $(VENV)/bin/python:
 	  { echo "edge_backbones needs Python 3.10 or newer; say which: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# Compiling every module of every library would take half of pip's time; Python compiles those that are imported.
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python

@@ -1,8 +1,9 @@
 """``python -m benchmarks.accuracy``: what each number format costs trained networks, beside what other tools make of them.
 
-Networks, images and seeds are those of `benchmarks.digits`. Every variant is calibrated on the same training images and
-judged on the same test images: top-1 through the network's own head, agreement (the same digit as fp32), and SQNR of each
-feature map over all test images, against eager PyTorch. Results go to benchmarks/results/accuracy.json.
+Networks, images and seeds are those of `benchmarks.digits`, and of `benchmarks.imagenet` for the one that is trained on
+ImageNet. Every variant is calibrated on the same images and judged on the same others: top-1 through the network's own
+head, agreement (the same class as fp32), and SQNR of each feature map over all test images, against eager PyTorch. Results go
+to benchmarks/results/accuracy.json, each network's beside the machine that measured them.
 
 Peers run in processes of their own, by `benchmarks/accuracy_peers.py`; NNCF and ModelOpt ask for releases of their own, so
 their Python can be named: ``--nncf .../bin/python --modelopt .../bin/python``. A peer that is not installed is left out.
@@ -16,15 +17,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import accuracy_peers, digits, readme_table
+from benchmarks import accuracy_peers, digits, imagenet, readme_table
 from benchmarks.common import RESULTS, machine
+from build_scripts import top1
 from edge_backbones import BuildOptions, EdgeBackbone, build_bundle
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
@@ -50,40 +53,92 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+PEERS_START_FROM = "fp32"
+MEASURED = (*VARIANTS, *accuracy_peers.KINDS)
+NETWORKS = (*digits.STAGES, imagenet.NAME)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trained network, with what calibrates and what judges it.
+
+    Args:
+        net: the whole network, in eval mode.
+        trained_on: the data set of its training.
+        stages: the indices of the kept stages.
+        calibration: float32 (count, 3, height, width).
+        test: the same, of other images.
+        labels: the classes of the test images, int64.
+        logits: the network's own head, from the last feature map (NCHW) to (count, classes).
+    """
+
+    net: Any
+    trained_on: str
+    stages: tuple[int, ...]
+    calibration: torch.Tensor
+    test: torch.Tensor
+    labels: torch.Tensor
+    logits: Callable[[Any, np.ndarray], torch.Tensor]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=digits.STAGES, default=list(digits.STAGES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(digits.SEEDS))
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=list(digits.SEEDS), help="of networks trained on digits"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=MEASURED, default=list(MEASURED), help="fp32 is always measured"
+    )
     parser.add_argument("--nncf", default=sys.executable, help="Python that has NNCF")
     parser.add_argument("--modelopt", default=sys.executable, help="Python that has ModelOpt")
     parser.add_argument("--out", type=Path, default=STORED)
     arguments = parser.parse_args()
     pythons = {"nncf": arguments.nncf, "modelopt": arguments.modelopt}
-    results = json.loads(arguments.out.read_text(encoding="utf-8"))["runs"] if arguments.out.exists() else {}
+    document = {"networks": {}, "summary": {}, "runs": {}}
+    if arguments.out.exists():
+        document = json.loads(arguments.out.read_text(encoding="utf-8"))
+    runs = document["runs"]
     for name in arguments.only:
-        for seed in arguments.seeds:
-            results.setdefault(name, {})[str(seed)] = measure(name, seed, pythons)
-            document = {"machine": machine(), "summary": summary(results), "runs": results}
+        for seed in [0] if name == imagenet.NAME else arguments.seeds:  # which comes with its weights
+            case = load_case(name, seed)
+            found = measure(f"{name}, seed {seed}", case, arguments.variants, pythons)
+            runs.setdefault(name, {}).setdefault(str(seed), {}).update(found)
+            document["networks"][name] = {
+                "trained_on": case.trained_on, "images": len(case.labels), "machine": machine()
+            }  # fmt: skip
+            document["summary"] = summary(runs)
             arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    show(summary(results))
+    show(document["summary"])
     if arguments.out == STORED:
         readme_table.update()
     print(f"wrote {arguments.out}")
 
 
-def measure(name: str, seed: int, pythons: Mapping[str, str]) -> dict[str, Any]:
-    """Measure every variant and every peer on one trained network."""
-    net = digits.trained(name, seed)
+def load_case(name: str, seed: int) -> Case:
+    """Return a trained network with its images. ``seed``: of its training, for those trained on digits."""
+    if name == imagenet.NAME:
+        net = imagenet.trained()
+        test, labels = imagenet.test_images(net)
+        pixels = imagenet.calibration(net, CALIBRATION)
+        return Case(net, "ImageNet", imagenet.STAGES, pixels, test, labels, top1.head)
     pixels, _, test, labels = digits.images()
-    calibration, images = pixels[:CALIBRATION].numpy(), test.numpy()
-    loaded = load_source(net, SourceOptions(out_indices=digits.STAGES[name]))
+    net = digits.trained(name, seed)
+    return Case(net, "digits", digits.STAGES[name], pixels[:CALIBRATION], test, labels, digits.logits)
+
+
+def measure(name: str, case: Case, variants: Collection[str], pythons: Mapping[str, str]) -> dict[str, Any]:
+    """Measure fp32 and the given variants, peers among them, on one trained network."""
+    net, stages, labels = case.net, case.stages, case.labels
+    calibration, images = case.calibration.numpy(), case.test.numpy()
+    loaded = load_source(net, SourceOptions(out_indices=stages))
     with torch.no_grad():
-        reference = dict(zip(loaded.spec.outputs, (m.numpy() for m in loaded.module(test)), strict=True))
-        expected = net(test).argmax(1)
+        reference = dict(zip(loaded.spec.outputs, (m.numpy() for m in loaded.module(case.test)), strict=True))
+        expected = net(case.test).argmax(1)
     found: dict[str, Any] = {}
 
     def judge(variant: str, maps: Mapping[str, np.ndarray], **more: Any) -> None:
-        chosen = digits.logits(net, maps[loaded.spec.outputs[-1]]).argmax(1)
+        chosen = case.logits(net, maps[loaded.spec.outputs[-1]]).argmax(1)
         sqnr = {stage: round(sqnr_db(reference[stage], maps[stage]), 2) for stage in reference}
         found[variant] = {
             "top1": round(float((chosen == labels).float().mean()), 4),
@@ -91,11 +146,13 @@ def measure(name: str, seed: int, pythons: Mapping[str, str]) -> dict[str, Any]:
             "sqnr_db": sqnr,
             **more,
         }
-        print(f"{name}, seed {seed}, {variant}: {found[variant]}", flush=True)
+        print(f"{name}, {variant}: {found[variant]}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for variant, options in VARIANTS.items():
+            if variant not in (PEERS_START_FROM, *variants):
+                continue
             bundle = work / f"{variant}.bundle"
             result = build_bundle(
                 net,
@@ -103,9 +160,9 @@ def measure(name: str, seed: int, pythons: Mapping[str, str]) -> dict[str, Any]:
                 images=calibration,
                 options=BuildOptions(
                     **options,
-                    out_indices=digits.STAGES[name],
-                    height=digits.SIZE,
-                    width=digits.SIZE,
+                    out_indices=stages,
+                    height=images.shape[2],
+                    width=images.shape[3],
                     golden=16,
                     torchscript=False,
                 ),
@@ -117,8 +174,15 @@ def measure(name: str, seed: int, pythons: Mapping[str, str]) -> dict[str, Any]:
             judge(variant, maps, shipped=record.precision.value, excluded=len(record.excluded), notes=result.notes)
         np.savez(work / "images.npz", calibration=calibration, test=images)
         for kind in accuracy_peers.KINDS:
+            if kind not in variants:
+                continue
             python = pythons.get(kind.partition(" ")[0], sys.executable)
-            command = [python, accuracy_peers.__file__, kind, str(work / "fp32.bundle" / "graphs" / "fp32.onnx")]
+            command = [
+                python,
+                accuracy_peers.__file__,
+                kind,
+                str(work / f"{PEERS_START_FROM}.bundle" / "graphs" / "fp32.onnx"),
+            ]
             done = subprocess.run(
                 [*command, str(work / "images.npz"), str(work / "maps.npz")], capture_output=True, text=True
             )

@@ -110,21 +110,56 @@ def _compared(model: str, comparison: dict[str, Any], peers: list[str], roofline
 
 
 def _accuracy(results: dict[str, Any]) -> list[str]:
+    return [*_accuracy_on_digits(results), "", *_accuracy_on_imagenet(results)]
+
+
+def _accuracy_on_digits(results: dict[str, Any]) -> list[str]:
     lines = [
         "| trained on digits | seeds | top-1 fp32 | top-1 `auto` | agreement | SQNR of `auto` | best other int8 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, variants in results["summary"].items():
-        peers = {kind: figures for kind, figures in variants.items() if kind.partition(" ")[0] in _PEERS}
-        best = max(peers, key=lambda kind: peers[kind]["mean_sqnr_db"]["mean"])
+    for name, variants in _trained_on("digits", results).items():
         auto = variants["auto"]
         shipped = "/".join(sorted({seed["auto"]["shipped"] for seed in results["runs"][name].values()}))
         lines.append(
             f"| {name} | {len(results['runs'][name])} | {variants['fp32']['top1']['mean']:.4f} | {auto['top1']['mean']:.4f} "
             f"({shipped}) | {auto['agreement']['mean']:.4f} | {auto['mean_sqnr_db']['mean']:.1f} dB | "
-            f"{peers[best]['mean_sqnr_db']['mean']:.1f} dB ({_PEERS[best.partition(' ')[0]]}) |"
+            f"{_best_peer(variants)} |"
         )
     return lines
+
+
+def _accuracy_on_imagenet(results: dict[str, Any]) -> list[str]:
+    """Return the table that counts photographs: they are too few for percents."""
+    lines = [
+        "| trained on ImageNet | photographs | right in fp32 | right in int8 | same answer | SQNR of int8 "
+        "| best other int8 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, variants in _trained_on("ImageNet", results).items():
+        images = results["networks"][name]["images"]
+        int8 = variants["int8 within its gate"]
+        shares = (variants["fp32"]["top1"], int8["top1"], int8["agreement"])
+        counts = [f"{round(share['mean'] * images)}" for share in shares]
+        lines.append(
+            f"| {name} | {images} | {' | '.join(counts)} | {int8['mean_sqnr_db']['mean']:.1f} dB | {_best_peer(variants)} |"
+        )
+    return lines
+
+
+def _trained_on(data: str, results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: variants
+        for name, variants in results["summary"].items()
+        if results["networks"][name]["trained_on"] == data
+    }
+
+
+def _best_peer(variants: dict[str, Any]) -> str:
+    """Return the SQNR of the other tool whose int8 graph has the highest, and the tool's name."""
+    peers = {kind: figures for kind, figures in variants.items() if kind.partition(" ")[0] in _PEERS}
+    best = max(peers, key=lambda kind: peers[kind]["mean_sqnr_db"]["mean"])
+    return f"{peers[best]['mean_sqnr_db']['mean']:.1f} dB ({_PEERS[best.partition(' ')[0]]})"
 
 
 def _int8_graphs(results: dict[str, Any]) -> list[str]:

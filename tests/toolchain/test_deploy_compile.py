@@ -548,7 +548,7 @@ def test_the_command_for_an_engine_that_the_bundle_lacks_compiles_its_graph(bund
     Bundle.open(bundle).remove_engine(lacking.name)
     with pytest.raises(EngineMismatchError) as caught:
         EdgeBackbone.from_pretrained(bundle, engine="fp16")
-    command = f"compile {bundle} --precision fp16 --device cpu"
+    command = f"compile {bundle} --precision fp16"
     assert f"Run: edge-backbones {command}" in str(caught.value)
     assert cli._run(shlex.split(command)) == 0
     EdgeBackbone.from_pretrained(bundle, engine="fp16").close()
