@@ -107,7 +107,7 @@ def _render(
         weights=_weights(manifest),
         screen=screen,
         headline="" if screen.engine is None else summary.label(screen.engine),
-        install=_install(screen.engine),
+        extra=_extra(screen.engine),
         snippet=usage.snippet(manifest, name, screen.engine),
         sized=[*(e.file for e in manifest.engines), *(g.file for g in manifest.graphs)],
         stages=_stages(manifest, references),
@@ -133,10 +133,10 @@ def _render(
     )
 
 
-def _install(engine: EngineRecord | None) -> str:
-    """Return the command that installs what an engine needs; empty without an engine, or for an unknown library."""
+def _extra(engine: EngineRecord | None) -> str:
+    """Return the extra of this package that an engine needs; empty without an engine, or for an unknown library."""
     flavour = None if engine is None else registry.find(engine.key.flavour)
-    return "" if flavour is None else f"pip install 'edge-backbones[{flavour.extra}]'"
+    return "" if flavour is None else flavour.extra
 
 
 def _visible(value: Any) -> Any:
