@@ -11,7 +11,7 @@ from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, encode, read, regressions
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
-from edge_backbones.cli.options import Form, takes
+from edge_backbones.cli.options import Form, takes, usage
 from edge_backbones.cli.shared import (
     AllowHostCode,
     BundleArgument,
@@ -32,6 +32,7 @@ from edge_backbones.cli.shared import (
         read=lambda entries: dict(entry.partition("=")[::2] for entry in entries),
         metavar="NAME=PYTHON",
     ),
+    seconds=Form(metavar="SECONDS"),
 )
 def bench(
     bundle: BundleArgument,
@@ -43,17 +44,24 @@ def bench(
     images: Annotated[
         Path | None,
         typer.Option(
+            "--images",
+            "-i",
+            metavar="FOLDER",
             help="A folder of photographs for nncf to calibrate with. By default the golden samples of the bundle.",
             show_default=False,
             rich_help_panel="Peers",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the results to this JSON file too.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Write the results to this JSON file too.", show_default=False
+        ),
     ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
             help="Compare with earlier results, a file of --out: the exit code is 4 if the engine has become slower.",
             show_default=False,
         ),
@@ -70,13 +78,11 @@ def bench(
         given.setdefault("vs", ("torch", "onnxruntime"))  # OpenVINO runs on the CPU alone
     if threads is not None:
         given["threads"] = threads
-    options = CompareOptions(
-        **given,
-        engine=engine,
-        device=device,
-        images=None if images is None else read_images(images, Bundle.open(bundle)),
-        allow_host_code=allow_host_code,
-    )
+    calibrating = None if images is None else read_images(images, Bundle.open(bundle))
+    with usage():
+        options = CompareOptions(
+            **given, engine=engine, device=device, images=calibrating, allow_host_code=allow_host_code
+        )
     with console.Steps(as_json) as progress:
         result = compare(bundle, options, progress=progress)
     if out is not None:
@@ -109,7 +115,7 @@ def _print_comparison(result: Comparison) -> None:
     shown = [m for m in result.measurements if not m.missing]
     speed = console.Table("", title=title)
     for column in ("ms", "times ours", "p90 ms", "p99 ms", "jitter"):
-        speed.add_column(column, justify="right", no_wrap=True)
+        speed.add_column(column, justify="right")
     for m in shown:
         ratio = ratios.get(m.name)
         told = "1" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
@@ -118,7 +124,7 @@ def _print_comparison(result: Comparison) -> None:
     measured = [(head, field) for head, field in _COSTS if any(getattr(m, field) is not None for m in shown)]
     cost = console.Table("")
     for head, _ in measured:
-        cost.add_column(head, justify="right", no_wrap=True)
+        cost.add_column(head, justify="right")
     for m in shown:
         cost.add_row(m.name, *(_figure(getattr(m, field)) for _, field in measured))
     console.out.print(speed)

@@ -12,8 +12,8 @@ import typer
 
 from edge_backbones import doctor
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.cli import console
-from edge_backbones.cli.options import Form, takes
+from edge_backbones.cli import completion, console
+from edge_backbones.cli.options import Form, takes, usage
 from edge_backbones.cli.shared import AllowHostCode, BundleArgument, GpuOption, InProcess, JsonFlag, shape_range
 from edge_backbones.deploy import compile as deploy
 from edge_backbones.engines import registry
@@ -60,22 +60,31 @@ def _known_flavour(name: str | None) -> str | None:
         metavar="BATCHxHEIGHTxWIDTH",
         help="Each part is a number or MIN:OPT:MAX, as in 1x224x224 or 1:4:8x224x224.",
     ),
-    targets=Form(flag="target"),
+    targets=Form(flag="target", metavar="ARCHITECTURE"),
     workspace=Form(read=lambda mib: mib << 20, metavar="MIB"),
-    timing_cache=Form(type=Path | None, read=_timing_cache),
+    timing_cache=Form(type=Path | None, read=_timing_cache, metavar="FILE"),
 )
 def compile_(
     bundle: BundleArgument,
     *,
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="Compile only the graph of this precision. Repeat for several.", show_default=False),
+        typer.Option(
+            "--precision",
+            "-p",
+            metavar="NAME",
+            help=f"Compile only the graph of this precision: {', '.join(Precision)}. Repeat for several.",
+            show_default=False,
+        ),
     ] = None,
     flavour: Annotated[
         str | None,
         typer.Option(
+            "--flavour",
+            "-f",
             callback=_known_flavour,
             metavar="FLAVOUR",
+            autocompletion=completion.flavours,
             help="The engine library. openvino, onnxruntime: for this CPU. tensorrt: for this GPU. tensorrt_rtx: for the "
             "GPUs of --target, which need not be here. torchscript, torch_tensorrt: programs for torch. By default the one "
             "that serves this machine's GPU, else its CPU.",
@@ -85,6 +94,8 @@ def compile_(
     profile: Annotated[
         str | None,
         typer.Option(
+            metavar="DEVICE",
+            autocompletion=completion.device_profiles,
             help="The device to compile for: a name that `edge-backbones profiles` lists, or a .toml file. What it cannot "
             "run is left out, and its workspace is the default. For the GPU of this machine it is found by itself.",
             show_default=False,
@@ -105,7 +116,8 @@ def compile_(
 
     Example: **edge-backbones compile resnet50.bundle --precision int8**
     """
-    plan = PlanOptions(**given)
+    with usage():
+        plan = PlanOptions(**given)
     chosen, plan, profile = _for_device(flavour, plan, profile, gpu)
     steps = console.Steps(as_json, aloud="leaving ")  # at once, because an error may follow
     with _memory_explained(), steps as progress:

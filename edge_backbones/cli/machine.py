@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.cli import console
+from edge_backbones.cli import completion, console
 from edge_backbones.cli.shared import JsonFlag
 from edge_backbones.doctor import judge, judge_engines, look
 from edge_backbones.errors import visible
@@ -23,7 +23,10 @@ def profiles(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="The name of one device, or a .toml file of your own. By default all are listed.", show_default=False
+            metavar="[DEVICE]",
+            autocompletion=completion.device_profiles,
+            help="The name of one device, or a .toml file of your own. By default all are listed.",
+            show_default=False,
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -58,7 +61,9 @@ def doctor(
     bundle: Annotated[
         Path | None,
         typer.Argument(
-            help="A bundle: say too which of its engines run here. The exit code is 1 if none does.", show_default=False
+            metavar="[BUNDLE]",
+            help="A bundle: say too which of its engines run here. The exit code is 1 if none does.",
+            show_default=False,
         ),
     ] = None,
     as_json: JsonFlag = False,

@@ -18,13 +18,20 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The HTML file to write. By default BUNDLE.report.html, beside the bundle.", show_default=False
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The HTML file to write. By default BUNDLE.report.html, beside the bundle.",
+            show_default=False,
         ),
     ] = None,
     bench_results: Annotated[
         list[Path] | None,
         typer.Option(
-            "--bench", help="A file that `bench --out` wrote, to show. Repeat for several.", show_default=False
+            "--bench",
+            metavar="FILE",
+            help="A file that `bench --out` wrote, to show. Repeat for several.",
+            show_default=False,
         ),
     ] = None,
     engine: EngineOption = None,

@@ -7,23 +7,46 @@ from typing import Annotated
 
 import typer
 
+from edge_backbones.cli import completion
+from edge_backbones.cli.options import completing
 from edge_backbones.spec import ShapeRange
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout and nothing else.")]
-BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", show_default=False)]
+OUTPUT_PANEL = "Output"
+JsonFlag = Annotated[
+    bool,
+    typer.Option(
+        "--json", "-j", help="Write one JSON document to stdout and nothing else.", rich_help_panel=OUTPUT_PANEL
+    ),
+]
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", metavar="BUNDLE", show_default=False)]
 EngineOption = Annotated[
     str | None,
     typer.Option(
+        "--engine",
+        "-e",
+        metavar="NAME",
+        autocompletion=completion.engines,
         help="Which engine to use: a precision (int8), a flavour (openvino) or the name of one engine. By default the best "
         "one that runs here.",
         show_default=False,
     ),
 ]
-GpuOption = Annotated[int, typer.Option(min=0, help="The index of the GPU, for engines that need one.")]
-DeviceOption = Annotated[str, typer.Option(help="The device to run on: cpu, cuda or cuda:1.")]
+GpuOption = Annotated[int, typer.Option(min=0, metavar="N", help="The index of the GPU, for engines that need one.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        "-d",
+        metavar="DEVICE",
+        autocompletion=completing("cpu", "cuda"),
+        help="The device to run on: cpu, cuda or cuda:1.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="How many CPU threads to use. All by default.", show_default=False),
+    typer.Option(
+        "--threads", "-t", metavar="N", min=1, help="How many CPU threads to use. All by default.", show_default=False
+    ),
 ]
 AllowHostCode = Annotated[
     bool,
@@ -46,6 +69,7 @@ SIGSTORE_PANEL = "Sigstore"
 SigstoreConfig = Annotated[
     Path | None,
     typer.Option(
+        metavar="FILE",
         help="The client trust configuration (JSON) of a Sigstore of your own, instead of the public one.",
         show_default=False,
         rich_help_panel=SIGSTORE_PANEL,

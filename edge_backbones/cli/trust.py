@@ -18,19 +18,27 @@ def sign(
     key: Annotated[
         Path | None,
         typer.Option(
-            help="The private key to sign with: a PEM file, ECDSA on P-256, P-384 or P-521.", show_default=False
+            "--key",
+            "-k",
+            metavar="FILE",
+            help="The private key to sign with: a PEM file, ECDSA on P-256, P-384 or P-521.",
+            show_default=False,
         ),
     ] = None,
     passphrase_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file whose first line is the key's passphrase. Without it a terminal is asked.", show_default=False
+            metavar="FILE",
+            help="A file whose first line is the key's passphrase. Without it a terminal is asked.",
+            show_default=False,
         ),
     ] = None,
     certificate: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The certificate of the key. Repeat for the certificates between it and the root.", show_default=False
+            metavar="FILE",
+            help="The certificate of the key. Repeat for the certificates between it and the root.",
+            show_default=False,
         ),
     ] = None,
     sigstore: Annotated[

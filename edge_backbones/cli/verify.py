@@ -34,6 +34,9 @@ def verify(
     key: Annotated[
         list[Path] | None,
         typer.Option(
+            "--key",
+            "-k",
+            metavar="FILE",
             help="Refuse a bundle that is not signed by this public key (PEM) or under this certificate. Repeat for several, "
             "or give a folder of them: one is enough.",
             show_default=False,
@@ -42,6 +45,7 @@ def verify(
     sigstore_identity: Annotated[
         str | None,
         typer.Option(
+            metavar="WHO",
             help="Refuse a bundle that this e-mail address or workflow did not sign. Needs --sigstore-issuer.",
             show_default=False,
             rich_help_panel=SIGSTORE_PANEL,
@@ -50,6 +54,7 @@ def verify(
     sigstore_issuer: Annotated[
         str | None,
         typer.Option(
+            metavar="URL",
             help="Who vouches for that identity, such as https://accounts.google.com.",
             show_default=False,
             rich_help_panel=SIGSTORE_PANEL,
@@ -63,7 +68,7 @@ def verify(
         ),
     ] = False,
     picture: Annotated[
-        Path, typer.Option(help="Where --explain writes its picture.", rich_help_panel=_EXPLANATION)
+        Path, typer.Option(metavar="FILE", help="Where --explain writes its picture.", rich_help_panel=_EXPLANATION)
     ] = Path("explanation.png"),
     allow_host_code: AllowHostCode = False,
     in_process: InProcess = False,
