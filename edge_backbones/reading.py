@@ -84,6 +84,23 @@ def refusing(refusal: Callable[[str], EdgeBackbonesError]) -> Iterator[None]:
         raise refusal(in_short(error)) from error
 
 
+_PLAIN = {
+    errno.ENOENT: "it does not exist",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EEXIST: "a file has this name already",
+    errno.EACCES: "its permissions do not allow it",
+    errno.EPERM: "its permissions do not allow it",
+    errno.EROFS: "its disk is read-only",
+    errno.ENOSPC: "its disk is full",
+}
+
+
+def why_not(error: OSError) -> str:
+    """Return in plain words why the system refused a path, without the path."""
+    return _PLAIN.get(error.errno or 0, "") or error.strerror or str(error)
+
+
 def in_short(error: BaseException) -> str:
     """Return the whole text of an error in one line of at most 240 characters, cut in the middle.
 

@@ -19,6 +19,7 @@ from edge_backbones.cli.shared import (
     EngineOption,
     JsonFlag,
     ThreadsOption,
+    check_output,
     names,
 )
 
@@ -73,6 +74,8 @@ def bench(
 
     Example: **edge-backbones bench resnet50.bundle --vs torch,onnxruntime,nncf --out today.json**
     """
+    if out is not None:
+        check_output(out, "--out")
     before = None if against is None else read(against)
     if device != "cpu":
         given.setdefault("vs", ("torch", "onnxruntime"))  # OpenVINO runs on the CPU alone
@@ -86,7 +89,6 @@ def bench(
     with console.Steps(as_json) as progress:
         result = compare(bundle, options, progress=progress)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(encode(result))
     lost = [] if before is None else regressions(result, before)
     if as_json:

@@ -18,10 +18,11 @@ from edge_backbones.cli.shared import AllowHostCode, BundleArgument, GpuOption, 
 from edge_backbones.deploy import compile as deploy
 from edge_backbones.engines import registry
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
-from edge_backbones.errors import CompileError, InputError
+from edge_backbones.errors import CompileError, EdgeBackbonesError, InputError
 from edge_backbones.machine import gpus
 from edge_backbones.machine.child import LESS_MEMORY
 from edge_backbones.machine.system import default_cache
+from edge_backbones.parity_report import ParityError
 from edge_backbones.spec import Precision
 
 
@@ -118,9 +119,10 @@ def compile_(
     """
     with usage():
         plan = PlanOptions(**given)
+    Bundle.open(bundle)  # what is no bundle is refused before the machine is looked at
     chosen, plan, profile = _for_device(flavour, plan, profile, gpu)
     steps = console.Steps(as_json, aloud="leaving ")  # at once, because an error may follow
-    with _memory_explained(), steps as progress:
+    with _told_once(steps, as_json), _memory_explained(), steps as progress:
         result = deploy.compile_bundle(
             bundle,
             precisions=tuple(precision) if precision else None,
@@ -149,6 +151,18 @@ def compile_(
         later = "" if engine.parity.measured else f", to be measured on the device: edge-backbones verify {bundle}"
         speed = "" if engine.milliseconds is None else f", {engine.milliseconds:.2f} ms"
         console.out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{speed}{later})")
+
+
+@contextlib.contextmanager
+def _told_once(steps: console.Steps, as_json: bool) -> Iterator[None]:
+    """End with the exit code of an error whose message was printed already, when its graph was left out."""
+    try:
+        yield
+    except EdgeBackbonesError as error:
+        if as_json or not any(said.endswith(str(error)) for said in steps.said):
+            raise
+        console.print_error("edge-backbones: nothing was added: every graph was left out")
+        raise typer.Exit(console.EXIT_PARITY if isinstance(error, ParityError) else 1) from None
 
 
 def _for_device(
@@ -200,11 +214,27 @@ def _refuse_cpu_for_want_of_tensorrt() -> None:
 def remove(
     bundle: BundleArgument,
     engines: Annotated[
-        list[str], typer.Argument(help="Names of engines, as `inspect` shows them.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="ENGINE...",
+            autocompletion=completion.engine_names,
+            help="Names of engines, as `edge-backbones inspect` shows them.",
+            show_default=False,
+        ),
     ],
+    as_json: JsonFlag = False,
 ) -> None:
-    """Remove engines from a bundle. Programs that have opened them keep them."""
+    """Remove engines from a bundle. Programs that have opened them keep them.
+
+    Example: **edge-backbones remove resnet50.bundle openvino-2026.0.0-x86_64-avx512_vnni-int8**
+    """
     opened = Bundle.open(bundle)
     for engine in engines:
         opened = opened.remove_engine(engine)
-        console.out.print(f"removed {engine}; left: {', '.join(e.name for e in opened.manifest.engines) or 'none'}")
+    left = [engine.name for engine in opened.manifest.engines]
+    if as_json:
+        console.print_json({"bundle": str(bundle), "removed": engines, "left": left})
+        return
+    for engine in engines:
+        console.out.print(f"removed {engine}")
+    console.out.print(f"left: {', '.join(left) or 'none'}")

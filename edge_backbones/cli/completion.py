@@ -13,7 +13,8 @@ from edge_backbones.toolchain.sources import names
 
 def _bundle(ctx: typer.Context) -> Bundle | None:
     """Return the bundle that was typed already; None if none was, or what was typed is none."""
-    path = ctx.params.get("bundle")
+    # Click reads no arguments where the value of the last option is missing, which is the case here: it leaves them over.
+    path = ctx.params.get("bundle") or next(iter(ctx.args), None)
     try:
         return None if path is None else Bundle.open(path)
     except (EdgeBackbonesError, OSError):

@@ -156,19 +156,19 @@ def print_error(message: str) -> None:
 
 
 class Steps:
-    """Progress of one library call, on stderr: on a terminal a bar per step, with its elapsed time; elsewhere a line per step.
+    """Progress of one library call, on stderr: a bar per step with its time on a terminal, a line per step elsewhere.
 
     As a context manager it gives the `progress` function to call. Steps whose name begins with ``aloud`` are sentences: they
-    are printed at once, on a terminal too. ``said`` holds what was printed as a line. ``silent``: print sentences only.
+    are printed at once, on a terminal too. ``said`` holds what was printed as a line. ``quiet``: print sentences only.
 
     Some libraries catch every exception, KeyboardInterrupt too. Ctrl-C is therefore remembered, and the next step raises
     KeyboardInterrupt again.
     """
 
-    def __init__(self, silent: bool, aloud: str | None = None) -> None:
+    def __init__(self, quiet: bool, aloud: str | None = None) -> None:
         self.said: list[str] = []
         self._aloud = aloud
-        silent = silent or loudness.quiet
+        silent = quiet or loudness.quiet
         on_terminal = sys.stderr.isatty() and not err.is_dumb_terminal
         self._lines = not silent and not on_terminal
         self._bars = Progress(

@@ -12,7 +12,10 @@ from edge_backbones.engines import registry, select
 
 
 def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
-    """Show what is in a bundle, and which of its engines run on this machine. Only the manifest is read."""
+    """Show what is in a bundle, and which of its engines run on this machine. Only the manifest is read.
+
+    Example: **edge-backbones inspect resnet50.bundle**
+    """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     on_gpu = any(engine.key.gpu is not None for engine in manifest.engines)

@@ -31,7 +31,10 @@ def profiles(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the devices that engines are compiled for: what they have, which library serves them, which precisions pay."""
+    """List the devices that engines are compiled for: what they have, which library serves them, which precisions pay.
+
+    Example: **edge-backbones profiles jetson-orin-nano**
+    """
     found = list_profiles() if name is None else (load_profile(name),)
     if as_json:
         console.print_json(found)
@@ -68,7 +71,10 @@ def doctor(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say what this machine can build and run, and what to do about the rest."""
+    """Say what this machine can build and run, and what to do about the rest.
+
+    Example: **edge-backbones doctor resnet50.bundle**
+    """
     opened = None if bundle is None else Bundle.open(bundle)
     machine = look()
     engines = [] if opened is None else judge_engines(machine, opened)
@@ -77,7 +83,7 @@ def doctor(
         console.print_json(findings)
     else:
         for finding in findings:  # lines, not a table: a command that is to be copied must not be cut
-            mark = ("ok", "green") if finding.ok else ("--", "yellow")
+            mark = ("!!", "yellow") if not finding.ok else ("--", "dim") if finding.absent else ("ok", "green")
             topic, found, fix = map(visible, (finding.topic, finding.found, finding.fix))
             console.out.print(Text.assemble(mark, "  ", (topic, "bold"), ": ", found), soft_wrap=True)
             if fix:

@@ -70,7 +70,7 @@ COMMANDS = {
 _STYLE: dict[str, Any] = {
     "rich_markup_mode": "rich",
     "pretty_exceptions_enable": False,
-    "context_settings": {"help_option_names": ["-h", "--help"]},
+    "context_settings": {"help_option_names": ["--help", "-h"]},
 }
 # click's UsageError, which newer releases of typer carry inside and older ones import
 _UsageError: Any = typer.BadParameter.__base__
@@ -151,7 +151,8 @@ def _loaded(name: str) -> Any:
     settings = _STYLE["context_settings"]
     alone.command(name, cls=Command, help=marked(run.__doc__ or ""), context_settings=settings)(run)
     command = get_command(alone)
-    for parameter in command.params:
+    parameters: list[Any] = command.params
+    for parameter in parameters:
         parameter.help = marked(parameter.help or "")
     return command
 
@@ -231,6 +232,7 @@ def _run(arguments: list[str]) -> int:
         missing = isinstance(error, ModuleNotFoundError)
         return _refuse(arguments, error if missing else why_no_import(error), 1)
     except _UsageError as error:
+        error.message = error.message.replace("Value error, ", "")  # of pydantic, which newer releases of typer use
         error.show()
         return int(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):

@@ -24,9 +24,9 @@ T = TypeVar("T")
 class Form:
     """How a field is typed on the command line, where that differs from its name and type in the dataclass.
 
-    ``flag``: the flag without dashes in front. ``short``: its letter. ``complete``: what the Tab key offers. ``type``: what typer parses. ``read`` makes the field's value of that; a
-    ValueError of it is a usage error. ``metavar``: what stands for the value in the help. ``help``: sentences about how the
-    value is typed, after those of the `Option`.
+    ``flag``: the flag without dashes in front. ``short``: its letter. ``complete``: what the Tab key offers. ``type``: what
+    typer parses. ``read`` makes the field's value of that; a ValueError of it is a usage error. ``metavar``: what stands for
+    the value in the help. ``help``: sentences about how the value is typed, after those of the `Option`.
     """
 
     flag: str | None = None

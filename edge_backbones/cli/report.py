@@ -9,7 +9,7 @@ import typer
 
 from edge_backbones.bench.results import read
 from edge_backbones.cli import console
-from edge_backbones.cli.shared import BundleArgument, EngineOption
+from edge_backbones.cli.shared import BundleArgument, EngineOption, JsonFlag, check_output
 from edge_backbones.report.page import write_report
 
 
@@ -35,7 +35,17 @@ def report(
         ),
     ] = None,
     engine: EngineOption = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Write one HTML page about a bundle: its feature maps beside fp32, parity, what runs in int8, speed and origin."""
+    """Write one HTML page about a bundle: its feature maps beside fp32, parity, what runs in int8, speed and origin.
+
+    Example: **edge-backbones report resnet50.bundle --bench today.json**
+    """
+    if out is not None:
+        check_output(out, "--out")
     comparisons = [read(file) for file in bench_results or ()]
-    console.out.print(f"wrote {write_report(bundle, out, comparisons=comparisons, engine=engine)}")
+    written = write_report(bundle, out, comparisons=comparisons, engine=engine)
+    if as_json:
+        console.print_json({"bundle": str(bundle), "report": str(written)})
+        return
+    console.out.print(f"wrote {written}")

@@ -21,6 +21,7 @@ from edge_backbones.cli.shared import (
     EngineOption,
     JsonFlag,
     ThreadsOption,
+    check_output,
 )
 from edge_backbones.errors import InputError
 from edge_backbones.images.decode import decode, grouped, list_images, open_image, shown, why_no_images
@@ -58,6 +59,7 @@ def run(
     is_folder = source.is_dir()
     files = _image_files(source)
     targets = _feature_files(files, source if is_folder else source.parent, out)
+    check_output(out, "--out", folder=True)
     image_config = Bundle.open(bundle).manifest.image
     written: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}

@@ -11,6 +11,7 @@ from edge_backbones.bundle.writer import check_target
 from edge_backbones.errors import BundleError, CalibrationError, CompileError, SourceError
 from edge_backbones.images.decode import list_images, why_no_images
 from edge_backbones.machine import gpus
+from edge_backbones.reading import why_not
 from edge_backbones.toolchain.options import BuildOptions
 from edge_backbones.toolchain.sources import names
 
@@ -69,5 +70,5 @@ def _check_folder(target: Path) -> None:
         Path(tempfile.mkdtemp(prefix=".edge-backbones-", dir=folder)).rmdir()
     except OSError as error:
         raise BundleError(
-            f"{target} cannot be written: {folder} takes no new folder ({error.strerror or error}): choose another place"
+            f"{target} cannot be written: {folder} takes no new folder ({why_not(error)}): choose another place"
         ) from error

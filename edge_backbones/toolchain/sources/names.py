@@ -29,6 +29,9 @@ def refuse(source: str) -> None:
     refuse_file(source)
     if importlib.metadata.entry_points(group=ENTRY_POINTS):
         return  # loaders of other packages may take any text
+    if is_path(source):
+        refuse_path(source)
+        return
     name = source.removeprefix("timm/").partition(".")[0]
     if "/" in source.removeprefix("timm/") or not is_unknown(name):
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +30,13 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def refused(done: subprocess.CompletedProcess, code: int = 1) -> str:
-    """The one line on stderr of a refusal."""
+    """The one line on stderr of a refusal, which is the last: lines before it are steps that were begun."""
     assert done.returncode == code, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+    *steps, line = done.stderr.strip().splitlines()
+    assert line.startswith("edge-backbones: ")
+    assert not [step for step in steps if step.startswith("edge-backbones: ") or len(step) > 60], done.stderr
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +211,8 @@ def test_run_skips_the_broken_files_of_a_folder_with_the_reason(bundle, photo, t
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.npz", "z.npz"]
-    head, *reasons = done.stderr.splitlines()
+    step, head, *reasons = done.stderr.splitlines()
+    assert step == "running"
     assert head == "3 files were skipped:"
     assert reasons[0].startswith(f"  {folder}/thermal 1.png has pixels of more than 8 bits")
     assert reasons[0].endswith("(and 1 more)")
@@ -259,8 +262,27 @@ def test_doctor_names_every_extra_that_is_missing():
         assert f"pip install 'edge-backbones[{extra}]'" in fixes
 
 
-def test_a_terminal_sees_steps_and_a_pipe_does_not(bundle):
-    assert run("verify", bundle.path).stderr == ""
+def test_a_pipe_sees_one_plain_line_per_step(bundle):
+    assert run("verify", bundle.path).stderr.splitlines() == ["checking files", "verifying fp32"]
+    assert run("verify", bundle.path, "--json").stderr == ""
+
+
+def test_quiet_and_verbose_work_before_and_behind_the_name_of_a_command(bundle):
+    for arguments in (["-q", "verify", bundle.path], ["verify", bundle.path, "--quiet"]):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for arguments in (
+        ["-v", "verify", bundle.path],
+        ["verify", "-v", bundle.path],
+        ["-v", "verify", "-v", bundle.path],
+    ):
+        lines = run(*arguments).stderr.splitlines()
+        assert lines[0].startswith("versions: Python 3.")
+        assert f"numpy {np.__version__}" in lines[0]
+        assert sum(line.startswith("versions: ") for line in lines) == 1
+        assert any(re.fullmatch(r"verifying fp32: \d+\.\d s", line) for line in lines), lines
+    assert "is not a bundle" in refused(run("-q", "verify", bundle.path / "nothing"))
+    assert "exclude each other" in run("-q", "verify", bundle.path, "-v").stderr
 
 
 def test_doctor_shows_the_whole_install_command():
