@@ -11,7 +11,9 @@ import errno
 import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from edge_backbones.errors import EdgeBackbonesError
@@ -99,6 +101,19 @@ _PLAIN = {
 def why_not(error: OSError) -> str:
     """Return in plain words why the system refused a path, without the path."""
     return _PLAIN.get(error.errno or 0, "") or error.strerror or str(error)
+
+
+def why_not_made(path: str | os.PathLike[str]) -> str:
+    """Return why nothing can be made at a path, whose folders need not exist yet; "" if it can.
+
+    A folder is made and removed in the nearest folder that exists, because permissions alone do not tell.
+    """
+    place = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+    try:
+        Path(tempfile.mkdtemp(prefix=".edge-backbones-", dir=place)).rmdir()
+    except OSError as error:
+        return f"nothing can be made in {place}, {why_not(error)}"
+    return ""
 
 
 def in_short(error: BaseException) -> str:

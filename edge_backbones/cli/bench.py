@@ -89,6 +89,7 @@ def bench(
     with console.Steps(as_json) as progress:
         result = compare(bundle, options, progress=progress)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(encode(result))
     lost = [] if before is None else regressions(result, before)
     if as_json:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from edge_backbones.bench.results import read
+from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
 from edge_backbones.cli.shared import BundleArgument, EngineOption, JsonFlag, check_output
 from edge_backbones.report.page import write_report
@@ -43,6 +44,8 @@ def report(
     """
     if out is not None:
         check_output(out, "--out")
+        Bundle.open(bundle)
+        out.parent.mkdir(parents=True, exist_ok=True)
     comparisons = [read(file) for file in bench_results or ()]
     written = write_report(bundle, out, comparisons=comparisons, engine=engine)
     if as_json:

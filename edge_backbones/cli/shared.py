@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from edge_backbones.cli import completion
 from edge_backbones.cli.options import completing
 from edge_backbones.errors import InputError
-from edge_backbones.reading import why_not
+from edge_backbones.reading import why_not_made
 from edge_backbones.spec import ShapeRange
 
 OUTPUT_PANEL = "Output"
@@ -81,20 +80,12 @@ SigstoreConfig = Annotated[
 
 
 def check_output(path: Path, option: str, *, folder: bool = False) -> None:
-    """Raise InputError if a file (or a folder) cannot be written to ``path``, before minutes are spent on its content.
-
-    The folder that it goes to is made.
-    """
+    """Raise InputError if a file (or a folder) cannot be written to ``path``, before minutes are spent on its content."""
     if path.exists() and path.is_dir() != folder:
         kind, other = ("folder", "file") if folder else ("file", "folder")
         raise InputError(f"{path} is a {other}: {option} takes a {kind}")
-    place = path if folder else path.parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({why_not(error)}): choose another place with {option}") from error
+    if why := why_not_made(path / "file" if folder else path):
+        raise InputError(f"{path} cannot be written ({why}): choose another place with {option}")
 
 
 def integers(text: str) -> tuple[int, ...]:

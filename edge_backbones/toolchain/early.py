@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from edge_backbones.bundle.writer import check_target
 from edge_backbones.errors import BundleError, CalibrationError, CompileError, SourceError
 from edge_backbones.images.decode import list_images, why_no_images
 from edge_backbones.machine import gpus
-from edge_backbones.reading import why_not
+from edge_backbones.reading import why_not_made
 from edge_backbones.toolchain.options import BuildOptions
 from edge_backbones.toolchain.sources import names
 
@@ -30,7 +29,8 @@ def check_build(source: Any, target: str | Path, images: Any, options: BuildOpti
         names.refuse(str(source))
     check_weights(options.weights)
     check_target(target, overwrite=overwrite)
-    _check_folder(Path(target))
+    if why := why_not_made(target):
+        raise BundleError(f"{target} cannot be written: {why}: choose another place")
     if isinstance(images, (str, os.PathLike)):
         check_images(Path(images))
     if options.calibration is not None and not Path(options.calibration).exists():
@@ -61,14 +61,3 @@ def check_images(path: Path) -> None:
         raise CalibrationError(f"{path} does not exist: it is neither a folder of images nor an .npz file")
     elif path.suffix != ".npz":
         raise CalibrationError(f"{path} is not an .npz file: pass a folder of images or an .npz with one array")
-
-
-def _check_folder(target: Path) -> None:
-    """Raise BundleError if no folder can be made beside a target, by making one: permissions alone do not tell."""
-    folder = next(parent for parent in Path(os.path.abspath(target)).parents if os.path.lexists(parent))
-    try:
-        Path(tempfile.mkdtemp(prefix=".edge-backbones-", dir=folder)).rmdir()
-    except OSError as error:
-        raise BundleError(
-            f"{target} cannot be written: {folder} takes no new folder ({why_not(error)}): choose another place"
-        ) from error

@@ -81,7 +81,8 @@ def test_names_that_ascii_cannot_show_are_escaped(tmp_path):
             assert b"Error" not in done.stderr
             assert b"?" not in done.stdout
             done.stdout.decode("ascii")
-        assert b"p\\xf6ol.bundle" in output("inspect", bundle, **environment).stdout
+        named = output("inspect", bundle, **environment).stdout.splitlines()[0]
+        assert b"p\\xf6ol.bundle" in named or b"p\\udcc3\\udcb6ol.bundle" in named
 
 
 def test_nothing_is_lost_in_a_pipe_of_a_narrow_shell(bundle):
