@@ -44,6 +44,16 @@ _KINDS = (
 )
 
 
+def check_signer(*, key: object, sigstore: bool, of_a_key: bool) -> None:
+    """Raise InputError unless there is a key or Sigstore, not both. ``of_a_key``: certificates or a passphrase are given."""
+    if sigstore == (key is not None):
+        raise InputError(
+            "a bundle is signed with a key (--key private.pem) or through Sigstore (--sigstore): choose one"
+        )
+    if key is None and of_a_key:
+        raise InputError("certificates and a passphrase belong to a key: pass --key private.pem too")
+
+
 def sign_bundle(
     path: str | os.PathLike[str],
     *,
@@ -62,12 +72,7 @@ def sign_bundle(
 
     Raises BundleError for a bundle that is damaged, TrustError for a key that cannot sign, MissingDependencyError.
     """
-    if sigstore == (key is not None):
-        raise InputError(
-            "a bundle is signed with a key (--key private.pem) or through Sigstore (--sigstore): choose one"
-        )
-    if key is None and (passphrase is not None or certificates):
-        raise InputError("certificates and a passphrase belong to a key: pass --key private.pem too")
+    check_signer(key=key, sigstore=sigstore, of_a_key=passphrase is not None or bool(certificates))
     bundle = Bundle.open(path)
     bundle.check_files()
     manifest = read_file(bundle.path / MANIFEST, limit=MAX_MANIFEST_BYTES, follow=False)

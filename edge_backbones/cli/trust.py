@@ -10,6 +10,7 @@ import typer
 
 from edge_backbones.bundle import signing
 from edge_backbones.cli import console
+from edge_backbones.cli.options import usage
 from edge_backbones.cli.shared import SIGSTORE_PANEL, BundleArgument, JsonFlag, SigstoreConfig
 
 
@@ -60,6 +61,8 @@ def sign(
     Make the keys with **openssl ecparam -name prime256v1 -genkey -noout -out private.pem** and **openssl ec -in private.pem
     -pubout -out public.pem**.
     """
+    with usage():
+        signing.check_signer(key=key, sigstore=sigstore, of_a_key=bool(passphrase_file or certificate))
     passphrase = None
     if passphrase_file is not None:
         passphrase = signing.read_passphrase(passphrase_file)

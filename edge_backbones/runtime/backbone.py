@@ -26,7 +26,6 @@ from edge_backbones.runtime.inputs import host_array, refuse_not_finite
 from edge_backbones.runtime.opening import Origin, open_engine, parse_device, reopen
 from edge_backbones.spec import BackboneSpec, InputSpec
 
-
 _Map = TypeVar("_Map")
 
 
@@ -34,9 +33,9 @@ class BackboneOutput(dict[str, tuple[Any, ...]], Generic[_Map]):
     """Hold the output of a call, like ``transformers.modeling_outputs.BackboneOutput`` without torch.
 
     ``feature_maps`` is a tuple of float32 arrays in stage order: numpy arrays, or DeviceArrays if the input was on the
-    GPU. For type checkers they are numpy arrays, unless the input is a `DeviceArray`: they
-    cannot see where a tensor of another library lies. As in transformers, fields that are None are not keys; ``output[0]``, ``output["feature_maps"]`` and
-    ``output.feature_maps`` are the same; iterating yields the keys.
+    GPU. For type checkers they are numpy arrays, unless the input is a `DeviceArray`: they cannot see where a tensor of
+    another library lies. As in transformers, fields that are None are not keys; ``output[0]``, ``output["feature_maps"]``
+    and ``output.feature_maps`` are the same; iterating yields the keys.
     """
 
     def __init__(

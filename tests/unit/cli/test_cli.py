@@ -16,8 +16,12 @@ from PIL import Image
 from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.bundle.writer import BundleWriter, record_bytes, write_manifest
+from edge_backbones.cli import compile as compiling
+from edge_backbones.cli import machine
 from edge_backbones.cli import main as cli
 from edge_backbones.cli.run import save_maps
+from edge_backbones.doctor import Finding
+from edge_backbones.errors import CompileError
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled, pooling_input
@@ -340,3 +344,49 @@ def test_stages_are_saved_under_any_name(tmp_path):
         assert saved.files == list(maps)
         for name, feature_map in maps.items():
             np.testing.assert_array_equal(saved[name], feature_map)
+
+
+def test_report_and_remove_speak_json(tmp_path):
+    bundle = make_bundle(tmp_path / "pool.bundle")
+    (engine,) = bundle.manifest.engines
+    page = tmp_path / "new" / "page.html"
+    document = json.loads(run("report", bundle.path, "-o", page, "--json").stdout)
+    assert document == {"bundle": str(bundle.path), "report": str(page)}
+    assert page.is_file()
+    document = json.loads(run("remove", bundle.path, engine.name, "-j").stdout)
+    assert document == {"bundle": str(bundle.path), "removed": [engine.name], "left": []}
+    document = json.loads(run("remove", bundle.path, engine.name, "-j").stdout)
+    assert document["message"].endswith(f"has no engine {engine.name!r}; its engines: none")
+    assert f"{bundle.path} has no engine; it holds: none. " in refused(run("verify", bundle.path))
+
+
+def test_what_is_absent_and_not_needed_is_not_called_ok(monkeypatch, capsys):
+    findings = [
+        Finding(topic="a", ok=True, found="here"),
+        Finding(topic="b", ok=True, found="not installed", absent=True),
+        Finding(topic="c", ok=False, found="missing", fix="do this"),
+    ]
+    monkeypatch.setattr(machine, "judge", lambda _: findings)
+    monkeypatch.setattr(machine, "look", lambda: None)
+    assert cli._run(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "ok  a: here", "--  b: not installed", "!!  c: missing", "    to do: do this"
+    ]  # fmt: skip
+
+
+def test_a_refusal_that_was_said_already_is_not_said_again(monkeypatch, capsys, tmp_path):
+    """One graph is left out with its reason, nothing else is there, and the call ends with the same error."""
+    bundle = make_bundle(tmp_path / "pool.bundle")
+
+    def leaves_all_out(*_, progress, **__):
+        progress("leaving fp32 out: it has no form here", 0, None)
+        raise CompileError("it has no form here")
+
+    monkeypatch.setattr(compiling.deploy, "compile_bundle", leaves_all_out)
+    command = ["compile", str(bundle.path), "--flavour", "openvino"]
+    assert cli._run(command) == 1
+    said = capsys.readouterr().err
+    assert said.count("it has no form here") == 1
+    assert said.endswith("edge-backbones: nothing was added: every graph was left out\n")
+    assert cli._run([*command, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["message"] == "it has no form here"
