@@ -14,6 +14,7 @@ from edge_backbones.reading import why_not_made
 from edge_backbones.spec import ShapeRange
 
 OUTPUT_PANEL = "Output"
+RARE_PANEL = "Rarely needed"
 JsonFlag = Annotated[
     bool,
     typer.Option(
@@ -56,6 +57,7 @@ AllowHostCode = Annotated[
         "--allow-host-code",
         help="Allow code of the bundle to run: a TorchScript program, or the runtime inside a version-compatible plan. Only "
         "for a bundle that you trust as you trust a program.",
+        rich_help_panel=RARE_PANEL,
     ),
 ]
 InProcess = Annotated[
@@ -64,6 +66,7 @@ InProcess = Annotated[
         "--in-process",
         help="Stay in this process, for a debugger. By default a child process does the work, so that a crash of an engine "
         "library is reported.",
+        rich_help_panel=RARE_PANEL,
     ),
 ]
 
