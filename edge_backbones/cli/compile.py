@@ -231,10 +231,10 @@ def remove(
     opened = Bundle.open(bundle)
     for engine in engines:
         opened = opened.remove_engine(engine)
+        if not as_json:
+            console.out.print(f"removed {engine}")
     left = [engine.name for engine in opened.manifest.engines]
     if as_json:
         console.print_json({"bundle": str(bundle), "removed": engines, "left": left})
         return
-    for engine in engines:
-        console.out.print(f"removed {engine}")
     console.out.print(f"left: {', '.join(left) or 'none'}")
