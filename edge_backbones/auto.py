@@ -47,6 +47,7 @@ _CHOOSE_THE_NETWORK = (
     "image",
     "cache",
 )
+_STAGES_AS_GIVEN = ("out_indices", "out_features", "_out_indices", "_out_features")
 _BY_CONTENT = ("calibration", "profile", "exclude", "gates")
 """Options whose content counts, not how they are written: files, sets and mappings."""
 
@@ -161,7 +162,9 @@ def _open(
     with contextlib.suppress(OSError):
         os.utime(path)
     # After an update of the engine library, or from a cache that machines share, the engine is compiled or measured again.
-    return EdgeBackbone.from_pretrained(path, engine=engine, threads=threads, on_mismatch="compile")
+    backbone = EdgeBackbone.from_pretrained(path, engine=engine, threads=threads, on_mismatch="compile")
+    backbone.out_indices = list(loaded.spec.out_indices)  # as given: the bundle may be built for 4 instead of -1
+    return backbone
 
 
 def _content_key(
@@ -178,10 +181,15 @@ def _content_key(
     rest["profile"] = profile
     rest["exclude"] = sorted(set(options.exclude))
     rest["gates"] = {precision.value: gate for precision, gate in options.gates.items()}
+    # A stage that is counted from the end (-1) is the same stage. transformers' own configuration repeats how it was given.
+    config = {key: value for key, value in loaded.source.config.items() if key not in _STAGES_AS_GIVEN}
+    source = msgspec.structs.replace(loaded.source, name="", config=config)
+    count = len(loaded.spec.stage_names)
+    spec = msgspec.structs.replace(loaded.spec, out_indices=tuple(i % count for i in loaded.spec.out_indices))
     content: list[Any] = [
         edge_backbones.__version__,
         tensors_sha256(loaded.module),
-        msgspec.to_builtins([msgspec.structs.replace(loaded.source, name=""), loaded.spec, loaded.image_config]),
+        msgspec.to_builtins([source, spec, loaded.image_config]),
         [loaded.channels_in, loaded.height, loaded.width],
         rest,
         _images_sha256(images),

@@ -51,12 +51,16 @@ _BOARD = "-v /proc/device-tree/model:/tmp/nv_jetson_model:ro"  # where system.bo
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was checked: what was found, and how to fix it. ``fix`` is empty if there is nothing to do."""
+    """One thing that was checked: what was found, and how to fix it.
+
+    ``ok``: whether there is nothing to do; ``fix`` is empty then. ``absent``: it is not here, and nothing needs it.
+    """
 
     topic: str
     ok: bool
     found: str
     fix: str = ""
+    absent: bool = False
 
 
 class Python(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,7 +207,7 @@ def _machine(machine: Machine) -> Finding:
 def _memory(machine: Machine) -> Finding:
     memory = machine.system.memory
     if memory is None:
-        return Finding(topic="memory", ok=True, found="not known on this system")
+        return Finding(topic="memory", ok=True, found="not known on this system", absent=True)
     found = f"{gib(memory.available)} of {gib(memory.total)} available, swap {gib(memory.swap)}"
     little = memory.available + memory.swap < _MEMORY_TO_COMPILE
     fix = (
@@ -290,7 +294,8 @@ def _gpu(machine: Machine) -> Finding:
     if machine.system.driver or machine.system.jetson:
         fix = "the kernel has the driver and this process does not see it"
         fix += ": docker run --runtime nvidia (or --gpus all)" if machine.system.container else ": reboot, or see dmesg"
-    return Finding(topic=topic, ok=not fix, found=f"{machine.no_gpu}; CPU engines do not need one", fix=fix)
+    found = f"{machine.no_gpu}; CPU engines do not need one"
+    return Finding(topic=topic, ok=not fix, found=found, fix=fix, absent=not fix)
 
 
 def _cuda(machine: Machine) -> Finding:
@@ -299,14 +304,16 @@ def _cuda(machine: Machine) -> Finding:
         f"{name} {machine.libraries[name]}" for name in ("cuda-bindings", "pycuda") if name in machine.libraries
     ]
     toolkit = f"toolkit {machine.system.cuda}" if machine.system.cuda else "no toolkit (none is needed)"
-    found = ", ".join([*versions, toolkit]) if versions else f"missing: cuda-bindings; {toolkit}"
     driver = int(machine.gpus[0].driver.partition(".")[0]) if machine.gpus else 0
     wanted = driver >= _FIRST_CUDA and not versions
+    lacking = f"{'missing' if wanted else 'not installed'}: cuda-bindings; {toolkit}"
+    found = ", ".join([*versions, toolkit]) if versions else lacking
     return Finding(
         topic="reach the GPU's memory (CUDA)",
         ok=not wanted,
         found=found,
         fix=f"pip install 'cuda-bindings=={driver}.*'" if wanted else "",
+        absent=not versions and not wanted,
     )
 
 
@@ -338,7 +345,8 @@ def _tensorrt(machine: Machine) -> Finding:
         return Finding(topic=topic, ok=not fix, found=version, fix=fix)
     system, python = machine.system, machine.python
     if not system.jetson and not machine.gpus:
-        return Finding(topic=topic, ok=True, found="not installed; there is no GPU here that would need it")
+        found = "not installed; there is no GPU here that would need it"
+        return Finding(topic=topic, ok=True, found=found, absent=True)
     if not system.jetson:
         return Finding(topic=topic, ok=False, found="missing", fix=pip_install("tensorrt"))
     if _is_too_old(system):
@@ -380,11 +388,11 @@ def _optional(machine: Machine, flavour: str) -> Finding:
     if version is not None:
         return Finding(topic=purpose, ok=True, found=version)
     if machine.system.jetson:
-        return Finding(topic=purpose, ok=True, found="not installed; nothing on a Jetson needs it")
+        return Finding(topic=purpose, ok=True, found="not installed; nothing on a Jetson needs it", absent=True)
     architectures = {gpu.architecture for gpu in machine.gpus}
     if flavour == "tensorrt_rtx" and architectures & set(RTX_ARCHITECTURES) and _serving(machine) == "openvino":
         return Finding(topic=purpose, ok=False, found="missing", fix=install)
-    return Finding(topic=purpose, ok=True, found=f"not installed; where it is wanted: {install}")
+    return Finding(topic=purpose, ok=True, found=f"not installed; where it is wanted: {install}", absent=True)
 
 
 def _profile(machine: Machine) -> DeviceProfile | None:
@@ -413,9 +421,9 @@ def _served(machine: Machine, profile: DeviceProfile | None) -> Finding:
 
 def _dla(machine: Machine, profile: DeviceProfile | None) -> Finding:
     if profile is None or profile.kind != "jetson":
-        return Finding(topic="DLA", ok=True, found="not known: no profile tells this board")
+        return Finding(topic="DLA", ok=True, found="not known: no profile tells this board", absent=True)
     if not profile.dla_cores:
-        return Finding(topic="DLA", ok=True, found=f"{profile.title} has none")
+        return Finding(topic="DLA", ok=True, found=f"{profile.title} has none", absent=True)
     cores = max(module.dla_cores for module in modules_of(profile, machine.gpus[0] if machine.gpus else None))
     releases = " or ".join(s.tensorrt for s in profile.software if s.dla)
     counted = "1 core" if cores == 1 else f"{cores} cores"

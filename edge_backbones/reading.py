@@ -11,7 +11,9 @@ import errno
 import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from edge_backbones.errors import EdgeBackbonesError
@@ -82,6 +84,36 @@ def refusing(refusal: Callable[[str], EdgeBackbonesError]) -> Iterator[None]:
         raise
     except Exception as error:
         raise refusal(in_short(error)) from error
+
+
+_PLAIN = {
+    errno.ENOENT: "it does not exist",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EEXIST: "a file has this name already",
+    errno.EACCES: "its permissions do not allow it",
+    errno.EPERM: "its permissions do not allow it",
+    errno.EROFS: "its disk is read-only",
+    errno.ENOSPC: "its disk is full",
+}
+
+
+def why_not(error: OSError) -> str:
+    """Return in plain words why the system refused a path, without the path."""
+    return _PLAIN.get(error.errno or 0, "") or error.strerror or str(error)
+
+
+def why_not_made(path: str | os.PathLike[str]) -> str:
+    """Return why nothing can be made at a path, whose folders need not exist yet; "" if it can.
+
+    A folder is made and removed in the nearest folder that exists, because permissions alone do not tell.
+    """
+    place = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+    try:
+        Path(tempfile.mkdtemp(prefix=".edge-backbones-", dir=place)).rmdir()
+    except OSError as error:
+        return f"nothing can be made in {place}, {why_not(error)}"
+    return ""
 
 
 def in_short(error: BaseException) -> str:

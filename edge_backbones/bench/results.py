@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from edge_backbones.errors import InputError
-from edge_backbones.reading import read_file, refusing
+from edge_backbones.reading import read_file, refusing, why_not
 
 FEWEST_TURNS = 6  # of fewer, even the largest and smallest ratio do not enclose the median with 95 % confidence
 PEERS_IN_FP32 = frozenset({"torch", "torch-compile", "torchscript", "onnxruntime", "openvino"})
@@ -155,7 +155,9 @@ def read(path: Path) -> Comparison:
     try:
         data = read_file(path, limit=_MAX_BYTES)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise InputError(
+            f"{path} cannot be read: {why_not(error)}. It should be a file that edge-backbones bench wrote with --out"
+        ) from error
     return decode(data, str(path))
 
 

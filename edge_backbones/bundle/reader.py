@@ -54,6 +54,10 @@ class Bundle:
     path: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        engines = ", ".join(engine.name for engine in self.manifest.engines) or "none"
+        return f"Bundle({str(self.path)!r}: {self.manifest.source.name}, engines: {engines})"
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
         """Read and check manifest.json.

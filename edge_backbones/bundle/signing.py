@@ -21,7 +21,7 @@ from edge_backbones.bundle.manifest import MAX_MANIFEST_BYTES
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.bundle.storage import MANIFEST, write_beside_and_rename
 from edge_backbones.errors import BundleError, InputError, MissingDependencyError, TrustError, first_line
-from edge_backbones.reading import read_file
+from edge_backbones.reading import read_file, why_not
 
 SIGNED, SIGNATURE = "signature/manifest.json", "signature/model.sig"
 MAX_SIGNATURE_BYTES = 1 << 20
@@ -44,6 +44,16 @@ _KINDS = (
 )
 
 
+def check_signer(*, key: object, sigstore: bool, of_a_key: bool) -> None:
+    """Raise InputError unless there is a key or Sigstore, not both. ``of_a_key``: certificates or a passphrase are given."""
+    if sigstore == (key is not None):
+        raise InputError(
+            "a bundle is signed with a key (--key private.pem) or through Sigstore (--sigstore): choose one"
+        )
+    if key is None and of_a_key:
+        raise InputError("certificates and a passphrase belong to a key: pass --key private.pem too")
+
+
 def sign_bundle(
     path: str | os.PathLike[str],
     *,
@@ -62,12 +72,7 @@ def sign_bundle(
 
     Raises BundleError for a bundle that is damaged, TrustError for a key that cannot sign, MissingDependencyError.
     """
-    if sigstore == (key is not None):
-        raise InputError(
-            "a bundle is signed with a key (--key private.pem) or through Sigstore (--sigstore): choose one"
-        )
-    if key is None and (passphrase is not None or certificates):
-        raise InputError("certificates and a passphrase belong to a key: pass --key private.pem too")
+    check_signer(key=key, sigstore=sigstore, of_a_key=passphrase is not None or bool(certificates))
     bundle = Bundle.open(path)
     bundle.check_files()
     manifest = read_file(bundle.path / MANIFEST, limit=MAX_MANIFEST_BYTES, follow=False)
@@ -91,7 +96,7 @@ def sign_bundle(
         write_beside_and_rename(bundle.path / SIGNED, manifest)
         write_beside_and_rename(bundle.path / SIGNATURE, signature)
     except OSError as error:
-        raise TrustError(f"{folder} cannot be written: {error.strerror or error}. The bundle is not signed") from error
+        raise TrustError(f"{folder} cannot be written: {why_not(error)}. The bundle is not signed") from error
     return who
 
 
@@ -286,7 +291,7 @@ def _read_key(path: Path) -> bytes:
     try:
         return read_file(path, limit=MAX_SIGNATURE_BYTES)
     except OSError as error:
-        raise TrustError(f"the key {path} cannot be read: {error.strerror}") from error
+        raise TrustError(f"the key {path} cannot be read: {why_not(error)}") from error
 
 
 def _require_curve(path: Path, key: Any) -> None:
@@ -340,7 +345,7 @@ def read_passphrase(path: str | os.PathLike[str]) -> bytes:
     try:
         line = read_file(path, limit=MAX_SIGNATURE_BYTES).split(b"\n")[0].rstrip(b"\r")
     except OSError as error:
-        raise TrustError(f"the passphrase in {path} cannot be read: {error.strerror}") from error
+        raise TrustError(f"the passphrase in {path} cannot be read: {why_not(error)}") from error
     if not line:
         raise TrustError(f"{path} is to hold a passphrase, and its first line is empty")
     return line

@@ -32,7 +32,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         if not folder.is_dir():
-            raise BundleError(f"{folder} is not a bundle: there is no such folder")
+            raise BundleError(f"{folder} is not a bundle: {_why_no_folder(folder)}")
         data = read_file(folder / MANIFEST, limit=MAX_MANIFEST_BYTES, follow=False)
     except FileNotFoundError as error:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}") from error
@@ -43,6 +43,15 @@ def read_manifest(folder: Path) -> Manifest:
     for record in manifest.files():
         place_of(folder, record)
     return manifest
+
+
+def _why_no_folder(path: Path) -> str:
+    """Say what stands where a bundle's folder should be."""
+    if not path.exists():
+        return "there is no such folder"
+    if path.name == MANIFEST:
+        return f"it is a file of one: pass its folder, {path.parent}"
+    return "it is a file, and a bundle is a folder"
 
 
 def place_of(folder: Path, record: FileRecord) -> Path:

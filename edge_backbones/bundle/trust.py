@@ -39,7 +39,7 @@ from edge_backbones.bundle.manifest import MAX_MANIFEST_BYTES, EngineRecord, Man
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.bundle.signing import MAX_SIGNATURE_BYTES, SIGN_AGAIN, SIGNATURE, SIGNED
 from edge_backbones.errors import BundleError, InputError, TrustError, first_line
-from edge_backbones.reading import read_file
+from edge_backbones.reading import read_file, why_not
 
 MACHINE_KEYS = Path(
     "C:/ProgramData/edge_backbones/trusted" if sys.platform == "win32" else "/etc/edge_backbones/trusted"
@@ -179,7 +179,7 @@ def _is_there(folder: Path) -> bool:
         return False
     except OSError as error:
         raise TrustError(
-            f"{folder} may hold the keys that are trusted here, and cannot be read: {error.strerror}"
+            f"{folder} may hold the keys that are trusted here, and cannot be read: {why_not(error)}"
         ) from error
     return True
 
@@ -188,7 +188,7 @@ def _files_in(folder: Path) -> tuple[Path, ...]:
     try:
         return tuple(sorted(path for path in folder.iterdir() if path.suffix == ".pem"))
     except OSError as error:
-        raise TrustError(f"{folder} is to hold trusted keys, and cannot be read: {error.strerror}") from error
+        raise TrustError(f"{folder} is to hold trusted keys, and cannot be read: {why_not(error)}") from error
 
 
 def _read_signed(bundle: Bundle, name: str, asking: str) -> bytes:
@@ -205,7 +205,7 @@ def _read_signed(bundle: Bundle, name: str, asking: str) -> bytes:
             f"private key is, edge-backbones sign {bundle.path} --key private.pem"
         ) from error
     except OSError as error:
-        raise TrustError(f"{path} cannot be read: {error.strerror}") from error
+        raise TrustError(f"{path} cannot be read: {why_not(error)}") from error
 
 
 def _decode(bundle: Bundle, manifest: bytes) -> Manifest:

@@ -119,7 +119,7 @@ def new_bundle(target: str | os.PathLike[str], *, overwrite: bool = False) -> It
     holds it.
     """
     target = Path(os.path.abspath(target))
-    _refuse_target(target, overwrite)
+    check_target(target, overwrite=overwrite)
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with lock(target):
@@ -137,7 +137,7 @@ def new_bundle(target: str | os.PathLike[str], *, overwrite: bool = False) -> It
             with explained(target):
                 read_manifest(staging)
                 sync_tree(staging)
-                _refuse_target(target, overwrite)
+                check_target(target, overwrite=overwrite)
                 if target.exists():
                     exchange(staging, target)
                 else:
@@ -236,8 +236,9 @@ def require_writable(folder: Path, *, room: int = 0) -> None:
         )
 
 
-def _refuse_target(target: Path, overwrite: bool) -> None:
+def check_target(target: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Raise BundleError unless a new bundle may be put at ``target``."""
+    target = Path(os.path.abspath(target))
     if not os.path.lexists(target):
         return
     if not overwrite:

@@ -11,7 +11,7 @@ from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, encode, read, regressions
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
-from edge_backbones.cli.options import Form, takes
+from edge_backbones.cli.options import Form, takes, usage
 from edge_backbones.cli.shared import (
     AllowHostCode,
     BundleArgument,
@@ -19,10 +19,10 @@ from edge_backbones.cli.shared import (
     EngineOption,
     JsonFlag,
     ThreadsOption,
+    check_output,
     names,
 )
 from edge_backbones.engines import select
-from edge_backbones.errors import InputError
 
 
 @takes(
@@ -34,6 +34,7 @@ from edge_backbones.errors import InputError
         read=lambda entries: dict(entry.partition("=")[::2] for entry in entries),
         metavar="NAME=PYTHON",
     ),
+    seconds=Form(metavar="SECONDS"),
 )
 def bench(
     bundle: BundleArgument,
@@ -45,17 +46,24 @@ def bench(
     images: Annotated[
         Path | None,
         typer.Option(
+            "--images",
+            "-i",
+            metavar="FOLDER",
             help="A folder of photographs for nncf to calibrate with. By default the golden samples of the bundle.",
             show_default=False,
             rich_help_panel="Peers",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the results to this JSON file too.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Write the results to this JSON file too.", show_default=False
+        ),
     ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
             help="Compare with earlier results, a file of --out: the exit code is 4 if the engine has become slower.",
             show_default=False,
         ),
@@ -67,6 +75,8 @@ def bench(
 
     Example: **edge-backbones bench resnet50.bundle --vs torch,onnxruntime,nncf --out today.json**
     """
+    if out is not None:
+        check_output(out, "--out")
     before = None if against is None else read(against)
     opened = Bundle.open(bundle)
     device = select.device_for(opened, device, engine, allow_host_code=allow_host_code)
@@ -75,14 +85,14 @@ def bench(
     if threads is not None:
         given["threads"] = threads
     if images is not None and "nncf" not in given.get("vs", ()):
-        raise InputError(f"--images {images} is what nncf calibrates with: add nncf to --vs, or leave it out")
-    options = CompareOptions(
-        **given,
-        engine=engine,
-        device=device,
-        images=None if images is None else read_images(images, opened),
-        allow_host_code=allow_host_code,
-    )
+        raise typer.BadParameter(
+            f"{images} is what nncf calibrates with: add nncf to --vs, or leave it out", param_hint="--images"
+        )
+    calibrating = None if images is None else read_images(images, opened)
+    with usage():
+        options = CompareOptions(
+            **given, engine=engine, device=device, images=calibrating, allow_host_code=allow_host_code
+        )
     with console.Steps(as_json) as progress:
         result = compare(bundle, options, progress=progress)
     if out is not None:
@@ -115,7 +125,7 @@ def _print_comparison(result: Comparison) -> None:
     shown = [m for m in result.measurements if not m.missing]
     speed = console.Table("", title=title)
     for column in ("ms", "times ours", "p90 ms", "p99 ms", "jitter"):
-        speed.add_column(column, justify="right", no_wrap=True)
+        speed.add_column(column, justify="right")
     for m in shown:
         ratio = ratios.get(m.name)
         told = "1" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
@@ -124,7 +134,7 @@ def _print_comparison(result: Comparison) -> None:
     measured = [(head, field) for head, field in _COSTS if any(getattr(m, field) is not None for m in shown)]
     cost = console.Table("")
     for head, _ in measured:
-        cost.add_column(head, justify="right", no_wrap=True)
+        cost.add_column(head, justify="right")
     for m in shown:
         cost.add_row(m.name, *(_figure(getattr(m, field)) for _, field in measured))
     console.out.print(speed)

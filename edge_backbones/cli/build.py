@@ -7,14 +7,23 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from edge_backbones.cli import console
-from edge_backbones.cli.options import Form, choice, read_option, several, takes
-from edge_backbones.cli.shared import JsonFlag, ModelArgument, height_width, integers, names, shape_range
-from edge_backbones.errors import EdgeBackbonesError
+from edge_backbones.cli import completion, console
+from edge_backbones.cli.options import Form, choice, read_option, several, takes, usage
+from edge_backbones.cli.shared import (
+    OUTPUT_PANEL,
+    JsonFlag,
+    ModelArgument,
+    height_width,
+    integers,
+    names,
+    shape_range,
+)
+from edge_backbones.errors import EdgeBackbonesError, SourceError
 from edge_backbones.progress import Progress
 from edge_backbones.report.page import write_report
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.build import build_bundle
+from edge_backbones.toolchain.early import check_weights
 from edge_backbones.toolchain.options import BuildOptions
 
 
@@ -28,23 +37,40 @@ def _precisions(chosen: list[Any]) -> tuple[Precision, ...] | Literal["auto"]:
     return "auto"
 
 
+def _weights(text: str) -> str:
+    """Return what was typed; raise ValueError for random weights without a seed, which are wrong on every machine."""
+    if text.partition(":")[0] == "random":
+        try:
+            check_weights(text)
+        except SourceError as error:
+            raise ValueError(str(error)) from None
+    return text
+
+
 @takes(
     BuildOptions,
+    weights=Form(short="w", read=_weights, metavar="WEIGHTS"),
     image=Form(flag="image_processor", type=Path | None),
     out_indices=Form(type=str | None, read=integers, metavar="LIST"),
     out_features=Form(type=str | None, read=names, metavar="LIST"),
-    batch=Form(type=str | None, read=shape_range, metavar="RANGE"),
-    precisions=Form(flag="precision", type=several(choice("auto", *Precision)), read=_precisions),
-    profile=Form(type=str | None),
-    flavours=Form(flag="flavour"),
+    batch=Form(short="b", type=str | None, read=shape_range, metavar="RANGE"),
+    precisions=Form(flag="precision", short="p", type=several(choice("auto", *Precision)), read=_precisions),
+    percentile=Form(metavar="PERCENT"),
+    calibration=Form(metavar="FILE"),
+    exclude=Form(metavar="LAYER"),
+    profile=Form(type=str | None, metavar="DEVICE", complete=completion.device_profiles),
+    flavours=Form(flag="flavour", short="f"),
 )
 def build(
     model: ModelArgument,
-    bundle: Annotated[Path, typer.Argument(help="The bundle folder to write.", show_default=False)],
+    bundle: Annotated[Path, typer.Argument(help="The bundle folder to write.", metavar="BUNDLE", show_default=False)],
     *,
     images: Annotated[
         Path | None,
         typer.Option(
+            "--images",
+            "-i",
+            metavar="FOLDER",
             help="Photographs to calibrate int8 with and to verify every engine on: a folder, or an .npz file.",
             show_default=False,
         ),
@@ -53,6 +79,8 @@ def build(
     size: Annotated[
         str | None,
         typer.Option(
+            "--size",
+            "-s",
             help="Height and width of the input: HxW, one number for a square, or a range HxW:HxW:HxW (smallest, usual, "
             "largest). By default what the network's preprocessing makes, else the network's own.",
             metavar="HxW",
@@ -66,7 +94,9 @@ def build(
     page: Annotated[
         bool,
         typer.Option(
-            "--report/--no-report", help="Write BUNDLE.report.html, a page about the bundle, beside the bundle."
+            "--report/--no-report",
+            help="Write BUNDLE.report.html, a page about the bundle, beside the bundle.",
+            rich_help_panel=OUTPUT_PANEL,
         ),
     ] = True,
     as_json: JsonFlag = False,
@@ -76,7 +106,8 @@ def build(
     Example: **edge-backbones build resnet50 resnet50.bundle --images photos/ --out-indices 1,2,3,4**
     """
     height, width = (None, None) if size is None else read_option("--size", height_width, size)
-    options = BuildOptions(**given, height=height, width=width)
+    with usage():
+        options = BuildOptions(**given, height=height, width=width)
     with console.Steps(as_json) as progress:
         result = build_bundle(model, bundle, images=images, options=options, overwrite=overwrite, progress=progress)
         written = _page_of(bundle, progress) if page else None
@@ -100,7 +131,7 @@ def build(
     console.print_parity(result.reports)
     console.print_trials(manifest.decision)
     for note in (manifest.preprocessing, *result.notes):
-        console.err.print(note, soft_wrap=True)
+        console.err.print(note)
     console.out.print(f"wrote {bundle}" + ("" if written is None else f" and {written}"))
 
 

@@ -12,18 +12,19 @@ import typer
 
 from edge_backbones import doctor
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.cli import console
-from edge_backbones.cli.options import Form, takes
+from edge_backbones.cli import completion, console
+from edge_backbones.cli.options import Form, takes, usage
 from edge_backbones.cli.shared import AllowHostCode, BundleArgument, DeviceOption, InProcess, JsonFlag, shape_range
 from edge_backbones.deploy import compile as deploy
 from edge_backbones.engines import registry, select
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
-from edge_backbones.errors import CompileError, InputError
+from edge_backbones.errors import CompileError, EdgeBackbonesError, InputError
 from edge_backbones.machine import gpus
 from edge_backbones.machine.child import LESS_MEMORY
 from edge_backbones.machine.devices import Place, parse_device
 from edge_backbones.machine.profiles import load_profile
 from edge_backbones.machine.system import default_cache
+from edge_backbones.parity_report import ParityError
 from edge_backbones.spec import Precision
 
 
@@ -62,22 +63,31 @@ def _known_flavour(name: str | None) -> str | None:
         metavar="BATCHxHEIGHTxWIDTH",
         help="Each part is a number or MIN:OPT:MAX, as in 1x224x224 or 1:4:8x224x224.",
     ),
-    targets=Form(flag="target"),
+    targets=Form(flag="target", metavar="ARCHITECTURE"),
     workspace=Form(read=lambda mib: mib << 20, metavar="MIB"),
-    timing_cache=Form(type=Path | None, read=_timing_cache),
+    timing_cache=Form(type=Path | None, read=_timing_cache, metavar="FILE"),
 )
 def compile_(
     bundle: BundleArgument,
     *,
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="Compile only the graph of this precision. Repeat for several.", show_default=False),
+        typer.Option(
+            "--precision",
+            "-p",
+            metavar="NAME",
+            help=f"Compile only the graph of this precision: {', '.join(Precision)}. Repeat for several.",
+            show_default=False,
+        ),
     ] = None,
     flavour: Annotated[
         str | None,
         typer.Option(
+            "--flavour",
+            "-f",
             callback=_known_flavour,
             metavar="FLAVOUR",
+            autocompletion=completion.flavours,
             help="The engine library. openvino, onnxruntime: for this CPU. tensorrt: for this GPU. tensorrt_rtx: for the "
             "GPUs of --target, which need not be here. torchscript, torch_tensorrt: programs for torch. By default the one "
             "that serves this machine's GPU, else its CPU.",
@@ -87,6 +97,8 @@ def compile_(
     profile: Annotated[
         str | None,
         typer.Option(
+            metavar="DEVICE",
+            autocompletion=completion.device_profiles,
             help="The device to compile for: a name that `edge-backbones profiles` lists, or a .toml file. What it cannot "
             "run is left out, and its workspace is the default. For the GPU of this machine it is found by itself.",
             show_default=False,
@@ -107,11 +119,13 @@ def compile_(
 
     Example: **edge-backbones compile resnet50.bundle --precision int8**
     """
-    plan = PlanOptions(**given)
+    with usage():
+        plan = PlanOptions(**given)
+    Bundle.open(bundle)  # what is no bundle is refused before the machine is looked at
     place, gpu = parse_device(device)
     chosen, plan, profile = _for_device(flavour, plan, profile, place, gpu)
     steps = console.Steps(as_json, aloud="leaving ")  # at once, because an error may follow
-    with _memory_explained(), steps as progress:
+    with _told_once(steps, as_json), _memory_explained(), steps as progress:
         result = deploy.compile_bundle(
             bundle,
             precisions=tuple(precision) if precision else None,
@@ -142,6 +156,18 @@ def compile_(
         console.out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{speed}{later})")
 
 
+@contextlib.contextmanager
+def _told_once(steps: console.Steps, as_json: bool) -> Iterator[None]:
+    """End with the exit code of an error whose message was printed already, when its graph was left out."""
+    try:
+        yield
+    except EdgeBackbonesError as error:
+        if as_json or not any(said.endswith(str(error)) for said in steps.said):
+            raise
+        console.print_error("edge-backbones: nothing was added: every graph was left out")
+        raise typer.Exit(console.EXIT_PARITY if isinstance(error, ParityError) else 1) from None
+
+
 def _for_device(
     flavour: str | None, plan: PlanOptions, profile: str | None, place: Place, gpu: int
 ) -> tuple[str, PlanOptions, str | None]:
@@ -153,7 +179,9 @@ def _for_device(
         chosen, found = flavour, deploy.profile_here(flavour, plan.targets, gpu)
         if place not in ("auto", *registry.get(chosen).devices):
             on = " or ".join(registry.get(chosen).devices)
-            raise InputError(f"--flavour {chosen} compiles for {on}, and --device is {place}: leave one of them out")
+            raise typer.BadParameter(
+                f"{chosen} compiles for {on}, and --device is {place}: leave one of them out", param_hint="--flavour"
+            )
     elif place == "cpu":
         chosen, found = registry.serving(registry.this_machine(None)).name, load_profile("cpu")
     else:
@@ -204,12 +232,25 @@ def remove(
     engines: Annotated[
         list[str],
         typer.Argument(
-            help="Names of engines, as `inspect` shows them, or the beginnings of names.", show_default=False
+            metavar="ENGINE...",
+            autocompletion=completion.engine_names,
+            help="Names of engines, as `edge-backbones inspect` shows them, or the beginnings of names.",
+            show_default=False,
         ),
     ],
+    as_json: JsonFlag = False,
 ) -> None:
-    """Remove engines from a bundle. Programs that have opened them keep them."""
+    """Remove engines from a bundle. Programs that have opened them keep them.
+
+    Example: **edge-backbones remove resnet50.bundle openvino-2026.0.0-x86_64-avx512_vnni-int8**
+    """
     opened = Bundle.open(bundle)
     for engine in [select.full_name(opened, engine) or engine for engine in engines]:
         opened = opened.remove_engine(engine)
-        console.out.print(f"removed {engine}; left: {', '.join(e.name for e in opened.manifest.engines) or 'none'}")
+        if not as_json:
+            console.out.print(f"removed {engine}")
+    left = [engine.name for engine in opened.manifest.engines]
+    if as_json:
+        console.print_json({"bundle": str(bundle), "removed": engines, "left": left})
+        return
+    console.out.print(f"left: {', '.join(left) or 'none'}")

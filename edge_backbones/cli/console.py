@@ -1,21 +1,30 @@
 """What the command line writes: lines, tables, progress and JSON.
 
+A terminal gets progress bars and tables with lines. A pipe or a file gets one plain line per step, and tables whose columns
+are separated by spaces. Nothing is ever cut or wrapped: a table that is wider than a terminal is printed as records.
+
 Names out of a bundle are a stranger's text. Everything here prints a text as `errors.visible` shows it: on one line, with
 control characters escaped.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import logging
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import msgspec
+import rich.box
 import rich.console
 import rich.table
+from rich.console import ConsoleOptions, JustifyMethod, RenderResult
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -34,16 +43,48 @@ class Console(rich.console.Console):
         super().print(*(visible(o) if isinstance(o, str) else o for o in objects), **options)
 
 
-class Table(rich.table.Table):
-    """A table whose title and cells are texts as `Console` prints them."""
+class Table:
+    """A table of texts as `Console` prints them, which knows how it fits: as a table, as plain columns, or as records."""
 
-    def __init__(self, *headers: str, title: str | None = None, **options: Any) -> None:
-        title = None if title is None else visible(title)
-        super().__init__(*headers, title=title, title_justify="left", **options)
+    def __init__(self, *headers: str, title: str | None = None) -> None:
+        self._title = None if title is None else visible(title)
+        self._columns: list[tuple[str, JustifyMethod]] = [(header, "left") for header in headers]
+        self._rows: list[tuple[Text, ...]] = []
 
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row; texts among its cells are escaped, rich's own objects are taken as they are."""
-        super().add_row(*(visible(c) if isinstance(c, str) else c for c in cells), **options)
+    def add_column(self, header: str, justify: JustifyMethod = "left") -> None:
+        """Add a column behind the others."""
+        self._columns.append((header, justify))
+
+    def add_row(self, *cells: str | Text) -> None:
+        """Add a row with a cell for each column; texts among its cells are escaped."""
+        self._rows.append(tuple(Text(visible(cell)) if isinstance(cell, str) else cell for cell in cells))
+
+    def __rich_console__(self, console: rich.console.Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table as lines that fit: see the module's docstring."""
+        on_terminal = console.is_terminal
+        table = rich.table.Table(box=rich.box.HEAVY_HEAD if on_terminal else None, pad_edge=on_terminal)
+        for header, justify in self._columns:
+            table.add_column(header, justify=justify, no_wrap=True, overflow="ignore")
+        for row in self._rows:
+            table.add_row(*row)
+        width = console.measure(table, options=options.update(width=_WIDEST, max_width=_WIDEST)).maximum
+        if self._title is not None:
+            yield Text(self._title, style="italic")
+        if width > console.width and on_terminal:
+            yield from self._records()
+        else:
+            yield from console.render(table, options.update(width=width, max_width=width))
+
+    def _records(self) -> Iterator[Text]:
+        """Yield a line for each cell that is not empty, and an empty line after each row."""
+        for row in self._rows:
+            for (header, _), cell in zip(self._columns, row, strict=True):
+                if cell.plain:
+                    yield Text.assemble(f"{header}: " if header else "", cell)
+            yield Text("")
+
+
+_WIDEST = 10_000  # columns: wider than any table
 
 
 EXIT_PARITY = 3
@@ -53,14 +94,72 @@ EXIT_SLOWER = 4
 
 # No markup and no emoji: paths and messages may hold brackets and colons.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+@dataclasses.dataclass
+class Loudness:
+    """How much is printed: ``quiet``: nothing but errors; ``verbose``: versions, messages for developers, times of steps."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+    def reset(self) -> None:
+        """Go back to the usual loudness, before a command line is read."""
+        self.quiet = self.verbose = out.quiet = err.quiet = False
+
+    def add(self, *, verbose: bool, quiet: bool) -> None:
+        """Take up flags, which may be typed before the name of a command, behind it, or both."""
+        if verbose and not self.verbose:
+            self.verbose = True
+            _show_log()
+            err.print(f"versions: {', '.join(f'{name} {version}' for name, version in _versions())}")
+        self.quiet |= quiet
+        out.quiet = err.quiet = self.quiet
+
+
+loudness = Loudness()
+"""The loudness of the command that runs."""
+
+
+def _show_log() -> None:
+    """Show the log of this package on stderr."""
+    logger = logging.getLogger("edge_backbones")
+    logger.setLevel(logging.DEBUG)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+_LIBRARIES = (
+    "edge-backbones", "numpy", "torch", "timm", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+)  # fmt: skip
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Yield the name and the version of Python and of each library that matters and is installed, importing none."""
+    import importlib.metadata
+    import platform
+
+    yield "Python", platform.python_version()
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
+
+
+def print_error(message: str) -> None:
+    """Print an error to stderr as one line, with ``--quiet`` too."""
+    err.quiet = False
+    err.print(message)
 
 
 class Steps:
-    """Progress of one library call on a terminal: a line per step, with its elapsed time. Nothing is shown elsewhere.
+    """Progress of one library call, on stderr: a bar per step with its time on a terminal, a line per step elsewhere.
 
-    As a context manager it gives the `progress` function to call. Steps whose name begins with ``aloud`` are also printed to
-    stderr at once, with or without a terminal, and kept in ``said``.
+    As a context manager it gives the `progress` function to call. Steps whose name begins with ``aloud`` are sentences: they
+    are printed at once, on a terminal too. ``said`` holds what was printed as a line. ``quiet``: print sentences only.
 
     Some libraries catch every exception, KeyboardInterrupt too. Ctrl-C is therefore remembered, and the next step raises
     KeyboardInterrupt again.
@@ -69,17 +168,21 @@ class Steps:
     def __init__(self, quiet: bool, aloud: str | None = None) -> None:
         self.said: list[str] = []
         self._aloud = aloud
+        silent = quiet or loudness.quiet
+        on_terminal = sys.stderr.isatty() and not err.is_dumb_terminal
+        self._lines = not silent and not on_terminal
         self._bars = Progress(
-            SpinnerColumn(finished_text="[green]*[/]"),
+            SpinnerColumn("line", finished_text="[green]*[/]"),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             console=err,
-            disable=quiet or not err.is_terminal,
+            disable=silent or not on_terminal,
         )
         self._task: Any = None
         self._step = ""
+        self._began = 0.0
         self._interrupted = False
         self._before: Any = None
 
@@ -95,19 +198,27 @@ class Steps:
     def _progress(self, step: str, done: int, total: int | None) -> None:
         if self._interrupted:
             raise KeyboardInterrupt
-        if self._aloud is not None and step.startswith(self._aloud):
-            self.said.append(step)
-            err.print(step, soft_wrap=True)
+        is_aloud = self._aloud is not None and step.startswith(self._aloud)
         if step != self._step:
             self._finish()
-            self._step, self._task = step, self._bars.add_task(visible(step), total=total, count="")
-        self._bars.update(self._task, completed=done, total=total, count=f"{done}/{total}" if total else "")
+            self._step, self._began = step, time.perf_counter()
+            self._task = None if is_aloud else self._bars.add_task(visible(step), total=total, count="")
+            if is_aloud or self._lines:
+                self.said.append(step)
+                err.print(step)
+        if self._task is not None:
+            self._bars.update(self._task, completed=done, total=total, count=f"{done}/{total}" if total else "")
 
     def _finish(self) -> None:
-        if self._task is not None:
-            task = self._bars.tasks[self._bars.task_ids.index(self._task)]
-            total = task.total or 1
-            self._bars.update(self._task, completed=total, total=total)
+        """Fill the bar of the step that has ended; with ``--verbose`` say how long it took."""
+        if self._task is None:
+            return
+        task = self._bars.tasks[self._bars.task_ids.index(self._task)]
+        total = task.total or 1
+        count = f"{total:.0f}/{total:.0f}" if task.total else ""
+        self._bars.update(self._task, completed=total, total=total, count=count)
+        if self._lines and loudness.verbose:
+            err.print(f"{self._step}: {time.perf_counter() - self._began:.1f} s")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -130,7 +241,7 @@ def print_parity(reports: Iterable[ParityReport], console: Console = out) -> Non
             continue
         title = f"parity of {report.precision} with fp32 torch, worst golden image; gate: {report.gate}"
         table = Table("stage", title=title)
-        for column in ("cosine", "SQNR dB", "relative error", "max |difference|", ""):
+        for column in ("cosine", "SQNR dB", "relative error", "max |difference|", "verdict"):
             table.add_column(column, justify="right")
         for s in report.stages:
             figures = (f"{s.cosine:.6f}", f"{s.sqnr_db:.1f}", f"{s.relative:.1e}", f"{s.max_abs:.3g}")
@@ -143,7 +254,7 @@ def print_trials(decision: Decision | None) -> None:
     if decision is None:
         return
     table = Table("engine", title=f"tried on {decision.device_name}")
-    for column in ("cosine", "SQNR dB", "ms", ""):
+    for column in ("cosine", "SQNR dB", "ms", "verdict"):
         table.add_column(column, justify="right")
     for trial in decision.trials:
         count = len(trial.blocks)

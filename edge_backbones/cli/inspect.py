@@ -12,7 +12,10 @@ from edge_backbones.engines import select
 
 
 def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
-    """Show what is in a bundle, and which of its engines run on this machine. Only the manifest is read."""
+    """Show what is in a bundle, and which of its engines run on this machine. Only the manifest is read.
+
+    Example: **edge-backbones inspect resnet50.bundle**
+    """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     host, _, _ = select.machine_for(opened, "auto")

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.cli import console
+from edge_backbones.cli import completion, console
 from edge_backbones.cli.shared import JsonFlag
 from edge_backbones.doctor import judge, judge_engines, look
 from edge_backbones.errors import visible
@@ -23,12 +23,18 @@ def profiles(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="The name of one device, or a .toml file of your own. By default all are listed.", show_default=False
+            metavar="[DEVICE]",
+            autocompletion=completion.device_profiles,
+            help="The name of one device, or a .toml file of your own. By default all are listed.",
+            show_default=False,
         ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the devices that engines are compiled for: what they have, which library serves them, which precisions pay."""
+    """List the devices that engines are compiled for: what they have, which library serves them, which precisions pay.
+
+    Example: **edge-backbones profiles jetson-orin-nano**
+    """
     found = list_profiles() if name is None else (load_profile(name),)
     if as_json:
         console.print_json(found)
@@ -58,12 +64,17 @@ def doctor(
     bundle: Annotated[
         Path | None,
         typer.Argument(
-            help="A bundle: say too which of its engines run here. The exit code is 1 if none does.", show_default=False
+            metavar="[BUNDLE]",
+            help="A bundle: say too which of its engines run here. The exit code is 1 if none does.",
+            show_default=False,
         ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say what this machine can build and run, and what to do about the rest."""
+    """Say what this machine can build and run, and what to do about the rest.
+
+    Example: **edge-backbones doctor resnet50.bundle**
+    """
     opened = None if bundle is None else Bundle.open(bundle)
     machine = look()
     engines = [] if opened is None else judge_engines(machine, opened)
@@ -72,7 +83,7 @@ def doctor(
         console.print_json(findings)
     else:
         for finding in findings:  # lines, not a table: a command that is to be copied must not be cut
-            mark = ("ok", "green") if finding.ok else ("--", "yellow")
+            mark = ("!!", "yellow") if not finding.ok else ("--", "dim") if finding.absent else ("ok", "green")
             topic, found, fix = map(visible, (finding.topic, finding.found, finding.fix))
             console.out.print(Text.assemble(mark, "  ", (topic, "bold"), ": ", found), soft_wrap=True)
             if fix:

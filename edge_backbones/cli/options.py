@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import typer
 
-from edge_backbones.errors import EdgeBackbonesError
+from edge_backbones.errors import EdgeBackbonesError, InputError
 from edge_backbones.option import options_of
 
 T = TypeVar("T")
@@ -22,12 +24,14 @@ T = TypeVar("T")
 class Form:
     """How a field is typed on the command line, where that differs from its name and type in the dataclass.
 
-    ``flag``: the flag without dashes in front. ``type``: what typer parses. ``read`` makes the field's value of that; a
-    ValueError of it is a usage error. ``metavar``: what stands for the value in the help. ``help``: sentences about how the
-    value is typed, after those of the `Option`.
+    ``flag``: the flag without dashes in front. ``short``: its letter. ``complete``: what the Tab key offers. ``type``: what
+    typer parses. ``read`` makes the field's value of that; a ValueError of it is a usage error. ``metavar``: what stands for
+    the value in the help. ``help``: sentences about how the value is typed, after those of the `Option`.
     """
 
     flag: str | None = None
+    short: str | None = None
+    complete: Callable[..., Any] | None = None
     type: Any = None
     read: Callable[[Any], Any] | None = None
     metavar: str | None = None
@@ -84,12 +88,17 @@ def _flags(options: type, forms: Mapping[str, Form]) -> Iterator[tuple[str, _Fla
         typed, read = (form.type, _same) if form.type is not None else _typed(kind)
         default = field.default if isinstance(field.default, (bool, int, float, str)) else None
         dashed = name.replace("_", "-")
+        unsaid = [value for value in _choices(typed) if value not in option.help]
+        one_of = f"One of {', '.join(_choices(typed))}." if unsaid else ""
+        sentences = (option.help, form.help, one_of, "Repeat for several." if _repeats(typed) else "")
         info = typer.Option(
             f"--{dashed}/--no-{dashed}" if default is True else f"--{dashed}",
-            help=" ".join(filter(None, (option.help, form.help, "Repeat for several." if _repeats(typed) else ""))),
+            *([f"-{form.short}"] if form.short else []),
+            help=" ".join(filter(None, sentences)),
             min=option.least,
             max=option.most,
-            metavar=form.metavar,
+            metavar=form.metavar or _metavar(typed),
+            autocompletion=form.complete or (completing(*_choices(typed)) if _choices(typed) else None),
             show_default=default is not None,
             rich_help_panel=option.group,
         )
@@ -114,6 +123,36 @@ def _repeats(kind: Any) -> bool:
     return any(typing.get_origin(part) is list for part in (kind, *typing.get_args(kind)))
 
 
+def _choices(kind: Any) -> list[str]:
+    """Return the values that typer takes for a type of choices; none for another type."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [str(member.value) for member in kind]
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return [str(part) for part in parts]
+    return [choice for part in parts for choice in _choices(part)]
+
+
+_METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+
+
+def _metavar(kind: Any) -> str | None:
+    """Return what stands for a value of a type in the help; None for a flag without a value."""
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    if typing.get_origin(kind) is Literal or not parts:
+        return "NAME" if _choices(kind) else _METAVARS.get(kind)
+    return _metavar(parts[0])
+
+
+def completing(*values: str) -> Callable[..., list[str]]:
+    """Return a function for typer that offers those of ``values`` that begin as what was typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
 def _same(value: T) -> T:
     return value
 
@@ -128,6 +167,15 @@ def choice(*values: str) -> Any:
     """Return an Enum of texts. Typer takes a Literal for a flag with one value, and only an Enum for one that repeats."""
     make: Any = enum.Enum
     return make("choice", {value: value for value in values}, type=str)
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """Turn the InputError of an options dataclass into a usage error: its values are wrong whatever they are used on."""
+    try:
+        yield
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def read_option(option: str, read: Callable[[Any], T], typed: Any) -> T:

@@ -15,7 +15,9 @@ from edge_backbones.deploy.pack import pack_bundle
 
 def pack(
     bundle: BundleArgument,
-    out: Annotated[Path, typer.Argument(help="The folder to write, or the file with --tar.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(help="The folder to write, or the file with --tar.", metavar="OUT", show_default=False)
+    ],
     *,
     engine: EngineOption = None,
     device: DeviceOption = "auto",
@@ -37,8 +39,9 @@ def pack(
 
     By default the engine is the one that would run on this machine. The new bundle is not signed.
 
-    Examples: **edge-backbones pack resnet50.bundle robot.bundle --device cuda**,
-    **edge-backbones pack resnet50.bundle jetson.tar --graphs --tar**
+    Example: **edge-backbones pack resnet50.bundle robot.bundle**
+
+    Example: **edge-backbones pack resnet50.bundle jetson.tar --graphs --tar**
     """
     before = sum(file.size for file in set(Bundle.open(bundle).manifest.files()))
     packed = pack_bundle(bundle, out, engine=engine, device=device, graphs=graphs, as_tar=tar, overwrite=overwrite)

@@ -14,12 +14,14 @@ import typer
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
 from edge_backbones.cli.shared import (
+    OUTPUT_PANEL,
     AllowHostCode,
     BundleArgument,
     DeviceOption,
     EngineOption,
     JsonFlag,
     ThreadsOption,
+    check_output,
 )
 from edge_backbones.errors import InputError
 from edge_backbones.images.decode import decode, grouped, list_images, open_image, shown, why_no_images
@@ -30,15 +32,22 @@ from edge_backbones.runtime.backbone import EdgeBackbone
 
 def run(
     bundle: BundleArgument,
-    source: Annotated[Path, typer.Argument(help="An image, or a folder of images.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The folder to write to: IMAGE.npz and IMAGE.png for each image.")] = Path(
-        "features"
-    ),
+    source: Annotated[
+        Path, typer.Argument(help="An image, or a folder of images.", metavar="IMAGES", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FOLDER", help="The folder to write to: IMAGE.npz and IMAGE.png for each image."
+        ),
+    ] = Path("features"),
     engine: EngineOption = None,
     device: DeviceOption = "auto",
     allow_host_code: AllowHostCode = False,
     threads: ThreadsOption = None,
-    picture: Annotated[bool, typer.Option(help="Draw the feature maps as a picture too.")] = True,
+    picture: Annotated[
+        bool, typer.Option(help="Draw the feature maps as a picture too.", rich_help_panel=OUTPUT_PANEL)
+    ] = True,
     as_json: JsonFlag = False,
 ) -> None:
     """Compute the feature maps of photographs: for each an .npz file with one array per stage, and a picture of them.
@@ -50,6 +59,7 @@ def run(
     is_folder = source.is_dir()
     files = _image_files(source)
     targets = _feature_files(files, source if is_folder else source.parent, out)
+    check_output(out, "--out", folder=True)
     image_config = Bundle.open(bundle).manifest.image
     written: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from edge_backbones.cli import completion
+from edge_backbones.cli.options import completing
 from edge_backbones.errors import InputError
 from edge_backbones.machine.devices import parse_device
+from edge_backbones.reading import why_not_made
 from edge_backbones.spec import ShapeRange
 
 
@@ -21,19 +24,32 @@ def _device(name: str) -> str:
     return name
 
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout and nothing else.")]
+OUTPUT_PANEL = "Output"
+RARE_PANEL = "Rarely needed"
+JsonFlag = Annotated[
+    bool,
+    typer.Option(
+        "--json", "-j", help="Write one JSON document to stdout and nothing else.", rich_help_panel=OUTPUT_PANEL
+    ),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(
         help="What to build: a timm name (resnet50, resnet50.a1_in1k), a hub id (microsoft/resnet-50), a folder that "
         "save_pretrained wrote, or a config.json of transformers.",
+        metavar="MODEL",
+        autocompletion=completion.models,
         show_default=False,
     ),
 ]
-BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", show_default=False)]
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder.", metavar="BUNDLE", show_default=False)]
 EngineOption = Annotated[
     str | None,
     typer.Option(
+        "--engine",
+        "-e",
+        metavar="NAME",
+        autocompletion=completion.engines,
         help="Which engine to use: a precision (int8), a flavour (openvino), or the name of one engine or the beginning of "
         "it. By default the best one that runs here.",
         show_default=False,
@@ -42,14 +58,19 @@ EngineOption = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option(
+        "--device",
+        "-d",
         callback=_device,
         metavar="DEVICE",
+        autocompletion=completing("auto", "cpu", "cuda"),
         help="The device: cpu, cuda or cuda:1. auto: the first GPU if something here is for it, else the CPU.",
     ),
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="How many CPU threads to use. All by default.", show_default=False),
+    typer.Option(
+        "--threads", "-t", metavar="N", min=1, help="How many CPU threads to use. All by default.", show_default=False
+    ),
 ]
 AllowHostCode = Annotated[
     bool,
@@ -57,6 +78,7 @@ AllowHostCode = Annotated[
         "--allow-host-code",
         help="Allow code of the bundle to run: a TorchScript program, or the runtime inside a version-compatible plan. Only "
         "for a bundle that you trust as you trust a program.",
+        rich_help_panel=RARE_PANEL,
     ),
 ]
 InProcess = Annotated[
@@ -65,6 +87,7 @@ InProcess = Annotated[
         "--in-process",
         help="Stay in this process, for a debugger. By default a child process does the work, so that a crash of an engine "
         "library is reported.",
+        rich_help_panel=RARE_PANEL,
     ),
 ]
 
@@ -72,11 +95,21 @@ SIGSTORE_PANEL = "Sigstore"
 SigstoreConfig = Annotated[
     Path | None,
     typer.Option(
+        metavar="FILE",
         help="The client trust configuration (JSON) of a Sigstore of your own, instead of the public one.",
         show_default=False,
         rich_help_panel=SIGSTORE_PANEL,
     ),
 ]
+
+
+def check_output(path: Path, option: str, *, folder: bool = False) -> None:
+    """Raise InputError if a file (or a folder) cannot be written to ``path``, before minutes are spent on its content."""
+    if path.exists() and path.is_dir() != folder:
+        kind, other = ("folder", "file") if folder else ("file", "folder")
+        raise InputError(f"{path} is a {other}: {option} takes a {kind}")
+    if why := why_not_made(path / "file" if folder else path):
+        raise InputError(f"{path} cannot be written ({why}): choose another place with {option}")
 
 
 def integers(text: str) -> tuple[int, ...]:

@@ -22,7 +22,13 @@ def stages(
     ] = False,
     size: Annotated[
         str | None,
-        typer.Option(help="Height and width of the input: HxW, or one number.", metavar="HxW", show_default=False),
+        typer.Option(
+            "--size",
+            "-s",
+            help="Height and width of the input: HxW, or one number for a square.",
+            metavar="HxW",
+            show_default=False,
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from edge_backbones.bundle import signing
 from edge_backbones.cli import console
+from edge_backbones.cli.options import usage
 from edge_backbones.cli.shared import SIGSTORE_PANEL, BundleArgument, JsonFlag, SigstoreConfig
 
 
@@ -18,19 +19,27 @@ def sign(
     key: Annotated[
         Path | None,
         typer.Option(
-            help="The private key to sign with: a PEM file, ECDSA on P-256, P-384 or P-521.", show_default=False
+            "--key",
+            "-k",
+            metavar="FILE",
+            help="The private key to sign with: a PEM file, ECDSA on P-256, P-384 or P-521.",
+            show_default=False,
         ),
     ] = None,
     passphrase_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file whose first line is the key's passphrase. Without it a terminal is asked.", show_default=False
+            metavar="FILE",
+            help="A file whose first line is the key's passphrase. Without it a terminal is asked.",
+            show_default=False,
         ),
     ] = None,
     certificate: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The certificate of the key. Repeat for the certificates between it and the root.", show_default=False
+            metavar="FILE",
+            help="The certificate of the key. Repeat for the certificates between it and the root.",
+            show_default=False,
         ),
     ] = None,
     sigstore: Annotated[
@@ -52,6 +61,8 @@ def sign(
     Make the keys with **openssl ecparam -name prime256v1 -genkey -noout -out private.pem** and **openssl ec -in private.pem
     -pubout -out public.pem**.
     """
+    with usage():
+        signing.check_signer(key=key, sigstore=sigstore, of_a_key=bool(passphrase_file or certificate))
     passphrase = None
     if passphrase_file is not None:
         passphrase = signing.read_passphrase(passphrase_file)

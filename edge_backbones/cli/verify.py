@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from edge_backbones.bundle.reader import Bundle
 from edge_backbones.bundle.trust import SigstoreIdentity
 from edge_backbones.cli import console
 from edge_backbones.cli.shared import (
@@ -21,7 +22,7 @@ from edge_backbones.cli.shared import (
     SigstoreConfig,
 )
 from edge_backbones.deploy import verify as deploy
-from edge_backbones.errors import InputError, visible
+from edge_backbones.errors import visible
 from edge_backbones.parity_report import ParityError
 
 _EXPLANATION = "Why a gate fails"
@@ -34,6 +35,9 @@ def verify(
     key: Annotated[
         list[Path] | None,
         typer.Option(
+            "--key",
+            "-k",
+            metavar="FILE",
             help="Refuse a bundle that is not signed by this public key (PEM) or under this certificate. Repeat for several, "
             "or give a folder of them: one is enough.",
             show_default=False,
@@ -42,6 +46,7 @@ def verify(
     sigstore_identity: Annotated[
         str | None,
         typer.Option(
+            metavar="WHO",
             help="Refuse a bundle that this e-mail address or workflow did not sign. Needs --sigstore-issuer.",
             show_default=False,
             rich_help_panel=SIGSTORE_PANEL,
@@ -50,6 +55,7 @@ def verify(
     sigstore_issuer: Annotated[
         str | None,
         typer.Option(
+            metavar="URL",
             help="Who vouches for that identity, such as https://accounts.google.com.",
             show_default=False,
             rich_help_panel=SIGSTORE_PANEL,
@@ -65,6 +71,7 @@ def verify(
     picture: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
             help="Where --explain writes its picture. By default explanation.png.",
             show_default=False,
             rich_help_panel=_EXPLANATION,
@@ -78,9 +85,14 @@ def verify(
 
     The engines run in the real runtime. One that was compiled ahead of time for this GPU is measured for the first time, and
     may run from then on.
+
+    Example: **edge-backbones verify resnet50.bundle --engine int8**
     """
     if picture is not None and not explain:
-        raise InputError(f"--picture {picture} is what --explain draws: add --explain, or leave it out")
+        raise typer.BadParameter(
+            f"{picture} is what --explain draws: add --explain, or leave it out", param_hint="--picture"
+        )
+    Bundle.open(bundle)  # what is no bundle is refused before a process is started
     identity = _identity(sigstore_identity, sigstore_issuer, sigstore_config)
     try:
         with console.Steps(as_json, aloud="passing ") as progress:
@@ -109,9 +121,9 @@ def verify(
 
 
 def _identity(identity: str | None, issuer: str | None, config: Path | None) -> SigstoreIdentity | None:
-    """Return who must have signed with Sigstore, None if nobody is asked for; raise InputError for half of an identity."""
+    """Return who must have signed with Sigstore, None if nobody is asked for; half of an identity is a usage error."""
     if (identity is None) != (issuer is None) or (config and identity is None):
-        raise InputError(
+        raise typer.BadParameter(
             "Sigstore's signatures are of somebody, by an issuer: pass --sigstore-identity and --sigstore-issuer"
         )
     return None if identity is None or issuer is None else SigstoreIdentity(identity, issuer, config)

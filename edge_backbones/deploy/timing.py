@@ -42,6 +42,7 @@ def time_engines(
         progress("timing", done, _ROUNDS)
         for engine, medians in zip(engines, turns, strict=True):
             medians.append(_one_turn(engine, images))
+    progress("timing", _ROUNDS, _ROUNDS)
     return [statistics.median(medians) for medians in turns]
 
 

@@ -132,7 +132,7 @@ def fitting_engines(
     wanted = [e for e in engines if _is_meant(e, engine)]
     if not wanted:
         held = ", ".join(e.name for e in engines) or "none"
-        asked = "an engine" if engine is None else f"engine {engine!r}"
+        asked = "engine" if engine is None else f"engine {engine!r}"
         raise EngineMismatchError(f"{bundle.path} has no {asked}; it holds: {held}. {_advice(bundle, engine, device)}")
     reasons = {e.name: reasons_against(e) for e in wanted}
     fitting = [e for e in wanted if not reasons[e.name]]

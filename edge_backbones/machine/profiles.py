@@ -18,7 +18,7 @@ import msgspec
 from edge_backbones.bundle.manifest import Architecture, FlavourName
 from edge_backbones.errors import InputError, MissingDependencyError
 from edge_backbones.machine.gpus import Gpu
-from edge_backbones.reading import read_file, refusing, shortened
+from edge_backbones.reading import read_file, refusing, shortened, why_not
 from edge_backbones.spec import Precision, ShapeRange, Size
 
 Kind = Literal["cpu", "jetson", "datacenter", "rtx"]
@@ -183,7 +183,7 @@ def _read(path: Path) -> DeviceProfile:
     try:
         data = read_file(path, limit=_MAX_BYTES)
     except OSError as error:
-        raise InputError(f"device profile {path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"device profile {path} cannot be read: {why_not(error)}") from error
     with refusing(lambda why: InputError(f"{path} is not a device profile: {why}")):
         try:
             profile = msgspec.toml.decode(data, type=DeviceProfile)

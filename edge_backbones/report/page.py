@@ -35,6 +35,7 @@ from edge_backbones.errors import (
 from edge_backbones.machine import child, hosts
 from edge_backbones.machine.devices import Place
 from edge_backbones.progress import Progress, no_progress
+from edge_backbones.reading import why_not
 from edge_backbones.report import charts, figures, layers, summary, usage
 from edge_backbones.report.words import fixed, megabytes, signs, times, yes_or_no
 from edge_backbones.runtime.backbone import EdgeBackbone
@@ -73,7 +74,7 @@ def write_report(
     try:
         write_beside_and_rename(target, page.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror}): choose another place with --out") from error
+        raise InputError(f"{target} cannot be written ({why_not(error)}): choose another place with --out") from error
     return target
 
 

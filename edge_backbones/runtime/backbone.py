@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from edge_backbones.bundle import trust
 from edge_backbones.bundle.manifest import Source
 from edge_backbones.engines import base
 from edge_backbones.engines.batching import run_in_pieces
-from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu, stream_pointer
+from edge_backbones.engines.gpu.arrays import DeviceArray, from_foreign, is_on_gpu, stream_pointer
 from edge_backbones.engines.gpu.memory import MemoryBackend
 from edge_backbones.errors import InputError, lack_told, refuse_lack
 from edge_backbones.runtime.config import selected
@@ -27,21 +27,24 @@ from edge_backbones.runtime.inputs import host_array, refuse_not_finite
 from edge_backbones.runtime.opening import Origin, open_engine, reopen
 from edge_backbones.spec import BackboneSpec, InputSpec
 
+_Map = TypeVar("_Map")
 
-class BackboneOutput(dict[str, tuple[Any, ...]]):
+
+class BackboneOutput(dict[str, tuple[Any, ...]], Generic[_Map]):
     """Hold the output of a call, like ``transformers.modeling_outputs.BackboneOutput`` without torch.
 
     ``feature_maps`` is a tuple of float32 arrays in stage order: numpy arrays, or DeviceArrays if the input was on the
-    GPU. As in transformers, fields that are None are not keys; ``output[0]``, ``output["feature_maps"]`` and
-    ``output.feature_maps`` are the same; iterating yields the keys.
+    GPU. For type checkers they are numpy arrays, unless the input is a `DeviceArray`: they cannot see where a tensor of
+    another library lies. As in transformers, fields that are None are not keys; ``output[0]``, ``output["feature_maps"]``
+    and ``output.feature_maps`` are the same; iterating yields the keys.
     """
 
     def __init__(
         self,
-        feature_maps: tuple[Any, ...],
-        hidden_states: tuple[Any | None, ...] | None = None,
+        feature_maps: tuple[_Map, ...],
+        hidden_states: tuple[_Map | None, ...] | None = None,
         attentions: None = None,
-        cls_tokens: tuple[Any, ...] | None = None,
+        cls_tokens: tuple[_Map, ...] | None = None,
     ) -> None:
         fields = {
             "feature_maps": feature_maps,
@@ -52,12 +55,12 @@ class BackboneOutput(dict[str, tuple[Any, ...]]):
         super().__init__({name: value for name, value in fields.items() if value is not None})
 
     @property
-    def feature_maps(self) -> tuple[Any, ...]:
+    def feature_maps(self) -> tuple[_Map, ...]:
         """Return one array per chosen stage: NCHW, or as ``EdgeBackbone.layouts`` says."""
         return super().__getitem__("feature_maps")
 
     @property
-    def hidden_states(self) -> tuple[Any | None, ...] | None:
+    def hidden_states(self) -> tuple[_Map | None, ...] | None:
         """Return one array per layer or stage of the network; None if none were asked for.
 
         If only some were asked for, the others are None.
@@ -69,7 +72,7 @@ class BackboneOutput(dict[str, tuple[Any, ...]]):
         """Return None: a compiled engine has no attention weights."""
 
     @property
-    def cls_tokens(self) -> tuple[Any, ...] | None:
+    def cls_tokens(self) -> tuple[_Map, ...] | None:
         """Return a (batch, channels) array per chosen stage, for networks that return class tokens beside their maps."""
         return self.get("cls_tokens")
 
@@ -248,6 +251,30 @@ class EdgeBackbone(BackboneDescription):
     @overload
     def __call__(
         self,
+        pixel_values: DeviceArray,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
+        return_dict: Literal[True] | None = None,
+        *,
+        dataset_index: Any = None,
+        stream: Any = None,
+    ) -> BackboneOutput[DeviceArray]: ...
+
+    @overload
+    def __call__(
+        self,
+        pixel_values: DeviceArray,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
+        *,
+        return_dict: Literal[False],
+        dataset_index: Any = None,
+        stream: Any = None,
+    ) -> tuple[tuple[DeviceArray, ...], ...]: ...
+
+    @overload
+    def __call__(
+        self,
         pixel_values: Any,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
@@ -255,7 +282,7 @@ class EdgeBackbone(BackboneDescription):
         *,
         dataset_index: Any = None,
         stream: Any = None,
-    ) -> BackboneOutput: ...
+    ) -> BackboneOutput[np.ndarray]: ...
 
     @overload
     def __call__(
@@ -267,7 +294,7 @@ class EdgeBackbone(BackboneDescription):
         return_dict: Literal[False],
         dataset_index: Any = None,
         stream: Any = None,
-    ) -> tuple[tuple[Any, ...], ...]: ...
+    ) -> tuple[tuple[np.ndarray, ...], ...]: ...
 
     def __call__(
         self,

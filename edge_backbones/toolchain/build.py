@@ -22,7 +22,6 @@ from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.engines.refusals import refusals
 from edge_backbones.engines.torch.flavour import engine_of_torch_tensorrt, engine_of_torchscript
 from edge_backbones.errors import (
-    CalibrationError,
     CompileError,
     SourceError,
     needing,
@@ -32,6 +31,7 @@ from edge_backbones.parity_report import ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, MeasuredEngine, PreparedBackbone
+from edge_backbones.toolchain.early import check_build
 from edge_backbones.toolchain.options import BuildOptions, as_range
 from edge_backbones.toolchain.write_bundle import write_bundle
 
@@ -88,11 +88,11 @@ def build_bundle(
     ParityError (with the report), BundleError, InputError, MissingDependencyError.
     """
     options = options or BuildOptions()
-    _check_before_loading(options, images)
+    check_build(source, target, images, options, overwrite=overwrite)
+    profile = None if options.profile is None else profiles.load_profile(options.profile)
     progress("loading libraries", 0, None)
     with needing("building a bundle", "build"):
         from edge_backbones.toolchain import steps
-    profile = None if options.profile is None else profiles.load_profile(options.profile)
     reused = None if options.calibration is None else steps.read_calibration(options.calibration)
 
     with new_bundle(target, overwrite=overwrite) as folder, _work_folder(folder) as work_name:
@@ -130,14 +130,6 @@ def build_bundle(
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
-
-
-def _check_before_loading(options: BuildOptions, images: ImageSource) -> None:
-    """Refuse a build that cannot succeed, before libraries take seconds to load."""
-    if "torch_tensorrt" in options.flavours and not gpus.find_gpus():
-        raise CompileError(f"torch_tensorrt compiles on the GPU that will run the engine: {gpus.no_gpu_reason()}")
-    if images is None and options.needs_ranges and options.calibration is None:
-        raise CalibrationError("int8 needs calibration images: pass a folder of photographs (--images FOLDER)")
 
 
 def _refuse_for(profile: DeviceProfile | None, options: BuildOptions, input: InputSpec) -> None:

@@ -181,12 +181,14 @@ def _bisect(
     Returns its index (the number of layers if none does), and the layers that were compared.
     """
     seen: dict[int, float] = {}
+    most = math.ceil(math.log2(len(layers) + 1))
     low, high = -1, len(layers)  # right up to low, wrong from high on (the output itself)
     while high - low > 1:
         middle = (low + high) // 2
-        progress("comparing layers", len(seen), math.ceil(math.log2(len(layers) + 1)))
+        progress("comparing layers", len(seen), most)
         seen[middle] = difference(layers[middle])
         low, high = (middle, high) if seen[middle] <= limit else (low, middle)
+    progress("comparing layers", most, most)
     return high, tuple(LayerNoise(name=str(layers[i].name), sqnr_db=_db(seen[i])) for i in sorted(seen))
 
 
@@ -336,6 +338,7 @@ def _loudest_block(
         alone = _run(_session(_with_rounding(model, block)), [failing], images, batch)[0]
         if (noise := _noise(alone, smooth)) > 0:  # else the output does not depend on it
             found.append(LayerNoise(name=block, sqnr_db=_db(noise)))
+    progress("measuring blocks", len(blocks), len(blocks))
     found.sort(key=lambda layer: layer.sqnr_db)
     weights = f"rounding the weights alone leaves {_db(of_weights):.1f} dB"
     if not found or of_weights > allowed:

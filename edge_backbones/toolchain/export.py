@@ -60,6 +60,11 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
         model = program.model_proto
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
         advice = _fixed(input) or "this architecture has no ONNX form here"
+        if found := _SPECIALISED.search(str(error)):
+            raise ExportError(
+                f"this network is of a fixed size: its code computes with the {found['axis']} {found['size']} and the bundle "
+                f"is asked for {input.describe()}; {advice}"
+            ) from error
         raise ExportError(
             f"the network cannot be exported with {input.describe()}: {_cause(error)}; {advice}"
         ) from error
@@ -230,6 +235,13 @@ def _check_maps(
                     f"the exported {what} is wrong: {stage} differs from the network by {max(differences):.1e} relative, "
                     f"at most {_MAX_RELATIVE_ERROR:g} is allowed"
                 )
+
+
+# How torch.export says that the code of a network made a constant of an axis that was to vary.
+_SPECIALISED = re.compile(
+    r"marked (?:\d+\*)?(?P<axis>batch|height|width)\S* as dynamic but your code specialized it to be a constant "
+    r"\((?P<size>\d+)\)"
+)
 
 
 def _fixed(input: InputSpec) -> str:

@@ -533,8 +533,15 @@ def test_what_some_images_showed_is_judged_on_others(graphs, photographs, tmp_pa
     )
     images = gather_images(crops, input=graph.input, config=networks.PLAIN, spool=tmp_path / "spool")
     feed = Feed(images, list(range(9)), graph.input.batch.opt, fill=True)
-    options = {"percentile": 99.9, "config": networks.PLAIN, "work": tmp_path, "progress": no_progress}
+    steps: dict[str, tuple[int, int | None]] = {}
+
+    def progress(step, done, total):
+        steps[step] = done, total
+
+    options = {"percentile": 99.9, "config": networks.PLAIN, "work": tmp_path, "progress": progress}
     calibrate(graph, feed, method="auto", **options)
+    assert {"calibrating", "choosing ranges", "correcting biases"} <= steps.keys()
+    assert not {step: ended for step, ended in steps.items() if ended[1] is not None and ended[0] != ended[1]}
     assert [what for what, _, _ in judged] == ["factors", "ranges", "ranges", "biases"]
     for what, showed, judges in judged:
         assert showed, what

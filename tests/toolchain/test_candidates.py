@@ -455,7 +455,11 @@ def test_engines_take_turns_and_none_is_left_open(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 1e-3)
     monkeypatch.setattr(timing, "_ROUNDS", 7)
     engines = [functools.partial(Session, name) for name in ("fast", "slow")]
-    figures = timing.time_engines(engines, networks.input_spec(64, 96, batch=2))
+    steps = []
+    figures = timing.time_engines(
+        engines, networks.input_spec(64, 96, batch=2), progress=lambda *step: steps.append(step)
+    )
+    assert steps[-1] == ("timing", 7, 7)
     assert figures == pytest.approx([2.0, 3.0])
     turn = [("open", "fast"), ("close", "fast"), ("open", "slow"), ("close", "slow")]
     assert events == turn * (len(events) // 4)

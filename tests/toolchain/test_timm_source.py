@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -351,6 +352,14 @@ def test_cached_weights_serve_when_the_hub_is_away(no_hub, tmp_path, images, fil
         (expected,) = net.forward_intermediates(torch.from_numpy(images), indices=(-1,), intermediates_only=True)
     np.testing.assert_array_equal(networks.maps_of(backbone.module, images)[0], expected.numpy())
     assert backbone.source.weights == "pretrained"
+
+
+def test_the_classifier_of_a_healthy_file_is_not_talked_of(no_hub, tmp_path, caplog):
+    no_hub["model.safetensors"] = saved(classifier("test_resnet"), tmp_path / "model.safetensors")
+    load("test_resnet", weights="pretrained")
+    assert "nexpected keys" not in caplog.text
+    logging.getLogger("timm.models._builder").warning("Unexpected keys (a) found while loading pretrained weights.")
+    assert "Unexpected keys (a)" in caplog.text, "the logger is as it was"
 
 
 def test_a_network_that_was_never_trained_says_so(no_hub):

@@ -85,6 +85,9 @@ def test_a_folder_runs_as_the_backbone_in_it_and_is_built_once(saved, cache, bui
     assert len(builds) == 2, "other stages are another bundle"
     AutoEdgeBackbone.from_pretrained(copied, out_features=["stage1"], options=OPTIONS, cache=cache).close()
     assert len(builds) == 2, "the same content under another name, its stage chosen by name"
+    with AutoEdgeBackbone.from_pretrained(folder, out_indices=[-4], options=OPTIONS, cache=cache) as backbone:
+        assert (backbone.out_indices, backbone.out_features) == ([-4], ["stage1"])
+    assert len(builds) == 2, "the same stage, counted from the end"
 
 
 def test_a_configuration_is_seeded_and_left_alone(cache, builds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import msgspec
 import numpy as np
@@ -102,6 +103,11 @@ def test_the_command_line(bundle, capsys):
     reasons = json.loads(capsys.readouterr().out)["reasons_against"]
     assert any("never measured" in why for why in reasons[engine_name(bundle)])
     assert _run([*arguments, "--shapes", "2x32"]) == 2
+    capsys.readouterr()
+    assert _run(["compile", str(bundle.path), "--flavour", "tensorrt_rtx"]) == 0
+    assert re.search(
+        r"^compiled for (sm_\d+(, )?)+: no target was given \(--target", capsys.readouterr().err, re.MULTILINE
+    )
     assert _run([*arguments, "--target", "sm_90", "--json"]) == 1
     if not gpus.find_gpus():
         assert _run(["compile", str(bundle.path), "--flavour", "tensorrt"]) == 1

@@ -23,7 +23,9 @@ OPTIONS = {
     name: {option: parameter for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for name, command in COMMANDS.items()
 }
-ANY = {option for of_command in OPTIONS.values() for option in of_command} | {"--help", "--version"}
+ANY = {option for of_command in OPTIONS.values() for option in of_command} | {
+    "--help", "--version", "--install-completion"
+}  # fmt: skip
 # Options of other programs that stand in messages, by what stands before them.
 FOREIGN = re.compile(
     r"docker run\b|pip install\b|-m venv\b|apt install\b|git\b|mount it|nvpmodel|fallocate|cpupower|--[a-z]+=|qemu"

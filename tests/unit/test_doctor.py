@@ -479,3 +479,13 @@ def test_why_a_gpu_is_not_compiled_for():
     why = doctor.why_not_the_gpu(machine("jetpack6-orin-nano", gpus=(ORIN_NANO,)))
     assert why.startswith("Orin is here, and TensorRT is not usable")
     assert "--system-site-packages" in why
+
+
+def test_what_is_not_here_and_not_needed_is_marked_absent():
+    found = {finding.topic: finding for finding in judge(machine("laptop"))}
+    for topic, finding in found.items():
+        if finding.found.startswith("not "):
+            assert finding.absent or not finding.ok, topic
+    assert found["NVIDIA GPU"].absent
+    assert not found["machine"].absent
+    assert not [finding for finding in found.values() if finding.absent and finding.fix]

@@ -85,7 +85,7 @@ class TensorRt(Flavour):
         source, ranges = self._graph_and_ranges(bundle, graph, options_of_plan)
         if self.name == "tensorrt" and options_of_plan.timing_cache is None:
             options_of_plan = dataclasses.replace(options_of_plan, timing_cache=_latest_timing_cache(bundle))
-        return compile_engine(
+        engine = compile_engine(
             source,
             bundle.manifest.input,
             graph.precision,
@@ -94,6 +94,13 @@ class TensorRt(Flavour):
             gpu=options.gpu,
             ranges=ranges,
             progress=progress,
+        )
+        if not self.takes_targets or options_of_plan.targets or engine.key.gpu is None:
+            return engine
+        chosen = ", ".join(engine.key.gpu.architectures)
+        return dataclasses.replace(
+            engine,
+            notes=(*engine.notes, f"compiled for {chosen}: no target was given (--target, as in --target sm_89)"),
         )
 
     def profiler(self, file: str) -> str:

@@ -14,7 +14,7 @@ from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import CalibrationError
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.progress import Progress
-from edge_backbones.reading import file_sha256, read_file
+from edge_backbones.reading import file_sha256, read_file, why_not
 from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.calibration import choose, ranges
 from edge_backbones.toolchain.calibration.choose import Fold
@@ -247,7 +247,7 @@ def read_calibration(path: Path) -> CalibrationFile:
     try:
         data = read_file(path, limit=_MAX_BYTES)
     except OSError as error:
-        raise CalibrationError(f"{path} cannot be read ({error.strerror or error}): pass a calibration.json") from error
+        raise CalibrationError(f"{path} cannot be read ({why_not(error)}): pass a calibration.json") from error
     return decode_calibration(data, str(path))
 
 

@@ -86,13 +86,14 @@ def choose_ranges(
     references = [run_reference(graph, fold.held_out) for fold in folds]
     deciding = _deciding_outputs(graph)
     chosen: dict[str, str] = {}
+    most = len(graph.spec.outputs) * len(METHODS)
     for done, output in enumerate(graph.spec.outputs):
         tensors = [tensor for tensor, decides in deciding.items() if decides == output]
         if not tensors:
             continue
         noise: dict[str, float] = {}
         for method in METHODS:
-            progress("choosing ranges", done * len(METHODS) + len(noise), len(graph.spec.outputs) * len(METHODS))
+            progress("choosing ranges", done * len(METHODS) + len(noise), most)
             runs = [
                 Run(
                     simulation,
@@ -106,6 +107,7 @@ def choose_ranges(
         chosen[output] = min(METHODS, key=lambda method: noise[method])
         for fixed, of_fold in zip(ranges, options, strict=True):
             fixed.update({tensor: of_fold[chosen[output]][tensor] for tensor in tensors})
+    progress("choosing ranges", most, most)
     together = functools.reduce(merge_magnitudes, (fold.magnitudes for fold in folds))
     final = {method: find_ranges(together, method=method, percentile=percentile) for method in set(chosen.values())}
     return {tensor: final[chosen[output]][tensor] for tensor, output in deciding.items()}, chosen
@@ -155,6 +157,7 @@ def correct_biases(
         noise = mean_db(measure_noise([Run(simulation, held_out, references)], graph.spec.outputs))
         if noise < least:
             best, least = as_lists, noise
+    progress("correcting biases", _CORRECTIONS, _CORRECTIONS)
     return best
 
 

@@ -69,6 +69,7 @@ def noise_of_blocks(
         others = {layer.name for layer in layers if layer.block != block or layer.name in excluded}
         simulation = simulate(graph, ranges, work, precision=precision, excluded=others)
         found[block] = measure_noise([Run(simulation, samples, references)], graph.spec.outputs)
+    progress("measuring blocks", len(blocks), len(blocks))
     return found
 
 

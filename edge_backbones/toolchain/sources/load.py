@@ -20,6 +20,7 @@ from edge_backbones.bundle.manifest import Source
 from edge_backbones.errors import SourceError, first_line, needing
 from edge_backbones.integrations.clients import find_backbone, is_backbone, is_timm_module
 from edge_backbones.toolchain.artifacts import LoadedBackbone
+from edge_backbones.toolchain.sources import names
 from edge_backbones.toolchain.sources.base import (
     SourceLoader,
     SourceOptions,
@@ -34,7 +35,7 @@ from edge_backbones.toolchain.sources.plain import load_plain
 from edge_backbones.toolchain.sources.processors import PROCESSOR_FILES, Preprocessing, given, read_processor
 from edge_backbones.toolchain.sources.timm import load_timm, load_timm_folder, load_timm_module
 
-ENTRY_POINTS = "edge_backbones.sources"
+ENTRY_POINTS = names.ENTRY_POINTS
 """The entry point group in which other packages register a :class:`SourceLoader`, as a class or as an object."""
 
 
@@ -103,7 +104,7 @@ class _TimmNames:
 
     def load(self, source: Any, options: SourceOptions) -> LoadedBackbone:
         if options.from_model:
-            _refuse_path(str(source))
+            names.refuse_path(str(source))
             raise SourceError(
                 f"from_model is for a whole model of transformers: {source} is a backbone of timm already"
             )
@@ -193,21 +194,9 @@ def _refuse(source: Any, options: SourceOptions) -> LoadedBackbone:
         raise SourceError(
             f"a {type(source).__name__} is no source: pass a name, a folder, a configuration, or a module"
         )
-    _refuse_path(str(source))
+    names.refuse_file(str(source))
+    names.refuse_path(str(source))
     return load_timm(str(source).removeprefix("timm/"), options)
-
-
-def _refuse_path(name: str) -> None:
-    """Raise SourceError for a path that holds no saved model, or that does not exist."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise SourceError(f"{path} has no config.json: pass a folder that save_pretrained wrote")
-    if path.is_file():
-        raise SourceError(
-            f"{path} is a file: pass the folder that holds it, or a name or configuration with weights={path}"
-        )
-    if _is_path(name):
-        raise SourceError(f"{path} does not exist")
 
 
 # ---- names, folders and the hub -------------------------------------------------------------------------------------
@@ -217,17 +206,12 @@ def _is_text(source: Any) -> bool:
     return isinstance(source, (str, os.PathLike))
 
 
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a path, whether it exists or not."""
-    return Path(name).expanduser().is_absolute() or name.startswith((".", "~"))
-
-
 def _is_timm_name(name: str) -> bool:
     return timm.is_model(name.partition(".")[0])
 
 
 def _may_be_on_hub(source: Any) -> bool:
-    return _is_text(source) and not _is_path(str(source)) and not Path(source).exists()
+    return _is_text(source) and not names.is_path(str(source)) and not Path(source).exists()
 
 
 def _repository(source: Any) -> str:

@@ -260,7 +260,7 @@ def _arguments(name: str, options: SourceOptions) -> dict[str, Any]:
 def _create(name: str, arguments: Mapping[str, Any]) -> Any:
     """Call ``timm.create_model`` and turn its errors into ours. ``exportable``: attention as plain matrix products."""
     try:
-        with set_layer_config(exportable=True):
+        with set_layer_config(exportable=True), _no_talk_of_heads():
             return timm.create_model(name, **arguments)
     except (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
         options = {
@@ -270,6 +270,21 @@ def _create(name: str, arguments: Mapping[str, Any]) -> Any:
         if "Unknown model" in text or "Invalid pretrained tag" in text or "has no source prefix" in text:
             raise SourceError(f"timm has no model {name!r}.{_near_names(name)}") from error
         raise SourceError(f"timm cannot make {name} with {options}: {text}") from error
+
+
+@contextlib.contextmanager
+def _no_talk_of_heads() -> Iterator[None]:
+    """Hold back timm's warning that it found weights of a classifier, which every pretrained file has and no backbone."""
+    log = logging.getLogger("timm.models._builder")
+
+    def is_worth_reading(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Unexpected keys")
+
+    log.addFilter(is_worth_reading)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_worth_reading)
 
 
 def _near_names(name: str) -> str:

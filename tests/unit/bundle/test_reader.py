@@ -93,6 +93,20 @@ def test_what_is_not_a_bundle_says_so(tmp_path):
         Bundle.open(tmp_path / "nothing")
     with pytest.raises(BundleError, match=r"it has no manifest\.json"):
         Bundle.open(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="file is not a bundle: it is a file, and a bundle is a folder"):
+        Bundle.open(tmp_path / "file")
+
+
+def test_its_manifest_is_not_a_bundle_and_leads_to_it(bundle):
+    with pytest.raises(BundleError, match=f"it is a file of one: pass its folder, {bundle.path}"):
+        Bundle.open(bundle.path / "manifest.json")
+
+
+def test_a_bundle_shows_itself_in_one_short_line(bundle):
+    (engine,) = bundle.manifest.engines
+    assert repr(bundle) == f"Bundle({str(bundle.path)!r}: average_pooling, engines: {engine.name})"
+    assert repr(bundle.remove_engine(engine.name)).endswith(": average_pooling, engines: none)")
 
 
 def test_files_that_the_manifest_does_not_name_are_ignored(bundle):

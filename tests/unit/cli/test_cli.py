@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,12 @@ from PIL import Image
 from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.bundle.writer import BundleWriter, record_bytes, write_manifest
+from edge_backbones.cli import compile as compiling
+from edge_backbones.cli import machine
 from edge_backbones.cli import main as cli
 from edge_backbones.cli.run import save_maps
+from edge_backbones.doctor import Finding
+from edge_backbones.errors import CompileError
 from edge_backbones.installation import pip_install
 from edge_backbones.parity_report import Gate
 from edge_backbones.spec import Precision
@@ -30,12 +35,13 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def refused(done: subprocess.CompletedProcess, code: int = 1) -> str:
-    """The one line on stderr of a refusal."""
+    """The one line on stderr of a refusal, which is the last: lines before it are steps that were begun."""
     assert done.returncode == code, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+    *steps, line = done.stderr.strip().splitlines()
+    assert line.startswith("edge-backbones: ")
+    assert not [step for step in steps if step.startswith("edge-backbones: ") or len(step) > 60], done.stderr
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +216,8 @@ def test_run_skips_the_broken_files_of_a_folder_with_the_reason(bundle, photo, t
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.npz", "z.npz"]
-    head, *reasons = done.stderr.splitlines()
+    step, head, *reasons = done.stderr.splitlines()
+    assert step == "running"
     assert head == "3 files were skipped:"
     assert reasons[0].startswith(f"  {folder}/thermal 1.png has pixels of more than 8 bits")
     assert reasons[0].endswith("(and 1 more)")
@@ -260,8 +267,27 @@ def test_doctor_names_every_extra_that_is_missing():
         assert pip_install(extra) in fixes
 
 
-def test_a_terminal_sees_steps_and_a_pipe_does_not(bundle):
-    assert run("verify", bundle.path).stderr == ""
+def test_a_pipe_sees_one_plain_line_per_step(bundle):
+    assert run("verify", bundle.path).stderr.splitlines() == ["checking files", "verifying fp32"]
+    assert run("verify", bundle.path, "--json").stderr == ""
+
+
+def test_quiet_and_verbose_work_before_and_behind_the_name_of_a_command(bundle):
+    for arguments in (["-q", "verify", bundle.path], ["verify", bundle.path, "--quiet"]):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for arguments in (
+        ["-v", "verify", bundle.path],
+        ["verify", "-v", bundle.path],
+        ["-v", "verify", "-v", bundle.path],
+    ):
+        lines = run(*arguments).stderr.splitlines()
+        assert lines[0].startswith("versions: Python 3.")
+        assert f"numpy {np.__version__}" in lines[0]
+        assert sum(line.startswith("versions: ") for line in lines) == 1
+        assert any(re.fullmatch(r"verifying fp32: \d+\.\d s", line) for line in lines), lines
+    assert "is not a bundle" in refused(run("-q", "verify", bundle.path / "nothing"))
+    assert "exclude each other" in run("-q", "verify", bundle.path, "-v").stderr
 
 
 def test_doctor_shows_the_whole_install_command():
@@ -319,3 +345,49 @@ def test_stages_are_saved_under_any_name(tmp_path):
         assert saved.files == list(maps)
         for name, feature_map in maps.items():
             np.testing.assert_array_equal(saved[name], feature_map)
+
+
+def test_report_and_remove_speak_json(tmp_path):
+    bundle = make_bundle(tmp_path / "pool.bundle")
+    (engine,) = bundle.manifest.engines
+    page = tmp_path / "new" / "page.html"
+    document = json.loads(run("report", bundle.path, "-o", page, "--json").stdout)
+    assert document == {"bundle": str(bundle.path), "report": str(page)}
+    assert page.is_file()
+    document = json.loads(run("remove", bundle.path, engine.name, "-j").stdout)
+    assert document == {"bundle": str(bundle.path), "removed": [engine.name], "left": []}
+    document = json.loads(run("remove", bundle.path, engine.name, "-j").stdout)
+    assert document["message"].endswith(f"has no engine {engine.name!r}; its engines: none")
+    assert f"{bundle.path} has no engine; it holds: none. " in refused(run("verify", bundle.path))
+
+
+def test_what_is_absent_and_not_needed_is_not_called_ok(monkeypatch, capsys):
+    findings = [
+        Finding(topic="a", ok=True, found="here"),
+        Finding(topic="b", ok=True, found="not installed", absent=True),
+        Finding(topic="c", ok=False, found="missing", fix="do this"),
+    ]
+    monkeypatch.setattr(machine, "judge", lambda _: findings)
+    monkeypatch.setattr(machine, "look", lambda: None)
+    assert cli._run(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "ok  a: here", "--  b: not installed", "!!  c: missing", "    to do: do this"
+    ]  # fmt: skip
+
+
+def test_a_refusal_that_was_said_already_is_not_said_again(monkeypatch, capsys, tmp_path):
+    """One graph is left out with its reason, nothing else is there, and the call ends with the same error."""
+    bundle = make_bundle(tmp_path / "pool.bundle")
+
+    def leaves_all_out(*_, progress, **__):
+        progress("leaving fp32 out: it has no form here", 0, None)
+        raise CompileError("it has no form here")
+
+    monkeypatch.setattr(compiling.deploy, "compile_bundle", leaves_all_out)
+    command = ["compile", str(bundle.path), "--flavour", "openvino"]
+    assert cli._run(command) == 1
+    said = capsys.readouterr().err
+    assert said.count("it has no form here") == 1
+    assert said.endswith("edge-backbones: nothing was added: every graph was left out\n")
+    assert cli._run([*command, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["message"] == "it has no form here"

@@ -150,7 +150,7 @@ def test_a_gpu_without_memory_is_refused(tmp_path):
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"none\.toml cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"none\.toml cannot be read: it does not exist"):
         load_profile(str(tmp_path / "none.toml"))
     with pytest.raises(InputError, match="cannot be read: it is a folder"):
         load_profile(tmp_path)
