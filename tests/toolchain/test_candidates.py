@@ -557,7 +557,7 @@ def test_what_is_no_calibration_file_is_refused(photograph_folder, tmp_path, con
     options = BuildOptions(**SMALL, calibration=path)
     with pytest.raises(CalibrationError, match=r"calibration\.json is not a calibration\.json"):
         build_bundle("test_resnet", tmp_path / "x.bundle", images=photograph_folder, options=options)
-    with pytest.raises(CalibrationError, match=r"missing\.json cannot be read"):
+    with pytest.raises(CalibrationError, match=r"missing\.json does not exist"):
         build_bundle("test_resnet", tmp_path / "x.bundle", options=BuildOptions(calibration=tmp_path / "missing.json"))
 
 

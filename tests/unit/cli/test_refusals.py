@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from edge_backbones.errors import SourceError
 from edge_backbones.toolchain.sources import names
 
+ROOT = Path(__file__).parents[3]
 HEAVY = {"torch", "timm", "transformers", "onnx", "onnxruntime", "openvino", "huggingface_hub", "matplotlib", "PIL"}
 # Prints the heavy libraries that the command imported, behind what it says.
 CODE = f"""
@@ -39,7 +41,8 @@ def place(tmp_path_factory) -> Path:
 def refused(place: Path, *arguments: str) -> tuple[int, str]:
     """The exit code and the last line of a command that imports nothing heavy."""
     command = [sys.executable, "-c", CODE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, stdin=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment, stdin=subprocess.DEVNULL)
     *_, line, imported = done.stderr.strip().splitlines()
     assert imported == "IMPORTED", done.stderr
     assert done.stdout == ""
@@ -115,6 +118,7 @@ def test_what_a_loader_may_take_is_left_to_it(source):
 
 
 def test_names_of_other_packages_are_left_to_them(monkeypatch):
+    monkeypatch.delitem(sys.modules, "timm", raising=False)  # a program that imported it may have registered its own
     with pytest.raises(SourceError):
         names.refuse("my_own_net")
     monkeypatch.setattr(names.importlib.metadata, "entry_points", lambda group: ["theirs"])
