@@ -78,6 +78,8 @@ def bench(
     if out is not None:
         check_output(out, "--out")
     before = None if against is None else read(against)
+    with usage():
+        CompareOptions(**given)  # what is typed wrong is refused before the bundle is looked at
     opened = Bundle.open(bundle)
     device = select.device_for(opened, device, engine, allow_host_code=allow_host_code)
     if device != "cpu":

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from edge_backbones.errors import (
     MissingDependencyError,
     TrustError,
 )
+from edge_backbones.installation import pip_install
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled
 
@@ -582,7 +584,7 @@ def test_sigstore_out_of_reach_is_told(bundle, monkeypatch):
 @pytest.mark.parametrize(("module", "extra"), [("cryptography", "trust"), ("model_signing.signing", "sign")])
 def test_a_missing_library_is_named_with_its_install_command(bundle, keys, monkeypatch, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependencyError, match=rf"pip install 'edge-backbones\[{extra}\]'"):
+    with pytest.raises(MissingDependencyError, match=re.escape(pip_install(extra))):
         sign_bundle(bundle, key=keys / "alice.private.pem")
 
 

@@ -60,7 +60,7 @@ def test_commands_and_options():
         ("compile b -f tensorrt_r", ["tensorrt_rtx"]),
         ("compile b --precision int", ["int8"]),
         ("compile b --profile a1", ["a100", "a10"]),
-        ("run b i -d ", ["cpu", "cuda"]),
+        ("run b i -d ", ["auto", "cpu", "cuda"]),
         ("profiles t", ["t4"]),
         ("run nothing.bundle i --engine ", []),
     ],

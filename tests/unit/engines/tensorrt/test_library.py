@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 
@@ -15,6 +16,7 @@ from edge_backbones.engines.tensorrt.library import (
     load_library,
 )
 from edge_backbones.errors import MissingDependencyError
+from edge_backbones.installation import pip_install
 from edge_backbones.machine import system
 
 
@@ -44,9 +46,11 @@ def modules(monkeypatch, tmp_path):
 
 def test_a_library_that_is_missing_is_named_with_its_extra(modules, monkeypatch):
     monkeypatch.setattr(system, "is_jetson", lambda: False)
-    with pytest.raises(MissingDependencyError, match=r"\(not installed\) .*pip install 'edge-backbones\[tensorrt\]'"):
+    with pytest.raises(MissingDependencyError, match=r"\(not installed\) .*" + re.escape(pip_install("tensorrt"))):
         load_library("tensorrt")
-    with pytest.raises(MissingDependencyError, match=r"tensorrt_rtx engine \(not installed\).*edge-backbones\[rtx\]"):
+    with pytest.raises(
+        MissingDependencyError, match=r"tensorrt_rtx engine \(not installed\).*" + re.escape(pip_install("rtx"))
+    ):
         load_library("tensorrt_rtx")
     assert [library_version(flavour) for flavour in FLAVOURS] == [None] * 3
 
