@@ -277,6 +277,9 @@ class NumpyGpu:
         code = self.code("cuStreamGetId")
         return code, 0 if code else (self.generations[stream] << 32) + stream
 
+    def cuStreamIsCapturing(self, stream):
+        return self.code("cuStreamIsCapturing"), int(stream in self.capturing)
+
     def cuStreamSynchronize(self, stream):
         code = self.code("cuStreamSynchronize")
         if not code:

@@ -195,7 +195,7 @@ class CtypesDriver:
         except AttributeError as error:
             raise DeviceError(f"the NVIDIA driver has no {symbol}: update the driver") from error
 
-    # Four functions do not return through their first arguments.
+    # Five functions do not return through their first arguments.
 
     def cuGetErrorName(self, code: int) -> tuple[int, bytes | None]:  # noqa: N802
         """Return (code, the name of the error ``code``)."""
@@ -211,6 +211,11 @@ class CtypesDriver:
         """Return (code, the PCI address of a device)."""
         address = ctypes.create_string_buffer(32)
         return self._function("cuDeviceGetPCIBusId")(address, 32, device), address.value.decode(errors="replace")
+
+    def cuStreamIsCapturing(self, stream: int) -> tuple[int, int]:  # noqa: N802
+        """Return (code, the CUstreamCaptureStatus of a stream)."""
+        status = ctypes.c_int()
+        return self._function("cuStreamIsCapturing")(ctypes.c_void_p(stream), ctypes.byref(status)), status.value
 
     def cuStreamEndCapture(self, stream: int) -> tuple[int, int]:  # noqa: N802
         """Return (code, the handle of the captured graph)."""

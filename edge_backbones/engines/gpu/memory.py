@@ -28,7 +28,7 @@ from edge_backbones.machine.gpus import checked
 
 MemoryBackend = Literal["cuda-bindings", "pycuda"]
 
-_INVALID_VALUE = 1
+_INVALID_VALUE, _CAPTURES_ELSEWHERE = 1, 906
 _PORTABLE, _NON_BLOCKING, _DISABLE_TIMING = 1, 1, 2
 # Nobody may wait for a context while one of its streams captures (CUDA programming guide, "Prohibited and Unhandled
 # Operations").
@@ -280,6 +280,13 @@ class GpuMemory:
         if self._stream_id is None:
             return stream_key(stream, threading.get_ident())
         return 1 + int(self._check(self._stream_id(stream), "cuStreamGetId of %#x", stream))
+
+    def is_capturing(self, stream: int) -> bool:
+        """Return whether work that is enqueued on a stream is captured, or refused because another stream captures."""
+        result = self._driver.cuStreamIsCapturing(stream)
+        if int(result[0]) == _CAPTURES_ELSEWHERE:
+            return True
+        return int(self._check(result, "cuStreamIsCapturing of %#x", stream)) != 0
 
     def wait(self, stream: int) -> None:
         """Block until all work on a stream is done. An error of an earlier kernel is raised here."""

@@ -6,14 +6,14 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edge_backbones.engines.gpu.memory import GpuMemory
 from edge_backbones.engines.gpu.streams import StreamKey
 from edge_backbones.errors import DeviceError, OutOfMemoryError
 
-_UNUSABLE_BUFFERS = 8  # wait for the GPU once other streams may still read this many buffers of one size
+_UNUSABLE_BUFFERS = 8  # buffers of one size that other streams may still use before the oldest is taken, behind events
 _FREE_BUFFERS = 256  # most outputs that are kept for later calls while nobody holds them
 
 
@@ -21,18 +21,26 @@ _FREE_BUFFERS = 256  # most outputs that are kept for later calls while nobody h
 class Buffer:
     """Hold a block of device memory.
 
-    ``key``: the stream whose work may still read or write it, None for none. ``foreign``: another stream reads it too,
-    so it is free only after a wait for the whole GPU.
+    Attributes:
+        pointer: Address of the block.
+        size: Its bytes.
+        key: Stream whose work may still read or write it; None for none.
+        stream: Handle of that stream.
+        readers: Handles of other streams that it was passed to, by key. Each may read it until an event is recorded there,
+            after its holder has let go of it.
+        after: Events behind the reads of other streams.
     """
 
     pointer: int
     size: int
     key: StreamKey | None = None
-    foreign: bool = False
+    stream: int = 0
+    readers: dict[StreamKey, int] = field(default_factory=dict)
+    after: list[Ready] = field(default_factory=list)
 
     def follows(self, key: StreamKey) -> bool:
         """Return whether work on the stream ``key`` runs after everything that uses this memory."""
-        return not self.foreign and self.key in (None, key)
+        return not self.readers and not self.after and self.key in (None, key)
 
 
 class Ready:
@@ -73,8 +81,9 @@ class Lease:
     def order(self, consumer: int) -> None:
         """Make the stream ``consumer`` wait for this output."""
         with self._pool.memory as memory:
-            if memory.stream_key(consumer) != self.buffer.key:
-                self.buffer.foreign = True
+            key = memory.stream_key(consumer)
+            if key != self.buffer.key:
+                self.buffer.readers[key] = consumer
                 memory.follow(consumer, self._ready.event)
 
     def __del__(self) -> None:
@@ -114,27 +123,35 @@ class Pool:
         self.lock = threading.RLock()
         self._free: dict[int, list[Buffer]] = {}
         self._count = 0  # number of free buffers
+        self._returned: list[Buffer] = []  # of the free ones, those whose readers have no event behind them yet
         self._events: list[int] = []
         self._closed = False
 
-    def take(self, size: int, key: StreamKey) -> Buffer:
-        """Return a buffer of ``size`` bytes for work on the stream ``key``.
+    def take(self, size: int, key: StreamKey, stream: int) -> Buffer:
+        """Return a buffer of ``size`` bytes for work that is enqueued on a stream from now on. The host never waits.
 
-        ``size`` is already rounded. Call it inside ``with memory:``. Raises OutOfMemoryError if freeing unused buffers
-        does not help.
+        Call it inside ``with memory:``. Raises OutOfMemoryError if freeing unused buffers does not help.
+
+        Args:
+            size: Bytes, already rounded.
+            key: Key of the stream.
+            stream: Its handle.
         """
+        self._mark_reads()
         with self.lock:
             same = self._free.get(size, []) if self._count <= _FREE_BUFFERS else []
-            for i in range(len(same) - 1, -1, -1):
-                if same[i].follows(key):
-                    self._count -= 1
-                    buffer = same.pop(i)
-                    buffer.key = key
-                    return buffer
-            settle = len(same) >= _UNUSABLE_BUFFERS or self._count > _FREE_BUFFERS
+            found = next((i for i in range(len(same) - 1, -1, -1) if same[i].follows(key)), None)
+            if found is None and len(same) >= _UNUSABLE_BUFFERS:
+                found = next((i for i, buffer in enumerate(same) if not buffer.readers), None)
+            buffer = None if found is None else same.pop(found)
+            self._count -= buffer is not None
+            settle = self._count > _FREE_BUFFERS
+        if buffer is not None:
+            self.order(buffer, key, stream)
+            return buffer
         if settle:
             self._settle()
-            return self.take(size, key)
+            return self.take(size, key, stream)
         try:
             pointer = self.memory.allocate(size)
         except OutOfMemoryError:
@@ -142,11 +159,50 @@ class Pool:
                 raise
             self._release_free()
             pointer = self.memory.allocate(size)
-        return Buffer(pointer, size, key)
+        return Buffer(pointer, size, key, stream)
+
+    def order(self, buffer: Buffer, key: StreamKey, stream: int) -> None:
+        """Make a stream wait for everything that uses a buffer, which belongs to that stream from then on."""
+        if not buffer.follows(key):
+            readers = dict(buffer.readers)
+            if buffer.key not in (None, key):
+                readers[buffer.key] = buffer.stream
+            readers.pop(key, None)
+            for ready in [*buffer.after, *self._mark(readers).values()]:
+                self.memory.follow(stream, ready.event)
+        buffer.key, buffer.stream, buffer.readers, buffer.after = key, stream, {}, []
+
+    def _mark_reads(self) -> None:
+        """Record events behind the reads of other streams, for the buffers that were given back since the last call."""
+        with self.lock:
+            returned, self._returned = self._returned, []
+        streams: dict[StreamKey, int] = {}
+        for buffer in returned:
+            streams.update((key, s) for key, s in buffer.readers.items() if not self.memory.is_capturing(s))
+        events = self._mark(streams)
+        for buffer in returned:
+            buffer.after += [events[key] for key in buffer.readers if key in events]
+            buffer.readers = {key: s for key, s in buffer.readers.items() if key not in events}
+            if buffer.readers:  # its reader is being captured now
+                self._returned.append(buffer)
+
+    def _mark(self, streams: dict[StreamKey, int]) -> dict[StreamKey, Ready]:
+        """Record an event on each stream, and return the events. If a stream is gone, wait for the whole GPU instead."""
+        events = {}
+        try:
+            for key, stream in streams.items():
+                if self.memory.stream_key(stream) != key:
+                    raise DeviceError("this handle means another stream now, or here")
+                events[key] = self.new_ready()
+                self.memory.record(events[key].event, stream)
+        except DeviceError:
+            self.memory.wait_for_all()
+            return {key: self.new_ready() for key in streams}  # events that nobody recorded have happened
+        return events
 
     def _take_free(self) -> list[Buffer]:
         with self.lock:
-            free, self._free, self._count = self._free, {}, 0
+            free, self._free, self._count, self._returned = self._free, {}, 0, []
         return [buffer for same in free.values() for buffer in same]
 
     def _settle(self) -> None:
@@ -155,7 +211,7 @@ class Pool:
         try:
             self.memory.wait_for_all()
             for buffer in settled:
-                buffer.key, buffer.foreign = None, False
+                buffer.key, buffer.readers, buffer.after = None, {}, []
             surplus, settled = settled[: -_FREE_BUFFERS // 2], settled[-_FREE_BUFFERS // 2 :]
         finally:
             for buffer in settled:
@@ -169,6 +225,8 @@ class Pool:
         with self.lock:
             self._free.setdefault(buffer.size, []).append(buffer)
             self._count += 1
+            if buffer.readers:
+                self._returned.append(buffer)
 
     def _release_free(self) -> None:
         free = self._take_free()

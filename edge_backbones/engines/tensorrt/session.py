@@ -148,6 +148,7 @@ class TensorRtSession:
         contexts = self._contexts
         with exits.calls, self._memory as memory:
             self._require_here(array.pointer)
+            self._refuse_capture(stream)
             contexts.forget_inputs()
             key = memory.stream_key(stream)
             producer = array.producer_stream
@@ -178,7 +179,7 @@ class TensorRtSession:
                         route.set_outputs(array.shape[0], slot.output_shapes)
                     if not buffers:
                         for output in route.outputs:
-                            buffers.append(pool.take(output.size, key))
+                            buffers.append(pool.take(output.size, key, stream))
                     targets = [
                         buffer.pointer + piece.start * output.image
                         for buffer, output in zip(buffers, route.outputs, strict=True)
@@ -213,6 +214,7 @@ class TensorRtSession:
             raise InputError("a default stream cannot be captured: pass another")
         with self._memory as memory:
             self._require_here(array.pointer)
+            self._refuse_capture(stream)
             return GraphedCall(self._contexts, array, route.parts[0][1], stream, memory.stream_key(stream))
 
     def close(self) -> None:
@@ -229,6 +231,14 @@ class TensorRtSession:
         if on != gpu:
             where = "host memory" if on is None else f"cuda:{on}"
             raise InputError(f"{self._input.name} is in {where}, this engine runs on cuda:{gpu}: copy it there first")
+
+    def _refuse_capture(self, stream: int) -> None:
+        """Raise InputError if the caller captures a CUDA graph: the memory of a call would be reused behind its back."""
+        if self._memory.is_capturing(stream):
+            raise InputError(
+                f"the stream {stream:#x} is being captured, and a call cannot be part of another library's CUDA graph: end "
+                "the capture first, or record the call alone with backbone.graphed(array, stream=stream)"
+            )
 
     def _route(self, array: ForeignArray) -> _Route:
         """Return how an array is run. Raises InputError if it cannot be."""
@@ -285,7 +295,7 @@ class GraphedCall:
         buffers: list[Buffer] = []
         try:
             for shape in slot.output_shapes:
-                buffers.append(pool.take(rounded(float32_bytes(shape)), key))
+                buffers.append(pool.take(rounded(float32_bytes(shape)), key, stream))
             for _ in range(2):  # the second run of a context is captured
                 targets = [buffer.pointer for buffer in buffers]
                 ready = slot.run_on_device(array.pointer, array.shape[0], targets, stream, key)

@@ -224,12 +224,10 @@ class Slot:
             self.set_shape(array.shape)
         if not self._outputs:
             for shape in self.output_shapes:
-                self._outputs.append(self._pool.take(rounded(float32_bytes(shape)), key))
+                self._outputs.append(self._pool.take(rounded(float32_bytes(shape)), key, stream))
                 self._at_home.append(self._outputs[-1])
-        elif not all(buffer.follows(key) for buffer in self._outputs):
-            self._memory.wait_for_all()
         for buffer in self._outputs:
-            buffer.key, buffer.foreign = key, False
+            self._pool.order(buffer, key, stream)
         work = self._begin(stream, key)
         self._memory.copy(self._input_pointer(), array.pointer, array.nbytes, work)
         self._bind(self._input_pointer(), [buffer.pointer for buffer in self._outputs])

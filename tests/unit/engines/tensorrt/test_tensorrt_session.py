@@ -7,7 +7,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -842,3 +842,75 @@ def test_every_native_call_may_fail_and_nothing_is_leaked(monkeypatch):
     wanted |= {"cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync", "cuMemsetD8Async", "cuGraphLaunch"}
     wanted |= {"cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuCtxPushCurrent", *FREES}
     assert wanted <= seen, wanted - seen
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("readers", [1, 2, 3])
+def test_maps_that_other_streams_read_never_make_the_host_wait(machine, cuda_graphs, readers):
+    """And no reader sees a later frame: the work of every stream runs only as far as events ask for."""
+    session, gpu = machine.open(cuda_graphs=cuda_graphs), machine.gpu
+    streams = [0xB000 + number for number in range(readers)]
+    gpu.streams.update({stream: deque() for stream in streams})
+    copies = []
+    for number in range(40):
+        images = np.random.default_rng(number).random((2, 3, 32, 48), np.float32)
+        maps = session.run_on_device(gpu.put(images), STREAM)
+        reader = streams[number % readers]
+        maps[0].__dlpack__(stream=reader)
+        gpu.cuCtxPushCurrent(1)
+        _, copy = gpu.cuMemAlloc(maps[0].nbytes)
+        gpu.cuMemcpyDtoDAsync(copy, maps[0].pointer, maps[0].nbytes, reader)
+        gpu.cuCtxPopCurrent()
+        copies.append(
+            (
+                SimpleNamespace(pointer=copy, dtype=maps[0].dtype, shape=maps[0].shape, nbytes=maps[0].nbytes),
+                reader,
+                images,
+            )
+        )
+        del maps
+        if number == 20:
+            allocated = machine.counted("cuMemAlloc")
+    assert machine.counted("cuCtxSynchronize") == machine.counted("cuStreamSynchronize") == 0
+    assert machine.counted("cuMemAlloc") - allocated == 19  # the copies of this test
+    for copy, reader, images in reversed(copies):
+        np.testing.assert_array_equal(gpu.value(copy, reader), pooled(images)[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 16])
+def test_many_streams_in_turn_never_make_the_host_wait(machine, count):
+    session, gpu = machine.open(), machine.gpu
+    streams = [0xB000 + number for number in range(count)]
+    gpu.streams.update({stream: deque() for stream in streams})
+    held = {}
+    for number in range(10 * count):
+        images = np.random.default_rng(number).random((2, 3, 32, 48), np.float32)
+        if number == 5 * count:
+            allocated = machine.counted("cuMemAlloc")
+        stream = streams[number % count]
+        held[stream] = session.run_on_device(gpu.put(images), stream), images
+        if number % 3 == 0:
+            del held[stream]
+    assert machine.counted("cuCtxSynchronize") == machine.counted("cuStreamSynchronize") == 0
+    assert machine.counted("cuMemAlloc") - allocated <= 2 * count  # then every stream has its own
+    for stream, (maps, images) in held.items():
+        np.testing.assert_array_equal(gpu.value(maps[0], stream), pooled(images)[0])
+
+
+def test_a_call_inside_the_callers_own_capture_is_refused_and_leaves_nothing(machine):
+    session, gpu, images = machine.open(), machine.gpu, pixels(2)
+    array = gpu.put(images)
+    session.run_on_device(array, STREAM)
+    gpu.cuCtxPushCurrent(1)
+    gpu.cuStreamBeginCapture(STREAM, 2)
+    for call in (session.run_on_device, session.graphed):
+        with pytest.raises(InputError, match=r"is being captured, .*graphed\(array, stream=stream\)"):
+            call(array, STREAM)
+    gpu.cuStreamEndCapture(STREAM)
+    gpu.cuCtxPopCurrent()
+    gpu.drain(STREAM)
+    (feature_map, *_) = session.run_on_device(array, STREAM)
+    np.testing.assert_array_equal(gpu.value(feature_map, STREAM), pooled(images)[0])
+    gpu.drain(STREAM)
+    session.run_on_device(array, STREAM)
+    assert len(session._contexts._inputs) == 1
