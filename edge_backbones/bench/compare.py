@@ -13,6 +13,7 @@ import datetime
 import importlib.util
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -163,6 +164,9 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
     if no engine of the bundle can run here, InferenceError if the engine itself fails.
     """
     options = options or CompareOptions()
+    for name, python in options.pythons.items():
+        if shutil.which(python) is None:
+            raise InputError(f"--peer-python {name}={python}: there is no such program")
     bundle, _ = trust.admit(Bundle.open(path))
     code = options.allow_host_code
     host, place, _ = select.machine_for(bundle, options.device)

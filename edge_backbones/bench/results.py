@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -161,15 +161,35 @@ def read(path: Path) -> Comparison:
     return decode(data, str(path))
 
 
+def refuse_unlike(before: Comparison, peers: Iterable[str], **now: Any) -> None:
+    """Raise InputError if results of today cannot be compared with earlier ones.
+
+    Args:
+        before: The earlier results.
+        peers: Names of today's peers; one of them has to be in the earlier results, with bounds that mean something.
+        now: Fields of `Comparison` that are known of today's.
+    """
+    for what, here in now.items():
+        there = getattr(before, what)
+        if here != there:
+            raise InputError(f"the results differ in {what}: {here} now, {there} then; compare like with like")
+    sure = [ratio.name for ratio in before.ratios if ratio.is_sure]
+    if not set(sure) & set(peers):
+        held = ", ".join(sure) or f"none, each with fewer than {FEWEST_TURNS} turns"
+        raise InputError(
+            f"nothing can be compared: the peers are {', '.join(peers) or 'none'} now, and those of {before.date} that count "
+            f"are {held}"
+        )
+
+
 def regressions(now: Comparison, before: Comparison) -> list[str]:
     """Return one phrase for each peer that the engine lost ground to: the confidence intervals of then and now are disjoint.
 
-    Raises InputError if the results are of different networks, inputs, numbers of threads or kinds of device.
+    Raises InputError if the results are of different networks, inputs, numbers of threads or kinds of device, or have no
+    peer in common whose bounds mean something.
     """
-    for what in ("bundle", "precision", "input_shape", "threads", "device"):
-        here, there = getattr(now, what), getattr(before, what)
-        if here != there:
-            raise InputError(f"the results differ in {what}: {here} now, {there} then; compare like with like")
+    like = {what: getattr(now, what) for what in ("bundle", "precision", "input_shape", "threads", "device")}
+    refuse_unlike(before, [ratio.name for ratio in now.ratios if ratio.is_sure], **like)
     earlier = {ratio.name: ratio for ratio in before.ratios}
     return [
         f"{ratio.name} takes {ratio.median:.2f} times our time ({ratio.low:.2f} to {ratio.high:.2f}), "

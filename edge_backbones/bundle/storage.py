@@ -51,7 +51,7 @@ def _why_no_folder(path: Path) -> str:
         return "there is no such folder"
     if path.name == MANIFEST:
         return f"it is a file of one: pass its folder, {path.parent}"
-    return "it is a file, and a bundle is a folder"
+    return "it is a file, and a bundle is a folder (tar -xf unpacks one that edge-backbones pack wrote as a tar file)"
 
 
 def place_of(folder: Path, record: FileRecord) -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from edge_backbones.bench.compare import CompareOptions, compare, read_images
-from edge_backbones.bench.results import Comparison, encode, read, regressions
+from edge_backbones.bench.results import FEWEST_TURNS, Comparison, encode, read, refuse_unlike, regressions
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
 from edge_backbones.cli.options import Form, takes, usage
@@ -90,6 +90,13 @@ def bench(
         raise typer.BadParameter(
             f"{images} is what nncf calibrates with: add nncf to --vs, or leave it out", param_hint="--images"
         )
+    if before is not None:
+        if given.get("turns", FEWEST_TURNS) < FEWEST_TURNS:
+            raise typer.BadParameter(
+                f"{given['turns']} are too few for --against: {FEWEST_TURNS} or more", param_hint="--turns"
+            )
+        known = {"bundle": opened.path.name, "device": device, "input_shape": opened.manifest.input.opt_shape}
+        refuse_unlike(before, given.get("vs", CompareOptions().vs), **known)
     calibrating = None if images is None else read_images(images, opened)
     with usage():
         options = CompareOptions(
@@ -147,7 +154,10 @@ def _print_comparison(result: Comparison) -> None:
     for m in result.measurements:
         if m.missing:
             console.out.print(f"{m.name} did not run: {m.missing}")
-    unranked = [ratio.name for ratio in result.ratios if not ratio.is_ranked]
+    few = [ratio.name for ratio in result.ratios if not ratio.is_sure]
+    if few:
+        console.out.print(f"Not ranked against {', '.join(few)}: that takes {FEWEST_TURNS} turns or more.")
+    unranked = [ratio.name for ratio in result.ratios if ratio.is_sure and not ratio.is_ranked]
     if unranked:
         console.out.print(
             f"Not ranked against {', '.join(unranked)}: the difference is within the noise of this machine."

@@ -50,20 +50,25 @@ def _timing_cache(file: Path) -> bytes:
 def _known_flavour(name: str | None) -> str | None:
     """Refuse a name of no engine library; libraries of other packages are found too."""
     if name is not None and registry.find(name) is None:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(registry.names())}")
+        raise typer.BadParameter(
+            f"{name!r} is not one of {', '.join(n for n in registry.names() if not registry.get(n).only_runs)}"
+        )
     return name
+
+
+_FLAGS = {"profiles": "shapes", "targets": "target"}  # of options that have another name here
 
 
 @takes(
     PlanOptions,
     profiles=Form(
-        flag="shapes",
+        flag=_FLAGS["profiles"],
         type=list[str] | None,
         read=_shapes,
         metavar="BATCHxHEIGHTxWIDTH",
         help="Each part is a number or MIN:OPT:MAX, as in 1x224x224 or 1:4:8x224x224.",
     ),
-    targets=Form(flag="target", metavar="ARCHITECTURE"),
+    targets=Form(flag=_FLAGS["targets"], metavar="ARCHITECTURE"),
     workspace=Form(read=lambda mib: mib << 20, metavar="MIB"),
     timing_cache=Form(type=Path | None, read=_timing_cache, metavar="FILE"),
 )
@@ -123,6 +128,8 @@ def compile_(
         plan = PlanOptions(**given)
     Bundle.open(bundle)  # what is no bundle is refused before the machine is looked at
     place, gpu = parse_device(device)
+    if flavour is not None and not registry.get(flavour).takes_plan_options:
+        _refuse_plan_options(flavour, plan)
     chosen, plan, profile = _for_device(flavour, plan, profile, place, gpu)
     steps = console.Steps(as_json, aloud="leaving ")  # at once, because an error may follow
     with _told_once(steps, as_json), _memory_explained(), steps as progress:
@@ -166,6 +173,18 @@ def _told_once(steps: console.Steps, as_json: bool) -> Iterator[None]:
             raise
         console.print_error("edge-backbones: nothing was added: every graph was left out")
         raise typer.Exit(console.EXIT_PARITY if isinstance(error, ParityError) else 1) from None
+
+
+def _refuse_plan_options(flavour: str, plan: PlanOptions) -> None:
+    """Raise a usage error for options of TensorRT that were typed for another library."""
+    flags = [f"--{_FLAGS.get(option, option).replace('_', '-')}" for option in plan.changed()]
+    if flags:
+        wanted = "tensorrt_rtx" if plan.targets else "tensorrt"
+        raise typer.BadParameter(
+            f"{' and '.join(flags)}: {registry.get(flavour).title} has no such option: leave it out, or choose --flavour "
+            f"{wanted}",
+            param_hint="--flavour",
+        )
 
 
 def _for_device(
@@ -245,12 +264,15 @@ def remove(
     Example: **edge-backbones remove resnet50.bundle openvino-2026.0.0-x86_64-avx512_vnni-int8**
     """
     opened = Bundle.open(bundle)
-    for engine in [select.full_name(opened, engine) or engine for engine in engines]:
-        opened = opened.remove_engine(engine)
+    names = list(dict.fromkeys(select.named(opened, engine).name for engine in engines))  # all, before any is removed
+    for name in names:
+        opened = opened.remove_engine(name)
         if not as_json:
-            console.out.print(f"removed {engine}")
+            console.out.print(f"removed {name}")
     left = [engine.name for engine in opened.manifest.engines]
     if as_json:
-        console.print_json({"bundle": str(bundle), "removed": engines, "left": left})
+        console.print_json({"bundle": str(bundle), "removed": names, "left": left})
         return
     console.out.print(f"left: {', '.join(left) or 'none'}")
+    if not left and not opened.manifest.graphs:
+        console.err.print(f"{bundle} has neither engines nor graphs now: nothing runs it any more", soft_wrap=True)

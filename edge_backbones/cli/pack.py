@@ -10,13 +10,14 @@ import typer
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
 from edge_backbones.cli.shared import BundleArgument, DeviceOption, EngineOption, JsonFlag
-from edge_backbones.deploy.pack import pack_bundle
+from edge_backbones.deploy.pack import is_tar, pack_bundle
 
 
 def pack(
     bundle: BundleArgument,
     out: Annotated[
-        Path, typer.Argument(help="The folder to write, or the file with --tar.", metavar="OUT", show_default=False)
+        Path,
+        typer.Argument(help="The folder to write, or a .tar, .tar.gz or .tgz file.", metavar="OUT", show_default=False),
     ],
     *,
     engine: EngineOption = None,
@@ -30,7 +31,7 @@ def pack(
         ),
     ] = False,
     tar: Annotated[
-        bool, typer.Option("--tar", help="Write one tar file, compressed if its name ends in .gz or .tgz.")
+        bool, typer.Option("--tar", help="Write one tar file: the name of OUT has to be that of one.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
     as_json: JsonFlag = False,
@@ -43,14 +44,18 @@ def pack(
 
     Example: **edge-backbones pack resnet50.bundle jetson.tar --graphs --tar**
     """
+    if tar and not is_tar(out):
+        raise typer.BadParameter(f"{out} is no name of a tar file: use {out}.tar, .tar.gz or .tgz", param_hint="--tar")
+    is_signed = (bundle / "signature").is_dir()
     before = sum(file.size for file in set(Bundle.open(bundle).manifest.files()))
-    packed = pack_bundle(bundle, out, engine=engine, device=device, graphs=graphs, as_tar=tar, overwrite=overwrite)
+    packed = pack_bundle(bundle, out, engine=engine, device=device, graphs=graphs, overwrite=overwrite)
     after = sum(file.size for file in set(packed.files()))
     if as_json:
         names = [one.name for one in packed.engines]
-        console.print_json({"bundle": str(out), "engines": names, "bytes": after, "bytes_before": before})
+        kept = {"engines": names, "graphs": [graph.file.path for graph in packed.graphs]}
+        console.print_json({"bundle": str(out), **kept, "bytes": after, "bytes_before": before})
         return
     held = [one.name for one in packed.engines] + [graph.file.path for graph in packed.graphs]
     console.out.print(f"wrote {out}: {after / 1e6:.1f} MB of {before / 1e6:.1f} MB, with {', '.join(held)}")
-    if (bundle / "signature").is_dir():
+    if is_signed:
         console.err.print(f"{out} is not signed: the signature of {bundle} is of all of it", soft_wrap=True)

@@ -56,11 +56,12 @@ def run(
 
     Example: **edge-backbones run resnet50.bundle photo.jpg --out features/**
     """
+    check_output(out, "--out", folder=True)
+    opened = Bundle.open(bundle)
     is_folder = source.is_dir()
     files = _image_files(source)
     targets = _feature_files(files, source if is_folder else source.parent, out)
-    check_output(out, "--out", folder=True)
-    image_config = Bundle.open(bundle).manifest.image
+    image_config = opened.manifest.image
     written: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
     with (

@@ -61,6 +61,10 @@ def sign(
     Make the keys with **openssl ecparam -name prime256v1 -genkey -noout -out private.pem** and **openssl ec -in private.pem
     -pubout -out public.pem**.
     """
+    if sigstore_config is not None and not sigstore:
+        raise typer.BadParameter(
+            f"{sigstore_config} is for --sigstore: add it, or leave this out", param_hint="--sigstore-config"
+        )
     with usage():
         signing.check_signer(key=key, sigstore=sigstore, of_a_key=bool(passphrase_file or certificate))
     passphrase = None

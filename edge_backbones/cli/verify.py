@@ -65,7 +65,9 @@ def verify(
     explain: Annotated[
         bool,
         typer.Option(
-            "--explain", help="Find the layer in which the error begins and draw it.", rich_help_panel=_EXPLANATION
+            "--explain",
+            help="If a gate fails: find the layer in which the error begins, and draw it.",
+            rich_help_panel=_EXPLANATION,
         ),
     ] = False,
     picture: Annotated[
@@ -117,6 +119,8 @@ def verify(
         console.print_json({"bundle": str(bundle), "parity": reports})
         return
     console.print_parity(reports)
+    if explain:
+        console.out.print("every feature map is inside its gate: there is nothing to explain")
     console.out.print(f"{bundle} is whole and right" + (", and signed as asked" if key or identity else ""))
 
 

@@ -17,8 +17,10 @@ from edge_backbones.bundle.reader import Bundle, read_current
 from edge_backbones.bundle.storage import explained
 from edge_backbones.bundle.writer import new_bundle, write_manifest
 from edge_backbones.engines import registry, select
-from edge_backbones.errors import BundleError, EngineMismatchError
+from edge_backbones.errors import BundleError, EngineMismatchError, InputError
 from edge_backbones.machine.devices import Place, parse_device
+
+_TAR_SUFFIX = re.compile(r"\.(tar|tar\.gz|tgz)$")
 
 
 def pack_bundle(
@@ -28,7 +30,6 @@ def pack_bundle(
     engine: str | None = None,
     device: str = "auto",
     graphs: bool = False,
-    as_tar: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
     """Write a bundle with only the engines that are asked for, and what a device needs to run and verify them.
@@ -40,30 +41,32 @@ def pack_bundle(
 
     Args:
         path: Folder of the bundle.
-        target: Folder to write, or the tar file.
+        target: Folder to write; a tar file that holds the folder if the name ends in .tar, .tar.gz or .tgz.
         engine: Keep the engines that this means: a precision, a flavour, or a name in the manifest or the beginning of
             one. Programs for torch are kept only if it names them.
         device: Keep engines for ``"cpu"`` or ``"cuda"`` only, whether this machine can run them or not. With ``"auto"`` and
             no ``engine`` that is the one that a runtime would choose here.
         graphs: Keep the ONNX graphs, for ``compile_bundle`` on the device. Then no engine is kept unless ``engine`` or
             ``device`` asks for it, and it may be missing.
-        as_tar: Write a tar file that holds the folder. It is compressed if its name ends in .gz or .tgz.
         overwrite: Replace an existing target.
 
     Returns:
         The manifest of the new bundle.
 
     Raises:
-        BundleError: A file is damaged, or the target exists or cannot be written.
+        BundleError: A file is damaged, there is no graph to keep, or the target exists or cannot be written.
         EngineMismatchError: The bundle has no engine that is meant, or none for this machine.
-        InputError: ``device`` names no device.
+        InputError: ``device`` names no device, or the target is inside the bundle.
     """
-    if not as_tar:
+    if Path(target).resolve().is_relative_to(Path(path).resolve()):
+        raise InputError(
+            f"{target} is the bundle itself or inside it, which packing leaves as it is: choose another name"
+        )
+    if not is_tar(target):
         return _write(path, target, engine, device, graphs=graphs, overwrite=overwrite)
     file = Path(target)
-    if os.path.lexists(file) and not (overwrite and file.is_file()):
-        raise BundleError(f"{file} exists already: choose another name or pass --overwrite (overwrite=True)")
-    name = re.sub(r"(\.tar)?(\.gz)?$|\.tgz$", "", file.name) or "bundle"
+    _refuse_file(file, overwrite=overwrite)
+    name = _TAR_SUFFIX.sub("", file.name) or "bundle"
     with explained(file), tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as work:
         manifest = _write(path, Path(work, name), engine, device, graphs=graphs, overwrite=False)
         written = Path(work, file.name + ".writing")
@@ -71,6 +74,28 @@ def pack_bundle(
             archive.add(Path(work, name), arcname=name, filter=_of_nobody)
         written.replace(file)
     return manifest
+
+
+def is_tar(target: str | os.PathLike[str]) -> bool:
+    """Return whether `pack_bundle` writes a tar file of this name."""
+    return _TAR_SUFFIX.search(os.fspath(target)) is not None
+
+
+def _refuse_file(file: Path, *, overwrite: bool) -> None:
+    """Raise BundleError unless a tar file may be written at ``file``. Only a tar file with a bundle is replaced."""
+    if not os.path.lexists(file):
+        return
+    if not file.is_file():
+        raise BundleError(f"{file} is not a file, and the name is one of a tar file: choose another name")
+    if not overwrite:
+        raise BundleError(f"{file} exists already: choose another name or pass --overwrite (overwrite=True)")
+    try:
+        with tarfile.open(file) as archive:
+            holds_bundle = any(name.endswith("/manifest.json") for name in archive.getnames())
+    except (tarfile.TarError, OSError, EOFError):
+        holds_bundle = False
+    if not holds_bundle:
+        raise BundleError(f"{file} is no tar file with a bundle and will not be overwritten: choose another name")
 
 
 def _write(
@@ -100,6 +125,8 @@ def _write(
 
 def _kept(bundle: Bundle, engine: str | None, device: str, *, graphs: bool) -> Manifest:
     """Return the manifest of what `pack_bundle` keeps."""
+    if graphs and not any(graph.format == "onnx" for graph in bundle.manifest.graphs):
+        raise BundleError(f"{bundle.path} has no ONNX graph to keep: pack the bundle that it was packed of")
     engines = _kept_engines(bundle, select.full_name(bundle, engine), device, graphs=graphs)
     weights = {e.key.graph_sha256 for e in engines if e.key.gpu is not None and e.key.gpu.stripped}
     return msgspec.structs.replace(

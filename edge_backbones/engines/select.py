@@ -218,6 +218,18 @@ def full_name(bundle: Bundle, engine: str | None) -> str | None:
     return meant[0] if meant else engine
 
 
+def named(bundle: Bundle, name: str) -> EngineRecord:
+    """Return the engine whose name is or begins with ``name``. Raises EngineMismatchError if it is none, or several."""
+    engines = bundle.manifest.engines
+    meant = [e for e in engines if e.name == name] or [e for e in engines if name and e.name.startswith(name)]
+    if len(meant) != 1:
+        held = ", ".join(e.name for e in meant or engines) or "none"
+        if meant:
+            raise EngineMismatchError(f"{name!r} begins the names of {len(meant)} engines of {bundle.path}: {held}")
+        raise EngineMismatchError(f"{bundle.path} has no engine {name!r}; its engines: {held}")
+    return meant[0]
+
+
 def reasons_by_name(bundle: Bundle, host: Host) -> dict[str, list[str]]:
     """Return why each engine of a bundle would not run on ``host``, by its name; an empty list for one that would.
 

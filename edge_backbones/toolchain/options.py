@@ -222,6 +222,8 @@ class BuildOptions:
         for size in (self.batch, self.height, self.width):
             if isinstance(size, int) and size < 1:
                 raise InputError(f"batch, height and width must be at least 1, got {size}")
+        if self.output_stride not in (None, 8, 16, 32):
+            raise InputError(f"output_stride must be 8, 16 or 32, got {self.output_stride}")
         if "torchscript" in self.flavours and not self.torchscript:
             raise InputError("flavour torchscript is the file graphs/fp32.ts: leave torchscript=True")
         if self.program not in PROGRAMS:

@@ -70,8 +70,8 @@ def test_an_engine_is_packed_by_precision_flavour_and_the_beginning_of_its_name(
 def test_a_tar_file_unpacks_to_a_bundle_and_is_the_same_every_time(cnn, tmp_path, name):
     file, again = tmp_path / name, tmp_path / "again"
     again.mkdir()
-    pack_bundle(cnn.bundle.path, file, as_tar=True)
-    pack_bundle(cnn.bundle.path, again / name, as_tar=True)
+    pack_bundle(cnn.bundle.path, file)
+    pack_bundle(cnn.bundle.path, again / name)
     with tarfile.open(file) as archive, tarfile.open(again / name) as other:
         assert [e.get_info() for e in archive.getmembers()] == [e.get_info() for e in other.getmembers()]
         archive.extractall(tmp_path / "out", filter="data")
@@ -79,8 +79,8 @@ def test_a_tar_file_unpacks_to_a_bundle_and_is_the_same_every_time(cnn, tmp_path
     assert folder.name == ("robot.bundle" if "bundle" in name else "robot")
     verify_bundle(folder)
     with pytest.raises(BundleError, match=f"{name} exists already"):
-        pack_bundle(cnn.bundle.path, file, as_tar=True)
-    pack_bundle(cnn.bundle.path, file, as_tar=True, overwrite=True)
+        pack_bundle(cnn.bundle.path, file)
+    pack_bundle(cnn.bundle.path, file, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["again", "out", name])
 
 
@@ -110,3 +110,52 @@ def test_the_command_says_how_much_smaller_it_is(cnn, tmp_path, capsys):
     assert said["bytes"] == size
     assert cli._run(["pack", str(cnn.bundle.path), str(out)]) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_bundle_is_not_packed_onto_or_into_itself(cnn, copy_of):
+    path = copy_of(cnn)
+    before = files_in(path)
+    for target in (path, path / "inside", path / ".." / path.name, path / "inside.tar"):
+        with pytest.raises(InputError, match="is the bundle itself or inside it"):
+            pack_bundle(path, target, overwrite=True)
+    assert files_in(path) == before
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG photograph", b"", "tar"])
+def test_a_file_that_holds_no_bundle_is_not_overwritten(cnn, tmp_path, content):
+    file = tmp_path / "photos.tar"
+    if content == "tar":
+        (tmp_path / "a.txt").write_text("mine")
+        with tarfile.open(file, "w") as archive:
+            archive.add(tmp_path / "a.txt", "a.txt")
+    else:
+        file.write_bytes(content)
+    before = file.read_bytes()
+    with pytest.raises(BundleError, match="is no tar file with a bundle and will not be overwritten"):
+        pack_bundle(cnn.bundle.path, file, overwrite=True)
+    assert file.read_bytes() == before
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(BundleError, match=r"folder\.tar is not a file, and the name is one of a tar file"):
+        pack_bundle(cnn.bundle.path, tmp_path / "folder.tar", overwrite=True)
+
+
+def test_graphs_that_are_not_there_cannot_be_packed(cnn, tmp_path):
+    small = tmp_path / "small.bundle"
+    pack_bundle(cnn.bundle.path, small)
+    for options in ({}, {"engine": "fp32"}, {"device": "cuda"}):
+        with pytest.raises(BundleError, match="has no ONNX graph to keep: pack the bundle that it was packed of"):
+            pack_bundle(small, tmp_path / "again.bundle", graphs=True, **options)
+
+
+def test_the_command_wants_the_name_of_a_tar_file_for_tar(cnn, tmp_path, capsys):
+    assert cli._run(["pack", str(cnn.bundle.path), str(tmp_path / "r.zip"), "--tar"]) == 2
+    assert "r.zip.tar, .tar.gz or .tgz" in capsys.readouterr().err
+    assert cli._run(["pack", str(cnn.bundle.path), str(tmp_path / "r.tgz")]) == 0
+    assert tarfile.is_tarfile(tmp_path / "r.tgz")
+    assert "is a folder (tar -xf unpacks one" in _refused(capsys, "inspect", tmp_path / "r.tgz")
+
+
+def _refused(capsys, *arguments):
+    capsys.readouterr()
+    assert cli._run([str(argument) for argument in arguments]) == 1
+    return capsys.readouterr().err

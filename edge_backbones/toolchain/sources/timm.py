@@ -269,6 +269,10 @@ def _create(name: str, arguments: Mapping[str, Any]) -> Any:
         text = str(error) or type(error).__name__
         if "Unknown model" in text or "Invalid pretrained tag" in text or "has no source prefix" in text:
             raise SourceError(f"timm has no model {name!r}.{_near_names(name)}") from error
+        if stride := options.get("output_stride"):
+            raise SourceError(
+                f"{name} cannot be dilated to a stride of {stride} ({text}): leave --output-stride out (output_stride)"
+            ) from error
         raise SourceError(f"timm cannot make {name} with {options}: {text}") from error
 
 

@@ -285,7 +285,19 @@ def test_ground_is_lost_when_the_bounds_do_not_overlap(result):
     assert regressions(with_ratio(result, 5, 5, 5), then) == []
     (phrase,) = regressions(with_ratio(result, 3, 3.2, 3.4), then)
     assert phrase.startswith("torch takes 3.20 times our time (3.00 to 3.40), 4.00 (3.80 to 4.20) on ")
-    assert regressions(result, then) == []
+
+
+def test_results_without_a_peer_in_common_are_not_called_equal(result):
+    then = with_ratio(result, 3.8, 4, 4.2)
+    few = msgspec.structs.replace(then, ratios=(msgspec.structs.replace(then.ratios[0], turns=2),))
+    for now, before, said in (
+        (result, then, "the peers are none now, .* are torch"),
+        (few, then, "the peers are none now, .* are torch"),
+        (then, few, "the peers are torch now, .* are none, each with fewer than 6 turns"),
+        (then, result, "the peers are torch now, .* are none"),
+    ):
+        with pytest.raises(InputError, match=f"nothing can be compared: {said}"):
+            regressions(now, before)
 
 
 def test_results_of_something_else_are_not_compared(result):

@@ -391,3 +391,36 @@ def test_a_refusal_that_was_said_already_is_not_said_again(monkeypatch, capsys, 
     assert said.endswith("edge-backbones: nothing was added: every graph was left out\n")
     assert cli._run([*command, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["message"] == "it has no form here"
+
+
+def test_remove_checks_every_name_before_it_removes_one(tmp_path):
+    bundle = make_bundle(tmp_path / "pool.bundle")
+    (engine,) = bundle.manifest.engines
+    assert "has no engine 'nothing'" in refused(run("remove", bundle.path, "openvino", "nothing"))
+    assert len(Bundle.open(bundle.path).manifest.engines) == 1
+    done = run("remove", bundle.path, "openvino", engine.name, "--json")
+    assert json.loads(done.stdout) == {"bundle": str(bundle.path), "removed": [engine.name], "left": []}
+    again = make_bundle(tmp_path / "again.bundle")
+    assert "has neither engines nor graphs now" in run("remove", again.path, "open").stderr
+
+
+def test_options_that_mean_nothing_here_are_usage_errors(bundle):
+    for arguments, said in (
+        (
+            ["compile", bundle.path, "--flavour", "openvino", "--shapes", "1x32x48"],
+            "--shapes: OpenVINO has no such option",
+        ),
+        (
+            ["compile", bundle.path, "-f", "openvino", "--workspace", "9", "--refit"],
+            "--workspace and --refit: OpenVINO",
+        ),
+        (["compile", bundle.path, "-f", "onnxruntime", "--target", "sm_89"], "choose --flavour tensorrt_rtx"),
+        (["compile", bundle.path, "-f", "tensorrt", "--device", "cpu"], "compiles for cuda, and --device is cpu"),
+        (["sign", bundle.path, "--key", "k.pem", "--sigstore-config", "x"], "x is for --sigstore"),
+        (["verify", bundle.path, "--picture", "x.png"], "x.png is what --explain draws"),
+        (["bench", bundle.path, "--images", "photos"], "photos is what nncf calibrates with"),
+        (["build", "resnet18", "x", "--output-stride", "5"], "output_stride must be 8, 16 or 32, got 5"),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, said in " ".join(done.stderr.split())) == (2, True), done.stderr
+    assert "there is nothing to explain" in run("verify", bundle.path, "--explain").stdout
