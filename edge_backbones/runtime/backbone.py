@@ -109,8 +109,9 @@ class EdgeBackbone(BackboneDescription):
     On the GPU: a call only enqueues work on ``stream`` and returns. It reads the input in place, after the work that is
     on ``stream`` now; nothing may write to the input until ``stream`` is past the call. The output is DeviceArrays on
     the same GPU, valid for work on ``stream``. ``torch.from_dlpack(feature_map)``, ``cupy.from_dlpack`` and the like
-    share its memory, make their own stream wait, and keep the memory until they are gone. Only then does a later call
-    write to it.
+    share its memory, make their own stream wait, and keep the memory until they are gone. A later call writes to it only
+    then, behind the work that is on those streams at its time, and the host does not wait for that. So a stream that maps
+    were passed to must live until the call after they are gone. A call on a stream that is being captured is refused.
 
     Values: NaN and infinity in a host array raise InputError, because an engine may turn them into features that look
     normal (OpenVINO's ReLU turns NaN into 0). Open the bundle with ``check_finite=False`` to skip the check. uint8
