@@ -783,3 +783,20 @@ API CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
     *mode = old;
     return SUCCESS;
 }
+
+/* What a library does to a capture that it cannot take part in. */
+API void standin_invalidate(const void *handle) {
+    pthread_mutex_lock(&lock);
+    Stream *stream = object_of(handle, STREAM);
+    if (stream && stream->capture)
+        invalidate(stream->capture);
+    pthread_mutex_unlock(&lock);
+}
+
+API int standin_is_capturing(const void *handle) {
+    pthread_mutex_lock(&lock);
+    Stream *stream = object_of(handle, STREAM);
+    int capturing = stream && stream->capture;
+    pthread_mutex_unlock(&lock);
+    return capturing;
+}

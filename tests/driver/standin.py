@@ -1,0 +1,116 @@
+"""What tests ask the stand-in for libcuda, and tell it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+_HANDLE, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_PROTOTYPES = {
+    "calls": (_SIZE, [_TEXT]),
+    "reset": (None, []),
+    "fail_at": (None, [_TEXT, ctypes.c_long, ctypes.c_int]),
+    "failed": (_TEXT, []),
+    "violations": (_SIZE, []),
+    "violation": (_TEXT, [_SIZE]),
+    "live": (_SIZE, [_TEXT]),
+    "live_bytes": (_SIZE, [ctypes.c_int]),
+    "range_is_known": (ctypes.c_int, [ctypes.c_uint64, _SIZE]),
+    "set_memory": (None, [_SIZE]),
+    "set_eager": (None, [ctypes.c_int]),
+    "delay_us": (None, [ctypes.c_double]),
+    "pending": (_SIZE, [_HANDLE]),
+    "kernel": (ctypes.c_int, [_HANDLE, _KERNEL, ctypes.c_void_p]),
+    "invalidate": (None, [_HANDLE]),
+    "is_capturing": (ctypes.c_int, [_HANDLE]),
+}
+
+
+class StandIn:
+    """The stand-in that this process has loaded as libcuda.so.1."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        for name, (returned, taken) in _PROTOTYPES.items():
+            function = getattr(self._library, f"standin_{name}")
+            function.restype, function.argtypes = returned, taken
+        self._kernels: list[Any] = []  # a graph may launch them again
+
+    def calls(self, name: str = "*") -> int:
+        """How often a function was called since the last reset, by its name without _v2; by default all together."""
+        return self._library.standin_calls(name.encode())
+
+    def reset(self) -> None:
+        """Forget calls, violations, failures to come, and that the GPU was lost."""
+        self._library.standin_reset()
+
+    def fail_at(self, name: str, nth: int, code: int) -> None:
+        """Let the ``nth`` next call of a function (of any, for "*") answer with an error; 0 for none."""
+        self._library.standin_fail_at(name.encode(), nth, code)
+
+    @property
+    def failed(self) -> str:
+        """The function that ``fail_at`` let fail; empty for none."""
+        return self._library.standin_failed().decode()
+
+    def violations(self) -> list[str]:
+        """What broke a rule that the real driver does not check."""
+        return [self._library.standin_violation(i).decode() for i in range(self._library.standin_violations())]
+
+    def take_violations(self) -> list[str]:
+        """The violations that a test made on purpose; they are forgotten."""
+        found = self.violations()
+        self.reset()
+        return found
+
+    def live(self, what: str) -> int:
+        """How many of "stream", "event", "graph", "executable", "pool", "context" and "user object" exist."""
+        return self._library.standin_live(what.encode())
+
+    def live_bytes(self, *, host: bool = False) -> int:
+        """Bytes that are allocated on devices, or page-locked ones of the host."""
+        return self._library.standin_live_bytes(host)
+
+    def left_over(self) -> dict[str, int]:
+        """What exists, by kind; kinds of which there is nothing are left out."""
+        counts = {what: self.live(what) for what in ("stream", "event", "graph", "executable", "user object")}
+        counts |= {"device": self.live_bytes(), "host": self.live_bytes(host=True)}
+        return {name: count for name, count in counts.items() if count}
+
+    def set_memory(self, size: int) -> None:
+        """Change how much memory each GPU has."""
+        self._library.standin_set_memory(size)
+
+    def set_eager(self, eager: bool) -> None:
+        """Run work as soon as it is enqueued, or as late as possible."""
+        self._library.standin_set_eager(eager)
+
+    def delay_us(self, microseconds: float) -> None:
+        """Set the simulated time that each piece of work takes."""
+        self._library.standin_delay_us(microseconds)
+
+    def pending(self, stream: int) -> int:
+        """Number of pieces of work in the queue of a stream."""
+        return self._library.standin_pending(stream)
+
+    def kernel(self, stream: int, function: Callable[[], None]) -> int:
+        """Enqueue a function in the place of a kernel; returns the code. A captured one runs at every launch."""
+        called = _KERNEL(lambda _: function())
+        self._kernels.append(called)
+        return self._library.standin_kernel(stream, called, None)
+
+    def is_capturing(self, stream: int) -> bool:
+        """Is a stream captured? It does not count as a call."""
+        return bool(self._library.standin_is_capturing(stream))
+
+    def invalidate(self, stream: int) -> None:
+        """Spoil the capture of a stream, as work does that cannot be captured."""
+        self._library.standin_invalidate(stream)
+
+    def bytes_at(self, pointer: int, size: int) -> memoryview:
+        """The memory of a device, for a kernel; a range that is not allocated is a violation, and zeros."""
+        if not self._library.standin_range_is_known(pointer, size):
+            return memoryview(bytearray(size))
+        return memoryview((ctypes.c_ubyte * size).from_address(pointer)).cast("B")
