@@ -85,7 +85,7 @@ def _build_pycuda(place: Path) -> None:
 
 
 def _configure(source: Path, includes: Sequence[Path], libraries: Path) -> None:
-    """Write the settings of pycuda's build: only the driver, and without optimisation, which takes half of the time."""
+    """Write the settings of pycuda's build: the driver alone, and no optimisation, which would take most of the time."""
     settings = {
         "USE_SHIPPED_BOOST": True,
         "CUDA_TRACE": False,
@@ -95,6 +95,7 @@ def _configure(source: Path, includes: Sequence[Path], libraries: Path) -> None:
         "CUDADRV_LIB_DIR": [str(libraries)],
         "CUDADRV_LIBNAME": ["cuda"],
         "CXXFLAGS": ["-O0", "-g0", "-w"],
+        "LDFLAGS": ["-Wl,--no-as-needed", "-lcuda"],  # linkers leave out a library that has nothing to give
     }
     lines = [f"{name} = {value!r}\n" for name, value in settings.items()]
     (source / "siteconf.py").write_text("".join(lines), encoding="utf-8")

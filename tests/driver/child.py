@@ -31,8 +31,8 @@ def serve() -> None:
         answers.flush()
 
 
-def answer(module: str, test: str, arguments: dict[str, Any]) -> str:
-    """Run a test in a fork and return why it failed; empty if it did not."""
+def answer(module: str, test: str, arguments: dict[str, Any]) -> tuple[int, str]:
+    """Run a test in a fork; return its exit status and what it said."""
     importlib.import_module(module)
     with tempfile.TemporaryFile() as output:
         child = os.fork()
@@ -41,16 +41,15 @@ def answer(module: str, test: str, arguments: dict[str, Any]) -> str:
             os.dup2(output.fileno(), 2)
             os._exit(run(module, test, arguments))
         _, status = os.waitpid(child, 0)
-        if not status:
-            return ""
         output.seek(0)
         said = output.read().decode(errors="replace")
-    ended = "" if os.WIFEXITED(status) else f"\nthe process ended by signal {os.WTERMSIG(status)}"
-    return said + ended
+    if os.WIFSIGNALED(status):
+        said += f"\nthe process ended by signal {os.WTERMSIG(status)}"
+    return os.waitstatus_to_exitcode(status), said
 
 
 def run(module: str, test: str, arguments: dict[str, Any]) -> int:
-    """Run a test in this process, which has not started CUDA yet. Returns the exit status."""
+    """Run a test in this process, which has not started CUDA yet. Returns 0, or 1 for an assertion that failed, or 2."""
     from tests.driver.standin import StandIn
 
     warnings.simplefilter("error")
@@ -60,8 +59,8 @@ def run(module: str, test: str, arguments: dict[str, Any]) -> int:
         assert driver.violations() == []
     except BaseException as error:
         lines = traceback.TracebackException.from_exception(error, capture_locals=True).format()
-        sys.stderr.write("".join(lines))
-        return 1
+        sys.stderr.write("".join(f"{line[:300]}\n" for text in lines for line in text.splitlines()))
+        return 1 if isinstance(error, AssertionError) else 2
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -25,6 +25,10 @@ ROOT = Path(__file__).parents[2]
 VERSIONS = {"cuda-12": 12090, "cuda-13": 13000}
 
 
+class ChildError(Exception):
+    """A test ended by something else than an assertion."""
+
+
 class Server:
     """One process of child.py."""
 
@@ -47,7 +51,8 @@ class Server:
             cwd=ROOT,
         )
 
-    def ask(self, request: tuple[str, str, dict[str, Any]]) -> str:
+    def ask(self, request: tuple[str, str, dict[str, Any]]) -> tuple[int, str]:
+        """Run a test; return its exit status (0, 1 for an assertion that failed, another) and what it said."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -55,7 +60,7 @@ class Server:
             self._process.stdin.flush()
             return pickle.load(self._process.stdout)
         except (BrokenPipeError, EOFError):
-            return f"the process ended with {self._process.wait()}: what it said is on the standard error output"
+            return 2, f"the process ended with {self._process.wait()}: what it said is on the standard error output"
 
     def close(self) -> None:
         self._process.communicate()
@@ -114,7 +119,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames if name != "driver"}
     module = ".".join(pyfuncitem.path.relative_to(ROOT).with_suffix("").parts)
-    said = pyfuncitem.funcargs["driver"].ask((module, pyfuncitem.function.__name__, arguments))
-    if said:
-        pytest.fail(said, pytrace=False)
+    status, said = pyfuncitem.funcargs["driver"].ask((module, pyfuncitem.function.__name__, arguments))
+    if status:
+        __tracebackhide__ = True
+        raise (AssertionError if status == 1 else ChildError)(said)
     return True

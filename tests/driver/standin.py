@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,9 @@ class StandIn:
         for name, (returned, taken) in _PROTOTYPES.items():
             function = getattr(self._library, f"standin_{name}")
             function.restype, function.argtypes = returned, taken
-        self._kernels: list[Any] = []  # a graph may launch them again
+        self._kernels: dict[int, Any] = {}  # those that may still run
+        self._numbers = itertools.count()
+        self._finished: list[int] = []  # and those that cannot
 
     def calls(self, name: str = "*") -> int:
         """How often a function was called since the last reset, by its name without _v2; by default all together."""
@@ -97,9 +100,17 @@ class StandIn:
 
     def kernel(self, stream: int, function: Callable[[], None]) -> int:
         """Enqueue a function in the place of a kernel; returns the code. A captured one runs at every launch."""
-        called = _KERNEL(lambda _: function())
-        self._kernels.append(called)
-        return self._library.standin_kernel(stream, called, None)
+        while self._finished:
+            del self._kernels[self._finished.pop()]
+        number, captured = next(self._numbers), self.is_capturing(stream)
+
+        def run(_: object) -> None:
+            function()
+            if not captured:
+                self._finished.append(number)
+
+        self._kernels[number] = _KERNEL(run)
+        return self._library.standin_kernel(stream, self._kernels[number], None)
 
     def is_capturing(self, stream: int) -> bool:
         """Is a stream captured? It does not count as a call."""
