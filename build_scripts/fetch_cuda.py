@@ -95,7 +95,8 @@ def _configure(source: Path, includes: Sequence[Path], libraries: Path) -> None:
         "CUDADRV_LIB_DIR": [str(libraries)],
         "CUDADRV_LIBNAME": ["cuda"],
         "CXXFLAGS": ["-O0", "-g0", "-w"],
-        "LDFLAGS": ["-Wl,--no-as-needed", "-lcuda"],  # linkers leave out a library that has nothing to give
+        # Linkers leave out a library that has nothing to give.
+        "LDFLAGS": ["-Wl,--no-as-needed", f"-L{libraries}", "-lcuda"],
     }
     lines = [f"{name} = {value!r}\n" for name, value in settings.items()]
     (source / "siteconf.py").write_text("".join(lines), encoding="utf-8")

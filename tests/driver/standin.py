@@ -11,6 +11,8 @@ _HANDLE, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _PROTOTYPES = {
     "calls": (_SIZE, [_TEXT]),
+    "call": (_TEXT, [_SIZE]),
+    "note": (ctypes.c_int, [_TEXT]),
     "reset": (None, []),
     "fail_at": (None, [_TEXT, ctypes.c_long, ctypes.c_int]),
     "failed": (_TEXT, []),
@@ -19,6 +21,9 @@ _PROTOTYPES = {
     "live": (_SIZE, [_TEXT]),
     "live_bytes": (_SIZE, [ctypes.c_int]),
     "range_is_known": (ctypes.c_int, [ctypes.c_uint64, _SIZE]),
+    "allocate": (ctypes.c_uint64, [_SIZE]),
+    "free": (None, [ctypes.c_uint64]),
+    "drain": (None, [_HANDLE]),
     "set_memory": (None, [_SIZE]),
     "set_eager": (None, [ctypes.c_int]),
     "delay_us": (None, [ctypes.c_double]),
@@ -45,6 +50,14 @@ class StandIn:
         """How often a function was called since the last reset, by its name without _v2; by default all together."""
         return self._library.standin_calls(name.encode())
 
+    def log(self) -> list[str]:
+        """The names of all calls since the last reset, in order."""
+        return [self._library.standin_call(i).decode() for i in range(self.calls())]
+
+    def note(self, name: str) -> int:
+        """Count a call of another library among those of the driver; returns an error that it should fail with, or 0."""
+        return self._library.standin_note(name.encode())
+
     def reset(self) -> None:
         """Forget calls, violations, failures to come, and that the GPU was lost."""
         self._library.standin_reset()
@@ -69,7 +82,8 @@ class StandIn:
         return found
 
     def live(self, what: str) -> int:
-        """How many of "stream", "event", "graph", "executable", "pool", "context" and "user object" exist."""
+        """How many exist of "stream", "event", "graph", "executable", "pool", "context", "user object", and of blocks of
+        memory: "device", "host"."""
         return self._library.standin_live(what.encode())
 
     def live_bytes(self, *, host: bool = False) -> int:
@@ -78,9 +92,21 @@ class StandIn:
 
     def left_over(self) -> dict[str, int]:
         """What exists, by kind; kinds of which there is nothing are left out."""
-        counts = {what: self.live(what) for what in ("stream", "event", "graph", "executable", "user object")}
-        counts |= {"device": self.live_bytes(), "host": self.live_bytes(host=True)}
+        kinds = ("stream", "event", "graph", "executable", "user object", "device", "host")
+        counts = {what: self.live(what) for what in kinds}
         return {name: count for name, count in counts.items() if count}
+
+    def allocate(self, size: int) -> int:
+        """Memory of the first GPU that belongs to the test; it is no call of the driver."""
+        return self._library.standin_allocate(size)
+
+    def free(self, pointer: int) -> None:
+        """Free memory of ``allocate``."""
+        self._library.standin_free(pointer)
+
+    def drain(self, stream: int) -> None:
+        """Let the work of a stream run; it is no call of the driver. A context has to be current."""
+        self._library.standin_drain(stream)
 
     def set_memory(self, size: int) -> None:
         """Change how much memory each GPU has."""
@@ -121,7 +147,7 @@ class StandIn:
         self._library.standin_invalidate(stream)
 
     def bytes_at(self, pointer: int, size: int) -> memoryview:
-        """The memory of a device, for a kernel; a range that is not allocated is a violation, and zeros."""
+        """Give the memory of a device, for kernels and tests; a range that is not allocated is a violation, and zeros."""
         if not self._library.standin_range_is_known(pointer, size):
             return memoryview(bytearray(size))
         return memoryview((ctypes.c_ubyte * size).from_address(pointer)).cast("B")

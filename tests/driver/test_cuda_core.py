@@ -195,12 +195,12 @@ def test_buffers_go_into_a_session_and_maps_come_out(driver):
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 48)).astype(np.float32)
     buffer = found.memory_resource.allocate(images.nbytes, stream=stream)
     stream.sync()
-    machine.write(int(buffer.handle), images)
+    machine.gpu.bytes_at(int(buffer.handle), images.nbytes)[:] = images.tobytes()
     session = machine.open()
     array = ForeignArray(int(buffer.handle), images.shape, images.dtype, 0, True, False, owner=buffer)
     maps = session.run_on_device(array, int(stream.handle))
     views = [StridedMemoryView.from_dlpack(feature_map, stream_ptr=int(other.handle)) for feature_map in maps]
     for feature_map, view, expected in zip(maps, views, pooled(images), strict=True):
         assert view.shape == expected.shape
-        np.testing.assert_array_equal(machine.value(feature_map, int(other.handle)), expected)
+        np.testing.assert_array_equal(machine.gpu.value(feature_map, int(other.handle)), expected)
     session.close()

@@ -15,11 +15,10 @@ import pytest
 from edge_backbones.errors import EdgeBackbonesError, InputError
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import pooled
-from tests.driver.machine import DriverMachine
+from tests.driver.machine import LAUNCH_FAILED, DriverMachine
 from tests.simulated_gpu import plan_of, shapes
 
 RANDOM = np.random.default_rng(0)
-LAUNCH_FAILED = 719
 GRAPHS = pytest.mark.parametrize("graphs", [False, True], ids=["kernels", "graphs"])
 BACKENDS = pytest.mark.parametrize("backend", ["cuda-bindings", "pycuda"])
 
@@ -30,12 +29,11 @@ def pixels(batch: int) -> np.ndarray:
 
 def check(machine, maps, images, stream) -> None:
     for actual, expected in zip(maps, pooled(images), strict=True):
-        np.testing.assert_array_equal(machine.value(actual, stream), expected)
+        np.testing.assert_array_equal(machine.gpu.value(actual, stream), expected)
 
 
 def done(machine) -> None:
     """Nothing is left, and TensorRT was used by its rules."""
-    machine.clean_up()
     assert machine.left_over() == {}
     assert machine.gpu.violations == []
 
@@ -67,7 +65,7 @@ def test_arrays_on_the_gpu_are_read_in_place_on_every_stream(driver, backend, gr
     for stream in (machine.stream, machine.other, 0, machine.stream):
         for batch in (2, 4, 9):
             images = pixels(batch)
-            array = machine.put(images)
+            array = machine.gpu.put(images)
             for _ in range(3):
                 maps = session.run_on_device(array, stream)
                 check(machine, maps, images, stream)
@@ -81,7 +79,7 @@ def test_maps_that_another_stream_reads_are_not_written_over(driver, graphs):
     machine = DriverMachine(driver)
     session = machine.open(cuda_graphs=graphs)
     frames = [pixels(2) for _ in range(12)]
-    arrays = [machine.put(frame) for frame in frames]
+    arrays = [machine.gpu.put(frame) for frame in frames]
     with machine.memory as memory:
         copies = [[memory.allocate(m.nbytes) for m in pooled(frame)] for frame in frames]
         for array, targets in zip(arrays, copies, strict=True):
@@ -104,11 +102,11 @@ def test_maps_that_another_stream_reads_are_not_written_over(driver, graphs):
 def test_a_graphed_call_reads_what_is_there_when_it_is_launched(driver):
     machine = DriverMachine(driver)
     session = machine.open()
-    array = machine.put(pixels(2))
+    array = machine.gpu.put(pixels(2))
     call = session.graphed(array, machine.stream)
     for _ in range(3):
         images = pixels(2)
-        machine.write(array.pointer, images)
+        machine.gpu.bytes_at(array.pointer, images.nbytes)[:] = images.tobytes()
         check(machine, call(), images, machine.stream)
     del call
     session.close()
@@ -129,7 +127,7 @@ def waits_in_200_calls(driver, count: int, *, foreign: bool, held: bool, graphs:
     """
     machine = DriverMachine(driver)
     session = machine.open(cuda_graphs=graphs)
-    array = machine.put(pixels(2))
+    array = machine.gpu.put(pixels(2))
     with machine.memory as memory:
         streams = [memory.new_stream() for _ in range(count)]
     kept: dict[int, list] = {}
@@ -191,15 +189,15 @@ def captured_call(machine, session, array, mode: int):
 def test_a_call_in_a_capture_of_the_caller_keeps_no_later_input(driver):
     machine = DriverMachine(driver)
     session = machine.open()
-    array = machine.put(pixels(2))
+    array = machine.gpu.put(pixels(2))
     for _ in range(3):
         session.run_on_device(array, machine.stream)
-        machine.value(array, machine.stream)
+        machine.gpu.value(array, machine.stream)
     with contextlib.suppress(InputError):  # refusing the call is an answer, too
         captured_call(machine, session, array, mode=2)
     for _ in range(100):
         session.run_on_device(array, machine.stream)
-        machine.value(array, machine.stream)
+        machine.gpu.value(array, machine.stream)
     assert len(session._contexts._inputs) <= 1
 
 
@@ -207,11 +205,15 @@ def test_a_call_in_a_capture_of_the_caller_keeps_no_later_input(driver):
 def test_a_call_in_a_global_capture_of_the_caller_is_captured_or_refused(driver):
     machine = DriverMachine(driver)
     session = machine.open()
-    array = machine.put(pixels(2))
+    array = machine.gpu.put(pixels(2))
     session.run_on_device(array, machine.stream)
-    machine.value(array, machine.stream)
-    with contextlib.suppress(InputError):
+    machine.gpu.value(array, machine.stream)
+    try:
         captured_call(machine, session, array, mode=0)
+    except InputError:
+        return
+    except EdgeBackbonesError as error:
+        raise AssertionError(f"the capture was spoilt, and the error does not say by what: {error}") from error
 
 
 # ---- every native call fails once
@@ -245,9 +247,9 @@ WAITS = ("cuEventSynchronize", "cuStreamSynchronize")
 
 
 @GRAPHS
-def test_every_call_of_the_driver_may_fail_once_and_nothing_is_leaked(driver, graphs):
+def test_every_native_call_may_fail_once_and_nothing_is_leaked(driver, graphs):
     machine = DriverMachine(driver)
-    inputs = [machine.put(pixels(2)), machine.put(pixels(9), 64), machine.put(pixels(3))]
+    inputs = [machine.gpu.put(pixels(2)), machine.gpu.put(pixels(9), 64), machine.gpu.put(pixels(3))]
     gc.collect()
     gc.freeze()
     before, number, seen = machine.left_over(), 0, set()
@@ -274,25 +276,7 @@ def test_every_call_of_the_driver_may_fail_once_and_nothing_is_leaked(driver, gr
             assert left == {}, (number, failed, left)
     assert {"cuMemAlloc", "cuMemHostAlloc", "cuStreamCreate", "cuEventRecord", "cuMemcpyHtoDAsync"} <= seen
     assert {"cuStreamWaitEvent", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphLaunch"} <= seen
-    assert machine.gpu.violations == []
-
-
-@GRAPHS
-def test_every_call_of_tensorrt_may_fail_once_and_nothing_is_leaked(driver, graphs):
-    machine = DriverMachine(driver)
-    inputs = [machine.put(pixels(2)), machine.put(pixels(9), 64), machine.put(pixels(3))]
-    gc.collect()
-    gc.freeze()
-    before, number = machine.left_over(), 0
-    while True:
-        number += 1
-        machine.gpu.failed, machine.gpu.fail_at = "", len(machine.gpu.calls) + number
-        with contextlib.suppress(EdgeBackbonesError):
-            scenario(machine, inputs, graphs)
-        if not machine.gpu.failed:
-            break
-        assert machine.left_over() == before, (number, machine.gpu.failed)
-    assert number > 20
+    assert {"deserialize_cuda_engine", "create_execution_context", "execute_async_v3"} <= seen
     assert machine.gpu.violations == []
 
 
@@ -303,7 +287,7 @@ def test_every_call_of_tensorrt_may_fail_once_and_nothing_is_leaked(driver, grap
 def test_memory_is_flat_over_10000_calls(driver, graphs):
     machine = DriverMachine(driver)
     session = machine.open(cuda_graphs=graphs)
-    array, images = machine.put(pixels(2)), pixels(2)
+    array, images = machine.gpu.put(pixels(2)), pixels(2)
 
     def calls(count: int) -> tuple[dict[str, int], int]:
         for number in range(count):

@@ -94,33 +94,41 @@ static char fail_name[128];
 static long fail_in; /* calls until the one that fails; 0: none */
 static CUresult fail_code;
 static char failed_name[128];
-static size_t all_calls;
 _Thread_local bool in_host_function;
 
-static bool is_uncounted(const char *name) {
-    return !strncmp(name, "standin_", 8);
-}
+static const char **call_log; /* names, in order */
+static size_t log_count, log_room;
 
-CUresult enter(Counter *counter, bool *locked) {
-    pthread_mutex_lock(&lock);
-    *locked = true;
+/* Notes a call; answers the error that a test asked for. */
+static CUresult note(Counter *counter) {
     if (!counter->listed) {
         counter->listed = true;
         counter->next = counters;
         counters = counter;
     }
     counter->calls++;
-    if (is_uncounted(counter->name))
+    if (!strncmp(counter->name, "standin_", 8))
         return SUCCESS;
-    all_calls++;
-    if (in_host_function)
-        return NOT_PERMITTED;
+    if (log_count == log_room) {
+        log_room = log_room ? 2 * log_room : 4096;
+        call_log = realloc(call_log, log_room * sizeof *call_log);
+        if (!call_log)
+            abort();
+    }
+    call_log[log_count++] = counter->name;
     bool meant = !strcmp(fail_name, "*") || !strcmp(fail_name, counter->name);
     if (fail_in && meant && --fail_in == 0) {
         snprintf(failed_name, sizeof failed_name, "%s", counter->name);
         return fail_code;
     }
     return SUCCESS;
+}
+
+CUresult enter(Counter *counter, bool *locked) {
+    pthread_mutex_lock(&lock);
+    *locked = true;
+    CUresult result = note(counter);
+    return in_host_function ? NOT_PERMITTED : result;
 }
 
 void leave(bool *locked) {
@@ -149,7 +157,7 @@ void violation(const char *format, ...) {
 /* How often a function was called since the last reset, by the name in CUDA's documentation; all of them for "*". */
 API size_t standin_calls(const char *name) {
     pthread_mutex_lock(&lock);
-    size_t calls = strcmp(name, "*") ? 0 : all_calls;
+    size_t calls = strcmp(name, "*") ? 0 : log_count;
     for (Counter *counter = counters; counter; counter = counter->next)
         if (!strcmp(counter->name, name))
             calls += counter->calls;
@@ -157,12 +165,30 @@ API size_t standin_calls(const char *name) {
     return calls;
 }
 
+/* The name of call i since the last reset. */
+API const char *standin_call(size_t i) { return i < log_count ? call_log[i] : ""; }
+
+/* Counts a call of another library as if it were one of the driver, so that it may fail, too. */
+API CUresult standin_note(const char *name) {
+    pthread_mutex_lock(&lock);
+    Counter *counter = counters;
+    while (counter && strcmp(counter->name, name))
+        counter = counter->next;
+    if (!counter) {
+        counter = zeroed(sizeof *counter);
+        counter->name = strdup(name);
+    }
+    CUresult result = note(counter);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
 /* Forgets calls, violations, failures and lost contexts. What is allocated stays. */
 API void standin_reset(void) {
     pthread_mutex_lock(&lock);
     for (Counter *counter = counters; counter; counter = counter->next)
         counter->calls = 0;
-    all_calls = violation_count = 0;
+    log_count = violation_count = 0;
     fail_in = 0;
     failed_name[0] = 0;
     for (int i = 0; i < MOST_DEVICES; i++)
@@ -195,7 +221,7 @@ API const char *standin_violation(size_t i) {
     return i < violation_count && i < MOST_VIOLATIONS ? violations[i] : "";
 }
 
-/* How many of "stream", "event", "graph", "executable", "pool" and "context" exist. */
+/* How many of what is in the table exist, or blocks of memory: "device", "host". */
 API size_t standin_live(const char *what) {
     const struct {
         const char *name;
@@ -204,6 +230,8 @@ API size_t standin_live(const char *what) {
                  {"context", CONTEXT}, {"user object", USER_OBJECT}};
     size_t count = 0;
     pthread_mutex_lock(&lock);
+    if (!strcmp(what, "device") || !strcmp(what, "host"))
+        count = live_blocks(!strcmp(what, "host"));
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!strcmp(names[i].name, what))
             count = live[names[i].kind];

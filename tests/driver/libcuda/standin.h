@@ -170,6 +170,7 @@ void free_block(Block *block);
 void free_memory_of(Context *context);
 void trim_pools(void);
 void check_guards(void);
+size_t live_blocks(bool host);
 
 /* ---- work ---- */
 

@@ -443,6 +443,18 @@ API CUresult standin_kernel(const void *handle, void (*function)(void *), void *
     return enqueue(stream, &op);
 }
 
+/* Lets the work of a stream run, without a call of the driver that may fail. */
+API void standin_drain(const void *handle) {
+    pthread_mutex_lock(&lock);
+    Stream *stream = NULL;
+    if (current() && !stream_of(handle, &stream)) {
+        if (is_legacy(stream))
+            order_with_legacy(stream);
+        drain(stream);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
 /* Number of pieces of work that wait on a stream, marks and waits included. */
 API size_t standin_pending(const void *handle) {
     pthread_mutex_lock(&lock);
