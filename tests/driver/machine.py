@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,33 @@ class _Captures:
         self._driver.invalidate(stream)
 
 
+class _Streams:
+    """The streams with their work, as numbers of pieces."""
+
+    def __init__(self, driver: StandIn) -> None:
+        self._driver = driver
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([0, *reversed(self._driver.streams())])
+
+    def __getitem__(self, stream: int) -> int:
+        return self._driver.pending(stream)
+
+
+class _Blocks:
+    """The blocks of memory on the GPU."""
+
+    def __init__(self, driver: StandIn, put_there: list[int]) -> None:
+        self._driver, self._put_there = driver, put_there
+
+    def __len__(self) -> int:
+        return self._driver.live("device")
+
+    def pop(self, pointer: int) -> None:
+        self._put_there.remove(pointer)
+        self._driver.free(pointer)
+
+
 class DriverGpu:
     """What the simulated TensorRT and tests of it need of a GPU, from the stand-in.
 
@@ -47,6 +74,9 @@ class DriverGpu:
         self.violations: list[str] = []
         self.capturing = _Captures(driver)
         self.put_there: list[int] = []
+        self.streams = _Streams(driver)
+        self.memory = _Blocks(driver, self.put_there)
+        self._gone: dict[int, int] = {}  # events behind the work of streams that were destroyed
 
     @property
     def calls(self) -> list[str]:
@@ -87,14 +117,40 @@ class DriverGpu:
 
     def put(self, array: np.ndarray, offset: int = 0) -> ForeignArray:
         """An array on the GPU, that belongs to the test."""
-        start = self._driver.allocate(array.nbytes + offset)
-        self.put_there.append(start)
+        start = self.raw(array.nbytes + offset)
         self.bytes_at(start + offset, array.nbytes)[:] = array.tobytes()
         return ForeignArray(start + offset, array.shape, array.dtype, 0, True, False, owner=object())
 
+    def raw(self, size: int) -> int:
+        self.put_there.append(self._driver.allocate(size))
+        return self.put_there[-1]
+
+    def recreate(self, stream: int) -> int:
+        """The owner destroys a stream with work pending, and the next stream gets its handle. A name for the old one."""
+        with open_memory(0) as memory:
+            event = memory.new_event()
+            memory.record(event, stream)
+            memory.free_stream(stream)
+            assert memory.new_stream() == stream
+        name = -1 - len(self._gone)
+        self._gone[name] = event
+        return name
+
     def drain(self, stream: int) -> None:
-        with open_memory(0):
-            self._driver.drain(stream)
+        with open_memory(0) as memory:
+            if stream in self._gone:
+                memory.wait_for(self._gone[stream])
+            else:
+                self._driver.drain(stream)
+
+    def cuCtxPushCurrent(self, context: int) -> None:
+        open_memory(0).__enter__()
+
+    def cuCtxPopCurrent(self) -> None:
+        open_memory(0).__exit__(None, None, None)
+
+    def cuMemcpyDtoDAsync(self, to: int, source: int, size: int, stream: int) -> None:
+        open_memory(0).copy(to, source, size, stream)
 
     def value(self, array: Any, stream: int) -> np.ndarray:
         """What work on ``stream`` that comes now would read."""

@@ -27,6 +27,7 @@ _PROTOTYPES = {
     "set_memory": (None, [_SIZE]),
     "set_eager": (None, [ctypes.c_int]),
     "delay_us": (None, [ctypes.c_double]),
+    "streams": (_SIZE, [ctypes.POINTER(_HANDLE), _SIZE]),
     "pending": (_SIZE, [_HANDLE]),
     "kernel": (ctypes.c_int, [_HANDLE, _KERNEL, ctypes.c_void_p]),
     "invalidate": (None, [_HANDLE]),
@@ -119,6 +120,12 @@ class StandIn:
     def delay_us(self, microseconds: float) -> None:
         """Set the simulated time that each piece of work takes."""
         self._library.standin_delay_us(microseconds)
+
+    def streams(self) -> list[int]:
+        """The handles of the streams that exist, the newest first."""
+        handles = (_HANDLE * self._library.standin_streams(None, 0))()
+        self._library.standin_streams(handles, len(handles))
+        return list(handles)
 
     def pending(self, stream: int) -> int:
         """Number of pieces of work in the queue of a stream."""

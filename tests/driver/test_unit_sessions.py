@@ -15,10 +15,8 @@ from tests.unit.engines.tensorrt import test_tensorrt_session as unit
 MODULE = "tests.unit.engines.tensorrt.test_tensorrt_session"
 # They look into the GPU in Python, or fake a part of it.
 APART = {
-    "test_a_batch_that_fails_on_its_way_has_been_read_when_the_error_comes",
     "test_an_array_of_another_gpu_is_refused",
     "test_close_goes_from_contexts_to_the_runtime_and_results_stay",
-    "test_results_that_were_held_in_heaps_are_freed_in_the_end",
 }
 
 

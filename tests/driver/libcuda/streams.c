@@ -455,6 +455,20 @@ API void standin_drain(const void *handle) {
     pthread_mutex_unlock(&lock);
 }
 
+/* The streams that exist, the newest first: writes as many as there is room for, and answers how many there are. */
+API size_t standin_streams(void **handles, size_t room) {
+    size_t count = 0;
+    pthread_mutex_lock(&lock);
+    for (Stream *stream = streams; stream; stream = stream->next)
+        if (stream->handle) {
+            if (count < room)
+                handles[count] = stream->handle;
+            count++;
+        }
+    pthread_mutex_unlock(&lock);
+    return count;
+}
+
 /* Number of pieces of work that wait on a stream, marks and waits included. */
 API size_t standin_pending(const void *handle) {
     pthread_mutex_lock(&lock);
