@@ -114,7 +114,16 @@ def fetch(release: Release, folder: Path) -> Path:
 
 def install(packages: Sequence[str], place: Path, *options: str) -> None:
     """Put packages into a folder, without what they ask for. Raises RuntimeError with what pip says."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-compile",
+    ]
     run([*pip, *options, "--target", str(place), *packages])
 
 

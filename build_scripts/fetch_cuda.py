@@ -74,7 +74,19 @@ def _build_pycuda(place: Path) -> None:
         (work / "include").mkdir()
         (work / "include" / "cudaProfiler.h").write_text(textwrap.dedent(_PROFILER), encoding="utf-8")
         (work / "empty.c").write_text("", encoding="utf-8")
-        run([compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-o", f"{work}/libcuda.so", f"{work}/empty.c"])
+        run(
+            [
+                compiler,
+                "-shared",
+                "-fPIC",
+                "-Wl,-soname,libcuda.so.1",
+                "-x",
+                "c",
+                "-o",
+                f"{work}/libcuda.so",
+                f"{work}/empty.c",
+            ]
+        )
         run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", "pycuda",
              "--dest", str(work), _PYCUDA])  # fmt: skip
         with tarfile.open(next(work.glob("pycuda-*.tar.gz"))) as archive:

@@ -1,13 +1,28 @@
-"""Build the stand-in for NVIDIA's driver: libcuda.so.1, from libcuda/*.c."""
+"""Build the stand-in for NVIDIA's driver: libcuda.so.1, from libcuda/*.c.
+
+python -m tests.driver.build FOLDER
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 SOURCES = sorted((Path(__file__).parent / "libcuda").glob("*.c"))
-FLAGS = ("-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
+FLAGS = (
+    "-std=gnu11",
+    "-O1",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-pthread",
+)
 
 
 def build(folder: Path) -> Path:
@@ -21,3 +36,7 @@ def build(folder: Path) -> Path:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return library
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))

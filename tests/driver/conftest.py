@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, release: str, machine: dict[str, Any], library: Path) -> None:
         folder = default_folder()
-        places = [folder / name for name in (release, "cuda-core")]
+        places = [folder / name for name in (release, "cuda-core", "pycuda")]
         for place in places:
             assert (place / ".complete").is_file(), f"{place} is not there: run python -m build_scripts.fetch_cuda"
         environment = {

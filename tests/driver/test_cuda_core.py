@@ -7,6 +7,7 @@ import gc
 import numpy as np
 import pytest
 
+
 def device():
     from cuda.core import Device
 

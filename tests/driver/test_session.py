@@ -155,13 +155,18 @@ def test_200_calls_on_a_few_streams_never_wait(driver, count, held):
     assert waits_in_200_calls(driver, count, foreign=False, held=held) == 0
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="more than 8 free buffers that belong to other streams are settled by a wait for the whole GPU")
+@pytest.mark.xfail(
+    raises=AssertionError,
+    reason="more than 8 free buffers that belong to other streams are settled by a wait for the whole GPU",
+)
 @pytest.mark.parametrize("count", [9, 16])
 def test_200_calls_on_many_streams_never_wait(driver, count):
     assert waits_in_200_calls(driver, count, foreign=False, held=False) == 0
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="maps that another stream reads are free again only after a wait for the whole GPU")
+@pytest.mark.xfail(
+    raises=AssertionError, reason="maps that another stream reads are free again only after a wait for the whole GPU"
+)
 @GRAPHS
 @pytest.mark.parametrize("count", [1, 2, 9, 16])
 def test_200_calls_whose_maps_another_stream_reads_never_wait(driver, count, graphs):
@@ -184,7 +189,7 @@ def captured_call(machine, session, array, mode: int):
 
 @pytest.mark.xfail(
     raises=AssertionError,
-    reason="the event of a call in the caller's capture answers CAPTURED_EVENT for good, and every later input is kept"
+    reason="the event of a call in the caller's capture answers CAPTURED_EVENT for good, and every later input is kept",
 )
 def test_a_call_in_a_capture_of_the_caller_keeps_no_later_input(driver):
     machine = DriverMachine(driver)
@@ -201,7 +206,10 @@ def test_a_call_in_a_capture_of_the_caller_keeps_no_later_input(driver):
     assert len(session._contexts._inputs) <= 1
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="the events of earlier calls are queried, which spoils a capture in CUDA's default mode")
+@pytest.mark.xfail(
+    raises=AssertionError,
+    reason="the events of earlier calls are queried, which spoils a capture in CUDA's default mode",
+)
 def test_a_call_in_a_global_capture_of_the_caller_is_captured_or_refused(driver):
     machine = DriverMachine(driver)
     session = machine.open()

@@ -1,4 +1,4 @@
-"""The tests of sessions of tests/unit, with the stand-in for libcuda and the real bindings in the place of a GPU in Python."""
+"""The sessions of tests/unit, over the stand-in for libcuda and the real bindings in the place of a GPU in Python."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def test_as_in_the_unit_tests(driver, name, case):
     arguments = cases_of(getattr(module, name))[case]
     machine = DriverMachine(driver)
     streams = {module.STREAM: machine.stream, module.OTHER: machine.other}
-    arguments = {
-        key: streams.get(value, value) if type(value) is int else value for key, value in arguments.items()
-    }
+    arguments = {key: streams.get(value, value) if type(value) is int else value for key, value in arguments.items()}
     module.STREAM, module.OTHER = machine.stream, machine.other
     with pytest.MonkeyPatch.context() as patch:
         if "monkeypatch" in inspect.signature(getattr(module, name)).parameters:
