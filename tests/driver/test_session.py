@@ -159,9 +159,10 @@ def test_200_calls_on_a_few_streams_never_wait(driver, count, held):
     raises=AssertionError,
     reason="more than 8 free buffers that belong to other streams are settled by a wait for the whole GPU",
 )
+@GRAPHS
 @pytest.mark.parametrize("count", [9, 16])
-def test_200_calls_on_many_streams_never_wait(driver, count):
-    assert waits_in_200_calls(driver, count, foreign=False, held=False) == 0
+def test_200_calls_on_many_streams_never_wait(driver, count, graphs):
+    assert waits_in_200_calls(driver, count, foreign=False, held=False, graphs=graphs) == 0
 
 
 @pytest.mark.xfail(
