@@ -10,7 +10,7 @@ import pytest
 
 from edge_backbones.errors import DeviceError, OutOfMemoryError
 from edge_backbones.machine import gpus
-from tests.driver.cuda import bytes_of
+from tests.driver.calls import bytes_of
 
 BACKENDS = pytest.mark.parametrize("backend", ["cuda-bindings", "pycuda"])
 LAUNCH_FAILED = 719
@@ -58,7 +58,7 @@ def test_memory_is_copied_filled_and_freed(driver, backend):
 
 @BACKENDS
 def test_the_context_of_another_library_stays_current(driver, backend):
-    from tests.driver.cuda import context, ok
+    from tests.driver.calls import context, ok
 
     with context() as cu:
         mine = ok(cu.cuCtxGetCurrent())

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.driver.cuda import Memory, bytes_of, capture_modes, code_of, context, ok, two_streams
+from tests.driver.calls import Memory, bytes_of, capture_modes, code_of, context, ok, two_streams
 
 # ---- start and devices
 

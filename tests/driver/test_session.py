@@ -180,7 +180,7 @@ def test_200_calls_whose_maps_another_stream_reads_never_wait(driver, count, gra
 def captured_call(machine, session, array, mode: int):
     from cuda.bindings import driver as cu
 
-    from tests.driver.cuda import ok
+    from tests.driver.calls import ok
 
     with machine.memory:
         ok(cu.cuStreamBeginCapture(machine.stream, cu.CUstreamCaptureMode(mode)))

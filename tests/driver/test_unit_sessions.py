@@ -12,6 +12,8 @@ import pytest
 from tests.driver.machine import DriverMachine
 from tests.unit.engines.tensorrt import test_tensorrt_session as unit
 
+pytestmark = pytest.mark.machine(version=13000)  # as the GPU in Python has it
+
 MODULE = "tests.unit.engines.tensorrt.test_tensorrt_session"
 # They look into the GPU in Python, or fake a part of it.
 APART = {
