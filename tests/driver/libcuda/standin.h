@@ -120,6 +120,7 @@ extern Machine machine;
 
 void violation(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void *zeroed(size_t size);
+extern _Thread_local bool in_host_function;
 
 /* ---- contexts ---- */
 
@@ -132,7 +133,10 @@ typedef struct Context {
     CUresult lost;      /* an error of the GPU, which stays */
 } Context;
 
+#define MOST_DEVICES 8
+
 Context *current(void);
+void forget_losses(void);
 CUresult usable_context(void);
 
 /* ---- memory ---- */
@@ -166,6 +170,9 @@ typedef struct Block {
 Block *block_at(uintptr_t address); /* NULL for memory that the driver does not know */
 CUresult range_known(uintptr_t address, size_t size, const char *what);
 bool usable_now(uintptr_t address, size_t size, const char *what);
+size_t available(CUdevice device);
+size_t reserved_by_pools(CUdevice device);
+CUresult new_block(Block **made, size_t size, enum memory memory, unsigned flags);
 void free_block(Block *block);
 void free_memory_of(Context *context);
 void trim_pools(void);
@@ -269,6 +276,18 @@ Mark *mark_now(Stream *stream); /* NULL when nothing is pending; the caller owns
 void release_mark(Mark *mark);
 void run_until(Mark *mark);
 void drain(Stream *stream);
+Mark *new_mark(Stream *stream);
+bool is_legacy(const Stream *stream);
+bool runs_here(const Stream *stream);
+void run_one(Stream *stream);
+void push(Stream *stream, const Op *op);
+void push_wait(Stream *stream, Mark *mark);
+void order_with_legacy(Stream *stream);
+
+Graph *new_graph(void);
+void free_graph(Graph *graph);
+CUresult graph_of(const void *handle, Graph **graph);
+Node *add_node(Graph *graph, const Op *op, Node *const *dependencies, size_t count);
 void idle(Context *context);
 void free_streams_of(Context *context);
 void launch_nodes(Stream *stream, Node *const *nodes, size_t count);

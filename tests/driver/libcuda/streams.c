@@ -1,4 +1,4 @@
-/* Streams and events: queues of work that run when somebody waits. */
+/* Streams: queues of work that run when somebody waits. */
 #include "standin.h"
 
 #include <stdlib.h>
@@ -6,24 +6,10 @@
 
 #define MOST_PENDING 1024 /* a stream that has more runs its oldest work, as the real driver makes its caller wait */
 #define NON_BLOCKING 1
-#define DISABLE_TIMING 2
-
-extern _Thread_local bool in_host_function;
 
 static Stream *streams; /* all that exist, and destroyed ones with work */
 static uint64_t next_stream_id = 1;
 static double cost_of_work = 1; /* simulated microseconds */
-
-typedef struct Event {
-    Handle *handle;
-    unsigned flags;
-    Context *context;
-    Mark *mark; /* NULL: nothing to wait for */
-    bool recorded;
-    Capture *capture; /* last recorded in this capture; NULL for none */
-    Node **tips;
-    size_t tip_count;
-} Event;
 
 /* Simulated time that each piece of work takes, for the times between events. */
 API void standin_delay_us(double microseconds) { cost_of_work = microseconds; }
@@ -73,7 +59,7 @@ CUresult stream_of(const void *handle, Stream **stream) {
     return (*stream)->context->lost;
 }
 
-static bool is_legacy(const Stream *stream) { return stream->is_default && stream->priority == 0; }
+bool is_legacy(const Stream *stream) { return stream->is_default && stream->priority == 0; }
 
 static void free_stream_if_unused(Stream *stream) {
     if (stream->handle || stream->is_default || stream->head || stream->references || stream->running)
@@ -89,7 +75,7 @@ static void free_stream_if_unused(Stream *stream) {
 
 /* ---- marks ---- */
 
-static Mark *new_mark(Stream *stream) {
+Mark *new_mark(Stream *stream) {
     Mark *mark = zeroed(sizeof *mark);
     *mark = (Mark){.references = 1, .stream = stream};
     stream->references++;
@@ -189,12 +175,12 @@ static void drop_op(Op *op) {
     free(op);
 }
 
-static bool runs_here(const Stream *stream) {
+bool runs_here(const Stream *stream) {
     return stream->running && pthread_equal(stream->runner, pthread_self());
 }
 
 /* Runs the oldest work of a stream, or waits while another thread does. */
-static void run_one(Stream *stream) {
+void run_one(Stream *stream) {
     if (stream->running) {
         pthread_cond_wait(&something_ran, &lock);
         return;
@@ -261,7 +247,7 @@ void free_streams_of(Context *context) {
 
 /* ---- enqueueing ---- */
 
-static void push(Stream *stream, const Op *op) {
+void push(Stream *stream, const Op *op) {
     Op *copy = zeroed(sizeof *copy);
     *copy = *op;
     copy->next = NULL;
@@ -275,7 +261,7 @@ static void push(Stream *stream, const Op *op) {
     stream->pending++;
 }
 
-static void push_wait(Stream *stream, Mark *mark) {
+void push_wait(Stream *stream, Mark *mark) {
     if (mark && !mark->done && mark->stream != stream)
         push(stream, &(Op){.work = WAIT, .mark = mark});
 }
@@ -289,7 +275,7 @@ Mark *mark_now(Stream *stream) {
 }
 
 /* The legacy stream waits for every blocking stream, and they wait for it. */
-static void order_with_legacy(Stream *stream) {
+void order_with_legacy(Stream *stream) {
     if (stream->flags & NON_BLOCKING)
         return;
     Stream *legacy = legacy_of(stream->context);
@@ -476,178 +462,6 @@ API size_t standin_pending(const void *handle) {
     size_t pending = stream ? stream->pending : 0;
     pthread_mutex_unlock(&lock);
     return pending;
-}
-
-/* ---- events ---- */
-
-static CUresult event_of(const void *handle, Event **event) {
-    *event = object_of(handle, EVENT);
-    if (*event)
-        return SUCCESS;
-    violation("event %p does not exist", handle);
-    return INVALID_HANDLE;
-}
-
-static void forget_record(Event *event) {
-    release_mark(event->mark);
-    if (event->capture)
-        release_capture(event->capture);
-    free(event->tips);
-    event->mark = NULL;
-    event->capture = NULL;
-    event->tips = NULL;
-    event->tip_count = 0;
-}
-
-API CUresult cuEventCreate(void **handle, unsigned flags) {
-    ENTER_IN_CONTEXT("cuEventCreate");
-    if (flags & ~7U)
-        return INVALID_VALUE;
-    Event *event = zeroed(sizeof *event);
-    *event = (Event){.handle = new_handle(EVENT, event), .flags = flags, .context = current()};
-    *handle = event->handle;
-    return SUCCESS;
-}
-
-API CUresult cuEventDestroy_v2(const void *handle) {
-    ENTER("cuEventDestroy");
-    Event *event;
-    CHECK(event_of(handle, &event));
-    forget_record(event);
-    free_handle(event->handle);
-    free(event);
-    return SUCCESS;
-}
-
-static CUresult record(const void *handle, const void *stream_handle) {
-    Event *event;
-    Stream *stream;
-    CHECK(event_of(handle, &event));
-    CHECK(stream_of(stream_handle, &stream));
-    if (event->context != stream->context)
-        return INVALID_HANDLE;
-    if (stream->capture && stream->capture->invalidated)
-        return CAPTURE_INVALIDATED;
-    forget_record(event);
-    event->recorded = true;
-    if (stream->capture) {
-        event->capture = stream->capture;
-        event->capture->references++;
-        event->tip_count = stream->tip_count;
-        event->tips = zeroed(stream->tip_count * sizeof *event->tips);
-        memcpy(event->tips, stream->tips, stream->tip_count * sizeof *event->tips);
-        return SUCCESS;
-    }
-    order_with_legacy(stream);
-    event->mark = new_mark(stream);
-    push(stream, &(Op){.work = MARK, .mark = event->mark});
-    if (stream->pending == 1 || machine.eager)
-        drain(stream); /* nothing is before it */
-    return SUCCESS;
-}
-
-API CUresult cuEventRecord(const void *event, const void *stream) {
-    ENTER_IN_CONTEXT("cuEventRecord");
-    return record(event, stream);
-}
-
-API CUresult cuEventRecordWithFlags(const void *event, const void *stream, unsigned flags) {
-    ENTER_IN_CONTEXT("cuEventRecordWithFlags");
-    return flags ? NOT_SUPPORTED : record(event, stream);
-}
-
-API CUresult cuStreamWaitEvent(const void *stream_handle, const void *handle, unsigned flags) {
-    ENTER_IN_CONTEXT("cuStreamWaitEvent");
-    Event *event;
-    Stream *stream;
-    CHECK(event_of(handle, &event));
-    CHECK(stream_of(stream_handle, &stream));
-    if (flags > 1)
-        return INVALID_VALUE;
-    if (stream->capture && stream->capture->invalidated)
-        return CAPTURE_INVALIDATED;
-    if (event->capture) {
-        if (!event->capture->active)
-            return CAPTURED_EVENT;
-        if (event->capture->invalidated)
-            return CAPTURE_INVALIDATED;
-        if (is_legacy(stream)) {
-            invalidate(event->capture);
-            return CAPTURE_IMPLICIT;
-        }
-        if (stream->capture && stream->capture != event->capture) {
-            invalidate(stream->capture);
-            invalidate(event->capture);
-            return CAPTURE_MERGE;
-        }
-        join_capture(stream, event->capture);
-        add_tips(stream, event->tips, event->tip_count);
-        return SUCCESS;
-    }
-    if (stream->capture) {
-        if (!event->recorded)
-            return SUCCESS;
-        invalidate(stream->capture);
-        return CAPTURE_ISOLATION;
-    }
-    order_with_legacy(stream);
-    push_wait(stream, event->mark);
-    if (machine.eager)
-        drain(stream);
-    return SUCCESS;
-}
-
-static CUresult waitable_event(const void *handle, Event **event) {
-    CHECK(event_of(handle, event));
-    if (!(*event)->capture)
-        return SUCCESS;
-    if ((*event)->capture->active)
-        invalidate((*event)->capture);
-    return CAPTURED_EVENT;
-}
-
-API CUresult cuEventSynchronize(const void *handle) {
-    ENTER_IN_CONTEXT("cuEventSynchronize");
-    Event *event;
-    CHECK(waitable_event(handle, &event));
-    if (event->mark)
-        run_until(event->mark);
-    trim_pools();
-    return event->context->lost;
-}
-
-API CUresult cuEventQuery(const void *handle) {
-    ENTER_IN_CONTEXT("cuEventQuery");
-    CHECK(safe_during_capture());
-    Event *event;
-    CHECK(waitable_event(handle, &event));
-    if (!event->mark || event->mark->done)
-        return SUCCESS;
-    if (!runs_here(event->mark->stream))
-        run_one(event->mark->stream);
-    return NOT_READY;
-}
-
-static CUresult elapsed(float *milliseconds, const void *from_handle, const void *to_handle) {
-    Event *from, *to;
-    CHECK(waitable_event(from_handle, &from));
-    CHECK(waitable_event(to_handle, &to));
-    if ((from->flags | to->flags) & DISABLE_TIMING || !from->mark || !to->mark)
-        return INVALID_HANDLE;
-    if (!from->mark->done || !to->mark->done)
-        return NOT_READY;
-    *milliseconds = (float)((to->mark->clock - from->mark->clock) / 1000);
-    return SUCCESS;
-}
-
-API CUresult cuEventElapsedTime(float *milliseconds, const void *from, const void *to) {
-    ENTER_IN_CONTEXT("cuEventElapsedTime");
-    return elapsed(milliseconds, from, to);
-}
-
-API CUresult cuEventElapsedTime_v2(float *milliseconds, const void *from, const void *to) {
-    ENTER_IN_CONTEXT("cuEventElapsedTime");
-    return elapsed(milliseconds, from, to);
 }
 
 /* ---- graphs that run ---- */
