@@ -28,6 +28,7 @@ check: lint
 # The unit tests run apart from the rest, so that they prove that they do without torch.
 test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.installed
 	$(BIN)/python -m build_scripts.fetch_bindings
+	$(BIN)/python -m build_scripts.fetch_cuda
 	$(BIN)/python -m build_scripts.fetch_chromium
 	$(BIN)/python -m build_scripts.fetch_systemd
 	$(PYTEST) tests/unit

@@ -3,13 +3,18 @@
 CUDA and TensorRT are stood in for by functions that return at once, so that what is left is our own code between a caller and
 the driver: a lower bound of what a call costs on a GPU, where ``make gpu`` measures it. Each figure is the median of 60
 rounds of 100 calls.
+
+``--bindings`` keeps the real cuda-bindings and the libcuda.so.1 that they find, and stands in for TensorRT alone. Without a
+GPU, take the stand-in for libcuda: ``python -m tests.driver.build FOLDER``, then ``LD_LIBRARY_PATH=FOLDER STANDIN_EAGER=1``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,14 +25,13 @@ from benchmarks.gpu_common import pooling_input
 from edge_backbones import EdgeBackbone
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.engines.gpu.arrays import DeviceArray
+from edge_backbones.engines.gpu.streams import float32_bytes
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.engines.tensorrt import session as tensorrt_session
 from edge_backbones.engines.tensorrt.session import TensorRtSession
 from edge_backbones.machine import gpus
 from edge_backbones.spec import InputSpec
 from edge_backbones.testing import SPEC
-
-_STREAM = 512
 
 
 class FreeDriver:
@@ -100,15 +104,30 @@ def free_tensorrt(input: InputSpec) -> Any:
     return SimpleNamespace(__name__="free_tensorrt", __version__="11.4", Runtime=lambda log: runtime)
 
 
-def measure() -> dict[str, float]:
-    """Return the microseconds of each kind of call."""
-    input, found = pooling_input(), {}
+@contextlib.contextmanager
+def free_gpu() -> Iterator[cuda.GpuMemory]:
+    """Stand in for the driver, and give memory on it."""
     memory = cuda.GpuMemory(0, cuda.CudaBindings(0, FreeDriver()))
     gpu = gpus.Gpu(0, "none", "sm_90", 1 << 34, "13.0", 1, False)
-    log = SimpleNamespace(clear=lambda: None, last_error=lambda: "")
     with (
         mock.patch.multiple(gpus, find_gpus=lambda: (gpu,), no_gpu_reason=lambda: ""),
         mock.patch.object(tensorrt_session, "open_memory", return_value=memory),
+    ):
+        yield memory
+
+
+@contextlib.contextmanager
+def real_bindings() -> Iterator[cuda.GpuMemory]:
+    """Memory through the real bindings."""
+    yield cuda.open_memory(0, "cuda-bindings")
+
+
+def measure(*, bindings: bool = False) -> dict[str, float]:
+    """Return the microseconds of each kind of call. ``bindings``: through the real cuda-bindings."""
+    input, found = pooling_input(), {}
+    log = SimpleNamespace(clear=lambda: None, last_error=lambda: "")
+    with (
+        real_bindings() if bindings else free_gpu() as memory,
         mock.patch.multiple(
             tensorrt_library,
             load_library=lambda _: free_tensorrt(input),
@@ -116,18 +135,20 @@ def measure() -> dict[str, float]:
             against_driver=lambda *_: "",
         ),
     ):
+        with memory:
+            stream, pointer = memory.new_stream(), memory.allocate(float32_bytes(input.opt_shape))
         for graphs in (False, True):
             session = TensorRtSession(
                 bytearray(b"a plan"), flavour="tensorrt", input=input, outputs=SPEC.outputs, cuda_graphs=graphs
             )
             frame = DeviceArray(
-                1 << 30, input.opt_shape, np.dtype(np.float32), device=0, owner=None, synchronize=None, stream=_STREAM
+                pointer, input.opt_shape, np.dtype(np.float32), device=0, owner=None, synchronize=None, stream=stream
             )
             with EdgeBackbone(SPEC, input, session, device="cuda:0") as backbone:
                 name = f"backbone(array), cuda_graphs={graphs}"
-                found[name] = microseconds(lambda: backbone(frame, stream=_STREAM))  # noqa: B023
+                found[name] = microseconds(lambda: backbone(frame, stream=stream))  # noqa: B023
                 if graphs:
-                    found["backbone.graphed(array)()"] = microseconds(backbone.graphed(frame, stream=_STREAM))
+                    found["backbone.graphed(array)()"] = microseconds(backbone.graphed(frame, stream=stream))
     return found
 
 
@@ -144,5 +165,5 @@ def microseconds(call: Callable[[], Any], rounds: int = 60, calls: int = 100) ->
 
 
 if __name__ == "__main__":
-    for name, value in measure().items():
+    for name, value in measure(bindings="--bindings" in sys.argv[1:]).items():
         print(f"{name}: {value:.1f} us")

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,17 +95,7 @@ def fetch(release: Release, folder: Path) -> Path:
         )
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--no-compile",
-    ]
-    _run([*pip, "--only-binary", ":all:", "--target", str(place), f"{release.package}=={release.version}"])
+    install((f"{release.package}=={release.version}",), place, "--only-binary", ":all:")
     names = {
         name.decode()
         for extension in place.glob("*_bindings/*.so")
@@ -116,12 +107,28 @@ def fetch(release: Release, folder: Path) -> Path:
     (place / "stubs.c").write_text(_STUBS, encoding="utf-8")
     for name in sorted(names):
         output = str(place / "stubs" / name)
-        _run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", output, str(place / "stubs.c")])
+        run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", output, str(place / "stubs.c")])
     (place / ".complete").write_text(marker, encoding="utf-8")
     return place
 
 
-def _run(command: list[str]) -> None:
+def install(packages: Sequence[str], place: Path, *options: str) -> None:
+    """Put packages into a folder, without what they ask for. Raises RuntimeError with what pip says."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-compile",
+    ]
+    run([*pip, *options, "--target", str(place), *packages])
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a command. Raises RuntimeError with what it says when it fails."""
     done = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}".rstrip())

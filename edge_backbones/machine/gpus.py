@@ -147,11 +147,19 @@ _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "cuEventSynchronize": ("cuEventSynchronize", (), (_handle,)),
     "cuEventDestroy": ("cuEventDestroy_v2", (), (_handle,)),
     "cuStreamBeginCapture": ("cuStreamBeginCapture_v2", (), (_handle, _int)),
+    "cuStreamIsCapturing": ("cuStreamIsCapturing", (_int,), (_handle,)),
+    "cuStreamEndCapture": ("cuStreamEndCapture", (_handle,), (_handle,)),
     "cuGraphInstantiateWithFlags": ("cuGraphInstantiateWithFlags", (_handle,), (_handle, ctypes.c_uint64)),
     "cuGraphLaunch": ("cuGraphLaunch", (), (_handle, _handle)),
     "cuGraphDestroy": ("cuGraphDestroy", (), (_handle,)),
     "cuGraphExecDestroy": ("cuGraphExecDestroy", (), (_handle,)),
 }
+# The others return through their first arguments.
+_RETURN_LAST = ("cuStreamGetId", "cuStreamIsCapturing", "cuStreamEndCapture")
+    "cuStreamGetId",
+    "cuStreamIsCapturing",
+    "cuStreamEndCapture",
+)  # the others return through their first arguments
 
 
 class CtypesDriver:
@@ -179,11 +187,14 @@ class CtypesDriver:
             raise AttributeError(name)
         symbol, returned, taken = _PROTOTYPES[name]
         function = self._function(symbol)
-        function.argtypes = [*(ctypes.POINTER(kind) for kind in returned), *taken]
+        pointers = [ctypes.POINTER(kind) for kind in returned]
+        last = name in _RETURN_LAST
+        function.argtypes = [*taken, *pointers] if last else [*pointers, *taken]
 
         def call(*values: Any) -> tuple[Any, ...]:
             results = [kind() for kind in returned]
-            code = function(*(ctypes.byref(result) for result in results), *values)
+            into = [ctypes.byref(result) for result in results]
+            code = function(*values, *into) if last else function(*into, *values)
             return (code, *(result.value or 0 for result in results))
 
         setattr(self, name, call)
@@ -195,7 +206,7 @@ class CtypesDriver:
         except AttributeError as error:
             raise DeviceError(f"the NVIDIA driver has no {symbol}: update the driver") from error
 
-    # Five functions do not return through their first arguments.
+    # Three functions return text.
 
     def cuGetErrorName(self, code: int) -> tuple[int, bytes | None]:  # noqa: N802
         """Return (code, the name of the error ``code``)."""
@@ -211,14 +222,3 @@ class CtypesDriver:
         """Return (code, the PCI address of a device)."""
         address = ctypes.create_string_buffer(32)
         return self._function("cuDeviceGetPCIBusId")(address, 32, device), address.value.decode(errors="replace")
-
-    def cuStreamIsCapturing(self, stream: int) -> tuple[int, int]:  # noqa: N802
-        """Return (code, the CUstreamCaptureStatus of a stream)."""
-        status = ctypes.c_int()
-        return self._function("cuStreamIsCapturing")(ctypes.c_void_p(stream), ctypes.byref(status)), status.value
-
-    def cuStreamEndCapture(self, stream: int) -> tuple[int, int]:  # noqa: N802
-        """Return (code, the handle of the captured graph)."""
-        graph = ctypes.c_void_p()
-        code = self._function("cuStreamEndCapture")(ctypes.c_void_p(stream), ctypes.byref(graph))
-        return code, graph.value or 0

@@ -55,6 +55,9 @@ def libcuda(devices=1, *, fails=None, missing=()) -> SimpleNamespace:
     def end_capture(stream, into):
         into._obj.value = 0xA0
 
+    def stream_id(stream, into):  # the handle comes first, unlike elsewhere
+        into._obj.value = stream + 7
+
     functions = {
         "cuInit": returning(),
         "cuDriverGetVersion": returning(12090),
@@ -66,6 +69,7 @@ def libcuda(devices=1, *, fails=None, missing=()) -> SimpleNamespace:
         "cuDeviceTotalMem_v2": returning(80 << 30),
         "cuMemGetInfo_v2": returning(1 << 20, 8 << 30),
         "cuStreamEndCapture": end_capture,
+        "cuStreamGetId": stream_id,
         "cuGraphInstantiateWithFlags": returning(0xB0),
         "cuEventCreate": returning(0xE0),
     }
@@ -389,7 +393,7 @@ def test_a_pointer_that_cuda_does_not_know_has_no_device():
 def test_streams_are_told_apart_by_their_number_where_cuda_has_one():
     memory, _, native = over_pycuda()
     assert memory.stream_key(0) == memory.stream_key(1) == 0
-    assert memory.stream_key(0x5000) == 1  # the made-up driver says 0 for every stream
+    assert memory.stream_key(0x5000) == 1 + 0x5000 + 7
     assert [symbol for symbol, _ in native.calls].count("cuStreamGetId") == 1
     before_cuda_12 = over_pycuda(missing=("cuStreamGetId",))[0]
     assert before_cuda_12.stream_key(0x5000) == 0x5000
