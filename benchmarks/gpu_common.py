@@ -114,6 +114,32 @@ def pooling_onnx(bundles: Path | None = None) -> bytes:
     return model
 
 
+def convolved_pooling_onnx() -> bytes:
+    """Return the ONNX graph of the pooling backbone as convolutions: a graph with weights, whose maps are known.
+
+    Each output channel averages the patch of its own input channel; the weights of the other channels are 0.
+    """
+    try:
+        from onnx import TensorProto, helper, numpy_helper
+    except ModuleNotFoundError as error:
+        raise MissingError("onnx is not installed") from error
+    nodes, weights, outputs = [], [], []
+    for stage, k in (("pool4", 4), ("pool8", 8)):
+        weight = np.zeros((3, 3, k, k), np.float32)
+        weight[range(3), range(3)] = 1 / k**2
+        weights.append(numpy_helper.from_array(weight, f"{stage}_weight"))
+        nodes.append(helper.make_node("Conv", ["pixel_values", f"{stage}_weight"], [stage], strides=[k, k], name=stage))
+        shape: list[str | int | None] = ["batch", 3, f"height{k}", f"width{k}"]
+        outputs.append(helper.make_tensor_value_info(stage, TensorProto.FLOAT, shape))
+    axes: list[str | int | None] = ["batch", 3, "height", "width"]
+    inputs = [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, axes)]
+    graph = helper.make_graph(nodes, "convolved_pooling", inputs, outputs, weights)
+    model: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    ).SerializeToString()
+    return model
+
+
 def pooling_module() -> Any:
     """Return the pooling backbone in torch."""
     import torch

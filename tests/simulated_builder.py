@@ -119,7 +119,10 @@ class Library(types.SimpleNamespace):
         def flags(name, members):
             return enum.IntEnum(name, {member: index for index, member in enumerate(members.split())})
 
-        names = "INT8 FP16 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME REFIT STRIP_PLAN SPARSE_WEIGHTS GPU_FALLBACK TF32"
+        names = (
+            "INT8 FP16 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME REFIT REFIT_IDENTICAL STRIP_PLAN SPARSE_WEIGHTS GPU_FALLBACK "
+            "TF32"
+        )
         super().__init__(
             __version__="10.3.0",
             Builder=Builder,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from benchmarks import gpu_common, gpu_overhead, gpu_processes, gpu_suite, gpu_tasks
@@ -24,6 +25,7 @@ from benchmarks.gpu_suite import (
     Suite,
 )
 from edge_backbones.machine import gpus
+from edge_backbones.testing import pooled
 
 NO_DRIVER = "no NVIDIA driver (libcuda.so.1 is missing)"
 H100 = gpus.Gpu(0, "NVIDIA H100 80GB HBM3", "sm_90", 85 << 30, "13.0", 132, False)
@@ -347,6 +349,17 @@ def test_prepared_bundles_compile(tmp_path):
         (engine,) = child.read(120)["engines"]
     assert engine["bytes"] > 0
     assert engine["measured"] == bool(engine["stages"])
+
+
+def test_pooling_by_convolutions_is_the_pooling_backbone():
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(gpu_common.convolved_pooling_onnx(), providers=["CPUExecutionProvider"])
+    for shape in ((1, 3, 32, 48), (2, 3, 64, 40)):
+        images = np.random.default_rng(0).random(shape, np.float32)
+        maps = session.run(["pool4", "pool8"], {"pixel_values": images})
+        for actual, expected in zip(maps, pooled(images), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- figures

@@ -74,7 +74,7 @@ def pooling_file(kind: str, device: int) -> bytes:
         return compile_torch_tensorrt(gpu_common.pooling_module(), input, device=f"cuda:{device}")
     from edge_backbones.engines.tensorrt.compile import compile_plan
 
-    return compile_plan(gpu_common.pooling_onnx(), input, Precision.FP32, flavour=kind, device=device).data
+    return compile_plan(gpu_common.pooling_onnx(), input, Precision.FP32, flavour=kind, gpu=device).data
 
 
 def open_session(kind: str, device: int, *, compiled_on: int | None = None, **options):

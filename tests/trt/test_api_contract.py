@@ -57,7 +57,8 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         BUILDERS: "build_serialized_network create_builder_config create_network create_optimization_profile num_DLA_cores"
     },
     "BuilderFlag": {
-        EVERYWHERE: "EXCLUDE_LEAN_RUNTIME GPU_FALLBACK REFIT SPARSE_WEIGHTS STRIP_PLAN TF32 VERSION_COMPATIBLE",
+        EVERYWHERE: "EXCLUDE_LEAN_RUNTIME GPU_FALLBACK REFIT REFIT_IDENTICAL SPARSE_WEIGHTS STRIP_PLAN TF32 "
+        "VERSION_COMPATIBLE",
         WEAKLY_TYPED: "FP16 INT8",
         (RTX,): "REQUIRE_USER_ALLOCATION",
     },
@@ -149,6 +150,7 @@ RECEIVERS = {
             "bound_to",
             "buffer",
             "card",
+            "field",
             "gpu",
             "inner",
             "log",

@@ -270,7 +270,8 @@ def test_what_rtx_cannot_do_or_would_ignore_is_refused(
         assert compiled(graph, **options).memory_estimate > 1 << 60  # no GPU here whose memory it could exceed
         return
     if "GPU only" in message and find_gpus():
-        assert compiled(graph, **options).gpu.refittable
+        made = compiled(graph, **options).gpu
+        assert (made.refittable, made.stripped) == ("refit" in options, "strip" in options)
         return
     with pytest.raises(CompileError, match=message):
         compiled(graph, **options)

@@ -195,7 +195,7 @@ def _gpu_key(
         hardware_compatibility=options.hardware_compatibility,
         version_compatible=options.version_compatible,
         host_code=options.embed_runtime,
-        refittable=options.refit or options.strip,
+        refittable=options.refit,
         stripped=options.strip,
         dla_core=options.dla_core,
         driver=None if bound_to is None else bound_to.driver,
@@ -270,7 +270,9 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
     wanted = {
         "VERSION_COMPATIBLE": options.version_compatible,
         "EXCLUDE_LEAN_RUNTIME": options.version_compatible and not options.embed_runtime,
-        "REFIT": options.refit or options.strip,
+        "REFIT": options.refit,
+        # A stripped plan gets the weights back that it was compiled with: kernels that depend on them may be chosen.
+        "REFIT_IDENTICAL": options.strip and not options.refit,
         "STRIP_PLAN": options.strip,
         "SPARSE_WEIGHTS": options.sparse,
     }

@@ -79,7 +79,10 @@ class PlanOptions:
     )
     strip: Annotated[
         bool,
-        Option("Write the plan without its weights. They are put in later, by refitting.", group="TensorRT: weights"),
+        Option(
+            "Write the plan without its weights. Opening it puts in the weights of the bundle's graph.",
+            group="TensorRT: weights",
+        ),
     ] = False
     sparse: Annotated[
         bool, Option("Use kernels for 2:4 sparse weights, where the network has such.", group="TensorRT: weights")

@@ -131,11 +131,23 @@ def test_every_setting_reaches_the_builder(compiled):
     assert library.asked["host_code"]  # to read its layers
     assert embedding.layers == '{"form": "JSON"}'
     assert library.asked["flags"] == {"VERSION_COMPATIBLE"}
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"strip": True}, {"REFIT_IDENTICAL", "STRIP_PLAN"}),  # with REFIT, kernels may depend on no weight
+        ({"strip": True, "refit": True}, {"REFIT", "STRIP_PLAN"}),
+        ({"refit": True}, {"REFIT"}),
+    ],
+)
+def test_a_stripped_plan_takes_its_own_weights_alone_unless_refitting_is_asked_for(compiled, options, flags):
     library = Library()
-    stripped = compiled(library, strip=True)
-    assert library.asked["flags"] == {"REFIT", "STRIP_PLAN"}
-    assert stripped.gpu.stripped
-    assert stripped.layers is None  # without weights it is not loaded
+    plan = compiled(library, **options)
+    assert library.asked["flags"] == flags
+    assert plan.gpu.stripped == bool(options.get("strip"))
+    assert plan.gpu.refittable == bool(options.get("refit"))
+    assert (plan.layers is None) == plan.gpu.stripped  # without weights it is not loaded
 
 
 def test_a_timing_cache_of_another_gpu_is_left(compiled):
