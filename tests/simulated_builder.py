@@ -73,8 +73,8 @@ class Library(types.SimpleNamespace):
                 return types.SimpleNamespace(serialize=lambda: memoryview(b"measured"))
 
             def can_run_on_DLA(self, layer):
-                half = asked["network"] != 0 or {"FP16", "INT8"} <= asked["flags"]  # DLA runs nothing in fp32
-                return half and layer.name != "softmax"
+                half = asked["network"] != 0 or "FP16" in asked["flags"]  # DLA runs nothing in fp32
+                return half and layer.name not in changes.get("not_on_dla", ("softmax",))
 
         class Profile:
             def set_shape(self, name, least, usual, most):

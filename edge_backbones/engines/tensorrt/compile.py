@@ -21,7 +21,7 @@ import numpy as np
 from edge_backbones.bundle.manifest import GpuKey
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.engines.gpu.memory import open_memory
-from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, quantise_implicitly
+from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, type_weakly
 from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.messages import cause, explained, made, null_pointers_explained, refusals_explained
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
@@ -74,6 +74,7 @@ def compile_plan(
     flavour: PlanFlavour,
     options: PlanOptions | None = None,
     gpu: int = 0,
+    weak: bool = False,
     ranges: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
@@ -89,8 +90,9 @@ def compile_plan(
         flavour: ``tensorrt`` or ``tensorrt_rtx``.
         options: How to compile it; None for the defaults.
         gpu: Index of the GPU.
-        ranges: Thresholds of |x| by tensor name, for int8 on a DLA core with a TensorRT that still has weak typing
-            (JetPack 6), whose DLA takes no Q/DQ pairs. ``graph`` is then fp32 and ``precision`` int8.
+        weak: Let TensorRT choose the number formats, for a DLA core with a TensorRT that still has weak typing (JetPack 6).
+            ``graph`` is then fp32 and ``precision`` fp16 or int8.
+        ranges: Thresholds of |x| by tensor name, for ``weak`` int8.
         progress: Gets TensorRT's phases.
 
     Returns:
@@ -101,7 +103,11 @@ def compile_plan(
         MissingDependencyError: The library is not installed.
     """
     options = options or PlanOptions()
-    library, card, targets, profiles = resolve_request(input, precision, flavour, options, gpu, weak=ranges is not None)
+    library, card, targets, profiles = resolve_request(input, precision, flavour, options, gpu, weak=weak)
+    if (ranges is not None) != (weak and precision is Precision.INT8):
+        raise CompileError(
+            f"ranges are for int8 with weak typing, and this is {precision} {'with' if weak else 'without'} it"
+        )
 
     log = logger_of(library)
     log.clear()
@@ -111,9 +117,7 @@ def compile_plan(
     current = open_memory(card.index) if uses_gpu and card is not None else contextlib.nullcontext()
     with current:
         # The parser owns the weights: it must live as long as the network.
-        builder, network, _parser = _read_graph(
-            library, graph, flavour, options, log, progress, weak=ranges is not None
-        )
+        builder, network, _parser = _read_graph(library, graph, flavour, options, log, progress, weak=weak)
         estimate = least_memory(network, profiles, options)
         if card is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in host memory
             _refuse_for_memory(estimate, card)
@@ -122,8 +126,8 @@ def compile_plan(
         coverage = None
         with refusals_explained(log):
             _configure(library, builder, config, options, targets)
-            if ranges is not None:
-                quantise_implicitly(library, network, config, ranges)
+            if weak:
+                type_weakly(library, network, config, ranges)
             if options.dla_core is not None:  # after the number formats are set: DLA runs no fp32
                 coverage = place_on_dla(library, network, config, options)
                 progress(str(coverage), 0, None)

@@ -82,7 +82,10 @@ class TensorRt(Flavour):
         self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
     ) -> CompiledEngine:
         options_of_plan = options.plan or PlanOptions()
-        source, ranges = self._graph_and_ranges(bundle, graph, options_of_plan)
+        weak = self._is_weak(graph, options_of_plan)
+        source, ranges = (
+            _fp32_graph_and_ranges(bundle, graph.precision) if weak else (bytes(bundle.read(graph.file)), None)
+        )
         if self.name == "tensorrt" and options_of_plan.timing_cache is None:
             options_of_plan = dataclasses.replace(options_of_plan, timing_cache=_latest_timing_cache(bundle))
         return compile_engine(
@@ -92,6 +95,7 @@ class TensorRt(Flavour):
             flavour=self._name,
             options=options_of_plan,
             gpu=options.gpu,
+            weak=weak,
             ranges=ranges,
             progress=progress,
         )
@@ -104,31 +108,12 @@ class TensorRt(Flavour):
         return version is not None and not library.against_release(self._name, version, jetson=host.jetson)
 
     def _is_weak(self, graph: GraphRecord, plan: PlanOptions) -> bool:
-        """Return whether int8 is compiled from the fp32 graph and ranges.
+        """Return whether a plan is compiled from the fp32 graph, with number formats that TensorRT chooses.
 
-        DLA of older releases needs this, because it takes no Q/DQ pairs.
+        DLA of older releases needs this: it takes no Q/DQ pairs, and runs fp16 where the builder has the FP16 flag.
         """
-        is_int8_on_dla = plan.dla_core is not None and graph.precision is Precision.INT8
-        return is_int8_on_dla and requests.has_weak_typing(self._name)
-
-    def _graph_and_ranges(
-        self, bundle: Bundle, graph: GraphRecord, plan: PlanOptions
-    ) -> tuple[bytes, Mapping[str, float] | None]:
-        """Return the ONNX bytes to compile, and the calibrated ranges if they are compiled with weak typing."""
-        if not self._is_weak(graph, plan):
-            return bytes(bundle.read(graph.file)), None
-        plain, record = bundle.manifest.onnx_graph(Precision.FP32), bundle.manifest.calibration
-        if plain is None or record is None:
-            raise CompileError(
-                f"int8 on this DLA is compiled from the fp32 graph and calibrated ranges, and {bundle.path} has no "
-                f"{'fp32 graph' if plain is None else 'calibration'}: build it with --precision int8 --precision fp32"
-            )
-        found = decode_calibration(bundle.read(record.file), str(bundle.path / record.file.path))
-        if found.factors:
-            raise CompileError(
-                "the ranges of this bundle are of an equalised graph, which DLA cannot run: build it with --method max"
-            )
-        return bytes(bundle.read(plain.file)), found.ranges
+        is_for_dla = plan.dla_core is not None and graph.precision in (Precision.FP16, Precision.INT8)
+        return is_for_dla and requests.has_weak_typing(self._name)
 
 
 class TensorRtRtx(TensorRt):
@@ -184,6 +169,7 @@ def compile_engine(
     flavour: PlanFlavour,
     options: PlanOptions,
     gpu: int = 0,
+    weak: bool = False,
     ranges: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> CompiledEngine:
@@ -193,7 +179,7 @@ def compile_engine(
     raises.
     """
     plan = compiler.compile_plan(
-        graph, input, precision, flavour=flavour, options=options, gpu=gpu, ranges=ranges, progress=progress
+        graph, input, precision, flavour=flavour, options=options, gpu=gpu, weak=weak, ranges=ranges, progress=progress
     )
     key = EngineKey(
         flavour=flavour,
@@ -209,6 +195,30 @@ def compile_engine(
     return CompiledEngine(
         plan.data, key, ".plan", from_cache=False, layers=plan.layers, timing_cache=plan.timing_cache, notes=notes
     )
+
+
+def _fp32_graph_and_ranges(bundle: Bundle, precision: Precision) -> tuple[bytes, Mapping[str, float] | None]:
+    """Return the ONNX bytes of the fp32 graph, and for int8 the calibrated ranges. Raises CompileError if one is missing."""
+    plain = bundle.manifest.onnx_graph(Precision.FP32)
+    if plain is None:
+        raise CompileError(
+            f"{precision} on this DLA is compiled from the fp32 graph, and {bundle.path} has none: build it with --precision "
+            f"{precision} --precision fp32"
+        )
+    if precision is not Precision.INT8:
+        return bytes(bundle.read(plain.file)), None
+    record = bundle.manifest.calibration
+    if record is None:
+        raise CompileError(
+            f"int8 on this DLA is compiled with calibrated ranges, and {bundle.path} has no calibration: build it with "
+            "--precision int8 --precision fp32"
+        )
+    found = decode_calibration(bundle.read(record.file), str(bundle.path / record.file.path))
+    if found.factors:
+        raise CompileError(
+            "the ranges of this bundle are of an equalised graph, which DLA cannot run: build it with --method max"
+        )
+    return bytes(bundle.read(plain.file)), found.ranges
 
 
 def _latest_timing_cache(bundle: Bundle) -> bytes | None:

@@ -61,7 +61,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(tensorrt, "open_memory", Context)
     Context.entered.clear()
 
-    def compile(library, precision=Precision.FP16, input=None, ranges=None, gpu=ORIN, **options):
+    def compile(library, precision=Precision.FP16, input=None, weak=False, ranges=None, gpu=ORIN, **options):
         monkeypatch.setattr(tensorrt.gpus, "find_gpus", lambda: (gpu,))
         monkeypatch.setattr(requests, "load_library", lambda flavour: library)
         return compile_plan(
@@ -70,6 +70,7 @@ def compiled(monkeypatch):
             precision,
             flavour="tensorrt",
             options=PlanOptions(**options),
+            weak=weak,
             ranges=ranges,
         )
 
@@ -192,7 +193,14 @@ def test_dla_says_what_it_runs_before_anything_is_compiled(compiled):
             {"hardware_compatibility": "ampere_plus", "gpu": T4},
             "begins with sm_80, and Tesla T4 is sm_75: leave it out",
         ),
-        ({"ranges": {"conv": 1.0}}, "weak typing with ranges is for int8 on a DLA core"),
+        ({"weak": True}, "weak typing is for fp16 and int8 on a DLA core, and this is fp16 without one"),
+        (
+            {"weak": True, "dla_core": 0, "strip": True},
+            "fp16 on this DLA is compiled from the fp32 graph: leave strip out",
+        ),
+        ({"weak": True, "dla_core": 0, "ranges": {"conv": 1.0}}, "ranges are for int8 .*this is fp16 with it"),
+        ({"dla_core": 0, "precision": Precision.INT8, "ranges": {"conv": 1.0}}, "and this is int8 without it"),
+        ({"dla_core": 0, "precision": Precision.INT8, "weak": True}, "and this is int8 with it"),
     ],
 )
 def test_what_cannot_be_is_refused(compiled, options, message):
@@ -222,7 +230,7 @@ def test_a_setting_that_the_bindings_do_not_take_is_told(compiled):
 
 def test_int8_on_the_dla_of_jetpack_6_takes_ranges(compiled):
     library = Library()
-    plan = compiled(library, precision=Precision.INT8, dla_core=0, ranges={"conv": 2.5, "elsewhere": 1.0})
+    plan = compiled(library, precision=Precision.INT8, weak=True, dla_core=0, ranges={"conv": 2.5, "elsewhere": 1.0})
     assert plan.coverage == DlaCoverage(2, ("softmax",))  # asked for with int8 and fp16 allowed
     assert library.asked["network"] == 0  # weakly typed
     assert library.asked["flags"] == {"INT8", "FP16", "GPU_FALLBACK"}
@@ -231,10 +239,31 @@ def test_int8_on_the_dla_of_jetpack_6_takes_ranges(compiled):
     cache = calibrator.read_calibration_cache()
     assert cache == b"TRT-100300-EntropyCalibration2\nconv: " + struct.pack(">f", 2.5 / 127).hex().encode() + b"\n"
     with pytest.raises(CompileError, match="none of the calibrated tensors is in this graph"):
-        compiled(Library(), precision=Precision.INT8, dla_core=0, ranges={"elsewhere": 1.0, "conv": 0.0})
+        compiled(Library(), precision=Precision.INT8, weak=True, dla_core=0, ranges={"elsewhere": 1.0, "conv": 0.0})
     newer = Library(flags="VERSION_COMPATIBLE GPU_FALLBACK TF32")
     with pytest.raises(CompileError, match="has no weak typing left"):
-        compiled(newer, precision=Precision.INT8, dla_core=0, ranges={"conv": 1.0})
+        compiled(newer, precision=Precision.INT8, weak=True, dla_core=0, ranges={"conv": 1.0})
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_fp16_on_the_dla_of_jetpack_6_is_a_flag_of_the_builder(compiled, fallback):
+    library = Library(not_on_dla=("softmax",) if fallback else ())
+    plan = compiled(library, weak=True, dla_core=1, gpu_fallback=fallback)
+    assert library.asked["network"] == 0  # weakly typed
+    assert library.asked["flags"] == ({"FP16", "GPU_FALLBACK"} if fallback else {"FP16"})
+    assert not hasattr(library.asked["config"], "int8_calibrator")
+    assert plan.coverage == DlaCoverage(2, ("softmax",) if fallback else ())
+    newer = Library(flags="VERSION_COMPATIBLE GPU_FALLBACK TF32")
+    with pytest.raises(CompileError, match="has no weak typing left: compile the typed fp16 graph"):
+        compiled(newer, weak=True, dla_core=0)
+
+
+@pytest.mark.parametrize("weak", [True, False])
+def test_a_dla_core_that_would_run_nothing_is_refused(compiled, weak):
+    with pytest.raises(
+        CompileError, match=r"DLA runs 0 of 2 layers; the GPU 2 \(conv, softmax\), which is all.*leave --dla-core out"
+    ):
+        compiled(Library(not_on_dla=("conv", "softmax")), weak=weak, dla_core=0)
 
 
 def test_a_calibration_cache_is_what_tensorrt_writes():
