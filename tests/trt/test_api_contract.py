@@ -39,6 +39,7 @@ MODULES = {
     "engines/tensorrt/requests.py": BUILDERS,
     "engines/tensorrt/dla.py": BUILDERS,
     "engines/tensorrt/messages.py": BUILDERS,
+    "engines/tensorrt/needs.py": BUILDERS,
     "engines/tensorrt/options.py": BUILDERS,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 from collections.abc import Mapping, Sequence
 
 from edge_backbones.bundle import trust
@@ -14,13 +14,13 @@ from edge_backbones.engines.base import CompiledEngine, CompileOptions, EngineSe
 from edge_backbones.engines.refusals import against_rtx_targets
 from edge_backbones.engines.tensorrt import compile as compiler
 from edge_backbones.engines.tensorrt import library, plans, requests
+from edge_backbones.engines.tensorrt.compile import GraphBytes
 from edge_backbones.engines.tensorrt.options import PlanOptions
 from edge_backbones.engines.tensorrt.requests import PlanFlavour
 from edge_backbones.errors import BundleError, CompileError, EngineMismatchError
 from edge_backbones.machine import hosts
 from edge_backbones.machine.hosts import Host
 from edge_backbones.machine.profiles import RTX_ARCHITECTURES, DeviceProfile
-from edge_backbones.machine.system import gib
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
@@ -83,13 +83,12 @@ class TensorRt(Flavour):
     ) -> CompiledEngine:
         options_of_plan = options.plan or PlanOptions()
         weak = self._is_weak(graph, options_of_plan)
-        source, ranges = (
-            _fp32_graph_and_ranges(bundle, graph.precision) if weak else (bytes(bundle.read(graph.file)), None)
-        )
+        source, ranges = _fp32_graph_and_ranges(bundle, graph.precision) if weak else (graph, None)
         if self.name == "tensorrt" and options_of_plan.timing_cache is None:
             options_of_plan = dataclasses.replace(options_of_plan, timing_cache=_latest_timing_cache(bundle))
         return compile_engine(
-            source,
+            functools.partial(bundle.read, source.file),
+            source.file.sha256,
             bundle.manifest.input,
             graph.precision,
             flavour=self._name,
@@ -162,7 +161,8 @@ class TensorRtLean(Flavour):
 
 
 def compile_engine(
-    graph: bytes,
+    graph: GraphBytes,
+    graph_sha256: str,
     input: InputSpec,
     precision: Precision,
     *,
@@ -173,10 +173,10 @@ def compile_engine(
     ranges: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> CompiledEngine:
-    """Compile ONNX bytes to an engine: a plan and its key.
+    """Compile ONNX bytes, whose hash is ``graph_sha256``, to an engine: a plan and its key.
 
-    The parameters are those of :func:`edge_backbones.engines.tensorrt.compile.compile_plan`, which also says what it
-    raises.
+    The other parameters are those of :func:`edge_backbones.engines.tensorrt.compile.compile_plan`, which also says what
+    it raises.
     """
     plan = compiler.compile_plan(
         graph, input, precision, flavour=flavour, options=options, gpu=gpu, weak=weak, ranges=ranges, progress=progress
@@ -188,17 +188,17 @@ def compile_engine(
         cpu_features=(),
         device_name=plan.device_name,
         precision=precision,
-        graph_sha256=hashlib.sha256(graph).hexdigest(),
+        graph_sha256=graph_sha256,
         gpu=plan.gpu,
     )
-    notes = (f"memory that the compilation needed: {gib(plan.memory_estimate)} at least", *plan.warnings)
+    notes = (f"memory that the compilation needed: {plan.memory}", *plan.warnings)
     return CompiledEngine(
         plan.data, key, ".plan", from_cache=False, layers=plan.layers, timing_cache=plan.timing_cache, notes=notes
     )
 
 
-def _fp32_graph_and_ranges(bundle: Bundle, precision: Precision) -> tuple[bytes, Mapping[str, float] | None]:
-    """Return the ONNX bytes of the fp32 graph, and for int8 the calibrated ranges. Raises CompileError if one is missing."""
+def _fp32_graph_and_ranges(bundle: Bundle, precision: Precision) -> tuple[GraphRecord, Mapping[str, float] | None]:
+    """Return the record of the fp32 graph, and for int8 the calibrated ranges. Raises CompileError if one is missing."""
     plain = bundle.manifest.onnx_graph(Precision.FP32)
     if plain is None:
         raise CompileError(
@@ -206,7 +206,7 @@ def _fp32_graph_and_ranges(bundle: Bundle, precision: Precision) -> tuple[bytes,
             f"{precision} --precision fp32"
         )
     if precision is not Precision.INT8:
-        return bytes(bundle.read(plain.file)), None
+        return plain, None
     record = bundle.manifest.calibration
     if record is None:
         raise CompileError(
@@ -218,7 +218,7 @@ def _fp32_graph_and_ranges(bundle: Bundle, precision: Precision) -> tuple[bytes,
         raise CompileError(
             "the ranges of this bundle are of an equalised graph, which DLA cannot run: build it with --method max"
         )
-    return bytes(bundle.read(plain.file)), found.ranges
+    return plain, found.ranges
 
 
 def _latest_timing_cache(bundle: Bundle) -> bytes | None:

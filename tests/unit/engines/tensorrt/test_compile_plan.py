@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 import types
+import weakref
 from typing import ClassVar
 
 import pytest
 
 from edge_backbones.engines.tensorrt import compile as tensorrt
-from edge_backbones.engines.tensorrt import requests
+from edge_backbones.engines.tensorrt import needs, requests
 from edge_backbones.engines.tensorrt.compile import compile_plan
 from edge_backbones.engines.tensorrt.dla import DlaCoverage, calibration_cache
+from edge_backbones.engines.tensorrt.needs import Needs
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
 from edge_backbones.errors import CompileError, InputError
 from edge_backbones.machine.gpus import Gpu
@@ -55,17 +58,19 @@ def compiled(monkeypatch):
         clear=lambda: None, last_error=lambda: "OutOfMemory (no further information)", warnings=[]
     )
     log.warnings = type("Warnings", (list,), {})()
-    room = types.SimpleNamespace(available=7 << 30)
-    monkeypatch.setattr(tensorrt, "read_system", lambda: types.SimpleNamespace(memory=room))
+    room = types.SimpleNamespace(available=7 << 30, swap=1 << 30)
+    monkeypatch.setattr(needs, "read_system", lambda: types.SimpleNamespace(memory=room))
     monkeypatch.setattr(tensorrt, "logger_of", lambda library: log)
     monkeypatch.setattr(tensorrt, "open_memory", Context)
     Context.entered.clear()
 
-    def compile(library, precision=Precision.FP16, input=None, weak=False, ranges=None, gpu=ORIN, **options):
+    def compile(
+        library, precision=Precision.FP16, input=None, weak=False, ranges=None, gpu=ORIN, graph=GRAPH, **options
+    ):
         monkeypatch.setattr(tensorrt.gpus, "find_gpus", lambda: (gpu,))
         monkeypatch.setattr(requests, "load_library", lambda flavour: library)
         return compile_plan(
-            GRAPH,
+            graph,
             input or input_spec(),
             precision,
             flavour="tensorrt",
@@ -96,7 +101,8 @@ def test_a_plain_plan_for_the_gpu_at_hand(compiled):
     assert plan.gpu.multiprocessors == 8
     assert library.asked["config"].profiling_verbosity == library.ProfilingVerbosity.DETAILED
     assert library.asked["profiles"] == [("pixel_values", (1, 3, 64, 96), (1, 3, 64, 96), (1, 3, 64, 96))]
-    assert plan.memory_estimate == 2 * 8 * 27 * 4 + 64 * 96 * 4 * 16  # weights twice, and softmax with what it reads
+    # On the GPU: weights twice, and softmax with what it reads.
+    assert plan.memory == Needs(host=(256 << 20) + int(3.5 * len(GRAPH)), device=2 * 8 * 27 * 4 + 64 * 96 * 4 * 16)
 
 
 def test_every_setting_reaches_the_builder(compiled):
@@ -206,6 +212,59 @@ def test_dla_says_what_it_runs_before_anything_is_compiled(compiled):
 def test_what_cannot_be_is_refused(compiled, options, message):
     with pytest.raises(CompileError, match=message):
         compiled(Library(), **options)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host", "device", "message"),
+    [
+        (
+            L4,
+            9 << 30,
+            1,
+            r"needs 9\.0 GiB and this machine has, beside what runs, 8\.0 GiB with its swap: end what else",
+        ),
+        (None, 9 << 30, 0, r"needs 9\.0 GiB and this machine"),  # TensorRT-RTX
+        (ORIN, 5 << 30, 4 << 30, r"needs 9\.0 GiB and this machine"),  # one memory for both
+        (
+            ORIN,
+            1,
+            (7 << 30) + (1 << 29),
+            r"needs 7\.5 GiB at least and Orin has, beside what runs, 7\.0 GiB",
+        ),  # no swap
+        (L4, 8 << 30, 24 << 30, None),
+        (ORIN, 4 << 30, 4 << 30, None),
+        (None, 8 << 30, 0, None),
+    ],
+)
+def test_memory_that_cannot_suffice_is_refused(monkeypatch, gpu, host, device, message):
+    room = types.SimpleNamespace(available=7 << 30, swap=1 << 30)
+    monkeypatch.setattr(needs, "read_system", lambda: types.SimpleNamespace(memory=room))
+    refused = contextlib.nullcontext() if message is None else pytest.raises(CompileError, match=message)
+    with refused:
+        needs.refuse_for_memory(Needs(host, device), gpu)
+    monkeypatch.setattr(needs, "read_system", lambda: types.SimpleNamespace(memory=None))  # not Linux
+    needs.refuse_for_memory(Needs(1 << 60, 0), None)
+
+
+def test_the_bytes_of_a_graph_are_gone_before_anything_is_built(compiled, monkeypatch):
+    """A function that reads them is called once; nobody holds what it returned when the builder begins."""
+    library, alive, read = Library(), [], []
+
+    class Bytes(bytearray):
+        pass
+
+    def reads():
+        graph = Bytes(GRAPH)
+        read.append(weakref.ref(graph))
+        return graph
+
+    def build(*_):
+        alive.extend(one for one in read if one() is not None)
+        return memoryview(b"plan")
+
+    monkeypatch.setattr(library.Builder, "build_serialized_network", build)
+    assert compiled(library, graph=reads).data == b"plan"
+    assert (len(read), alive) == (1, [])
 
 
 def test_a_driver_older_than_the_library_is_told_before_anything_is_made(compiled, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import pytest
 
@@ -68,8 +70,10 @@ def taken(monkeypatch):
     """What compile_engine is asked for."""
     asked = {}
 
-    def compile_engine(graph, input, precision, **more):
-        asked.update(graph=graph, precision=precision, **more)
+    def compile_engine(graph, sha256, input, precision, **more):
+        content = bytes(graph())
+        assert sha256 == hashlib.sha256(content).hexdigest()
+        asked.update(graph=content, precision=precision, **more)
 
     monkeypatch.setattr(flavour, "compile_engine", compile_engine)
     return asked
