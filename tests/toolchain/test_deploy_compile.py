@@ -624,7 +624,7 @@ def test_two_whose_engines_differ_do_not_disturb_each_other(bundle, monkeypatch)
     """TensorRT's plans of one graph differ from run to run: each replaces the file that the other has just named."""
 
     def compile_one(graph, precision, *, cache):
-        engine = compile_graph(bytes(graph()), precision, cache=None)
+        engine = compile_graph(graph, precision, cache=None)
         return dataclasses.replace(engine, data=engine.data + bytes([threading.get_ident() % 251]))
 
     monkeypatch.setattr(openvino_compile, "compile_graph", compile_one)
