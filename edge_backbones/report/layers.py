@@ -13,6 +13,7 @@ from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.engines import registry
 from edge_backbones.errors import IntegrityError, MissingDependencyError
+from edge_backbones.report.kernels import KernelCounts, count_kernels
 from edge_backbones.report.summary import is_meant, shipped_trial
 from edge_backbones.spec import Precision
 
@@ -207,12 +208,13 @@ class PlanLayers(NamedTuple):
     """What a library says of the layers of an engine.
 
     ``rows``: name, type, and the kernel or the format of the output, of the first layers; ``more``: how many follow.
-    ``command``: the library's own command that times them, empty if there is none.
+    ``command``: the library's own command that times them, empty if there is none. ``counts``: what their kernels do.
     """
 
     rows: list[tuple[str, str, str]]
     more: int
     command: str
+    counts: KernelCounts
 
 
 def describe_plan(bundle: Bundle, engine: EngineRecord) -> PlanLayers | None:
@@ -231,7 +233,8 @@ def describe_plan(bundle: Bundle, engine: EngineRecord) -> PlanLayers | None:
         return None
     flavour = registry.find(engine.key.flavour)
     command = "" if flavour is None else flavour.profiler(shlex.quote(engine.file.path))
-    return PlanLayers([_row_of_plan(one) for one in found[:_PLAN_ROWS]], max(0, len(found) - _PLAN_ROWS), command)
+    rows = [_row_of_plan(one) for one in found[:_PLAN_ROWS]]
+    return PlanLayers(rows, max(0, len(found) - _PLAN_ROWS), command, count_kernels(found))
 
 
 def _row_of_plan(layer: object) -> tuple[str, str, str]:

@@ -429,6 +429,7 @@ def test_what_tensorrt_says_of_layers_is_listed(pooling, tmp_path):
     assert rows[2] == ["a name alone", "", ""]
     assert len(rows) == 60
     assert "60 more are in engines/plan.layers.json" in page.text
+    assert "120 kernels: no fused attention, no casts, 40 reformats and copies." in page.text
     plan = bundle.manifest.engines[1]
     assert f"trtexec --loadEngine={plan.file.path} --dumpProfile --separateProfileRun" in page.text
 
