@@ -28,7 +28,10 @@ class Layer:
 
 
 class Library(types.SimpleNamespace):
-    """As much of TensorRT 10.3 as a compilation touches; ``asked`` is everything that it was told."""
+    """As much of TensorRT 10.3 as a compilation touches; ``asked`` is everything that it was told.
+
+    ``rtx=True`` makes it TensorRT-RTX.
+    """
 
     def __init__(self, **changes):
         self.asked: dict = {"flags": set()}
@@ -68,6 +71,10 @@ class Library(types.SimpleNamespace):
                 assert ignore_mismatch is False  # what another GPU measured is not for this one
                 asked.setdefault("caches", []).append(cache.data)
                 return cache.data != b"of another GPU"
+
+            def set_compute_capability(self, capability, index):
+                asked.setdefault("targets", []).append(capability.name)
+                return True
 
             def get_timing_cache(self):
                 return types.SimpleNamespace(serialize=lambda: memoryview(b"measured"))
@@ -123,6 +130,9 @@ class Library(types.SimpleNamespace):
             "INT8 FP16 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME REFIT REFIT_IDENTICAL STRIP_PLAN SPARSE_WEIGHTS GPU_FALLBACK "
             "TF32"
         )
+        if changes.get("rtx"):  # the names by which TensorRT-RTX is recognised
+            names += " REQUIRE_USER_ALLOCATION"
+            self.ComputeCapability = flags("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120")
         super().__init__(
             __version__="10.3.0",
             Builder=Builder,

@@ -128,7 +128,7 @@ def compile_plan(
             library_version=str(library.__version__),
             device_name="any GPU of its architectures" if bound_to is None else bound_to.name,
             timing_cache=built.timing_cache,
-            layers=None if card is None or options.strip else _layers(library, data, log, options),
+            layers=_layers_here(request, data, log),
             coverage=built.coverage,
             memory=built.memory,
             warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
@@ -396,6 +396,16 @@ def _monitor(library: Any, progress: Progress) -> Any:
                 self.error, self.cancelled = error, True
 
     return Monitor()
+
+
+def _layers_here(request: _Request, plan: bytes, log: Any) -> str | None:
+    """Return the engine inspector's JSON if the GPU of this machine loads the plan; None without weights or such a GPU."""
+    card = request.card
+    if card is None or request.options.strip or card.architecture not in request.targets:
+        return None
+    # The engine is loaded on the GPU whose context is current: this one, and the caller's own context stays as it was.
+    with open_memory(card.index):
+        return _layers(request.library, plan, log, request.options)
 
 
 def _layers(library: Any, plan: bytes, log: Any, options: PlanOptions) -> str | None:

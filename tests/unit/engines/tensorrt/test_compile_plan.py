@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import struct
 import threading
 import types
@@ -41,15 +42,17 @@ class Context:
     """A CUDA context; ``entered``: on which GPU, in which thread."""
 
     entered: ClassVar[list[tuple[int, int]]] = []
+    current: ClassVar[list[int]] = []
 
     def __init__(self, device):
         self.device = device
 
     def __enter__(self):
         self.entered.append((self.device, threading.get_ident()))
+        self.current.append(self.device)
 
     def __exit__(self, *exception):
-        pass
+        self.current.remove(self.device)
 
 
 @pytest.fixture
@@ -64,19 +67,19 @@ def compiled(monkeypatch):
     monkeypatch.setattr(tensorrt, "open_memory", Context)
     Context.entered.clear()
 
-    def compile(
-        library, precision=Precision.FP16, input=None, weak=False, ranges=None, gpu=ORIN, graph=GRAPH, **options
-    ):
-        monkeypatch.setattr(tensorrt.gpus, "find_gpus", lambda: (gpu,))
+    def compile(library, precision=Precision.FP16, input=None, gpu=ORIN, graph=GRAPH, flavour="tensorrt", **more):
+        typing = {name: more.pop(name) for name in ("weak", "ranges") if name in more}
+        found = () if gpu is None else (gpu,) * (gpu.index + 1)
+        monkeypatch.setattr(tensorrt.gpus, "find_gpus", lambda: found)
         monkeypatch.setattr(requests, "load_library", lambda flavour: library)
         return compile_plan(
             graph,
             input or input_spec(),
             precision,
-            flavour="tensorrt",
-            options=PlanOptions(**options),
-            weak=weak,
-            ranges=ranges,
+            flavour=flavour,
+            options=PlanOptions(**more),
+            gpu=0 if gpu is None else gpu.index,
+            **typing,
         )
 
     return compile
@@ -95,7 +98,7 @@ def test_a_plain_plan_for_the_gpu_at_hand(compiled):
     assert library.asked["network"] == 2  # strongly typed, by the value that this release has for it
     assert library.asked["flags"] == set()
     assert library.asked["cleared"] == {"TF32"}
-    (gpu, thread), (again, other) = Context.entered
+    (gpu, thread), (again, other), _ = Context.entered  # the last one reads the layers
     assert gpu == again == 0
     assert thread != other  # a context is current in one thread alone
     assert plan.gpu.multiprocessors == 8
@@ -138,6 +141,33 @@ def test_every_setting_reaches_the_builder(compiled):
     assert library.asked["host_code"]  # to read its layers
     assert embedding.layers == '{"form": "JSON"}'
     assert library.asked["flags"] == {"VERSION_COMPATIBLE"}
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("index", [0, 2])
+def test_layers_are_read_on_the_gpu_that_was_asked_for(compiled, monkeypatch, flavour, index):
+    """Without its context, the engine would be loaded on whatever GPU the caller's thread has current."""
+    library, seen = Library(rtx=flavour == "tensorrt_rtx"), []
+    read = library.Runtime.deserialize_cuda_engine
+
+    def deserialize(*given):
+        seen.extend(Context.current[-1:])
+        return read(*given)
+
+    monkeypatch.setattr(library.Runtime, "deserialize_cuda_engine", deserialize)
+    plan = compiled(library, gpu=dataclasses.replace(L4, index=index), flavour=flavour)
+    assert plan.layers == '{"form": "JSON"}'
+    assert seen == [index]
+    assert Context.current == []  # the caller's own context is back
+
+
+def test_layers_for_other_gpus_are_not_read(compiled, monkeypatch):
+    library = Library(rtx=True)
+    monkeypatch.setattr(library.Runtime, "deserialize_cuda_engine", lambda *_: pytest.fail("loaded"))
+    assert compiled(library, gpu=L4, flavour="tensorrt_rtx", targets=("sm_86", "sm_120")).layers is None
+    assert library.asked["targets"] == ["SM86", "SM120"]
+    assert compiled(library, gpu=None, flavour="tensorrt_rtx", targets=("sm_89",)).layers is None
+    assert Context.entered == []
 
 
 @pytest.mark.parametrize(
