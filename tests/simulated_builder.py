@@ -130,6 +130,8 @@ class Library(types.SimpleNamespace):
             "INT8 FP16 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME REFIT REFIT_IDENTICAL STRIP_PLAN SPARSE_WEIGHTS GPU_FALLBACK "
             "TF32"
         )
+        if changes.get("tiles"):  # since 10.8
+            self.TilingOptimizationLevel = flags("TilingOptimizationLevel", "NONE FAST MODERATE FULL")
         if changes.get("rtx"):  # the names by which TensorRT-RTX is recognised
             names += " REQUIRE_USER_ALLOCATION"
             self.ComputeCapability = flags("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120")

@@ -51,6 +51,7 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         EVERYWHERE: "BuilderFlag DeviceType ExecutionContextAllocationStrategy HardwareCompatibilityLevel ILogger "
         "IProgressMonitor LayerInformationFormat MemoryPoolType ProfilingVerbosity Refitter Runtime",
         BUILDERS: "Builder EngineInspector NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag OnnxParserRefitter",
+        NEWER: "TilingOptimizationLevel",
         (RTX,): "ComputeCapability DynamicShapesKernelSpecializationStrategy",
         WEAKLY_TYPED: "IInt8EntropyCalibrator2",
     },
@@ -73,6 +74,7 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         "create_timing_cache "
         "default_device_type get_timing_cache hardware_compatibility_level profiling_verbosity progress_monitor set_flag "
         "set_memory_pool_limit set_timing_cache",
+        tuple(release for release in BUILDERS if release != "tensorrt-10.3"): "tiling_optimization_level",
         (RTX,): "num_compute_capabilities set_compute_capability",
         WEAKLY_TYPED: "int8_calibrator",
     },
@@ -124,6 +126,7 @@ AS_TEXT: dict[str, dict[tuple[str, ...], str]] = {
     },
     "DataType": {EVERYWHERE: "FLOAT UINT8"},
     "LayerType": {BUILDERS: "CONSTANT SHAPE"},
+    "TilingOptimizationLevel": {NEWER: "FAST FULL MODERATE"},
     "TensorIOMode": {EVERYWHERE: "INPUT OUTPUT"},
 }
 

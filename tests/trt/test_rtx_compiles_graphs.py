@@ -260,6 +260,7 @@ def test_tensorrt_itself_refuses_what_we_refuse(
         ({"refit": True}, "on a machine with a GPU only"),
         ({"strip": True}, "on a machine with a GPU only"),
         ({"workspace": 1 << 60}, None),
+        ({"tiling": "full"}, None),
     ],
 )
 def test_what_rtx_cannot_do_or_would_ignore_is_refused(

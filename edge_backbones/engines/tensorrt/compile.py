@@ -30,6 +30,7 @@ from edge_backbones.engines.tensorrt.requests import (
     compatibility_level,
     resolve_request,
     shapes_of,
+    tiling_level,
 )
 from edge_backbones.errors import CompileError
 from edge_backbones.machine import gpus
@@ -263,6 +264,8 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace)
     if options.level is not None:
         config.builder_optimization_level = options.level
+    if options.tiling != "none" and hasattr(library, "TilingOptimizationLevel"):  # else it was refused
+        config.tiling_optimization_level = tiling_level(library, options.tiling)
     if options.hardware_compatibility != "none":
         config.hardware_compatibility_level = compatibility_level(library, options.hardware_compatibility)
     flags = library.BuilderFlag

@@ -198,6 +198,8 @@ def _refuse(
             raise CompileError(
                 f"{name} compiles refittable and stripped plans on a machine with a GPU only ({gpus.no_gpu_reason()})"
             )
+    if options.tiling != "none" and tiling_level(library, options.tiling) is None:
+        raise CompileError(f"{name} has no tiling, which came with TensorRT 10.8: leave it out, or use a newer release")
     if (
         options.hardware_compatibility != "none"
         and compatibility_level(library, options.hardware_compatibility) is None
@@ -237,3 +239,8 @@ def _refuse(
 def compatibility_level(library: Any, wanted: str) -> Any:
     """Return the library's constant for a hardware compatibility; None if this release lacks it."""
     return getattr(library.HardwareCompatibilityLevel, wanted.upper(), None)
+
+
+def tiling_level(library: Any, wanted: str) -> Any:
+    """Return the library's constant for a tiling optimisation; None if this release lacks it."""
+    return getattr(getattr(library, "TilingOptimizationLevel", None), wanted.upper(), None)

@@ -187,6 +187,20 @@ def test_a_stripped_plan_takes_its_own_weights_alone_unless_refitting_is_asked_f
     assert (plan.layers is None) == plan.gpu.stripped  # without weights it is not loaded
 
 
+@pytest.mark.parametrize("level", ["fast", "moderate", "full"])
+def test_tiling_is_asked_for_where_the_release_has_it(compiled, level):
+    library = Library(tiles=True)
+    compiled(library, tiling=level)
+    assert library.asked["config"].tiling_optimization_level == library.TilingOptimizationLevel[level.upper()]
+    library = Library(tiles=True)
+    compiled(library)
+    assert not hasattr(library.asked["config"], "tiling_optimization_level")  # what TensorRT does by default
+    with pytest.raises(
+        CompileError, match=r"tensorrt 10\.3\.0 has no tiling, which came with TensorRT 10\.8: leave it out"
+    ):
+        compiled(Library(), tiling=level)
+
+
 def test_a_timing_cache_of_another_gpu_is_left(compiled):
     library = Library()
     compiled(library, timing_cache=b"of this GPU")
