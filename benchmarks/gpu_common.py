@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,17 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.errors import MissingDependencyError
+
+NOTHING_RUN = 3
+"""Exit code of a run in which nothing could be run."""
+
+# A machine that has torch may lack msgspec, without which most modules of the package cannot be imported.
+if sys.modules.get("msgspec", 0) is None or importlib.util.find_spec("msgspec") is None:
+    print(
+        "not run: msgspec is not installed: install it (pip install msgspec), or carry its folder here and put it on "
+        "PYTHONPATH"
+    )
+    sys.exit(NOTHING_RUN)
 
 TENSORRT = ("tensorrt", "tensorrt_rtx")
 # Kept stages by network; the first is measured always, the others while time is left.
@@ -21,6 +34,14 @@ SIZE = 224
 PIPELINED = 20
 BATCHES = (1, 32)
 LARGEST_BATCH = 32
+
+
+def patience(gpu: Any) -> float:
+    """Return how many times as long as on a server something may take; ``gpu``: as the driver describes it, or None.
+
+    A Jetson compiles and copies several times slower.
+    """
+    return 4.0 if gpu is not None and gpu.integrated else 1.0
 
 
 class MissingError(Exception):

@@ -362,6 +362,22 @@ def test_pooling_by_convolutions_is_the_pooling_backbone():
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("gpu_suite", []), ("gpu_suite", ["--only", "tests"]), ("gpu_tasks", ["ceilings", "{}"])]
+)
+def test_a_machine_without_msgspec_is_told_in_one_line(module, arguments):
+    code = (
+        "import runpy, sys; sys.modules['msgspec'] = None; "
+        f"sys.argv[1:] = {arguments!r}; runpy.run_module('benchmarks.{module}', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=gpu_suite.ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == NOTHING_RUN, done.stderr
+    assert done.stdout.startswith("not run: msgspec is not installed: install it (pip install msgspec), or carry")
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
 # ---- figures
 
 
