@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,17 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.errors import MissingDependencyError
+
+NOTHING_RUN = 3
+"""Exit code of a run in which nothing could be run."""
+
+# A machine that has torch may lack msgspec, without which most modules of the package cannot be imported.
+if sys.modules.get("msgspec", 0) is None or importlib.util.find_spec("msgspec") is None:
+    print(
+        "not run: msgspec is not installed: install it (pip install msgspec), or carry its folder here and put it on "
+        "PYTHONPATH"
+    )
+    sys.exit(NOTHING_RUN)
 
 TENSORRT = ("tensorrt", "tensorrt_rtx")
 # Kept stages by network; the first is measured always, the others while time is left.
@@ -21,6 +34,14 @@ SIZE = 224
 PIPELINED = 20
 BATCHES = (1, 32)
 LARGEST_BATCH = 32
+
+
+def patience(gpu: Any) -> float:
+    """Return how many times as long as on a server something may take; ``gpu``: as the driver describes it, or None.
+
+    A Jetson compiles and copies several times slower.
+    """
+    return 4.0 if gpu is not None and gpu.integrated else 1.0
 
 
 class MissingError(Exception):
@@ -108,6 +129,32 @@ def pooling_onnx(bundles: Path | None = None) -> bytes:
         for stage, k in stages
     ]
     graph = helper.make_graph(nodes, "average_pooling", inputs, outputs)
+    model: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    ).SerializeToString()
+    return model
+
+
+def convolved_pooling_onnx() -> bytes:
+    """Return the ONNX graph of the pooling backbone as convolutions: a graph with weights, whose maps are known.
+
+    Each output channel averages the patch of its own input channel; the weights of the other channels are 0.
+    """
+    try:
+        from onnx import TensorProto, helper, numpy_helper
+    except ModuleNotFoundError as error:
+        raise MissingError("onnx is not installed") from error
+    nodes, weights, outputs = [], [], []
+    for stage, k in (("pool4", 4), ("pool8", 8)):
+        weight = np.zeros((3, 3, k, k), np.float32)
+        weight[range(3), range(3)] = 1 / k**2
+        weights.append(numpy_helper.from_array(weight, f"{stage}_weight"))
+        nodes.append(helper.make_node("Conv", ["pixel_values", f"{stage}_weight"], [stage], strides=[k, k], name=stage))
+        shape: list[str | int | None] = ["batch", 3, f"height{k}", f"width{k}"]
+        outputs.append(helper.make_tensor_value_info(stage, TensorProto.FLOAT, shape))
+    axes: list[str | int | None] = ["batch", 3, "height", "width"]
+    inputs = [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, axes)]
+    graph = helper.make_graph(nodes, "convolved_pooling", inputs, outputs, weights)
     model: bytes = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
     ).SerializeToString()

@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_common import BATCHES, MODELS, TENSORRT, MissingError, require_tensorrt
+from benchmarks.gpu_common import BATCHES, MODELS, NOTHING_RUN, TENSORRT, MissingError, patience, require_tensorrt
 from benchmarks.gpu_prepare import PRECISIONS, prepare
 from benchmarks.gpu_processes import (
     ROOT,
@@ -56,11 +56,13 @@ from edge_backbones.machine.profiles import FIRST_ARCHITECTURE
 TESTS = ROOT / "tests" / "gpu"
 BUNDLES = ROOT / ".cache" / "gpu"
 
-PASSED, FAILED, NOTHING_RUN = 0, 1, 3
+PASSED, FAILED = 0, 1
 
 ROUNDS = 7
 SECONDS_PER_TURN = 0.6
-LONGEST_TASK = 200.0  # seconds; what takes longer hangs
+# Seconds on a server, see `patience`. A task that takes longer hangs.
+WALL_TIME = 480.0
+LONGEST_TASK = 200.0
 _TIME_FOR_ROUNDS = 30.0
 _TO_PREPARE = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino", "skimage")
 
@@ -90,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, metavar="FILE", help="the document, in place of benchmarks/results/<device>.json"
     )
     parser.add_argument(
-        "--seconds", type=float, default=480, help="wall time for everything; what does not fit is listed as not run"
+        "--seconds",
+        type=float,
+        help="wall time for everything; what does not fit is listed as not run (default: 480, on a Jetson 1920)",
     )
     parser.add_argument(
         "--bundles",
@@ -117,15 +121,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.prepare is not None:
         prepare(options.prepare)
         return PASSED
-    suite = Suite(options)
     reason = gpus.no_gpu_reason()
     found = () if reason else gpus.find_gpus()
+    gpu = found[options.device] if 0 <= options.device < len(found) else None
+    if options.seconds is None:
+        options.seconds = WALL_TIME * patience(gpu)
+    suite = Suite(options)
     if not reason and not 0 <= options.device < len(found):
         reason = f"there is no cuda:{options.device}, {len(found)} GPUs are visible"
     if reason:
         suite.skip_all(reason)
     else:
-        suite.gpu = found[options.device]
+        suite.gpu = gpu
         suite.run()
     return suite.finish()
 
@@ -295,7 +302,7 @@ class Suite:
     def _ask(self, task: str, **arguments: Any) -> dict[str, Any]:
         with Child(task, device=self.options.device, **arguments) as child:
             try:
-                return child.read(min(self.left, LONGEST_TASK))
+                return child.read(min(self.left, LONGEST_TASK * patience(self.gpu)))
             except SlowChildError as error:
                 if self.left > 0:
                     raise
@@ -312,7 +319,8 @@ class Suite:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             command = [sys.executable, "-m", "pytest", str(file), "--confcutdir", str(TESTS), "-p", "no:cacheprovider"]
-            command += ["--junitxml", str(report), "-o", "junit_family=xunit2", "-o", "faulthandler_timeout=90", "-vv"]
+            command += ["--junitxml", str(report), "-o", "junit_family=xunit2", "-vv"]
+            command += ["-o", f"faulthandler_timeout={90 * patience(self.gpu):g}"]
             # Neither the plugins nor the releases of this machine were chosen by us: their warnings are not our errors.
             command += ["-W", "default", f"--bundles={self.options.bundles.resolve()}", f"--gpu={self.options.device}"]
             environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

@@ -28,7 +28,10 @@ class Layer:
 
 
 class Library(types.SimpleNamespace):
-    """As much of TensorRT 10.3 as a compilation touches; ``asked`` is everything that it was told."""
+    """As much of TensorRT 10.3 as a compilation touches; ``asked`` is everything that it was told.
+
+    ``rtx=True`` makes it TensorRT-RTX.
+    """
 
     def __init__(self, **changes):
         self.asked: dict = {"flags": set()}
@@ -69,12 +72,16 @@ class Library(types.SimpleNamespace):
                 asked.setdefault("caches", []).append(cache.data)
                 return cache.data != b"of another GPU"
 
+            def set_compute_capability(self, capability, index):
+                asked.setdefault("targets", []).append(capability.name)
+                return True
+
             def get_timing_cache(self):
                 return types.SimpleNamespace(serialize=lambda: memoryview(b"measured"))
 
             def can_run_on_DLA(self, layer):
-                half = asked["network"] != 0 or {"FP16", "INT8"} <= asked["flags"]  # DLA runs nothing in fp32
-                return half and layer.name != "softmax"
+                half = asked["network"] != 0 or "FP16" in asked["flags"]  # DLA runs nothing in fp32
+                return half and layer.name not in changes.get("not_on_dla", ("softmax",))
 
         class Profile:
             def set_shape(self, name, least, usual, most):
@@ -119,7 +126,15 @@ class Library(types.SimpleNamespace):
         def flags(name, members):
             return enum.IntEnum(name, {member: index for index, member in enumerate(members.split())})
 
-        names = "INT8 FP16 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME REFIT STRIP_PLAN SPARSE_WEIGHTS GPU_FALLBACK TF32"
+        names = (
+            "INT8 FP16 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME REFIT REFIT_IDENTICAL STRIP_PLAN SPARSE_WEIGHTS GPU_FALLBACK "
+            "TF32"
+        )
+        if changes.get("tiles"):  # since 10.8
+            self.TilingOptimizationLevel = flags("TilingOptimizationLevel", "NONE FAST MODERATE FULL")
+        if changes.get("rtx"):  # the names by which TensorRT-RTX is recognised
+            names += " REQUIRE_USER_ALLOCATION"
+            self.ComputeCapability = flags("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120")
         super().__init__(
             __version__="10.3.0",
             Builder=Builder,

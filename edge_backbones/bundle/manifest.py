@@ -152,7 +152,8 @@ class GpuKey(_Strict, frozen=True):
     ``architectures``: those that the plan was compiled for, ``sm_87`` for compute capability 8.7. ``hardware_compatibility``:
     which other architectures run it, more slowly. ``version_compatible``: the lean runtime of the same release runs it too,
     and newer releases run it with ``host_code``. ``host_code``: the plan holds a lean runtime, which is code for the CPU.
-    ``refittable``: the weights can be replaced. ``stripped``: the plan has no weights; they are put in before it runs.
+    ``refittable``: the weights can be replaced by others. ``stripped``: the plan has no weights; before it runs, those of its
+    graph are put in.
     ``driver``: the CUDA version of the driver that compiled it. ``multiprocessors``: how many the GPU has on which kernels
     were timed (modules of one name differ in it). Both are None if no GPU took part. ``profiles``: input shapes (min, opt,
     max) of each optimisation profile.

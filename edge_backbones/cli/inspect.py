@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 from edge_backbones.bundle.manifest import Manifest
@@ -9,10 +10,13 @@ from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
 from edge_backbones.cli.shared import BundleArgument, JsonFlag
 from edge_backbones.engines import select
+from edge_backbones.errors import BundleError
+from edge_backbones.report.kernels import KernelCounts
+from edge_backbones.report.layers import describe_plan
 
 
 def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
-    """Show what is in a bundle, and which of its engines run on this machine. Only the manifest is read.
+    """Show what is in a bundle, and which of its engines run on this machine. No engine is opened.
 
     Example: **edge-backbones inspect resnet50.bundle**
     """
@@ -20,17 +24,32 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     manifest = opened.manifest
     host, _, _ = select.machine_for(opened, "auto")
     reasons = select.reasons_by_name(opened, host)
+    kernels = _kernels_of(opened)
     if as_json:
-        console.print_json({"manifest": manifest, "reasons_against": reasons})
+        counts = {name: found._asdict() for name, found in kernels.items()}
+        console.print_json({"manifest": manifest, "reasons_against": reasons, "kernels": counts})
         return
     _print_source(str(bundle), manifest)
     _print_stages(manifest)
     _print_engines(manifest, reasons)
+    for name, found in kernels.items():
+        console.out.print(f"{name}: {found}")
     _print_calibration(manifest)
     console.print_trials(manifest.decision)
     if manifest.decision is not None:
         console.out.print(manifest.decision.sentence)
     console.out.print(f"built {manifest.provenance.created}")
+
+
+def _kernels_of(bundle: Bundle) -> dict[str, KernelCounts]:
+    """Count the kernels of the engines whose library described their layers, by engine name."""
+    found = {}
+    for engine in bundle.manifest.engines:
+        with contextlib.suppress(BundleError):  # a file that is damaged or missing: verify tells
+            described = describe_plan(bundle, engine)
+            if described is not None:
+                found[engine.name] = described.counts
+    return found
 
 
 def _print_source(bundle: str, manifest: Manifest) -> None:

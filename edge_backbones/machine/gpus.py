@@ -156,10 +156,6 @@ _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
 }
 # The others return through their first arguments.
 _RETURN_LAST = ("cuStreamGetId", "cuStreamIsCapturing", "cuStreamEndCapture")
-    "cuStreamGetId",
-    "cuStreamIsCapturing",
-    "cuStreamEndCapture",
-)  # the others return through their first arguments
 
 
 class CtypesDriver:

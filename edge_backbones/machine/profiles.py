@@ -71,10 +71,10 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """One device, or a family whose members all run the same engines.
 
     ``architecture``: that of the GPU (``sm_87``), None for a CPU. ``device_names``: words in the name of the CUDA device or
-    of the board; any of them tells the device from others of its architecture. ``precisions``: number formats that the
-    hardware computes, or for a CPU that its engine library accepts. ``pays``: the formats that are worth building, and why.
-    ``flavours``: engine libraries that serve the device; a build matrix takes the first if it names none.
-    ``unified_memory``: CPU and GPU share their memory.
+    of the board; any of them tells the device from others of its architecture, and of several profiles the longest counts.
+    ``precisions``: number formats that the hardware computes, or for a CPU that its engine library accepts. ``pays``: the
+    formats that are worth building, and why. ``flavours``: engine libraries that serve the device; a build matrix takes the
+    first if it names none. ``unified_memory``: CPU and GPU share their memory.
     """
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_.-]*\Z")]
@@ -140,7 +140,13 @@ def profile_of(gpu: Gpu | None, *, board: str = "") -> DeviceProfile | None:
         if profile.architecture == gpu.architecture and (profile.kind == "jetson") == gpu.integrated
     ]
     words = f"{gpu.name} {board}"
-    found = [profile for profile in same if any(_has_word(words, name) for name in profile.device_names)]
+    named = {
+        profile.name: max((len(name) for name in profile.device_names if _has_word(words, name)), default=0)
+        for profile in same
+    }
+    # The longest name tells most: an RTX PRO card is an RTX card too.
+    longest = max(named.values(), default=0)
+    found = [profile for profile in same if longest and named[profile.name] == longest]
     if not found and gpu.integrated:  # a carrier board of another maker
         found = [profile for profile in same if any(_fits(gpu.memory_bytes, module) for module in profile.modules)]
     return found[0] if len(found) == 1 else None

@@ -13,6 +13,7 @@ from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.engines import registry
 from edge_backbones.errors import IntegrityError, MissingDependencyError
+from edge_backbones.report.kernels import KernelCounts, count_kernels
 from edge_backbones.report.summary import is_meant, shipped_trial
 from edge_backbones.spec import Precision
 
@@ -145,7 +146,8 @@ def _layers_of(graph: Any, record: GraphRecord, bundle: Bundle) -> list[Layer]:
             data, weight, result = (shapes.get(name, ()) for name in (*operands[:2], node.output[0]))
             count = _products(node.op_type, data, weight, result) // bundle.manifest.input.batch.opt
             if record.precision.is_calibrated and number_format != record.precision.value:
-                why = _why_outside(node.op_type, weight)
+                groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+                why = _why_outside(record.precision, node.op_type, weight, groups)
         if node.name in record.excluded:
             why = _why_excluded(node.name, blocks)
         layers.append(Layer(node.name, node.op_type, number_format, count, why))
@@ -171,11 +173,19 @@ def _why_excluded(name: str, blocks: Collection[str]) -> str:
     return f"the build left {what} out: see what it tried"
 
 
-def _why_outside(op: str, weight: tuple[int, ...]) -> str:
-    """Say why a layer that multiplies is no candidate for int8; ``weight``: the shape of its second operand.
+def _why_outside(precision: Precision, op: str, weight: tuple[int, ...], groups: int) -> str:
+    """Say why a layer that multiplies is no candidate for int8 or fp8; ``weight``: the shape of its second operand.
 
     The rules are those of toolchain.quantize.placement, which says what each was measured to cost.
     """
+    if precision is Precision.FP8 and op == "Conv" and len(weight) > 1:
+        outputs, inputs, *kernel = weight
+        if groups != 1:
+            return f"{groups} groups: TensorRT has fp8 kernels for one"
+        if math.prod(kernel) > 32:
+            return f"a kernel of {' x '.join(map(str, kernel))}: TensorRT's fp8 kernels hold at most 32 weights"
+        if outputs % 16 or inputs % 16:
+            return f"{inputs} channels to {outputs}: TensorRT's fp8 kernels take multiples of 16"
     if op == "Conv" and len(weight) > 1 and weight[1] == 1:
         return "depthwise: rounding costs it too much accuracy, except behind a ReLU"
     if op == "Conv" and len(weight) > 1:
@@ -198,12 +208,13 @@ class PlanLayers(NamedTuple):
     """What a library says of the layers of an engine.
 
     ``rows``: name, type, and the kernel or the format of the output, of the first layers; ``more``: how many follow.
-    ``command``: the library's own command that times them, empty if there is none.
+    ``command``: the library's own command that times them, empty if there is none. ``counts``: what their kernels do.
     """
 
     rows: list[tuple[str, str, str]]
     more: int
     command: str
+    counts: KernelCounts
 
 
 def describe_plan(bundle: Bundle, engine: EngineRecord) -> PlanLayers | None:
@@ -222,7 +233,8 @@ def describe_plan(bundle: Bundle, engine: EngineRecord) -> PlanLayers | None:
         return None
     flavour = registry.find(engine.key.flavour)
     command = "" if flavour is None else flavour.profiler(shlex.quote(engine.file.path))
-    return PlanLayers([_row_of_plan(one) for one in found[:_PLAN_ROWS]], max(0, len(found) - _PLAN_ROWS), command)
+    rows = [_row_of_plan(one) for one in found[:_PLAN_ROWS]]
+    return PlanLayers(rows, max(0, len(found) - _PLAN_ROWS), command, count_kernels(found))
 
 
 def _row_of_plan(layer: object) -> tuple[str, str, str]:

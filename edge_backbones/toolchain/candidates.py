@@ -200,7 +200,7 @@ def try_quantized(
     returned too then. With ``compare`` the candidate without skip branches is made in any case: it is more accurate by a good
     deal, and on some devices as fast.
     """
-    layers = quantized_layers(inputs.calibrated.graph)
+    layers = quantized_layers(inputs.calibrated.graph, precision)
     has_skips = any(layer.op_type == "Add" and layer.name not in inputs.calibrated.excluded for layer in layers)
     candidates = [make_candidate(inputs, precision, gate)]
     out: list[str] = []
@@ -220,6 +220,8 @@ def try_quantized(
                 progress=inputs.progress,
             )
         left = {block: of_block for block, of_block in noise.items() if block not in out}
+        if not left:  # fp8 may quantise nothing at all
+            break
         excess = {stage.stage: excess_noise(stage, gate) for stage in candidates[-1].report.stages}
         gate_asks = {output: _MARGIN * times if times > 1 else 1.0 for output, times in excess.items()}
         loudest = blocks_to_exclude(left, gate_asks) or [max(left, key=lambda block: max(left[block].values()))]

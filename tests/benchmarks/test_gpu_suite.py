@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
+import importlib
+import importlib.util
+import inspect
 import json
 import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks import gpu_common, gpu_overhead, gpu_processes, gpu_suite, gpu_tasks
@@ -24,6 +31,7 @@ from benchmarks.gpu_suite import (
     Suite,
 )
 from edge_backbones.machine import gpus
+from edge_backbones.testing import pooled
 
 NO_DRIVER = "no NVIDIA driver (libcuda.so.1 is missing)"
 H100 = gpus.Gpu(0, "NVIDIA H100 80GB HBM3", "sm_90", 85 << 30, "13.0", 132, False)
@@ -347,6 +355,129 @@ def test_prepared_bundles_compile(tmp_path):
         (engine,) = child.read(120)["engines"]
     assert engine["bytes"] > 0
     assert engine["measured"] == bool(engine["stages"])
+
+
+def test_pooling_by_convolutions_is_the_pooling_backbone():
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(gpu_common.convolved_pooling_onnx(), providers=["CPUExecutionProvider"])
+    for shape in ((1, 3, 32, 48), (2, 3, 64, 40)):
+        images = np.random.default_rng(0).random(shape, np.float32)
+        maps = session.run(["pool4", "pool8"], {"pixel_values": images})
+        for actual, expected in zip(maps, pooled(images), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("gpu_suite", []), ("gpu_suite", ["--only", "tests"]), ("gpu_tasks", ["ceilings", "{}"])]
+)
+def test_a_machine_without_msgspec_is_told_in_one_line(module, arguments):
+    code = (
+        "import runpy, sys; sys.modules['msgspec'] = None; "
+        f"sys.argv[1:] = {arguments!r}; runpy.run_module('benchmarks.{module}', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=gpu_suite.ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == NOTHING_RUN, done.stderr
+    assert done.stdout.startswith("not run: msgspec is not installed: install it (pip install msgspec), or carry")
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+# ---- a Jetson
+
+ORIN = gpus.Gpu(0, "Orin", "sm_87", 8 << 30, "12.6", 8, True)
+
+
+def gpu_tests_module(name: str):
+    """A module of tests/gpu, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, gpu_suite.TESTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("gpu", "times"), [(H100, 1), (ORIN, 4)])
+def test_a_jetson_gets_more_time(monkeypatch, tmp_path, gpu, times):
+    asked = {}
+
+    class Suite(gpu_suite.Suite):
+        def run(self):
+            asked["seconds"] = self.options.seconds
+
+            class Child(contextlib.AbstractContextManager):
+                def __init__(self, *_, **__):
+                    pass
+
+                def __exit__(self, *_):
+                    pass
+
+                def read(self, seconds):
+                    asked["task"] = seconds
+                    return {}
+
+            monkeypatch.setattr(gpu_suite, "Child", Child)
+            self._ask("ceilings")
+
+    monkeypatch.setattr(gpu_suite, "Suite", Suite)
+    monkeypatch.setattr(gpus, "no_gpu_reason", lambda: "")
+    monkeypatch.setattr(gpus, "find_gpus", lambda: (gpu,))
+    gpu_suite.main(["--out", str(tmp_path / "out.json")])
+    assert asked == {"seconds": 480 * times, "task": 200 * times}
+    gpu_suite.main(["--out", str(tmp_path / "out.json"), "--seconds", "900"])
+    assert asked["seconds"] == 900  # what was said counts
+
+
+@pytest.mark.parametrize(
+    ("gpu", "lost", "flat"), [(H100, 3, False), (H100, 1, True), (ORIN, 3, True), (ORIN, 70, False)]
+)
+def test_memory_of_a_jetson_is_the_systems(monkeypatch, gpu, lost, flat):
+    module = gpu_tests_module("gpu_engines")
+    free = iter((1 << 30, (1 << 30) - (lost << 20)))
+    monkeypatch.setattr(module, "free_bytes", lambda memory: next(free))
+    monkeypatch.setattr(module, "resident_bytes", lambda: 1 << 28)
+    monkeypatch.setattr(gpus, "find_gpus", lambda: (gpu,))
+    refused = (
+        contextlib.nullcontext() if flat else pytest.raises(AssertionError, match="bytes of device memory are gone")
+    )
+    with refused:
+        module.assert_flat(SimpleNamespace(gpu=0), lambda: None, 10)
+
+
+def test_the_memory_of_a_jetson_is_not_filled(monkeypatch):
+    monkeypatch.syspath_prepend(str(gpu_suite.TESTS))
+    module = gpu_tests_module("test_gpu_engines")
+    monkeypatch.setattr(gpus, "find_gpus", lambda: (ORIN,))
+    monkeypatch.setattr(module.cuda, "open_memory", lambda *_: pytest.fail("memory was touched"))
+    with pytest.raises(pytest.skip.Exception, match="has the memory of the system"):
+        module.test_out_of_memory_is_typed_and_the_process_lives("tensorrt", None, 0)
+
+
+@pytest.mark.parametrize("path", sorted(gpu_suite.TESTS.glob("*.py")), ids=lambda path: path.stem)
+def test_gpu_tests_call_what_there_is(path):
+    """They run on no machine here, so a parameter that was renamed shows nowhere else."""
+    tree, known = ast.parse(path.read_text(encoding="utf-8")), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("edge_backbones", "benchmarks")):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                found = getattr(module, alias.name, None) or importlib.import_module(f"{node.module}.{alias.name}")
+                known[alias.asname or alias.name] = found
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id in known:
+            function = getattr(known[called.value.id], called.attr)  # it is there
+        else:
+            function = known.get(called.id) if isinstance(called, ast.Name) else None
+        if function is None or not callable(function):
+            continue
+        parameters = inspect.signature(function).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            continue
+        named = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+        assert named <= set(parameters), f"line {node.lineno}: {ast.unparse(called)} has no {named - set(parameters)}"
 
 
 # ---- figures

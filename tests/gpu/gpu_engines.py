@@ -74,7 +74,7 @@ def pooling_file(kind: str, device: int) -> bytes:
         return compile_torch_tensorrt(gpu_common.pooling_module(), input, device=f"cuda:{device}")
     from edge_backbones.engines.tensorrt.compile import compile_plan
 
-    return compile_plan(gpu_common.pooling_onnx(), input, Precision.FP32, flavour=kind, device=device).data
+    return compile_plan(gpu_common.pooling_onnx(), input, Precision.FP32, flavour=kind, gpu=device).data
 
 
 def open_session(kind: str, device: int, *, compiled_on: int | None = None, **options):
@@ -148,20 +148,34 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
 
+def device_slack(integrated: bool) -> int:
+    """How much less device memory may be free afterwards though nothing leaked.
+
+    On a Jetson, what the driver counts is the memory of the system: other processes and the page cache move it too.
+    """
+    return 64 << 20 if integrated else 2 << 20
+
+
+def is_integrated(gpu: int) -> bool:
+    return gpus.find_gpus()[gpu].integrated
+
+
 def assert_flat(memory: cuda.GpuMemory, action, calls: int, *, host_slack: int = 8 << 20) -> None:
     """``calls`` calls of ``action`` leave neither device memory nor host memory behind, once it is warm."""
+    slack = device_slack(is_integrated(memory.gpu))
     for _ in range(calls // 10):
         action()
     device_before, host_before = free_bytes(memory), resident_bytes()
     for _ in range(calls):
         action()
     device_after, host_after = free_bytes(memory), resident_bytes()
-    assert device_before - device_after <= 2 << 20, f"{device_before - device_after} bytes of device memory are gone"
+    assert device_before - device_after <= slack, f"{device_before - device_after} bytes of device memory are gone"
     assert host_after - host_before <= host_slack, f"{host_after - host_before} bytes of host memory are gone"
 
 
 def run_python(code: str, *, before: tuple[str, ...] = (), seconds: float = 120) -> subprocess.CompletedProcess:
     """A child process from the repository root; its output is text."""
+    longest = seconds * max((gpu_common.patience(gpu) for gpu in gpus.find_gpus()), default=1.0)
     return subprocess.run(
-        [*before, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+        [*before, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=longest, check=False
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import gpu_engines
 import pytest
 
 from benchmarks import gpu_common
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "at the lowest level": {"level": 0},
     "hardware-compatible": {"hardware_compatibility": "ampere_plus"},
@@ -17,6 +18,7 @@ FORMS = {
     "with a runtime inside": {"version_compatible": True, "embed_runtime": True},
     "refittable": {"refit": True},
     "stripped": {"strip": True},
+    "stripped and refittable": {"strip": True, "refit": True},
     "sparse": {"sparse": True},
 }
 
@@ -27,13 +29,19 @@ def compiled(gpu: int, **options):
     from edge_backbones.spec import Precision
 
     return compile_plan(
-        gpu_common.pooling_onnx(),
+        graph_for(options),
         gpu_common.pooling_input(512),
         Precision.FP32,
         flavour="tensorrt",
         options=PlanOptions(**options),
-        device=gpu,
+        gpu=gpu,
     )
+
+
+def graph_for(options) -> bytes:
+    """Return a graph with weights for a plan that loses or replaces them."""
+    weighted = options.get("strip") or options.get("refit")
+    return gpu_common.convolved_pooling_onnx() if weighted else gpu_common.pooling_onnx()
 
 
 def run(plan, gpu: int, flavour: str = "tensorrt", **options) -> None:
@@ -60,7 +68,7 @@ def test_a_plan_of_every_form_runs(gpu, form):
     if options.get("hardware_compatibility") and (described.integrated or int(described.architecture[3:]) < 80):
         pytest.skip(f"{described.name} has no hardware compatibility")
     plan = compiled(gpu, **options)
-    weights = gpu_common.pooling_onnx() if plan.gpu.stripped else None
+    weights = graph_for(options) if plan.gpu.stripped else None
     run(plan, gpu, allow_host_code=plan.gpu.host_code, weights=weights)
     assert plan.timing_cache
     if not plan.gpu.stripped:

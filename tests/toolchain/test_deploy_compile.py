@@ -106,9 +106,9 @@ def test_what_tensorrt_measured_goes_with_the_bundle_and_into_the_next_compilati
     """On a TensorRT that is made up: its plan is the engine of the CPU, its timing cache names what it was given."""
     given: list[bytes | None] = []
 
-    def compile_for_gpu(graph, input, precision, *, options, **_):
+    def compile_for_gpu(graph, sha256, input, precision, *, options, **_):
         given.append(options.timing_cache)
-        engine = compile_graph(graph, precision, cache=None)
+        engine = compile_graph(bytes(graph()), precision, cache=None)
         measured = f"measured {len(given)}".encode()
         return dataclasses.replace(engine, timing_cache=measured, layers='{"Layers": []}')
 
@@ -458,8 +458,8 @@ def test_what_was_left_out_is_told_where_there_are_no_steps_too(bundle, capsys):
 def test_what_tensorrt_says_is_in_the_result_and_at_the_command_line(bundle, monkeypatch, capsys):
     """On a TensorRT that is made up: its plan is the engine of the CPU."""
 
-    def compile_for_gpu(graph, input, precision, **_):
-        engine = compile_graph(graph, precision, cache=None)
+    def compile_for_gpu(graph, sha256, input, precision, **_):
+        engine = compile_graph(bytes(graph()), precision, cache=None)
         return dataclasses.replace(engine, notes=(f"TensorRT warned of {precision}", "it needed 1.0 GiB"))
 
     monkeypatch.setattr(tensorrt_flavour, "compile_engine", compile_for_gpu)
@@ -583,7 +583,7 @@ def test_a_graph_that_the_board_lacks_is_left_out_unless_it_was_asked_for(bundle
     monkeypatch.setattr(
         tensorrt_flavour,
         "compile_engine",
-        lambda graph, _, precision, **__: compile_graph(graph, precision, cache=None),
+        lambda graph, _, __, precision, **___: compile_graph(bytes(graph()), precision, cache=None),
     )
     said = []
     options = {"flavour": "tensorrt", "profile": "jetson-orin-nano"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import networks
@@ -130,6 +131,98 @@ def test_fp8_has_three_bits_after_the_point(case, tmp_path):
         assert 5e-3 < networks.relative(actual, expected) < 0.12
         # Two engines round some values to other neighbours, no more: independent errors would differ by 1.4 times.
         assert networks.relative(actual, other) < networks.relative(actual, expected)
+
+
+# Networks, and which of their convolutions TensorRT has no fp8 kernels for, by its documentation on quantized types.
+WITHOUT_KERNEL = {
+    "test_resnet": "the stem",
+    "test_efficientnet": "the stem, depthwise layers, channels of squeeze-excite",
+    "test_convnext": "the stem, depthwise kernels of 7x7",
+    "test_vit": "the patches of 16x16",
+    "resnext26ts": "groups",
+}
+
+
+def convolutions_of(path: Path) -> dict[str, tuple[bool, str]]:
+    """Return by name whether a Conv reads quantised operands, and what fp8 kernels of TensorRT lack for it."""
+    graph = onnx.load(path).graph
+    maker = {name: node for node in graph.node for name in node.output}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    found = {}
+    for node in graph.node:
+        if node.op_type != "Conv":
+            continue
+        makers = [maker.get(name) for name in node.input[:2]]
+        pairs = [made is not None and made.op_type == "DequantizeLinear" for made in makers]
+        assert pairs[0] == pairs[1], node.name  # both operands or none
+        weight = node.input[1]
+        while weight not in shapes:  # behind a DequantizeLinear or a Cast
+            weight = maker[weight].input[0]
+        outputs, inputs, *kernel = shapes[weight]
+        group = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+        against = [f"group {group}"] * (group != 1) + [f"kernel {kernel}"] * (math.prod(kernel) > 32)
+        against += [f"{size} channels" for size in (outputs, inputs * group) if size % 16]
+        found[node.name] = (pairs[0], ", ".join(against))
+    return found
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_KERNEL))
+def test_fp8_is_for_convolutions_that_tensorrt_has_kernels_for(name, tmp_path):
+    loaded = networks.trained_like(name, **({"img_size": (64, 96)} if name == "test_vit" else {}))
+    graph = export_onnx(prepare(loaded, networks.input_spec(64, 96)), tmp_path / "fp32.onnx")
+    ranges = dict.fromkeys(tensors_to_calibrate(graph), 3.0)
+    files = {
+        precision: write_typed_graph(
+            graph, precision=precision, path=tmp_path / f"{precision}.onnx", ranges=ranges
+        ).path
+        for precision in (Precision.INT8, Precision.FP8)
+    }
+    fp8, int8 = convolutions_of(files[Precision.FP8]), convolutions_of(files[Precision.INT8])
+    assert any(against for _, against in fp8.values()), "this network proves nothing"
+    assert {node: against for node, (quantised, against) in fp8.items() if quantised and against} == {}
+    # Whatever has a kernel and gains from int8 is quantised in fp8 too; int8 asks for no multiple of 16.
+    assert {node for node, (quantised, _) in fp8.items() if quantised} == {
+        node for node, (quantised, against) in int8.items() if quantised and not against
+    }
+    named = {layer.name for layer in quantized_layers(graph, Precision.FP8)}
+    assert named <= {layer.name for layer in quantized_layers(graph)}
+    assert {node for node, (quantised, _) in fp8.items() if quantised} <= named
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "quantised"),
+    [
+        ((16, 16, 4, 8), 1, True),
+        ((16, 16, 1, 1), 1, True),
+        ((48, 32, 3, 3), 1, True),
+        ((16, 16, 3, 11), 1, False),  # 33 weights
+        ((16, 16, 7, 7), 1, False),
+        ((24, 16, 1, 1), 1, False),
+        ((16, 24, 1, 1), 1, False),
+        ((32, 16, 3, 3), 2, False),
+        ((16, 1, 3, 3), 16, False),
+    ],
+)
+def test_the_limits_of_fp8_convolutions(tmp_path, shape, groups, quantised):
+    """A residual Add behind the convolution keeps its skip in half too, when the convolution is left out."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            outputs, inputs, *kernel = shape
+            self.stem = nn.Conv2d(3, inputs * groups, 3, padding=1)
+            self.wide = nn.Conv2d(inputs * groups, outputs, 1)
+            self.conv = nn.Conv2d(inputs * groups, outputs, kernel, groups=groups)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            x = torch.relu(self.stem(x))
+            return (self.conv(x) + torch.relu(self.wide(x[:, :, shape[2] - 1 :, shape[3] - 1 :])),)
+
+    graph = export_onnx(prepare(networks.hand_made(Residual()), networks.input_spec(32, 48)), tmp_path / "fp32.onnx")
+    fp8 = {layer.name: layer.op_type for layer in quantized_layers(graph, Precision.FP8)}
+    assert ("conv/Conv" in fp8) == quantised
+    assert ("Add" in fp8.values()) == quantised
+    assert "stem/Conv" not in fp8  # three channels
 
 
 # ---- values beyond fp16 ---------------------------------------------------------------------------------------------

@@ -359,6 +359,24 @@ def test_why_layers_are_not_in_int8(int8, tmp_path, photograph_folder):
     assert len(page.rows("outside")) == len(found.outside)
 
 
+@pytest.mark.parametrize(
+    ("precision", "weight", "groups", "why"),
+    [
+        (Precision.FP8, (64, 16, 3, 3), 4, "4 groups"),
+        (Precision.FP8, (64, 1, 3, 3), 64, "64 groups"),
+        (Precision.FP8, (64, 64, 7, 7), 1, "a kernel of 7 x 7"),
+        (Precision.FP8, (64, 3, 3, 3), 1, "3 channels to 64"),
+        (Precision.FP8, (40, 16, 1, 1), 1, "16 channels to 40"),
+        (Precision.INT8, (64, 1, 3, 3), 64, "depthwise"),
+        (Precision.INT8, (64, 3, 3, 3), 1, r"few input channels \(3\)"),
+    ],
+)
+def test_why_a_convolution_is_not_quantised(precision, weight, groups, why):
+    from edge_backbones.report.layers import _why_outside
+
+    assert re.match(why, _why_outside(precision, "Conv", weight, groups))
+
+
 def test_times_of_layers_are_asked_for(int8, page, tmp_path):
     assert "times" not in page.tables
     assert "edge-backbones report int8.bundle --time-layers" in page.text
@@ -411,6 +429,7 @@ def test_what_tensorrt_says_of_layers_is_listed(pooling, tmp_path):
     assert rows[2] == ["a name alone", "", ""]
     assert len(rows) == 60
     assert "60 more are in engines/plan.layers.json" in page.text
+    assert "120 kernels: no fused attention, no casts, 40 reformats and copies." in page.text
     plan = bundle.manifest.engines[1]
     assert f"trtexec --loadEngine={plan.file.path} --dumpProfile --separateProfileRun" in page.text
 

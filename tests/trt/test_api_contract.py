@@ -39,6 +39,7 @@ MODULES = {
     "engines/tensorrt/requests.py": BUILDERS,
     "engines/tensorrt/dla.py": BUILDERS,
     "engines/tensorrt/messages.py": BUILDERS,
+    "engines/tensorrt/needs.py": BUILDERS,
     "engines/tensorrt/options.py": BUILDERS,
 }
 
@@ -50,6 +51,7 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         EVERYWHERE: "BuilderFlag DeviceType ExecutionContextAllocationStrategy HardwareCompatibilityLevel ILogger "
         "IProgressMonitor LayerInformationFormat MemoryPoolType ProfilingVerbosity Refitter Runtime",
         BUILDERS: "Builder EngineInspector NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag OnnxParserRefitter",
+        NEWER: "TilingOptimizationLevel",
         (RTX,): "ComputeCapability DynamicShapesKernelSpecializationStrategy",
         WEAKLY_TYPED: "IInt8EntropyCalibrator2",
     },
@@ -57,7 +59,8 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         BUILDERS: "build_serialized_network create_builder_config create_network create_optimization_profile num_DLA_cores"
     },
     "BuilderFlag": {
-        EVERYWHERE: "EXCLUDE_LEAN_RUNTIME GPU_FALLBACK REFIT SPARSE_WEIGHTS STRIP_PLAN TF32 VERSION_COMPATIBLE",
+        EVERYWHERE: "EXCLUDE_LEAN_RUNTIME GPU_FALLBACK REFIT REFIT_IDENTICAL SPARSE_WEIGHTS STRIP_PLAN TF32 "
+        "VERSION_COMPATIBLE",
         WEAKLY_TYPED: "FP16 INT8",
         (RTX,): "REQUIRE_USER_ALLOCATION",
     },
@@ -71,6 +74,7 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         "create_timing_cache "
         "default_device_type get_timing_cache hardware_compatibility_level profiling_verbosity progress_monitor set_flag "
         "set_memory_pool_limit set_timing_cache",
+        tuple(release for release in BUILDERS if release != "tensorrt-10.3"): "tiling_optimization_level",
         (RTX,): "num_compute_capabilities set_compute_capability",
         WEAKLY_TYPED: "int8_calibrator",
     },
@@ -122,6 +126,7 @@ AS_TEXT: dict[str, dict[tuple[str, ...], str]] = {
     },
     "DataType": {EVERYWHERE: "FLOAT UINT8"},
     "LayerType": {BUILDERS: "CONSTANT SHAPE"},
+    "TilingOptimizationLevel": {NEWER: "FAST FULL MODERATE"},
     "TensorIOMode": {EVERYWHERE: "INPUT OUTPUT"},
 }
 
@@ -149,6 +154,7 @@ RECEIVERS = {
             "bound_to",
             "buffer",
             "card",
+            "field",
             "gpu",
             "inner",
             "log",

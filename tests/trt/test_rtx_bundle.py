@@ -44,7 +44,7 @@ def test_a_plan_for_another_gpu_waits_until_it_is_measured(bundle, monkeypatch):
     with pytest.raises(EngineMismatchError, match="never measured: run edge-backbones verify on this device"):
         EdgeBackbone.from_pretrained(bundle.path, device="cuda")
     with pytest.raises(EngineMismatchError, match="runs on cuda, not on cpu"):
-        EdgeBackbone.from_pretrained(bundle.path, engine=added.name)
+        EdgeBackbone.from_pretrained(bundle.path, engine=added.name, device="cpu")
     # verify says why it cannot measure it here.
     monkeypatch.setattr("edge_backbones.machine.hosts.find_gpus", tuple)
     monkeypatch.setattr("edge_backbones.machine.hosts.no_gpu_reason", lambda: "no NVIDIA driver")

@@ -260,6 +260,7 @@ def test_tensorrt_itself_refuses_what_we_refuse(
         ({"refit": True}, "on a machine with a GPU only"),
         ({"strip": True}, "on a machine with a GPU only"),
         ({"workspace": 1 << 60}, None),
+        ({"tiling": "full"}, None),
     ],
 )
 def test_what_rtx_cannot_do_or_would_ignore_is_refused(
@@ -267,10 +268,11 @@ def test_what_rtx_cannot_do_or_would_ignore_is_refused(
 ) -> None:
     graph = typed(case, Precision.FP32, tmp_path)
     if message is None:
-        assert compiled(graph, **options).memory_estimate > 1 << 60  # no GPU here whose memory it could exceed
+        assert compiled(graph, **options).data  # it is an upper bound, in no GPU's memory
         return
     if "GPU only" in message and find_gpus():
-        assert compiled(graph, **options).gpu.refittable
+        made = compiled(graph, **options).gpu
+        assert (made.refittable, made.stripped) == ("refit" in options, "strip" in options)
         return
     with pytest.raises(CompileError, match=message):
         compiled(graph, **options)
@@ -388,15 +390,6 @@ def test_progress_and_ctrl_c(case: Case, tmp_path: Path) -> None:
     assert {step for step, _, _ in seen} >= {"reading the graph"}
     assert all(total is None or 0 <= done <= total for _, done, total in seen)
     assert any(total and done == total for _, done, total in seen)
-
-
-@pytest.mark.parametrize("case", ["test_resnet"], indirect=True)
-def test_least_memory_is_a_bound(case: Case, tmp_path: Path) -> None:
-    graph = typed(case, Precision.FP32, tmp_path)
-    plan = compiled(graph)
-    weights = sum(numpy_helper.to_array(t).nbytes for t in onnx.load(graph.path).graph.initializer)
-    assert 1.9 * weights < plan.memory_estimate < 2.1 * weights + 100e6
-    assert compiled(graph, workspace=1 << 30).memory_estimate == plan.memory_estimate + (1 << 30)
 
 
 def small_graph(operation: str, *inputs: str, domain: str = "", **constants: Any) -> bytes:

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeAlias
 
 from edge_backbones.bundle.manifest import GpuKey
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.engines.gpu.memory import open_memory
-from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, quantise_implicitly
+from edge_backbones.engines.tensorrt.dla import DlaCoverage, place_on_dla, type_weakly
 from edge_backbones.engines.tensorrt.library import logger_of
 from edge_backbones.engines.tensorrt.messages import cause, explained, made, null_pointers_explained, refusals_explained
+from edge_backbones.engines.tensorrt.needs import Needs, memory_needs, refuse_for_memory
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
 from edge_backbones.engines.tensorrt.requests import (
     InputShapes,
@@ -31,12 +30,14 @@ from edge_backbones.engines.tensorrt.requests import (
     compatibility_level,
     resolve_request,
     shapes_of,
+    tiling_level,
 )
 from edge_backbones.errors import CompileError
 from edge_backbones.machine import gpus
-from edge_backbones.machine.system import gib, read_system
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision
+
+GraphBytes: TypeAlias = "bytes | bytearray | Callable[[], bytes | bytearray]"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Plan:
         timing_cache: Kernel times, for the next compilation.
         layers: JSON of the engine inspector, if a GPU was there to load the plan.
         coverage: Layers that the DLA core runs, if one was asked for.
-        memory_estimate: Bytes that compiling needed at least, see :func:`least_memory`.
+        memory: What compiling needed, by estimate.
         warnings: TensorRT's warnings, the latest last.
     """
 
@@ -62,18 +63,19 @@ class Plan:
     timing_cache: bytes | None
     layers: str | None
     coverage: DlaCoverage | None
-    memory_estimate: int
+    memory: Needs
     warnings: tuple[str, ...]
 
 
 def compile_plan(
-    graph: bytes,
+    graph: GraphBytes,
     input: InputSpec,
     precision: Precision,
     *,
     flavour: PlanFlavour,
     options: PlanOptions | None = None,
     gpu: int = 0,
+    weak: bool = False,
     ranges: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
@@ -83,14 +85,16 @@ def compile_plan(
     chosen by disturbed timings. Ctrl-C (KeyboardInterrupt) ends the compilation at TensorRT's next step.
 
     Args:
-        graph: ONNX bytes, with the number formats of ``precision``.
+        graph: ONNX bytes, with the number formats of ``precision``; or a function that reads them, so that they need no
+            memory while TensorRT builds.
         input: Name, dtype and sizes of the input.
         precision: Precision of the graph.
         flavour: ``tensorrt`` or ``tensorrt_rtx``.
         options: How to compile it; None for the defaults.
         gpu: Index of the GPU.
-        ranges: Thresholds of |x| by tensor name, for int8 on a DLA core with a TensorRT that still has weak typing
-            (JetPack 6), whose DLA takes no Q/DQ pairs. ``graph`` is then fp32 and ``precision`` int8.
+        weak: Let TensorRT choose the number formats, for a DLA core with a TensorRT that still has weak typing (JetPack 6).
+            ``graph`` is then fp32 and ``precision`` fp16 or int8.
+        ranges: Thresholds of |x| by tensor name, for ``weak`` int8.
         progress: Gets TensorRT's phases.
 
     Returns:
@@ -101,7 +105,11 @@ def compile_plan(
         MissingDependencyError: The library is not installed.
     """
     options = options or PlanOptions()
-    library, card, targets, profiles = resolve_request(input, precision, flavour, options, gpu, weak=ranges is not None)
+    library, card, targets, profiles = resolve_request(input, precision, flavour, options, gpu, weak=weak)
+    if (ranges is not None) != (weak and precision is Precision.INT8):
+        raise CompileError(
+            f"ranges are for int8 with weak typing, and this is {precision} {'with' if weak else 'without'} it"
+        )
 
     log = logger_of(library)
     log.clear()
@@ -109,71 +117,103 @@ def compile_plan(
     # TensorRT times kernels on the GPU whose context is current. The building thread makes it current too.
     uses_gpu = flavour == "tensorrt" or options.refit or options.strip  # TensorRT-RTX needs it only for these
     current = open_memory(card.index) if uses_gpu and card is not None else contextlib.nullcontext()
+    request = _Request(library, flavour, options, card, targets, profiles, input, weak, ranges, progress)
     with current:
-        # The parser owns the weights: it must live as long as the network.
-        builder, network, _parser = _read_graph(
-            library, graph, flavour, options, log, progress, weak=ranges is not None
-        )
-        estimate = least_memory(network, profiles, options)
-        if card is not None and flavour == "tensorrt":  # TensorRT-RTX compiles in host memory
-            _refuse_for_memory(estimate, card)
-
-        config = made(builder.create_builder_config(), "a configuration", log)
-        coverage = None
-        with refusals_explained(log):
-            _configure(library, builder, config, options, targets)
-            if ranges is not None:
-                quantise_implicitly(library, network, config, ranges)
-            if options.dla_core is not None:  # after the number formats are set: DLA runs no fp32
-                coverage = place_on_dla(library, network, config, options)
-                progress(str(coverage), 0, None)
-            for number, shapes in enumerate(profiles):
-                _add_profile(builder, config, input, shapes, number, log)
-            _read_timing_cache(config, options.timing_cache, flavour)
-
-        log.clear()
-        data = _serialized(library, builder, network, config, progress, current)
-        if data is None:
-            raise CompileError(
-                f"{flavour} {library.__version__} cannot compile this graph: {explained(log.last_error())}"
-            )
-        compiled = bytes(data)
+        built = _build(request, graph, log, current)
+        data = bytes(built.plan)
+        built.plan = None  # TensorRT's own copy
         bound_to = None if flavour == "tensorrt_rtx" else card
         return Plan(
-            data=compiled,
+            data=data,
             gpu=_gpu_key(options, targets, bound_to, tuple(shapes_of(input, shapes) for shapes in profiles)),
             library_version=str(library.__version__),
             device_name="any GPU of its architectures" if bound_to is None else bound_to.name,
-            timing_cache=_written_timing_cache(config, flavour),
-            layers=None if card is None or options.strip else _layers(library, compiled, log, options),
-            coverage=coverage,
-            memory_estimate=estimate,
+            timing_cache=built.timing_cache,
+            layers=_layers_here(request, data, log),
+            coverage=built.coverage,
+            memory=built.memory,
             warnings=tuple(dict.fromkeys(warning.strip() for warning in log.warnings)),
         )
 
 
-def _read_graph(
-    library: Any, graph: bytes, flavour: PlanFlavour, options: PlanOptions, log: Any, progress: Progress, *, weak: bool
-) -> tuple[Any, Any, Any]:
-    """Return TensorRT's builder, the network that it reads from ONNX bytes, and the parser, which owns the weights.
+@dataclass(frozen=True)
+class _Request:
+    """What a plan is compiled with: the parameters of `compile_plan`, and what they came out to on this machine."""
 
-    Raises CompileError if this machine lacks the DLA core, or if TensorRT refuses the graph.
+    library: Any
+    flavour: PlanFlavour
+    options: PlanOptions
+    card: gpus.Gpu | None
+    targets: tuple[str, ...]
+    profiles: tuple[Shapes, ...]
+    input: InputSpec
+    weak: bool
+    ranges: Mapping[str, float] | None
+    progress: Progress
+
+
+@dataclass
+class _Built:
+    """What TensorRT's builder left behind. ``plan``: the plan's bytes, in memory of TensorRT."""
+
+    plan: Any
+    timing_cache: bytes | None
+    coverage: DlaCoverage | None
+    memory: Needs
+
+
+def _build(request: _Request, graph: GraphBytes, log: Any, current: contextlib.AbstractContextManager[Any]) -> _Built:
+    """Read the graph and build the plan. The parser, which holds the weights, is gone when this returns."""
+    library, options, flavour, card = request.library, request.options, request.flavour, request.card
+    builder, network, parser, size = _read_graph(request, graph, log)
+    on_gpu = flavour == "tensorrt"  # TensorRT-RTX compiles in host memory
+    memory = memory_needs(network, size, request.profiles, options, on_gpu=on_gpu)
+    refuse_for_memory(memory, card if on_gpu else None)
+
+    config = made(builder.create_builder_config(), "a configuration", log)
+    coverage = None
+    with refusals_explained(log):
+        _configure(library, builder, config, options, request.targets)
+        if request.weak:
+            type_weakly(library, network, config, request.ranges)
+        if options.dla_core is not None:  # after the number formats are set: DLA runs no fp32
+            coverage = place_on_dla(library, network, config, options)
+            request.progress(str(coverage), 0, None)
+        for number, shapes in enumerate(request.profiles):
+            _add_profile(builder, config, request.input, shapes, number, log)
+        _read_timing_cache(config, options.timing_cache, flavour)
+
+    log.clear()
+    data = _serialized(library, builder, network, config, request.progress, current)
+    if data is None:
+        raise CompileError(f"{flavour} {library.__version__} cannot compile this graph: {explained(log.last_error())}")
+    del parser  # it owns the weights, so it had to live until here
+    return _Built(data, _written_timing_cache(config, flavour), coverage, memory)
+
+
+def _read_graph(request: _Request, graph: GraphBytes, log: Any) -> tuple[Any, Any, Any, int]:
+    """Return TensorRT's builder, the network that it reads, the parser, which owns the weights, and the size of the graph.
+
+    The parser copies the weights, so the bytes of the graph are released before anything is built. Raises CompileError if
+    this machine lacks the DLA core, or if TensorRT refuses the graph.
     """
+    library, options = request.library, request.options
     with null_pointers_explained(log):
         builder = made(library.Builder(log), "a builder", log)
         cores = builder.num_DLA_cores
         if options.dla_core is not None and not 0 <= options.dla_core < cores:
             raise CompileError(f"there is no DLA core {options.dla_core} here, which has {cores}: leave --dla-core out")
-        network = made(builder.create_network(_network_flags(library, weak=weak)), "a network", log)
+        network = made(builder.create_network(_network_flags(library, weak=request.weak)), "a network", log)
         parser = made(library.OnnxParser(network, log), "a parser", log)
     if options.dla_core is not None and hasattr(library.OnnxParserFlag, "ADJUST_FOR_DLA"):
         parser.set_flag(library.OnnxParserFlag.ADJUST_FOR_DLA)
-    progress("reading the graph", 0, None)
-    _parse(parser, graph, flavour, log)
-    return builder, network, parser
+    request.progress("reading the graph", 0, None)
+    data = graph() if callable(graph) else graph
+    _parse(parser, data, request.flavour, log)
+    return builder, network, parser, len(data)
 
 
-def _parse(parser: Any, graph: bytes, flavour: PlanFlavour, log: Any) -> None:
+def _parse(parser: Any, graph: bytes | bytearray, flavour: PlanFlavour, log: Any) -> None:
     """Read ONNX bytes into the parser's network. Raises CompileError, which names every node that it refuses."""
     fault = graph_fault(graph)
     if fault is not None:
@@ -195,53 +235,13 @@ def _gpu_key(
         hardware_compatibility=options.hardware_compatibility,
         version_compatible=options.version_compatible,
         host_code=options.embed_runtime,
-        refittable=options.refit or options.strip,
+        refittable=options.refit,
         stripped=options.strip,
         dla_core=options.dla_core,
         driver=None if bound_to is None else bound_to.driver,
         multiprocessors=None if bound_to is None else bound_to.multiprocessors,
         profiles=profiles,
     )
-
-
-def least_memory(network: Any, profiles: Sequence[Shapes], options: PlanOptions) -> int:
-    """Return the least number of bytes that compiling needs.
-
-    They hold the weights of network and plan, the workspace, and the widest layer. It is a lower bound, to refuse
-    hopeless compilations early: an axis of variable size counts as the largest batch if it is the first, and as 1
-    elsewhere.
-    """
-    batch = max(shapes.batch.max for shapes in profiles)
-    weights, widest = 0, 0
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
-        bytes_out = sum(_tensor_bytes(tensor, batch) for tensor in outputs)
-        if layer.type.name == "CONSTANT":
-            weights += bytes_out
-        else:
-            widest = max(widest, bytes_out + sum(_tensor_bytes(tensor, batch) for tensor in inputs))
-    return 2 * weights + widest + (options.workspace or 0)
-
-
-def _refuse_for_memory(estimate: int, card: gpus.Gpu) -> None:
-    """Raise CompileError if the memory of the GPU cannot suffice. On a Jetson, that is what the CPU leaves free."""
-    memory = read_system().memory if card.integrated else None
-    room = card.memory_bytes if memory is None else min(card.memory_bytes, memory.available)
-    if estimate > room:
-        has = "has" if memory is None else "has, beside what runs,"
-        raise CompileError(
-            f"this compilation needs {gib(estimate)} at least and {card.name} {has} {gib(room)}: choose a smaller batch or "
-            "size, a smaller workspace, or end what else runs"
-        )
-
-
-def _tensor_bytes(tensor: Any, batch: int) -> int:
-    if tensor is None or len(tensor.shape) < 0:
-        return 0
-    sizes = [(batch if axis == 0 else 1) if size < 0 else size for axis, size in enumerate(tensor.shape)]
-    return int(np.prod(sizes, dtype=np.int64)) * max(1, int(tensor.dtype.itemsize))
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
@@ -264,13 +264,17 @@ def _configure(library: Any, builder: Any, config: Any, options: PlanOptions, ta
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace)
     if options.level is not None:
         config.builder_optimization_level = options.level
+    if options.tiling != "none" and hasattr(library, "TilingOptimizationLevel"):  # else it was refused
+        config.tiling_optimization_level = tiling_level(library, options.tiling)
     if options.hardware_compatibility != "none":
         config.hardware_compatibility_level = compatibility_level(library, options.hardware_compatibility)
     flags = library.BuilderFlag
     wanted = {
         "VERSION_COMPATIBLE": options.version_compatible,
         "EXCLUDE_LEAN_RUNTIME": options.version_compatible and not options.embed_runtime,
-        "REFIT": options.refit or options.strip,
+        "REFIT": options.refit,
+        # A stripped plan gets the weights back that it was compiled with: kernels that depend on them may be chosen.
+        "REFIT_IDENTICAL": options.strip and not options.refit,
         "STRIP_PLAN": options.strip,
         "SPARSE_WEIGHTS": options.sparse,
     }
@@ -395,6 +399,16 @@ def _monitor(library: Any, progress: Progress) -> Any:
                 self.error, self.cancelled = error, True
 
     return Monitor()
+
+
+def _layers_here(request: _Request, plan: bytes, log: Any) -> str | None:
+    """Return the engine inspector's JSON if the GPU of this machine loads the plan; None without weights or such a GPU."""
+    card = request.card
+    if card is None or request.options.strip or card.architecture not in request.targets:
+        return None
+    # The engine is loaded on the GPU whose context is current: this one, and the caller's own context stays as it was.
+    with open_memory(card.index):
+        return _layers(request.library, plan, log, request.options)
 
 
 def _layers(library: Any, plan: bytes, log: Any, options: PlanOptions) -> str | None:

@@ -1,4 +1,8 @@
-"""Place layers on a Jetson's deep-learning accelerator (DLA), and quantise for it by ranges instead of Q/DQ pairs."""
+"""Place layers on a Jetson's deep-learning accelerator (DLA), and choose number formats for it with weak typing.
+
+TensorRT 10 (JetPack 6) still has weak typing, and its DLA compiler is documented and shown by NVIDIA with it alone: FP16 or
+INT8 is a flag of the builder, and the graph is fp32.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ def place_on_dla(library: Any, network: Any, config: Any, options: PlanOptions) 
         options: Options of the plan, with ``dla_core`` set.
 
     Raises:
-        CompileError: The core cannot run all layers, and ``options.gpu_fallback`` is off.
+        CompileError: The core can run no layer at all, or not all of them while ``options.gpu_fallback`` is off.
     """
     core = options.dla_core
     assert core is not None  # callers check it
@@ -50,25 +54,30 @@ def place_on_dla(library: Any, network: Any, config: Any, options: PlanOptions) 
     coverage = DlaCoverage(len(computing), refused)
     if refused and not options.gpu_fallback:
         raise CompileError(f"{coverage}: allow them there (gpu_fallback=True), or leave --dla-core out")
+    if len(refused) == len(computing):  # such a plan would name the core in its key, and keep it idle
+        raise CompileError(f"{coverage}, which is all of them: leave --dla-core out")
     return coverage
 
 
-def quantise_implicitly(library: Any, network: Any, config: Any, ranges: Mapping[str, float]) -> None:
+def type_weakly(library: Any, network: Any, config: Any, ranges: Mapping[str, float] | None) -> None:
     """Configure weak typing: tensors in ``ranges`` may be computed in int8, everything else in fp16.
 
     Args:
         library: The TensorRT module.
-        network: The network whose tensors are quantised.
+        network: The fp32 network.
         config: Configuration that is changed.
-        ranges: Thresholds of |x| by tensor name.
+        ranges: Thresholds of |x| by tensor name; None for fp16 alone.
 
     Raises:
         CompileError: TensorRT has no weak typing, or no tensor has a range.
     """
     if not hasattr(library.BuilderFlag, "INT8"):
-        raise CompileError(f"TensorRT {library.__version__} has no weak typing left: compile the typed int8 graph")
-    config.set_flag(library.BuilderFlag.INT8)
+        typed = "fp16" if ranges is None else "int8"
+        raise CompileError(f"TensorRT {library.__version__} has no weak typing left: compile the typed {typed} graph")
     config.set_flag(library.BuilderFlag.FP16)
+    if ranges is None:
+        return
+    config.set_flag(library.BuilderFlag.INT8)
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     for index in range(network.num_layers):
         layer = network.get_layer(index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 from collections.abc import Mapping, Sequence
 
 from edge_backbones.bundle import trust
@@ -14,13 +14,13 @@ from edge_backbones.engines.base import CompiledEngine, CompileOptions, EngineSe
 from edge_backbones.engines.refusals import against_rtx_targets
 from edge_backbones.engines.tensorrt import compile as compiler
 from edge_backbones.engines.tensorrt import library, plans, requests
+from edge_backbones.engines.tensorrt.compile import GraphBytes
 from edge_backbones.engines.tensorrt.options import PlanOptions
 from edge_backbones.engines.tensorrt.requests import PlanFlavour
 from edge_backbones.errors import BundleError, CompileError, EngineMismatchError
 from edge_backbones.machine import hosts
 from edge_backbones.machine.hosts import Host
 from edge_backbones.machine.profiles import RTX_ARCHITECTURES, DeviceProfile
-from edge_backbones.machine.system import gib
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
@@ -82,16 +82,19 @@ class TensorRt(Flavour):
         self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
     ) -> CompiledEngine:
         options_of_plan = options.plan or PlanOptions()
-        source, ranges = self._graph_and_ranges(bundle, graph, options_of_plan)
+        weak = self._is_weak(graph, options_of_plan)
+        source, ranges = _fp32_graph_and_ranges(bundle, graph.precision) if weak else (graph, None)
         if self.name == "tensorrt" and options_of_plan.timing_cache is None:
             options_of_plan = dataclasses.replace(options_of_plan, timing_cache=_latest_timing_cache(bundle))
         engine = compile_engine(
-            source,
+            functools.partial(bundle.read, source.file),
+            source.file.sha256,
             bundle.manifest.input,
             graph.precision,
             flavour=self._name,
             options=options_of_plan,
             gpu=options.gpu,
+            weak=weak,
             ranges=ranges,
             progress=progress,
         )
@@ -111,31 +114,12 @@ class TensorRt(Flavour):
         return version is not None and not library.against_release(self._name, version, jetson=host.jetson)
 
     def _is_weak(self, graph: GraphRecord, plan: PlanOptions) -> bool:
-        """Return whether int8 is compiled from the fp32 graph and ranges.
+        """Return whether a plan is compiled from the fp32 graph, with number formats that TensorRT chooses.
 
-        DLA of older releases needs this, because it takes no Q/DQ pairs.
+        DLA of older releases needs this: it takes no Q/DQ pairs, and runs fp16 where the builder has the FP16 flag.
         """
-        is_int8_on_dla = plan.dla_core is not None and graph.precision is Precision.INT8
-        return is_int8_on_dla and requests.has_weak_typing(self._name)
-
-    def _graph_and_ranges(
-        self, bundle: Bundle, graph: GraphRecord, plan: PlanOptions
-    ) -> tuple[bytes, Mapping[str, float] | None]:
-        """Return the ONNX bytes to compile, and the calibrated ranges if they are compiled with weak typing."""
-        if not self._is_weak(graph, plan):
-            return bytes(bundle.read(graph.file)), None
-        plain, record = bundle.manifest.onnx_graph(Precision.FP32), bundle.manifest.calibration
-        if plain is None or record is None:
-            raise CompileError(
-                f"int8 on this DLA is compiled from the fp32 graph and calibrated ranges, and {bundle.path} has no "
-                f"{'fp32 graph' if plain is None else 'calibration'}: build it with --precision int8 --precision fp32"
-            )
-        found = decode_calibration(bundle.read(record.file), str(bundle.path / record.file.path))
-        if found.factors:
-            raise CompileError(
-                "the ranges of this bundle are of an equalised graph, which DLA cannot run: build it with --method max"
-            )
-        return bytes(bundle.read(plain.file)), found.ranges
+        is_for_dla = plan.dla_core is not None and graph.precision in (Precision.FP16, Precision.INT8)
+        return is_for_dla and requests.has_weak_typing(self._name)
 
 
 class TensorRtRtx(TensorRt):
@@ -184,23 +168,25 @@ class TensorRtLean(Flavour):
 
 
 def compile_engine(
-    graph: bytes,
+    graph: GraphBytes,
+    graph_sha256: str,
     input: InputSpec,
     precision: Precision,
     *,
     flavour: PlanFlavour,
     options: PlanOptions,
     gpu: int = 0,
+    weak: bool = False,
     ranges: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> CompiledEngine:
-    """Compile ONNX bytes to an engine: a plan and its key.
+    """Compile ONNX bytes, whose hash is ``graph_sha256``, to an engine: a plan and its key.
 
-    The parameters are those of :func:`edge_backbones.engines.tensorrt.compile.compile_plan`, which also says what it
-    raises.
+    The other parameters are those of :func:`edge_backbones.engines.tensorrt.compile.compile_plan`, which also says what
+    it raises.
     """
     plan = compiler.compile_plan(
-        graph, input, precision, flavour=flavour, options=options, gpu=gpu, ranges=ranges, progress=progress
+        graph, input, precision, flavour=flavour, options=options, gpu=gpu, weak=weak, ranges=ranges, progress=progress
     )
     key = EngineKey(
         flavour=flavour,
@@ -209,13 +195,37 @@ def compile_engine(
         cpu_features=(),
         device_name=plan.device_name,
         precision=precision,
-        graph_sha256=hashlib.sha256(graph).hexdigest(),
+        graph_sha256=graph_sha256,
         gpu=plan.gpu,
     )
-    notes = (f"memory that the compilation needed: {gib(plan.memory_estimate)} at least", *plan.warnings)
+    notes = (f"memory that the compilation needed: {plan.memory}", *plan.warnings)
     return CompiledEngine(
         plan.data, key, ".plan", from_cache=False, layers=plan.layers, timing_cache=plan.timing_cache, notes=notes
     )
+
+
+def _fp32_graph_and_ranges(bundle: Bundle, precision: Precision) -> tuple[GraphRecord, Mapping[str, float] | None]:
+    """Return the record of the fp32 graph, and for int8 the calibrated ranges. Raises CompileError if one is missing."""
+    plain = bundle.manifest.onnx_graph(Precision.FP32)
+    if plain is None:
+        raise CompileError(
+            f"{precision} on this DLA is compiled from the fp32 graph, and {bundle.path} has none: build it with --precision "
+            f"{precision} --precision fp32"
+        )
+    if precision is not Precision.INT8:
+        return plain, None
+    record = bundle.manifest.calibration
+    if record is None:
+        raise CompileError(
+            f"int8 on this DLA is compiled with calibrated ranges, and {bundle.path} has no calibration: build it with "
+            "--precision int8 --precision fp32"
+        )
+    found = decode_calibration(bundle.read(record.file), str(bundle.path / record.file.path))
+    if found.factors:
+        raise CompileError(
+            "the ranges of this bundle are of an equalised graph, which DLA cannot run: build it with --method max"
+        )
+    return plain, found.ranges
 
 
 def _latest_timing_cache(bundle: Bundle) -> bytes | None:

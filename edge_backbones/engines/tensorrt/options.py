@@ -55,6 +55,14 @@ class PlanOptions:
             "How long to search for fast kernels: 0 is shortest, 5 longest.", group="TensorRT: speed", least=0, most=5
         ),
     ] = None
+    tiling: Annotated[
+        Literal["none", "fast", "moderate", "full"],
+        Option(
+            "How long to search for kernels that work through several layers tile by tile, so that maps stay in the "
+            "cache. For TensorRT 10.8 and newer.",
+            group="TensorRT: speed",
+        ),
+    ] = "none"
     hardware_compatibility: Annotated[
         Literal["none", "ampere_plus", "same_compute_capability"],
         Option(
@@ -79,7 +87,10 @@ class PlanOptions:
     )
     strip: Annotated[
         bool,
-        Option("Write the plan without its weights. They are put in later, by refitting.", group="TensorRT: weights"),
+        Option(
+            "Write the plan without its weights. Opening it puts in the weights of the bundle's graph.",
+            group="TensorRT: weights",
+        ),
     ] = False
     sparse: Annotated[
         bool, Option("Use kernels for 2:4 sparse weights, where the network has such.", group="TensorRT: weights")

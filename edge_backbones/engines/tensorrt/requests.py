@@ -41,7 +41,7 @@ def check_plan(
         flavour: As for `compile_plan`.
         options: As for `compile_plan`.
         gpu: As for `compile_plan`.
-        weak: Whether the graph is fp32 and ``ranges`` will be passed.
+        weak: As for `compile_plan`.
     """
     resolve_request(input, precision, flavour, options, gpu, weak=weak)
 
@@ -72,7 +72,7 @@ def resolve_request(
         flavour: As for `compile_plan`.
         options: As for `compile_plan`.
         gpu: As for `compile_plan`.
-        weak: Whether the graph is fp32 and ``ranges`` will be passed.
+        weak: As for `compile_plan`.
 
     Returns:
         The TensorRT module, the GPU (None if TensorRT-RTX needs none), the architectures, and the sizes of every profile.
@@ -198,6 +198,8 @@ def _refuse(
             raise CompileError(
                 f"{name} compiles refittable and stripped plans on a machine with a GPU only ({gpus.no_gpu_reason()})"
             )
+    if options.tiling != "none" and tiling_level(library, options.tiling) is None:
+        raise CompileError(f"{name} has no tiling, which came with TensorRT 10.8: leave it out, or use a newer release")
     if (
         options.hardware_compatibility != "none"
         and compatibility_level(library, options.hardware_compatibility) is None
@@ -224,12 +226,21 @@ def _refuse(
                 raise CompileError("; ".join(reasons))
     if weak and options.strip:
         raise CompileError(
-            "a stripped plan takes its weights from the graph of its precision, which int8 on this DLA has not"
+            f"a stripped plan takes its weights from the graph of its precision, and {precision} on this DLA is compiled "
+            "from the fp32 graph: leave strip out"
         )
-    if weak and (options.dla_core is None or precision is not Precision.INT8):
-        raise CompileError("weak typing with ranges is for int8 on a DLA core; every other plan takes a typed graph")
+    if weak and (options.dla_core is None or precision not in (Precision.FP16, Precision.INT8)):
+        raise CompileError(
+            f"weak typing is for fp16 and int8 on a DLA core, and this is {precision} "
+            f"{'without one' if options.dla_core is None else 'on one'}: compile the typed graph"
+        )
 
 
 def compatibility_level(library: Any, wanted: str) -> Any:
     """Return the library's constant for a hardware compatibility; None if this release lacks it."""
     return getattr(library.HardwareCompatibilityLevel, wanted.upper(), None)
+
+
+def tiling_level(library: Any, wanted: str) -> Any:
+    """Return the library's constant for a tiling optimisation; None if this release lacks it."""
+    return getattr(getattr(library, "TilingOptimizationLevel", None), wanted.upper(), None)

@@ -60,7 +60,7 @@ def noise_of_blocks(
 
     The noises of blocks nearly add up to the noise of the whole.
     """
-    layers = quantized_layers(graph)
+    layers = quantized_layers(graph, precision)
     blocks = list(dict.fromkeys(layer.block for layer in layers if layer.name not in excluded))
     references = run_reference(graph, samples)
     found: dict[str, Noise] = {}

@@ -29,6 +29,9 @@ feature outputs               no         they stay the tensor before the Q: 8-bi
 bias                          no         TensorRT refuses int32 DequantizeLinear; fp16, added to the accumulator
                                          (and corrected by the mean error that rounding leaves in each channel)
 ============================  =========  ==============================================================================
+
+fp8 leaves out what TensorRT documents no fp8 kernel for: a Conv with groups, with more than 32 weights in a kernel, or with
+input or output channels that are no multiple of 16 (so every stem); and the skip branch of an Add behind such a Conv.
 """
 
 from __future__ import annotations
@@ -42,12 +45,14 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_backbones.errors import QuantizationError
+from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.layer_names import block_of
 from edge_backbones.toolchain.quantize.onnx_edits import constant_of, is_constant, load_graph, name_of
 
 _MIN_CHANNELS = 16  # what the smallest int8 matrix instruction sums (mma.m16n8k16 on NVIDIA GPUs)
 _MIN_PRODUCTS = 32  # products in a sum that a convolution with fewer channels needs
+_FP8_KERNEL, _FP8_CHANNELS = 32, 16  # largest kernel and step of channels of TensorRT's fp8 convolutions
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 
 
@@ -74,10 +79,13 @@ class Layer:
     weighted: bool
 
 
-def quantized_layers(graph: ExportedGraph) -> tuple[Layer, ...]:
-    """Return the layers that an int8 graph quantises when nothing is excluded, in graph order."""
+def quantized_layers(graph: ExportedGraph, precision: Precision = Precision.INT8) -> tuple[Layer, ...]:
+    """Return the layers that an int8 or fp8 graph quantises when nothing is excluded, in graph order.
+
+    Those of fp8 are some of those of int8.
+    """
     model = load_graph(graph)
-    first, placement = first_outputs(model.graph), find_placement(model.graph, frozenset())
+    first, placement = first_outputs(model.graph), find_placement(model.graph, frozenset(), precision)
     weighted = set(placement.weights)
     return tuple(
         Layer(
@@ -141,13 +149,16 @@ class Placement:
     weights: tuple[ir.Node, ...]
 
 
-def find_placement(graph: ir.Graph, excluded: frozenset[str]) -> Placement:
-    """Find what a graph quantises, by the table above. ``excluded``: names of nodes that are left alone."""
+def find_placement(graph: ir.Graph, excluded: frozenset[str], precision: Precision = Precision.INT8) -> Placement:
+    """Find what an int8 or fp8 graph quantises, by the table above. ``excluded``: names of nodes that are left alone."""
+    is_fp8 = precision is Precision.FP8
     depths = depths_of(graph)
     activations: list[tuple[ir.Node, int]] = []
     weights: list[ir.Node] = []
     for node in graph:
         if node.name in excluded:
+            continue
+        if is_fp8 and node.op_type == "Conv" and not has_fp8_kernel(node):
             continue
         if _gains_from_int8(node):
             activations.append((node, 0))
@@ -156,7 +167,9 @@ def find_placement(graph: ir.Graph, excluded: frozenset[str]) -> Placement:
             activations += [(node, 0), (node, 1)]
         elif node.op_type == "Add":
             skip = _skip_branch(node, depths)
-            if skip is not None:
+            # In fp8 the Add fuses with an fp8 Conv only.
+            branch = None if skip is None else node.inputs[1 - skip]
+            if skip is not None and not (is_fp8 and (branch is None or branch.producer() not in weights)):
                 activations.append((node, skip))
     return Placement(tuple(activations), tuple(weights))
 
@@ -186,6 +199,16 @@ def _gains_from_int8(node: ir.Node) -> bool:
         producer = None if node.inputs[0] is None else node.inputs[0].producer()
         return producer is not None and producer.op_type == "Relu"
     return sizes[1] >= _MIN_CHANNELS or int(np.prod(sizes[1:])) >= _MIN_PRODUCTS
+
+
+def has_fp8_kernel(conv: ir.Node) -> bool:
+    """Return whether TensorRT documents an fp8 kernel for a Conv, whose weights are constant."""
+    if not is_constant(conv.inputs[1]):
+        return False
+    outputs, inputs, *kernel = constant_of(conv.inputs[1]).shape
+    groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
+    whole = outputs % _FP8_CHANNELS == 0 == inputs % _FP8_CHANNELS
+    return groups == 1 and whole and int(np.prod(kernel)) <= _FP8_KERNEL
 
 
 def is_depthwise(node: ir.Node) -> bool:

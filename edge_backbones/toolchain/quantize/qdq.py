@@ -40,7 +40,7 @@ def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float
         raise QuantizationError(
             f"the graph is opset {opset}, fp16 scales need {precision.info.min_opset}; export it with opset 20"
         )
-    placement = find_placement(graph, excluded)
+    placement = find_placement(graph, excluded, precision)
     _check_ranges({name_of(node.inputs[index]) for node, index in placement.activations}, precision, ranges)
 
     zero_point = add_constant(graph, "zero_point", np.zeros((), dtype=type_of(precision).numpy()))

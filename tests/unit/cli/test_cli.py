@@ -15,7 +15,7 @@ from PIL import Image
 
 from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.bundle.writer import BundleWriter, record_bytes, write_manifest
+from edge_backbones.bundle.writer import BundleWriter, record_bytes, record_file, write_manifest
 from edge_backbones.cli import compile as compiling
 from edge_backbones.cli import machine
 from edge_backbones.cli import main as cli
@@ -101,6 +101,26 @@ def test_inspect_shows_stages_and_engines(bundle):
     document = json.loads(run("inspect", bundle.path, "--json").stdout)
     assert document["manifest"]["backbone"]["out_features"] == ["pool4", "pool8"]
     assert document["reasons_against"] == {bundle.manifest.engines[0].name: []}
+
+
+def test_inspect_counts_the_kernels_of_a_plan(tmp_path, capsys):
+    made = make_bundle(tmp_path / "pool.bundle", pooling_input(1))
+    names = ["_gemm_mha_v2_myl0_1", "__myl_Cast_myl0_2", "Reformatting CopyNode for Input Tensor 0 to conv", "conv"]
+    layers = made.path / "engines" / "pool.layers.json"
+    layers.write_text(json.dumps({"Layers": names}), encoding="utf-8")
+    (engine,) = made.manifest.engines
+    engine = msgspec.structs.replace(engine, layers=record_file(made.path, "engines/pool.layers.json"))
+    write_manifest(made.path, msgspec.structs.replace(made.manifest, engines=(engine,)))
+    assert cli._run(["inspect", str(made.path)]) == 0
+    said = "4 kernels: 1 fused attention, 1 cast, 1 reformat or copy"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert cli._run(["inspect", str(made.path), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)["kernels"]
+    assert counts == {engine.name: {"kernels": 4, "attention": 1, "casts": 1, "copies": 1}}
+    for damage in (lambda: layers.write_text("{}", encoding="utf-8"), layers.unlink):  # inspect goes on: verify tells
+        damage()
+        assert cli._run(["inspect", str(made.path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["kernels"] == {}
 
 
 def test_verify_measures_again(bundle):

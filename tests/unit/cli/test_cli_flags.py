@@ -198,7 +198,7 @@ def test_what_is_typed_for_a_compilation_reaches_the_library(ask, tmp_path):
     compiled = ("compile", "x.bundle", "--flavour", "tensorrt_rtx")
     assert ask(*compiled) == PlanOptions()
     typed = (
-        "--shapes 1x224x256 --shapes 1:4:8x64x96 --target sm_89 --target sm_120 --workspace 3 --level 5 "
+        "--shapes 1x224x256 --shapes 1:4:8x64x96 --target sm_89 --target sm_120 --workspace 3 --level 5 --tiling full "
         "--hardware-compatibility ampere_plus --version-compatible --embed-runtime --refit --strip --sparse --dla-core 1 "
         "--no-gpu-fallback --timing-cache"
     )
@@ -212,6 +212,7 @@ def test_what_is_typed_for_a_compilation_reaches_the_library(ask, tmp_path):
         targets=("sm_89", "sm_120"),
         workspace=3 << 20,
         level=5,
+        tiling="full",
         hardware_compatibility="ampere_plus",
         version_compatible=True,
         embed_runtime=True,
