@@ -57,8 +57,8 @@ def _bench(results: dict[str, Any]) -> list[str]:
     return [
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), OpenVINO",
         f"{machine['versions']['openvino']}, batch 1 at 224 x 224: the time of our int8 engine, how many times as long each",
-        'peer takes, and the bounds of that median with 95 % confidence; "=" where this machine does not tell which is faster.',
-        "SQNR is that of the worst feature map; the weights are those of benchmarks/networks.py.",
+        'peer takes, and the bounds of that median with 95 % confidence; "=" where this machine does not tell which is',
+        "faster. SQNR is that of the worst feature map; the weights are those of benchmarks/networks.py.",
         "",
         f"| | ours | {' | '.join(_PEERS.get(name, name) for name in peers)} | SQNR: ours, NNCF's | roofline: int8, fp32 |",
         f"|---|---|{'---|' * len(peers)}---|---|",

@@ -175,7 +175,7 @@ def test_links_of_a_copied_document_lead_to_pages_or_become_paths(monkeypatch):
     [
         ("[a](../../SECURITY.md#signing)", "[a](../project/security.md#signing)"),
         ("![a](../../benchmarks/results/feature_maps.png)", "![a](../benchmarks/feature_maps.png)"),
-        ("[a](../how-to/sign.md)", "[a](../how-to/sign.md)"),
+        ("[a](../explanation/limits.md)", "[a](../explanation/limits.md)"),
         ("[a](sign.md#b)", "[a](sign.md#b)"),
         ("[a](../../profiles)", "a (`profiles`)"),
         ("[a](https://example.org/)", "[a](https://example.org/)"),

@@ -60,5 +60,24 @@ def test_a_page_has_no_bare_placeholder(page):
     assert "{{" not in prose(page)
 
 
+def test_every_page_can_be_reached_from_the_first_without_a_menu():
+    reached, todo = set(), [ROOT / "docs" / "index.md"]
+    while todo:
+        page = todo.pop()
+        if page not in reached:
+            reached.add(page)
+            todo += [found for target, _ in links(page) if (found := (page.parent / target).resolve()) in PAGES]
+    assert [page for page in PAGES if page not in reached] == []
+
+
+def test_the_text_of_the_wheel_installs_the_wheel_itself_as_the_readme_does():
+    wheel = re.search(r"edge_backbones-[\w.-]+\.whl", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert wheel is not None
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("authors = ")[0]
+    installs = re.findall(r"^pip install .*$", text, re.MULTILINE)
+    assert len(installs) == 2
+    assert all(f"'./{wheel[0]}[" in line for line in installs)
+
+
 def test_the_readme_has_such_links():
     assert "](docs/index.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
