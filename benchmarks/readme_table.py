@@ -56,9 +56,9 @@ def _bench(results: dict[str, Any]) -> list[str]:
     peers = [m["name"] for m in next(iter(comparisons.values()))["measurements"][1:]]
     return [
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), OpenVINO",
-        f"{machine['versions']['openvino']}, batch 1 at 224 x 224: how many times our int8 engine's time each peer takes,",
-        'and the bounds of that median with 95 % confidence; "=" where this machine does not tell which is faster. SQNR is',
-        "that of the worst feature map; the weights are those of benchmarks/networks.py.",
+        f"{machine['versions']['openvino']}, batch 1 at 224 x 224: the time of our int8 engine, how many times as long each",
+        'peer takes, and the bounds of that median with 95 % confidence; "=" where this machine does not tell which is',
+        "faster. SQNR is that of the worst feature map; the weights are those of benchmarks/networks.py.",
         "",
         f"| | ours | {' | '.join(_PEERS.get(name, name) for name in peers)} | SQNR: ours, NNCF's | roofline: int8, fp32 |",
         f"|---|---|{'---|' * len(peers)}---|---|",
@@ -83,7 +83,7 @@ def _summary(results: dict[str, Any]) -> list[str]:
         means.append(f"{math.exp(sum(map(math.log, found)) / len(found)):.1f}x" if found else "absent")
     return [
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), batch 1 at",
-        "224 x 224: how many times our int8 engine's time each peer takes.",
+        "224 x 224: the time of our int8 engine, and how many times as long each peer takes (5.0x: five times as long).",
         "",
         f"| | ours | {' | '.join(_PEERS.get(name, name) for name in names)} |",
         f"|---|---|{'---|' * len(names)}",

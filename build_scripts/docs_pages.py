@@ -1,10 +1,13 @@
-"""Write the pages of the documentation that come from the code or from other documents. A hook of mkdocs.
+"""Fill in what the documentation takes from the code or from other documents. A hook of mkdocs.
 
-- ``reference/cli.md``: every command and flag, read off the command line itself
-- ``reference/devices.md``: the device profiles
-- ``project/``, ``benchmarks/``: CHANGELOG.md, SECURITY.md, CONTRIBUTING.md and the figures, which lie elsewhere
+The pages of docs/ can be read in a clone: their links lead to files of the repository. When ``make docs`` runs, this hook
 
-They are made when ``make docs`` runs, so they cannot be older than what they describe.
+- fills ``reference/cli.md`` with every command and flag, read off the command line itself, ``reference/devices.md`` with the
+  device profiles, and ``reference/bundle-format.md`` with the rules of the format;
+- adds ``project/`` and ``benchmarks/``: CHANGELOG.md, SECURITY.md, CONTRIBUTING.md and the figures, which lie elsewhere;
+- turns links to those documents into links to their pages.
+
+What is filled in is made on every run, so it cannot be older than what it describes.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from typer.main import get_command
 
 from edge_backbones.bundle import reader
@@ -45,44 +49,53 @@ _TITLES = {
     "README.md": "Benchmarks",
 }
 _LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
+_FILLED = re.compile(r"<!-- (\w+): filled in by make docs -->\n.*?<!-- end -->\n", re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the written pages to the site. Called by mkdocs."""
-    pages: dict[str, str | bytes] = {
-        "reference/cli.md": command_line_page(),
-        "reference/devices.md": devices_page(),
-    }
+    """Add the documents that lie outside docs/ to the site. Called by mkdocs."""
     for source, place in COPIED.items():
         path = ROOT / source
-        pages[place] = document(source) if path.suffix == ".md" else path.read_bytes()
-    for place, content in pages.items():
+        content = document(source) if path.suffix == ".md" else path.read_bytes()
         files.append(File.generated(config, place, content=content))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in what a page takes from the code. Called by mkdocs."""
-    return markdown.replace("{{ bundle_format }}", bundle_format())
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Fill in what a page takes from the code, and lead its links to pages. Called by mkdocs."""
+    place = page.file.src_uri
+    return markdown if place in COPIED.values() else with_links_to_pages(filled(markdown), f"docs/{place}", place)
+
+
+def filled(markdown: str) -> str:
+    """Replace the blocks between ``<!-- NAME: filled in by make docs -->`` and ``<!-- end -->`` by what the code says."""
+    writers = {"command_line": command_line, "devices": devices, "bundle_format": bundle_format}
+    return _FILLED.sub(lambda block: writers[block[1]]() + "\n", markdown)
 
 
 def document(source: str) -> str:
     """Return a document of the repository as a page: links go to pages of the site, or become plain paths."""
-    place = COPIED[source]
     text = (ROOT / source).read_text(encoding="utf-8")
     if (title := _TITLES.get(Path(source).name)) and not text.startswith(f"# {title}\n"):
         text = f"# {title}\n\n" + re.sub(r"\A# .*\n+", "", text)
+    return with_links_to_pages(text, source, COPIED[source])
+
+
+def with_links_to_pages(text: str, source: str, place: str) -> str:
+    """Lead the links of a document to pages of the site. What is no page becomes a plain path.
+
+    ``source``: where the document lies in the repository. ``place``: where it lies in the site.
+    """
 
     def link(found: re.Match[str]) -> str:
         target, anchor = found[1], found[2] or ""
         if "://" in target:
             return found[0]
         within = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        if within in COPIED:
-            return f"]({posixpath.relpath(COPIED[within], posixpath.dirname(place))}{anchor})"
-        return f"] (`{within}`)"
+        page = within.removeprefix("docs/") if within.startswith("docs/") else COPIED.get(within)
+        return f"]({posixpath.relpath(page, posixpath.dirname(place))}{anchor})" if page else f"] (`{within}`)"
 
-    return re.sub(r"\[([^]]*)\] \(", r"\1 (", _LINK.sub(link, text))
+    return re.sub(r"\[([^]]*)\] \(`", r"\1 (`", _LINK.sub(link, text))
 
 
 def bundle_format() -> str:
@@ -91,15 +104,11 @@ def bundle_format() -> str:
     return re.sub(r"^::\n", "", text, flags=re.MULTILINE).replace("``", "`")
 
 
-def command_line_page() -> str:
-    """Return the page about every command, in the order of ``edge-backbones --help``."""
+def command_line() -> str:
+    """Return the sections about every command, in the order of ``edge-backbones --help``."""
     group: Any = get_command(cli.app)
     context = group.make_context("edge-backbones", [], resilient_parsing=True)
     lines = [
-        "# Command line",
-        "",
-        "This page is written from the commands themselves. `edge-backbones COMMAND --help` prints the same.",
-        "",
         *_exit_codes(),
         "",
         "| command | what it does |",
@@ -154,8 +163,8 @@ def _options(command: Any, parameters: list[Any]) -> list[str]:
     lines = []
     for parameter in parameters:
         flags = ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
-        value = _value(parameter, hints[parameter.name])
-        text = " ".join((parameter.help or "").split()).replace("<", "&lt;")
+        value = _value(parameter, hints.get(parameter.name, bool))  # typer adds flags of its own
+        text = _typographic(parameter.help or "").replace("<", "&lt;")
         lines += [f"{flags} {value}".rstrip(), f":   {text}{_default(parameter)}", ""]
     return lines
 
@@ -202,27 +211,19 @@ def _sentences(text: str | None) -> list[str]:
 
 
 def _typographic(text: str) -> str:
-    """Return a paragraph of a help text on one line, its example as code."""
-    return re.sub(r"\*\*(edge-backbones [^*]+)\*\*", r"`\1`", " ".join(text.split()))
+    """Return a paragraph of a help text on one line. What a terminal shows in bold, commands and flags, is code."""
+    text = re.sub(r"\[bold\](.*?)\[/bold\]|\*\*(edge-backbones [^*]+)\*\*", r"`\1\2`", " ".join(text.split()))
+    return text.replace("\\[", "[")  # rich's escape
 
 
 def _cell(text: str) -> str:
     """Return a text that may stand in a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return _typographic(text).replace("|", "\\|").replace("<", "&lt;")
 
 
-def devices_page() -> str:
-    """Return the page about device profiles."""
-    lines = [
-        "# Devices",
-        "",
-        "A *profile* says what a device has and which number formats pay on it. `edge-backbones profiles NAME` prints one.",
-        "`--profile NAME` of `build` and `compile` refuses what that device cannot run before any work is done, and takes",
-        "its defaults for what you do not say. You can pass a `.toml` file of your own instead of a name; copy one of",
-        "`profiles/` in the repository.",
-        "",
-        "The figures are those of the makers' data sheets; the source of each is a comment in the file of the profile.",
+def devices() -> str:
+    """Return a section about every device profile."""
+    sections = [
+        f"## {profile.name}\n\n```text\n{profiles.explain(profile)}\n```" for profile in profiles.list_profiles()
     ]
-    for profile in profiles.list_profiles():
-        lines += ["", f"## {profile.name}", "", "```text", profiles.explain(profile), "```"]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(sections)

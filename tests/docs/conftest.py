@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from build_scripts.photographs import photographs, write_crops
+from build_scripts.photographs import write_crops
 from tests.photographs import quick_timing  # noqa: F401
 
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``photographs/``, ``photo.jpg``, and two bundles of a network that builds quickly."""
+    """A folder with ``photographs/`` and two bundles of a network that builds quickly."""
     import timm
     import torch
 
@@ -21,7 +21,6 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("workshop")
     write_crops(folder / "photographs", 8)
-    photographs()["coffee"].save(folder / "photo.jpg")
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", features_only=True, out_indices=(1, 2, 3, 4)).eval()
     images = folder / "photographs"

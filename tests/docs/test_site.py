@@ -98,6 +98,12 @@ def test_every_command_and_flag_is_on_the_page_of_the_command_line(site):
                 assert f"<code>{shown}</code>" in page, f"{name} {option}"
 
 
+def test_the_page_of_the_command_line_has_none_of_the_terminals_markup(site):
+    page = (site / "reference" / "cli.html").read_text(encoding="utf-8")
+    assert "<code>edge-backbones stages resnet50</code>" in page
+    assert re.findall(r"\[/?(?:bold|italic|dim|code)\]|\\\[", page) == []
+
+
 def test_every_profile_has_a_section(site):
     assert {profile.name for profile in list_profiles()} <= Tags(site / "reference" / "devices.html").ids
 
@@ -126,9 +132,16 @@ def test_an_error_has_a_cause_and_a_fix(name):
 
 
 def test_the_format_of_a_bundle_is_that_of_its_reader():
-    page = docs_pages.on_page_markdown((ROOT / "docs" / "reference" / "bundle-format.md").read_text(encoding="utf-8"))
+    page = docs_pages.filled((ROOT / "docs" / "reference" / "bundle-format.md").read_text(encoding="utf-8"))
     assert "1. manifest.json MUST name every file that a reader opens" in page
-    assert "{{" not in page
+
+
+def test_everything_that_is_to_be_filled_in_is(site):
+    begins = [page for page in PAGES if "filled in by make docs" in page.read_text(encoding="utf-8")]
+    assert {page.stem for page in begins} == {"cli", "devices", "bundle-format"}
+    for page in begins:
+        built = (site / page.relative_to(ROOT / "docs")).with_suffix(".html").read_text(encoding="utf-8")
+        assert "make docs" not in built
 
 
 def test_the_pages_are_all_in_the_navigation():
@@ -155,3 +168,24 @@ def test_links_of_a_copied_document_lead_to_pages_or_become_paths(monkeypatch):
     assert "](growth.png)" in page
     assert "results (`benchmarks/results`)" in page
     assert "](results" not in page
+
+
+@pytest.mark.parametrize(
+    ("link", "on_the_site"),
+    [
+        ("[a](../../SECURITY.md#signing)", "[a](../project/security.md#signing)"),
+        ("![a](../../benchmarks/results/feature_maps.png)", "![a](../benchmarks/feature_maps.png)"),
+        ("[a](../explanation/limits.md)", "[a](../explanation/limits.md)"),
+        ("[a](sign.md#b)", "[a](sign.md#b)"),
+        ("[a](../../profiles)", "a (`profiles`)"),
+        ("[a](https://example.org/)", "[a](https://example.org/)"),
+    ],
+)
+def test_a_link_of_a_page_to_the_repository_leads_to_its_page_on_the_site(link, on_the_site):
+    assert docs_pages.with_links_to_pages(f"{link}.", "docs/how-to/robot.md", "how-to/robot.md") == f"{on_the_site}."
+
+
+def test_the_picture_is_on_the_first_page(site):
+    pictures = [url for url in Tags(site / "index.html").loads if url.endswith(".png") and "feature_maps" in url]
+    assert pictures
+    assert all((site / url).is_file() for url in pictures)
