@@ -10,7 +10,7 @@ Exit codes, by one rule:
 4. Slower than stored results, beyond noise.
 130. Interrupted.
 
-With ``--json`` stdout holds one JSON document and nothing else, also when a command refuses (1 and 3).
+With ``--json`` stdout holds one JSON document and nothing else, also when a command refuses (1, 2 and 3).
 
 Each command is a function in a module beside this one, which is imported when the command is used.
 """
@@ -50,6 +50,7 @@ except ImportError as missing_cli:
 
 from edge_backbones.cli import console
 from edge_backbones.cli.texts import EXIT_CODES, PANELS, START, marked, panel_of
+from edge_backbones.cli.wrong import UsageError, in_words
 from edge_backbones.parity_report import ParityError
 
 COMMANDS = {
@@ -74,8 +75,6 @@ _STYLE: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["--help", "-h"]},
 }
-# click's UsageError, which newer releases of typer carry inside and older ones import
-_UsageError: Any = typer.BadParameter.__base__
 
 Verbose = Annotated[
     bool,
@@ -219,7 +218,7 @@ def _run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="edge-backbones", standalone_mode=False) or 0
     except ParityError as error:
-        if "--json" not in arguments and "-j" not in arguments:
+        if not _wants_json(arguments):
             console.print_parity(error.reports, console.err)
         return _refuse(arguments, error, console.EXIT_PARITY, parity=error.reports)
     except EdgeBackbonesError as error:
@@ -233,10 +232,8 @@ def _run(arguments: list[str]) -> int:
     except ImportError as error:  # a missing extra is a MissingDependencyError
         missing = isinstance(error, ModuleNotFoundError)
         return _refuse(arguments, error if missing else why_no_import(error), 1)
-    except _UsageError as error:
-        error.message = error.message.replace("Value error, ", "")  # of pydantic, which newer releases of typer use
-        error.show()
-        return int(error.exit_code)
+    except UsageError as error:
+        return _show_usage(arguments, in_words(error))
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     if code == 130:  # newer releases of typer return it for KeyboardInterrupt
@@ -244,10 +241,23 @@ def _run(arguments: list[str]) -> int:
     return int(code)
 
 
+def _show_usage(arguments: list[str], error: Any) -> int:
+    """Print what is wrong with a command line, as JSON where that was asked for; return its exit code."""
+    if _wants_json(arguments):
+        console.print_json({"error": "UsageError", "message": " ".join(error.format_message().split())})
+    else:
+        error.show()
+    return int(error.exit_code)
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    return "--json" in arguments or "-j" in arguments
+
+
 def _refuse(arguments: list[str], error: BaseException, code: int, **details: Any) -> int:
     """Print a refusal on one line, or as JSON where that was asked for; return its exit code."""
     message = " ".join(str(error).split()) or type(error).__name__
-    if "--json" in arguments or "-j" in arguments:
+    if _wants_json(arguments):
         console.print_json({"error": type(error).__name__, "message": message, **details})
     else:
         console.print_error(f"edge-backbones: {message}")
