@@ -131,9 +131,10 @@ def test_inspect_of_engines_that_do_not_run_here_says_what_is_next(bundle, tmp_p
     (engine,) = bundle.manifest.engines
     other = msgspec.structs.replace(engine, key=msgspec.structs.replace(engine.key, architecture="another"))
     path = changed(tmp_path, engines=(other,), graphs=(graph_of(Precision.FP32),))
-    assert f"no engine of it runs here: compile one on the device: edge-backbones compile {path}" in run(
-        "inspect", path
-    ).stdout
+    assert (
+        f"no engine of it runs here: compile one on the device: edge-backbones compile {path}"
+        in run("inspect", path).stdout
+    )
     write_manifest(path, msgspec.structs.replace(bundle.manifest, engines=(other,)))
     shown = run("inspect", path).stdout
     assert "it has no ONNX graph" in shown
