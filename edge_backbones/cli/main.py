@@ -21,6 +21,7 @@ import functools
 import importlib
 import inspect
 import io
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -48,7 +49,7 @@ try:
 except ImportError as missing_cli:
     sys.exit(f"edge-backbones: {MissingDependencyError('the command line', 'cli')} ({missing_cli.name} is missing)")
 
-from edge_backbones.cli import console
+from edge_backbones.cli import console, narrow
 from edge_backbones.cli.texts import EXIT_CODES, PANELS, START, marked, panel_of
 from edge_backbones.cli.wrong import UsageError, in_words
 from edge_backbones.parity_report import ParityError
@@ -105,7 +106,11 @@ class Commands(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help with one line per command, without importing any."""
-        self._listed().format_help(ctx, formatter)
+        listed = self._listed()
+        if narrow.is_narrow():
+            narrow.print_help(listed, ctx)
+        else:
+            listed.format_help(ctx, formatter)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         """Return completions for the name of a command, without importing any."""
@@ -113,7 +118,7 @@ class Commands(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, ``--help`` too."""
-        return _flags_without_type(super().get_params(ctx))
+        return _without_types(super().get_params(ctx))
 
     def _listed(self) -> TyperGroup:
         """Return a group of the same options whose commands have a name, a panel and a line of help, and do nothing."""
@@ -122,24 +127,50 @@ class Commands(TyperGroup):
             name: TyperCommand(name, help=marked(lines.get(name, "")), rich_help_panel=panel_of(name))
             for name in self.list_commands(None)
         }
-        _flags_without_type(self.params)
-        return TyperGroup(
+        return Listed(
             name=self.name, commands=commands, params=self.params, help=self.help, epilog=self.epilog,
             rich_markup_mode=self.rich_markup_mode,
         )  # fmt: skip
 
 
-class Command(TyperCommand):
-    """A command whose help shows no type for a flag that takes no value."""
+class Listed(TyperGroup):
+    """A group for the help alone, which shows no type for a flag."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, ``--help`` too."""
-        return _flags_without_type(super().get_params(ctx))
+        return _without_types(super().get_params(ctx))
 
 
-def _flags_without_type(parameters: list[Any]) -> list[Any]:
+class Command(TyperCommand):
+    """A command whose help shows no type where none is typed, and whose usage line has plain names."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, as lines in a narrow terminal."""
+        if narrow.is_narrow():
+            narrow.print_help(self, ctx)
+        else:
+            super().format_help(ctx, formatter)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the parts of the usage line: ``[OPTIONS]``, ``BUNDLE``, ``ENGINE...``, ``[BUNDLE]``."""
+        pieces = [self.options_metavar or ""]
+        for parameter in self.get_params(ctx):
+            for piece in parameter.get_usage_pieces(ctx):
+                name = re.sub(r"[\[\]{}.]", "", piece)
+                pieces.append((name if parameter.required else f"[{name}]") + "..." * ("..." in piece))
+        return pieces
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, ``--help`` too."""
+        return _without_types(super().get_params(ctx))
+
+
+def _without_types(parameters: list[Any]) -> list[Any]:
+    """Take the type from flags, which have no value, and from arguments, whose name says what they are."""
     for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None
+        elif getattr(parameter, "is_flag", False):
             parameter.metavar = ""
     return parameters
 
