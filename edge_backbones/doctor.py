@@ -198,7 +198,7 @@ def _sees_system_packages() -> bool:
 def _machine(machine: Machine) -> Finding:
     system, host = machine.system, machine.host
     where = ", in a container" if system.container else ""
-    name = " ".join(part for part in (system.board, f"({system.name})" if system.name else "") if part)
+    name = f"{system.board} ({system.name})" if system.board and system.name else system.board or system.name
     processor = ", ".join(dict.fromkeys([host.architecture, host.device_name]))  # a Jetson's has no other name
     found = f"{name or platform.system()}{where}, {processor}, {machine.cores} logical cores"
     return Finding(topic="machine", ok=True, found=found)

@@ -29,8 +29,8 @@ MAX_SIGNATURE_BYTES = 1 << 20
 SIGN_AGAIN = "copy the bundle again as it was signed, or sign it again: edge-backbones sign"
 
 _MAKE_KEYS = (
-    "openssl ecparam -name prime256v1 -genkey -noout -out private.pem, and openssl ec -in private.pem -pubout -out "
-    "public.pem"
+    "make a pair of keys with: openssl ecparam -name prime256v1 -genkey -noout -out private.pem, and openssl ec -in "
+    "private.pem -pubout -out public.pem"
 )
 # The hash that Model Signing's specification pairs with each curve.
 _HASHES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
@@ -318,7 +318,7 @@ def _key_signer(path: Path, passphrase: bytes | None, certificates: list[Path]) 
 
     data = _read_key(path)
     if b"PRIVATE KEY-----" not in data:
-        raise TrustError(f"{path} holds no private key in PEM: {_MAKE_KEYS}")
+        raise TrustError(f"{path} {_instead_of_a_private_key(data)}: {_MAKE_KEYS}")
     try:
         key = serialization.load_pem_private_key(data, passphrase)
     except TypeError as error:  # encrypted and no passphrase, or the other way
@@ -333,11 +333,35 @@ def _key_signer(path: Path, passphrase: bytes | None, certificates: list[Path]) 
     if passphrase is not None:
         raise TrustError(f"{path} has a passphrase, and with certificates Model Signing takes keys without one only")
     for file in certificates:
-        _read_key(file)
+        _require_certificate(file)
     signing, *chain = certificates
     return f"{who} with the certificate {signing.name}", lambda config: config.use_certificate_signer(
         private_key=path, signing_certificate=signing, certificate_chain=chain or [signing]
     )
+
+
+def _instead_of_a_private_key(data: bytes) -> str:
+    """Say what a file is that holds no private key."""
+    if b"-----BEGIN PUBLIC KEY-----" in data:
+        return "is a public key, and a bundle is signed with the private key of the pair. Without that one"
+    if b"-----BEGIN CERTIFICATE-----" in data:
+        return "is a certificate, and a bundle is signed with the private key that it is of. Without that one"
+    return "holds no private key in PEM"
+
+
+def _require_certificate(path: Path) -> None:
+    """Raise TrustError unless a file holds a certificate in PEM."""
+    from cryptography import x509
+
+    data = _read_key(path)
+    way = "pass the certificate that was issued for the key, or leave --certificate out to sign with the key alone"
+    for kind in ("public", "private"):
+        if f"{kind.upper()} KEY-----".encode() in data and b"-----BEGIN CERTIFICATE-----" not in data:
+            raise TrustError(f"{path} is a {kind} key, not a certificate: {way}")
+    try:
+        x509.load_pem_x509_certificates(data)
+    except ValueError as error:
+        raise TrustError(f"{path} holds no certificate in PEM: {way}") from error
 
 
 def read_passphrase(path: str | os.PathLike[str]) -> bytes:

@@ -128,7 +128,7 @@ def build(
         return
     if result.skipped:
         console.print_skipped(result.reasons)
-    console.print_parity(result.reports)
+    console.print_parity([e.parity for e in manifest.engines], names=[e.name for e in manifest.engines])
     console.print_trials(manifest.decision)
     for note in (manifest.preprocessing, *result.notes):
         console.err.print(note)

@@ -16,7 +16,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -234,12 +235,18 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(msgspec.to_builtins(value), indent=2) + "\n")
 
 
-def print_parity(reports: Iterable[ParityReport], console: Console = out) -> None:
-    """Print a table of every report that has figures: one row per stage, with its verdict."""
-    for report in reports:
+def print_parity(reports: Iterable[ParityReport], console: Console = out, *, names: Sequence[str] = ()) -> None:
+    """Print a table of every report that has figures: one row per stage, with its verdict.
+
+    ``names``: of the reports' engines. A title has one where another report is of the same precision.
+    """
+    reports = list(reports)
+    count = Counter(report.precision for report in reports)
+    for report, name in zip(reports, names or [""] * len(reports), strict=True):
         if not report.measured:
             continue
-        title = f"parity of {report.precision} with fp32 torch, worst golden image; gate: {report.gate}"
+        what = name if name and count[report.precision] > 1 else report.precision
+        title = f"parity of {what} with fp32 torch, worst golden image; gate: {report.gate}"
         table = Table("stage", title=title)
         for column in ("cosine", "SQNR dB", "relative error", "max |difference|", "verdict"):
             table.add_column(column, justify="right")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Mapping, Sequence
 
-from edge_backbones.bundle.manifest import Manifest
+from edge_backbones.bundle.manifest import EngineRecord, Manifest
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console
 from edge_backbones.cli.shared import BundleArgument, JsonFlag
@@ -13,6 +14,8 @@ from edge_backbones.engines import select
 from edge_backbones.errors import BundleError
 from edge_backbones.report.kernels import KernelCounts
 from edge_backbones.report.layers import describe_plan
+from edge_backbones.report.summary import stored_times
+from edge_backbones.report.words import megabytes
 
 
 def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
@@ -31,7 +34,8 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
         return
     _print_source(str(bundle), manifest)
     _print_stages(manifest)
-    _print_engines(manifest, reasons)
+    _print_graphs(manifest)
+    _print_engines(str(bundle), manifest, reasons)
     for name, found in kernels.items():
         console.out.print(f"{name}: {found}")
     _print_calibration(manifest)
@@ -82,16 +86,46 @@ def _print_stages(manifest: Manifest) -> None:
         console.out.print(extras)
 
 
-def _print_engines(manifest: Manifest, reasons: Mapping[str, Sequence[str]]) -> None:
-    """Print the engines, why each does not run here (``reasons`` by engine name), and the parity of each."""
-    engines = console.Table("engine", "MB", "ms", "runs here", title="engines")
-    for engine in manifest.engines:
-        why = reasons[engine.name]
-        speed = "" if engine.milliseconds is None else f"{engine.milliseconds:.2f}"
-        megabytes = f"{engine.file.size / 1e6:.1f}"
-        engines.add_row(engine.name, megabytes, speed, "yes" if not why else "no: " + "; ".join(why))
-    console.out.print(engines)
-    console.print_parity([engine.parity for engine in manifest.engines])
+def _print_graphs(manifest: Manifest) -> None:
+    """Print the graphs that engines are compiled from."""
+    if not manifest.graphs:
+        return
+    graphs = console.Table("precision", "format", "file", "size", title="graphs")
+    for graph in manifest.graphs:
+        graphs.add_row(str(graph.precision), graph.format, graph.file.path, megabytes(graph.file.size))
+    console.out.print(graphs)
+
+
+def _print_engines(bundle: str, manifest: Manifest, reasons: Mapping[str, Sequence[str]]) -> None:
+    """Print the engines, why each does not run here (``reasons`` by engine name), and the parity of each.
+
+    Where none runs here, the command that compiles one follows.
+    """
+    if manifest.engines:
+        engines = console.Table("engine", "size", "ms", "runs here", title="engines")
+        for engine in manifest.engines:
+            why = reasons[engine.name]
+            runs = "yes" if not why else "no: " + "; ".join(why)
+            engines.add_row(engine.name, megabytes(engine.file.size), _time(manifest, engine), runs)
+        console.out.print(engines)
+    if all(reasons.values()):
+        none = "no engine of it runs here" if manifest.engines else "no engine yet"
+        graphs = any(graph.format == "onnx" for graph in manifest.graphs)
+        advice = (
+            f"compile one on the device: edge-backbones compile {shlex.quote(bundle)}"
+            if graphs
+            else "it has no ONNX graph to compile one from, unlike the bundle that it was packed from"
+        )
+        console.out.print(f"{none}: {advice}")
+    console.print_parity([e.parity for e in manifest.engines], names=[e.name for e in manifest.engines])
+
+
+def _time(manifest: Manifest, engine: EngineRecord) -> str:
+    """Say how long a call of an engine takes: beside the other engines, or else in the trials of the build."""
+    milliseconds, _ = stored_times(manifest, engine)
+    if milliseconds is None:
+        return "not timed"
+    return f"{milliseconds:.2f}" + ("" if engine.milliseconds is not None else " (when built)")
 
 
 def _print_calibration(manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ Exit codes, by one rule:
 4. Slower than stored results, beyond noise.
 130. Interrupted.
 
-With ``--json`` stdout holds one JSON document and nothing else, also when a command refuses (1 and 3).
+With ``--json`` stdout holds one JSON document and nothing else, also when a command refuses (1, 2 and 3).
 
 Each command is a function in a module beside this one, which is imported when the command is used.
 """
@@ -21,6 +21,7 @@ import functools
 import importlib
 import inspect
 import io
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -48,8 +49,9 @@ try:
 except ImportError as missing_cli:
     sys.exit(f"edge-backbones: {MissingDependencyError('the command line', 'cli')} ({missing_cli.name} is missing)")
 
-from edge_backbones.cli import console
+from edge_backbones.cli import console, narrow
 from edge_backbones.cli.texts import EXIT_CODES, PANELS, START, marked, panel_of
+from edge_backbones.cli.wrong import UsageError, in_words
 from edge_backbones.parity_report import ParityError
 
 COMMANDS = {
@@ -74,8 +76,6 @@ _STYLE: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["--help", "-h"]},
 }
-# click's UsageError, which newer releases of typer carry inside and older ones import
-_UsageError: Any = typer.BadParameter.__base__
 
 Verbose = Annotated[
     bool,
@@ -106,7 +106,11 @@ class Commands(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help with one line per command, without importing any."""
-        self._listed().format_help(ctx, formatter)
+        listed = self._listed()
+        if narrow.is_narrow():
+            narrow.print_help(listed, ctx)
+        else:
+            listed.format_help(ctx, formatter)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         """Return completions for the name of a command, without importing any."""
@@ -114,7 +118,7 @@ class Commands(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, ``--help`` too."""
-        return _flags_without_type(super().get_params(ctx))
+        return _without_types(super().get_params(ctx))
 
     def _listed(self) -> TyperGroup:
         """Return a group of the same options whose commands have a name, a panel and a line of help, and do nothing."""
@@ -123,24 +127,50 @@ class Commands(TyperGroup):
             name: TyperCommand(name, help=marked(lines.get(name, "")), rich_help_panel=panel_of(name))
             for name in self.list_commands(None)
         }
-        _flags_without_type(self.params)
-        return TyperGroup(
+        return Listed(
             name=self.name, commands=commands, params=self.params, help=self.help, epilog=self.epilog,
             rich_markup_mode=self.rich_markup_mode,
         )  # fmt: skip
 
 
-class Command(TyperCommand):
-    """A command whose help shows no type for a flag that takes no value."""
+class Listed(TyperGroup):
+    """A group for the help alone, which shows no type for a flag."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, ``--help`` too."""
-        return _flags_without_type(super().get_params(ctx))
+        return _without_types(super().get_params(ctx))
 
 
-def _flags_without_type(parameters: list[Any]) -> list[Any]:
+class Command(TyperCommand):
+    """A command whose help shows no type where none is typed, and whose usage line has plain names."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, as lines in a narrow terminal."""
+        if narrow.is_narrow():
+            narrow.print_help(self, ctx)
+        else:
+            super().format_help(ctx, formatter)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the parts of the usage line: ``[OPTIONS]``, ``BUNDLE``, ``ENGINE...``, ``[BUNDLE]``."""
+        pieces = [self.options_metavar or ""]
+        for parameter in self.get_params(ctx):
+            for piece in parameter.get_usage_pieces(ctx):
+                name = re.sub(r"[\[\]{}.]", "", piece)
+                pieces.append((name if parameter.required else f"[{name}]") + "..." * ("..." in piece))
+        return pieces
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, ``--help`` too."""
+        return _without_types(super().get_params(ctx))
+
+
+def _without_types(parameters: list[Any]) -> list[Any]:
+    """Take the type from flags, which have no value, and from arguments, whose name says what they are."""
     for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None
+        elif getattr(parameter, "is_flag", False):
             parameter.metavar = ""
     return parameters
 
@@ -219,7 +249,7 @@ def _run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="edge-backbones", standalone_mode=False) or 0
     except ParityError as error:
-        if "--json" not in arguments and "-j" not in arguments:
+        if not _wants_json(arguments):
             console.print_parity(error.reports, console.err)
         return _refuse(arguments, error, console.EXIT_PARITY, parity=error.reports)
     except EdgeBackbonesError as error:
@@ -233,10 +263,8 @@ def _run(arguments: list[str]) -> int:
     except ImportError as error:  # a missing extra is a MissingDependencyError
         missing = isinstance(error, ModuleNotFoundError)
         return _refuse(arguments, error if missing else why_no_import(error), 1)
-    except _UsageError as error:
-        error.message = error.message.replace("Value error, ", "")  # of pydantic, which newer releases of typer use
-        error.show()
-        return int(error.exit_code)
+    except UsageError as error:
+        return _show_usage(arguments, in_words(error))
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     if code == 130:  # newer releases of typer return it for KeyboardInterrupt
@@ -244,10 +272,23 @@ def _run(arguments: list[str]) -> int:
     return int(code)
 
 
+def _show_usage(arguments: list[str], error: Any) -> int:
+    """Print what is wrong with a command line, as JSON where that was asked for; return its exit code."""
+    if _wants_json(arguments):
+        console.print_json({"error": "UsageError", "message": " ".join(error.format_message().split())})
+    else:
+        error.show()
+    return int(error.exit_code)
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    return "--json" in arguments or "-j" in arguments
+
+
 def _refuse(arguments: list[str], error: BaseException, code: int, **details: Any) -> int:
     """Print a refusal on one line, or as JSON where that was asked for; return its exit code."""
     message = " ".join(str(error).split()) or type(error).__name__
-    if "--json" in arguments or "-j" in arguments:
+    if _wants_json(arguments):
         console.print_json({"error": type(error).__name__, "message": message, **details})
     else:
         console.print_error(f"edge-backbones: {message}")

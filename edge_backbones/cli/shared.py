@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,9 @@ def _device(name: str) -> str:
     try:
         parse_device(name)
     except InputError as error:
-        raise typer.BadParameter(str(error)) from None
+        gpu = re.fullmatch(r"(?:gpu|nvidia|cuda)?:?([0-9]{0,3})", name.lower())
+        advice = f". A GPU is called cuda: --device cuda{gpu[1] and ':' + gpu[1]}" if gpu and name else ""
+        raise typer.BadParameter(f"{error}{advice}") from None
     return name
 
 

@@ -122,7 +122,9 @@ def compile_bundle(
     if maker.refusal:
         raise CompileError(maker.refusal)
     if maker.is_program and not allow_host_code:
-        raise CompileError(f"a {maker.title} engine is a program, which is measured by running it: {ALLOW}")
+        raise CompileError(
+            f"a {maker.title} engine is a program, which is measured by running it: if you trust the bundle, pass {ALLOW}"
+        )
     if plan is not None and not maker.takes_plan_options and (changed := plan.changed()):
         raise InputError(
             f"{' and '.join(changed)}: {maker.title} has no such option: leave it out, or compile with TensorRT "
@@ -138,7 +140,9 @@ def compile_bundle(
     if profile is not None:
         graphs = work.fit_to_profile(graphs, load_profile(profile))
     if plan is not None and plan.embed_runtime and not allow_host_code:
-        raise CompileError(f"a plan with its own runtime is measured by running it: {ALLOW}")
+        raise CompileError(
+            f"a plan with its own runtime is measured by running it: if you trust the bundle, pass {ALLOW}"
+        )
     graphs = work.passing(graphs, lambda graph: maker.check(graph, bundle.manifest.input, work.options))
     if graphs:  # otherwise minutes of compiling would be lost at the end
         bundle.require_writable(room=0 if maker.graph_is_engine else sum(map(_size_on_disk, graphs)))

@@ -201,7 +201,7 @@ def _speed(manifest: Manifest, engine: EngineRecord, name: str, comparisons: Seq
         if comparison.engine == engine.name and comparison.measurements[0].median_ms is not None:
             return _speed_of_comparison(title, engine, comparison, comparison.measurements[0].median_ms)
     commands = _commands_to_time(manifest, engine, name)
-    milliseconds, baseline = _stored_times(manifest, engine)
+    milliseconds, baseline = stored_times(manifest, engine)
     if milliseconds is None:
         beside = "other libraries" if engine.key.precision is Precision.FP32 else "fp32"
         on = "" if engine.key.gpu is None else ", on its device"
@@ -242,8 +242,11 @@ def _times_as_fast(times: float, library: str, baseline: float) -> str:
     return f"{times:.2f}x as fast as fp32 of {library} ({baseline:.2f} ms).{slower}"
 
 
-def _stored_times(manifest: Manifest, engine: EngineRecord) -> tuple[float | None, float | None]:
-    """Return the milliseconds that a bundle holds for an engine and for fp32 of the same library and device."""
+def stored_times(manifest: Manifest, engine: EngineRecord) -> tuple[float | None, float | None]:
+    """Return the milliseconds that a bundle holds for an engine and for fp32 of the same library and device.
+
+    A lone engine was timed beside no other: its time is that of its trial in the build.
+    """
     key = engine.key
     alike = [
         other

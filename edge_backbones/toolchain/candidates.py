@@ -290,11 +290,12 @@ def fastest(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
 
 
 def loosened(candidates: Sequence[Candidate]) -> str:
-    """Say in a sentence which blocks stay in half so that int8 or fp8 holds its gate."""
+    """Say in a sentence which blocks stay in fp16 so that int8 or fp8 holds its gate."""
     first, last = candidates[0], candidates[-1]
+    count = len(last.blocks)
     return (
-        f"{first.precision} is outside its gate ({first.failures()}): shipping it with {len(last.blocks)} parts in half "
-        f"({', '.join(last.blocks[:5])}{', ...' if len(last.blocks) > 5 else ''})"
+        f"all-{first.precision} missed its gate ({first.failures()}); with {count} block{'s' * (count > 1)} in fp16 "
+        f"({', '.join(last.blocks[:5])}{', ...' if count > 5 else ''}) it passes"
     )
 
 

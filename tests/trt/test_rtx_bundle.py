@@ -135,5 +135,7 @@ def test_what_the_gpu_lacks_is_left_out_unless_it_was_asked_for(bundle):
 
 def test_a_plan_with_its_own_runtime_is_refused_before_it_is_compiled(bundle):
     plan = PlanOptions(version_compatible=True, embed_runtime=True)
-    with pytest.raises(CompileError, match=r"is measured by running it: allow_host_code=True \(--allow-host-code\)"):
+    with pytest.raises(
+        CompileError, match=r"is measured by running it: if you trust the bundle, pass allow_host_code=True \(--allow"
+    ):
         compile_bundle(bundle.path, flavour="tensorrt", plan=plan)

@@ -313,11 +313,19 @@ def test_a_library_that_is_installed_and_does_not_load_is_told(monkeypatch):
 
 def test_a_server():
     found = judge(machine("server-h100", gpus=(H100,), tensorrt={"tensorrt": "10.16.1"}))
-    assert finding(found, "machine").found.startswith("(Ubuntu 22.04.4 LTS), in a container, x86_64, Intel(R) Xeon(R)")
+    assert finding(found, "machine").found.startswith("Ubuntu 22.04.4 LTS, in a container, x86_64, Intel(R) Xeon(R)")
     assert finding(found, "device profile").found.startswith("h100")
     assert finding(found, "reach the GPU").fix == "pip install 'cuda-bindings==12.*'"
     assert finding(found, "power mode").ok
     assert not any(f.topic in ("JetPack", "DLA") for f in found)
+
+
+def test_the_system_is_in_brackets_only_behind_a_board():
+    seen = machine("jetpack6-orin-nano", gpus=(ORIN_NANO,))
+    board, name = seen.system.board, seen.system.name
+    assert finding(judge(seen), "machine").found.startswith(f"{board} ({name}), ")
+    bare = msgspec.structs.replace(seen, system=msgspec.structs.replace(seen.system, name=""))
+    assert finding(judge(bare), "machine").found.startswith(f"{board}, ")
 
 
 def test_what_few_need_is_asked_for_where_it_serves():

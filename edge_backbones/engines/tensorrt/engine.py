@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from edge_backbones.bundle.onnx_gate import graph_fault
+from edge_backbones.engines.base import ALLOW
 from edge_backbones.engines.gpu.memory import readable
 from edge_backbones.engines.ports import Tensor, mismatches
 from edge_backbones.engines.tensorrt import library as tensorrt_library
@@ -141,7 +142,7 @@ def load(
             raise OutOfMemoryError(f"the plan does not fit into the memory of this GPU: {log}")
         hint = "run edge-backbones compile on this machine"
         if not allow_host_code and (flavour == "tensorrt_lean" or says_host_code(log)):
-            hint = f"if the plan carries a lean runtime and you trust it, pass allow_host_code=True; else {hint}"
+            hint = f"if the plan carries a lean runtime and you trust it, pass {ALLOW}; else {hint}"
         raise EngineMismatchError(f"{flavour} {library.__version__} does not load this plan ({log}): {hint}")
     try:
         if weights is not None:

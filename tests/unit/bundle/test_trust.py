@@ -447,7 +447,10 @@ def test_what_the_machine_asks_for_cannot_be_lost(bundle, keys, machine, monkeyp
     [
         ("alice.private.pem", "holds a private key"),
         ("hidden.private.pem", "holds a private key"),
-        ("secp256k1.pem", "holds a key of secp256k1, and Model Signing takes P-256, P-384 and P-521: openssl "),
+        (
+            "secp256k1.pem",
+            "holds a key of secp256k1, and Model Signing takes P-256, P-384 and P-521: make a pair of keys with: openssl ",
+        ),
         ("Ed25519.pem", "holds a key of Ed25519"),
         ("RSA.pem", "holds a key of RSA"),
         ("missing.pem", "cannot be read: it does not exist"),
@@ -481,7 +484,8 @@ def test_no_key_is_no_way_to_ask_for_less(signed, trusted):
 @pytest.mark.parametrize(
     ("name", "passphrase", "said"),
     [
-        ("alice.pem", None, "holds no private key in PEM"),
+        ("alice.pem", None, "alice.pem is a public key, and a bundle is signed with the private key of the pair"),
+        ("alice.pem", None, "make a pair of keys with: openssl ecparam -name"),
         ("Ed25519.private.pem", None, "holds a key of Ed25519"),
         ("secp256k1.private.pem", None, "holds a key of secp256k1"),
         ("RSA.private.pem", None, "holds a key of RSA"),
@@ -496,6 +500,40 @@ def test_keys_that_cannot_sign(bundle, keys, name, passphrase, said):
         sign_bundle(bundle, key=keys / name, passphrase=passphrase)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not (bundle / "signature").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no private key in PEM: make a pair of keys with: openssl"),
+        (b"-----BEGIN CERTIFICATE-----", "is a certificate, and a bundle is signed with the private key that it is of"),
+    ],
+)
+def test_files_that_are_no_private_key(bundle, tmp_path, content, said):
+    path = tmp_path / "key.pem"
+    path.write_bytes(content)
+    with pytest.raises(TrustError, match=re.escape(f"{path} {said}")):
+        sign_bundle(bundle, key=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("alice.pem", "is a public key, not a certificate: pass the certificate"),
+        ("alice.private.pem", "is a private key, not a certificate: pass the certificate"),
+        ("empty.pem", "holds no certificate in PEM: pass the certificate"),
+        ("broken.pem", "holds no certificate in PEM: pass the certificate"),
+        ("missing.pem", "cannot be read: it does not exist"),
+    ],
+)
+def test_files_that_are_no_certificate(bundle, keys, tmp_path, name, said):
+    (tmp_path / "empty.pem").touch()
+    (tmp_path / "broken.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    file = (keys if name.startswith("alice") else tmp_path) / name
+    with pytest.raises(TrustError) as caught:
+        sign_bundle(bundle, key=keys / "alice.private.pem", certificates=[file])
+    assert f"{file} {said}" in str(caught.value)
     assert not (bundle / "signature").exists()
 
 

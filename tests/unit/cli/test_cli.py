@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_backbones.bundle.manifest import EngineRecord, GraphRecord
+from edge_backbones.bundle.manifest import Decision, EngineRecord, GraphRecord, Trial
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.bundle.writer import BundleWriter, record_bytes, record_file, write_manifest
 from edge_backbones.cli import compile as compiling
@@ -121,6 +121,62 @@ def test_inspect_counts_the_kernels_of_a_plan(tmp_path, capsys):
         damage()
         assert cli._run(["inspect", str(made.path), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["kernels"] == {}
+
+
+def changed(tmp_path: Path, **changes: object) -> Path:
+    """The pooling bundle with another manifest, and with a file for each graph of it."""
+    bundle = make_bundle(tmp_path / "pool.bundle", pooling_input(1))
+    for graph in changes.get("graphs", ()):
+        BundleWriter(bundle.path).add_file(graph.file.path, GRAPH)
+    write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, **changes))
+    return bundle.path
+
+
+def graph_of(precision: Precision) -> GraphRecord:
+    path = f"graphs/{precision}.onnx"
+    return GraphRecord(format="onnx", precision=precision, file=record_bytes(path, GRAPH), opset=17)
+
+
+def test_inspect_of_graphs_alone_lists_them_and_says_how_to_compile(tmp_path):
+    path = changed(tmp_path, engines=(), graphs=(graph_of(Precision.FP32), graph_of(Precision.INT8)))
+    shown = run("inspect", path).stdout
+    assert "runs here" not in shown
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["int8", "onnx", "graphs/int8.onnx", "0.0", "kB"] in lines
+    assert ["fp32", "onnx", "graphs/fp32.onnx", "0.0", "kB"] in lines
+    assert f"no engine yet: compile one on the device: edge-backbones compile {path}" in shown
+
+
+def test_inspect_of_engines_that_do_not_run_here_says_what_is_next(bundle, tmp_path):
+    (engine,) = bundle.manifest.engines
+    other = msgspec.structs.replace(engine, key=msgspec.structs.replace(engine.key, architecture="another"))
+    path = changed(tmp_path, engines=(other,), graphs=(graph_of(Precision.FP32),))
+    assert (
+        f"no engine of it runs here: compile one on the device: edge-backbones compile {path}"
+        in run("inspect", path).stdout
+    )
+    write_manifest(path, msgspec.structs.replace(bundle.manifest, engines=(other,)))
+    shown = run("inspect", path).stdout
+    assert "it has no ONNX graph" in shown
+    assert "edge-backbones compile" not in shown.partition("no engine of it runs here")[2]
+
+
+def test_inspect_names_sizes_and_times(bundle, tmp_path):
+    (engine,) = bundle.manifest.engines
+    row = next(line for line in run("inspect", bundle.path).stdout.splitlines() if line.startswith(engine.name))
+    assert f"{engine.file.size / 1e3:.1f} kB" in row
+    assert "not timed" in row
+    trial = Trial(precision=Precision.FP32, blocks=(), cosine=1.0, sqnr_db=99.0, passed=True, milliseconds=1.25)
+    decision = Decision(sentence="", device_name=engine.key.device_name, trials=(trial,))
+    path = changed(tmp_path, decision=decision)
+    assert "1.25 (when built)" in run("inspect", path).stdout
+    replace = msgspec.structs.replace
+    twin = replace(engine, key=replace(engine.key, device_name="another"), milliseconds=2.5)
+    write_manifest(path, replace(bundle.manifest, engines=(engine, twin)))
+    shown = run("inspect", path).stdout
+    assert f"parity of {engine.name} with fp32 torch" in shown
+    assert f"parity of {twin.name} with fp32 torch" in shown
+    assert "2.50" in shown
 
 
 def test_verify_measures_again(bundle):

@@ -18,10 +18,10 @@ from edge_backbones.cli.texts import EXIT_CODES, PANELS, marked
 GROUP = get_command(cli.app)
 
 
-def shown(*arguments: str) -> str:
+def shown(*arguments: str, columns: int = 80) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "edge_backbones.cli.main", *arguments, "--help"],
-        capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"}, check=True,
+        capture_output=True, text=True, env={**os.environ, "COLUMNS": str(columns)}, check=True,
     )  # fmt: skip
     return done.stdout
 
@@ -54,6 +54,49 @@ def test_every_command_shows_an_example_and_fits_into_80_columns(name):
     assert max(map(len, text.splitlines())) <= 80
     assert f"Example: edge-backbones {name}" in " ".join(text.split())
     assert "<bool>" not in text
+
+
+def help_in(capsys, monkeypatch, columns: int, *arguments: str) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli._run([*arguments, "--help"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [40, 60, 79, 80, 100])
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
+def test_nothing_is_cut_in_a_terminal_of_any_width(name, columns, capsys, monkeypatch):
+    text = help_in(capsys, monkeypatch, columns, *filter(None, [name]))
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= columns
+    assert not re.search("<(bool|str|path|list)", text)
+    command = GROUP.get_command(None, name) if name else GROUP
+    words = set(re.split(r"[\s,/]+", text))
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            assert {*parameter.opts, *parameter.secondary_opts} <= words
+    if not name:
+        assert set(cli.COMMANDS) <= words
+
+
+def test_a_narrow_terminal_is_told_values_bounds_and_defaults(capsys, monkeypatch):
+    said = " ".join(help_in(capsys, monkeypatch, 60, "compile").split())
+    assert "One of none, ampere_plus, same_compute_capability. [default: none]" in said
+    assert "--level N How long to search for fast kernels: 0 is shortest, 5 longest. [at least 0, at most 5]" in said
+    assert "[at least 1, default: 4]" in " ".join(help_in(capsys, monkeypatch, 60, "build").split())
+    assert "--report, --no-report" in help_in(capsys, monkeypatch, 60, "build")
+    said = " ".join(help_in(capsys, monkeypatch, 60).split())
+    assert EXIT_CODES in said
+    assert all(f"{panel}: " in said for panel in PANELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [("remove", "BUNDLE ENGINE..."), ("doctor", "[BUNDLE]"), ("build", "MODEL BUNDLE"), ("run", "BUNDLE IMAGES")],
+)
+def test_the_usage_line_has_plain_names(name, usage, capsys, monkeypatch):
+    for columns in (60, 100):
+        first = help_in(capsys, monkeypatch, columns, name).strip().splitlines()[0].strip()
+        assert first == f"Usage: edge-backbones {name} [OPTIONS] {usage}"
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
