@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from edge_backbones.engines.gpu import memory as cuda
-from edge_backbones.engines.gpu.arrays import ForeignArray
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.tensorrt import compile as tensorrt_compile
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.engines.tensorrt import session as tensorrt_session

@@ -22,7 +22,8 @@ from edge_backbones.progress import Progress
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 if TYPE_CHECKING:
-    from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
+    from edge_backbones.engines.gpu.arrays import DeviceArray
+    from edge_backbones.engines.gpu.dlpack import ForeignArray
     from edge_backbones.engines.gpu.memory import MemoryBackend
     from edge_backbones.engines.tensorrt.options import PlanOptions
 

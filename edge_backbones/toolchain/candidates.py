@@ -325,7 +325,9 @@ def decision(sentence: str, candidates: Sequence[Candidate], noise: Mapping[str,
 
 def _label(candidate: Candidate) -> str:
     blocks = [block for block in candidate.blocks if block != SKIPS]
-    without = ["its skip branches"] * (SKIPS in candidate.blocks) + [f"{len(blocks)} block{'s' * (len(blocks) > 1)}"] * bool(blocks)
+    without = ["its skip branches"] * (SKIPS in candidate.blocks) + [
+        f"{len(blocks)} block{'s' * (len(blocks) > 1)}"
+    ] * bool(blocks)
     return f"{candidate.precision} without {' and '.join(without)}" if without else str(candidate.precision)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_backbones.engines.gpu.arrays import ForeignArray
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.gpu.memory import MemoryBackend, open_memory
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.engines.tensorrt.session import TensorRtSession

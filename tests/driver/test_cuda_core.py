@@ -186,7 +186,7 @@ def test_a_strided_view_crosses_by_dlpack_and_by_the_cuda_array_interface(driver
 def test_buffers_go_into_a_session_and_maps_come_out(driver):
     from cuda.core.utils import StridedMemoryView
 
-    from edge_backbones.engines.gpu.arrays import ForeignArray
+    from edge_backbones.engines.gpu.dlpack import ForeignArray
     from edge_backbones.testing import pooled
     from tests.driver.machine import DriverMachine
 

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_backbones.engines.gpu import arrays as device_arrays
-from edge_backbones.engines.gpu.arrays import ForeignArray, from_foreign, is_on_gpu
+from edge_backbones.engines.gpu import dlpack
+from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.errors import InputError
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.testing import SPEC, NumpySession, pooled, pooling_input
@@ -45,13 +46,13 @@ class OnHost:
 
     def __dlpack__(self, **_):
         array = self.array
-        return device_arrays._make_capsule(
+        return dlpack.make_capsule(
             array.ctypes.data, array.shape, array.dtype, self.owner, device=(CPU, 0), versioned=self.versioned
         )
 
 
 def from_host(values) -> ForeignArray:
-    return device_arrays._read_capsule(device_arrays._ask_for_capsule(values, None), (CPU,))
+    return dlpack.read_capsule(dlpack.ask_for_capsule(values, None), (CPU,))
 
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
@@ -223,7 +224,7 @@ def test_a_tensor_that_dies_of_an_error_does_not_hide_it(versioned):
 def test_a_tensor_goes_through_and_back():
     tensor = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
     foreign = from_host(tensor)
-    capsule = device_arrays._make_capsule(
+    capsule = dlpack.make_capsule(
         foreign.pointer, foreign.shape, foreign.dtype, foreign.owner, device=(CPU, 0), versioned=True
     )
     expected = tensor.clone()

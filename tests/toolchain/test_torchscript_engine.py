@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from edge_backbones.engines.gpu.arrays import ForeignArray, from_foreign
+from edge_backbones.engines.gpu.arrays import from_foreign
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.torch import session as torchscript
 from edge_backbones.engines.torch.session import TorchScriptSession
 from edge_backbones.errors import (

@@ -16,7 +16,8 @@ import numpy as np
 
 from edge_backbones.engines import exits
 from edge_backbones.engines.batching import Piece, pieces
-from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
+from edge_backbones.engines.gpu.arrays import DeviceArray
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.gpu.memory import MemoryBackend, open_memory
 from edge_backbones.engines.gpu.pool import Buffer, Lease
 from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, float32_bytes, is_default, rounded

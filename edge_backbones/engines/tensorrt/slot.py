@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_backbones.engines.gpu.arrays import ForeignArray
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.gpu.pool import Buffer, CleanUp, Lease, Pool, Ready
 from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, float32_bytes, is_default, rounded
 from edge_backbones.engines.ports import Shape

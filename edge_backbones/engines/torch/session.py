@@ -24,7 +24,8 @@ import numpy as np
 
 from edge_backbones.engines import exits, forks
 from edge_backbones.engines.batching import pieces
-from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
+from edge_backbones.engines.gpu.arrays import DeviceArray
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.errors import (
     EdgeBackbonesError,
     EngineMismatchError,

@@ -14,7 +14,8 @@ from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
 from edge_backbones.engines.base import LoadOptions
-from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray
+from edge_backbones.engines.gpu.arrays import DeviceArray
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.errors import EngineMismatchError, InferenceError, InputError, IntegrityError
 from edge_backbones.machine import hosts

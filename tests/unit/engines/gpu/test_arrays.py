@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_backbones.engines.gpu import arrays as device_arrays
-from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray, from_foreign, is_on_gpu, stream_pointer
+from edge_backbones.engines.gpu import dlpack
+from edge_backbones.engines.gpu.arrays import DeviceArray, from_foreign, is_on_gpu, stream_pointer
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.errors import InputError
 
 ADDRESS = 0x7F00_0000_0000  # nothing may read what is there
@@ -66,7 +67,7 @@ class Library:
         return self.capsule()
 
     def capsule(self):
-        managed = (device_arrays._ManagedVersioned if self.versioned else device_arrays._Managed)()
+        managed = (dlpack._ManagedVersioned if self.versioned else dlpack._Managed)()
         tensor = managed.tensor
         tensor.data = self.pointer
         tensor.device.type, tensor.device.id = self.device
@@ -111,13 +112,13 @@ class OnHost:
     def __dlpack__(self, *, max_version=None, **_):
         versioned = max_version is not None if self.versioned is None else self.versioned
         array = self.array
-        return device_arrays._make_capsule(
+        return dlpack.make_capsule(
             array.ctypes.data, array.shape, array.dtype, (array, self.owner), device=(CPU, 0), versioned=versioned
         )
 
 
 def from_host(values) -> ForeignArray:
-    return device_arrays._read_capsule(device_arrays._ask_for_capsule(values, None), (CPU,))
+    return dlpack.read_capsule(dlpack.ask_for_capsule(values, None), (CPU,))
 
 
 def refusal(call) -> str:
@@ -295,9 +296,9 @@ def test_a_capsule_on_another_device_than_it_was_said_to_be_on_is_refused():
 def test_a_capsule_is_taken_once(versioned):
     library = Library(versioned=versioned)
     capsule = library.capsule()
-    first = device_arrays._read_capsule(capsule, (CUDA,))
+    first = dlpack.read_capsule(capsule, (CUDA,))
     with pytest.raises(InputError, match="taken before"):
-        device_arrays._read_capsule(capsule, (CUDA,))
+        dlpack.read_capsule(capsule, (CUDA,))
     del capsule
     assert library.deleted == 0
     del first
@@ -315,7 +316,7 @@ def test_what_is_no_capsule_is_refused(given, said):
 @pytest.mark.parametrize("name", [b"arrow_array", None])
 def test_a_capsule_of_another_kind_is_refused(name):
     with pytest.raises(InputError, match=r"named .* does not fit: DLPack has"):
-        device_arrays._read_capsule(new_capsule(1, name, None), (CUDA,))
+        dlpack.read_capsule(new_capsule(1, name, None), (CUDA,))
 
 
 @pytest.mark.parametrize(
@@ -600,7 +601,7 @@ def test_what_is_exported_can_be_taken_again(dtype, shape, versioned, through_dl
     pointer = ADDRESS if 0 not in shape else 0  # both standards want null where there is nothing
     if through_dlpack:
         capsule = array.__dlpack__(max_version=(1, 3) if versioned else None)
-        foreign = device_arrays._read_capsule(capsule, (CUDA,))
+        foreign = dlpack.read_capsule(capsule, (CUDA,))
         assert foreign.device == 3
     else:
         foreign = from_foreign(SimpleNamespace(__cuda_array_interface__=array.__cuda_array_interface__), stream=0)
@@ -622,7 +623,7 @@ def test_what_is_exported_can_be_taken_again(dtype, shape, versioned, through_dl
 )
 def test_the_form_of_the_capsule_is_one_that_the_consumer_knows(max_version, name):
     newest = name if NEW_NUMPY else b"dltensor"
-    assert device_arrays._capsule_name(on_gpu().__dlpack__(max_version=max_version)) == newest
+    assert dlpack._capsule_name(on_gpu().__dlpack__(max_version=max_version)) == newest
 
 
 @pytest.mark.parametrize("versioned", [True, False])
@@ -633,7 +634,7 @@ def test_the_owner_lives_as_long_as_the_last_consumer(versioned, taken):
     array = on_gpu(owner=owner)
     held = array.__dlpack__(max_version=(1, 0) if versioned else None)
     if taken:
-        held = device_arrays._read_capsule(held, (CUDA,))
+        held = dlpack.read_capsule(held, (CUDA,))
     del array, owner
     gc.collect()
     assert watched() is not None
@@ -674,8 +675,8 @@ def test_a_thread_that_python_does_not_know_may_give_the_memory_back(versioned):
     let_go = threading.Event()
     weakref.finalize(owner, let_go.set)
     capsule = on_gpu(owner=owner).__dlpack__(max_version=(1, 0) if versioned else None)
-    name, managed = device_arrays._managed(capsule)
-    device_arrays._rename_capsule(capsule, device_arrays._USED[name])
+    name, managed = dlpack._managed(capsule)
+    dlpack._rename_capsule(capsule, dlpack._USED[name])
     del owner
     assert watched() is not None
     thread = ctypes.c_void_p()
@@ -691,12 +692,12 @@ def test_a_thread_that_python_does_not_know_may_give_the_memory_back(versioned):
 def test_memory_given_back_after_the_interpreter_ended_is_no_crash(versioned):
     program = f"""
         import ctypes
-        from edge_backbones.engines.gpu import arrays as da
-        array = da.DeviceArray({ADDRESS}, (2, 3), "f4", device=0, owner=object(), synchronize=None)
+        from edge_backbones.engines.gpu import arrays, dlpack as da
+        array = arrays.DeviceArray({ADDRESS}, (2, 3), "f4", device=0, owner=object(), synchronize=None)
         capsule = array.__dlpack__(max_version={(1, 0) if versioned else None})
         name, managed = da._managed(capsule)
         da._rename_capsule(capsule, da._USED[name])
-        held_at_exit = da.from_foreign(array, stream=0)
+        held_at_exit = arrays.from_foreign(array, stream=0)
         never_taken = array.__dlpack__()
         # What C++ libraries do with their globals: after Py_Finalize, in exit().
         at_exit = ctypes.CDLL(None).__cxa_atexit
@@ -717,7 +718,7 @@ def test_ten_thousand_round_trips_leave_nothing_behind():
     def round_trips(count):
         for index in range(count):
             from_foreign(array, stream=0)
-            device_arrays._read_capsule(array.__dlpack__(), (CUDA,))
+            dlpack.read_capsule(array.__dlpack__(), (CUDA,))
             array.__dlpack__(max_version=(1, 0) if index % 2 else None)  # nobody takes it
 
     round_trips(100)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from edge_backbones.engines.batching import pieces
-from edge_backbones.engines.gpu.arrays import DeviceArray, ForeignArray, from_foreign
+from edge_backbones.engines.gpu.arrays import DeviceArray, from_foreign
+from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.errors import (
     EdgeBackbonesError,
