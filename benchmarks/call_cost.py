@@ -47,7 +47,7 @@ class FreeDriver:
         self._next = 1 << 20
         made = ("cuMemAlloc", "cuStreamCreate", "cuEventCreate")
         known = ("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuPointerGetAttribute", "cuStreamGetId")
-        known += ("cuStreamEndCapture", "cuGraphInstantiateWithFlags")
+        known += ("cuStreamIsCapturing", "cuStreamEndCapture", "cuGraphInstantiateWithFlags")
         for name in made:
             setattr(self, name, self._make)
         for name in known:

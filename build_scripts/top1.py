@@ -80,9 +80,11 @@ def answer(logits: torch.Tensor) -> Answer:
 
 def table(rows: Sequence[Comparison], title: str) -> Table:
     """Return a table for a terminal of 80 columns."""
-    shown = Table("photograph", "fp32", "", "int8", "", "same", title=title)
-    for column in (2, 4):
-        shown.columns[column].justify = "right"
+    shown = Table("photograph", title=title)
+    for engine in ("fp32", "int8"):
+        shown.add_column(engine)
+        shown.add_column("", justify="right")
+    shown.add_column("same")
     for row in rows:
         answers = [cell for one in (row.fp32, row.engine) for cell in (one.name, f"{one.probability:.2f}")]
         shown.add_row(row.photograph, *answers, "yes" if row.agrees else "no")

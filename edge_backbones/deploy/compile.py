@@ -225,10 +225,6 @@ class _Work:
     def fit_to_profile(self, graphs: Sequence[GraphRecord], profile: DeviceProfile) -> list[GraphRecord]:
         """Return the graphs that a device can run, and take the device's default options."""
         maker, plan = self.maker, self.options.plan or PlanOptions()
-        if profile.architecture is not None and maker.devices == ("cpu",):
-            raise CompileError(
-                f"{profile.name} is a device with a GPU, and {maker.title} compiles for CPUs: leave one of them out"
-            )
         if profile.architecture is not None and (maker.needs_own_gpu or maker.name not in profile.flavours):
             _refuse_elsewhere(self.bundle, profile, self.options.gpu)
         if plan.workspace is None:

@@ -63,7 +63,7 @@ def test_int8_sees_what_fp32_sees(finished: tuple[Path, str, list[str]]) -> None
     same, count = map(int, re.search(r"top-1 agreement fp32/int8: (\d+) of (\d+)\n", printed).groups())
     assert count == len(photographs_of_things()) + len(imagenet_photographs())
     assert same >= 0.9 * count
-    assert len(re.findall(r"│ coffee +│ espresso +│ 0\.\d\d │ espresso +│ 0\.\d\d │ yes +│", printed)) == 1
+    assert len(re.findall(r"coffee +espresso +0\.\d\d +espresso +0\.\d\d +yes", printed)) == 1
 
 
 def test_the_demo_does_without_foolbox(
@@ -153,6 +153,6 @@ def test_the_table_fits_80_columns_and_says_where_the_answers_differ() -> None:
     console.print(top1.table(rows, "title"))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    assert re.search(r"coffee +│ espresso +│ 0\.95 │ espresso +│ 0\.95 │ yes", text)
-    assert re.search(r"motorcycle_left +│ espresso +│ 0\.95 │ cup +│ 1\.00 │ no", text)
+    assert re.search(r"coffee +espresso +0\.95 +espresso +0\.95 +yes", text)
+    assert re.search(r"motorcycle_left +espresso +0\.95 +cup +1\.00 +no", text)
     assert top1.agreement(rows) == "top-1 agreement fp32/int8: 1 of 2"

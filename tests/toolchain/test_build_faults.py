@@ -61,13 +61,13 @@ def test_every_graph_that_is_written_passes_the_gate(target):
 @pytest.mark.parametrize(
     ("number", "cause"),
     [
-        (2, errno.EACCES),  # the folder beside the target
-        (4, errno.ENOSPC),  # the images
-        (5, errno.EDQUOT),  # the exported graph
-        (6, errno.EROFS),
-        (7, errno.EIO),
-        (8, errno.EMFILE),
-        (9, errno.ENOSPC),
+        (4, errno.EACCES),  # the folder beside the target
+        (6, errno.ENOSPC),  # the images
+        (7, errno.EDQUOT),  # the exported graph
+        (8, errno.EROFS),
+        (9, errno.EIO),
+        (10, errno.EMFILE),
+        (11, errno.ENOSPC),
     ],
 )
 def test_an_error_of_the_disk_comes_out_as_it_is_and_the_old_bundle_stays(target, number, cause):

@@ -91,7 +91,8 @@ def test_damage_is_found_while_packing_and_leaves_the_old_target(cnn, tmp_path_f
     pack_bundle(cnn.bundle.path, target)
     before = (target / "manifest.json").read_bytes()
     place = damaged.path / engine.file.path
-    place.write_bytes(place.read_bytes()[:-1] + b"x")
+    data = place.read_bytes()
+    place.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(IntegrityError, match="was changed"):
         pack_bundle(damaged.path, target, overwrite=True)
     assert (target / "manifest.json").read_bytes() == before

@@ -142,7 +142,7 @@ def test_output_stride_trades_stride_for_dilation(images):
 
 @pytest.mark.parametrize(("name", "stride"), [("test_vit", 16), ("resnet10t", 5)])
 def test_an_output_stride_that_the_architecture_does_not_have_is_refused(name, stride):
-    with pytest.raises(SourceError, match=rf"timm cannot make {name} with .*'output_stride': {stride}"):
+    with pytest.raises(SourceError, match=f"{name} cannot be dilated to a stride of {stride} "):
         load(name, output_stride=stride)
 
 
