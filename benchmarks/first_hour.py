@@ -8,8 +8,10 @@ gigabytes. The exit code is 1 if a target is missed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -82,7 +84,9 @@ def seconds_to_picture(clone: Path) -> float:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     make = shutil.which("make") or "make"
     started = time.perf_counter()
-    with subprocess.Popen([make, "demo"], cwd=clone, env=environment, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [make, "demo"], cwd=clone, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as process:
         try:
             while not (clone / PICTURE).is_file():
                 if process.poll() is not None:
@@ -90,7 +94,8 @@ def seconds_to_picture(clone: Path) -> float:
                 time.sleep(0.2)
             return time.perf_counter() - started
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what make has started
 
 
 if __name__ == "__main__":
