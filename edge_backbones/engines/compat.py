@@ -1,17 +1,34 @@
-"""Find the reasons why an engine does not run on a machine that several engine libraries have in common.
+"""Write the keys of engines for CPUs, and find the reasons why an engine does not run on a machine.
 
-The reasons come from the engine's key in the manifest. Nothing is loaded to find them, because a library that loads an
-engine of another machine may crash the process.
+Here is what several engine libraries have in common. The reasons come from the engine's key in the manifest. Nothing is
+loaded to find them, because a library that loads an engine of another machine may crash the process.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 from edge_backbones.bundle.manifest import EngineKey, GpuKey
 from edge_backbones.engines.base import Flavour
+from edge_backbones.machine import hosts
 from edge_backbones.machine.gpus import Gpu
 from edge_backbones.machine.hosts import Host
+from edge_backbones.spec import Precision
+
+
+def cpu_key(flavour: str, version: str, precision: Precision, graph: bytes) -> EngineKey:
+    """Return the key of an engine that a library compiles from a graph for this machine's CPU."""
+    host = hosts.this_host({flavour: version})
+    return EngineKey(
+        flavour=flavour,
+        library_version=version,
+        architecture=host.architecture,
+        cpu_features=host.cpu_features,
+        device_name=host.device_name,
+        precision=precision,
+        graph_sha256=hashlib.sha256(graph).hexdigest(),
+    )
 
 
 def against_library(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from edge_backbones.engines import compat
 from edge_backbones.engines.openvino import compile as compiler
 from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.errors import CompileError, EngineMismatchError, MissingDependencyError
@@ -113,9 +114,9 @@ def test_whatever_decides_what_the_engine_is_decides_which_entry_of_the_cache(tm
     with monkeypatch.context() as changed:
         changed.setattr(compiler.session, "library_version", lambda: "2030.1")
         assert not from_cache()
-    here = compiler.hosts.this_host({})
+    here = compat.hosts.this_host({})
     with monkeypatch.context() as changed:
-        changed.setattr(compiler.hosts, "this_host", lambda _: dataclasses.replace(here, cpu_features=("avx2",)))
+        changed.setattr(compat.hosts, "this_host", lambda _: dataclasses.replace(here, cpu_features=("avx2",)))
         assert not from_cache()
     assert from_cache()
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
-from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.bundle.onnx_gate import graph_fault
+from edge_backbones.engines import compat
 from edge_backbones.engines.base import CompiledEngine
 from edge_backbones.engines.onnxruntime import float_graph, int8_graph, session
 from edge_backbones.errors import (
@@ -15,7 +13,6 @@ from edge_backbones.errors import (
     needing,
     refuse_lack,
 )
-from edge_backbones.machine import hosts
 from edge_backbones.reading import in_short
 from edge_backbones.spec import Precision
 
@@ -34,16 +31,7 @@ def compile_graph(graph: bytes, precision: Precision) -> CompiledEngine:
     version = session.library_version()
     if version is None:
         raise MissingDependencyError("the ONNX Runtime engine", "onnxruntime")
-    host = hosts.this_host({})
-    key = EngineKey(
-        flavour="onnxruntime",
-        library_version=version,
-        architecture=host.architecture,
-        cpu_features=host.cpu_features,
-        device_name=host.device_name,
-        precision=precision,
-        graph_sha256=hashlib.sha256(graph).hexdigest(),
-    )
+    key = compat.cpu_key("onnxruntime", version, precision, graph)
     data = graph if precision is Precision.FP32 else rewrite(graph, precision)
     return CompiledEngine(data, key, ".onnx", from_cache=False)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import msgspec
 
 from edge_backbones.bundle.manifest import EngineKey
+from edge_backbones.engines import compat
 from edge_backbones.engines.base import CompiledEngine
 from edge_backbones.engines.openvino import int8_graph, session
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.machine import hosts
 from edge_backbones.spec import Precision
 
 CACHE_LIMIT_BYTES = 4 << 30
@@ -31,16 +31,7 @@ def engine_key(graph: bytes, precision: Precision) -> EngineKey:
     version = session.library_version()
     if version is None:
         raise MissingDependencyError("compiling the CPU engine", "cpu")
-    host = hosts.this_host({"openvino": version})
-    return EngineKey(
-        flavour="openvino",
-        library_version=version,
-        architecture=host.architecture,
-        cpu_features=host.cpu_features,
-        device_name=host.device_name,
-        precision=precision,
-        graph_sha256=hashlib.sha256(graph).hexdigest(),
-    )
+    return compat.cpu_key("openvino", version, precision, graph)
 
 
 def compile_graph(
