@@ -9,7 +9,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -59,10 +59,13 @@ class DeviceSession(EngineSession, Protocol):
 class GraphedCall(Protocol):
     """Replay one call of an engine that was recorded as a CUDA graph. Every replay overwrites ``outputs``."""
 
-    outputs: Sequence[DeviceArray]
+    @property
+    def outputs(self) -> Sequence[Any]:
+        """Return the outputs, in graph order."""
+        ...
 
-    def __call__(self) -> Sequence[DeviceArray]:
-        """Enqueue the recorded call on the stream that it was recorded for."""
+    def __call__(self) -> Sequence[Any]:
+        """Enqueue the recorded call, on the stream that it was recorded for; from and to the host, wait for it too."""
         ...
 
 
@@ -74,6 +77,14 @@ class GraphedSession(DeviceSession, Protocol):
         """Record a call that reads the memory of ``array`` on ``stream`` (a CUDA stream handle)."""
         ...
 
+    def graphed_on_host(self, array: np.ndarray) -> GraphedCall:
+        """Record a call that reads an array of ``input_buffer``, with the copies to and from the GPU."""
+        ...
+
+    def input_buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an array of zeros for inputs of this shape, which ``run`` reads without a copy on the host."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
@@ -83,7 +94,6 @@ class LoadOptions:
         gpu: Index of the GPU, None for the CPU.
         threads: Most CPU threads, None for the library's default.
         memory: Library that manages GPU memory, None for the first that is installed.
-        cuda_graphs: Replay each input shape as one CUDA graph.
         allow_host_code: Run engines that are programs, and runtimes inside plans.
         weights: ONNX graph that holds the weights of a plan without weights.
     """
@@ -91,7 +101,6 @@ class LoadOptions:
     gpu: int | None = None
     threads: int | None = None
     memory: MemoryBackend | None = None
-    cuda_graphs: bool = False
     allow_host_code: bool = False
     weights: bytes | bytearray | None = None
 

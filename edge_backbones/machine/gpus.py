@@ -120,6 +120,31 @@ def checked(driver: Any, result: Any, what: str, *values: object) -> Any:
 
 _pointer, _size = ctypes.c_uint64, ctypes.c_size_t
 _handle, _int, _unsigned = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D of cuda.h."""
+
+    _fields_ = (
+        ("srcXInBytes", _size),
+        ("srcY", _size),
+        ("srcMemoryType", _int),
+        ("srcHost", _handle),
+        ("srcDevice", _pointer),
+        ("srcArray", _handle),
+        ("srcPitch", _size),
+        ("dstXInBytes", _size),
+        ("dstY", _size),
+        ("dstMemoryType", _int),
+        ("dstHost", _handle),
+        ("dstDevice", _pointer),
+        ("dstArray", _handle),
+        ("dstPitch", _size),
+        ("WidthInBytes", _size),
+        ("Height", _size),
+    )
+
+
 # By function name: the symbol, the types that it returns through pointers, and those of its arguments. cuda-bindings has the
 # same names and returns (code, value...) too.
 _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
@@ -135,6 +160,7 @@ _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "cuMemcpyHtoDAsync": ("cuMemcpyHtoDAsync_v2", (), (_pointer, _handle, _size, _handle)),
     "cuMemcpyDtoHAsync": ("cuMemcpyDtoHAsync_v2", (), (_handle, _pointer, _size, _handle)),
     "cuMemcpyDtoDAsync": ("cuMemcpyDtoDAsync_v2", (), (_pointer, _pointer, _size, _handle)),
+    "cuMemcpy2DAsync": ("cuMemcpy2DAsync_v2", (), (ctypes.POINTER(_Copy2D), _handle)),
     "cuMemsetD8Async": ("cuMemsetD8Async", (), (_pointer, ctypes.c_ubyte, _size, _handle)),
     "cuPointerGetAttribute": ("cuPointerGetAttribute", (_int,), (_int, _pointer)),
     "cuCtxSynchronize": ("cuCtxSynchronize", (), ()),
@@ -174,6 +200,13 @@ class CtypesDriver:
         """The enum of that name in ``cuda.bindings.driver``."""
 
         CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
+
+    class CUmemorytype(enum.IntEnum):
+        """The enum of that name in ``cuda.bindings.driver``."""
+
+        CU_MEMORYTYPE_DEVICE = 2
+
+    CUDA_MEMCPY2D = _Copy2D
 
     def __init__(self, library: Any) -> None:
         self._library = library

@@ -161,6 +161,7 @@ class EdgeBackbone(BackboneDescription):
         self._cls_tokens = tuple(spec.outputs.index(name) for name in spec.cls_tokens)
         self._hidden_states = tuple(spec.outputs.index(name) for name in spec.hidden_states)
         self._usual = (np.dtype(input.dtype), input.opt_shape)
+        self._known_shapes: set[tuple[int, ...]] = set()  # those of arrays on the GPU that fitted
 
     @classmethod
     @lack_told("opening a bundle")
@@ -172,7 +173,6 @@ class EdgeBackbone(BackboneDescription):
         device: str = "auto",
         threads: int | None = None,
         memory: MemoryBackend | None = None,
-        cuda_graphs: bool = False,
         allow_host_code: bool = False,
         on_mismatch: Literal["raise", "compile"] = "raise",
         check_finite: bool = True,
@@ -191,8 +191,6 @@ class EdgeBackbone(BackboneDescription):
                 it, else the CPU.
             threads: Most CPU threads; None for all cores.
             memory: Library that manages GPU memory; None for cuda-bindings, or pycuda if that is missing.
-            cuda_graphs: Replay each input shape as one CUDA graph from its second call on. This saves kernel launches
-                and takes memory for each shape.
             allow_host_code: Run engines that are programs: TorchScript, and the CPU code that a version-compatible plan
                 may carry. They can do whatever their author wrote.
             on_mismatch: ``"compile"`` compiles, verifies and adds an engine if none in the bundle runs here, which
@@ -219,9 +217,7 @@ class EdgeBackbone(BackboneDescription):
         if on_mismatch not in ("raise", "compile"):
             raise InputError(f"on_mismatch must be 'raise' or 'compile', got {on_mismatch!r}")
 
-        load = base.LoadOptions(
-            threads=threads, memory=memory, cuda_graphs=cuda_graphs, allow_host_code=allow_host_code
-        )
+        load = base.LoadOptions(threads=threads, memory=memory, allow_host_code=allow_host_code)
         opened = open_engine(path, engine, load, device=device, compiles=on_mismatch == "compile", trusted=trusted)
         manifest, key = opened.manifest, opened.record.key
         backbone = cls(
@@ -239,7 +235,6 @@ class EdgeBackbone(BackboneDescription):
             "device": opened.device,
             "threads": threads,
             "memory": memory,
-            "cuda_graphs": cuda_graphs,
             "allow_host_code": allow_host_code,
             "on_mismatch": on_mismatch,
             "check_finite": check_finite,
@@ -368,23 +363,36 @@ class EdgeBackbone(BackboneDescription):
         """Return every output of the engine by name: feature maps, class tokens and hidden states, whatever is chosen."""
         return dict(zip(self._spec.outputs, self._run(pixel_values, stream), strict=True))
 
-    def graphed(self, pixel_values: Any, *, stream: Any) -> Callable[[], BackboneOutput]:
-        """Record a call on the GPU memory of ``pixel_values`` as one CUDA graph, and return a function that replays it.
+    def graphed(self, pixel_values: Any, *, stream: Any = None) -> Callable[[], BackboneOutput]:
+        """Record a call on the memory of ``pixel_values`` as one CUDA graph, and return a function that replays it.
 
-        To use it, write a frame to that memory on ``stream``, then call the function. It enqueues on ``stream``,
-        without copying or allocating, and returns the same output every time: the next call overwrites its maps. One
-        thread at a time may call it.
+        The function returns the same output every time: the next call overwrites its maps. One thread at a time may call
+        it. It does not check values for NaN and infinity. It needs a TensorRT engine and a batch that the engine takes.
 
-        It needs a TensorRT engine, memory at a multiple of 256 bytes, a batch that the engine takes, and a stream that
-        is not a default one. Raises InputError otherwise.
+        GPU memory: write a frame there on ``stream``, then call the function. It enqueues on ``stream``, without copying
+        or allocating. The memory must be at a multiple of 256 bytes, and ``stream`` no default one.
+
+        Host memory: pass an array of `input_buffer` and no stream. Write a frame there, then call the function. It copies
+        the frame to the GPU and the maps back, waits, and returns numpy arrays in page-locked memory.
+
+        Raises InputError for what cannot be recorded.
         """
         engine = self._engine
-        if not isinstance(engine, base.GraphedSession) or not is_on_gpu(pixel_values):
-            raise InputError(f"no CUDA graph on {self._device}: open a TensorRT engine, and pass an array on its GPU")
-        pointer = stream_pointer(stream)
-        array = from_foreign(pixel_values, stream=pointer)
-        self._input.batch_height_width(array.shape)
-        call = engine.graphed(array, pointer)
+        if not isinstance(engine, base.GraphedSession):
+            raise InputError(f"no CUDA graph on {self._device}: open a TensorRT engine")
+        call: base.GraphedCall
+        if isinstance(pixel_values, np.ndarray):
+            if stream is not None:
+                raise InputError("stream= is for arrays on the GPU: leave it out for an array of input_buffer")
+            self._input.batch_height_width(pixel_values.shape)
+            call = engine.graphed_on_host(pixel_values)
+        else:
+            if not is_on_gpu(pixel_values):
+                raise InputError("a CUDA graph reads an array on the GPU, or one of backbone.input_buffer(): pass such")
+            pointer = stream_pointer(stream)
+            array = from_foreign(pixel_values, stream=pointer)
+            self._input.batch_height_width(array.shape)
+            call = engine.graphed(array, pointer)
         output = self._output(call.outputs, None)
 
         def replay() -> BackboneOutput:
@@ -392,6 +400,31 @@ class EdgeBackbone(BackboneDescription):
             return output
 
         return replay
+
+    def input_buffer(
+        self, batch: int | None = None, *, height: int | None = None, width: int | None = None
+    ) -> np.ndarray:
+        """Return an array of zeros for inputs of this backbone, to write frames into again and again.
+
+        For an engine on a GPU it is in page-locked memory, and a call with it, or with a part of it that is in C order,
+        saves a copy. A GPU that shares the memory of the CPU, as on Jetson, reads it in place. On a CPU it is an ordinary
+        array.
+
+        Args:
+            batch: Number of images; None for the one that the engine is optimised for. So are height and width.
+            height: Pixels.
+            width: Pixels.
+
+        Raises:
+            InputError: The engine does not take such an input.
+        """
+        sizes = (self._input.batch.opt, self._input.height.opt, self._input.width.opt)
+        asked = (batch, height, width)
+        shape = self._input.shape(*(size if given is None else given for given, size in zip(asked, sizes, strict=True)))
+        self._input.batch_height_width(shape)
+        if isinstance(self._engine, base.GraphedSession):
+            return self._engine.input_buffer(shape)
+        return np.zeros(shape, self._input.dtype)
 
     def close(self) -> None:
         """Release the engine, for every copy of this backbone.
@@ -469,5 +502,7 @@ class EdgeBackbone(BackboneDescription):
             )
         pointer = stream_pointer(stream)
         array = from_foreign(values, stream=pointer)
-        self._input.batch_height_width(array.shape)
+        if array.shape not in self._known_shapes:
+            self._input.batch_height_width(array.shape)
+            self._known_shapes.add(array.shape)
         return engine.run_on_device(array, pointer)

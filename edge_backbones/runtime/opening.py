@@ -104,9 +104,8 @@ def _refuse_idle_options(load: LoadOptions, place: Place) -> None:
     """Raise InputError for options that mean nothing on the device that was asked for."""
     if place == "cuda" and load.threads is not None:
         raise InputError(f"threads={load.threads} is for engines on the CPU, and device is cuda: leave it out")
-    if place == "cpu" and (load.cuda_graphs or load.memory is not None):
-        name = "cuda_graphs" if load.cuda_graphs else "memory"
-        raise InputError(f"{name}={getattr(load, name)!r} is for engines on a GPU, and device is cpu: leave it out")
+    if place == "cpu" and load.memory is not None:
+        raise InputError(f"memory={load.memory!r} is for engines on a GPU, and device is cpu: leave it out")
 
 
 def _gpu_to_compile_for(device: str) -> int | None:

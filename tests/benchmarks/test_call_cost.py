@@ -11,8 +11,9 @@ def test_what_a_call_costs_can_be_measured_without_a_gpu(monkeypatch):
     before = gpus.find_gpus
     monkeypatch.setattr(call_cost, "microseconds", lambda call: call() is not None and 1.0)
     assert call_cost.measure() == {
-        "backbone(array), cuda_graphs=False": 1.0,
-        "backbone(array), cuda_graphs=True": 1.0,
-        "backbone.graphed(array)()": 1.0,
+        "backbone(array on the GPU)": 1.0,
+        "backbone.graphed(array on the GPU)()": 1.0,
+        "backbone(array of input_buffer)": 1.0,
+        "backbone.graphed(array of input_buffer)()": 1.0,
     }
     assert gpus.find_gpus is before

@@ -7,6 +7,7 @@ imports them once. Requests come and answers go as pickles.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import pickle
 import sys
@@ -14,6 +15,8 @@ import tempfile
 import traceback
 import warnings
 from typing import Any
+
+import pytest
 
 
 def serve() -> None:
@@ -53,9 +56,21 @@ def run(module: str, test: str, arguments: dict[str, Any]) -> int:
     from tests.driver.standin import StandIn
 
     warnings.simplefilter("error")
+    function = getattr(sys.modules[module], test)
+    asked = inspect.signature(function).parameters
     try:
         driver = StandIn()
-        getattr(sys.modules[module], test)(driver, **arguments)
+        if "driver" in asked:
+            arguments["driver"] = driver
+        if "monkeypatch" in asked:
+            arguments["monkeypatch"] = pytest.MonkeyPatch()  # the process ends with the test
+        if "machine" in asked:
+            from tests.driver.machine import DriverMachine
+
+            arguments["machine"] = machine = DriverMachine(driver)
+        function(**arguments)
+        if "machine" in asked:
+            assert machine.gpu.violations == []
         assert driver.violations() == []
     except BaseException as error:
         lines = traceback.TracebackException.from_exception(error, capture_locals=True).format()

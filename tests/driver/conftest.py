@@ -1,8 +1,10 @@
 """Tests over a stand-in for NVIDIA's driver, under the real bindings.
 
-A test whose first argument is ``driver`` runs in a process of its own that has the stand-in as libcuda.so.1, once for every
-release of the bindings. ``driver`` is a `tests.driver.standin.StandIn` there. ``@pytest.mark.machine(memory=..., pools=0)``
-chooses the machine, with the names of libcuda/standin.h in small letters. Other arguments are those of ``parametrize``.
+A test that takes ``driver`` or ``machine`` runs in a process of its own that has the stand-in as libcuda.so.1, once for every
+release of the bindings. There ``driver`` is a `tests.driver.standin.StandIn`, and ``machine`` a
+`tests.driver.machine.DriverMachine`, on which TensorRT has been used by its rules when the test ends.
+``@pytest.mark.machine(memory=..., pools=0)`` chooses the GPU, with the names of libcuda/standin.h in small letters. Other
+arguments are those of ``parametrize``, and ``tmp_path``.
 """
 
 from __future__ import annotations
@@ -112,14 +114,23 @@ def driver(request: pytest.FixtureRequest) -> Driver:
     return Driver(request.getfixturevalue("servers"), request.param, machine)
 
 
+@pytest.fixture
+def machine(driver: Driver) -> Driver:
+    return driver
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run the body of a test that takes ``driver`` where the stand-in is."""
-    if "driver" not in pyfuncitem._fixtureinfo.argnames:
+    """Run the body of a test that takes ``driver`` or ``machine`` where the stand-in is."""
+    made_there = {"driver", "machine", "monkeypatch"}
+    names = pyfuncitem._fixtureinfo.argnames
+    if not {"driver", "machine"} & set(names):
         return None
-    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames if name != "driver"}
+    arguments = {name: pyfuncitem.funcargs[name] for name in names if name not in made_there}
     module = ".".join(pyfuncitem.path.relative_to(ROOT).with_suffix("").parts)
-    status, said = pyfuncitem.funcargs["driver"].ask((module, pyfuncitem.function.__name__, arguments))
+    status, said = pyfuncitem.funcargs["driver" if "driver" in names else "machine"].ask(
+        (module, pyfuncitem.function.__name__, arguments)
+    )
     if status:
         __tracebackhide__ = True
         raise (AssertionError if status == 1 else ChildError)(said)

@@ -1,4 +1,4 @@
-"""The simulated TensorRT of tests/simulated_gpu.py on the stand-in for libcuda: everything between is the real thing."""
+"""The simulated TensorRT of tests/simulated_tensorrt.py on the stand-in for libcuda: everything between is the real thing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edge_backbones.engines.tensorrt.session import TensorRtSession
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import SPEC, pooling_input
 from tests.driver.standin import StandIn
-from tests.simulated_gpu import NumpyTensorRt, plan_of, shapes
+from tests.simulated_tensorrt import NumpyTensorRt, plan_of, shapes
 
 LAUNCH_FAILED = 719
 
@@ -65,7 +65,7 @@ class _Blocks:
 class DriverGpu:
     """What the simulated TensorRT and tests of it need of a GPU, from the stand-in.
 
-    It has the names of ``NumpyGpu``. Calls of TensorRT are counted among those of the driver.
+    Calls of TensorRT are counted among those of the driver.
     """
 
     def __init__(self, driver: StandIn) -> None:
@@ -171,6 +171,10 @@ class DriverMachine:
         with self.memory as opened:
             self.stream, self.other = opened.new_stream(), opened.new_stream()
         driver.reset()
+
+    def handle(self, stream: int | str) -> int:
+        """The handle of a stream: "own" is ``self.stream``, since no test can write down its number."""
+        return self.stream if stream == "own" else int(stream)
 
     def open(self, batch: ShapeRange | None = None, data: bytearray | None = None, **options: Any) -> TensorRtSession:
         batch = batch or ShapeRange(min=1, opt=2, max=4)

@@ -10,6 +10,6 @@ def test_the_cost_of_a_call_is_measured_through_the_bindings(driver):
 
     with mock.patch.object(call_cost, "microseconds", lambda call: call() is not None and 1.0):
         found = call_cost.measure(bindings=True)
-    assert len(found) == 3
+    assert len(found) == 4
     assert set(found.values()) == {1.0}
     assert driver.calls("cuEventRecord") > 0

@@ -50,6 +50,13 @@ def test_memory_is_copied_filled_and_freed(driver, backend):
         memory.copy(target, source, 64, stream)
         memory.clear(source, 64, stream)
         assert [read(memory, pointer, stream) for pointer in (source, target)] == [0, 7]
+        rows = np.arange(64, dtype=np.uint8).reshape(8, 8)
+        memory.copy_in(source, rows.ctypes.data, 64, stream)
+        memory.copy_rows(target, source + 16, rows=3, row_bytes=5, pitch=16, stream=stream)
+        found = np.empty(15, np.uint8)
+        memory.copy_out(found.ctypes.data, target, 15, stream)
+        memory.wait(stream)
+        assert (found.reshape(3, 5) == rows[2::2, :5]).all()
         memory.free(source)
         memory.free(target)
         memory.free_stream(stream)
@@ -72,7 +79,7 @@ def test_the_context_of_another_library_stays_current(driver, backend):
 def test_pinned_memory_lives_as_long_as_a_view(driver, backend):
     memory = opened(backend)
     with memory:
-        array = memory.pinned((2, 8), np.float32)
+        array = np.frombuffer(memory.pinned(64), np.float32).reshape(2, 8)
         stream, pointer = memory.new_stream(), memory.allocate(64)
         array[:] = 1
         memory.copy_in(pointer, array.ctypes.data, 64, stream)
@@ -199,10 +206,11 @@ def test_memory_that_runs_out_is_an_error_with_sizes(driver, backend):
 CALLS = {
     "cuMemAlloc": lambda m, p, s, e, g: m.allocate(64),
     "cuMemFree": lambda m, p, s, e, g: m.free(p),
-    "cuMemHostAlloc": lambda m, p, s, e, g: m.pinned((4,), np.uint8),
+    "cuMemHostAlloc": lambda m, p, s, e, g: m.pinned(4),
     "cuMemcpyHtoDAsync": lambda m, p, s, e, g: m.copy_in(p, bytes_of(1).ctypes.data, 64, s),
     "cuMemcpyDtoHAsync": lambda m, p, s, e, g: m.copy_out(bytes_of(1).ctypes.data, p, 64, s),
     "cuMemcpyDtoDAsync": lambda m, p, s, e, g: m.copy(p, p, 64, s),
+    "cuMemcpy2DAsync": lambda m, p, s, e, g: m.copy_rows(p, p, 2, 8, 16, s),
     "cuMemsetD8Async": lambda m, p, s, e, g: m.clear(p, 64, s),
     "cuStreamSynchronize": lambda m, p, s, e, g: m.wait(s),
     "cuCtxSynchronize": lambda m, p, s, e, g: m.wait_for_all(),

@@ -16,10 +16,9 @@ from edge_backbones.errors import EdgeBackbonesError, InputError
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import pooled
 from tests.driver.machine import LAUNCH_FAILED, DriverMachine
-from tests.simulated_gpu import plan_of, shapes
+from tests.simulated_tensorrt import plan_of, shapes
 
 RANDOM = np.random.default_rng(0)
-GRAPHS = pytest.mark.parametrize("graphs", [False, True], ids=["kernels", "graphs"])
 BACKENDS = pytest.mark.parametrize("backend", ["cuda-bindings", "pycuda"])
 
 
@@ -41,11 +40,10 @@ def done(machine) -> None:
 # ---- what works
 
 
-@GRAPHS
 @BACKENDS
-def test_host_arrays_go_in_and_out(driver, backend, graphs):
+def test_host_arrays_go_in_and_out(driver, backend):
     machine = DriverMachine(driver, backend)
-    session = machine.open(cuda_graphs=graphs)
+    session = machine.open()
     for batch in (1, 2, 4, 3, 1, 2, 4, 1, 6):
         images = pixels(batch)
         if batch <= 4:
@@ -57,11 +55,10 @@ def test_host_arrays_go_in_and_out(driver, backend, graphs):
     done(machine)
 
 
-@GRAPHS
 @BACKENDS
-def test_arrays_on_the_gpu_are_read_in_place_on_every_stream(driver, backend, graphs):
+def test_arrays_on_the_gpu_are_read_in_place_on_every_stream(driver, backend):
     machine = DriverMachine(driver, backend)
-    session = machine.open(cuda_graphs=graphs)
+    session = machine.open()
     for stream in (machine.stream, machine.other, 0, machine.stream):
         for batch in (2, 4, 9):
             images = pixels(batch)
@@ -74,10 +71,9 @@ def test_arrays_on_the_gpu_are_read_in_place_on_every_stream(driver, backend, gr
     done(machine)
 
 
-@GRAPHS
-def test_maps_that_another_stream_reads_are_not_written_over(driver, graphs):
+def test_maps_that_another_stream_reads_are_not_written_over(driver):
     machine = DriverMachine(driver)
-    session = machine.open(cuda_graphs=graphs)
+    session = machine.open()
     frames = [pixels(2) for _ in range(12)]
     arrays = [machine.gpu.put(frame) for frame in frames]
     with machine.memory as memory:
@@ -120,13 +116,13 @@ def waits(driver) -> int:
     return driver.calls("cuCtxSynchronize") + driver.calls("cuStreamSynchronize") + driver.calls("cuEventSynchronize")
 
 
-def waits_in_200_calls(driver, count: int, *, foreign: bool, held: bool, graphs: bool = False) -> int:
+def waits_in_200_calls(driver, count: int, *, foreign: bool, held: bool) -> int:
     """How often 200 calls on ``count`` streams in turn wait, after 200 to warm up.
 
     ``foreign``: another stream reads the maps. ``held``: until their stream comes again.
     """
     machine = DriverMachine(driver)
-    session = machine.open(cuda_graphs=graphs)
+    session = machine.open()
     array = machine.gpu.put(pixels(2))
     with machine.memory as memory:
         streams = [memory.new_stream() for _ in range(count)]
@@ -144,9 +140,8 @@ def waits_in_200_calls(driver, count: int, *, foreign: bool, held: bool, graphs:
     return waits(driver)
 
 
-@GRAPHS
-def test_200_calls_on_one_stream_never_wait(driver, graphs):
-    assert waits_in_200_calls(driver, 1, foreign=False, held=False, graphs=graphs) == 0
+def test_200_calls_on_one_stream_never_wait(driver):
+    assert waits_in_200_calls(driver, 1, foreign=False, held=False) == 0
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["dropped", "held"])
@@ -155,16 +150,14 @@ def test_200_calls_on_a_few_streams_never_wait(driver, count, held):
     assert waits_in_200_calls(driver, count, foreign=False, held=held) == 0
 
 
-@GRAPHS
 @pytest.mark.parametrize("count", [9, 16])
-def test_200_calls_on_many_streams_never_wait(driver, count, graphs):
-    assert waits_in_200_calls(driver, count, foreign=False, held=False, graphs=graphs) == 0
+def test_200_calls_on_many_streams_never_wait(driver, count):
+    assert waits_in_200_calls(driver, count, foreign=False, held=False) == 0
 
 
-@GRAPHS
 @pytest.mark.parametrize("count", [1, 2, 9, 16])
-def test_200_calls_whose_maps_another_stream_reads_never_wait(driver, count, graphs):
-    assert waits_in_200_calls(driver, count, foreign=True, held=False, graphs=graphs) == 0
+def test_200_calls_whose_maps_another_stream_reads_never_wait(driver, count):
+    assert waits_in_200_calls(driver, count, foreign=True, held=False) == 0
 
 
 # ---- the caller captures
@@ -216,11 +209,11 @@ def test_a_call_in_a_global_capture_of_the_caller_is_captured_or_refused(driver)
 # ---- every native call fails once
 
 
-def scenario(machine, inputs, graphs: bool) -> None:
+def scenario(machine, inputs) -> None:
     """Every kind of call."""
     batch = ShapeRange(min=2, opt=2, max=4)
     data = plan_of(shapes(2, 2, 2), shapes(2, 2, 4))
-    session = machine.open(batch, data, cuda_graphs=graphs)
+    session = machine.open(batch, data)
     try:
         for _ in range(3):
             session.run(pixels(2))
@@ -243,8 +236,7 @@ LOSES = ("cuMemFree", "cuMemFreeHost", "cuStreamDestroy", "cuEventDestroy", "cuG
 WAITS = ("cuEventSynchronize", "cuStreamSynchronize")
 
 
-@GRAPHS
-def test_every_native_call_may_fail_once_and_nothing_is_leaked(driver, graphs):
+def test_every_native_call_may_fail_once_and_nothing_is_leaked(driver):
     machine = DriverMachine(driver)
     inputs = [machine.gpu.put(pixels(2)), machine.gpu.put(pixels(9), 64), machine.gpu.put(pixels(3))]
     gc.collect()
@@ -254,7 +246,7 @@ def test_every_native_call_may_fail_once_and_nothing_is_leaked(driver, graphs):
         number += 1
         driver.fail_at("*", number, LAUNCH_FAILED)
         with contextlib.suppress(EdgeBackbonesError):
-            scenario(machine, inputs, graphs)
+            scenario(machine, inputs)
         failed = driver.failed
         if failed in WAITS:
             machine.gpu.violations.clear()
@@ -280,10 +272,9 @@ def test_every_native_call_may_fail_once_and_nothing_is_leaked(driver, graphs):
 # ---- a long run
 
 
-@GRAPHS
-def test_memory_is_flat_over_10000_calls(driver, graphs):
+def test_memory_is_flat_over_10000_calls(driver):
     machine = DriverMachine(driver)
-    session = machine.open(cuda_graphs=graphs)
+    session = machine.open()
     array, images = machine.gpu.put(pixels(2)), pixels(2)
 
     def calls(count: int) -> tuple[dict[str, int], int]:

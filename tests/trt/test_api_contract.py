@@ -35,6 +35,8 @@ MODULES = {
     "engines/tensorrt/contexts.py": EVERYWHERE,
     "engines/tensorrt/slot.py": EVERYWHERE,
     "engines/tensorrt/session.py": EVERYWHERE,
+    "engines/tensorrt/graphed.py": EVERYWHERE,
+    "engines/tensorrt/kernels.py": (RTX,),
     "engines/tensorrt/compile.py": BUILDERS,
     "engines/tensorrt/requests.py": BUILDERS,
     "engines/tensorrt/dla.py": BUILDERS,
@@ -68,7 +70,7 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     "DeviceType": {EVERYWHERE: "DLA"},
     "DynamicShapesKernelSpecializationStrategy": {(RTX,): "EAGER"},
     "EngineInspector": {BUILDERS: "get_engine_information"},
-    "ExecutionContextAllocationStrategy": {EVERYWHERE: "ON_PROFILE_CHANGE"},
+    "ExecutionContextAllocationStrategy": {EVERYWHERE: "USER_MANAGED"},
     "IBuilderConfig": {
         BUILDERS: "DLA_core add_optimization_profile builder_optimization_level can_run_on_DLA clear_flag "
         "create_timing_cache "
@@ -79,13 +81,13 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
         WEAKLY_TYPED: "int8_calibrator",
     },
     "ICudaEngine": {
-        EVERYWHERE: "create_engine_inspector create_execution_context device_memory_size_v2 get_tensor_dtype get_tensor_mode "
+        EVERYWHERE: "create_engine_inspector create_execution_context get_tensor_dtype get_tensor_mode "
         "get_tensor_name get_tensor_profile_shape get_tensor_shape num_io_tensors num_optimization_profiles",
         NEWER: "create_runtime_config",
     },
     "IExecutionContext": {
-        EVERYWHERE: "execute_async_v3 get_tensor_shape infer_shapes set_input_shape set_optimization_profile_async "
-        "set_tensor_address",
+        EVERYWHERE: "execute_async_v3 get_tensor_shape infer_shapes set_device_memory set_input_shape "
+        "set_optimization_profile_async set_tensor_address update_device_memory_size_for_shapes",
         (RTX,): "is_stream_capturable",
     },
     "ILayer": {BUILDERS: "get_input get_output name num_inputs num_outputs type"},
@@ -97,9 +99,10 @@ TOUCHED: dict[str, dict[tuple[str, ...], str]] = {
     "IInt8EntropyCalibrator2": {
         WEAKLY_TYPED: "get_batch get_batch_size read_calibration_cache write_calibration_cache"
     },
+    "IRuntimeCache": {(RTX,): "deserialize serialize"},
     "IRuntimeConfig": {
         NEWER: "set_execution_context_allocation_strategy",
-        (RTX,): "dynamic_shapes_kernel_specialization_strategy",
+        (RTX,): "create_runtime_cache dynamic_shapes_kernel_specialization_strategy set_runtime_cache",
     },
     "ITensor": {BUILDERS: "dtype name shape"},
     "ITimingCache": {EVERYWHERE: "serialize"},
@@ -133,7 +136,10 @@ AS_TEXT: dict[str, dict[tuple[str, ...], str]] = {
 # The class of what has this name, where neither its origin nor its annotation tells.
 RECEIVERS = {
     "builder": "Builder",
+    "cache": "IRuntimeCache",
+    "self._cache": "IRuntimeCache",
     "config": "IBuilderConfig",
+    "options": "IRuntimeConfig",
     "context": "IExecutionContext",
     "self._engine.new_context": "IExecutionContext",
     "engine": "ICudaEngine",
@@ -161,6 +167,7 @@ RECEIVERS = {
             "logger",
             "outer",
             "output",
+            "part",
             "piece",
             "shapes",
             "size",

@@ -33,6 +33,7 @@ from edge_backbones.engines.gpu.dlpack import (
     kind_of,
     make_capsule,
     read_capsule,
+    rows_of,
 )
 from edge_backbones.errors import InputError
 
@@ -42,7 +43,7 @@ _LEGACY, _PER_THREAD, _DO_NOT_WAIT = 1, 2, -1
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DeviceArray:
-    """A C-contiguous array in the memory of GPU ``device``, as the engine's outputs are: read it in place, or copy it.
+    """An array in the memory of GPU ``device``, as the engine's outputs are: read it in place, or copy it.
 
     >>> maps = backbone(frame_on_gpu, stream=stream).feature_maps           # doctest: +SKIP
     >>> tensor = torch.from_dlpack(maps[0])                                 # or cupy.from_dlpack, cupy.asarray, jax
@@ -59,6 +60,8 @@ class DeviceArray:
 
     Threads: the array never changes, and may be exported from several threads at once if ``synchronize`` may be.
 
+    Memory: in C order, unless ``strides`` says otherwise (in elements, one for each axis, as in DLPack).
+
     Raises InputError for a dtype that is not bool or an int, uint or float that numpy and DLPack share, for a negative
     size, and for a null pointer to something.
     """
@@ -71,6 +74,7 @@ class DeviceArray:
     owner: object
     synchronize: Callable[[int], None] | None
     stream: int = 0
+    strides: tuple[int, ...] | None = None
 
     @classmethod
     def of_engine(
@@ -96,6 +100,17 @@ class DeviceArray:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
         check_dtype(self.dtype, self.dtype)
         check_memory(self.pointer, self.shape)
+
+    def channels_first(self) -> DeviceArray:
+        """Return an array of shape (N, H, W, C) as (N, C, H, W) over the same memory: torch's channels_last format."""
+        batch, height, width, channels = self.shape
+        array = object.__new__(type(self))
+        array.__dict__.update(
+            self.__dict__,
+            shape=(batch, channels, height, width),
+            strides=(height * width * channels, 1, width * channels, channels),
+        )
+        return array
 
     @property
     def ndim(self) -> int:
@@ -130,7 +145,7 @@ class DeviceArray:
             "shape": self.shape,
             "typestr": self.dtype.str,
             "data": (self.pointer, False),
-            "strides": None,
+            "strides": self.strides and tuple(stride * self.dtype.itemsize for stride in self.strides),
             "stream": None if self.synchronize is None else self.stream or _LEGACY,
         }
 
@@ -168,6 +183,7 @@ class DeviceArray:
             self.owner,
             device=self.__dlpack_device__(),
             versioned=max_version is not None and max_version[0] >= 1,
+            strides=self.strides,
         )
 
     def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
@@ -182,6 +198,8 @@ def is_on_gpu(values: Any) -> bool:
 
     Raises InputError for an array that refuses to say.
     """
+    if type(values) is DeviceArray:
+        return True
     device = dlpack_device(values)
     return _interface(values) is not None if device is None else device[0] in ON_GPU
 
@@ -197,8 +215,18 @@ def from_foreign(values: Any, *, stream: int) -> ForeignArray:
     refuses to export, such as a torch tensor that requires grad.
     """
     if type(values) is DeviceArray:  # a frame's maps, into the next engine: without a capsule
-        values.order(_consumer_stream(stream))
-        return ForeignArray(values.pointer, values.shape, values.dtype, values.device, True, False, values.owner)
+        values.order(stream or _LEGACY)
+        rows = None if values.strides is None else rows_of(values.shape, values.strides, values.dtype.itemsize)
+        return ForeignArray(
+            values.pointer,
+            values.shape,
+            values.dtype,
+            values.device,
+            values.strides is None,
+            False,
+            values.owner,
+            rows=rows,
+        )
     refuse_views(values)
     device = dlpack_device(values)
     if device is not None:
@@ -330,13 +358,19 @@ def _read_interface(values: Any, interface: dict[str, Any]) -> ForeignArray:
     check_memory(pointer, shape)
     if strides is not None and len(strides) != len(shape):
         raise InputError(f"{kind_of(values)} has {len(strides)} strides for {len(shape)} axes: both must be as many")
+    contiguous = strides is None or is_c_contiguous(shape, strides, dtype.itemsize)
+    rows = None
+    moving = [stride for extent, stride in zip(shape, strides or (), strict=False) if extent != 1]
+    if strides is not None and not contiguous and not any(stride % dtype.itemsize for stride in moving):
+        rows = rows_of(shape, [stride // dtype.itemsize for stride in strides], dtype.itemsize)
     return ForeignArray(
         pointer=pointer,
         shape=shape,
         dtype=dtype,
         device=None,
-        contiguous=strides is None or is_c_contiguous(shape, strides, dtype.itemsize),
+        contiguous=contiguous,
         read_only=bool(read_only),
         owner=values,
         producer_stream=stream,
+        rows=rows,
     )

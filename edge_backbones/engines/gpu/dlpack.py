@@ -16,7 +16,7 @@ import numpy as np
 from edge_backbones.engines.forks import keep_for_good
 from edge_backbones.errors import InputError
 
-_CPU, CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType
+CUDA, CUDA_HOST, _CUDA_MANAGED = 2, 3, 13  # DLDeviceType
 ON_GPU = (CUDA, _CUDA_MANAGED)
 _NEWEST_DLPACK = (1, 3)
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
@@ -55,6 +55,15 @@ _CAST = "cast it to float32, float16 or uint8 first"
 REFUSALS = (BufferError, RuntimeError, TypeError, ValueError, AssertionError)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Describe memory that is not contiguous: ``count`` rows of ``nbytes`` bytes, which begin ``pitch`` bytes apart."""
+
+    count: int
+    nbytes: int
+    pitch: int
+
+
 @dataclass(frozen=True, eq=False)
 class ForeignArray:
     """Another library's array, to be read in place while ``owner`` is held.
@@ -76,6 +85,7 @@ class ForeignArray:
     read_only: bool
     owner: object
     producer_stream: int | None = None  # not None: the reader's stream has to wait for this one first
+    rows: Rows | None = None  # if it is not contiguous, and no more than its rows are apart
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +121,37 @@ def is_c_contiguous(shape: Sequence[int], strides: Sequence[int], step: int) -> 
             return False
         step *= extent
     return True
+
+
+def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of C order, in elements."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))
+
+
+def rows_of(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Rows | None:
+    """Return an array as rows that begin at one distance, as frames of cameras and decoders lie; None if it is not so.
+
+    ``strides``: in elements.
+    """
+    axis, nbytes = len(shape), 1
+    while axis and (shape[axis - 1] == 1 or strides[axis - 1] == nbytes):
+        axis -= 1
+        nbytes *= shape[axis]
+    outer = [(extent, stride) for extent, stride in zip(shape[:axis], strides[:axis], strict=True) if extent != 1]
+    if not outer or 0 in shape:
+        return None
+    count, pitch = outer[-1]
+    if pitch < nbytes:
+        return None
+    for extent, stride in reversed(outer[:-1]):
+        if stride != count * pitch:
+            return None
+        count *= extent
+    return Rows(count, nbytes * itemsize, pitch * itemsize)
 
 
 # ---- DLPack: the structures of dlpack.h, and CPython's capsules
@@ -260,7 +301,8 @@ def read_capsule(capsule: Any, device_types: Sequence[int]) -> ForeignArray:
     pointer = (tensor.data or 0) + tensor.byte_offset
     check_memory(pointer, shape)
     # Null strides are those of C order; DLPack 1.2 forbade them.
-    contiguous = not tensor.strides or is_c_contiguous(shape, tensor.strides[: tensor.ndim], 1)
+    strides = tensor.strides[: tensor.ndim] if tensor.strides else ()
+    contiguous = not strides or is_c_contiguous(shape, strides, 1)
     device = tensor.device.id if tensor.device.type == CUDA else None
     address, deleter = ctypes.addressof(managed), managed.deleter
     _rename_capsule(capsule, _USED[name])
@@ -272,6 +314,7 @@ def read_capsule(capsule: Any, device_types: Sequence[int]) -> ForeignArray:
         contiguous=contiguous,
         read_only=bool(flags & _READ_ONLY),
         owner=_Lent(address, deleter),
+        rows=None if contiguous else rows_of(shape, strides, dtype.itemsize),
     )
 
 
@@ -296,8 +339,9 @@ def make_capsule(
     *,
     device: tuple[int, int],
     versioned: bool,
+    strides: Sequence[int] | None = None,
 ) -> object:
-    """A DLPack capsule that keeps ``owner``.
+    """A DLPack capsule that keeps ``owner``. ``strides``: in elements; None for those of C order.
 
     numpy (1.24 or newer) makes it, of one element that is seen many times, and what it is to describe is written into it.
     So its deleter is C: it may be called by a thread that Python does not know, while an exception is on its way (a
@@ -317,8 +361,6 @@ def make_capsule(
     tensor.device.type, tensor.device.id = device
     tensor.dtype.code = _CODE_OF_KIND[dtype.kind]
     if tensor.strides:  # null where the array has at most one element, which any strides fit
-        step = 1
-        for axis in reversed(range(len(shape))):
-            tensor.strides[axis] = step
-            step *= shape[axis]
+        for axis, stride in enumerate(c_strides(shape) if strides is None else strides):
+            tensor.strides[axis] = stride
     return capsule

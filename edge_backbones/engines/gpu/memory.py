@@ -11,15 +11,12 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import math
 import sys
 import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, Protocol
-
-import numpy as np
 
 from edge_backbones.engines.gpu.streams import StreamKey, stream_key
 from edge_backbones.errors import DeviceError, InputError, MissingDependencyError, OutOfMemoryError
@@ -29,7 +26,7 @@ from edge_backbones.machine.gpus import checked
 MemoryBackend = Literal["cuda-bindings", "pycuda"]
 
 _INVALID_VALUE, _CAPTURES_ELSEWHERE = 1, 906
-_PORTABLE, _NON_BLOCKING, _DISABLE_TIMING = 1, 1, 2
+_PORTABLE, _MAPPED, _NON_BLOCKING, _DISABLE_TIMING = 1, 2, 1, 2
 # Nobody may wait for a context while one of its streams captures (CUDA programming guide, "Prohibited and Unhandled
 # Operations").
 _capturing = threading.RLock()
@@ -83,11 +80,15 @@ class CudaBindings:
 
     def push(self) -> None:
         """Make the primary context current, as described in `Backend`."""
-        self._check(self.driver.cuCtxPushCurrent(self._context), "cuCtxPushCurrent")
+        result = self.driver.cuCtxPushCurrent(self._context)
+        if result[0]:
+            self._check(result, "cuCtxPushCurrent")
 
     def pop(self) -> None:
         """Make the previous context current, as described in `Backend`."""
-        self._check(self.driver.cuCtxPopCurrent(), "cuCtxPopCurrent")
+        result = self.driver.cuCtxPopCurrent()
+        if result[0]:
+            self._check(result, "cuCtxPopCurrent")
 
     def allocate(self, size: int) -> int:
         """Allocate device memory, as described in `Backend`."""
@@ -229,14 +230,17 @@ class GpuMemory:
         """Free device memory, after waiting until the GPU has finished with it."""
         self._backend.free(pointer)
 
-    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Return an uninitialised array in page-locked host memory, which lives as long as the array or a view of it."""
-        size = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
-        pointer = int(self._check(self._driver.cuMemHostAlloc(size, _PORTABLE), "cuMemHostAlloc of %d bytes", size))
+    def pinned(self, size: int) -> ctypes.Array[ctypes.c_ubyte]:
+        """Return ``size`` bytes (at least 1) of page-locked host memory, which live as long as the block or a view of it.
+
+        They are not initialised. ``ctypes.addressof`` gives the address, under which the GPU can read and write them too
+        where it shares the memory of the CPU. Every context of the process knows the memory.
+        """
+        flags = _PORTABLE | _MAPPED
+        pointer = int(self._check(self._driver.cuMemHostAlloc(size, flags), "cuMemHostAlloc of %d bytes", size))
         block = (ctypes.c_ubyte * size).from_address(pointer)
-        # A ctypes block, not an array: numpy would make an array the base of further views, instead of the returned one.
         weakref.finalize(block, self._free_pinned, pointer).atexit = False
-        return np.ndarray(shape, dtype, buffer=block)
+        return block
 
     def _free_pinned(self, pointer: int) -> None:
         if not sys.is_finalizing():
@@ -255,6 +259,15 @@ class GpuMemory:
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
         """Enqueue a copy from device to device."""
         self._check(self._driver.cuMemcpyDtoDAsync(to, source, size, stream), "copying %d bytes on the GPU", size)
+
+    def copy_rows(self, to: int, source: int, rows: int, row_bytes: int, pitch: int, stream: int) -> None:
+        """Enqueue a copy from device to device of rows that begin ``pitch`` bytes apart, and lie end to end afterwards."""
+        plan, driver = self._driver.CUDA_MEMCPY2D(), self._driver
+        plan.srcMemoryType = plan.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        plan.srcDevice, plan.srcPitch = source, pitch
+        plan.dstDevice, plan.dstPitch = to, row_bytes
+        plan.WidthInBytes, plan.Height = row_bytes, rows
+        self._check(driver.cuMemcpy2DAsync(plan, stream), "copying %d rows of %d bytes on the GPU", rows, row_bytes)
 
     def clear(self, pointer: int, size: int, stream: int) -> None:
         """Enqueue setting ``size`` bytes of device memory to zero."""
@@ -279,14 +292,19 @@ class GpuMemory:
             return 0
         if self._stream_id is None:
             return stream_key(stream, threading.get_ident())
-        return 1 + int(self._check(self._stream_id(stream), "cuStreamGetId of %#x", stream))
+        result = self._stream_id(stream)
+        if result[0]:
+            self._check(result, "cuStreamGetId of %#x", stream)
+        return 1 + int(result[1])
 
     def is_capturing(self, stream: int) -> bool:
         """Return whether work that is enqueued on a stream is captured, or refused because another stream captures."""
         result = self._driver.cuStreamIsCapturing(stream)
-        if int(result[0]) == _CAPTURES_ELSEWHERE:
-            return True
-        return int(self._check(result, "cuStreamIsCapturing of %#x", stream)) != 0
+        if result[0]:
+            if int(result[0]) == _CAPTURES_ELSEWHERE:
+                return True
+            self._check(result, "cuStreamIsCapturing of %#x", stream)
+        return int(result[1]) != 0
 
     def wait(self, stream: int) -> None:
         """Block until all work on a stream is done. An error of an earlier kernel is raised here."""
@@ -307,7 +325,9 @@ class GpuMemory:
 
     def record(self, event: int, stream: int) -> None:
         """Record an event behind the work that is on a stream now."""
-        self._check(self._driver.cuEventRecord(event, stream), "cuEventRecord")
+        result = self._driver.cuEventRecord(event, stream)
+        if result[0]:
+            self._check(result, "cuEventRecord")
 
     def follow(self, stream: int, event: int) -> None:
         """Make work that is enqueued on a stream from now on wait for an event. Nothing blocks here."""
@@ -319,7 +339,7 @@ class GpuMemory:
 
     def happened(self, event: int) -> bool:
         """Return whether an event has happened. It does not raise an error of the GPU."""
-        return not int(self._driver.cuEventQuery(event)[0])
+        return not self._driver.cuEventQuery(event)[0]
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Any:
         """Record what ``enqueue`` puts on a stream as a CUDA graph, and return the graph for ``launch``.

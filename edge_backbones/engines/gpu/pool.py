@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from edge_backbones.engines.gpu.memory import GpuMemory
-from edge_backbones.engines.gpu.streams import StreamKey
+from edge_backbones.engines.gpu.streams import StreamKey, rounded
 from edge_backbones.errors import DeviceError, OutOfMemoryError
 
 _UNUSABLE_BUFFERS = 8  # buffers of one size that other streams may still use before the oldest is taken, behind events
 _FREE_BUFFERS = 256  # most outputs that are kept for later calls while nobody holds them
+SCRATCH_BUFFERS = 8  # most streams that have scratch memory of their own; more of them take turns
 
 
 @dataclass(eq=False)
@@ -40,7 +41,7 @@ class Buffer:
 
     def follows(self, key: StreamKey) -> bool:
         """Return whether work on the stream ``key`` runs after everything that uses this memory."""
-        return not self.readers and not self.after and self.key in (None, key)
+        return (self.key == key or self.key is None) and not self.readers and not self.after
 
 
 class Ready:
@@ -58,28 +59,26 @@ class Ready:
 
 
 class Lease:
-    """Hold one output for its user.
+    """Hold the memory of one call's outputs for its users.
 
-    A DeviceArray, and whoever took it through DLPack, keep the lease alive. When the last of them is gone, the memory
-    is given back.
+    The call's DeviceArrays, and whoever took one through DLPack, keep the lease alive. When the last of them is gone, the
+    memory goes back to the pool. Garbage collection may do that in any thread.
 
     Args:
-        buffer: The output's memory.
-        ready: Event behind the work that writes it.
-        pool: Where the event belongs.
-        give_back: Takes the buffer back. Garbage collection may call it in any thread.
+        buffer: Memory of all outputs of the call.
+        ready: Event behind the work that writes them.
+        pool: Where buffer and event belong.
     """
 
-    __slots__ = ("_give_back", "_pool", "_ready", "buffer")
+    __slots__ = ("_pool", "_ready", "buffer")
 
-    def __init__(self, buffer: Buffer, ready: Ready, pool: Pool, give_back: Callable[[Buffer], None]) -> None:
+    def __init__(self, buffer: Buffer, ready: Ready, pool: Pool) -> None:
         self.buffer = buffer
         self._ready = ready
         self._pool = pool
-        self._give_back = give_back
 
     def order(self, consumer: int) -> None:
-        """Make the stream ``consumer`` wait for this output."""
+        """Make the stream ``consumer`` wait for the outputs."""
         with self._pool.memory as memory:
             key = memory.stream_key(consumer)
             if key != self.buffer.key:
@@ -88,7 +87,7 @@ class Lease:
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
-            self._give_back(self.buffer)
+            self._pool.give_back(self.buffer)
 
 
 class CleanUp:
@@ -110,6 +109,14 @@ class CleanUp:
             raise self._first
 
 
+def _usable(buffers: Sequence[Buffer], key: StreamKey) -> int:
+    """Return the index of the latest buffer that work on a stream may use at once; -1 if there is none."""
+    for index in range(len(buffers) - 1, -1, -1):
+        if buffers[index].follows(key):
+            return index
+    return -1
+
+
 class Pool:
     """Keep device memory and events between calls. Work that runs after their last use gets them again.
 
@@ -124,6 +131,7 @@ class Pool:
         self._free: dict[int, list[Buffer]] = {}
         self._count = 0  # number of free buffers
         self._returned: list[Buffer] = []  # of the free ones, those whose readers have no event behind them yet
+        self._scratch: list[Buffer] = []  # in the order of their last use
         self._events: list[int] = []
         self._closed = False
 
@@ -137,40 +145,71 @@ class Pool:
             key: Key of the stream.
             stream: Its handle.
         """
-        self._mark_reads()
-        with self.lock:
-            same = self._free.get(size, []) if self._count <= _FREE_BUFFERS else []
-            found = next((i for i in range(len(same) - 1, -1, -1) if same[i].follows(key)), None)
-            if found is None and len(same) >= _UNUSABLE_BUFFERS:
-                found = next((i for i, buffer in enumerate(same) if not buffer.readers), None)
-            buffer = None if found is None else same.pop(found)
-            self._count -= buffer is not None
-            settle = self._count > _FREE_BUFFERS
-        if buffer is not None:
-            self.order(buffer, key, stream)
-            return buffer
-        if settle:
+        if self._returned:
+            self._mark_reads()
+        if self._count > _FREE_BUFFERS:
             self._settle()
-            return self.take(size, key, stream)
+        with self.lock:
+            same = self._free.setdefault(size, [])
+            index = _usable(same, key)
+            if index < 0 and len(same) >= _UNUSABLE_BUFFERS:
+                index = next((i for i, buffer in enumerate(same) if not buffer.readers), -1)
+            if index >= 0:
+                self._count -= 1
+                buffer = same.pop(index)
+        if index < 0:
+            return self._allocate(size, key, stream)
+        if not buffer.follows(key):
+            self._order(buffer, key, stream)
+        buffer.key, buffer.stream = key, stream  # it belongs to that stream from now on
+        return buffer
+
+    def take_scratch(self, size: int, key: StreamKey, stream: int) -> Buffer:
+        """Return a buffer of ``size`` bytes or more that is used only until the next call on the same stream.
+
+        Give it back with `give_back_scratch` as soon as the work is enqueued. One buffer serves all calls on a stream, and
+        grows to what the largest of them needs. Call it inside ``with memory:``. Raises OutOfMemoryError.
+        """
+        with self.lock:
+            index = _usable(self._scratch, key)
+            if index < 0 and len(self._scratch) >= SCRATCH_BUFFERS:
+                index = 0
+            buffer = None if index < 0 else self._scratch.pop(index)
+        if buffer is not None and buffer.size < size:
+            self.memory.free(buffer.pointer)  # waits for what still uses it
+            buffer = None
+        if buffer is None:
+            return self._allocate(rounded(size), key, stream)
+        if not buffer.follows(key):
+            self._order(buffer, key, stream)
+        buffer.key, buffer.stream = key, stream
+        return buffer
+
+    def give_back_scratch(self, buffer: Buffer) -> None:
+        """Take a buffer of ``take_scratch`` back."""
+        with self.lock:
+            self._scratch.append(buffer)
+        self._after_close()
+
+    def _allocate(self, size: int, key: StreamKey, stream: int) -> Buffer:
         try:
             pointer = self.memory.allocate(size)
         except OutOfMemoryError:
-            if not self._count:
+            if not self._count and not self._scratch:
                 raise
             self._release_free()
             pointer = self.memory.allocate(size)
         return Buffer(pointer, size, key, stream)
 
-    def order(self, buffer: Buffer, key: StreamKey, stream: int) -> None:
-        """Make a stream wait for everything that uses a buffer, which belongs to that stream from then on."""
-        if not buffer.follows(key):
-            readers = dict(buffer.readers)
-            if buffer.key not in (None, key):
-                readers[buffer.key] = buffer.stream
-            readers.pop(key, None)
-            for ready in [*buffer.after, *self._mark(readers).values()]:
-                self.memory.follow(stream, ready.event)
-        buffer.key, buffer.stream, buffer.readers, buffer.after = key, stream, {}, []
+    def _order(self, buffer: Buffer, key: StreamKey, stream: int) -> None:
+        """Make a stream wait for everything that uses a buffer."""
+        readers = dict(buffer.readers)
+        if buffer.key not in (None, key):
+            readers[buffer.key] = buffer.stream
+        readers.pop(key, None)
+        for ready in [*buffer.after, *self._mark(readers).values()]:
+            self.memory.follow(stream, ready.event)
+        buffer.readers, buffer.after = {}, []
 
     def _mark_reads(self) -> None:
         """Record events behind the reads of other streams, for the buffers that were given back since the last call."""
@@ -231,7 +270,8 @@ class Pool:
     def _release_free(self) -> None:
         free = self._take_free()
         with self.lock:
-            events, self._events = self._events, []
+            free += self._scratch
+            events, self._events, self._scratch = self._events, [], []
         steps = CleanUp()
         for buffer in free:
             steps.make(self.memory.free, buffer.pointer)

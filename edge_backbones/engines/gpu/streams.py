@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TypeAlias
 
 StreamKey: TypeAlias = "int | tuple[int, int]"
 
 
 ALIGNMENT = 256  # bytes; TensorRT needs it for every address, and CUDA's allocations have it
-
-
-def float32_bytes(shape: Sequence[int]) -> int:
-    """Return how many bytes a float32 array of this shape takes."""
-    return 4 * math.prod(shape)
 
 
 def rounded(size: int) -> int:

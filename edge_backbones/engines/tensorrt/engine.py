@@ -10,9 +10,9 @@ import numpy as np
 
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.engines.base import ALLOW
-from edge_backbones.engines.gpu.memory import readable
 from edge_backbones.engines.ports import Tensor, mismatches
 from edge_backbones.engines.tensorrt import library as tensorrt_library
+from edge_backbones.engines.tensorrt.kernels import Kernels
 from edge_backbones.engines.tensorrt.library import TensorRtFlavour
 from edge_backbones.engines.tensorrt.profiles import Profile, says_host_code, says_out_of_memory, uncovered
 from edge_backbones.errors import (
@@ -21,6 +21,9 @@ from edge_backbones.errors import (
     OutOfMemoryError,
 )
 from edge_backbones.spec import BackboneSpec, InputSpec
+
+DTYPES: dict[str, np.dtype] = {"FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16)}
+"""Dtypes of outputs, by TensorRT's names."""
 
 
 @dataclass
@@ -33,9 +36,11 @@ class Engine:
         runtime: TensorRT's runtime, which must outlive ``handle``.
         handle: TensorRT's engine.
         input: Name of the input.
-        item_bytes: Bytes of one value of the input.
         outputs: Names of the outputs.
+        output_dtypes: Their dtypes.
         profiles: Its optimisation profiles.
+        kernels: Kernels that TensorRT-RTX compiled, kept for the next process; None for other libraries.
+        reads_host_memory: Whether kernels may read page-locked host memory in place of a copy: the GPU is integrated.
     """
 
     library: Any
@@ -43,42 +48,41 @@ class Engine:
     runtime: Any
     handle: Any
     input: str
-    item_bytes: int
     outputs: tuple[str, ...]
+    output_dtypes: tuple[np.dtype, ...]
     profiles: tuple[Profile, ...]
+    kernels: Kernels | None = None
+    reads_host_memory: bool = False
 
     def new_context(self) -> Any:
-        """Create an execution context.
+        """Create an execution context, which takes its scratch memory from us, for the shape that it is set to.
 
-        Where TensorRT can, the context takes only the memory of its profile. TensorRT-RTX compiles kernels for each
-        shape at once: otherwise it would begin with fallback kernels, which nobody has measured, and replace them while
-        it runs.
+        TensorRT-RTX compiles kernels for each shape at once: otherwise it would begin with fallback kernels, which nobody
+        has measured, and replace them while it runs.
         """
         self.logger.clear()
-        strategies = getattr(self.library, "ExecutionContextAllocationStrategy", None)
-        on_change = getattr(strategies, "ON_PROFILE_CHANGE", None)
-        chosen = [on_change] if on_change is not None and len(self.profiles) > 1 else []
+        user_managed = self.library.ExecutionContextAllocationStrategy.USER_MANAGED
+        options = user_managed
         if hasattr(self.library, "DynamicShapesKernelSpecializationStrategy"):
-            config = self.handle.create_runtime_config()
-            config.dynamic_shapes_kernel_specialization_strategy = (
+            options = self.handle.create_runtime_config()
+            options.dynamic_shapes_kernel_specialization_strategy = (
                 self.library.DynamicShapesKernelSpecializationStrategy.EAGER
             )
-            for strategy in chosen:
-                config.set_execution_context_allocation_strategy(strategy)
-            chosen = [config]
-        context = self.handle.create_execution_context(*chosen)
+            options.set_execution_context_allocation_strategy(user_managed)
+            if self.kernels is not None:
+                self.kernels.use_in(options)
+        context = self.handle.create_execution_context(options)
         if context is None:
-            needed = int(self.handle.device_memory_size_v2)
-            raise self.failure(f"TensorRT made no execution context, which takes {readable(needed)} of its own")
+            raise self.failure("TensorRT made no execution context")
         return context
 
-    def check(self, done: Any, what: str) -> None:
+    def check(self, done: Any, what: str, *values: object) -> None:
         """Raise InferenceError, with the reason in TensorRT's log, if a call returned False.
 
-        ``what``: the request, for the message.
+        ``what % values``: the request, for the message.
         """
         if not done:
-            raise self.failure(f"TensorRT refused {what}")
+            raise self.failure(f"TensorRT refused {what % values}")
 
     def failure(self, what: str) -> InferenceError:
         """Return an InferenceError with the reason in TensorRT's log, or an OutOfMemoryError if that is the reason."""
@@ -89,8 +93,15 @@ class Engine:
             )
         return InferenceError(f"{what}: {log}")
 
+    def keep_kernels(self) -> None:
+        """Write the kernels that TensorRT-RTX has compiled since the last time to the user's cache."""
+        if self.kernels is not None:
+            self.kernels.save()
+
     def close(self) -> None:
-        """Release TensorRT's engine, then its runtime."""
+        """Release TensorRT's engine, then its runtime. Before that, keep the compiled kernels for the next process."""
+        self.keep_kernels()
+        self.kernels = None
         self.handle = None
         self.runtime = None
 
@@ -151,8 +162,8 @@ def load(
     except BaseException:
         engine = None  # must go before its runtime
         raise
-    item_bytes = np.dtype(input.dtype).itemsize
-    return Engine(library, logger, runtime, engine, input.name, item_bytes, tuple(outputs), profiles)
+    dtypes = tuple(DTYPES[engine.get_tensor_dtype(name).name] for name in outputs)
+    return Engine(library, logger, runtime, engine, input.name, tuple(outputs), dtypes, profiles)
 
 
 def _refit(library: Any, engine: Any, graph: bytes | bytearray, flavour: TensorRtFlavour) -> None:

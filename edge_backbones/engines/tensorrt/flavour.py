@@ -61,7 +61,6 @@ class TensorRt(Flavour):
             outputs=spec.outputs,
             gpu=options.gpu or 0,
             memory=options.memory,
-            cuda_graphs=options.cuda_graphs,
             allow_host_code=options.allow_host_code,
             dla_core=None if key.gpu is None else key.gpu.dla_core,
             weights=options.weights,

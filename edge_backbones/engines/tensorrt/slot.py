@@ -1,18 +1,20 @@
-"""Run calls on one execution context, which has a stream and memory of its own."""
+"""Run calls on one execution context, which has a stream of its own and borrows all other memory for each call."""
 
 from __future__ import annotations
 
 import contextlib
-import math
+import ctypes
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_backbones.engines.gpu.dlpack import ForeignArray
-from edge_backbones.engines.gpu.pool import Buffer, CleanUp, Lease, Pool, Ready
-from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, float32_bytes, is_default, rounded
+from edge_backbones.engines.gpu.blocks import NO_ARRAYS, Block
+from edge_backbones.engines.gpu.dlpack import Rows
+from edge_backbones.engines.gpu.pool import Buffer, CleanUp, Pool, Ready
+from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, is_default, rounded
 from edge_backbones.engines.ports import Shape
 from edge_backbones.engines.tensorrt.engine import Engine
 from edge_backbones.engines.tensorrt.profiles import Profile
@@ -21,12 +23,24 @@ from edge_backbones.errors import DeviceError, InferenceError
 _HOST_OUTPUTS = 4  # most page-locked sets of outputs per context; callers that hold more get ordinary memory
 
 
+class Frames(NamedTuple):
+    """Describe images in GPU memory: ``images`` of them at ``pointer``, ``image`` bytes each.
+
+    ``rows``: the rows of all of them, if they are not contiguous.
+    """
+
+    pointer: int
+    images: int
+    image: int
+    rows: Rows | None = None
+
+
 @dataclass(eq=False)
 class _HostOutputs:
     """Hold arrays that a caller gets, and their reference counts while no caller holds them."""
 
     arrays: list[np.ndarray]
-    addresses: list[int]
+    address: int
     unshared: list[int] = field(default_factory=list)
 
     def references(self) -> list[int]:
@@ -35,62 +49,52 @@ class _HostOutputs:
 
 
 class Slot:
-    """Run calls on one execution context, with its own stream and memory. One thread uses it at a time.
+    """Run calls on one execution context. One thread uses it at a time.
 
-    Its methods need the memory's context to be current (``with memory:``).
+    TensorRT's scratch memory, copies of inputs and outputs are taken from the pool for each call and given back when the
+    work is enqueued, because the pool knows which stream uses them. So contexts share memory, and a context for small
+    shapes takes little of it. Its methods need the memory's context to be current (``with memory:``).
 
     Args:
         engine: Creates the execution context.
-        pool: Memory and events of the outputs.
+        pool: Memory and events of the calls.
         profile: Optimisation profile of the context.
-        largest: Input shape that its memory is made for.
-        refusals: None for a context without a CUDA graph. Otherwise the context serves one shape, replays it from the
-            second call on, and writes here why it cannot.
 
     Attributes:
         key: Stream that its last work is ordered on; None if no work is pending.
         ready: Event behind its last work; None if no work is pending.
         shape: Input shape that the context is set to.
-        output_shapes: Output shapes for that input shape, in graph order.
-        group: Profile and captured shape for which `Contexts` keeps it.
-        busy: Whether a call uses it.
-        graph: The captured CUDA graph; None while there is none.
-        refused: Whether a CUDA graph was wanted and could not be captured.
+        outputs: Outputs for that input shape, in graph order.
+        profile: Its optimisation profile.
+        pool: Memory and events of the calls.
+        scratch_size: Bytes of scratch memory that TensorRT needs for that input shape.
+        own_key: Key of its own stream.
+        graph: CUDA graph of the one call that it was made for; None for a context that serves calls.
+        has_new_shape: Whether it was set to another shape since this was last looked at.
     """
 
-    def __init__(
-        self, engine: Engine, pool: Pool, profile: Profile, largest: Shape, refusals: dict[Shape, str] | None
-    ) -> None:
-        self._engine = engine
-        self._pool = pool
-        self._memory = pool.memory
-        self._profile = profile
-        self._largest = largest
-        self._refusals = refusals
-        self.refused = False
-        self.group: tuple[int, Shape | None] = (profile.index, None)
+    def __init__(self, engine: Engine, pool: Pool, profile: Profile) -> None:
+        self.profile = profile
         self.key: StreamKey | None = None
         self.ready: Ready | None = None
         self.shape: Shape = ()
-        self.output_shapes: list[Shape] = []
+        self.outputs = NO_ARRAYS
+        self.own_key: StreamKey = 0
+        self.graph: Any = None
+        self.has_new_shape = False
+        self._engine = engine
+        self.pool = pool
+        self._memory = pool.memory
         self._context: Any = None
         self._stream: int | None = None
         self._fence: int | None = None
         self._work: int | None = None  # a caller's stream that has work of this call, but no event behind it yet
-        self.graph: Any = None
-        self._warm = False
         self._bound: list[int] = []
-        self._own_input: int | None = None
-        self._own_outputs: list[int] = []
-        self._staging: np.ndarray | None = None
+        self._held: list[Buffer] = []
+        self.scratch_size = 0
+        self._staging: ctypes.Array[ctypes.c_ubyte] | None = None
         self._staged: np.ndarray = np.empty(0)
-        self._staging_address = 0
         self._host_outputs: dict[Shape, list[_HostOutputs]] = {}
-        # Outputs at fixed addresses, for replaying a graph on GPU memory: all of them, and those that nobody holds.
-        self._outputs: list[Buffer] = []
-        self._at_home: list[Buffer] = []
-        self.busy = True
-        self._released = False
         try:
             self._open()
         except BaseException:
@@ -101,14 +105,13 @@ class Slot:
     def _open(self) -> None:
         """Create the stream and the context, and choose the optimisation profile."""
         self._stream = self._memory.new_stream()
+        self.own_key = self._memory.stream_key(self._stream)
         self._fence = self._memory.new_event()
         self._context = self._engine.new_context()
         if len(self._engine.profiles) > 1:
-            done = self._context.set_optimization_profile_async(self._profile.index, int(self._stream))
-            self._engine.check(done, f"optimisation profile {self._profile.index}")
+            done = self._context.set_optimization_profile_async(self.profile.index, int(self._stream))
+            self._engine.check(done, f"optimisation profile {self.profile.index}")
             self._memory.wait(self._stream)
-        self.set_shape(self._largest)
-        self._capacities = [float32_bytes(shape) for shape in self.output_shapes]
 
     @property
     def stream(self) -> int:
@@ -117,10 +120,11 @@ class Slot:
         return self._stream
 
     def set_shape(self, shape: Shape) -> None:
-        """Set the input shape of the context, and read the output shapes from it."""
+        """Set the input shape of the context, and read the output shapes and the size of the scratch memory from it."""
         if shape == self.shape:
             return
         engine = self._engine
+        self.shape = ()
         # Do not bind the context to a local name: a traceback would keep it alive.
         engine.check(self._context.set_input_shape(engine.input, shape), f"an input of shape {shape}")
         unknown = self._context.infer_shapes()
@@ -129,39 +133,58 @@ class Slot:
         shapes = [tuple(self._context.get_tensor_shape(name)) for name in engine.outputs]
         if any(not s or min(s) < 1 or s[0] != shape[0] for s in shapes):
             raise engine.failure(f"TensorRT gives outputs of shape {shapes} for an input of shape {shape}")
-        self.shape, self.output_shapes = shape, shapes
+        self.scratch_size = int(self._context.update_device_memory_size_for_shapes())
+        self._bound = []  # the scratch memory is divided anew
+        self.has_new_shape = True
+        self.shape, self.outputs = shape, Block.of(shapes, engine.output_dtypes)
 
     # -- input and outputs in host memory
 
-    def run(self, array: np.ndarray) -> list[np.ndarray]:
-        """Run one batch from host memory, wait for it, and return the outputs as float32 arrays.
+    def run(self, array: np.ndarray, address: int | None) -> list[np.ndarray]:
+        """Run one batch from host memory, wait for it, and return the outputs.
 
-        The arrays are in page-locked memory, which is reused once no caller holds them. If callers hold too many, the
-        outputs are in ordinary memory.
+        The outputs are in page-locked memory, which is reused once no caller holds them. If callers hold too many, they
+        are in ordinary memory.
+
+        Args:
+            array: The batch.
+            address: Where it lies, if that is page-locked memory; else it is copied to such memory first.
         """
         memory, stream = self._memory, self.stream
-        if array.shape != self.shape:
-            self.set_shape(array.shape)
-        if self._staged.shape != array.shape:
-            self._stage(array)
-        self._follow(stream, None)
-        self._bind(self._input_pointer(), self._output_pointers())
+        self.set_shape(array.shape)
+        if address is None:
+            address = self._stage(array)
         outputs = self._outputs_for_host()
-        np.copyto(self._staged, array)
-        memory.copy_in(self._bound[0], self._staging_address, array.nbytes, stream)
-        self._enqueue(stream)
-        for address, pointer, output in zip(outputs.addresses, self._bound[1:], outputs.arrays, strict=True):
-            memory.copy_out(address, pointer, output.nbytes, stream)
-        memory.wait(stream)
+        borrowed = _Borrowed(self, self.own_key, stream)
+        try:
+            written = borrowed.take(self.outputs.size)
+            reads_there = self._engine.reads_host_memory and not address % ALIGNMENT
+            source = address if reads_there else borrowed.take(rounded(array.nbytes))
+            self._follow(stream, None)
+            if source != address:
+                memory.copy_in(source, address, array.nbytes, stream)
+            self.execute(source, self.targets(written), borrowed.scratch, stream)
+            memory.copy_out(outputs.address, written, self.outputs.end, stream)
+            memory.wait(stream)
+            borrowed.are_done()
+        except BaseException:
+            self._wait_after_error()
+            raise
+        finally:
+            borrowed.give_back()
         self.key, self.ready = None, None
         return list(outputs.arrays)
 
-    def _stage(self, array: np.ndarray) -> None:
-        """Make the page-locked input buffer look like an array of this dtype and shape."""
-        if self._staging is None:
-            self._staging = self._memory.pinned((self._input_bytes(),), np.uint8)
-            self._staging_address = self._staging.ctypes.data
-        self._staged = self._staging[: array.nbytes].view(array.dtype).reshape(array.shape)
+    def _stage(self, array: np.ndarray) -> int:
+        """Copy an array to its page-locked memory, and return the address there."""
+        if self._staged.shape != array.shape:
+            if self._staging is None or len(self._staging) < array.nbytes:
+                self._staging = None
+                self._staging = self._memory.pinned(array.nbytes)
+            self._staged = np.ndarray(array.shape, array.dtype, buffer=memoryview(self._staging))
+        np.copyto(self._staged, array)
+        assert self._staging is not None
+        return ctypes.addressof(self._staging)
 
     def _outputs_for_host(self) -> _HostOutputs:
         """Return output arrays that no caller holds."""
@@ -169,93 +192,64 @@ class Slot:
         for outputs in made:
             if outputs.references() == outputs.unshared:
                 return outputs
-        pinned = sum(map(len, self._host_outputs.values())) < _HOST_OUTPUTS
-        if not pinned and not made:  # another shape has all of them
+        is_pinned = sum(map(len, self._host_outputs.values())) < _HOST_OUTPUTS
+        if not is_pinned and not made:  # another shape has all of them
             self._host_outputs = {self.shape: made}
-            pinned = True
-        arrays = [
-            self._memory.pinned(shape, np.float32) if pinned else np.empty(shape, np.float32)
-            for shape in self.output_shapes
-        ]
-        outputs = _HostOutputs(arrays, [array.ctypes.data for array in arrays])
-        del arrays
-        if pinned:
+            is_pinned = True
+        size = self.outputs.end
+        block = self._memory.pinned(size) if is_pinned else (ctypes.c_ubyte * size)()
+        outputs = _HostOutputs(self.outputs.arrays(block), ctypes.addressof(block))
+        if is_pinned:
             made.append(outputs)
             outputs.unshared = outputs.references()
         return outputs
 
     # -- input and outputs in GPU memory
 
-    def run_on_device(self, pointer: int, count: int, targets: list[int], stream: int, key: StreamKey) -> Ready:
+    def run_on_device(self, frames: Frames, targets: Sequence[int], stream: int, key: StreamKey) -> Ready:
         """Enqueue one batch from GPU memory and return the event behind it.
 
         Args:
-            pointer: Address of the input.
-            count: Number of images there. The rest of the batch that was set is filled with zeros.
+            frames: The images. The rest of the batch that was set is filled with zeros.
             targets: Address for each output.
             stream: Stream of the caller.
             key: Key of that stream.
         """
-        memory = self._memory
-        work = self._begin(stream, key)
-        source = pointer
-        if count != self.shape[0] or pointer % ALIGNMENT:
-            source = self._input_pointer()
-            size = count * (self._bytes_of(self.shape) // self.shape[0])
-            memory.copy(source, pointer, size, work)
-            if count != self.shape[0]:
-                memory.clear(source + size, self._bytes_of(self.shape) - size, work)
-        direct = [target % ALIGNMENT == 0 for target in targets]
-        own = targets if all(direct) else self._output_pointers()
-        written = [target if fits else mine for target, fits, mine in zip(targets, direct, own, strict=True)]
-        self._bind(source, written)
-        self._enqueue(work)
-        for target, address, shape in zip(targets, written, self.output_shapes, strict=True):
-            if target != address:
-                memory.copy(target, address, float32_bytes(shape), work)
-        return self._end(work, stream, key)
+        borrowed = _Borrowed(self, key, stream)
+        try:
+            source, written = frames.pointer, targets
+            is_copied = frames.rows is not None or frames.images != self.shape[0] or source % ALIGNMENT != 0
+            if is_copied:
+                source = borrowed.take(rounded(self.shape[0] * frames.image))
+            if any(target % ALIGNMENT for target in targets):
+                written = self.targets(borrowed.take(self.outputs.size))
+            work = self._begin(stream, key)
+            if is_copied:
+                self._copy_input(frames, source, work)
+            self.execute(source, written, borrowed.scratch, work)
+            if written is not targets:
+                for target, address, part in zip(targets, written, self.outputs.parts, strict=True):
+                    self._memory.copy(target, address, part.nbytes, work)
+            return self._end(work, stream, key)
+        except BaseException:
+            self._wait_after_error()
+            raise
+        finally:
+            borrowed.give_back()
 
-    def replay(self, array: ForeignArray, stream: int, key: StreamKey) -> Ready:
-        """Enqueue a call through fixed inputs and outputs, and return the event behind it.
+    def targets(self, block: int) -> list[int]:
+        """Return the address of every output in a block of memory."""
+        return [block + part.offset for part in self.outputs.parts]
 
-        From the second call on, it replays a CUDA graph.
-        """
-        if self.shape != array.shape:
-            self.set_shape(array.shape)
-        if not self._outputs:
-            for shape in self.output_shapes:
-                self._outputs.append(self._pool.take(rounded(float32_bytes(shape)), key, stream))
-                self._at_home.append(self._outputs[-1])
-        for buffer in self._outputs:
-            self._pool.order(buffer, key, stream)
-        work = self._begin(stream, key)
-        self._memory.copy(self._input_pointer(), array.pointer, array.nbytes, work)
-        self._bind(self._input_pointer(), [buffer.pointer for buffer in self._outputs])
-        self._enqueue(work)
-        return self._end(work, stream, key)
-
-    def lease(self, output: int, ready: Ready) -> Lease:
-        """Lend one of the fixed outputs to a caller."""
-        buffer = self._outputs[output]
-        with self._pool.lock:
-            self._at_home.remove(buffer)
-        return Lease(buffer, ready, self._pool, self._take_home)
-
-    def _take_home(self, buffer: Buffer) -> None:
-        """Take a fixed output back; give it to the pool if this context was released."""
-        with self._pool.lock:
-            if not self._released:
-                self._at_home.append(buffer)
-                return
-        self._pool.give_back(buffer)
-
-    def is_at_home(self) -> bool:
-        """Return whether no call uses this context and nobody holds one of its fixed outputs."""
-        return not self.busy and len(self._at_home) == len(self._outputs)
-
-    def is_ordered(self, key: StreamKey) -> bool:
-        """Return whether work on the stream ``key`` runs after everything that uses the fixed outputs."""
-        return all(buffer.follows(key) for buffer in self._outputs)
+    def _copy_input(self, frames: Frames, to: int, stream: int) -> None:
+        """Enqueue copying images to memory for the whole batch, and filling up the rest of it with zeros."""
+        memory, rows, size = self._memory, frames.rows, frames.images * frames.image
+        if rows is None:
+            memory.copy(to, frames.pointer, size, stream)
+        else:
+            memory.copy_rows(to, frames.pointer, rows.count, rows.nbytes, rows.pitch, stream)
+        if frames.images != self.shape[0]:
+            memory.clear(to + size, self.shape[0] * frames.image - size, stream)
 
     def _begin(self, stream: int, key: StreamKey) -> int:
         """Return the stream to work on: the caller's, or its own if the caller's is a default stream.
@@ -279,7 +273,7 @@ class Slot:
 
     def _end(self, work: int, stream: int, key: StreamKey) -> Ready:
         """Record an event behind the work, make the caller's stream wait for it, and return it."""
-        ready = self._pool.new_ready()
+        ready = self.pool.new_ready()
         self._memory.record(ready.event, work)
         if work != stream:
             self._memory.follow(stream, ready.event)
@@ -288,67 +282,80 @@ class Slot:
 
     # -- for both
 
-    def _bytes_of(self, shape: Shape) -> int:
-        """Return how many bytes an input of this shape takes."""
-        return math.prod(shape) * self._engine.item_bytes
+    def execute(self, source: int, targets: Sequence[int], scratch: int, stream: int) -> None:
+        """Enqueue the kernels of one run. ``scratch``: address of TensorRT's memory; 0 if it needs none."""
+        wanted = [scratch, source, *targets]
+        if wanted != self._bound:
+            self._bind(wanted)
+        self._engine.check(self._context.execute_async_v3(stream), "to run an input of shape %s", self.shape)
 
-    def _input_bytes(self) -> int:
-        return self._bytes_of(self._largest)
-
-    def _input_pointer(self) -> int:
-        """Return its own input memory, which fits the largest shape."""
-        if self._own_input is None:
-            self._own_input = self._memory.allocate(self._input_bytes())
-        return self._own_input
-
-    def _output_pointers(self) -> list[int]:
-        """Return its own output memory, which fits the outputs of the largest shape."""
-        while len(self._own_outputs) < len(self._capacities):
-            self._own_outputs.append(self._memory.allocate(self._capacities[len(self._own_outputs)]))
-        for shape, capacity in zip(self.output_shapes, self._capacities, strict=True):
-            if float32_bytes(shape) > capacity:
-                raise self._engine.failure(f"TensorRT gives an output of shape {shape} for an input of {self.shape}")
-        return self._own_outputs
-
-    def _bind(self, source: int, targets: list[int]) -> None:
-        """Set the addresses of input and outputs, if they changed."""
-        wanted = [source, *targets]
-        if wanted == self._bound:
-            return
-        self._bound = []
-        for name, pointer in zip((self._engine.input, *self._engine.outputs), wanted, strict=True):
-            self._engine.check(self._context.set_tensor_address(name, int(pointer)), f"an address for {name}")
+    def _bind(self, wanted: list[int]) -> None:
+        """Set the addresses of scratch memory, input and outputs."""
+        bound, self._bound = self._bound or [-1] * len(wanted), []
+        for name, pointer, now in zip(("", self._engine.input, *self._engine.outputs), wanted, bound, strict=True):
+            if pointer == now:
+                continue
+            if name:
+                self._engine.check(self._context.set_tensor_address(name, int(pointer)), "an address for %s", name)
+            elif self.scratch_size:
+                self._context.set_device_memory(int(pointer), self.scratch_size)
         self._bound = wanted
 
-    def _enqueue(self, stream: int) -> None:
-        """Enqueue one run: the CUDA graph if there is or can be one, otherwise the kernels."""
-        if self.graph is None and self._warm and self._refusals is not None:
-            self._capture()
-        if self.graph is not None:
-            self._memory.launch(self.graph, stream)
-            return
-        self._execute(stream)
-        self._warm = True  # the first run of a shape finishes TensorRT's set-up and cannot be captured
+    @property
+    def reads_host_memory(self) -> bool:
+        """Return whether kernels may read page-locked host memory in place of a copy."""
+        return self._engine.reads_host_memory
 
-    def _execute(self, stream: int) -> None:
-        """Enqueue the kernels of one run."""
-        self._engine.check(self._context.execute_async_v3(stream), f"to run an input of shape {self.shape}")
+    # -- one call as a CUDA graph
 
-    def _capture(self) -> None:
-        """Capture one run as a CUDA graph; note the reason if that is not possible."""
-        assert self._refusals is not None
+    def hold(self, size: int, stream: int, key: StreamKey) -> int:
+        """Return the address of ``size`` bytes, already rounded, for work on a stream until this context is released."""
+        self._held.append(self.pool.take(size, key, stream))
+        return self._held[-1].pointer
+
+    def record(
+        self,
+        source: int,
+        targets: Sequence[int],
+        stream: int,
+        key: StreamKey,
+        copy_in: Callable[[int], None] | None = None,
+        copy_out: Callable[[int], None] | None = None,
+    ) -> Ready:
+        """Run a call once, then capture it as ``graph``; return the event behind the run.
+
+        ``copy_in`` and ``copy_out`` enqueue on a stream what belongs before and behind it. Raises InferenceError if
+        TensorRT cannot capture it.
+        """
+        scratch = self.hold(rounded(self.scratch_size), stream, key) if self.scratch_size else 0
+
+        def enqueue(work: int) -> None:
+            if copy_in is not None:
+                copy_in(work)
+            self.execute(source, targets, scratch, work)
+            if copy_out is not None:
+                copy_out(work)
+
+        work = self._begin(stream, key)
+        enqueue(work)  # the first run of a shape finishes TensorRT's set-up and cannot be captured
+        ready = self._end(work, stream, key)
+        # TensorRT-RTX has it, because it compiles while it runs.
+        ask = getattr(self._context, "is_stream_capturable", None)
+        refusal = "TensorRT makes no CUDA graph of this"
+        if ask is not None and not ask(self.stream):
+            raise InferenceError(f"{refusal}: it says that the call cannot be captured")
         try:
-            # TensorRT-RTX has it, because it compiles while it runs.
-            ask = getattr(self._context, "is_stream_capturable", None)
-            if ask is None or ask(self.stream):
-                self.graph = self._memory.capture(self.stream, lambda: self._execute(self.stream))
-                return
-            reason = "TensorRT says that it cannot be captured"
+            self.graph = self._memory.capture(self.stream, lambda: enqueue(self.stream))
         except (InferenceError, RuntimeError) as error:
-            reason = str(error)
-        self._refusals[self.shape] = reason
-        self._refusals = None
-        self.refused = True
+            raise InferenceError(f"{refusal}: {error}") from error
+        return ready
+
+    def _wait_after_error(self) -> None:
+        """Wait for what was enqueued before an error, because the memory that it uses is given back now."""
+        for stream in (self._stream, self._work):
+            if stream is not None:
+                with contextlib.suppress(DeviceError):  # the error that made it wait is the one to raise
+                    self._memory.wait(stream)
 
     def release(self) -> None:
         """Wait for the GPU and free everything, even if a step fails. Raises the first error."""
@@ -362,14 +369,10 @@ class Slot:
         if self.graph is not None:
             steps.make(memory.free_graph, self.graph)
         self.graph = self._context = self.ready = None
-        with self._pool.lock:
-            self._released = True
-            for buffer in self._at_home:
-                self._pool.give_back(buffer)
-            self._at_home = []
-        for pointer in [*self._own_outputs, *([] if self._own_input is None else [self._own_input])]:
-            steps.make(memory.free, pointer)
-        self._own_outputs, self._own_input = [], None
+        for buffer in self._held:
+            buffer.key = None  # all its work is done
+            self.pool.give_back(buffer)
+        self._held = []
         self._staging, self._host_outputs, self._staged = None, {}, np.empty(0)
         if self._fence is not None:
             steps.make(memory.free_event, self._fence)
@@ -377,3 +380,38 @@ class Slot:
             steps.make(memory.free_stream, self._stream)
         self._fence = self._stream = None
         steps.end()
+
+
+class _Borrowed:
+    """Memory of the pool for one call, in the order of a stream: TensorRT's scratch memory, and copies.
+
+    ``scratch``: address of the scratch memory; 0 if the context needs none.
+    """
+
+    __slots__ = ("_buffers", "_key", "_pool", "_scratch", "_stream", "scratch")
+
+    def __init__(self, slot: Slot, key: StreamKey, stream: int) -> None:
+        self._pool, self._key, self._stream = slot.pool, key, stream
+        self._buffers: list[Buffer] = []
+        self._scratch: Buffer | None = None
+        self.scratch = 0
+        if slot.scratch_size:
+            self._scratch = self._pool.take_scratch(slot.scratch_size, key, stream)
+            self.scratch = self._scratch.pointer
+
+    def take(self, size: int) -> int:
+        """Return the address of ``size`` bytes, already rounded."""
+        self._buffers.append(self._pool.take(size, self._key, self._stream))
+        return self._buffers[-1].pointer
+
+    def are_done(self) -> None:
+        """Note that the GPU has finished with everything, so that any stream may use it at once."""
+        for buffer in (*self._buffers, *([self._scratch] if self._scratch is not None else [])):
+            buffer.key = None
+
+    def give_back(self) -> None:
+        """Give everything back. Work on the same stream may use it from now on."""
+        if self._scratch is not None:
+            self._pool.give_back_scratch(self._scratch)
+        for buffer in self._buffers:
+            self._pool.give_back(buffer)

@@ -625,7 +625,7 @@ def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind
     monkeypatch.setattr(registry, "this_machine", looked.append)
     monkeypatch.setattr(session, "open_session", open_session)
     monkeypatch.setattr(session, "choose_engine", choose_engine)
-    options = {"threads": 3} if index is None else {"memory": "pycuda", "cuda_graphs": True}
+    options = {"threads": 3} if index is None else {"memory": "pycuda"}
     options["allow_host_code"] = True
     opened = EdgeBackbone.from_pretrained(bundle.path, device=device, **options)
     assert looked == [index]
@@ -638,7 +638,6 @@ def test_options_of_the_gpu_reach_the_engine(tmp_path, monkeypatch, device, kind
     [
         ({"device": "cuda", "threads": 3}, "threads=3 is for engines on the CPU, and device is cuda"),
         ({"device": "cuda:1", "threads": 1}, "threads=1 is for engines on the CPU, and device is cuda"),
-        ({"device": "cpu", "cuda_graphs": True}, "cuda_graphs=True is for engines on a GPU, and device is cpu"),
         ({"device": "cpu", "memory": "pycuda"}, "memory='pycuda' is for engines on a GPU, and device is cpu"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from edge_backbones.engines.gpu import dlpack
 from edge_backbones.engines.gpu.arrays import DeviceArray, from_foreign, is_on_gpu, stream_pointer
-from edge_backbones.engines.gpu.dlpack import ForeignArray
+from edge_backbones.engines.gpu.dlpack import ForeignArray, Rows
 from edge_backbones.errors import InputError
 
 ADDRESS = 0x7F00_0000_0000  # nothing may read what is there
@@ -408,6 +409,7 @@ def test_the_cuda_array_interface_is_read():
         "read_only": False,
         "owner": values,
         "producer_stream": None,
+        "rows": None,
     }
 
 
@@ -866,3 +868,41 @@ def test_an_array_says_what_it_is():
 def test_numpy_does_not_take_it_for_an_object():
     with pytest.raises(InputError, match="not on the host"):
         np.asarray(on_gpu())
+
+
+def test_a_view_of_a_larger_array_says_its_rows():
+    class View:
+        def __init__(self, shape, strides) -> None:
+            self.__cuda_array_interface__ = {
+                "version": 3,
+                "shape": shape,
+                "typestr": "<f4",
+                "data": (4096, False),
+                "strides": strides,
+            }
+
+    cases = [
+        ((2, 3, 32, 48), (3 * 32 * 256, 32 * 256, 256, 4), Rows(192, 192, 256)),  # rows
+        ((2, 3, 32, 48), (3 * 32 * 64 * 4, 32 * 64 * 4, 64 * 4, 4), Rows(192, 192, 256)),  # the left part
+        ((2, 3, 32, 48), (40000, 32 * 48 * 4, 48 * 4, 4), Rows(2, 3 * 32 * 48 * 4, 40000)),  # images apart
+        ((1, 3, 32, 48), (7, 8 * 32 * 48 * 4, 48 * 4, 4), Rows(3, 32 * 48 * 4, 8 * 32 * 48 * 4)),  # planes apart
+        ((2, 3, 32, 48), (70000, 32 * 256, 256, 4), None),  # two distances
+        ((2, 3, 32, 48), (18432, 6144, 192, 8), None),  # every other value
+        ((2, 3, 32, 48), (4 * 3 * 32 * 48, 4, 4 * 3 * 48, 4 * 3), None),  # another order
+        ((2, 3, 32, 48), (-18432, 6144, 192, 4), None),  # backwards
+    ]
+    for shape, strides, rows in cases:
+        array = from_foreign(View(shape, strides), stream=1)
+        assert not array.contiguous
+        assert array.rows == rows, strides
+
+
+def test_maps_in_channels_last_memory_go_through_dlpack_and_into_another_engine():
+    values = np.arange(2 * 4 * 5 * 3, dtype=np.float32).reshape(2, 4, 5, 3)
+    nhwc = DeviceArray(4096, values.shape, values.dtype, device=0, owner=None, synchronize=None)
+    view = nhwc.channels_first()
+    assert view.shape == (2, 3, 4, 5)
+    assert view.__cuda_array_interface__["strides"] == tuple(values.transpose(0, 3, 1, 2).strides)
+    taken = from_foreign(view, stream=1)
+    assert not taken.contiguous
+    assert dataclasses.replace(view).strides == view.strides

@@ -1,0 +1,317 @@
+"""How much memory calls take, where it lies and how often it is copied: contexts, scratch memory, inputs and outputs."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from edge_backbones.engines.gpu.dlpack import ForeignArray, Rows
+from edge_backbones.engines.tensorrt import contexts as contexts_module
+from edge_backbones.engines.tensorrt import kernels as kernels_module
+from edge_backbones.engines.tensorrt.contexts import IDLE_CONTEXTS
+from edge_backbones.errors import InputError
+from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.spec import ShapeRange
+from edge_backbones.testing import SPEC, pooled, pooling_input
+from tests.driver.machine import DriverMachine
+from tests.simulated_tensorrt import Context, NumpyTensorRt, plan_of, shapes
+
+RANDOM = np.random.default_rng(0)
+IMAGE = 3 * 32 * 48
+MAPS = 3 * (8 * 12 + 4 * 6) * 4  # bytes of one image's
+
+
+def pixels(batch: int, height: int = 32, width: int = 48) -> np.ndarray:
+    return RANDOM.standard_normal((batch, 3, height, width)).astype(np.float32)
+
+
+def check(machine: DriverMachine, maps, images, stream: int) -> None:
+    for actual, expected in zip(maps, pooled(images), strict=True):
+        np.testing.assert_array_equal(machine.gpu.value(actual, stream), expected)
+
+
+# ---- contexts and scratch memory
+
+
+def test_a_context_takes_scratch_memory_for_the_shape_that_it_runs(machine):
+    scratch = 1000  # bytes for each value of the input
+    session = machine.open(ShapeRange(min=1, opt=1, max=64), plan_of(shapes(1, 1, 64), scratch=scratch))
+    session.run(pixels(1))
+    assert machine.gpu.used() < 1.2 * scratch * IMAGE + 100_000
+    session.run(pixels(4))
+    assert machine.gpu.used() < 1.2 * 4 * scratch * IMAGE + 200_000  # one block, which has grown
+    session.run(pixels(1))
+    assert machine.gpu.used() < 1.2 * 4 * scratch * IMAGE + 200_000
+
+
+def test_contexts_on_one_stream_share_scratch_memory_and_streams_do_not(machine):
+    scratch = 1000
+    session = machine.open(data=plan_of(shapes(1, 2, 4), scratch=scratch))
+    inputs = [pixels(batch) for batch in (4, 1, 2, 3)]
+    arrays = [machine.gpu.put(images) for images in inputs]
+    put_there = sum(images.nbytes for images in inputs)
+    for stream, blocks in ((machine.stream, 1), (machine.other, 2)):
+        for _ in range(3):
+            results = [session.run_on_device(array, stream) for array in arrays]
+            for maps, images in zip(results, inputs, strict=True):
+                check(machine, maps, images, stream)
+            del results, maps
+        used = machine.gpu.used() - put_there
+        assert blocks * 4 * scratch * IMAGE <= used < blocks * 1.2 * 4 * scratch * IMAGE + 400_000
+    assert machine.library.made == 8  # four shapes on two streams
+
+
+def test_scratch_memory_is_not_shared_by_threads_on_one_stream(machine):
+    """Two calls that are enqueued at once on one stream would mix their kernels."""
+    session, inside, go_on = machine.open(), threading.Event(), threading.Event()
+    execute, images = Context.execute_async_v3, pixels(2)
+    array = machine.gpu.put(images)
+
+    def slowly(context, stream):
+        if not inside.is_set():
+            inside.set()
+            assert go_on.wait(10)
+        return execute(context, stream)
+
+    Context.execute_async_v3 = slowly
+    found = []
+    thread = threading.Thread(target=lambda: found.append(session.run_on_device(array, machine.stream)))
+    thread.start()
+    assert inside.wait(10)
+    found.append(session.run_on_device(array, machine.stream))
+    go_on.set()
+    thread.join()
+    for maps in found:
+        check(machine, maps, images, machine.stream)
+    pointers = {context.scratch[0] for context in machine.library.contexts}
+    assert len(pointers) == 2
+
+
+def test_batches_that_alternate_keep_a_context_each(machine):
+    session = machine.open()
+    arrays = [machine.gpu.put(pixels(batch)) for batch in (1, 4)]
+    for number in range(20):
+        if number == 4:
+            machine.driver.reset()
+        session.run_on_device(arrays[number % 2], machine.stream)
+    assert machine.counted("set_input_shape") == machine.counted("set_tensor_address") == 0
+    assert machine.library.made == 2
+
+
+def test_many_shapes_take_turns_on_a_few_contexts(machine):
+    batch = ShapeRange(min=1, opt=2, max=40)
+    session = machine.open(batch)
+    for count in [*range(1, 41)] * 2:
+        images = pixels(count)
+        check(machine, session.run_on_device(machine.gpu.put(images), machine.stream), images, machine.stream)
+    assert machine.library.made == IDLE_CONTEXTS
+
+
+def test_more_threads_than_contexts_wait_for_one(machine, monkeypatch):
+    monkeypatch.setattr(contexts_module, "MOST_CONTEXTS", 2)
+    session, results = machine.open(), {}
+    inputs = [pixels(1 + number % 4) for number in range(24)]
+    barrier = threading.Barrier(6)
+
+    def calls(first: int) -> None:
+        barrier.wait(10)
+        for number in range(first, 24, 6):
+            results[number] = session.run(inputs[number])
+
+    threads = [threading.Thread(target=calls, args=(first,)) for first in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for number, images in enumerate(inputs):
+        for actual, expected in zip(results[number], pooled(images), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+    assert machine.library.live["context"] <= 2
+    session.close()
+
+
+def test_a_profile_gets_a_context_when_another_has_all(machine, monkeypatch):
+    monkeypatch.setattr(contexts_module, "MOST_CONTEXTS", 1)
+    session = machine.open(ShapeRange(min=1, opt=2, max=4), plan_of(shapes(1, 1, 1), shapes(2, 2, 4)))
+    for batch in (1, 2, 1, 4):
+        images = pixels(batch)
+        for actual, expected in zip(session.run(images), pooled(images), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+    assert machine.library.live["context"] == 1
+    session.close()
+
+
+# ---- outputs
+
+
+def test_the_outputs_of_a_call_are_one_block_and_one_copy(machine):
+    session, images = machine.open(), pixels(3)
+    maps = session.run_on_device(machine.gpu.put(images), machine.stream)
+    distance = maps[1].pointer - maps[0].pointer
+    assert maps[0].nbytes <= distance < maps[0].nbytes + 256
+    assert maps[1].pointer % 256 == 0
+    machine.driver.reset()
+    session.run(images)
+    assert machine.counted("cuMemcpyDtoHAsync") == machine.counted("cuMemcpyHtoDAsync") == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 16])
+def test_200_steady_calls_allocate_nothing(machine, count):
+    session, array = machine.open(), machine.gpu.put(pixels(2))
+    with machine.memory as memory:
+        streams = [memory.new_stream() for _ in range(count)]
+    machine.driver.set_eager(True)  # the GPU keeps up: events come back
+    for number in range(400):
+        if number == 200:
+            machine.driver.reset()
+        maps = session.run_on_device(array, streams[number % count])
+        maps[0].__dlpack__(stream=machine.other)
+        del maps
+    made = Counter(machine.driver.log())
+    for word in ("Alloc", "Create", "Synchronize", "Free"):
+        assert [name for name in made if word in name] == []
+
+
+# ---- inputs
+
+
+def at_pitch(machine: DriverMachine, images: np.ndarray, pitch: int, offset: int = 0) -> ForeignArray:
+    """Images on the GPU whose rows begin ``pitch`` bytes apart."""
+    row = images.shape[-1] * images.itemsize
+    rows = images.size // images.shape[-1]
+    array = machine.gpu.put(np.full(rows * pitch + offset, 0xEE, np.uint8))
+    memory = machine.gpu.bytes_at(array.pointer, rows * pitch + offset)
+    for number, line in enumerate(images.reshape(rows, -1)):
+        start = offset + number * pitch
+        memory[start : start + row] = line.tobytes()
+    return ForeignArray(
+        array.pointer + offset,
+        images.shape,
+        images.dtype,
+        0,
+        contiguous=False,
+        read_only=False,
+        owner=object(),
+        rows=Rows(rows, row, pitch),
+    )
+
+
+@pytest.mark.parametrize("stream", [0, "own"])
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_rows_at_a_pitch_are_copied_on_the_gpu(machine, count, stream):
+    stream, images = machine.handle(stream), pixels(count)
+    session = machine.open()
+    array = at_pitch(machine, images, 256, offset=64)
+    check(machine, session.run_on_device(array, stream), images, stream)
+    assert machine.counted("cuMemcpy2DAsync") == (3 if count == 9 else 1)  # one for each piece of the batch
+    with pytest.raises(InputError, match=r"is not read in place: .* in C order"):
+        session.graphed(array, machine.stream)
+
+
+def test_an_input_buffer_saves_a_copy_on_the_host(machine, monkeypatch):
+    session = machine.open()
+    copied = []
+    monkeypatch.setattr(np, "copyto", lambda to, array: copied.append(array.shape) or to.__setitem__(..., array))
+    buffer = session.input_buffer((4, 3, 32, 48))
+    assert (buffer.dtype, buffer.flags.c_contiguous, buffer.flags.writeable, buffer.any()) == ("f4", True, True, False)
+    for count, part in ((4, buffer), (2, buffer[:2]), (2, buffer[1:3]), (1, buffer[3:])):
+        images = pixels(count)
+        part[:] = images
+        for actual, expected in zip(session.run(part), pooled(images), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+    assert copied == []
+    for other in (pixels(2), buffer[:, :, ::-1].copy()):
+        session.run(other)
+    assert len(copied) == 2
+    assert machine.counted("cuMemcpyHtoDAsync") == 6
+    del buffer, part, actual
+    session.close()
+    assert machine.left_over() == {}
+
+
+@pytest.mark.machine(integrated=1)
+def test_an_integrated_gpu_reads_an_input_buffer_in_place(machine):
+    session = machine.open()
+    buffer = session.input_buffer((2, 3, 32, 48))
+    for _ in range(3):
+        buffer[:] = images = pixels(2)
+        for actual, expected in zip(session.run(buffer), pooled(images), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+    assert machine.counted("cuMemcpyHtoDAsync") == 0
+    assert machine.counted("cuMemcpyDtoHAsync") == 3
+    part = buffer[1:]  # at no multiple of 256: it is copied
+    part[:] = images = pixels(1)
+    for actual, expected in zip(session.run(part), pooled(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("integrated", [0, 1])
+def test_a_graphed_call_on_the_host_has_its_copies_in_the_graph(driver, integrated):
+    machine = DriverMachine(driver)
+    session = machine.open()
+    session._contexts._engine.reads_host_memory = bool(integrated)
+    buffer = session.input_buffer((2, 3, 32, 48))
+    call = session.graphed_on_host(buffer)
+    first = call.outputs
+    for _ in range(3):
+        buffer[:] = images = pixels(2)
+        driver.reset()
+        maps = call()
+        assert maps is first
+        made = Counter(driver.log())
+        assert made == dict.fromkeys(("cuCtxPushCurrent", "cuGraphLaunch", "cuStreamSynchronize", "cuCtxPopCurrent"), 1)
+        for actual, expected in zip(maps, pooled(images), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+    for wrong in (pixels(2), buffer[:, ::2]):
+        with pytest.raises(InputError, match=r"cannot be recorded: fill an array of backbone.input_buffer\(batch\)"):
+            session.graphed_on_host(wrong)
+    session.close()
+    with pytest.raises(InputError, match="was closed"):
+        call()
+    for actual, expected in zip(first, pooled(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    del call, first, maps, buffer, wrong, actual
+    assert machine.left_over() == {}
+
+
+def test_a_backbone_gives_input_buffers_and_records_calls_on_them(machine):
+    session, input = machine.open(), pooling_input(ShapeRange(min=1, opt=2, max=4))
+    with EdgeBackbone(SPEC, input, session, device="cuda:0") as backbone:
+        assert backbone.input_buffer().shape == (2, 3, 32, 48)
+        buffer = backbone.input_buffer(3)
+        buffer[:] = images = pixels(3)
+        call = backbone.graphed(buffer)
+        for actual, expected in zip(call().feature_maps, pooled(images), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+        for actual, expected in zip(backbone(buffer).feature_maps, pooled(images), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+        assert machine.counted("cuMemcpyHtoDAsync") == 3  # a run, a capture and a call
+        with pytest.raises(InputError, match=r"shape \(3, 3, 64, 48\) does not fit"):
+            backbone.input_buffer(3, height=64)
+
+
+# ---- kernels that TensorRT-RTX compiles
+
+
+@pytest.mark.machine(version=13000)
+def test_kernels_of_rtx_are_kept_for_the_next_process(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels_module.runtime_cache, "default_cache", lambda: tmp_path)
+    images = pixels(2)
+    for number in range(3):
+        machine.library = NumpyTensorRt(machine.gpu, rtx=True)
+        session = machine.open(flavour="tensorrt_rtx")
+        for actual, expected in zip(session.run(images), pooled(images), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+        session.close()
+        assert machine.library.compiled == ({"(2, 3, 32, 48)": 1} if number == 0 else {})
+    (file,) = tmp_path.rglob("*.rtxcache")
+    file.write_bytes(b"damaged")
+    machine.library = NumpyTensorRt(machine.gpu, rtx=True)
+    session = machine.open(flavour="tensorrt_rtx")
+    session.run(images)
+    assert machine.library.compiled == {"(2, 3, 32, 48)": 1}
+    assert file.read_bytes() != b"damaged"  # written after the first call, since a robot is switched off and not closed
+    session.close()
