@@ -42,18 +42,24 @@ class FreeDriver:
     """
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
-    CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
+    CUpointer_attribute = SimpleNamespace(
+        CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2, CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9
+    )
 
     def __init__(self) -> None:
         self._next = 1 << 20
         self._host: list[Any] = []
         made = ("cuMemAlloc", "cuStreamCreate", "cuEventCreate")
-        known = ("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuPointerGetAttribute", "cuStreamGetId")
+        known = ("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuStreamGetId")
         known += ("cuStreamIsCapturing", "cuStreamEndCapture", "cuGraphInstantiateWithFlags")
         for name in made:
             setattr(self, name, self._make)
         for name in known:
             setattr(self, name, lambda *_: (0, 0))
+
+    def cuPointerGetAttribute(self, attribute: int, pointer: int) -> tuple[int, int]:  # noqa: N802
+        """Return that a pointer is page-locked memory of the first GPU."""
+        return 0, {2: 1, 3: pointer, 9: 0}[attribute]
 
     def cuMemHostAlloc(self, size: int, flags: int) -> tuple[int, int]:  # noqa: N802
         """Return real memory, because input and output arrays are made over it."""

@@ -162,7 +162,7 @@ _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "cuMemcpyDtoDAsync": ("cuMemcpyDtoDAsync_v2", (), (_pointer, _pointer, _size, _handle)),
     "cuMemcpy2DAsync": ("cuMemcpy2DAsync_v2", (), (ctypes.POINTER(_Copy2D), _handle)),
     "cuMemsetD8Async": ("cuMemsetD8Async", (), (_pointer, ctypes.c_ubyte, _size, _handle)),
-    "cuPointerGetAttribute": ("cuPointerGetAttribute", (_int,), (_int, _pointer)),
+    "cuPointerGetAttribute": ("cuPointerGetAttribute", (_pointer,), (_int, _pointer)),  # 4 or 8 bytes
     "cuCtxSynchronize": ("cuCtxSynchronize", (), ()),
     "cuStreamSynchronize": ("cuStreamSynchronize", (), (_handle,)),
     "cuStreamGetId": ("cuStreamGetId", (ctypes.c_uint64,), (_handle,)),
@@ -199,6 +199,8 @@ class CtypesDriver:
     class CUpointer_attribute(enum.IntEnum):
         """The enum of that name in ``cuda.bindings.driver``."""
 
+        CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2
+        CU_POINTER_ATTRIBUTE_DEVICE_POINTER = 3
         CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
 
     class CUmemorytype(enum.IntEnum):

@@ -32,13 +32,14 @@ _UNITS_PER_MHZ = {"cpu MHz now": 1e3, "cpu MHz at most": 1e3}
 def default_cache() -> Path:
     """Return the user's cache folder of this package.
 
-    It holds compiled engines (at most 4 GiB), bundles of AutoEdgeBackbone (at most 16 GiB) and notes of what was measured
-    on this machine.
+    It holds compiled engines (at most 4 GiB), bundles of AutoEdgeBackbone (at most 16 GiB), kernels that TensorRT-RTX
+    compiled while an engine ran (at most 1 GiB), and notes of what was measured on this machine.
 
     This is all that the package writes: the bundle; the files that a command names (``run``: features/, ``verify
     --explain``: explanation.png, ``build`` and ``report``: <bundle>.report.html); hidden files beside these during a write;
     and this folder. Compiling for a signed bundle makes the device's key once (see :mod:`edge_backbones.bundle.vouchers`).
-    ``bench`` uses the system's folder for temporary files. Loading and running an engine writes nothing.
+    ``bench`` uses the system's folder for temporary files. Loading and running an engine writes nothing,
+    but for those kernels.
 
     Libraries of the workstation have folders of their own. huggingface_hub keeps its downloads (HF_HOME), matplotlib a list
     of fonts (``matplotlib`` in the cache and configuration folders), torch an empty folder for its compiler

@@ -6,6 +6,7 @@ Input and output are numpy arrays, or arrays of any library on the GPU.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -95,9 +96,10 @@ class EdgeBackbone(BackboneDescription):
     ...     maps = backbone(pixel_values).feature_maps                      # (batch, 256, 56, 56), ...
 
     Input: normalised ``pixel_values``, float (16, 32 or 64 bits), shape (batch, channels, height, width). For a bundle
-    built with ``input="image"``: raw camera frames, uint8, shape (batch, height, width, channels). Pass a numpy array
-    or any CPU array that supports DLPack, such as a ``torch.Tensor``. An engine on a GPU also takes arrays on that GPU
-    that support DLPack or ``__cuda_array_interface__``. Those must have exactly the engine's dtype and be in C order.
+    built with ``input="image"``: raw camera frames, uint8, shape (batch, height, width, channels), or one frame without
+    the batch axis. Pass a numpy array or any CPU array that supports DLPack, such as a ``torch.Tensor``. An engine on a GPU
+    also takes arrays on that GPU that support DLPack or ``__cuda_array_interface__``. Those must have exactly the engine's
+    dtype, and be in C order or have their rows at a pitch.
 
     Batch: any size from 1. A batch that the engine takes runs in one piece. A smaller batch is filled up with zeros,
     and the filling is cut off the result. A larger batch runs in pieces, and the results are joined. Always
@@ -502,6 +504,8 @@ class EdgeBackbone(BackboneDescription):
             )
         pointer = stream_pointer(stream)
         array = from_foreign(values, stream=pointer)
+        if len(array.shape) == 3 and self._input.name == "image":
+            array = dataclasses.replace(array, shape=(1, *array.shape))
         if array.shape not in self._known_shapes:
             self._input.batch_height_width(array.shape)
             self._known_shapes.add(array.shape)

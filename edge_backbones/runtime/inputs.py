@@ -30,8 +30,9 @@ def refuse_not_finite(array: np.ndarray, spec: InputSpec) -> None:
 def host_array(values: Any, spec: InputSpec) -> np.ndarray:
     """Return a writable, C-contiguous array of the engine's dtype.
 
-    It shares the caller's memory and is a copy only if it must be. Floats of other widths are cast to float32. Raises
-    InputError for another dtype, masked values, or values beyond float32.
+    It shares the caller's memory and is a copy only if it must be. Floats of other widths are cast to float32. A single
+    frame without a batch axis becomes a batch of one. Raises InputError for another dtype, masked values, or values beyond
+    float32.
     """
     if not isinstance(values, np.ndarray):
         values = _from_dlpack(values, spec)
@@ -52,6 +53,8 @@ def host_array(values: Any, spec: InputSpec) -> np.ndarray:
             ) from error
     elif values.dtype != spec.dtype:
         raise InputError(f"{spec.name} of dtype {values.dtype} does not fit: this engine takes {spec.describe()}")
+    if values.ndim == 3 and spec.name == "image":
+        values = values[np.newaxis]
     # OpenVINO accepts writable memory only, although it does not write to an input.
     return np.require(np.asarray(values), requirements=("C", "W"))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from edge_backbones.engines.gpu.dlpack import ForeignArray, Rows
+from edge_backbones.engines.gpu.dlpack import CUDA_HOST, ForeignArray, Rows, make_capsule
 from edge_backbones.engines.tensorrt import contexts as contexts_module
 from edge_backbones.engines.tensorrt import kernels as kernels_module
 from edge_backbones.engines.tensorrt.contexts import IDLE_CONTEXTS
@@ -242,10 +243,36 @@ def test_an_integrated_gpu_reads_an_input_buffer_in_place(machine):
             np.testing.assert_array_equal(actual, expected)
     assert machine.counted("cuMemcpyHtoDAsync") == 0
     assert machine.counted("cuMemcpyDtoHAsync") == 3
-    part = buffer[1:]  # at no multiple of 256: it is copied
-    part[:] = images = pixels(1)
-    for actual, expected in zip(session.run(part), pooled(images), strict=True):
+    for given in (buffer[1:], pixels(1)):  # another array is copied once, on the host
+        for actual, expected in zip(session.run(given), pooled(given), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+    assert machine.counted("cuMemcpyHtoDAsync") == 0
+    crooked = session.input_buffer((1, 3, 32, 49))[:].reshape(-1)[1 : 1 + IMAGE].reshape(1, 3, 32, 48)
+    crooked[:] = images = pixels(1)  # at no multiple of 256: it is copied to the GPU
+    for actual, expected in zip(session.run(crooked), pooled(images), strict=True):
         np.testing.assert_array_equal(actual, expected)
+    assert machine.counted("cuMemcpyHtoDAsync") == 1
+
+
+def test_page_locked_memory_of_another_library_is_read_without_a_copy(machine, monkeypatch):
+    """That of cuda-bindings itself here, through DLPack, where it is memory of the CPU."""
+    session, images = machine.open(), pixels(2)
+    monkeypatch.setattr(np, "copyto", lambda *_: pytest.fail("copied"))
+    with machine.memory as memory:
+        block = memory.pinned(images.nbytes)
+
+    class Pinned:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return CUDA_HOST, 0
+
+        def __dlpack__(self, **_) -> object:
+            address, device = ctypes.addressof(block), self.__dlpack_device__()
+            return make_capsule(address, images.shape, images.dtype, block, device=device, versioned=True)
+
+    np.frombuffer(block, np.float32).reshape(images.shape)[:] = images
+    with EdgeBackbone(SPEC, pooling_input(ShapeRange(min=1, opt=2, max=4)), session, device="cuda:0") as backbone:
+        for actual, expected in zip(backbone(Pinned()).feature_maps, pooled(images), strict=True):
+            np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("integrated", [0, 1])

@@ -26,6 +26,7 @@ from edge_backbones.machine.gpus import checked
 MemoryBackend = Literal["cuda-bindings", "pycuda"]
 
 _INVALID_VALUE, _CAPTURES_ELSEWHERE = 1, 906
+_HOST = 1  # CU_MEMORYTYPE_HOST
 _PORTABLE, _MAPPED, _NON_BLOCKING, _DISABLE_TIMING = 1, 2, 1, 2
 # Nobody may wait for a context while one of its streams captures (CUDA programming guide, "Prohibited and Unhandled
 # Operations").
@@ -191,6 +192,8 @@ class GpuMemory:
         self._driver = driver
         self._relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self._ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        self._memory_type = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+        self._device_pointer = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER
         try:
             self._stream_id = driver.cuStreamGetId
         except (AttributeError, DeviceError):  # bindings and drivers before CUDA 12 lack it
@@ -384,6 +387,14 @@ class GpuMemory:
         if int(result[0]) == _INVALID_VALUE:
             return None
         return int(self._check(result, "cuPointerGetAttribute of %#x", pointer))
+
+    def page_locked(self, address: int) -> int | None:
+        """Return the GPU's address of page-locked host memory; None for memory of another kind."""
+        result = self._driver.cuPointerGetAttribute(self._memory_type, address)
+        if result[0] or int(result[1]) != _HOST:
+            return None
+        result = self._driver.cuPointerGetAttribute(self._device_pointer, address)
+        return int(self._check(result, "cuPointerGetAttribute of %#x", address))
 
     def _check(self, result: Any, what: str, *values: object) -> Any:
         if result[0]:

@@ -61,17 +61,18 @@ class Engine:
         has measured, and replace them while it runs.
         """
         self.logger.clear()
-        user_managed = self.library.ExecutionContextAllocationStrategy.USER_MANAGED
-        options = user_managed
+        strategy = self.library.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(self.library, "DynamicShapesKernelSpecializationStrategy"):
-            options = self.handle.create_runtime_config()
-            options.dynamic_shapes_kernel_specialization_strategy = (
+            config = self.handle.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = (
                 self.library.DynamicShapesKernelSpecializationStrategy.EAGER
             )
-            options.set_execution_context_allocation_strategy(user_managed)
+            config.set_execution_context_allocation_strategy(strategy)
             if self.kernels is not None:
-                self.kernels.use_in(options)
-        context = self.handle.create_execution_context(options)
+                self.kernels.use_in(config)
+            context = self.handle.create_execution_context(config)
+        else:
+            context = self.handle.create_execution_context(strategy)
         if context is None:
             raise self.failure("TensorRT made no execution context")
         return context

@@ -12,7 +12,7 @@ from edge_backbones.engines.gpu.arrays import DeviceArray
 from edge_backbones.engines.gpu.blocks import Block
 from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.gpu.pool import Lease
-from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, rounded
+from edge_backbones.engines.gpu.streams import StreamKey, rounded
 from edge_backbones.engines.tensorrt.contexts import Contexts
 from edge_backbones.engines.tensorrt.profiles import Profile
 
@@ -69,25 +69,26 @@ class HostGraphedCall:
     Args:
         contexts: Creates the context of the call.
         array: The input in page-locked memory, which must stay where it is.
-        address: Its address.
+        on_gpu: The GPU's address of it.
         profile: Optimisation profile that holds its shape.
 
     Raises:
         InferenceError: TensorRT cannot capture the call.
     """
 
-    def __init__(self, contexts: Contexts, array: np.ndarray, address: int, profile: Profile) -> None:
+    def __init__(self, contexts: Contexts, array: np.ndarray, on_gpu: int, profile: Profile) -> None:
         slot, memory = contexts.new_slot(profile), contexts.pool.memory
         self._finalizer = weakref.finalize(self, contexts.retire, slot)
         try:
             slot.set_shape(array.shape)
             results = memory.pinned(slot.outputs.end)
             written = slot.hold(slot.outputs.size, slot.stream, slot.own_key)
-            reads_there = slot.reads_host_memory and not address % ALIGNMENT
-            source = address if reads_there else slot.hold(rounded(array.nbytes), slot.stream, slot.own_key)
+            address = int(array.__array_interface__["data"][0])
+            is_read_there = slot.reads_in_place(on_gpu)
+            source = on_gpu if is_read_there else slot.hold(rounded(array.nbytes), slot.stream, slot.own_key)
 
             def copy_in(stream: int) -> None:
-                if source != address:
+                if not is_read_there:
                     memory.copy_in(source, address, array.nbytes, stream)
 
             def copy_out(stream: int) -> None:

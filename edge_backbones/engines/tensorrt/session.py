@@ -6,7 +6,6 @@ which profile and which pieces a call uses.
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,7 +100,6 @@ class TensorRtSession:
         self._profiles = engine.profiles
         self._chosen: dict[Shape, Profile] = {}
         self._routes: dict[Shape, _Route] = {}
-        self._input_buffers: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
 
     @property
     def gpu(self) -> int:
@@ -109,7 +107,7 @@ class TensorRtSession:
         return self._gpu
 
     def input_buffer(self, shape: Shape) -> np.ndarray:
-        """Return an array of zeros in page-locked memory, which ``run`` and ``graphed`` read without a copy on the host.
+        """Return an array of zeros in page-locked memory, which ``run`` and ``graphed_on_host`` read without a copy.
 
         On a GPU that shares the memory of the CPU, the engine reads the array itself.
         """
@@ -119,17 +117,7 @@ class TensorRtSession:
             block = memory.pinned(int(np.prod(shape)) * self._dtype.itemsize)
         array = np.ndarray(shape, self._dtype, buffer=memoryview(block))
         array[:] = 0
-        self._input_buffers[ctypes.addressof(block)] = array
         return array
-
-    def _page_locked(self, array: np.ndarray) -> int | None:
-        """Return the address of an array that is an input buffer, or a part of one; None for other arrays."""
-        if not self._input_buffers:
-            return None
-        address = int(array.__array_interface__["data"][0])
-        owner = array if array.base is None or not isinstance(array.base, np.ndarray) else array.base
-        start = int(owner.__array_interface__["data"][0])
-        return address if self._input_buffers.get(start) is owner and array.flags.c_contiguous else None
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
         """Return the outputs as described in `EngineSession`.
@@ -139,11 +127,10 @@ class TensorRtSession:
         if self._contexts.closed:
             raise self._contexts.refusal()
         profile = self._profile(array.shape)
-        address = self._page_locked(array)
         with exits.calls, self._memory:
             slot = self._contexts.take(profile, array.shape, None)
             try:
-                outputs = slot.run(array, address)
+                outputs = slot.run(array)
             except BaseException as error:
                 self._contexts.discard(slot)
                 raise self._contexts.failure(array, error)  # noqa: B904
@@ -229,20 +216,21 @@ class TensorRtSession:
             return GraphedCall(self._contexts, array, route.parts[0][1], stream, memory.stream_key(stream))
 
     def graphed_on_host(self, array: np.ndarray) -> HostGraphedCall:
-        """Record a call on an input buffer, with its copies, as a CUDA graph, as described in `EdgeBackbone.graphed`.
+        """Record a call on page-locked memory, with its copies, as a CUDA graph, as described in `EdgeBackbone.graphed`.
 
-        Raises InputError if ``array`` is no input buffer of this session, or no batch that the engine takes.
+        Raises InputError if ``array`` is in other memory, or no batch that the engine takes.
         """
         if self._contexts.closed:
             raise self._contexts.refusal()
-        address = self._page_locked(array)
-        if address is None or array.shape[0] not in self._input.batch:
-            raise InputError(
-                f"{self._input.name} of shape {array.shape} in this memory cannot be recorded: fill an array of "
-                "backbone.input_buffer(batch), with a batch that this engine takes, and pass that"
-            )
-        with exits.calls, self._memory:
-            return HostGraphedCall(self._contexts, array, address, self._profile(array.shape))
+        with exits.calls, self._memory as memory:
+            address = array.__array_interface__["data"][0]
+            on_gpu = memory.page_locked(address) if array.flags.c_contiguous else None
+            if on_gpu is None or array.shape[0] not in self._input.batch:
+                raise InputError(
+                    f"{self._input.name} of shape {array.shape} in this memory cannot be recorded: fill an array of "
+                    "backbone.input_buffer(batch), with a batch that this engine takes, and pass that"
+                )
+            return HostGraphedCall(self._contexts, array, on_gpu, self._profile(array.shape))
 
     def close(self) -> None:
         """Wait for the GPU, then release contexts, engine and runtime, in this order. Closing twice is fine.

@@ -140,28 +140,26 @@ class Slot:
 
     # -- input and outputs in host memory
 
-    def run(self, array: np.ndarray, address: int | None) -> list[np.ndarray]:
+    def run(self, array: np.ndarray) -> list[np.ndarray]:
         """Run one batch from host memory, wait for it, and return the outputs.
 
         The outputs are in page-locked memory, which is reused once no caller holds them. If callers hold too many, they
-        are in ordinary memory.
-
-        Args:
-            array: The batch.
-            address: Where it lies, if that is page-locked memory; else it is copied to such memory first.
+        are in ordinary memory. An input in page-locked memory is read there; another is copied to such memory first.
         """
         memory, stream = self._memory, self.stream
         self.set_shape(array.shape)
-        if address is None:
-            address = self._stage(array)
+        address = int(array.__array_interface__["data"][0])
+        on_gpu = memory.page_locked(address)
+        if on_gpu is None:
+            address = on_gpu = self._stage(array)
         outputs = self._outputs_for_host()
         borrowed = _Borrowed(self, self.own_key, stream)
         try:
             written = borrowed.take(self.outputs.size)
-            reads_there = self._engine.reads_host_memory and not address % ALIGNMENT
-            source = address if reads_there else borrowed.take(rounded(array.nbytes))
+            is_read_there = self.reads_in_place(on_gpu)
+            source = on_gpu if is_read_there else borrowed.take(rounded(array.nbytes))
             self._follow(stream, None)
-            if source != address:
+            if not is_read_there:
                 memory.copy_in(source, address, array.nbytes, stream)
             self.execute(source, self.targets(written), borrowed.scratch, stream)
             memory.copy_out(outputs.address, written, self.outputs.end, stream)
@@ -176,7 +174,7 @@ class Slot:
         return list(outputs.arrays)
 
     def _stage(self, array: np.ndarray) -> int:
-        """Copy an array to its page-locked memory, and return the address there."""
+        """Copy an array to its page-locked memory, and return the address there, which is the GPU's too."""
         if self._staged.shape != array.shape:
             if self._staging is None or len(self._staging) < array.nbytes:
                 self._staging = None
@@ -301,10 +299,9 @@ class Slot:
                 self._context.set_device_memory(int(pointer), self.scratch_size)
         self._bound = wanted
 
-    @property
-    def reads_host_memory(self) -> bool:
-        """Return whether kernels may read page-locked host memory in place of a copy."""
-        return self._engine.reads_host_memory
+    def reads_in_place(self, on_gpu: int) -> bool:
+        """Return whether kernels read page-locked memory where it is. ``on_gpu``: the GPU's address of it."""
+        return self._engine.reads_host_memory and not on_gpu % ALIGNMENT
 
     # -- one call as a CUDA graph
 

@@ -568,6 +568,45 @@ def test_arrays_on_the_gpu_stay_there():
     assert [stream for _, stream in engine.calls] == [0x5000, 0, 7, 9]
 
 
+def test_one_frame_needs_no_batch_axis():
+    fixed = ShapeRange.fixed
+    input = InputSpec(name="image", channels=3, batch=fixed(1), height=fixed(32), width=fixed(48))
+    seen = []
+
+    class Session(NumpySession):
+        def run(self, array):
+            seen.append(array)
+            return pooled(array.transpose(0, 3, 1, 2))
+
+        def run_on_device(self, array, stream):
+            seen.append(array)
+            return pooled(np.zeros((1, 3, 32, 48)))
+
+    backbone = EdgeBackbone(SPEC, input, Session(input), device="cuda:0")
+    frame = np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)
+    (first, _) = backbone(frame).feature_maps
+    np.testing.assert_array_equal(first, pooled(frame[None].transpose(0, 3, 1, 2))[0])
+    assert np.shares_memory(seen[0], frame)
+    backbone(OnGpu((32, 48, 3), "|u1"))
+    assert [array.shape for array in seen] == [(1, 32, 48, 3)] * 2
+    for wrong in (frame[0], frame.transpose(2, 0, 1)):
+        with pytest.raises(InputError, match="does not fit: this engine takes uint8 NHWC"):
+            backbone(wrong)
+    one = pixels(1)[0]  # normalised pixels are a batch always
+    with pytest.raises(InputError, match=r"of shape \(3, 32, 48\) does not fit"):
+        over_gpu()[0](one)
+
+
+def test_an_input_buffer_on_the_cpu_is_an_ordinary_array(backbone):
+    buffer = backbone.input_buffer()
+    assert (buffer.shape, buffer.dtype, buffer.any()) == (backbone.input.opt_shape, np.float32, False)
+    buffer[:] = images = pixels(len(buffer))
+    for actual, expected in zip(backbone(buffer).feature_maps, pooled(images), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+    with pytest.raises(InputError, match="does not fit"):
+        backbone.input_buffer(width=49)
+
+
 def test_arrays_of_the_host_come_back_to_the_host_from_an_engine_on_the_gpu():
     backbone, _ = over_gpu()
     images = pixels(5)
