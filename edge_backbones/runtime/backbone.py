@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
@@ -24,6 +25,7 @@ from edge_backbones.engines.gpu.memory import MemoryBackend
 from edge_backbones.errors import InputError, lack_told, refuse_lack
 from edge_backbones.runtime.config import selected
 from edge_backbones.runtime.description import BackboneDescription
+from edge_backbones.runtime.in_flight import in_order
 from edge_backbones.runtime.inputs import host_array, refuse_not_finite
 from edge_backbones.runtime.opening import Origin, open_engine, reopen
 from edge_backbones.spec import BackboneSpec, InputSpec
@@ -360,6 +362,35 @@ class EdgeBackbone(BackboneDescription):
         """Call the backbone without the keyword arguments that it does not know, as transformers' backbones do."""
         known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict", "dataset_index", "stream")
         return self(*args, **{key: value for key, value in kwargs.items() if key in known})
+
+    def map(
+        self, frames: Iterable[Any], in_flight: int = 2, *, stream: Any = None, **options: Any
+    ) -> Iterator[BackboneOutput]:
+        """Call the backbone on every frame and yield the outputs in order, with several frames in flight.
+
+        While the caller works on one output or reads the next frame, up to ``in_flight`` calls run in threads of their own,
+        each with memory of its own. So copies to and from a GPU overlap with its work, and reading frames overlaps with
+        inference. Frames are taken one by one, in the caller's thread, only as outputs are asked for: at most ``in_flight``
+        frames are taken and not yielded. A source that writes every frame into one buffer has to yield copies.
+
+        An error of a call is raised in the place of its output and ends the iteration; an error of ``frames`` comes behind
+        the outputs of the frames before it. Ctrl-C and leaving the loop wait for the calls that run.
+
+        Frames on the GPU are enqueued on ``stream`` one after the other, because such a call does not wait anyway.
+
+        Args:
+            frames: What ``__call__`` takes, one for each call: an image or a batch.
+            in_flight: Most frames that are worked on at once.
+            stream: As for ``__call__``.
+            options: ``output_hidden_states`` and ``return_dict``, as for ``__call__``.
+
+        Raises:
+            InputError: ``in_flight`` is less than 1, or as for ``__call__``.
+            InferenceError: As for ``__call__``.
+        """
+        if stream is not None:
+            return (self(frame, stream=stream, **options) for frame in frames)
+        return in_order(functools.partial(self.__call__, **options), frames, in_flight)
 
     def run(self, pixel_values: Any, *, stream: Any = None) -> dict[str, Any]:
         """Return every output of the engine by name: feature maps, class tokens and hidden states, whatever is chosen."""

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from edge_backbones.engines.gpu.arrays import DeviceArray
 from edge_backbones.engines.gpu.dlpack import CUDA_HOST, ForeignArray, Rows, make_capsule
 from edge_backbones.engines.tensorrt import contexts as contexts_module
 from edge_backbones.engines.tensorrt import kernels as kernels_module
@@ -318,6 +319,35 @@ def test_a_backbone_gives_input_buffers_and_records_calls_on_them(machine):
         assert machine.counted("cuMemcpyHtoDAsync") == 3  # a run, a capture and a call
         with pytest.raises(InputError, match=r"shape \(3, 3, 64, 48\) does not fit"):
             backbone.input_buffer(3, height=64)
+
+
+# ---- frames in flight
+
+
+def test_frames_in_flight_share_a_few_contexts_and_allocate_nothing(machine):
+    session, input = machine.open(), pooling_input(ShapeRange(min=1, opt=2, max=4))
+    frames = [pixels(2) for _ in range(60)]
+    with EdgeBackbone(SPEC, input, session, device="cuda:0") as backbone:
+        for _ in backbone.map(frames, in_flight=3):
+            pass
+        machine.driver.reset()
+        for output, frame in zip(backbone.map(frames, in_flight=3), frames, strict=True):
+            for actual, expected in zip(output.feature_maps, pooled(frame), strict=True):
+                np.testing.assert_array_equal(actual, expected)
+            del output, actual
+        assert machine.library.made <= 3
+        made = Counter(machine.driver.log())
+        assert made["cuMemAlloc"] == made["cuStreamCreate"] == made["create_execution_context"] == 0
+        assert made["cuStreamSynchronize"] == 60  # each call waits for itself, in a thread of its own
+        arrays = [from_foreign_array(machine, frame) for frame in frames[:5]]
+        for output, frame in zip(backbone.map(arrays, stream=machine.stream), frames, strict=False):
+            check(machine, output.feature_maps, frame, machine.stream)
+    assert machine.library.live["context"] == 0
+
+
+def from_foreign_array(machine: DriverMachine, frame: np.ndarray) -> DeviceArray:
+    array = machine.gpu.put(frame)
+    return DeviceArray(array.pointer, array.shape, array.dtype, device=0, owner=None, synchronize=None)
 
 
 # ---- kernels that TensorRT-RTX compiles

@@ -597,6 +597,14 @@ def test_one_frame_needs_no_batch_axis():
         over_gpu()[0](one)
 
 
+def test_frames_in_flight_on_the_cpu_have_memory_of_their_own(backbone):
+    frames = [pixels(1 + number % 3) for number in range(24)]
+    outputs = list(backbone.map(frames, in_flight=3))
+    for output, frame in zip(outputs, frames, strict=True):
+        for actual, expected in zip(output.feature_maps, pooled(frame), strict=True):
+            np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 def test_an_input_buffer_on_the_cpu_is_an_ordinary_array(backbone):
     buffer = backbone.input_buffer()
     assert (buffer.shape, buffer.dtype, buffer.any()) == (backbone.input.opt_shape, np.float32, False)
