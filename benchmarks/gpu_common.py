@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import sys
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_needs import is_installed  # isort: skip (it ends the program where numpy or msgspec is missing)
+
 import numpy as np
 
+from benchmarks.gpu_kernels import on_standin
 from edge_backbones.errors import MissingDependencyError
-
-NOTHING_RUN = 3
-"""Exit code of a run in which nothing could be run."""
-
-# A machine that has torch may lack msgspec, without which most modules of the package cannot be imported.
-if sys.modules.get("msgspec", 0) is None or importlib.util.find_spec("msgspec") is None:
-    print(
-        "not run: msgspec is not installed: install it (pip install msgspec), or carry its folder here and put it on "
-        "PYTHONPATH"
-    )
-    sys.exit(NOTHING_RUN)
 
 TENSORRT = ("tensorrt", "tensorrt_rtx")
 # Kept stages by network; the first is measured always, the others while time is left.
@@ -48,10 +41,35 @@ class MissingError(Exception):
     """Something that a part needs is missing, such as a library or time: the part is not run."""
 
 
+@functools.cache
+def why_no_torch() -> str:
+    """Return why torch cannot use a GPU here, without importing it; empty if it should be able to."""
+    if not is_installed("torch"):
+        return "torch is not installed"
+    if on_standin():
+        return "the driver is a stand-in, which torch cannot use"
+    spec = importlib.util.find_spec("torch")
+    folders = (spec.submodule_search_locations if spec is not None else None) or ()
+    for folder in map(Path, folders):
+        if (folder / "version.py").is_file():
+            version = runpy.run_path(str(folder / "version.py"))
+            if version.get("cuda") is None:
+                return f"torch {version.get('__version__')} was built without CUDA"
+    return ""
+
+
+def require_torch() -> None:
+    """Raise MissingError if torch cannot use a GPU here."""
+    if reason := why_no_torch():
+        raise MissingError(reason)
+
+
 def require_tensorrt(flavour: str) -> Any:
     """Return TensorRT's module. Raises MissingError if it is not installed."""
     from edge_backbones.engines.tensorrt.library import load_library
 
+    if on_standin():
+        raise MissingError(f"the driver is a stand-in, which {flavour} cannot use")
     try:
         return load_library(flavour)  # type: ignore[arg-type]
     except MissingDependencyError as error:
@@ -94,15 +112,18 @@ def fixed_input(batch: int, height: int, width: int) -> Any:
     )
 
 
-def pooling_input(largest: int = 256) -> Any:
-    """Return the input of the pooling backbone: 1 to 32 images of 32 to ``largest`` pixels in steps of 8."""
+def pooling_input(largest: int = 256, batch: tuple[int, int, int] = (1, 2, LARGEST_BATCH)) -> Any:
+    """Return the input of the pooling backbone: 1 to 32 images of 32 to ``largest`` pixels in steps of 8.
+
+    ``batch``: smallest, usual and largest.
+    """
     from edge_backbones.spec import InputSpec, ShapeRange
 
     size = ShapeRange(min=32, opt=64, max=largest)
     return InputSpec(
         name="pixel_values",
         channels=3,
-        batch=ShapeRange(min=1, opt=2, max=LARGEST_BATCH),
+        batch=ShapeRange(min=batch[0], opt=batch[1], max=batch[2]),
         height=size,
         width=size,
         size_multiple=8,

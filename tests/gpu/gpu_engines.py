@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +13,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import gpu_common, gpu_tasks
+from benchmarks import gpu_common, gpu_standin, gpu_tasks
+from benchmarks.gpu_kernels import on_standin
+from benchmarks.gpu_needs import is_installed
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.machine import gpus
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("torchscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt")
+STAND_IN = gpu_standin.NAME
+# Those whose session is TensorRtSession. The stand-in takes TensorRT's place, so that it is tested without TensorRT too.
+TENSORRT = (STAND_IN, *gpu_common.TENSORRT)
+KINDS = ("torchscript", *TENSORRT, "torch_tensorrt")
 BACKENDS = ("cuda-bindings", "pycuda")
 _NEEDS = {
     "cuda-bindings": ("cuda.bindings.driver",),
     "pycuda": ("pycuda.driver",),
     "torchscript": ("torch", "msgspec"),
     "torch_tensorrt": ("torch_tensorrt", "torch", "msgspec"),
+    STAND_IN: ("msgspec",),
     "tensorrt": ("tensorrt", "msgspec"),
     "tensorrt_rtx": ("tensorrt_rtx_bindings", "msgspec"),
 }
@@ -32,15 +38,14 @@ _NEEDS = {
 
 def missing(*names: str) -> str:
     """Which of these libraries (or of what a kind of engine needs) is not installed, as a phrase; empty if none."""
-    lacking = [module for name in names for module in _NEEDS.get(name, (name,)) if not _is_there(module)]
-    return f"{lacking[0].split('.')[0]} is not installed" if lacking else ""
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a package above it
-        return False
+    for module in (module for name in names for module in _NEEDS.get(name, (name,))):
+        if not is_installed(module):
+            return f"{module.split('.')[0]} is not installed"
+        if module == "torch" and gpu_common.why_no_torch():
+            return gpu_common.why_no_torch()
+        if on_standin() and module in ("cupy", "tensorrt", "tensorrt_rtx_bindings"):
+            return f"the driver is a stand-in, which {module} cannot use"
+    return ""
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -64,6 +69,8 @@ def pooling_file(kind: str, device: int) -> bytes:
     from edge_backbones.spec import Precision
 
     input = gpu_common.pooling_input(512)
+    if kind == STAND_IN:
+        return gpu_standin.plan_of(input)
     if kind == "torchscript":
         from edge_backbones.toolchain.trace import trace_torchscript
 
@@ -86,20 +93,35 @@ def open_session(kind: str, device: int, *, compiled_on: int | None = None, **op
         pytest.skip(rtx_refusal(home))
     input = gpu_common.pooling_input(512)
     data = pooling_file(kind, home)
-    if kind in gpu_common.TENSORRT:
-        from edge_backbones.engines.tensorrt.session import TensorRtSession
-
-        return TensorRtSession(bytearray(data), flavour=kind, input=input, outputs=SPEC.outputs, gpu=device, **options)
+    if kind in TENSORRT:
+        return open_plan(kind, device, data, **options)
     from edge_backbones.engines.torch.session import TorchScriptSession
 
     return TorchScriptSession(data, input=input, outputs=SPEC.outputs, device=f"cuda:{device}", **options)
 
 
+def open_plan(kind: str, device: int, data: bytes, **options):
+    """A session of a plan of the pooling backbone."""
+    from edge_backbones.engines.tensorrt.session import TensorRtSession
+    from edge_backbones.testing import SPEC
+
+    options.setdefault("input", gpu_common.pooling_input(512))
+    flavour, place = kind, contextlib.nullcontext()
+    if kind == STAND_IN:
+        flavour, place = "tensorrt", gpu_standin.in_place_of_tensorrt()
+    with place:
+        return TensorRtSession(bytearray(data), flavour=flavour, outputs=SPEC.outputs, gpu=device, **options)
+
+
 def open_backbone(kind: str, device: int, **options):
+    return backbone_of(open_session(kind, device, **options), device)
+
+
+def backbone_of(session, device: int):
+    """An EdgeBackbone over a session of the pooling backbone."""
     from edge_backbones import EdgeBackbone
     from edge_backbones.testing import SPEC
 
-    session = open_session(kind, device, **options)
     return EdgeBackbone(SPEC, gpu_common.pooling_input(512), session, device=f"cuda:{device}")
 
 
@@ -108,15 +130,25 @@ def pictures(batch: int, height: int = 64, width: int = 96, seed: int = 0) -> np
 
 
 def assert_pooled(maps, images: np.ndarray) -> None:
-    """Numpy maps, or anything that torch takes through DLPack, are those of the pooling backbone."""
+    """Numpy maps, or DeviceArrays, are those of the pooling backbone."""
     from edge_backbones.testing import pooled
 
     for actual, expected in zip(maps, pooled(images), strict=True):
         if not isinstance(actual, np.ndarray):
-            import torch
-
-            actual = torch.from_dlpack(actual).cpu().numpy()
+            actual = to_host(actual)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def to_host(array, stream: int = 0) -> np.ndarray:
+    """A copy of an array on a GPU that is in C order, made on ``stream`` once the array is there."""
+    from edge_backbones.engines.gpu.arrays import from_foreign
+
+    found = from_foreign(array, stream=stream or 1)
+    values = np.empty(found.shape, found.dtype)
+    with cuda.open_memory(array.device if isinstance(array.device, int) else array.device.index) as memory:
+        memory.copy_out(values.ctypes.data, found.pointer, values.nbytes, stream)
+        memory.wait(stream)
+    return values
 
 
 class Context:
@@ -158,6 +190,11 @@ def device_slack(integrated: bool) -> int:
 
 def is_integrated(gpu: int) -> bool:
     return gpus.find_gpus()[gpu].integrated
+
+
+def many_calls(gpu: int) -> int:
+    """How many calls a leak is looked for in. A Jetson, and kernels in numpy, take many times as long for each."""
+    return 1_000 if is_integrated(gpu) or on_standin() else 10_000
 
 
 def assert_flat(memory: cuda.GpuMemory, action, calls: int, *, host_slack: int = 8 << 20) -> None:

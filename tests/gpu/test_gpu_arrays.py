@@ -163,6 +163,7 @@ def test_torch_waits_for_its_own_work_before_ours_reads(memory, gpu):
 def test_memory_of_torch_is_kept_while_ours_reads(gpu):
     import torch
 
+    torch.cuda.empty_cache()  # so that there is one block for it, and no other
     tensor = torch.rand(1024, 1024, device=f"cuda:{gpu}")
     pointer = tensor.data_ptr()
     found = from_foreign(tensor, stream=0)

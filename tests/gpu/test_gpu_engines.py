@@ -1,23 +1,28 @@
-"""Every kind of engine on a real GPU, over a backbone whose values are known: streams, threads, graphs, leaks, bad input."""
+"""Every kind of engine on a real GPU, over a backbone whose values are known: streams, threads, graphs, leaks, bad input.
+
+Tests that take ``arrays`` run twice: with arrays and streams of our own, and with torch's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
+import gpu_arrays
 import gpu_engines
 import numpy as np
 import pytest
 from gpu_engines import assert_pooled, open_backbone, pictures
 
+from benchmarks import gpu_common, gpu_standin
+from benchmarks.gpu_kernels import on_standin
 from edge_backbones.engines.gpu import memory as cuda
-from edge_backbones.errors import InputError, OutOfMemoryError
+from edge_backbones.engines.gpu.arrays import DeviceArray
+from edge_backbones.errors import EngineMismatchError, InputError, OutOfMemoryError
 from edge_backbones.machine import gpus
-
-BUSY = 100_000_000  # clock cycles
-TENSORRT = ("tensorrt", "tensorrt_rtx")
 
 
 @pytest.fixture(params=gpu_engines.each(gpu_engines.KINDS))
@@ -25,7 +30,7 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture(params=gpu_engines.each(TENSORRT))
+@pytest.fixture(params=gpu_engines.each(gpu_engines.TENSORRT))
 def tensorrt(request):
     return request.param
 
@@ -34,6 +39,13 @@ def tensorrt(request):
 def backbone(kind, gpu):
     with open_backbone(kind, gpu) as opened:
         yield opened
+
+
+@pytest.fixture(params=["ours", pytest.param("torch", marks=gpu_engines.needs("torch"))])
+def arrays(request, gpu):
+    opened = gpu_arrays.open_arrays(request.param, gpu)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
@@ -67,16 +79,21 @@ def test_results_stay_as_they_are(backbone):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32, 40])
-def test_arrays_on_the_gpu(backbone, torch, gpu, batch):
+def test_arrays_on_the_gpu(backbone, arrays, batch):
     images = pictures(batch)
-    pixels = torch.from_numpy(images).to(f"cuda:{gpu}")
+    pixels = arrays.put(images)
     maps = backbone(pixels).feature_maps
-    for feature_map in maps:
-        tensor = torch.from_dlpack(feature_map)
-        assert tensor.data_ptr() == feature_map.pointer  # no copy
-        assert tensor.is_cuda
+    assert all(isinstance(feature_map, DeviceArray) for feature_map in maps)
     assert_pooled(maps, images)
-    assert np.array_equal(pixels.cpu().numpy(), images)
+    assert np.array_equal(arrays.to_host(pixels), images)
+
+
+def test_torch_takes_maps_without_a_copy(backbone, torch, gpu):
+    pixels = torch.from_numpy(pictures(2)).to(f"cuda:{gpu}")
+    for feature_map in backbone(pixels).feature_maps:
+        tensor = torch.from_dlpack(feature_map)
+        assert tensor.data_ptr() == feature_map.pointer
+        assert tensor.is_cuda
 
 
 class Wrapped:
@@ -86,55 +103,64 @@ class Wrapped:
         self.stream = stream
 
     def __cuda_stream__(self):
-        return 0, self.stream.cuda_stream
+        return 0, getattr(self.stream, "cuda_stream", self.stream)
 
 
-@pytest.mark.parametrize("as_given", [lambda s: s, lambda s: s.cuda_stream, Wrapped], ids=["torch", "int", "protocol"])
-def test_a_call_is_in_the_order_of_its_stream(backbone, torch, gpu, as_given):
+@pytest.mark.parametrize(
+    "as_given", [lambda s: s, lambda s: getattr(s, "cuda_stream", s), Wrapped], ids=["stream", "int", "protocol"]
+)
+def test_a_call_is_in_the_order_of_its_stream(backbone, arrays, as_given):
     """Input that comes late, and is overwritten right behind the call; output that another stream reads."""
     images, other = pictures(4, 256, 256), pictures(4, 256, 256, seed=1)
-    place = torch.device("cuda", gpu)
-    late, after = torch.from_numpy(images).to(place), torch.from_numpy(other).to(place)
-    for _ in range(3):  # with graphs and buffers warm too
-        pixels = torch.zeros_like(late)
-        work, reading = torch.cuda.Stream(place), torch.cuda.Stream(place)
-        torch.cuda.synchronize(place)
-        with torch.cuda.stream(work):
-            torch.cuda._sleep(BUSY)
-            pixels.copy_(late)
-            maps = backbone(pixels, stream=as_given(work)).feature_maps
-            pixels.copy_(after)
-        with torch.cuda.stream(reading):
-            seen = [torch.from_dlpack(feature_map).clone() for feature_map in maps]
-        reading.synchronize()
-        assert_pooled([tensor.cpu().numpy() for tensor in seen], images)
+    late, after = arrays.put(images), arrays.put(other)
+    work, reading = arrays.new_stream(), arrays.new_stream()
+    for _ in range(3):  # with buffers warm too
+        pixels = arrays.put(np.zeros_like(images))
+        arrays.keep_busy(work)
+        arrays.copy(pixels, late, work)
+        maps = backbone(pixels, stream=as_given(work)).feature_maps
+        arrays.copy(pixels, after, work)
+        seen = [arrays.seen_from(feature_map, reading) for feature_map in maps]
+        assert_pooled([arrays.to_host(values, reading) for values in seen], images)
         assert_pooled(maps, images)
 
 
-def test_a_call_only_enqueues(backbone, torch, gpu):
-    pixels = torch.from_numpy(pictures(2)).to(f"cuda:{gpu}")
-    work = torch.cuda.Stream(gpu)
+def test_memory_that_another_stream_reads_is_not_written_over(backbone, arrays):
+    """A map is let go of while another stream still has to read it, and the next calls want its memory."""
+    first, others = pictures(2), [pictures(2, seed=seed) for seed in range(1, 6)]
+    work, reading = arrays.new_stream(), arrays.new_stream()
+    pixels, rest = arrays.put(first), [arrays.put(images) for images in others]
+    backbone(pixels, stream=work)
+    arrays.wait()
+    maps = backbone(pixels, stream=work).feature_maps
+    arrays.keep_busy(reading)
+    seen = [arrays.seen_from(feature_map, reading) for feature_map in maps]
+    del maps
+    for array in rest:
+        backbone(array, stream=work)
+    assert_pooled([arrays.to_host(values, reading) for values in seen], first)
+
+
+def test_a_call_only_enqueues(backbone, arrays):
+    images = pictures(2)
+    pixels, work = arrays.put(images), arrays.new_stream()
     for _ in range(5):
         backbone(pixels, stream=work)
-    torch.cuda.synchronize(gpu)
-    with torch.cuda.stream(work):
-        torch.cuda._sleep(10 * BUSY)
-        maps = backbone(pixels, stream=work).feature_maps
-        done = torch.cuda.Event()
-        done.record(work)
-    assert not done.query()  # the call came back while the stream was still asleep
-    assert_pooled(maps, pictures(2))
+    arrays.wait()
+    arrays.keep_busy(work, 1000)
+    maps = backbone(pixels, stream=work).feature_maps
+    assert arrays.is_busy(work)  # the call came back while the stream was still asleep
+    assert_pooled(maps, images)
 
 
-def test_the_default_stream(backbone, torch, gpu):
+def test_the_default_stream(backbone, arrays):
     images = pictures(4)
-    late = torch.from_numpy(images).to(f"cuda:{gpu}")
-    pixels = torch.zeros_like(late)
-    torch.cuda.synchronize(gpu)
-    torch.cuda._sleep(BUSY)
-    pixels.copy_(late)
+    late, pixels = arrays.put(images), arrays.put(np.zeros_like(images))
+    backbone(late)
+    arrays.keep_busy(0)
+    arrays.copy(pixels, late, 0)
     maps = backbone(pixels).feature_maps
-    pixels.zero_()
+    arrays.clear(pixels, 0)
     assert_pooled(maps, images)
 
 
@@ -149,39 +175,38 @@ def test_threads_never_mix_outputs(backbone):
         assert all(pool.map(work, range(16)))
 
 
-def test_threads_with_streams_never_mix_outputs(backbone, torch, gpu):
+def test_threads_with_streams_never_mix_outputs(backbone, gpu):
     def work(seed):
+        arrays = gpu_arrays.open_arrays("ours", gpu)
         images = pictures(1 + seed % 5, seed=seed)
-        stream = torch.cuda.Stream(gpu)
-        with torch.cuda.stream(stream):
-            pixels = torch.from_numpy(images).to(f"cuda:{gpu}")
-            for _ in range(40):
-                maps = backbone(pixels, stream=stream).feature_maps
-                assert_pooled(maps, images)
+        pixels, stream = arrays.put(images), arrays.new_stream()
+        for _ in range(40):
+            maps = backbone(pixels, stream=stream).feature_maps
+            assert_pooled([arrays.to_host(feature_map, stream) for feature_map in maps], images)
+        del maps
+        arrays.close()
         return True
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(16)))
 
 
-def test_ten_thousand_calls_leave_nothing_behind(kind, gpu):
+def test_many_calls_leave_nothing_behind(kind, gpu):
     memory = cuda.open_memory(gpu)
     images = pictures(2)
     with open_backbone(kind, gpu) as backbone:
-        gpu_engines.assert_flat(memory, lambda: backbone(images), 10_000)
+        gpu_engines.assert_flat(memory, lambda: backbone(images), gpu_engines.many_calls(gpu))
 
 
-def test_ten_thousand_calls_on_the_gpu_leave_nothing_behind(backbone, torch, gpu):
+def test_many_calls_on_the_gpu_leave_nothing_behind(backbone, arrays, gpu):
     memory = cuda.open_memory(gpu)
-    pixels = torch.from_numpy(pictures(2)).to(f"cuda:{gpu}")
-    stream = torch.cuda.Stream(gpu)
-    torch.cuda.synchronize(gpu)
+    pixels, stream = arrays.put(pictures(2)), arrays.new_stream()
 
     def once():
         for feature_map in backbone(pixels, stream=stream).feature_maps:
-            torch.from_dlpack(feature_map)
+            feature_map.__dlpack__(stream=1)  # the reader waits, and lets go of it
 
-    gpu_engines.assert_flat(memory, once, 10_000)
+    gpu_engines.assert_flat(memory, once, gpu_engines.many_calls(gpu))
 
 
 def test_opening_and_closing_leaves_nothing_behind(kind, gpu):
@@ -207,16 +232,19 @@ def fill(memory: cuda.GpuMemory) -> list[int]:
     return taken
 
 
-def test_out_of_memory_is_typed_and_the_process_lives(kind, torch, gpu):
+def test_out_of_memory_is_typed_and_the_process_lives(kind, gpu):
     if gpu_engines.is_integrated(gpu):
         pytest.skip("this GPU has the memory of the system: taking all of it would end other processes")
     memory = cuda.open_memory(gpu)
     small, large = pictures(2), pictures(32, 512, 512)
     with open_backbone(kind, gpu) as backbone:
-        if kind not in TENSORRT:  # a session of TensorRT has memory for its largest shape from the first call on
+        if (
+            kind not in gpu_engines.TENSORRT
+        ):  # a session of TensorRT has memory for its largest shape from the first call on
             backbone(small)
-        torch.cuda.synchronize(gpu)
-        torch.cuda.empty_cache()
+        gpu_engines.free_bytes(memory)  # waits for the GPU
+        if "torch" in sys.modules and not gpu_engines.missing("torch"):
+            sys.modules["torch"].cuda.empty_cache()
         with memory:
             taken = fill(memory)
         try:
@@ -230,49 +258,49 @@ def test_out_of_memory_is_typed_and_the_process_lives(kind, torch, gpu):
         assert_pooled(backbone(large).feature_maps, large)
 
 
-def test_wrong_input(backbone, torch, gpu):
-    place = f"cuda:{gpu}"
+def test_wrong_input(backbone, arrays):
     good = pictures(2)
-    for values in (good, torch.from_numpy(good).to(place)):
-        with pytest.raises(InputError, match="does not fit"):
-            backbone(values[:, :, :60])  # no multiple of 8
-        with pytest.raises(InputError, match="does not fit"):
-            backbone(values[:, :2])
-        with pytest.raises(InputError, match="does not fit"):
-            backbone(values[0])
-        with pytest.raises(InputError):
-            backbone(values[:0])
-    pixels = torch.from_numpy(good).to(place)
+    for give in (lambda values: values, arrays.put):
+        for wrong in (good[:, :, :60], good[:, :2], good[0]):  # 60 is no multiple of 8
+            with pytest.raises(InputError, match="does not fit"):
+                backbone(give(np.ascontiguousarray(wrong)))
+    with pytest.raises(InputError):
+        backbone(good[:0])
+    pixels = arrays.put(good)
     with pytest.raises(InputError, match="float16"):
-        backbone(pixels.half())
-    with pytest.raises(InputError, match="C order"):
-        backbone(pixels.permute(0, 1, 3, 2))
+        backbone(arrays.put(good.astype(np.float16)))
     with pytest.raises(InputError, match="stream"):
-        backbone(good, stream=torch.cuda.Stream(gpu))
+        backbone(good, stream=arrays.new_stream())
     with pytest.raises(InputError):
         backbone(pixels, stream="a stream")
     assert_pooled(backbone(pixels).feature_maps, good)  # and goes on
 
 
-def test_a_gpu_that_is_not_there(kind, gpu):
-    from edge_backbones.errors import EngineMismatchError
+def test_wrong_tensors_of_torch(backbone, torch, gpu):
+    pixels = torch.from_numpy(pictures(2)).to(f"cuda:{gpu}")
+    with pytest.raises(InputError):
+        backbone(pixels[:0])
+    with pytest.raises(InputError, match="C order"):
+        backbone(pixels.permute(0, 1, 3, 2))
 
+
+def test_a_gpu_that_is_not_there(kind, gpu):
     with pytest.raises(EngineMismatchError, match="smaller index"):
         gpu_engines.open_session(kind, len(gpus.find_gpus()), compiled_on=gpu)
 
 
-def test_an_engine_on_the_cpu_names_the_way_out(torch, gpu):
+def test_an_engine_on_the_cpu_names_the_way_out(arrays):
     from edge_backbones import EdgeBackbone
     from edge_backbones.testing import SPEC, NumpySession, pooling_input
 
     backbone = EdgeBackbone(SPEC, pooling_input(), NumpySession(pooling_input()))
     with pytest.raises(InputError, match="device='cuda'"):
-        backbone(torch.zeros(2, 3, 32, 48, device=f"cuda:{gpu}"))
+        backbone(arrays.put(pictures(2, 32, 48)))
 
 
-def test_closed(kind, torch, gpu):
+def test_closed(kind, arrays, gpu):
     images = pictures(2)
-    pixels = torch.from_numpy(images).to(f"cuda:{gpu}")
+    pixels = arrays.put(images)
     backbone = open_backbone(kind, gpu)
     from_host, on_gpu = backbone(images).feature_maps, backbone(pixels).feature_maps
     backbone.close()
@@ -289,80 +317,113 @@ def test_closed(kind, torch, gpu):
 
 
 @pytest.mark.parametrize("memory", gpu_engines.each(gpu_engines.BACKENDS))
-def test_graphs_replay_what_a_plain_enqueue_gives(tensorrt, gpu, memory):
-    shapes = [(1, 64, 64), (2, 64, 96), (32, 256, 128)]
-    with (
-        open_backbone(tensorrt, gpu, memory=memory) as plain,
-        open_backbone(tensorrt, gpu, memory=memory, cuda_graphs=True) as replayed,
-    ):
-        for turn in range(4):  # the first call is plain, the second captures, later ones replay
-            for shape in shapes:
-                images = pictures(*shape, seed=turn)
-                for actual, expected in zip(replayed(images).feature_maps, plain(images).feature_maps, strict=True):
-                    assert np.array_equal(actual, expected)
-                assert_pooled(replayed(images).feature_maps, images)
-        assert replayed._engine.graph_refusals == {}
-
-
-def test_graphs_on_the_gpu(tensorrt, torch, gpu):
-    stream = torch.cuda.Stream(gpu)
-    with open_backbone(tensorrt, gpu, cuda_graphs=True) as backbone, torch.cuda.stream(stream):
-        kept = []
-        for seed in range(12):
-            images = pictures(2, seed=seed)
-            maps = backbone(torch.from_numpy(images).to(f"cuda:{gpu}"), stream=stream).feature_maps
-            kept.append((maps, images))  # more results than there are captured contexts
-        for maps, images in kept:
-            assert_pooled(maps, images)
-        assert backbone._engine.graph_refusals == {}
-
-
-def test_a_graphed_call_reads_and_writes_in_place(tensorrt, torch, gpu):
+def test_a_graphed_call_reads_and_writes_in_place(tensorrt, arrays, gpu, memory):
     """Frames written into one buffer, on the stream of the call; maps that are the same memory every time."""
-    with open_backbone(tensorrt, gpu) as backbone:
-        place, work = torch.device("cuda", gpu), torch.cuda.Stream(gpu)
-        pixels = torch.zeros(pictures(2).shape, device=place)
-        torch.cuda.synchronize(place)
+    with open_backbone(tensorrt, gpu, memory=memory) as backbone:
+        work, reading = arrays.new_stream(), arrays.new_stream()
+        pixels = arrays.put(np.zeros_like(pictures(2)))
         call = backbone.graphed(pixels, stream=work)
         for seed in range(20):
             images = pictures(2, seed=seed)
-            frame = torch.from_numpy(images).to(place)
-            torch.cuda.synchronize(place)
-            with torch.cuda.stream(work):
-                pixels.copy_(frame, non_blocking=True)
-                maps = call().feature_maps
-                seen = [torch.from_dlpack(feature_map).clone() for feature_map in maps]
-            reading = torch.cuda.Stream(gpu)
-            with torch.cuda.stream(reading):
-                elsewhere = [torch.from_dlpack(feature_map).clone() for feature_map in maps]
-            torch.cuda.synchronize(place)
-            assert_pooled([tensor.cpu().numpy() for tensor in seen], images)
-            assert_pooled([tensor.cpu().numpy() for tensor in elsewhere], images)
+            arrays.copy(pixels, arrays.put(images), work)
+            maps = call().feature_maps
+            seen = [arrays.seen_from(feature_map, work) for feature_map in maps]
+            elsewhere = [arrays.seen_from(feature_map, reading) for feature_map in maps]
+            assert_pooled([arrays.to_host(values, work) for values in seen], images)
+            assert_pooled([arrays.to_host(values, reading) for values in elsewhere], images)
         with pytest.raises(InputError, match="a default stream cannot be captured"):
             backbone.graphed(pixels, stream=None)
 
 
-def test_graphs_with_threads(tensorrt, gpu):
-    with open_backbone(tensorrt, gpu, cuda_graphs=True) as backbone:
+def test_a_graphed_call_gives_what_a_plain_one_gives(tensorrt, arrays, gpu):
+    with open_backbone(tensorrt, gpu) as backbone:
+        stream = arrays.new_stream()
+        for shape in ((1, 64, 64), (2, 64, 96), (32, 256, 128)):
+            pixels = arrays.put(pictures(*shape))
+            plain = [
+                arrays.to_host(feature_map, stream) for feature_map in backbone(pixels, stream=stream).feature_maps
+            ]
+            call = backbone.graphed(pixels, stream=stream)
+            for _ in range(3):
+                replayed = [arrays.to_host(feature_map, stream) for feature_map in call().feature_maps]
+                assert all(map(np.array_equal, replayed, plain))
+
+
+def test_graphed_calls_in_threads(tensorrt, gpu):
+    with open_backbone(tensorrt, gpu) as backbone:
 
         def work(seed):
-            images = pictures(1 + seed % 3, seed=seed)
+            arrays = gpu_arrays.open_arrays("ours", gpu)
+            images, stream = pictures(1 + seed % 3, seed=seed), arrays.new_stream()
+            call = backbone.graphed(arrays.put(images), stream=stream)
             for _ in range(30):
-                assert_pooled(backbone(images).feature_maps, images)
+                maps = call().feature_maps
+                assert_pooled([arrays.to_host(feature_map, stream) for feature_map in maps], images)
+            del maps, call
+            arrays.close()
             return True
 
         with ThreadPoolExecutor(6) as pool:
             assert all(pool.map(work, range(12)))
 
 
-@pytest.mark.parametrize("memory", gpu_engines.each(gpu_engines.BACKENDS))
-@pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_ten_thousand_calls_with_either_library(tensorrt, gpu, memory, cuda_graphs):
+def test_graphed_calls_leave_nothing_behind(tensorrt, arrays, gpu):
+    with open_backbone(tensorrt, gpu) as backbone:
+        pixels, stream = arrays.put(pictures(2)), arrays.new_stream()
+        call = backbone.graphed(pixels, stream=stream)
+        gpu_engines.assert_flat(cuda.open_memory(gpu), call, gpu_engines.many_calls(gpu))
+
+        def once():
+            backbone.graphed(pixels, stream=stream)()
+
+        once()
+        gpu_engines.assert_flat(cuda.open_memory(gpu), once, 100)
+
+
+def test_a_call_inside_the_callers_own_capture_is_refused(tensorrt, arrays, gpu):
     images = pictures(2)
-    with open_backbone(tensorrt, gpu, memory=memory, cuda_graphs=cuda_graphs) as backbone:
-        gpu_engines.assert_flat(cuda.open_memory(gpu), lambda: backbone(images), 10_000)
+    with open_backbone(tensorrt, gpu) as backbone:
+        pixels, stream = arrays.put(images), arrays.new_stream()
+        handle = getattr(stream, "cuda_stream", stream)
+        backbone(pixels, stream=stream)
+        with cuda.open_memory(gpu) as memory, pytest.raises(InputError, match="is being captured"):
+            memory.capture(handle, lambda: backbone(pixels, stream=stream))
+        assert_pooled(backbone(pixels, stream=stream).feature_maps, images)
 
 
+def test_many_streams_take_turns(tensorrt, arrays, gpu):
+    """More streams than there are contexts that are kept: every one gets its own values."""
+    with open_backbone(tensorrt, gpu) as backbone:
+        work = [(arrays.new_stream(), pictures(1 + seed % 4, seed=seed)) for seed in range(12)]
+        given = [(stream, arrays.put(images), images) for stream, images in work]
+        for _ in range(3):
+            kept = [(backbone(pixels, stream=stream).feature_maps, stream, images) for stream, pixels, images in given]
+            for maps, stream, images in kept:
+                assert_pooled([arrays.to_host(feature_map, stream) for feature_map in maps], images)
+
+
+def test_a_plan_with_two_profiles(arrays, gpu):
+    """Small and large batches in turn, which change the profile of a context or take another one."""
+    small, large = (gpu_common.pooling_input(512, batch) for batch in ((1, 1, 1), (2, 8, 32)))
+    plan = gpu_standin.plan_of(small, large)
+    session = gpu_engines.open_plan(gpu_engines.STAND_IN, gpu, plan)
+    with gpu_engines.backbone_of(session, gpu) as backbone:
+        stream = arrays.new_stream()
+        for batch in (1, 8, 1, 32, 2, 1, 33):
+            images = pictures(batch)
+            assert_pooled(backbone(images).feature_maps, images)
+            maps = backbone(arrays.put(images), stream=stream).feature_maps
+            assert_pooled([arrays.to_host(feature_map, stream) for feature_map in maps], images)
+
+
+@pytest.mark.parametrize("memory", gpu_engines.each(gpu_engines.BACKENDS))
+def test_many_calls_with_either_library(tensorrt, gpu, memory):
+    images = pictures(2)
+    with open_backbone(tensorrt, gpu, memory=memory) as backbone:
+        gpu_engines.assert_flat(cuda.open_memory(gpu), lambda: backbone(images), gpu_engines.many_calls(gpu))
+
+
+@pytest.mark.skipif(on_standin(), reason="the kernels of the stand-in driver are numpy, which allocates")
 def test_no_host_memory_is_allocated_per_call(tensorrt, gpu):
     images = pictures(8, 512, 512)  # maps of 1.5 MB and 0.4 MB
     with open_backbone(tensorrt, gpu) as backbone:
@@ -385,23 +446,12 @@ def test_no_host_memory_is_allocated_per_call(tensorrt, gpu):
 
 
 def test_a_damaged_plan(tensorrt, gpu):
-    from benchmarks import gpu_common
-    from edge_backbones.engines.tensorrt.session import TensorRtSession
-    from edge_backbones.errors import EngineMismatchError
-    from edge_backbones.testing import SPEC
-
     open_backbone(tensorrt, gpu).close()  # skips where this GPU is refused
     plan = gpu_engines.pooling_file(tensorrt, gpu)
     noise = np.random.default_rng(0).bytes(len(plan))
     for damaged in (b"", plan[: len(plan) // 2], noise):
         with pytest.raises(EngineMismatchError):
-            TensorRtSession(
-                bytearray(damaged),
-                flavour=tensorrt,
-                input=gpu_common.pooling_input(512),
-                outputs=SPEC.outputs,
-                gpu=gpu,
-            )
+            gpu_engines.open_plan(tensorrt, gpu, damaged)
 
 
 def test_a_shape_outside_every_profile_lists_all_three(tensorrt, gpu):

@@ -10,11 +10,10 @@ import gpu_engines
 import numpy as np
 import pytest
 
+from benchmarks.gpu_kernels import kernels, on_standin
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.errors import DeviceError, OutOfMemoryError
 from edge_backbones.machine import gpus
-
-LARGE = 256 << 20  # bytes: a copy takes longer than enqueueing the next
 
 
 @pytest.fixture(params=gpu_engines.each(gpu_engines.BACKENDS))
@@ -74,7 +73,7 @@ def test_the_gpu_is_described(gpu):
     found = gpus.find_gpus()[gpu]
     assert found.index == gpu
     assert found.name
-    assert found.memory_bytes > 1 << 30
+    assert found.memory_bytes >= 1 << 30
     assert found.multiprocessors > 0
     assert tuple(map(int, found.driver.split("."))) >= (11, 0)
     major = int(found.architecture.removeprefix("sm_")) // 10
@@ -158,17 +157,21 @@ def test_more_than_there_is(memory, gpu):
             memory.allocate(1 << 46)
         pointer = memory.allocate(1 << 20)  # and the process lives
         memory.free(pointer)
-    assert abs(free - gpu_engines.free_bytes(memory)) <= 2 << 20
+    assert free - gpu_engines.free_bytes(memory) <= gpu_engines.device_slack(gpu_engines.is_integrated(gpu))
 
 
-def test_memory_comes_back(memory):
+def test_memory_comes_back(memory, gpu):
+    """On a Jetson other processes take and give back memory meanwhile, and a large block could end one of them."""
+    integrated = gpu_engines.is_integrated(gpu)
+    size, slack = (256 << 20 if integrated else 512 << 20), gpu_engines.device_slack(integrated)
     free = gpu_engines.free_bytes(memory)
     with memory:
-        pointer = memory.allocate(1 << 30)
-    assert free - gpu_engines.free_bytes(memory) >= (1 << 30) - (2 << 20)
+        pointer = memory.allocate(size)
+        memory.clear(pointer, size, 0)
+    assert free - gpu_engines.free_bytes(memory) >= size - slack
     with memory:
         memory.free(pointer)
-    assert abs(free - gpu_engines.free_bytes(memory)) <= 2 << 20
+    assert free - gpu_engines.free_bytes(memory) <= slack
 
 
 def test_a_refusal_is_typed_and_harms_nothing(memory, stream, buffers):
@@ -202,22 +205,37 @@ def test_a_copy_beyond_the_end_is_a_device_error(gpu, backend):
     assert "CUDA_ERROR" in done.stdout
 
 
+def test_the_kernels_of_the_stand_in_engine_compute_what_they_should(memory, stream, buffers):
+    for side, shape in ((4, (2, 3, 32, 48)), (8, (1, 3, 64, 40)), (2, (1, 1, 2, 2)), (1, (5, 7, 3, 11))):
+        values = np.random.default_rng(side).standard_normal(shape).astype(np.float32)
+        batch, channels, height, width = shape
+        patches = values.reshape(batch, channels, height // side, side, width // side, side)
+        expected = patches.mean(axis=(3, 5), dtype=np.float64).astype(np.float32)
+        with memory:
+            source = buffers.filled(values, stream)
+            guard = np.full(expected.size + 1000, 7, np.float32)
+            target = buffers.filled(guard, stream)
+            kernels().pool(source, target, shape, side, stream)
+            found = buffers.read(target, guard, stream)
+        np.testing.assert_allclose(found[: expected.size], expected.ravel(), rtol=1e-5, atol=1e-6)
+        assert (found[expected.size :] == 7).all()  # and write nothing behind it
+
+
 def test_an_event_orders_two_streams(memory, stream, buffers):
-    values = noise(LARGE)
+    values = noise(1 << 20)
     with memory:
         second, event = memory.new_stream(), memory.new_event()
         source = buffers.filled(values, stream)
-        between, target = buffers.new(LARGE), buffers.new(LARGE)
-        memory.clear(between, LARGE, stream)
-        memory.clear(target, LARGE, stream)
+        between, target = buffers.new(values.nbytes), buffers.new(values.nbytes)
+        memory.clear(between, values.nbytes, stream)
+        memory.clear(target, values.nbytes, stream)
         memory.wait(stream)
-        for _ in range(200):
-            memory.copy(between, target, LARGE, stream)  # zeros, to be busy
-        memory.copy(between, source, LARGE, stream)
+        kernels().spin(200, stream)
+        memory.copy(between, source, values.nbytes, stream)
         memory.record(event, stream)
-        assert not memory.happened(event)  # 200 copies of 256 MB take a few hundredths of a second
+        assert not memory.happened(event)
         memory.follow(second, event)
-        memory.copy(target, between, LARGE, second)
+        memory.copy(target, between, values.nbytes, second)
         assert np.array_equal(buffers.read(target, values, second), values)
         assert memory.happened(event)
         memory.wait_for(event)
@@ -351,7 +369,7 @@ def test_threads(memory):
         assert all(pool.map(work, range(16)))
 
 
-def test_ten_thousand_rounds_leave_nothing_behind(memory):
+def test_many_rounds_leave_nothing_behind(memory, gpu):
     values = noise(64 << 10)
 
     def once():
@@ -367,10 +385,10 @@ def test_ten_thousand_rounds_leave_nothing_behind(memory):
             memory.free_event(event)
             memory.free_stream(stream)
 
-    gpu_engines.assert_flat(memory, once, 10_000)
+    gpu_engines.assert_flat(memory, once, gpu_engines.many_calls(gpu))
 
 
-def test_graphs_leave_nothing_behind(memory, stream, buffers):
+def test_graphs_leave_nothing_behind(memory, stream, buffers, gpu):
     with memory:
         there = buffers.new(1 << 16)
 
@@ -381,7 +399,7 @@ def test_graphs_leave_nothing_behind(memory, stream, buffers):
             memory.wait(stream)
             memory.free_graph(graph)
 
-    gpu_engines.assert_flat(memory, once, 2_000)
+    gpu_engines.assert_flat(memory, once, gpu_engines.many_calls(gpu) // 5)
 
 
 COPY_PATHS = """
@@ -423,6 +441,8 @@ PLANTED = """
 
 @pytest.mark.parametrize("backend", gpu_engines.each(gpu_engines.BACKENDS))
 def test_compute_sanitizer_finds_nothing_on_the_copy_paths(gpu, backend):
+    if on_standin():
+        pytest.skip("the driver is a stand-in, which compute-sanitizer cannot use")
     try:
         subprocess.run(["compute-sanitizer", "--version"], capture_output=True, check=True)
     except OSError:
