@@ -21,9 +21,7 @@ def is_installed(module: str) -> bool:
 
 
 def what_is_missing(modules: Sequence[str] = ("numpy", "msgspec")) -> str:
-    """Return one line about the libraries that every part needs, with the command that installs them; empty if all are here."""
-    if sys.version_info < (3, 10):
-        return f"not run: this is Python {sys.version.split()[0]}, and 3.10 is the oldest that works: make PYTHON=python3.10 gpu"
+    """Return in one line which libraries are missing, and the command that installs them; empty if all are here."""
     lacking = [module for module in modules if not is_installed(module)]
     if not lacking:
         return ""

@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_common import PIPELINED, pooling_input, pooling_module, pooling_onnx, require_tensorrt
+from benchmarks import gpu_standin
+from benchmarks.gpu_common import (
+    PIPELINED,
+    pooling_input,
+    pooling_module,
+    pooling_onnx,
+    require_tensorrt,
+    require_torch,
+)
 from edge_backbones.engines.gpu import memory as cuda
 
 
@@ -22,14 +30,28 @@ def overhead(device: int, flavour: str, bundles: str | None = None) -> Iterator[
     The backbone is pooling: the GPU finishes a call before the next one, so only the host is timed.
     """
     if flavour == "torchscript":
+        require_torch()
         yield _torchscript_overhead(device)
         return
-    require_tensorrt(flavour)
-    graph = pooling_onnx(None if bundles is None else Path(bundles))
-    yield {
-        f"cuda_graphs_{'on' if graphs else 'off'}": _plan_overhead(device, flavour, graph, graphs)
-        for graphs in (False, True)
-    }
+    with contextlib.ExitStack() as stack:
+        if flavour == gpu_standin.NAME:
+            stack.enter_context(gpu_standin.in_place_of_tensorrt())
+            flavour, plan = "tensorrt", gpu_standin.plan_of(pooling_input())
+        else:
+            require_tensorrt(flavour)
+            plan = _compiled(device, flavour, None if bundles is None else Path(bundles))
+        found: dict[str, Any] = {}
+        for name, measure in (("call", _call_overhead), ("graphed", _graphed_overhead)):
+            with _Plan(device, flavour, plan) as opened:
+                found[name] = measure(opened)
+            yield found  # what there is, should the next one not end
+
+
+def _compiled(device: int, flavour: Any, bundles: Path | None) -> bytes:
+    from edge_backbones.engines.tensorrt.compile import compile_plan
+    from edge_backbones.spec import Precision
+
+    return compile_plan(pooling_onnx(bundles), pooling_input(), Precision.FP32, flavour=flavour, gpu=device).data
 
 
 def must(result: Any, what: str, log: Any) -> Any:
@@ -39,77 +61,88 @@ def must(result: Any, what: str, log: Any) -> Any:
     return result
 
 
-def _plan_overhead(device: int, flavour: Any, graph: bytes, cuda_graphs: bool) -> dict[str, Any]:
-    from edge_backbones import EdgeBackbone
+class _Plan:
+    """A plan twice: as TensorRT alone runs it, and as an EdgeBackbone. Use it in a ``with`` statement."""
+
+    def __init__(self, device: int, flavour: Any, plan: bytes) -> None:
+        from edge_backbones import EdgeBackbone
+        from edge_backbones.engines.tensorrt.library import load_library, logger_of
+        from edge_backbones.engines.tensorrt.session import TensorRtSession
+        from edge_backbones.testing import SPEC
+
+        input = pooling_input()
+        self.memory = cuda.open_memory(device)
+        self.array, self.stream = on_device(self.memory, np.random.default_rng(0).random(input.opt_shape, np.float32))
+        library = load_library(flavour)
+        with self.memory as memory:
+            self._log = log = logger_of(library)
+            self._runtime = library.Runtime(log)
+            self._engine = must(self._runtime.deserialize_cuda_engine(plan), "its own plan", log)
+            self._context = must(self._engine.create_execution_context(), "an execution context", log)
+            must(self._context.set_input_shape(input.name, input.opt_shape), "the shape", log)
+            must(self._context.set_tensor_address(input.name, self.array.pointer), "the input's address", log)
+            for name in SPEC.outputs:
+                buffer = memory.allocate(4 * int(np.prod(tuple(self._context.get_tensor_shape(name)))))
+                must(self._context.set_tensor_address(name, buffer), "an output's address", log)
+            self.bare()
+            memory.wait(self.stream)
+        self.session = TensorRtSession(bytearray(plan), flavour=flavour, input=input, outputs=SPEC.outputs, gpu=device)
+        self.backbone = EdgeBackbone(SPEC, input, self.session, device=f"cuda:{device}")
+
+    def bare(self) -> None:
+        """Enqueue one call of TensorRT alone."""
+        must(self._context.execute_async_v3(self.stream), "to run", self._log)
+
+    def wait(self) -> None:
+        """Wait for the GPU."""
+        with self.memory:
+            self.memory.wait(self.stream)
+
+    def __enter__(self) -> _Plan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.backbone.close()
+        with self.memory:  # what TensorRT frees belongs to this context
+            self._context = self._engine = self._runtime = None
+
+
+def _call_overhead(plan: _Plan) -> dict[str, Any]:
+    """Time the usual call, on arrays of the GPU."""
     from edge_backbones.engines.gpu.arrays import from_foreign
-    from edge_backbones.engines.tensorrt.compile import compile_plan as build
-    from edge_backbones.engines.tensorrt.library import load_library, logger_of
-    from edge_backbones.engines.tensorrt.session import TensorRtSession
-    from edge_backbones.spec import Precision
-    from edge_backbones.testing import SPEC
 
-    input = pooling_input()
-    plan = build(graph, input, Precision.FP32, flavour=flavour, gpu=device)
-    memory = cuda.open_memory(device)
-    array, stream = on_device(memory, np.random.default_rng(0).random(input.opt_shape, np.float32))
-    library = load_library(flavour)
-    with memory:
-        runtime = library.Runtime(logger_of(library))
-        engine = must(runtime.deserialize_cuda_engine(plan.data), "its own plan", logger_of(library))
-        log = logger_of(library)
-        context = must(engine.create_execution_context(), "an execution context", log)
-        must(context.set_input_shape(input.name, input.opt_shape), "the shape", log)
-        must(context.set_tensor_address(input.name, array.pointer), "the input's address", log)
-        for name in SPEC.outputs:
-            buffer = memory.allocate(4 * int(np.prod(tuple(context.get_tensor_shape(name)))))
-            must(context.set_tensor_address(name, buffer), "an output's address", log)
-
-        def bare() -> None:
-            must(context.execute_async_v3(stream), "to run", log)
-
-        def wait() -> None:
-            with memory:
-                memory.wait(stream)
-
-        bare()
-        wait()
-        if cuda_graphs:
-            captured = memory.capture(stream, bare)
-            alone = microseconds(lambda: memory.launch(captured, stream), wait)
-        else:
-            alone = microseconds(bare, wait)
-    session = TensorRtSession(
-        bytearray(plan.data),
-        flavour=flavour,
-        input=input,
-        outputs=SPEC.outputs,
-        gpu=device,
-        cuda_graphs=cuda_graphs,
-    )
-    with contextlib.closing(session):
-        foreign = from_foreign(array, stream=stream)
-        through_session = microseconds(lambda: session.run_on_device(foreign, stream), wait)
-        backbone = EdgeBackbone(SPEC, input, session, device=f"cuda:{device}")
-        through_backbone = microseconds(lambda: backbone(array, stream=stream), wait)
-        held = host_allocations(lambda: backbone(array, stream=stream), wait)
-        fixed = None  # the call that a loop with CUDA graphs makes, where buffers stay
-        if cuda_graphs:
-            graphed = backbone.graphed(array, stream=stream)
-            fixed = microseconds(graphed, wait)
-            held = host_allocations(graphed, wait)
-        host = np.random.default_rng(0).random(input.opt_shape, np.float32)
-        held_from_host = host_allocations(lambda: backbone(host), wait)
-        refused = {str(shape): why for shape, why in session.graph_refusals.items()}
+    array, stream = plan.array, plan.stream
+    foreign = from_foreign(array, stream=stream)
+    with plan.memory:
+        alone = microseconds(plan.bare, plan.wait)
+    through_backbone = microseconds(lambda: plan.backbone(array, stream=stream), plan.wait)
+    host = np.random.default_rng(0).random(array.shape, np.float32)
     return {
         "bare_us": alone,
-        "session_us": through_session,
+        "session_us": microseconds(lambda: plan.session.run_on_device(foreign, stream), plan.wait),
         "backbone_us": through_backbone,
-        "graphed_us": fixed,
-        "overhead_us": (through_backbone if fixed is None else fixed) - alone,
-        "target_us": 20 if fixed is None else 5,
-        "graph_refusals": refused,
-        "device_arrays": held,
-        "host_arrays": held_from_host,
+        "overhead_us": through_backbone - alone,
+        "target_us": 20,
+        "device_arrays": host_allocations(lambda: plan.backbone(array, stream=stream), plan.wait),
+        "host_arrays": host_allocations(lambda: plan.backbone(host), plan.wait),
+    }
+
+
+def _graphed_overhead(plan: _Plan) -> dict[str, Any]:
+    """Time the call that a loop over frames makes, as a CUDA graph between buffers that stay."""
+    memory, stream = plan.memory, plan.stream
+    with memory:
+        captured = memory.capture(stream, plan.bare)
+        alone = microseconds(lambda: memory.launch(captured, stream), plan.wait)
+        memory.free_graph(captured)
+    graphed = plan.backbone.graphed(plan.array, stream=stream)
+    through_backbone = microseconds(graphed, plan.wait)
+    return {
+        "bare_us": alone,
+        "backbone_us": through_backbone,
+        "overhead_us": through_backbone - alone,
+        "target_us": 5,
+        "device_arrays": host_allocations(graphed, plan.wait),
     }
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_common import LARGEST_BATCH, MODELS, SIZE, pooling_onnx, trained_like
+from benchmarks.gpu_targets import PRECISIONS
 
-PRECISIONS = ("fp16", "int8", "fp8")  # of the plans that are timed
 PARITY_MODELS = ("mobilenetv3_small_050", "test_resnet", "test_vit")
 
 

@@ -9,22 +9,21 @@ import json
 import os
 import platform
 import queue
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_common import MissingError
+from benchmarks.gpu_results import ROOT, code_revision
 from edge_backbones.machine import gpus
 
-ROOT = Path(__file__).parents[1]
 _LIBRARIES = (
     "numpy",
     "msgspec",
@@ -54,12 +53,19 @@ class SlowChildError(ChildError):
     """A child process did not answer in time."""
 
 
+class PartFailedError(Exception):
+    """A part failed, but it has figures."""
+
+    def __init__(self, message: str, figures: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.figures = figures or {}
+
+
+class PartSlowError(PartFailedError):
+    """A part was ended because its time was over."""
+
+
 # ---- The machine
-
-
-def slug(name: str) -> str:
-    """Turn a GPU's name into a file name: ``NVIDIA H100 80GB HBM3`` into ``nvidia-h100-80gb-hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def describe_machine(gpu: gpus.Gpu | None, commit: str | None) -> dict[str, Any]:
@@ -81,6 +87,7 @@ def describe_machine(gpu: gpus.Gpu | None, commit: str | None) -> dict[str, Any]
         "python": platform.python_version(),
         "versions": versions,
         "nvcc": last_words(_output("nvcc", "--version") or "") if shutil.which("nvcc") else None,
+        "code": code_revision(),
         "commit": head or commit,
         "uncommitted_changes": None if changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -149,6 +156,7 @@ class Child:
             start_new_session=True,
         )
         self._answers: queue.Queue[str | None] = queue.Queue()
+        self._is_silent = False  # it said all that it had to say
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -163,6 +171,7 @@ class Child:
             line = self._answers.get(timeout=max(0.1, seconds))
         except queue.Empty:
             raise SlowChildError(f"no answer within {seconds:.0f} s: {last_words(self._said())}") from None
+        self._is_silent = line is None
         if line is None:
             raise ChildError(f"the process ended with {self._process.wait()}: {last_words(self._said())}")
         answer: dict[str, Any] = json.loads(line)
@@ -171,6 +180,24 @@ class Child:
         if "error" in answer:
             raise ChildError(answer["error"])
         return answer
+
+    def read_all(self, seconds: float) -> dict[str, Any]:
+        """Return the last answer of a task that gives more and more of its figures.
+
+        Raises what `read` raises for the first, and PartFailedError or PartSlowError with the figures that there were.
+        """
+        end, found = time.monotonic() + seconds, {}
+        while True:
+            try:
+                found = self.read(end - time.monotonic())
+            except SlowChildError as error:
+                raise PartSlowError(f"ended after {seconds:.0f} s: {error}", found) from error
+            except (MissingError, ChildError) as error:
+                if not found:
+                    raise
+                if self._process.poll() == 0 and self._is_silent:
+                    return found
+                raise PartFailedError(str(error), found) from error
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
         assert self._process.stdin is not None

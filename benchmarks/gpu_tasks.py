@@ -30,8 +30,11 @@ from benchmarks.gpu_common import (
     pooling_input,
     pooling_onnx,
     require_tensorrt,
+    require_torch,
     trained_like,
+    why_no_torch,
 )
+from benchmarks.gpu_kernels import on_standin
 from benchmarks.gpu_overhead import on_device, overhead
 from edge_backbones.engines.gpu import memory as cuda
 from edge_backbones.errors import MissingDependencyError
@@ -103,6 +106,8 @@ def timings(call: Callable[[], Any], wait: Callable[[], None], seconds: float) -
 def _torch_contender(
     device: int | str, model: str, batch: int, kind: str, size: int
 ) -> tuple[Callable[[], Any], Callable[[], None], dict[str, Any]]:
+    if device != "cpu":
+        require_torch()
     import torch
 
     place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
@@ -181,7 +186,7 @@ def _plan_contender(
     size: int,
     precision: str,
     bundle: str,
-    cuda_graphs: bool,
+    graphed: bool,
 ) -> tuple[Callable[[], Any], Callable[[], None], dict[str, Any]]:
     """Load a plan through EdgeBackbone, without torch. Its parity was measured when it was compiled."""
     from edge_backbones import Bundle, EdgeBackbone
@@ -189,14 +194,16 @@ def _plan_contender(
     index = int(device)
     opened = Bundle.open(bundle)
     engine = next(e for e in opened.manifest.engines if e.key.flavour == kind and e.key.precision.value == precision)
-    options = {"device": f"cuda:{index}", "cuda_graphs": cuda_graphs}
-    backbone = EdgeBackbone.from_pretrained(bundle, engine=engine.name, allow_host_code=True, **options)  # made here
+    where = {"engine": engine.name, "device": f"cuda:{index}"}
+    backbone = EdgeBackbone.from_pretrained(bundle, allow_host_code=True, **where)  # made here
     memory = cuda.open_memory(index)
     images = np.random.default_rng(0).standard_normal((batch, 3, size, size)).astype(np.float32)
     array, stream = on_device(memory, images)
 
+    replay = backbone.graphed(array, stream=stream) if graphed else lambda: backbone(array, stream=stream)
+
     def call() -> Any:
-        return backbone(array, stream=stream).feature_maps
+        return replay().feature_maps
 
     def wait() -> None:
         with memory:
@@ -205,9 +212,6 @@ def _plan_contender(
     for _ in range(10):
         call()
     wait()
-    refused = getattr(backbone._engine, "graph_refusals", {})
-    if cuda_graphs and refused:
-        raise RuntimeError(f"CUDA graphs were refused: {refused}")
     return call, wait, {"cosine": min(stage.cosine for stage in engine.parity.stages), "warm_up_calls": 10}
 
 
@@ -248,7 +252,8 @@ def compile_plan(device: int, bundle: str, flavour: str) -> Iterator[dict[str, A
 def ceilings(device: int) -> Iterator[dict[str, Any]]:
     """Measure what this GPU can do at best. The data is random, because zeros are faster."""
     memory = cuda.open_memory(device)
-    size, count = 1 << 30, 20
+    integrated = gpus.find_gpus()[device].integrated  # its memory is the system's
+    size, count = (1 << 28 if integrated or on_standin() else 1 << 30), 20
     seed = np.random.default_rng(0).integers(0, 256, 1 << 24, np.uint8)
     with memory:
         stream, source, target = memory.new_stream(), memory.allocate(size), memory.allocate(size)
@@ -265,12 +270,12 @@ def ceilings(device: int) -> Iterator[dict[str, Any]]:
         memory.free(source)
         memory.free(target)
     figures: dict[str, Any] = {"copy_gb_per_s": 2 * size / statistics.median(seconds) / 1e9, "copy_bytes": size}
-    try:
-        import torch
-    except ModuleNotFoundError:
-        yield {**figures, "fp16_matmul_tflops": None, "not_run": {"matmul": "torch is not installed"}}
+    yield {**figures, "fp16_matmul_tflops": None, "not_run": {"matmul": why_no_torch()}}
+    if why_no_torch():
         return
-    n = 8192
+    import torch
+
+    n = 4096 if integrated else 8192
     place = torch.device(f"cuda:{device}")
     generator = torch.Generator(place).manual_seed(0)
     a, b = (torch.randn(n, n, device=place, generator=generator).half() for _ in range(2))
@@ -287,11 +292,15 @@ def ceilings(device: int) -> Iterator[dict[str, Any]]:
     yield {**figures, "fp16_matmul_tflops": 2 * n**3 / statistics.median(milliseconds) / 1e9, "matmul_size": n}
 
 
-def roofline(device: int, timed: list[dict[str, Any]], bundles: str) -> Iterator[dict[str, Any]]:
+def roofline(device: int, timed: Sequence[dict[str, Any]] = (), bundles: str = "") -> Iterator[dict[str, Any]]:
     """Return this GPU's ceilings by number format, and what share of them each timed engine reaches."""
-    found, not_run = matrix_ceilings(device)
+    require_torch()
+    found, not_run = matrix_ceilings(device, side=4096 if gpus.find_gpus()[device].integrated else 8192)
     copied = next(ceilings(device))["copy_gb_per_s"] * 1e9
     answer: dict[str, Any] = {"operations_per_second": found, "bytes_per_second": copied, "not_run": not_run}
+    yield {**answer, "engines": []}
+    if not timed:
+        return
     engines, missing = rooflines(timed, found, copied, Path(bundles))
     yield {**answer, "engines": engines, "not_run": {**not_run, **missing}}
 
