@@ -69,7 +69,7 @@ def compare(
                 heat.ready[name] = {**facts, "ready_s": round(time.monotonic() - start, 1)}
                 children[name] = child
             except SlowChildError as error:
-                slow = f"{name}: {error}"
+                slow = slow or f"{name}: {error}"
                 heat.missing[name] = str(error)
             except MissingError as error:
                 heat.missing[name] = str(error)

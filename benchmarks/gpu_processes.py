@@ -141,13 +141,18 @@ def last_words(output: str) -> str:
     return lines[-1][:500] if lines else "it printed nothing"
 
 
+def command_of(task: str, arguments: dict[str, Any]) -> list[str]:
+    """Return the command that runs a task of gpu_tasks.py."""
+    return [sys.executable, "-m", "benchmarks.gpu_tasks", task, json.dumps(arguments)]
+
+
 class Child:
     """A task of gpu_tasks.py in a process of its own, which answers with JSON lines on its standard output."""
 
     def __init__(self, task: str, **arguments: Any) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_tasks", task, json.dumps(arguments)],
+            command_of(task, arguments),
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from benchmarks import gpu_needs  # noqa: F401  # isort: skip (it ends the program where numpy or msgspec is missing)
+
 import contextlib
 import json
 import os

@@ -197,6 +197,11 @@ def many_calls(gpu: int) -> int:
     return 1_000 if is_integrated(gpu) or on_standin() else 10_000
 
 
+def many_threads(gpu: int) -> int:
+    """How many threads call one engine. Each takes memory for the largest batch, which is the system's on a Jetson."""
+    return 3 if is_integrated(gpu) else 8
+
+
 def assert_flat(memory: cuda.GpuMemory, action, calls: int, *, host_slack: int = 8 << 20) -> None:
     """``calls`` calls of ``action`` leave neither device memory nor host memory behind, once it is warm."""
     slack = device_slack(is_integrated(memory.gpu))

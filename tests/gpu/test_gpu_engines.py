@@ -164,14 +164,14 @@ def test_the_default_stream(backbone, arrays):
     assert_pooled(maps, images)
 
 
-def test_threads_never_mix_outputs(backbone):
+def test_threads_never_mix_outputs(backbone, gpu):
     def work(seed):
         images = pictures(1 + seed % 5, 64 + 8 * (seed % 3), 96, seed)
         for _ in range(40):
             assert_pooled(backbone(images).feature_maps, images)
         return True
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(gpu_engines.many_threads(gpu)) as pool:
         assert all(pool.map(work, range(16)))
 
 
@@ -187,7 +187,7 @@ def test_threads_with_streams_never_mix_outputs(backbone, gpu):
         arrays.close()
         return True
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(gpu_engines.many_threads(gpu)) as pool:
         assert all(pool.map(work, range(16)))
 
 
@@ -363,7 +363,7 @@ def test_graphed_calls_in_threads(tensorrt, gpu):
             arrays.close()
             return True
 
-        with ThreadPoolExecutor(6) as pool:
+        with ThreadPoolExecutor(gpu_engines.many_threads(gpu)) as pool:
             assert all(pool.map(work, range(12)))
 
 
