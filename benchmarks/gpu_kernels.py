@@ -1,4 +1,4 @@
-"""Two kernels on a GPU without a compiler and without another library: average pooling, and keeping a stream busy.
+"""Kernels on a GPU without a compiler and without another library: average pooling, a wait, and a check of the order of work.
 
 The driver compiles them from PTX, its portable assembly. On the stand-in for libcuda of tests/driver, which has no kernels,
 Python functions take their place, in the order of the same streams.
@@ -21,7 +21,8 @@ _THREADS = 256  # in a block
 _CAPTURING = 1
 
 # pool: a thread writes one value of the target: the sum of side x side values of the source, times scale. All planes of the
-# target lie below each other, as one matrix of `columns` columns. spin: one thread waits.
+# target lie below each other, as one matrix of `columns` columns. spin: one thread waits. turn: one thread checks that the
+# first number at `place` is `mine`, notes in the second one if not, and leaves the next number.
 PTX = """
 .version 6.0
 .target sm_50
@@ -96,6 +97,26 @@ AGAIN:
     @%p1 bra AGAIN;
     ret;
 }
+
+.visible .entry turn(.param .u64 place, .param .u32 mine)
+{
+    .reg .pred %p<2>;
+    .reg .b32 %r<4>;
+    .reg .b64 %a<2>;
+
+    ld.param.u64 %a1, [place];
+    ld.param.u32 %r1, [mine];
+    cvta.to.global.u64 %a1, %a1;
+    ld.volatile.global.u32 %r2, [%a1];
+    setp.eq.u32 %p1, %r2, %r1;
+    @%p1 bra NEXT;
+    mov.u32 %r3, 1;
+    st.volatile.global.u32 [%a1+4], %r3;
+NEXT:
+    add.u32 %r3, %r1, 1;
+    st.volatile.global.u32 [%a1], %r3;
+    ret;
+}
 """
 
 
@@ -108,6 +129,10 @@ class Kernels(Protocol):
 
     def spin(self, milliseconds: float, stream: int) -> None:
         """Enqueue a wait."""
+        ...
+
+    def turn(self, place: int, mine: int, stream: int) -> None:
+        """Enqueue a check that the uint32 at ``place`` is ``mine``, and set it to the next number; note a fault behind it."""
         ...
 
     def is_capturing(self, stream: int) -> bool:
@@ -155,8 +180,12 @@ class DriverKernels:
     def spin(self, milliseconds: float, stream: int) -> None:
         self._launch("spin", 1, 1, stream, (ctypes.c_uint64(int(1e6 * milliseconds)),))
 
+    def turn(self, place: int, mine: int, stream: int) -> None:
+        self._launch("turn", 1, 1, stream, (ctypes.c_uint64(place), ctypes.c_uint32(mine)))
+
     def is_capturing(self, stream: int) -> bool:
-        return _is_capturing(self._driver, stream)
+        found = self._driver.cuStreamIsCapturing(stream)
+        return bool(gpus.checked(self._driver, found, "cuStreamIsCapturing") == _CAPTURING)
 
     def _launch(self, name: str, blocks: int, threads: int, stream: int, values: Sequence[Any]) -> None:
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -210,6 +239,14 @@ class StandInKernels:
     def spin(self, milliseconds: float, stream: int) -> None:
         self._enqueue("spin", stream, lambda: None)  # all work there is as late as it can be
 
+    def turn(self, place: int, mine: int, stream: int) -> None:
+        def run() -> None:
+            numbers = np.frombuffer(self._driver.bytes_at(place, 8), np.uint32)
+            numbers[1] |= numbers[0] != mine
+            numbers[0] = mine + 1
+
+        self._enqueue("turn", stream, run)
+
     def is_capturing(self, stream: int) -> bool:
         return self._driver.is_capturing(stream)
 
@@ -217,7 +254,3 @@ class StandInKernels:
         code = self._driver.kernel(stream, run)
         if code:
             raise DeviceError(f"{name} failed: CUDA error {code}")
-
-
-def _is_capturing(driver: gpus.CtypesDriver, stream: int) -> bool:
-    return gpus.checked(driver, driver.cuStreamIsCapturing(stream), "cuStreamIsCapturing") == _CAPTURING

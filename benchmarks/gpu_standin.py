@@ -5,6 +5,9 @@ so that sessions, leases, events, graphs and page-locked memory meet a real driv
 ``pool4``, which lie in the scratch memory of the execution context: two calls in one context at the same time would give
 wrong values.
 
+Where a session is tested, every call also checks on the GPU that it began behind the end of the one before it in the same
+context. ``faults`` has what was wrong, once the context is gone.
+
 It keeps these rules of TensorRT: addresses are multiples of 256, a shape is inside the profile, every tensor has an address,
 the first run for a shape cannot be captured, and what is wrong is logged and answered by None or False.
 """
@@ -36,6 +39,9 @@ _OUT_OF_MEMORY = 2
 
 __version__ = "11.4.0"
 
+faults: list[str] = []
+_checks = False  # whether contexts that are created now check the order of their calls
+
 
 def plan_of(*inputs: InputSpec) -> bytes:
     """Return a plan with an optimisation profile for each input."""
@@ -48,6 +54,12 @@ def in_place_of_tensorrt() -> Iterator[None]:
     """Let sessions that are opened inside take this library for every flavour."""
     with mock.patch.object(tensorrt_library, "load_library", return_value=sys.modules[__name__]):
         yield
+
+
+def check_turns(on: bool) -> None:
+    """Let contexts that are created from now on check the order of their calls, which takes two kernels more."""
+    global _checks
+    _checks = on
 
 
 class ILogger:
@@ -143,6 +155,7 @@ class Context:
         self._addresses: dict[str, int] = {}
         self._scratch = _Scratch()
         self._warm: set[tuple[int, ...]] = set()
+        self._turns = _Turns() if _checks else None
 
     def take_scratch(self, size: int) -> bool:
         try:
@@ -193,13 +206,19 @@ class Context:
         if self._scratch.size < _scratch(self._shape) or not self._scratch.pointer:
             return self._refuse(f"{self._scratch.size} bytes of scratch memory, and {_scratch(self._shape)} are needed")
         gpu = kernels()
-        if self._shape not in self._warm and gpu.is_capturing(stream):
+        captured = (self._turns is not None or self._shape not in self._warm) and gpu.is_capturing(stream)
+        if self._shape not in self._warm and captured:
             return self._refuse("operation not permitted when stream is capturing")
+        turns = None if captured else self._turns  # a graph would replay the numbers
         middle = _shape_of(MIDDLE, self._shape)
         try:
+            if turns is not None:
+                turns.take(stream)
             gpu.pool(self._addresses[INPUT], self._addresses[MIDDLE], self._shape, 4, stream)
             gpu.pool(self._addresses[INPUT], self._scratch.pointer, self._shape, 4, stream)
             gpu.pool(self._scratch.pointer, self._addresses[LAST], middle, 2, stream)
+            if turns is not None:
+                turns.take(stream)
         except DeviceError as error:
             return self._refuse(str(error))
         self._warm.add(self._shape)
@@ -208,6 +227,24 @@ class Context:
     def _refuse(self, why: str) -> bool:
         _say(self.engine.logger, why)
         return False
+
+
+class _Turns:
+    """Two numbers on the GPU: whose turn it is, and whether somebody was out of turn."""
+
+    def __init__(self) -> None:
+        self._memory = _Scratch(8)
+        self._next = 0
+        self._memory.clear()
+
+    def take(self, stream: int) -> None:
+        """Enqueue a check that all turns before this one are over."""
+        kernels().turn(self._memory.pointer, self._next, stream)
+        self._next += 1
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and self._memory.read()[1]:
+            faults.append("a call began in an execution context before the one before it had ended")
 
 
 class _Scratch:
@@ -227,6 +264,18 @@ class _Scratch:
                 prefix = "Out of memory: " if code == _OUT_OF_MEMORY else ""
                 raise DeviceError(f"{prefix}cuMemAlloc of {size} bytes failed: {gpus.error_name(driver, code)}")
             self.pointer = pointer.value
+
+    def clear(self) -> None:
+        """Set its bytes to zero, and wait."""
+        self._library.cuMemcpyHtoD_v2(ctypes.c_uint64(self.pointer), bytes(self.size), ctypes.c_size_t(self.size))
+
+    def read(self) -> tuple[int, ...]:
+        """Return its uint32 numbers. Work that writes them must be done."""
+        values = (ctypes.c_uint32 * (self.size // 4))()
+        self._library.cuCtxPushCurrent_v2(self._context)
+        self._library.cuMemcpyDtoH_v2(values, ctypes.c_uint64(self.pointer), ctypes.c_size_t(self.size))
+        self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        return tuple(values)
 
     @classmethod
     def of_caller(cls, pointer: int, size: int) -> _Scratch:

@@ -20,7 +20,7 @@ from edge_backbones.errors import DeviceError
 from edge_backbones.machine import gpus
 
 MASKS = {"u32": (1 << 32) - 1, "u64": (1 << 64) - 1}
-FORMATS = {"u64": ("<Q", ctypes.c_uint64), "u32": ("<I", ctypes.c_uint32), "f32": ("<f", ctypes.c_float)}
+FORMATS = {"u64": ctypes.c_uint64, "u32": ctypes.c_uint32, "f32": ctypes.c_float}
 
 
 class Thread:
@@ -60,16 +60,17 @@ class Thread:
         return int(name) if name.isdigit() else self.values[name]
 
     def address(self, operand: str) -> int:
-        return int(self.values[operand.strip("[]")])
+        register, _, offset = operand.strip("[]").partition("+")
+        return int(self.values[register]) + int(offset or 0)
 
     def do(self, name: str, operands: list[str]) -> None:
         operation, *_, kind = name.split(".")
         target = operands[0]
-        if name == "st.global.f32":
-            ctypes.c_float.from_address(self.address(target)).value = self.value(operands[1])
+        if operation == "st":
+            FORMATS[kind].from_address(self.address(target)).value = self.value(operands[1])
             return
-        if name == "ld.global.f32":
-            self.values[target] = ctypes.c_float.from_address(self.address(operands[1])).value
+        if operation == "ld" and ".global." in name:
+            self.values[target] = FORMATS[kind].from_address(self.address(operands[1])).value
             return
         if operation == "ld":
             self.values[target] = self.values[operands[1].strip("[]")]
@@ -85,7 +86,7 @@ class Thread:
             "mul": lambda: a * others[0],
             "mad": lambda: a * others[0] + others[1],
             "div": lambda: a // others[0],
-            "setp": lambda: {"ge": a >= others[0], "lt": a < others[0]}[name.split(".")[1]] if others else None,
+            "setp": lambda: {"ge": a >= others[0], "lt": a < others[0], "eq": a == others[0]}[name.split(".")[1]],
         }
         found = results[operation]()
         if kind == "f32":
@@ -129,7 +130,7 @@ class Gpu:
         declared = re.findall(r"\.param \.(\w+) (\w+)", text)
         assert len(declared) == len(parameters)
         arguments = {
-            name: FORMATS[kind][1].from_address(pointer).value
+            name: FORMATS[kind].from_address(pointer).value
             for (kind, name), pointer in zip(declared, parameters, strict=True)
         }
         for block in range(gx.value):
@@ -174,6 +175,14 @@ def test_pooling_in_ptx(gpu, shape, side):
 def test_waiting_in_ptx_ends(gpu):
     DriverKernels().spin(0.5, 0x5000)
     assert gpu.streams == [0x5000]
+
+
+def test_turns_in_ptx(gpu):
+    numbers = np.array([0, 0, 9], np.uint32)
+    kernels = DriverKernels()
+    for mine, expected in ((0, [1, 0, 9]), (1, [2, 0, 9]), (3, [4, 1, 9]), (4, [5, 1, 9])):
+        kernels.turn(numbers.ctypes.data, mine, 0x5000)
+        assert numbers.tolist() == expected
 
 
 def test_what_the_driver_refuses_is_told(gpu):

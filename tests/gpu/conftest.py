@@ -9,6 +9,7 @@ test that began in that file already is not run again.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Iterator
@@ -82,6 +83,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if reason else ():
         if here in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _calls_of_a_context_took_turns() -> Iterator[None]:
+    """No call of the stand-in engine began in an execution context before the last one there had ended."""
+    from benchmarks import gpu_standin
+
+    yield
+    gc.collect()  # it is told when the context goes
+    found = list(gpu_standin.faults)
+    gpu_standin.faults.clear()
+    assert found == []
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,11 @@ class Ours:
         """The values, once ``stream`` has come to where it is now."""
         return gpu_engines.to_host(array, stream)
 
+    def finish(self, stream: int) -> None:
+        """Wait for a stream."""
+        with self.memory as memory:
+            memory.wait(stream)
+
     def wait(self) -> None:
         """Wait for everything on the GPU."""
         with self.memory as memory:
@@ -132,6 +137,9 @@ class Torch:
     def to_host(self, array, stream=0) -> np.ndarray:
         with self._on(stream):
             return self._torch.from_dlpack(array).cpu().numpy()
+
+    def finish(self, stream) -> None:
+        stream.synchronize()
 
     def wait(self) -> None:
         self._torch.cuda.synchronize(self._place)

@@ -109,6 +109,7 @@ def open_plan(kind: str, device: int, data: bytes, **options):
     flavour, place = kind, contextlib.nullcontext()
     if kind == STAND_IN:
         flavour, place = "tensorrt", gpu_standin.in_place_of_tensorrt()
+        gpu_standin.check_turns(True)
     with place:
         return TensorRtSession(bytearray(data), flavour=flavour, outputs=SPEC.outputs, gpu=device, **options)
 

@@ -126,19 +126,21 @@ def test_a_call_is_in_the_order_of_its_stream(backbone, arrays, as_given):
 
 
 def test_memory_that_another_stream_reads_is_not_written_over(backbone, arrays):
-    """A map is let go of while another stream still has to read it, and the next calls want its memory."""
-    first, others = pictures(2), [pictures(2, seed=seed) for seed in range(1, 6)]
+    """Maps are let go of while another stream still has to read them, and later calls want their memory."""
+    batches = [pictures(2, seed=seed) for seed in range(20)]  # more than the pool keeps unused for one size
+    given = [arrays.put(images) for images in batches]
     work, reading = arrays.new_stream(), arrays.new_stream()
-    pixels, rest = arrays.put(first), [arrays.put(images) for images in others]
-    backbone(pixels, stream=work)
+    backbone(given[0], stream=work)
     arrays.wait()
-    maps = backbone(pixels, stream=work).feature_maps
-    arrays.keep_busy(reading)
-    seen = [arrays.seen_from(feature_map, reading) for feature_map in maps]
-    del maps
-    for array in rest:
-        backbone(array, stream=work)
-    assert_pooled([arrays.to_host(values, reading) for values in seen], first)
+    arrays.keep_busy(reading, 200)
+    seen = []
+    for pixels in given:
+        maps = backbone(pixels, stream=work).feature_maps
+        seen.append([arrays.seen_from(feature_map, reading) for feature_map in maps])
+        del maps
+    arrays.finish(work)
+    for values, images in zip(seen, batches, strict=True):
+        assert_pooled([arrays.to_host(value, reading) for value in values], images)
 
 
 def test_a_call_only_enqueues(backbone, arrays):
@@ -397,6 +399,8 @@ def test_many_streams_take_turns(tensorrt, arrays, gpu):
         work = [(arrays.new_stream(), pictures(1 + seed % 4, seed=seed)) for seed in range(12)]
         given = [(stream, arrays.put(images), images) for stream, images in work]
         for _ in range(3):
+            for number, (stream, _, _) in enumerate(given):  # the streams come to their work in another order
+                arrays.keep_busy(stream, 5 * (len(given) - number))
             kept = [(backbone(pixels, stream=stream).feature_maps, stream, images) for stream, pixels, images in given]
             for maps, stream, images in kept:
                 assert_pooled([arrays.to_host(feature_map, stream) for feature_map in maps], images)
