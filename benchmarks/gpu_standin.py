@@ -134,42 +134,38 @@ class Engine:
     def create_execution_context(
         self, strategy: ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy.STATIC
     ) -> Context | None:
-        context = Context(self, strategy)
-        if strategy is ExecutionContextAllocationStrategy.STATIC and not context.take_scratch(
-            self.device_memory_size_v2
-        ):
+        sizes = {
+            ExecutionContextAllocationStrategy.STATIC: self.device_memory_size_v2,
+            ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE: self.get_device_memory_size_for_profile_v2(0),
+            ExecutionContextAllocationStrategy.USER_MANAGED: 0,
+        }
+        try:
+            return Context(self, strategy, sizes[strategy])
+        except DeviceError as error:
+            _say(self.logger, str(error))
             return None
-        if strategy is ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE and not context.take_scratch(
-            self.get_device_memory_size_for_profile_v2(0)
-        ):
-            return None
-        return context
 
 
 class Context:
-    def __init__(self, engine: Engine, strategy: ExecutionContextAllocationStrategy) -> None:
+    def __init__(self, engine: Engine, strategy: ExecutionContextAllocationStrategy, scratch: int) -> None:
         self.engine = engine
         self._strategy = strategy
         self._profile = 0
         self._shape: tuple[int, ...] = ()
         self._addresses: dict[str, int] = {}
-        self._scratch = _Scratch()
+        self._scratch = _Scratch(scratch)
         self._warm: set[tuple[int, ...]] = set()
         self._turns = _Turns() if _checks else None
-
-    def take_scratch(self, size: int) -> bool:
-        try:
-            self._scratch = _Scratch(size)
-        except DeviceError as error:
-            return self._refuse(str(error))
-        return True
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         if not 0 <= profile < self.engine.num_optimization_profiles:
             return self._refuse(f"there is no optimisation profile {profile}")
         self._profile, self._shape = profile, ()
         if self._strategy is ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE:
-            return self.take_scratch(self.engine.get_device_memory_size_for_profile_v2(profile))
+            try:
+                self._scratch = _Scratch(self.engine.get_device_memory_size_for_profile_v2(profile))
+            except DeviceError as error:
+                return self._refuse(str(error))
         return True
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
