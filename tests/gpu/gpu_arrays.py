@@ -60,13 +60,13 @@ class Ours:
         return busy
 
     def seen_from(self, array: DeviceArray, stream: int):
-        """A copy that is enqueued on ``stream`` now, as another library would make it."""
+        """A copy that is enqueued on ``stream`` now, as another library would make it; the array is let go of."""
         found = from_foreign(array, stream=stream or 1)
         with self.memory as memory:
             pointer = memory.allocate(array.nbytes)
             self._pointers.append(pointer)
             memory.copy(pointer, found.pointer, array.nbytes, stream)
-        return DeviceArray(pointer, array.shape, array.dtype, device=self.memory.gpu, owner=found, synchronize=None)
+        return DeviceArray(pointer, array.shape, array.dtype, device=self.memory.gpu, owner=None, synchronize=None)
 
     def to_host(self, array: DeviceArray, stream: int = 0) -> np.ndarray:
         """The values, once ``stream`` has come to where it is now."""
