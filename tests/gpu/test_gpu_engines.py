@@ -178,19 +178,20 @@ def test_threads_never_mix_outputs(backbone, gpu):
 
 
 def test_threads_with_streams_never_mix_outputs(backbone, gpu):
+    arrays = gpu_arrays.open_arrays("ours", gpu)
+
     def work(seed):
-        arrays = gpu_arrays.open_arrays("ours", gpu)
         images = pictures(1 + seed % 5, seed=seed)
         pixels, stream = arrays.put(images), arrays.new_stream()
         for _ in range(40):
             maps = backbone(pixels, stream=stream).feature_maps
             assert_pooled([arrays.to_host(feature_map, stream) for feature_map in maps], images)
-        del maps
-        arrays.close()
         return True
 
     with ThreadPoolExecutor(gpu_engines.many_threads(gpu)) as pool:
         assert all(pool.map(work, range(16)))
+    backbone.close()
+    arrays.close()
 
 
 def test_many_calls_leave_nothing_behind(kind, gpu):
@@ -352,21 +353,20 @@ def test_a_graphed_call_gives_what_a_plain_one_gives(tensorrt, arrays, gpu):
 
 
 def test_graphed_calls_in_threads(tensorrt, gpu):
+    arrays = gpu_arrays.open_arrays("ours", gpu)
     with open_backbone(tensorrt, gpu) as backbone:
 
         def work(seed):
-            arrays = gpu_arrays.open_arrays("ours", gpu)
             images, stream = pictures(1 + seed % 3, seed=seed), arrays.new_stream()
             call = backbone.graphed(arrays.put(images), stream=stream)
             for _ in range(30):
                 maps = call().feature_maps
                 assert_pooled([arrays.to_host(feature_map, stream) for feature_map in maps], images)
-            del maps, call
-            arrays.close()
             return True
 
         with ThreadPoolExecutor(gpu_engines.many_threads(gpu)) as pool:
             assert all(pool.map(work, range(12)))
+    arrays.close()
 
 
 def test_graphed_calls_leave_nothing_behind(tensorrt, arrays, gpu):
@@ -402,7 +402,7 @@ def test_many_streams_take_turns(tensorrt, arrays, gpu):
             for number, (stream, _, _) in enumerate(given):  # the streams come to their work in another order
                 arrays.keep_busy(stream, 5 * (len(given) - number))
             kept = [(backbone(pixels, stream=stream).feature_maps, stream, images) for stream, pixels, images in given]
-            for maps, stream, images in kept:
+            for maps, stream, images in reversed(kept):
                 assert_pooled([arrays.to_host(feature_map, stream) for feature_map in maps], images)
 
 
