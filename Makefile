@@ -4,7 +4,8 @@
 # make lint   formatting, lint, types, direction of imports, Dockerfile.jetson
 # make docs   builds the documentation from docs/ and the code into site/, and checks its links; open site/index.html
 # make coverage  builds one of every kind of backbone (hours); writes benchmarks/results/coverage.json and its page
-# make gpu    tests and benchmark on this machine's NVIDIA GPU; writes benchmarks/results/<device>.json; installs nothing
+# make gpu    tests and figures of this machine's NVIDIA GPU in at most 15 minutes; again: what was left. Installs nothing,
+#             needs numpy and msgspec; writes benchmarks/results/<device>.json. GPU="--only memory engines": these parts.
 # make bench  the figures of the README, side by side with their peers, in half an hour; writes benchmarks/results.
 #             BENCH=--quick: five minutes, stores nothing. BENCH="--only resnet50 growth": these, the others stay.
 # make fuzz   random damage to every kind of file that a stranger may hand over, in some minutes; prints what it found.
@@ -55,7 +56,7 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python -m build_scripts.fuzz $(FUZZ)
 
 gpu:
-	$(PYTHON) -m benchmarks.gpu_suite
+	$(PYTHON) -m benchmarks.gpu_suite $(GPU)
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m build_scripts.sweep
