@@ -264,6 +264,7 @@ class _Scratch:
     def clear(self) -> None:
         """Set its bytes to zero, and wait."""
         self._library.cuMemcpyHtoD_v2(ctypes.c_uint64(self.pointer), bytes(self.size), ctypes.c_size_t(self.size))
+        self._library.cuStreamSynchronize(None)  # a copy from pageable memory may be under way when the call returns
 
     def read(self) -> tuple[int, ...]:
         """Return its uint32 numbers. Work that writes them must be done."""

@@ -388,7 +388,8 @@ def test_a_call_inside_the_callers_own_capture_is_refused(tensorrt, arrays, gpu)
         pixels, stream = arrays.put(images), arrays.new_stream()
         handle = getattr(stream, "cuda_stream", stream)
         backbone(pixels, stream=stream)
-        with cuda.open_memory(gpu) as memory, pytest.raises(InputError, match="is being captured"):
+        captures = pytest.raises(InputError, match="is being captured")
+        with arrays.current(stream), cuda.open_memory(gpu) as memory, captures:
             memory.capture(handle, lambda: backbone(pixels, stream=stream))
         assert_pooled(backbone(pixels, stream=stream).feature_maps, images)
 
