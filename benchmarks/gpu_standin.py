@@ -155,7 +155,7 @@ class Context:
         self._addresses: dict[str, int] = {}
         self._scratch = _Scratch(scratch)
         self._warm: set[tuple[int, ...]] = set()
-        self._turns = _Turns() if _checks else None
+        self._turns = _Turns(_Scratch(8)) if _checks else None
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         if not 0 <= profile < self.engine.num_optimization_profiles:
@@ -228,10 +228,10 @@ class Context:
 class _Turns:
     """Two numbers on the GPU: whose turn it is, and whether somebody was out of turn."""
 
-    def __init__(self) -> None:
-        self._memory = _Scratch(8)
+    def __init__(self, memory: _Scratch) -> None:
+        self._memory = memory
         self._next = 0
-        self._memory.clear()
+        memory.clear()
 
     def take(self, stream: int) -> None:
         """Enqueue a check that all turns before this one are over."""

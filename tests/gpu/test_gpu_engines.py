@@ -338,6 +338,58 @@ def test_a_graphed_call_reads_and_writes_in_place(tensorrt, arrays, gpu, memory)
             backbone.graphed(pixels, stream=None)
 
 
+def test_a_graphed_call_on_page_locked_memory(tensorrt, gpu):
+    """Frames written into one buffer of the host; the copies are part of the graph."""
+    with open_backbone(tensorrt, gpu) as backbone:
+        buffer = backbone.input_buffer(2, height=64, width=96)
+        call = backbone.graphed(buffer)
+        addresses = set()
+        for seed in range(20):
+            buffer[:] = pictures(2, seed=seed)
+            maps = call().feature_maps
+            assert_pooled(maps, buffer)
+            addresses.add(tuple(feature_map.ctypes.data for feature_map in maps))
+        assert len(addresses) == 1
+        gpu_engines.assert_flat(cuda.open_memory(gpu), call, gpu_engines.many_calls(gpu))
+        with pytest.raises(InputError, match=r"backbone\.input_buffer"):
+            backbone.graphed(pictures(2))
+
+
+def test_frames_in_page_locked_memory(tensorrt, gpu):
+    """Whole buffers and parts of them, in turn with arrays in other memory; results stay as they are."""
+    with open_backbone(tensorrt, gpu) as backbone:
+        buffer, kept = backbone.input_buffer(4, height=64, width=96), []
+        for seed in range(6):
+            buffer[:] = pictures(4, seed=seed)
+            for images in (buffer, buffer[1:3], buffer[3:], pictures(2, seed=seed)):
+                kept.append((backbone(images).feature_maps, images.copy()))
+        for maps, images in kept:
+            assert_pooled(maps, images)
+
+
+class Rows:
+    """The first columns of an array on a GPU, as a camera's driver gives them."""
+
+    def __init__(self, array, columns):
+        *outer, width = array.shape
+        rows = [4 * width * int(np.prod(outer[i + 1 :])) for i in range(len(outer))]
+        given = {"shape": (*outer, columns), "typestr": "<f4", "data": (array.pointer, False), "version": 3}
+        self.__cuda_array_interface__ = {**given, "strides": (*rows, 4), "stream": None}
+        self.owner = array
+
+
+@pytest.mark.parametrize("columns", [96, 64])
+def test_frames_whose_rows_lie_apart(tensorrt, gpu, columns):
+    images = pictures(2, 64, 128)
+    arrays = gpu_arrays.open_arrays("ours", gpu)
+    pixels = Rows(arrays.put(images), columns)
+    with open_backbone(tensorrt, gpu) as backbone:
+        for stream in (0, arrays.new_stream(), 0):
+            maps = backbone(pixels, stream=stream).feature_maps
+            assert_pooled([arrays.to_host(feature_map, stream) for feature_map in maps], images[..., :columns])
+    arrays.close()
+
+
 def test_a_graphed_call_gives_what_a_plain_one_gives(tensorrt, arrays, gpu):
     with open_backbone(tensorrt, gpu) as backbone:
         stream = arrays.new_stream()

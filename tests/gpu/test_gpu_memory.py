@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,7 @@ def test_there_and_back(memory, stream, buffers, size, pinned):
     values = noise(size)
     with memory:
         if pinned:
-            locked = memory.pinned(values.shape, values.dtype)
+            locked = np.frombuffer(memory.pinned(values.nbytes), np.uint8)
             locked[:] = values
             values = locked
         there = buffers.filled(values, stream)
@@ -136,18 +137,32 @@ def test_the_default_stream_is_stream_0(memory, buffers):
         assert np.array_equal(buffers.read(there, values, 0), values)
 
 
-def test_pinned_arrays(memory):
+def test_rows_that_lie_apart(memory, stream, buffers):
+    """A camera's frame, whose rows are padded."""
+    values = noise(50 * 256).reshape(50, 256)
     with memory:
-        array = memory.pinned((3, 5, 7), np.float32)
-    assert array.shape == (3, 5, 7)
-    assert array.flags.c_contiguous
-    assert array.flags.writeable
-    part = array[1:]
-    array[:] = 4
-    del array
-    assert (part == 4).all()  # a view keeps the memory
+        there, target = buffers.filled(values, stream), buffers.new(50 * 100)
+        memory.copy_rows(target, there + 3, 50, 100, 256, stream)
+        assert np.array_equal(buffers.read(target, np.empty((50, 100), np.uint8), stream), values[:, 3:103])
+
+
+def test_page_locked_memory_is_known_and_lives_with_its_views(memory, stream, buffers):
+    values = noise(4096)
     with memory:
-        assert memory.pinned((0, 4), np.uint8).size == 0
+        block = memory.pinned(4096)
+        array = np.frombuffer(block, np.uint8)
+        array[:] = values
+        on_gpu = memory.page_locked(array.ctypes.data)
+        assert on_gpu is not None
+        assert memory.page_locked(values.ctypes.data) is None
+        there = buffers.new(4096)
+        assert memory.page_locked(there) is None
+        part = array[1000:]
+        del block, array
+        gc.collect()
+        memory.copy(there, on_gpu, 4096, stream)  # the GPU reads it under this address
+        assert np.array_equal(buffers.read(there, values, stream), values)
+    assert np.array_equal(part, values[1000:])
 
 
 def test_more_than_there_is(memory, gpu):
@@ -376,7 +391,7 @@ def test_many_rounds_leave_nothing_behind(memory, gpu):
         with memory:
             stream, event = memory.new_stream(), memory.new_event()
             pointer = memory.allocate(values.nbytes)
-            locked = memory.pinned(values.shape, values.dtype)
+            locked = np.frombuffer(memory.pinned(values.nbytes), np.uint8)
             memory.copy_in(pointer, values.ctypes.data, values.nbytes, stream)
             memory.copy_out(locked.ctypes.data, pointer, values.nbytes, stream)
             memory.record(event, stream)
@@ -410,7 +425,7 @@ values = np.random.default_rng(0).integers(0, 256, 100_003, np.uint8)
 with memory:
     stream, event = memory.new_stream(), memory.new_event()
     first, second = memory.allocate(values.nbytes), memory.allocate(values.nbytes)
-    locked = memory.pinned(values.shape, np.uint8)
+    locked = np.frombuffer(memory.pinned(values.nbytes), np.uint8)
     locked[:] = values
     memory.copy_in(first, locked.ctypes.data, values.nbytes, stream)
     memory.copy(second, first, values.nbytes, stream)

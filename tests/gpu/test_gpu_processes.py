@@ -124,7 +124,7 @@ def test_a_process_that_closes_nothing_ends_quietly(gpu, backend, kind):
         f"backbone = gpu_engines.open_backbone('{kind}', {gpu}{options})",
         "kept = backbone(gpu_engines.pictures(2)).feature_maps",
         "memory = cuda.open_memory({gpu}, {backend!r})",
-        "memory.__enter__(); locked = memory.pinned((1000,), np.float32); memory.__exit__(None, None, None)",
+        "memory.__enter__(); locked = memory.pinned(4000); memory.__exit__(None, None, None)",
         "print('fine')",
     ]
     done = gpu_engines.run_python("\n".join(code).format(gpu=gpu, backend=backend))
