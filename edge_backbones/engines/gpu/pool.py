@@ -189,7 +189,8 @@ class Pool:
         """Take a buffer of ``take_scratch`` back."""
         with self.lock:
             self._scratch.append(buffer)
-        self._after_close()
+        if self._closed:
+            self._free_after_close()
 
     def _allocate(self, size: int, key: StreamKey, stream: int) -> Buffer:
         try:
@@ -254,18 +255,11 @@ class Pool:
             surplus, settled = settled[: -_FREE_BUFFERS // 2], settled[-_FREE_BUFFERS // 2 :]
         finally:
             for buffer in settled:
-                self._keep(buffer)
+                self.give_back(buffer)
         steps = CleanUp()
         for buffer in surplus:
             steps.make(self.memory.free, buffer.pointer)
         steps.end()
-
-    def _keep(self, buffer: Buffer) -> None:
-        with self.lock:
-            self._free.setdefault(buffer.size, []).append(buffer)
-            self._count += 1
-            if buffer.readers:
-                self._returned.append(buffer)
 
     def _release_free(self) -> None:
         free = self._take_free()
@@ -287,19 +281,24 @@ class Pool:
 
     def give_back(self, buffer: Buffer) -> None:
         """Take a buffer back that nobody holds any more."""
-        self._keep(buffer)
-        self._after_close()
+        with self.lock:
+            self._free.setdefault(buffer.size, []).append(buffer)
+            self._count += 1
+            if buffer.readers:
+                self._returned.append(buffer)
+        if self._closed:
+            self._free_after_close()
 
     def give_back_event(self, event: int) -> None:
         """Take an event back that nobody refers to any more."""
         with self.lock:
             self._events.append(event)
-        self._after_close()
-
-    def _after_close(self) -> None:
         if self._closed:
-            with contextlib.suppress(DeviceError), self.memory:
-                self._release_free()
+            self._free_after_close()
+
+    def _free_after_close(self) -> None:
+        with contextlib.suppress(DeviceError), self.memory:
+            self._release_free()
 
     def close(self) -> None:
         """Free everything that nobody holds now, and whatever is returned later. Call it inside ``with memory:``."""

@@ -158,7 +158,8 @@ class Slot:
             written = borrowed.take(self.outputs.size)
             is_read_there = self.reads_in_place(on_gpu)
             source = on_gpu if is_read_there else borrowed.take(rounded(array.nbytes))
-            self._follow(stream, None)
+            if self.ready is not None:
+                memory.follow(stream, self.ready.event)
             if not is_read_there:
                 memory.copy_in(source, address, array.nbytes, stream)
             self.execute(source, self.targets(written), borrowed.scratch, stream)
@@ -260,14 +261,10 @@ class Slot:
             assert self._fence is not None
             self._memory.record(self._fence, stream)
             self._memory.follow(work, self._fence)
-        self._follow(work, key)
+        if self.ready is not None and self.key != key:
+            self._memory.follow(work, self.ready.event)  # its last work is on another stream
         self._work = work
         return work
-
-    def _follow(self, work: int, key: StreamKey | None) -> None:
-        """Make a stream wait for the context's last work, unless that is on the same stream."""
-        if self.ready is not None and self.key != key:
-            self._memory.follow(work, self.ready.event)
 
     def _end(self, work: int, stream: int, key: StreamKey) -> Ready:
         """Record an event behind the work, make the caller's stream wait for it, and return it."""
