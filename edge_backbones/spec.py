@@ -11,7 +11,7 @@ import enum
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -24,6 +24,8 @@ Tokens include prefix tokens such as the class token. ``NC`` is one vector per i
 the channels.
 """
 
+FloatType = Literal["float32", "float16"]
+"""numpy's name of a dtype that engines take and return."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=300)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
@@ -36,7 +38,8 @@ class Precision(str, enum.Enum):
     """Number formats of a typed graph.
 
     ``fp16`` and ``bf16`` keep normalisation and softmax in fp32; ``int8`` and ``fp8`` (E4M3) are Q/DQ on convolutions and
-    matrix products, fp16 for the rest. Inputs and feature maps are float32 (or uint8 in) whatever the precision.
+    matrix products, fp16 for the rest. The precision does not decide what an engine takes and returns: see
+    `InputSpec.dtype` and `BackboneSpec.map_dtype`.
     """
 
     FP32 = "fp32"
@@ -171,9 +174,9 @@ class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The one input of a graph.
 
-    ``name``: ``pixel_values`` is float32 NCHW, already normalised, as in transformers. ``image`` is uint8 NHWC, as a camera
+    ``name``: ``pixel_values`` is NCHW, already normalised, as in transformers. ``image`` is uint8 NHWC, as a camera
     delivers it (RGB for three channels): the cast, the layout and ``mean`` / ``std`` are in the graph. ``size_multiple``: a
-    height or width that is not fixed must be a multiple of it.
+    height or width that is not fixed must be a multiple of it. ``pixel_dtype``: the dtype of ``pixel_values``.
     """
 
     name: Literal["pixel_values", "image"]
@@ -182,11 +185,16 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     height: ShapeRange
     width: ShapeRange
     size_multiple: Size = 1
+    pixel_dtype: FloatType = "float32"
+
+    def __post_init__(self) -> None:
+        if self.name == "image" and self.pixel_dtype != "float32":
+            raise ValueError(f"an image is uint8, and pixel_dtype is {self.pixel_dtype}")
 
     @property
     def dtype(self) -> str:
         """Return numpy's name of the dtype."""
-        return "float32" if self.name == "pixel_values" else "uint8"
+        return self.pixel_dtype if self.name == "pixel_values" else "uint8"
 
     @property
     def layout(self) -> str:
@@ -252,6 +260,31 @@ class ExtraOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     channels: Size
 
 
+class OutputSpec(NamedTuple):
+    """One output, as callers see it and as an engine returns it.
+
+    Attributes:
+        name: Name of the output.
+        layout: Order of the axes that callers see.
+        engine_layout: Order of the axes in the engine's own array. It is another one for a map in channels-last memory.
+        channels: Size of the C axis.
+        strides: (vertical, horizontal) input pixels per cell; None for an output that is no feature map.
+        dtype: numpy's name of the dtype.
+    """
+
+    name: str
+    layout: Layout
+    engine_layout: Layout
+    channels: int
+    strides: tuple[int, int] | None
+    dtype: FloatType
+
+    @property
+    def is_reordered(self) -> bool:
+        """Return whether callers see a view of the engine's array with its axes in another order."""
+        return self.layout != self.engine_layout
+
+
 class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The stages of a backbone, and what was measured of the kept ones.
 
@@ -263,6 +296,9 @@ class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     hidden state; it may be a feature map, if the network returns the same tensor twice. Both are empty for networks without
     them and if they were not asked for. ``extras``: every output that is not a feature map. ``has_attentions``: transformers'
     attribute of networks that can return attention weights.
+
+    ``map_dtype``: the dtype of every output. ``channels_last``: whether engines return NCHW outputs in NHWC order. Callers
+    see them as NCHW all the same, with the strides of channels-last memory: ``layouts`` does not change.
     """
 
     stage_names: Names
@@ -276,6 +312,8 @@ class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     hidden_states: Names = ()
     extras: Annotated[tuple[ExtraOutput, ...], _Many] = ()
     has_attentions: bool = True
+    map_dtype: FloatType = "float32"
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         features, indices = align_stages(self.stage_names, list(self.out_features), list(self.out_indices))
@@ -300,6 +338,28 @@ class BackboneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def outputs(self) -> tuple[str, ...]:
         """Return the names of all engine outputs in the order in which an engine returns them: feature maps first."""
         return (*self.out_features, *(extra.name for extra in self.extras))
+
+    @property
+    def described_outputs(self) -> tuple[OutputSpec, ...]:
+        """Return every output in the order of `outputs`. Only this says in which layout engines return an output."""
+        maps = zip(self.out_features, self.layouts, self.channels, self.strides, strict=True)
+        described: list[tuple[str, Layout, int, tuple[int, int] | None]] = [*maps]
+        described += [(extra.name, extra.layout, extra.channels, None) for extra in self.extras]
+        return tuple(
+            OutputSpec(
+                name,
+                layout,
+                "NHWC" if self.channels_last and layout == "NCHW" else layout,
+                channels,
+                strides,
+                self.map_dtype,
+            )
+            for name, layout, channels, strides in described
+        )
+
+    def describe_maps(self) -> str:
+        """Return a phrase for messages: dtype and memory of the feature maps."""
+        return f"{self.map_dtype}, {'channels-last' if self.channels_last else 'channels-first'} memory"
 
 
 def measured_stride(pixels: int, cells: int, claimed: int | None = None) -> int:

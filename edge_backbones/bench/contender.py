@@ -26,6 +26,7 @@ from edge_backbones.engines.openvino.session import OpenVinoSession, load_librar
 from edge_backbones.errors import EdgeBackbonesError, InputError, first_line
 from edge_backbones.images.fit import network_input
 from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.runtime.views import as_callers_see, reordered_outputs
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import LoadedBackbone
 
@@ -98,13 +99,15 @@ class Loaded(msgspec.Struct, kw_only=True):
     """A contender that is ready to be called.
 
     ``call``: takes an array as the bundle's engine does, and returns the feature maps in the bundle's order. ``exact``:
-    whether the weights are the bundle's, so that the maps can be compared with its golden samples.
+    whether the weights are the bundle's, so that the maps can be compared with its golden samples. ``reordered``: for each
+    output whether it is NHWC and the golden samples are NCHW.
     """
 
     call: Call
     versions: dict[str, str]
     file: Path | None = None
     exact: bool = True
+    reordered: Sequence[bool] = ()
 
 
 # ---- the contenders
@@ -156,7 +159,8 @@ def torchscript(bundle: Bundle, task: Task) -> Loaded:
             maps = module(library.from_numpy(images).to(_torch_device(task.device)))
             return [one.cpu().numpy() for one in (maps if isinstance(maps, (tuple, list)) else (maps,))]
 
-    return Loaded(call=call, versions=_version("torch"), file=bundle.path / graph.file.path)
+    file, reordered = bundle.path / graph.file.path, reordered_outputs(bundle.manifest.backbone)
+    return Loaded(call=call, versions=_version("torch"), file=file, reordered=reordered)
 
 
 def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
@@ -172,7 +176,8 @@ def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
     session = library.InferenceSession(graph, options, providers=[provider])
     names, input = list(bundle.manifest.backbone.outputs), bundle.manifest.input.name
     call = lambda images: session.run(names, {input: images})  # noqa: E731
-    return Loaded(call=call, versions=_version("onnxruntime"), file=graph, exact=task.exact)
+    reordered = reordered_outputs(bundle.manifest.backbone)
+    return Loaded(call=call, versions=_version("onnxruntime"), file=graph, exact=task.exact, reordered=reordered)
 
 
 def openvino(bundle: Bundle, task: Task) -> Loaded:
@@ -196,7 +201,8 @@ def openvino(bundle: Bundle, task: Task) -> Loaded:
         request.infer([images], share_inputs=True, share_outputs=True)
         return [request.get_output_tensor(port).data for port in ports]
 
-    return Loaded(call=call, versions=_version("openvino"), file=graph, exact=task.exact)
+    reordered = reordered_outputs(bundle.manifest.backbone)
+    return Loaded(call=call, versions=_version("openvino"), file=graph, exact=task.exact, reordered=reordered)
 
 
 def graph(bundle: Bundle, task: Task) -> Loaded:
@@ -204,7 +210,8 @@ def graph(bundle: Bundle, task: Task) -> Loaded:
     file = _graph_of(task)
     blob = compile_graph(file.read_bytes(), Precision.INT8, cache=None).data
     runtime = OpenVinoSession(bytearray(blob), outputs=bundle.manifest.backbone.outputs, threads=task.threads)
-    return Loaded(call=runtime.run, versions=_version("openvino"), file=file, exact=task.exact)
+    reordered = reordered_outputs(bundle.manifest.backbone)
+    return Loaded(call=runtime.run, versions=_version("openvino"), file=file, exact=task.exact, reordered=reordered)
 
 
 MAKERS: dict[str, Callable[[Bundle, Task], Loaded]] = {
@@ -342,11 +349,11 @@ def _start(task: Task) -> tuple[Call, np.ndarray, Start]:
         worst_sqnr_db=None,
     )
     if loaded.exact:
-        start.worst_cosine, start.worst_sqnr_db = _parity(loaded.call, bundle, golden)
+        start.worst_cosine, start.worst_sqnr_db = _parity(loaded, bundle, golden)
     return loaded.call, images, start
 
 
-def _parity(call: Call, bundle: Bundle, golden: GoldenSamples) -> tuple[float, float]:
+def _parity(loaded: Loaded, bundle: Bundle, golden: GoldenSamples) -> tuple[float, float]:
     """Return the worst cosine and SQNR (dB) of any feature map, over the golden samples at opt size."""
     from edge_backbones.deploy.parity import compare
     from edge_backbones.parity_report import Gate
@@ -354,7 +361,7 @@ def _parity(call: Call, bundle: Bundle, golden: GoldenSamples) -> tuple[float, f
     spec, images, references = bundle.manifest.backbone, golden.inputs["opt"], golden.outputs["opt"]
     found = []
     for chosen in full_batches(len(images), bundle.manifest.input.batch.opt):
-        maps = dict(zip(spec.outputs, call(images[chosen]), strict=False))
+        maps = dict(zip(spec.outputs, as_callers_see(loaded.call(images[chosen]), loaded.reordered), strict=False))
         for name in spec.out_features:
             for index, actual in zip(chosen, maps[name], strict=True):
                 found.append(compare(name, references[name][index], np.asarray(actual), Gate()))

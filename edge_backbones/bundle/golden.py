@@ -18,7 +18,7 @@ from edge_backbones.errors import InputError
 from edge_backbones.reading import shortened
 from edge_backbones.spec import BackboneSpec, InputSpec
 
-_HEADER = re.compile(rb"\{'descr': '(<f4|\|u1)', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n")
+_HEADER = re.compile(rb"\{'descr': '(<f4|<f2|\|u1)', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n")
 _MOST_AXES = 8
 
 
@@ -27,8 +27,8 @@ class GoldenSamples:
     """Images and the fp32 reference of every engine output for them, by case.
 
     A case is a size of image: ``opt`` always exists, ``min`` and ``max`` where the size of the input varies. ``inputs``: by
-    case, a batch of images as the engine takes them, called ``input_name``. ``outputs``: by case and output name, float32,
-    one entry of the first axis per image. Arrays are not copied.
+    case, a batch of images as the engine takes them, called ``input_name``. ``outputs``: by case and output name, float32 in
+    the layout that callers see, one entry of the first axis per image. Arrays are not copied.
     """
 
     input_name: str
@@ -59,8 +59,7 @@ class GoldenSamples:
 
         Raises ValueError with a phrase if an array is missing, has another dtype or shape, or is not promised.
         """
-        channels = dict(zip(backbone.out_features, zip(backbone.layouts, backbone.channels, strict=True), strict=True))
-        channels |= {extra.name: (extra.layout, extra.channels) for extra in backbone.extras}
+        channels = {output.name: (output.layout, output.channels) for output in backbone.described_outputs}
         names = (input.name, *backbone.outputs)
         members = _members(data, {_key(case, name) for case in cases for name in names})
         missing = [_key(case, name) for case in cases for name in names if _key(case, name) not in members]

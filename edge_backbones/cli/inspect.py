@@ -79,6 +79,7 @@ def _print_stages(manifest: Manifest) -> None:
         stride = str(vertical) if vertical == horizontal else f"{vertical}x{horizontal}"
         stages.add_row(str(index), name, str(channels), stride, layout)
     console.out.print(stages)
+    console.out.print(f"maps: {spec.describe_maps()}")
     if spec.extras:
         extras = console.Table("output", "channels", "layout", title="other outputs")
         for extra in spec.extras:

@@ -35,7 +35,9 @@ class EngineSession(Protocol):
     """Run one loaded engine. Several threads may call ``run`` at once."""
 
     def run(self, array: np.ndarray) -> list[np.ndarray]:
-        """Return every output of the engine, in graph order, as new float32 arrays that the caller owns.
+        """Return every output of the engine, in graph order, as new arrays that the caller owns.
+
+        They are C-contiguous, in the layout and dtype that the engine has (`BackboneSpec.described_outputs`).
 
         ``array`` is C-contiguous and has the input's dtype. Its shape is one that the engine takes without splitting or
         filling.

@@ -9,7 +9,7 @@ from typing import Literal
 from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
 
 Shape = tuple[int, ...]
-_DTYPES = {"float32": "FLOAT", "uint8": "UINT8"}  # TensorRT's names
+_DTYPES = {"float32": "FLOAT", "float16": "HALF", "uint8": "UINT8"}  # TensorRT's names
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def mismatches(
         tensors: Inputs and outputs of the engine.
         input: Input in the manifest.
         outputs: Names of the outputs in the manifest.
-        spec: Outputs in the manifest, to compare their shapes too; None to compare names and dtypes only.
+        spec: Outputs in the manifest, to compare their shapes and dtypes; None to compare names, and dtypes with float32.
     """
     found = list(tensors)
     inputs = [tensor for tensor in found if tensor.mode == "INPUT"]
@@ -53,9 +53,10 @@ def mismatches(
     elif spec is not None:
         shapes = {tensor.name: tensor.shape for tensor in returned}
         reasons += _wrong_shapes(shapes, input, spec)
-    odd = [f"{tensor.name} {tensor.dtype}" for tensor in returned if tensor.dtype != "FLOAT"]
+    promised = _DTYPES["float32" if spec is None else spec.map_dtype]
+    odd = [f"{tensor.name} {tensor.dtype}" for tensor in returned if tensor.dtype != promised]
     if odd:
-        reasons.append(f"it returns {', '.join(odd)}, the manifest promises FLOAT")
+        reasons.append(f"it returns {', '.join(odd)}, the manifest promises {promised}")
     return reasons
 
 
@@ -88,10 +89,8 @@ def _wrong_shapes(shapes: Mapping[str, Shape | None], input: InputSpec, spec: Ba
 
     Layout, channels, batch and (through the stride) height and width are compared.
     """
-    maps = zip(spec.out_features, spec.layouts, spec.channels, spec.strides, strict=True)
-    extras = ((extra.name, extra.layout, extra.channels, None) for extra in spec.extras)
     reasons = []
-    for name, layout, channels, strides in (*maps, *extras):
+    for name, _, layout, channels, strides, _ in spec.described_outputs:
         shape = shapes[name]
         if shape is None:
             continue

@@ -141,13 +141,18 @@ def _padded(pixels: np.ndarray, config: ImageConfig, height: int, width: int) ->
 
 
 def to_input(images: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
-    """Turn uint8 (batch, height, width, channels) into the input of the graph: uint8 NHWC, or normalised float32 NCHW."""
-    return np.ascontiguousarray(images) if input.name == "image" else _normalised(images, config)
+    """Turn uint8 (batch, height, width, channels) into the input of the graph: uint8 NHWC, or normalised NCHW.
+
+    Normalised values are float32, or float16 for a graph that takes float16.
+    """
+    if input.name == "image":
+        return np.ascontiguousarray(images)
+    return _normalised(images, config).astype(input.dtype, copy=False)
 
 
 def network_input(array: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
     """Turn an input of the graph into the normalised float32 NCHW that the network itself takes."""
-    return _normalised(array, config) if input.name == "image" else array
+    return _normalised(array, config) if input.name == "image" else array.astype(np.float32, copy=False)
 
 
 def _normalised(images: np.ndarray, config: ImageConfig) -> np.ndarray:

@@ -47,7 +47,8 @@ class EngineModule(nn.Module):
         if self.backbone.device == "cpu":
             values = values.cpu()
         if values.dtype == torch.bfloat16 or (self.backbone.device != "cpu" and values.is_floating_point()):
-            values = values.float()  # numpy has no bfloat16, and an engine on a GPU takes nothing but float32
+            # numpy has no bfloat16, and an engine on a GPU takes nothing but its own dtype.
+            values = values.to(getattr(torch, self.backbone.input.dtype))
         output = self.backbone(values, **arguments)
 
         def tensor(array: Any) -> Any:

@@ -18,10 +18,11 @@ def snippet(manifest: Manifest, name: str, engine: EngineRecord | None) -> tuple
     if input.name == "image":
         fed = [f"    images = {pixels}  # the graph normalises"]
     else:
+        dtype = f".astype(np.{input.dtype})"
         order = "[..., ::-1]" if config.channel_order == "bgr" else ""
         fed = [
             f"    pixels = {pixels} / 255.0",
-            f"    images = ((pixels - config.mean) / config.std){order}.transpose(0, 3, 1, 2).astype(np.float32)",
+            f"    images = ((pixels - config.mean) / config.std){order}.transpose(0, 3, 1, 2){dtype}",
         ]
     # Double quotes, as in the documentation, where the name allows.
     path = f'"{repr(name)[1:-1]}"' if repr(name).startswith("'") and '"' not in name else repr(name)

@@ -26,8 +26,9 @@ from edge_backbones.errors import InputError, lack_told, refuse_lack
 from edge_backbones.runtime.config import selected
 from edge_backbones.runtime.description import BackboneDescription
 from edge_backbones.runtime.in_flight import in_order
-from edge_backbones.runtime.inputs import host_array, refuse_not_finite
+from edge_backbones.runtime.inputs import half_is_finite, host_array, refuse_not_finite
 from edge_backbones.runtime.opening import Origin, open_engine, reopen
+from edge_backbones.runtime.views import as_callers_see, reordered_outputs
 from edge_backbones.spec import BackboneSpec, InputSpec
 
 _Map = TypeVar("_Map")
@@ -36,7 +37,7 @@ _Map = TypeVar("_Map")
 class BackboneOutput(dict[str, tuple[Any, ...]], Generic[_Map]):
     """Hold the output of a call, like ``transformers.modeling_outputs.BackboneOutput`` without torch.
 
-    ``feature_maps`` is a tuple of float32 arrays in stage order: numpy arrays, or DeviceArrays if the input was on the
+    ``feature_maps`` is a tuple of arrays in stage order: numpy arrays, or DeviceArrays if the input was on the
     GPU. For type checkers they are numpy arrays, unless the input is a `DeviceArray`: they cannot see where a tensor of
     another library lies. As in transformers, fields that are None are not keys; ``output[0]``, ``output["feature_maps"]``
     and ``output.feature_maps`` are the same; iterating yields the keys.
@@ -97,17 +98,20 @@ class EdgeBackbone(BackboneDescription):
     >>> with EdgeBackbone.from_pretrained("resnet50.bundle") as backbone:   # doctest: +SKIP
     ...     maps = backbone(pixel_values).feature_maps                      # (batch, 256, 56, 56), ...
 
-    Input: normalised ``pixel_values``, float (16, 32 or 64 bits), shape (batch, channels, height, width). For a bundle
-    built with ``input="image"``: raw camera frames, uint8, shape (batch, height, width, channels), or one frame without
-    the batch axis. Pass a numpy array or any CPU array that supports DLPack, such as a ``torch.Tensor``. An engine on a GPU
-    also takes arrays on that GPU that support DLPack or ``__cuda_array_interface__``. Those must have exactly the engine's
-    dtype, and be in C order or have their rows at a pitch.
+    Input: normalised ``pixel_values``, float (16, 32 or 64 bits), shape (batch, channels, height, width). They are cast
+    to float32, or to float16 for a bundle built with ``pixels="float16"``. For a bundle built with ``input="image"``: raw
+    camera frames, uint8, shape (batch, height, width, channels), or one frame without the batch axis. Pass a numpy array
+    or any CPU array that supports DLPack, such as a ``torch.Tensor``. An engine on a GPU also takes arrays on that GPU
+    that support DLPack or ``__cuda_array_interface__``. Those must have exactly the engine's dtype, and be in C order or
+    have their rows at a pitch.
 
     Batch: any size from 1. A batch that the engine takes runs in one piece. A smaller batch is filled up with zeros,
     and the filling is cut off the result. A larger batch runs in pieces, and the results are joined. Always
     ``len(feature_map) == len(pixel_values)``.
 
-    Output: C-contiguous float32 arrays that the caller owns. No later call writes to an array while the caller holds it
+    Output: C-contiguous float32 arrays that the caller owns. For a bundle built with ``maps="float16"`` they are
+    float16. For one built with ``maps="channels-last"``, NCHW maps have the strides of channels-last memory, so
+    ``torch.from_numpy`` makes channels_last tensors of them. No later call writes to an array while the caller holds it
     or a view of it. Memory that the caller has released is reused, so a loop over frames allocates nothing.
 
     On the GPU: a call only enqueues work on ``stream`` and returns. It reads the input in place, after the work that is
@@ -160,7 +164,9 @@ class EdgeBackbone(BackboneDescription):
         super().__init__(spec, input, source, device, engine_name, passed_over or {})
         self._engine = engine
         self._on_device = engine if isinstance(engine, base.DeviceSession) else None
-        self._checks_values = check_finite and input.dtype == "float32"
+        self._checks_values = check_finite and input.dtype != "uint8"
+        self._is_float32 = input.dtype == "float32"
+        self._reordered = reordered_outputs(spec)
         self._origin: Origin | None = None
         self._cls_tokens = tuple(spec.outputs.index(name) for name in spec.cls_tokens)
         self._hidden_states = tuple(spec.outputs.index(name) for name in spec.hidden_states)
@@ -337,7 +343,10 @@ class EdgeBackbone(BackboneDescription):
         if dataset_index is not None:
             self._check_dataset_index(dataset_index)
         try:
-            output = self._output(self._run(pixel_values, stream), output_hidden_states)
+            outputs = self._run(pixel_values, stream)
+            if self._reordered:
+                outputs = as_callers_see(outputs, self._reordered)
+            output = self._output(outputs, output_hidden_states)
         except MemoryError as error:
             refuse_lack(f"a call of this backbone, which takes {self._input.describe()},", error)
             raise
@@ -394,7 +403,10 @@ class EdgeBackbone(BackboneDescription):
 
     def run(self, pixel_values: Any, *, stream: Any = None) -> dict[str, Any]:
         """Return every output of the engine by name: feature maps, class tokens and hidden states, whatever is chosen."""
-        return dict(zip(self._spec.outputs, self._run(pixel_values, stream), strict=True))
+        outputs = self._run(pixel_values, stream)
+        if self._reordered:
+            outputs = as_callers_see(outputs, self._reordered)
+        return dict(zip(self._spec.outputs, outputs, strict=True))
 
     def graphed(self, pixel_values: Any, *, stream: Any = None) -> Callable[[], BackboneOutput]:
         """Record a call on the memory of ``pixel_values`` as one CUDA graph, and return a function that replays it.
@@ -426,7 +438,8 @@ class EdgeBackbone(BackboneDescription):
             array = from_foreign(pixel_values, stream=pointer)
             self._input.batch_height_width(array.shape)
             call = engine.graphed(array, pointer)
-        output = self._output(call.outputs, None)
+        outputs = as_callers_see(call.outputs, self._reordered) if self._reordered else call.outputs
+        output = self._output(outputs, None)
 
         def replay() -> BackboneOutput:
             call()
@@ -507,7 +520,9 @@ class EdgeBackbone(BackboneDescription):
         # few hundred lines of Python take a tenth of a millisecond.
         usual = type(pixel_values) is np.ndarray and (pixel_values.dtype, pixel_values.shape) == self._usual
         if usual and stream is None and pixel_values.flags.carray:
-            if self._checks_values and not math.isfinite(np.vdot(pixel_values, pixel_values)):
+            if self._checks_values and not (
+                math.isfinite(np.vdot(pixel_values, pixel_values)) if self._is_float32 else half_is_finite(pixel_values)
+            ):
                 refuse_not_finite(pixel_values, self._input)
             return self._engine.run(pixel_values)
         if not isinstance(pixel_values, np.ndarray) and is_on_gpu(pixel_values):
@@ -517,7 +532,9 @@ class EdgeBackbone(BackboneDescription):
         array = host_array(pixel_values, self._input)
         sizes = self._input.batch
         count = self._input.batch_height_width(array.shape)[0]
-        if self._checks_values and not math.isfinite(np.vdot(array, array)):
+        if self._checks_values and not (
+            math.isfinite(np.vdot(array, array)) if self._is_float32 else half_is_finite(array)
+        ):
             refuse_not_finite(array, self._input)
         if count in sizes:
             return self._engine.run(array)

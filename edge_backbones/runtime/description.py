@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from edge_backbones.bundle.manifest import Source
 from edge_backbones.runtime.config import BackboneConfig
-from edge_backbones.spec import BackboneSpec, InputSpec
+from edge_backbones.spec import BackboneSpec, FloatType, InputSpec
 
 
 class BackboneDescription:
@@ -93,6 +93,16 @@ class BackboneDescription:
         ``NCHW`` for most networks, ``NHWC`` or ``NLC`` (tokens) if the source has it.
         """
         return [self._spec.layouts[i] for i in self._config._chosen]
+
+    @property
+    def map_dtype(self) -> FloatType:
+        """Return the dtype of feature maps and of every other output."""
+        return self._spec.map_dtype
+
+    @property
+    def channels_last(self) -> bool:
+        """Return whether NCHW maps lie in channels-last memory, as torch's ``channels_last`` format."""
+        return self._spec.channels_last
 
     @property
     def num_features(self) -> list[int]:

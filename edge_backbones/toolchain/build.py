@@ -183,6 +183,7 @@ def _torch_tensorrt_engines(
             precision=precision,
             output_format=options.program,
             device=f"cuda:{found[0].index}",
+            spec=prepared.spec,
         )
         yield engine_of_torch_tensorrt(program, torch_tensorrt.SUFFIXES[options.program], precision, found[0])
 
@@ -235,4 +236,5 @@ def _input_spec(options: BuildOptions, loaded: LoadedBackbone, profile: DevicePr
         height=heights,
         width=widths,
         size_multiple=step,
+        pixel_dtype=options.pixels,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_backbones.bundle import trust
+from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.deploy.parity import measure_in_bundle
 from edge_backbones.deploy.verify import runnable, say_what_is_run
@@ -17,6 +19,16 @@ from edge_backbones.spec import Precision
 
 if TYPE_CHECKING:
     from edge_backbones.toolchain.explain import Explanation
+
+
+def as_engines_return(golden: GoldenSamples, bundle: Bundle) -> GoldenSamples:
+    """Return golden samples whose references have the layout of the typed graphs' outputs."""
+    moved = [o.name for o in bundle.manifest.backbone.described_outputs if o.is_reordered]
+    outputs = {
+        case: {**maps, **{name: maps[name].transpose(0, 2, 3, 1) for name in moved}}
+        for case, maps in golden.outputs.items()
+    }
+    return dataclasses.replace(golden, outputs=outputs)
 
 
 @child.apart(InferenceError)
@@ -59,5 +71,5 @@ def explain_bundle(
         plain = None if fp32 is None or precision is Precision.FP32 else bundle.path / fp32.file.path
         typed = bundle.path / graph.file.path
         child.doing(f"was explaining {record.name}", f"{typed} is hostile, {child.OR_A_FAULT}")
-        found.append(explain(typed, report, golden, plain=plain, progress=progress))
+        found.append(explain(typed, report, as_engines_return(golden, bundle), plain=plain, progress=progress))
     return tuple(found)

@@ -17,7 +17,8 @@ from edge_backbones.bundle.golden import GoldenSamples, full_batches
 from edge_backbones.difference import relative_error, usual_norm
 from edge_backbones.errors import ExportError, SourceError, first_line, root_cause
 from edge_backbones.images.fit import network_input
-from edge_backbones.spec import InputSpec, Precision, ShapeRange
+from edge_backbones.runtime.views import as_callers_see, reordered_outputs
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
 from edge_backbones.toolchain.artifacts import OPSET, ExportedGraph, LoadedBackbone, PreparedBackbone
 from edge_backbones.toolchain.layer_names import name_nodes
 from edge_backbones.toolchain.trace import example_of, quiet, trace_torchscript
@@ -95,7 +96,7 @@ def _cause(error: Exception) -> str:
 
 def export_torchscript(prepared: PreparedBackbone, path: Path) -> None:
     """Write the module traced and frozen. It returns a tuple in stage order."""
-    path.write_bytes(trace_torchscript(prepared.module, prepared.input, Precision.FP32))
+    path.write_bytes(trace_torchscript(prepared.module, prepared.input, Precision.FP32, prepared.spec))
 
 
 def golden_cases(images: np.ndarray, input: InputSpec) -> dict[str, np.ndarray]:
@@ -122,9 +123,8 @@ def _resized(images: np.ndarray, input: InputSpec, height: int, width: int) -> n
 def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str, np.ndarray]) -> GoldenSamples:
     """Run the network as it was loaded, unfolded and unexported, and return the golden samples.
 
-    ``cases`` are inputs in the engine's own form: normalised float32 NCHW, or uint8 NHWC, which is normalised here in
-    numpy. Raises SourceError when
-    the network does not take one of these sizes, or when one of its maps is not finite.
+    ``cases`` are inputs in the engine's own form: normalised NCHW, or uint8 NHWC, which is normalised here in numpy.
+    Raises SourceError when the network does not take one of these sizes, or when one of its maps is not finite.
     """
     outputs: dict[str, dict[str, np.ndarray]] = {}
     for case, array in cases.items():
@@ -149,6 +149,19 @@ def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str,
                 )
             outputs[case][stage] = values
     return GoldenSamples(input.name, cases, outputs)
+
+
+def check_range(golden: GoldenSamples, spec: BackboneSpec) -> None:
+    """Raise SourceError for a reference with values that the dtype of the maps cannot hold."""
+    most = float(np.finfo(spec.map_dtype).max)
+    for maps in golden.outputs.values():
+        for stage, values in maps.items():
+            largest = float(np.abs(values).max(initial=0))
+            if largest > most:
+                raise SourceError(
+                    f"{stage} reaches {largest:.3g} on the golden images, and {spec.map_dtype} maps hold {most:g}: build "
+                    "float32 maps (without --maps float16)"
+                )
 
 
 def zero_stages(golden: GoldenSamples, stages: Sequence[str]) -> list[str]:
@@ -180,12 +193,13 @@ def check_onnx(graph: ExportedGraph, golden: GoldenSamples) -> None:
 
 def check_torchscript(path: Path, prepared: PreparedBackbone, golden: GoldenSamples) -> None:
     """Load the file and run it on the golden samples of the size it was traced at; raises ExportError as above."""
+    reordered = reordered_outputs(prepared.spec)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         module = torch.jit.load(path)  # type: ignore[no-untyped-call]
         _check_maps(
             "TorchScript module",
-            lambda array: [feature_map.numpy() for feature_map in module(torch.from_numpy(array))],
+            lambda array: as_callers_see([m.numpy() for m in module(torch.from_numpy(array))], reordered),
             prepared.spec.outputs,
             prepared.input.batch.opt,
             prepared.input,

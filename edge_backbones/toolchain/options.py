@@ -12,7 +12,7 @@ from edge_backbones.errors import InputError
 from edge_backbones.machine.system import default_cache
 from edge_backbones.option import Option, documented
 from edge_backbones.parity_report import Gate
-from edge_backbones.spec import Precision, ShapeRange, precisions_of
+from edge_backbones.spec import FloatType, Precision, ShapeRange, precisions_of
 
 if TYPE_CHECKING:
     from edge_backbones.machine.profiles import DeviceProfile
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Method = Literal["auto", "max", "percentile", "entropy", "mse"]
 METHODS = get_args(Method)
 PROGRAMS = ("torchscript", "exported_program")
+MAPS = ("float16", "channels-last")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
 OF_CALIBRATED = ("method", "percentile", "calibration", "exclude")
 """Options that mean nothing to other precisions."""
@@ -90,6 +91,20 @@ class BuildOptions:
             group="Input",
         ),
     ] = "pixel_values"
+    pixels: Annotated[
+        FloatType,
+        Option(
+            "Dtype of pixel_values: float32, or float16, which halves what is copied to a GPU. Frames are uint8 anyway.",
+            group="Input",
+        ),
+    ] = "float32"
+    maps: Annotated[
+        tuple[Literal["float16", "channels-last"], ...],
+        Option(
+            "What the feature maps are: float16 instead of float32, channels-last memory (the strides of torch's "
+            "channels_last) instead of channels-first, or both. Shapes stay (batch, channels, height, width).",
+        ),
+    ] = ()
     batch: Annotated[
         int | ShapeRange | None,
         Option(
@@ -190,7 +205,7 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.input not in ("pixel_values", "image"):
             raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
-        for option in ("out_features", "exclude", "flavours"):  # one name stands for a tuple of it
+        for option in ("out_features", "exclude", "flavours", "maps"):  # one name stands for a tuple of it
             if isinstance(value := getattr(self, option), str):
                 object.__setattr__(self, option, (value,))
         if unknown := set(self.flavours) - {"torchscript", "torch_tensorrt"}:
@@ -198,6 +213,7 @@ class BuildOptions:
                 f"flavours are torchscript and torch_tensorrt, got {', '.join(sorted(unknown))}: edge-backbones compile "
                 "adds engines of other libraries to a finished bundle"
             )
+        self._check_formats()
         if self.precisions != "auto":
             object.__setattr__(self, "precisions", precisions_of(self.precisions))
         object.__setattr__(self, "gates", dict(zip(precisions_of(self.gates), self.gates.values(), strict=True)))
@@ -242,6 +258,18 @@ class BuildOptions:
             raise InputError(f"golden must be at least 1 image, got {self.golden}")
         if (self.height is None) != (self.width is None):
             raise InputError(f"height and width go together, got {self.height} and {self.width}")
+
+    def _check_formats(self) -> None:
+        """Raise InputError for formats of the input and of the maps that do not exist or mean nothing."""
+        if unknown := [name for name in self.maps if name not in MAPS]:
+            raise InputError(f"maps are {' and '.join(MAPS)}, got {', '.join(map(str, unknown))}: choose among these")
+        if self.pixels not in get_args(FloatType):
+            raise InputError(f"pixels must be {' or '.join(get_args(FloatType))}, got {self.pixels!r}")
+        if self.input == "image" and self.pixels != "float32":
+            raise InputError(
+                f"pixels is {self.pixels}, and input is image, whose frames are uint8: leave pixels out, or build for "
+                "pixel_values"
+            )
 
     @property
     def wanted(self) -> tuple[Precision, ...]:

@@ -110,7 +110,11 @@ def prepare(loaded: LoadedBackbone, input: InputSpec) -> PreparedBackbone:
                 f"folding batch norm changes {stage} by {change:.1e} relative, at most {allowed:g} is rounding in "
                 f"{'float32' if exact is None else 'float64'}: this network cannot be folded"
             )
-    module = net if input.name == "pixel_values" else _FromImage(net, loaded.image_config)
+    module = net
+    if input.name == "image":
+        module = _FromImage(net, loaded.image_config)
+    elif input.dtype == "float16":
+        module = _FromHalf(net)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return PreparedBackbone(module.eval(), spec, input, folded, kept)
@@ -336,6 +340,17 @@ class _FromImage(nn.Module):
         if self.order is not None:
             pixel_values = pixel_values.index_select(1, self.order)
         return self.net(pixel_values)  # type: ignore[no-any-return]
+
+
+class _FromHalf(nn.Module):
+    """A network that takes float16, which every graph casts to the type that it computes in."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.net(pixel_values.float())  # type: ignore[no-any-return]
 
 
 def _forward(module: nn.Module, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:

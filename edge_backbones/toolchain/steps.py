@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import CalibrationFile, Manifest
@@ -15,7 +18,7 @@ from edge_backbones.errors import SourceError
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.fit import network_input
 from edge_backbones.progress import Progress
-from edge_backbones.spec import InputSpec
+from edge_backbones.spec import BackboneSpec, InputSpec
 from edge_backbones.toolchain import export
 from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
 from edge_backbones.toolchain.calibration import calibrate, ranges
@@ -49,7 +52,20 @@ def load_network(
             f"{loaded.image_differs}: build it for pixel_values and prepare them with the processor, or say what is "
             "done to frames with image=ImageConfig(...)"
         )
-    return loaded
+    return dataclasses.replace(loaded, spec=with_formats(loaded.spec, options))
+
+
+def with_formats(spec: BackboneSpec, options: BuildOptions) -> BackboneSpec:
+    """Return a backbone whose engines return maps of the dtype and in the memory that the options ask for.
+
+    Where no output is NCHW, all of them lie in channels-last memory already, or have no such memory: nothing changes.
+    """
+    spec = msgspec.structs.replace(spec, channels_last="channels-last" in options.maps)
+    return msgspec.structs.replace(
+        spec,
+        map_dtype="float16" if "float16" in options.maps else "float32",
+        channels_last=any(output.is_reordered for output in spec.described_outputs),
+    )
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,7 @@ def record_golden(
     progress("recording golden samples", 0, None)
     cases = export.golden_cases(chosen.images.take(chosen.golden), prepared.input)
     golden = export.golden_samples(loaded, prepared.input, cases)
+    export.check_range(golden, prepared.spec)
     export.check_onnx(graph, golden)
     if script is not None:
         export.check_torchscript(script, prepared, golden)

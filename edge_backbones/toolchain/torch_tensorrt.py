@@ -18,8 +18,8 @@ from torch import nn
 
 from edge_backbones.engines.torch.session import cause, load_torch_tensorrt, require_gpu
 from edge_backbones.errors import CompileError, ExportError, InputError, first_line, root_cause
-from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from edge_backbones.toolchain.trace import DTYPES, TypedModule, example_of, quiet
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
+from edge_backbones.toolchain.trace import DTYPES, TypedModule, example_of, formatted, quiet
 
 OutputFormat = Literal["torchscript", "exported_program"]
 SUFFIXES: dict[OutputFormat, str] = {"torchscript": ".ts", "exported_program": ".pt2"}
@@ -35,8 +35,9 @@ def compile_torch_tensorrt(
     workspace: int | None = None,
     level: int | None = None,
     allow_torch: bool = False,
+    spec: BackboneSpec | None = None,
 ) -> bytes:
-    """Compile ``module`` for the GPU ``device`` and return the file. What is in it returns a tuple of float32 maps.
+    """Compile ``module`` for the GPU ``device`` and return the file. What is in it returns a tuple of maps.
 
     Args:
         module: takes ``input`` and returns a tuple of tensors; it is moved to the GPU and back.
@@ -48,6 +49,7 @@ def compile_torch_tensorrt(
         level: builder optimisation level, 0 to 5; None leaves it to TensorRT.
         allow_torch: run layers that TensorRT does not take in torch. A TorchScript file is a trace: with such layers it may
             hold for the usual size only, which parity shows.
+        spec: the outputs, which say of which dtype and in which memory the maps are; None for float32 maps.
 
     Raises:
         MissingDependencyError: torch_tensorrt is not installed.
@@ -83,7 +85,7 @@ def compile_torch_tensorrt(
     try:
         with quiet(), torch.no_grad():
             typed = module if precision is Precision.FP32 else TypedModule(module, DTYPES[precision])
-            program = _export(typed.to(target), input, target)
+            program = _export(formatted(typed, spec).to(target), input, target)
             options = _options(library.dynamo.compile, target, precision, workspace, level, allow_torch)
             described = _describe(library, input)
             try:
@@ -144,7 +146,7 @@ def _dynamic_axes(input: InputSpec) -> dict[int, Any]:
 
 def _describe(library: Any, input: InputSpec) -> Any:
     """Return torch_tensorrt's own description of the input: a range of shapes, or a fixed shape."""
-    dtype = torch.uint8 if input.dtype == "uint8" else torch.float32
+    dtype = getattr(torch, input.dtype)
     (batch, _), (height, _), (width, _) = _sizes(input)
     low, usual, high = (
         input.shape(getattr(batch, end), getattr(height, end), getattr(width, end)) for end in ("min", "opt", "max")

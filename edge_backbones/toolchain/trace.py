@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from edge_backbones.engines.torch.session import cause
 from edge_backbones.errors import ExportError
-from edge_backbones.spec import InputSpec, Precision
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {p: getattr(torch, p.info.torch_type) for p in Precision if p.info.torch_type}
 
@@ -43,6 +43,35 @@ _IN_FULL = frozenset[Any]({
     _TENSOR.cumsum, _TENSOR.exp, _TENSOR.log, _TENSOR.pow, _TENSOR.__pow__, _TENSOR.rsqrt, _TENSOR.sqrt,
     torch.linalg.vector_norm, *([functional.rms_norm] if hasattr(functional, "rms_norm") else []),
 })  # fmt: skip
+
+
+class FormattedModule(nn.Module):
+    """A module that returns its maps in the dtype and the memory that a bundle's engines have."""
+
+    def __init__(self, module: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype: torch.dtype = getattr(torch, spec.map_dtype)
+        self.moved = [output.is_reordered for output in spec.described_outputs]
+        self.train(module.training)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the module; returns its maps, NHWC where they lie in channels-last memory."""
+        maps = []
+        for feature_map, moved in zip(self.module(pixels), self.moved, strict=True):
+            cast = feature_map.to(self.dtype)
+            maps.append(cast.permute(0, 2, 3, 1).contiguous() if moved else cast)
+        return tuple(maps)
+
+
+def formatted(module: nn.Module, spec: BackboneSpec | None) -> nn.Module:
+    """Return a module that returns its maps as the engines of ``spec`` do; the module itself if nothing changes.
+
+    ``spec``: the outputs of the module; None for float32 in the layout that the module gives.
+    """
+    if spec is None or (spec.map_dtype == "float32" and not spec.channels_last):
+        return module
+    return FormattedModule(module, spec)
 
 
 class TypedModule(nn.Module):
@@ -92,12 +121,14 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def trace_torchscript(module: nn.Module, input: InputSpec, precision: Precision) -> bytes:
+def trace_torchscript(
+    module: nn.Module, input: InputSpec, precision: Precision, spec: BackboneSpec | None = None
+) -> bytes:
     """Trace ``module`` at its usual size in fp32, fp16 or bf16, freeze it, and return the file.
 
-    What is in the file returns a tuple of float32 maps. fp32 convolutions stay fp32 on a GPU, where torch rounds their
-    factors to TF32 by default: the trace forbids that. Raises ExportError for a module that cannot be traced, and for int8
-    and fp8, which TorchScript has no operators for.
+    What is in the file returns a tuple of maps: float32 in the layout that the module gives, or as `formatted` says. fp32
+    convolutions stay fp32 on a GPU, where torch rounds their factors to TF32 by default: the trace forbids that. Raises
+    ExportError for a module that cannot be traced, and for int8 and fp8, which TorchScript has no operators for.
     """
     if precision not in DTYPES:
         raise ExportError(
@@ -105,6 +136,7 @@ def trace_torchscript(module: nn.Module, input: InputSpec, precision: Precision)
             "with --flavour openvino, tensorrt or tensorrt_rtx"
         )
     typed = module if precision is Precision.FP32 else TypedModule(module, DTYPES[precision])
+    typed = formatted(typed, spec)
     file = io.BytesIO()
     try:
         with (
@@ -129,7 +161,7 @@ def example_of(input: InputSpec, batch: int | None = None) -> torch.Tensor:
     shape = input.shape(batch or input.batch.opt, input.height.opt, input.width.opt)
     if input.dtype == "uint8":
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator).to(getattr(torch, input.dtype))
 
 
 @contextlib.contextmanager

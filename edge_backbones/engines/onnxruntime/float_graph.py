@@ -23,6 +23,9 @@ def to_float(model: ir.Model) -> None:
 
     halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     graph = model.graph
+    for value in graph.inputs:
+        if value.dtype in halves:
+            _widen_input(graph, value)
     for value in tuple(graph.initializers.values()):
         if value.dtype in halves:
             _widen_constant(graph, value)
@@ -34,11 +37,38 @@ def to_float(model: ir.Model) -> None:
                 wide = ir.tensor(attribute.as_tensor().numpy().astype(np.float32))
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, wide)
         for output in node.outputs:
-            if output.dtype in halves and not output.is_graph_output():
+            if output.dtype in halves:
+                if output.is_graph_output():
+                    _round_output(graph, node, output)
                 output.dtype = ir.DataType.FLOAT
     for node in tuple(graph):
         if node.op_type == "Cast" and _is_float(node.inputs[0]) and _is_float(node.outputs[0]):
             _remove_cast(graph, node)
+
+
+def _widen_input(graph: ir.Graph, value: ir.Value) -> None:
+    """Let the readers of an input in half precision read it as float32."""
+    import onnx_ir as ir
+
+    wide = ir.Value(name=f"{value.name}.float", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, outputs=[wide], name=f"Cast:{wide.name}")
+    for use in tuple(value.uses()):
+        if use.node is not cast:
+            use.node.replace_input_with(use.idx, wide)
+    graph.insert_before(graph[0], cast)
+
+
+def _round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+    """Round an output of the graph to half precision behind everything else. ``output`` becomes a value inside."""
+    import onnx_ir as ir
+
+    assert output.dtype is not None  # the caller has read it
+    name, output.name = output.name, f"{output.name}.float"
+    rounded = ir.Value(name=name, shape=output.shape, type=ir.TensorType(output.dtype))
+    cast = ir.node("Cast", [output], {"to": int(output.dtype)}, outputs=[rounded], name=f"Cast:{name}")
+    graph.insert_after(node, cast)
+    position = next(index for index, one in enumerate(graph.outputs) if one is output)
+    graph.outputs[position] = rounded
 
 
 def _widen_constant(graph: ir.Graph, value: ir.Value) -> None:

@@ -199,7 +199,12 @@ class OpenVinoSession:
         self._keeps_requests = True
         self._ports = [names.index(name) for name in outputs]
         shapes = [model.outputs[port].partial_shape for port in self._ports]
-        self._shapes = None if any(s.is_dynamic for s in shapes) else [tuple(s.to_shape()) for s in shapes]
+        dtypes = [np.dtype(model.outputs[port].element_type.to_dtype()) for port in self._ports]
+        self._forms = (
+            None
+            if any(shape.is_dynamic for shape in shapes)
+            else [(tuple(shape.to_shape()), dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        )
         self._idle: deque[_Request] = deque()
         self._requests: weakref.WeakSet[_Request] = weakref.WeakSet()  # idle ones and those in calls
         self._refusal: EdgeBackbonesError | None = None
@@ -242,8 +247,8 @@ class OpenVinoSession:
         """Run one inference. The outputs are the request's arrays, or copies if their shapes vary."""
         # OpenVINO uses the arrays in place and keeps no reference to them, so they must outlive the inference.
         request.handle.set_input_tensor(self._tensor(array, shared_memory=True))
-        if self._shapes is not None and (not request.outputs or _references(request.outputs) != request.unshared):
-            request.outputs = [np.empty(shape, np.float32) for shape in self._shapes]
+        if self._forms is not None and (not request.outputs or _references(request.outputs) != request.unshared):
+            request.outputs = [np.empty(shape, dtype) for shape, dtype in self._forms]
             request.unshared = _references(request.outputs)
             for port, output in zip(self._ports, request.outputs, strict=True):
                 request.handle.set_output_tensor(port, self._tensor(output, shared_memory=True))
@@ -251,7 +256,7 @@ class OpenVinoSession:
             request.handle.start_async(share_inputs=True)  # infer() would also put every output into a dictionary
         finally:
             request.handle.wait()  # even if interrupted: OpenVINO writes to the arrays until it is done
-        if self._shapes is None:
+        if self._forms is None:
             return [request.handle.get_output_tensor(port).data.copy() for port in self._ports]
         return list(request.outputs)
 

@@ -29,7 +29,12 @@ class _Program(Flavour):
             raise EngineMismatchError(f"{key.name} is a program, and it is run only with {ALLOW}")
         place = "cpu" if options.gpu is None else f"cuda:{options.gpu}"
         return session.TorchScriptSession(
-            data, input=input, outputs=spec.outputs, device=place, threads=options.threads
+            data,
+            input=input,
+            outputs=spec.outputs,
+            device=place,
+            threads=options.threads,
+            map_dtype=spec.map_dtype,
         )
 
 

@@ -37,7 +37,7 @@ from edge_backbones.errors import (
     refuse_lack,
 )
 from edge_backbones.machine import gpus
-from edge_backbones.spec import InputSpec
+from edge_backbones.spec import FloatType, InputSpec
 
 # Text in torch's error if a file needs a class or an operator of torch_tensorrt that is not registered.
 _NEEDS_TORCH_TENSORRT = re.compile(r"classes\.tensorrt|tensorrt::|ops\.tensorrt|'tensorrt'")
@@ -139,6 +139,7 @@ class TorchScriptSession:
         outputs: Names of the outputs, in the order in which the program returns them.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
         threads: Most CPU threads of one call, None for torch's default.
+        map_dtype: numpy's name of the dtype of the outputs in the manifest.
 
     Raises:
         EngineMismatchError: torch does not load the bytes, the program returns another number of tensors, or the GPU is
@@ -155,6 +156,7 @@ class TorchScriptSession:
         outputs: Sequence[str],
         device: str = "cpu",
         threads: int | None = None,
+        map_dtype: FloatType = "float32",
     ) -> None:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
             raise InputError(f"device must be cpu, cuda or cuda:<index>, got {device!r}")
@@ -167,7 +169,7 @@ class TorchScriptSession:
         self._torch = torch
         self._device = torch.device("cpu" if self._gpu is None else f"cuda:{self._gpu}")
         self._input, self._outputs, self._threads = input, tuple(outputs), threads
-        self._dtype = np.dtype(input.dtype)
+        self._dtype, self._map_dtype = np.dtype(input.dtype), np.dtype(map_dtype)
         with exits.calls:
             module, returned = _load(torch, bytes(data), self._device)
         self._check_count(returned)
@@ -193,7 +195,7 @@ class TorchScriptSession:
     def run_on_device(self, array: ForeignArray, stream: int) -> list[DeviceArray]:
         """Enqueue one call on ``stream`` and return its outputs without waiting.
 
-        The outputs are new float32 arrays on the same GPU, in graph order. ``array`` has any batch size from 1 and the
+        The outputs are new arrays on the same GPU, in graph order. ``array`` has any batch size from 1 and the
         input's dtype, and is in C order on this GPU. It is read in place and kept as long as an output, so nothing may
         write to it until ``stream`` is past this call. ``stream`` 0 is the default stream. The outputs are valid for
         work on ``stream``; DLPack makes other streams wait.
@@ -260,7 +262,7 @@ class TorchScriptSession:
             )
 
     def _run(self, pixels: Any) -> list[Any]:
-        """Return new contiguous float32 tensors on this device that share no memory with each other or the input."""
+        """Return new contiguous tensors on this device that share no memory with each other or the input."""
         module = self._module
         if module is None:  # another thread has closed it since the call began
             raise self._refusal()
@@ -269,7 +271,7 @@ class TorchScriptSession:
         self._check_count(len(tensors))
         taken, maps = {_memory(pixels)}, []
         for tensor in tensors:
-            feature_map = tensor.to(self._torch.float32).contiguous()
+            feature_map = tensor.to(getattr(self._torch, self._map_dtype.name)).contiguous()
             if _memory(feature_map) in taken:
                 feature_map = feature_map.clone()
             taken.add(_memory(feature_map))
@@ -302,7 +304,7 @@ class TorchScriptSession:
         return DeviceArray(
             tensor.data_ptr(),
             tuple(tensor.shape),
-            np.dtype(np.float32),
+            self._map_dtype,
             device=gpu,
             owner=(tensor, pixels),
             stream=stream,

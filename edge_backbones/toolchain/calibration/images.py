@@ -201,6 +201,11 @@ def _to_network_input(given: object, name: str, input: InputSpec, config: ImageC
     if takes_floats and array.dtype.kind == "f" and array.shape == expected:
         if not np.isfinite(array).all():
             raise CalibrationError(f"{name} has values that are not finite: leave it out")
+        largest = float(np.abs(array).max(initial=0))
+        if largest > np.finfo(input.dtype).max:
+            raise CalibrationError(
+                f"{name} has values up to {largest:.3g}, and the input is {input.dtype}: leave it out"
+            )
         return array
     try:
         frame = as_frame(given, input.channels)

@@ -4,8 +4,8 @@ What fp16 keeps in float32 (bf16, int8 and fp8 graphs too): normalisation, softm
 exponentials and divisions, what lies between two of them (the epsilon of a norm written out as nodes), everything before
 the first layer with weights (image preprocessing), nodes with a constant that half cannot hold, and nodes beside a tensor
 whose values came near 65504 on the calibration images (the last two not in bf16, which has the range of fp32). Graph
-inputs and outputs stay float32 (or uint8) with a cast inside. OpenVINO computes half nodes in fp32: the fp16 rest costs
-it nothing.
+inputs keep their types, with a cast inside, and so do outputs unless they are left to :mod:`ends`. The cast of a float16
+input to float32 is left out in front of half nodes. OpenVINO computes half nodes in fp32: the fp16 rest costs it nothing.
 
 bf16 graphs are opset 22, the first whose convolutions take it; hard swish and mish stay float32 there, because TensorRT
 refuses them in bf16.
@@ -52,11 +52,13 @@ def _raise_opset(model: ir.Model, opset: int) -> None:
     model.opset_imports[""] = opset
 
 
-def convert_to_half(model: ir.Model, precision: Precision, large: Collection[str]) -> None:
+def convert_to_half(
+    model: ir.Model, precision: Precision, large: Collection[str], *, float_outputs: bool = True
+) -> None:
     """Make every float32 tensor fp16 or bf16, except inputs, outputs and what the nodes kept in float32 read and write.
 
-    ``large``: tensors whose values fp16 may not hold. Raises QuantizationError for a graph with control flow, or with an
-    operator that the opset of ``precision`` does not have.
+    ``large``: tensors whose values fp16 may not hold. ``float_outputs``: cast outputs back to float32. Raises
+    QuantizationError for a graph with control flow, or with an operator that the opset of ``precision`` does not have.
     """
     _raise_opset(model, precision.info.min_opset)
     graph, half = model.graph, type_of(precision)
@@ -71,8 +73,12 @@ def convert_to_half(model: ir.Model, precision: Precision, large: Collection[str
                 output.dtype = half
 
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    for node in nodes:  # a half input is read as it is, not through the cast of the fp32 graph
+        value = node.inputs[0] if node.op_type == "Cast" else None
+        if value is not None and value.is_graph_input() and value.dtype == half:
+            casts[node.outputs[0], half] = value
     for position, output in enumerate(tuple(graph.outputs)):
-        if output.dtype == half:
+        if output.dtype == half and float_outputs:
             name = name_of(output)
             output.name = f"{name}.half"
             graph.outputs[position] = add_cast(graph, output, ir.DataType.FLOAT, name)
@@ -81,7 +87,7 @@ def convert_to_half(model: ir.Model, precision: Precision, large: Collection[str
     for node in nodes:
         wanted, suffix = (ir.DataType.FLOAT, "float") if node in kept else (half, "half")
         for index, value in _convertible_inputs(node):
-            if value.dtype == wanted:
+            if value.dtype == wanted or (node.op_type == "Cast" and value.is_graph_input()):
                 continue
             if (value, wanted) not in casts:
                 name = f"{name_of(value).removesuffix('.half')}.{suffix}"

@@ -17,6 +17,7 @@ from edge_backbones.bundle import manifest
 from edge_backbones.errors import ManifestError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "manifest.v6.json"
+WITH_FORMATS = GOLDEN.with_name("manifest.v7.json")
 SCHEMA = Path(manifest.__file__).with_name("manifest.schema.json")
 
 
@@ -31,14 +32,38 @@ def with_digest(document: dict) -> bytes:
     return manifest.encode(parsed)
 
 
-def test_golden_manifest_is_read_and_written_to_the_same_bytes():
-    data = GOLDEN.read_bytes()
+@pytest.mark.parametrize("path", [GOLDEN, WITH_FORMATS], ids=lambda path: path.stem)
+def test_golden_manifest_is_read_and_written_to_the_same_bytes(path):
+    data = path.read_bytes()
     assert manifest.encode(manifest.decode(data)) == data
+
+
+def test_only_a_bundle_with_other_maps_or_pixels_has_the_newer_version(document):
+    plain, other = (manifest.decode(path.read_bytes()) for path in (GOLDEN, WITH_FORMATS))
+    assert (plain.schema_version, plain.backbone.map_dtype, plain.backbone.channels_last) == (6, "float32", False)
+    assert (other.schema_version, other.backbone.map_dtype, other.backbone.channels_last) == (7, "float16", True)
+    assert (plain.input.dtype, other.input.dtype) == ("float32", "float16")
+    for field, value in (("map_dtype", "float16"), ("channels_last", True)):
+        spec = msgspec.structs.replace(plain.backbone, **{field: value})
+        assert manifest.version_for(spec, plain.input) == 7
+    assert manifest.version_for(plain.backbone, other.input) == 7
+    assert manifest.version_for(plain.backbone, plain.input) == 6
+
+
+@pytest.mark.parametrize(("path", "version"), [(GOLDEN, 7), (WITH_FORMATS, 6)])
+def test_a_version_that_does_not_fit_the_backbone_is_refused(path, version):
+    changed = {**json.loads(path.read_bytes()), "schema_version": version}
+    with pytest.raises(
+        ManifestError, match=f"schema_version is {version}, and its backbone and input are of {13 - version}"
+    ):
+        manifest.decode(json.dumps(changed).encode())
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_a_manifest_of_an_older_version_is_refused_with_the_way_out(version):
-    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 6: build the bundle again"):
+    with pytest.raises(
+        ManifestError, match=f"schema_version {version}, this release reads 6 and 7: build the bundle again"
+    ):
         manifest.decode(GOLDEN.with_name(f"manifest.v{version}.json").read_bytes())
 
 
@@ -46,8 +71,9 @@ def test_schema_file_is_up_to_date():
     assert SCHEMA.read_text(encoding="utf-8") == schema_text(), "run: make schema"
 
 
-def test_golden_manifest_satisfies_the_schema(document):
-    jsonschema.validate(document, json.loads(SCHEMA.read_bytes()))
+@pytest.mark.parametrize("path", [GOLDEN, WITH_FORMATS], ids=lambda path: path.stem)
+def test_golden_manifest_satisfies_the_schema(path):
+    jsonschema.validate(json.loads(path.read_bytes()), json.loads(SCHEMA.read_bytes()))
 
 
 @pytest.mark.parametrize("level", ["", "backbone", "input", "golden"])
@@ -66,9 +92,9 @@ def test_missing_keys_are_refused_by_name(document):
         manifest.decode(json.dumps(changed).encode())
 
 
-@pytest.mark.parametrize(("version", "advice"), [(7, "upgrade edge-backbones"), (0, "build the bundle again")])
+@pytest.mark.parametrize(("version", "advice"), [(8, "upgrade edge-backbones"), (0, "build the bundle again")])
 def test_other_schema_versions_are_refused_with_the_way_out(document, version, advice):
-    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 6: {advice}"):
+    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 6 and 7: {advice}"):
         manifest.decode(json.dumps({**document, "schema_version": version}).encode())
 
 
