@@ -134,6 +134,42 @@ def test_describe_names_dtype_layout_and_sizes():
     assert FRAMES.describe() == ("uint8 NHWC (batch, 32..128, 96, 3) with any batch >= 1, height in multiples of 32")
 
 
+def test_pixels_may_be_float16_and_frames_may_not():
+    half = msgspec.structs.replace(PIXELS, pixel_dtype="float16")
+    assert (PIXELS.dtype, half.dtype, FRAMES.dtype) == ("float32", "float16", "uint8")
+    assert half.describe() == "float16 NCHW (batch, 3, 64, 96) with any batch >= 1"
+    with pytest.raises(ValueError, match="an image is uint8, and pixel_dtype is float16"):
+        InputSpec(name="image", channels=3, batch=FIXED(1), height=FIXED(8), width=FIXED(8), pixel_dtype="float16")
+
+
+def test_outputs_are_described_as_callers_see_them_and_as_engines_return_them():
+    fields = {
+        "stage_names": ("a", "b", "c"),
+        "out_features": ("a", "b", "c"),
+        "out_indices": (0, 1, 2),
+        "channels": (4, 8, 16),
+        "strides": ((2, 2), (4, 8), (8, 8)),
+        "num_features": (4, 8, 16),
+        "layouts": ("NCHW", "NHWC", "NLC"),
+        "extras": (ExtraOutput(name="d", layout="NCHW", channels=5), ExtraOutput(name="e", layout="NC", channels=6)),
+    }
+    plain = BackboneSpec(**fields)
+    assert [output.name for output in plain.described_outputs] == list(plain.outputs)
+    assert not any(output.is_reordered for output in plain.described_outputs)
+    assert {output.dtype for output in plain.described_outputs} == {"float32"}
+    assert plain.describe_maps() == "float32, channels-first memory"
+    other = BackboneSpec(**fields, map_dtype="float16", channels_last=True)
+    assert other.describe_maps() == "float16, channels-last memory"
+    assert other.described_outputs == (
+        ("a", "NCHW", "NHWC", 4, (2, 2), "float16"),
+        ("b", "NHWC", "NHWC", 8, (4, 8), "float16"),
+        ("c", "NLC", "NLC", 16, (8, 8), "float16"),
+        ("d", "NCHW", "NHWC", 5, None, "float16"),
+        ("e", "NC", "NC", 6, None, "float16"),
+    )
+    assert [output.is_reordered for output in other.described_outputs] == [True, False, False, True, False]
+
+
 def test_backbone_spec_refuses_stages_that_do_not_agree():
     good = {
         "stage_names": ("a", "b"),

@@ -22,7 +22,7 @@ from edge_backbones.engines.tensorrt.profiles import (
 )
 from edge_backbones.errors import InputError
 from edge_backbones.spec import InputSpec, ShapeRange
-from edge_backbones.testing import pooling_input
+from edge_backbones.testing import SPEC, pooling_input
 
 ONE = Profile(0, (1, 3, 32, 32), (1, 3, 32, 32), (1, 3, 64, 64))
 MANY = Profile(1, (1, 3, 32, 32), (8, 3, 32, 32), (16, 3, 64, 64))
@@ -96,6 +96,43 @@ RIGHT = [Tensor("pixel_values", "INPUT", "FLOAT"), Tensor("a", "OUTPUT", "FLOAT"
 def test_a_plan_is_held_against_the_manifest(tensors, phrase):
     found = mismatches(tensors, pooling_input(2), ["a", "b"])
     assert not found if phrase is None else any(phrase in reason for reason in found), found
+
+
+@pytest.mark.parametrize(
+    ("changes", "output", "phrase"),
+    [
+        ({}, Tensor("pool8", "OUTPUT", "FLOAT", (2, 3, 4, 6)), None),
+        ({}, Tensor("pool8", "OUTPUT", "HALF", (2, 3, 4, 6)), "it returns pool8 HALF, the manifest promises FLOAT"),
+        ({}, Tensor("pool8", "OUTPUT", "FLOAT", (2, 4, 6, 3)), "the manifest promises NCHW with 3 channels"),
+        ({"channels_last": True}, Tensor("pool8", "OUTPUT", "FLOAT", (2, 4, 6, 3)), None),
+        (
+            {"channels_last": True},
+            Tensor("pool8", "OUTPUT", "FLOAT", (2, 3, 4, 6)),
+            "pool8 has shape (2, 3, 4, 6), the manifest promises NHWC with 3 channels and batch 2",
+        ),
+        ({"map_dtype": "float16"}, Tensor("pool8", "OUTPUT", "HALF", (2, 3, 4, 6)), None),
+        (
+            {"map_dtype": "float16"},
+            Tensor("pool8", "OUTPUT", "FLOAT", (2, 3, 4, 6)),
+            "it returns pool8 FLOAT, the manifest promises HALF",
+        ),
+    ],
+)
+def test_layout_and_dtype_of_the_maps_are_those_of_the_manifest(changes, output, phrase):
+    spec = msgspec.structs.replace(SPEC, **changes)
+    dtype = "HALF" if spec.map_dtype == "float16" else "FLOAT"
+    shape = (2, 8, 12, 3) if spec.channels_last else (2, 3, 8, 12)
+    tensors = [RIGHT[0], Tensor("pool4", "OUTPUT", dtype, shape), output]
+    found = mismatches(tensors, pooling_input(2), SPEC.outputs, spec)
+    assert not found if phrase is None else any(phrase in reason for reason in found), found
+
+
+def test_float16_pixels_are_half():
+    spec = msgspec.structs.replace(pooling_input(2), pixel_dtype="float16")
+    assert mismatches([Tensor("pixel_values", "INPUT", "HALF")], spec, []) == []
+    assert "its input is FLOAT, the manifest says HALF" in mismatches(
+        [Tensor("pixel_values", "INPUT", "FLOAT")], spec, []
+    )
 
 
 def test_a_camera_frame_is_uint8():

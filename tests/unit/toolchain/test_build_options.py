@@ -43,3 +43,26 @@ def test_a_build_makes_no_engine_of_another_flavour(flavours):
         InputError, match=r"flavours are torchscript and torch_tensorrt, got .*: edge-backbones compile"
     ):
         BuildOptions(flavours=flavours)
+
+
+def test_formats_of_maps_and_pixels():
+    assert (BuildOptions().maps, BuildOptions().pixels) == ((), "float32")
+    assert BuildOptions(maps="float16").maps == ("float16",)
+    assert BuildOptions(maps=("channels-last", "float16"), pixels="float16").maps == ("channels-last", "float16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"maps": "nhwc"}, "maps are float16 and channels-last, got nhwc: choose among these"),
+        ({"maps": ("float16", "bf16", "int8")}, "maps are float16 and channels-last, got bf16, int8: choose"),
+        ({"pixels": "uint8"}, "pixels must be float32 or float16, got 'uint8'"),
+        (
+            {"pixels": "float16", "input": "image"},
+            "pixels is float16, and input is image, whose frames are uint8: leave",
+        ),
+    ],
+)
+def test_formats_that_do_not_exist_or_mean_nothing_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        BuildOptions(**options)
