@@ -20,8 +20,8 @@ Errors
 Models of other libraries take a bundle's backbone by the functions in :mod:`edge_backbones.integrations`. Every name is
 imported when it is first used, so ``import edge_backbones`` is quick, and numpy and msgspec are enough to import any of them.
 
-What is stable: the names in ``__all__``; the bundle format of one ``schema_version`` (a release refuses any other, and says
-what to do); the exit codes and the ``--json`` output of the command line. Everything else may change in any release.
+What is stable: the names in ``__all__``; the bundle format of each ``schema_version`` (a release refuses those that it does
+not know, and says what to do); the exit codes and the ``--json`` output of the command line. Everything else may change in any release.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
 
 1. manifest.json MUST name every file that a reader opens, with its SHA-256 and size. Other files are ignored.
 2. A path MUST be relative, use forward slashes, have no ``..`` and go through no link: links in a bundle are not followed.
-3. A reader MUST refuse unknown keys, another ``schema_version``, a wrong digest, and any file whose size or hash differs.
+3. A reader MUST refuse unknown keys, an unknown ``schema_version``, a wrong digest, and any file whose size or hash differs.
    golden.npz MUST hold exactly the arrays that the manifest promises, stored and not compressed.
 4. Nothing is unpickled. TorchScript is code: it is loaded only if it is asked for by name.
 5. A writer MUST make a new bundle beside the target and rename it to the target. It MUST write files before the manifest
