@@ -21,7 +21,8 @@ Models of other libraries take a bundle's backbone by the functions in :mod:`edg
 imported when it is first used, so ``import edge_backbones`` is quick, and numpy and msgspec are enough to import any of them.
 
 What is stable: the names in ``__all__``; the bundle format of each ``schema_version`` (a release refuses those that it does
-not know, and says what to do); the exit codes and the ``--json`` output of the command line. Everything else may change in any release.
+not know, and says what to do); the exit codes and the ``--json`` output of the command line. Everything else may change in
+any release.
 """
 
 from __future__ import annotations
