@@ -56,11 +56,12 @@ def draw_feature_maps(
             loc="left",
             parse_math=False,
         )
-        row[1].imshow(np.sqrt((feature_map.astype(np.float64) ** 2).mean(axis=0)), cmap="magma")
+        values = feature_map.astype(np.float64)  # squares of float16 overflow
+        row[1].imshow(np.sqrt((values**2).mean(axis=0)), cmap="magma")
         row[1].set_title("energy of\nall channels", fontsize=9)
-        strongest = np.argsort(feature_map.reshape(len(feature_map), -1).var(axis=1))[::-1][:_CHANNELS_SHOWN]
+        strongest = np.argsort(values.reshape(len(values), -1).var(axis=1))[::-1][:_CHANNELS_SHOWN]
         for axis, channel in zip(row[2:], strongest, strict=False):
-            axis.imshow(feature_map[channel], cmap="viridis")
+            axis.imshow(values[channel], cmap="viridis")
             axis.set_title(f"channel\n{channel}", fontsize=9)
     _save(figure, path)
 

@@ -152,15 +152,23 @@ def golden_samples(loaded: LoadedBackbone, input: InputSpec, cases: Mapping[str,
 
 
 def check_range(golden: GoldenSamples, spec: BackboneSpec) -> None:
-    """Raise SourceError for a reference with values that the dtype of the maps cannot hold."""
-    most = float(np.finfo(spec.map_dtype).max)
+    """Raise SourceError for a reference that the dtype of the maps cannot hold: values too large, or nearly all too small."""
+    if spec.map_dtype == "float32":
+        return
+    most, advice = float(np.finfo(spec.map_dtype).max), "build float32 maps (without --maps float16)"
     for maps in golden.outputs.values():
         for stage, values in maps.items():
             largest = float(np.abs(values).max(initial=0))
             if largest > most:
                 raise SourceError(
-                    f"{stage} reaches {largest:.3g} on the golden images, and {spec.map_dtype} maps hold {most:g}: build "
-                    "float32 maps (without --maps float16)"
+                    f"{stage} reaches {largest:.3g} on the golden images, and {spec.map_dtype} maps hold {most:g}: {advice}"
+                )
+            usual = usual_norm(values)
+            lost = max(relative_error(one.astype(spec.map_dtype), one, usual=usual) for one in values)
+            if lost > _MAX_RELATIVE_ERROR:
+                raise SourceError(
+                    f"{stage} reaches {largest:.3g} alone on the golden images, and {spec.map_dtype} rounds so small values "
+                    f"by {lost:.1e} relative, at most {_MAX_RELATIVE_ERROR:g} is allowed: {advice}"
                 )
 
 

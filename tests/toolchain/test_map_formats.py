@@ -211,7 +211,8 @@ def test_ranges_hold_for_every_form_of_the_maps(case, tmp_path, photograph_folde
         assert ours[kind] == theirs[kind], kind
 
 
-def test_they_are_verified_shown_and_reported(case, capsys, tmp_path):
+def test_they_are_verified_shown_and_reported(case, capsys, tmp_path, photograph_folder):
+    manifest = Bundle.open(case.path).manifest
     reports = verify_bundle(case.path, engine="openvino", in_process=True)
     assert [report.passed for report in reports] == [True] * 3
     assert _run(["inspect", str(case.path)]) == 0
@@ -219,6 +220,11 @@ def test_they_are_verified_shown_and_reported(case, capsys, tmp_path):
     memory = "channels-last" if "channels-last" in case.maps else "channels-first"
     assert f"maps: {case.dtype}, {memory} memory" in shown
     assert f"{case.pixels} NCHW" in shown
+    [photograph] = photograph_folder.glob("1.jpg")
+    assert _run(["run", str(case.path), str(photograph), "--out", str(tmp_path)]) == 0
+    with np.load(tmp_path / "1.npz") as saved:
+        assert [saved[name].dtype for name in manifest.backbone.out_features] == [case.dtype] * 2
+        assert [saved[name].shape[0] for name in manifest.backbone.out_features] == list(manifest.backbone.channels)
     page = write_report(case.path, tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"{case.dtype}, {memory} memory" in page
     assert f".astype(np.{case.pixels})" in page
@@ -282,7 +288,19 @@ def test_maps_that_lie_in_channels_last_memory_anyway_stay_as_they_are(tmp_path,
     assert feature_map.flags.c_contiguous
 
 
-def test_values_beyond_float16_are_refused_before_anything_is_compiled(tmp_path, photograph_folder):
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (1e6, r"layer4 reaches .* on the golden images, and float16 maps hold 65504: build float32 maps"),
+        (
+            1e-7,
+            r"layer4 reaches .*e-0. alone on the golden images, and float16 rounds so small values by .*: build float32",
+        ),
+    ],
+)
+def test_values_that_float16_cannot_hold_are_refused_before_anything_is_compiled(
+    factor, message, tmp_path, photograph_folder
+):
     loaded = networks.trained_like("test_resnet", out_indices=(4,))
     module = loaded.module
 
@@ -292,15 +310,13 @@ def test_values_beyond_float16_are_refused_before_anything_is_compiled(tmp_path,
             self.net = module
 
         def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(1e6 * m for m in self.net(pixel_values))
+            return tuple(factor * m for m in self.net(pixel_values))
 
     louder = LoadedBackbone(
         Louder().eval(), loaded.source, loaded.image_config, loaded.channels_in, 64, 96, loaded.spec
     )
     options = options_of(precisions=(Precision.FP32,), maps="float16", torchscript=False)
-    with pytest.raises(
-        SourceError, match=r"layer4 reaches .* on the golden images, and float16 maps hold 65504: build"
-    ):
+    with pytest.raises(SourceError, match=message):
         build_bundle(louder, tmp_path / "b.bundle", images=photograph_folder, options=options)
 
 
