@@ -51,11 +51,6 @@ class TensorRt(Flavour):
         wrong = plans.reasons_in_plan(key, data)
         if wrong:
             raise EngineMismatchError(f"{key.name}: {' and '.join(wrong)}")
-        if spec.map_dtype != "float32":  # the buffers of the session are float32
-            raise EngineMismatchError(
-                f"{key.name} returns {spec.map_dtype} maps, which this release does not run with {self.title}: build the "
-                "bundle without --maps float16"
-            )
         from edge_backbones.engines.registry import this_machine  # imported here, because registry imports this module
         from edge_backbones.engines.tensorrt.session import TensorRtSession
 

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_backbones.engines.gpu.arrays import DeviceArray
 from edge_backbones.errors import InputError
 from edge_backbones.runtime import backbone as runtime
 from edge_backbones.runtime.backbone import EdgeBackbone
@@ -87,12 +88,12 @@ def test_only_nchw_outputs_are_moved():
 
 
 def test_an_array_on_the_gpu_makes_its_own_view():
-    class OnTheGpu:
-        def channels_first(self) -> str:
-            return "a view"
-
-    gpu = OnTheGpu()
-    assert as_callers_see([gpu, gpu], (True, False)) == ["a view", gpu]
+    array = DeviceArray(4096, (2, 8, 12, 3), np.dtype(np.float16), device=0, owner=None, synchronize=None)
+    view, same = as_callers_see([array, array], (True, False))
+    assert same is array
+    assert (view.pointer, view.shape, view.dtype) == (4096, (2, 3, 8, 12), np.float16)
+    own = np.zeros((2, 8, 12, 3), np.float16).transpose(0, 3, 1, 2)
+    assert view.strides == tuple(stride // own.itemsize for stride in own.strides)
 
 
 class GpuSession(Session):
@@ -105,6 +106,12 @@ class GpuSession(Session):
         self.outputs = [np.zeros_like(m) for m in self.run(array)]
         self.input_memory = array
         return self
+
+    def graphed_on_host(self, array: np.ndarray) -> GpuSession:
+        return self.graphed(array, 0)
+
+    def input_buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape, self.input.dtype)
 
     def __call__(self) -> list[np.ndarray]:
         for output, values in zip(self.outputs, self.run(self.input_memory), strict=True):
@@ -121,13 +128,15 @@ def test_calls_on_the_gpu_return_views_too(monkeypatch):
     holder = types.SimpleNamespace(values=images())
     for actual, expected in zip(backbone(holder, stream=7).feature_maps, pooled(holder.values), strict=True):
         np.testing.assert_array_equal(actual, expected)
-    replay = backbone.graphed(holder, stream=7)
-    for _ in range(2):
-        holder.values[...] = images()
-        maps = replay().feature_maps
-        for actual, expected in zip(maps, pooled(holder.values), strict=True):
-            np.testing.assert_array_equal(actual, expected)
-        assert replay().feature_maps is maps
+    buffer = backbone.input_buffer()
+    for memory, given, stream in ((holder.values, holder, 7), (buffer, buffer, None)):
+        replay = backbone.graphed(given, stream=stream)
+        for _ in range(2):
+            memory[...] = images()
+            maps = replay().feature_maps
+            for actual, expected in zip(maps, pooled(memory), strict=True):
+                np.testing.assert_array_equal(actual, expected)
+            assert replay().feature_maps is maps
 
 
 # ---- float16 input
