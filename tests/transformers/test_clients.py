@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import segmentation_models_pytorch as segmentation_models
 import torch
@@ -200,6 +201,23 @@ def test_client_in_bfloat16(client_of: Callable[[str], Client], bundle_of: Calla
         logits = client(images.bfloat16(), model).logits
     assert calls[0].dtype == logits.dtype == torch.bfloat16
     assert relative(logits.float(), client(images).logits) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_client_over_float16_maps_in_channels_last_memory(
+    dtype: torch.dtype, client_of: Callable[[str], Client], bundle_of: Callable[..., Path]
+) -> None:
+    """The engine's formats are its own matter: a client gets tensors of its dtype, in channels_last."""
+    client = client_of("upernet")
+    bundle = bundle_of("upernet", maps=("float16", "channels-last"), pixels="float16", hidden_states=True)
+    model = swapped(client, bundle).to(dtype)
+    images = client.images(1)
+    maps = engine_of(model)(images.to(dtype)).feature_maps
+    assert {feature_map.dtype for feature_map in maps} == {dtype}
+    assert all(feature_map.is_contiguous(memory_format=torch.channels_last) for feature_map in maps)
+    logits = client(images.to(dtype), model).logits
+    assert logits.dtype == dtype
+    assert relative(logits.float(), client(images).logits) < (0.1 if dtype == torch.bfloat16 else 5e-3)
 
 
 def test_client_of_bfloat16_is_swapped(client_of: Callable[[str], Client], bundle_of: Callable[..., Path]) -> None:
@@ -440,6 +458,10 @@ def test_an_engine_on_the_gpu_takes_and_gives_tensors_as_they_are(monkeypatch: p
     assert feature_map.data_ptr() == backbone.given[0].data_ptr()
     (feature_map,) = module(images.half()).feature_maps
     assert (backbone.taken.dtype, feature_map.dtype) == (torch.float32, torch.float16)
+    backbone._input = msgspec.structs.replace(backbone._input, pixel_dtype="float16")
+    for other in (images, images.bfloat16(), images.half()):
+        (feature_map,) = module(other).feature_maps
+        assert (backbone.taken.dtype, feature_map.dtype) == (torch.float16, other.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
