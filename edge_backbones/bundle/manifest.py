@@ -216,14 +216,17 @@ class EngineRecord(_Strict, frozen=True):
     """One compiled engine and its parity with fp32.
 
     ``milliseconds``: median latency of a call at opt batch and size, timed in turns with every other engine of the bundle
-    that the machine runs; None if there was no other. Runtimes take the fastest engine. ``layers``: TensorRT's description of
-    the layers, as JSON. ``timing_cache``: TensorRT's timing cache, with which the engine is compiled again faster.
+    that the machine runs; None if there was no other. ``pipelined_milliseconds``: the same for calls on a GPU that are
+    enqueued one after the other, with inputs and outputs there; None on a CPU. Runtimes take the fastest engine, by the
+    second figure where there is one. ``layers``: TensorRT's description of the layers, as JSON. ``timing_cache``: TensorRT's
+    timing cache, with which the engine is compiled again faster.
     """
 
     key: EngineKey
     file: FileRecord
     parity: ParityReport
     milliseconds: Milliseconds | None = None
+    pipelined_milliseconds: Milliseconds | None = None
     layers: FileRecord | None = None
     timing_cache: FileRecord | None = None
 

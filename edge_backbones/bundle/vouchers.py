@@ -24,8 +24,8 @@ MACHINE_STATE = Path("/var/lib/edge_backbones")
 
 
 def comparable_content(engine: EngineRecord) -> bytes:
-    """Return the record of an engine without the latency, which differs between machines, as bytes to compare."""
-    return msgspec.json.encode(msgspec.structs.replace(engine, milliseconds=None))
+    """Return the record of an engine without its times, which differ between machines, as bytes to compare."""
+    return msgspec.json.encode(msgspec.structs.replace(engine, milliseconds=None, pipelined_milliseconds=None))
 
 
 def reason_against(folder: Path, manifest: bytes, engine: EngineRecord) -> str:

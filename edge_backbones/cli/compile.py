@@ -160,6 +160,8 @@ def compile_(
     for engine in result.engines:
         later = "" if engine.parity.measured else f", to be measured on the device: edge-backbones verify {bundle}"
         speed = "" if engine.milliseconds is None else f", {engine.milliseconds:.2f} ms"
+        if engine.pipelined_milliseconds is not None:
+            speed += f", {engine.pipelined_milliseconds:.2f} ms on the GPU alone"
         console.out.print(f"added {engine.file.path} ({engine.file.size / 1e6:.1f} MB{speed}{later})")
 
 

@@ -126,6 +126,8 @@ def _time(manifest: Manifest, engine: EngineRecord) -> str:
     milliseconds, _ = stored_times(manifest, engine)
     if milliseconds is None:
         return "not timed"
+    if engine.pipelined_milliseconds is not None:
+        return f"{milliseconds:.2f} ({engine.pipelined_milliseconds:.2f} on the GPU alone)"
     return f"{milliseconds:.2f}" + ("" if engine.milliseconds is not None else " (when built)")
 
 

@@ -61,7 +61,7 @@ def choose_engine(
         fitting = [found for found in fitting if found.key.gpu is not None] or fitting
         device = "cpu" if fitting[0].key.gpu is None else "cuda"
     order, flavours = _PREFERENCE[device], list(registry.ROWS)
-    are_timed = all(found.milliseconds is not None for found in fitting)
+    times = comparable_times(fitting)
 
     def rank(position_and_engine: tuple[int, EngineRecord]) -> tuple[Any, ...]:
         # Equally fast or not timed: fewer bits first. Within a precision: the engine that is most specific to this device,
@@ -75,10 +75,25 @@ def choose_engine(
         )
         precision = order.index(found.key.precision)
         flavour = flavours.index(found.key.flavour) if found.key.flavour in flavours else len(flavours)
-        latency = found.milliseconds if are_timed else 0
-        return latency, precision, flavour, *general, -len(found.key.cpu_features), -position
+        return times.get(found.name, 0.0), precision, flavour, *general, -len(found.key.cpu_features), -position
 
     return min(enumerate(fitting), key=rank)[1]
+
+
+def comparable_times(engines: Sequence[EngineRecord]) -> dict[str, float]:
+    """Return the milliseconds by which engines are compared, by name; empty if they were not all timed.
+
+    On a GPU it is the time of pipelined calls there: copies to and from the host would hide what the engines differ by, and
+    programs that care for speed leave arrays on the GPU.
+    """
+    for times in (
+        {engine.name: engine.pipelined_milliseconds for engine in engines},
+        {engine.name: engine.milliseconds for engine in engines},
+    ):
+        found = {name: time for name, time in times.items() if time is not None}
+        if len(found) == len(times):
+            return found
+    return {}
 
 
 def passed_over(
@@ -104,9 +119,9 @@ def passed_over(
     for other in (e for e in bundle.manifest.engines if e.name != chosen.name):
         reasons = [] if _is_meant(other, engine) else [f"engine={engine!r} was asked for"]
         reasons = reasons or reasons_against(bundle, other, host, engine, device=device, code=allow_host_code)
-        is_timed = None not in (other.milliseconds, chosen.milliseconds)
-        if not reasons and is_timed and (other.key.gpu is None) == (chosen.key.gpu is None):
-            reasons = [f"takes {other.milliseconds:.2f} ms, the one that runs {chosen.milliseconds:.2f} ms"]
+        times = comparable_times([other, chosen])
+        if not reasons and times and (other.key.gpu is None) == (chosen.key.gpu is None):
+            reasons = [f"takes {times[other.name]:.2f} ms, the one that runs {times[chosen.name]:.2f} ms"]
         found[other.name] = "; ".join(reasons) or f"would run, and {chosen.name} is preferred"
     return found
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from edge_backbones.bench.results import PEERS_IN_FP32, Comparison, Measurement, Ratio
 from edge_backbones.bundle.manifest import Decision, EngineRecord, Manifest, Trial
-from edge_backbones.engines import registry
+from edge_backbones.engines import registry, select
 from edge_backbones.parity_report import StageParity
 from edge_backbones.report.words import megabytes, signs
 from edge_backbones.spec import Precision
@@ -101,7 +101,8 @@ def _headline(engines: Sequence[EngineRecord], shown: EngineRecord | None) -> En
     measured = [engine for engine in engines if engine.parity.measured]
     timed = [engine for engine in measured if engine.milliseconds is not None]
     if timed:
-        return min(timed, key=lambda engine: engine.milliseconds or 0)
+        times = select.comparable_times(timed)
+        return min(timed, key=lambda engine: times[engine.name])
     return next(iter(measured), shown or next(iter(engines), None))
 
 
@@ -210,6 +211,10 @@ def _speed(manifest: Manifest, engine: EngineRecord, name: str, comparisons: Seq
     text = f"{milliseconds:.2f} ms"
     how = "with all cores" if engine.key.gpu is None else "from host memory to host memory"
     where = f"Timed on {engine.key.device_name}, {how}."
+    if engine.pipelined_milliseconds is not None:
+        where += (
+            f" Calls with arrays on the GPU, one after the other, take {engine.pipelined_milliseconds:.2f} ms each."
+        )
     if engine.key.precision is Precision.FP32:
         return Tile(title, text, milliseconds, "This engine is the fp32 one.", where)
     if baseline is None:

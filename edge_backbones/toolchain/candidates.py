@@ -260,8 +260,8 @@ def timed(candidates: Sequence[Candidate], progress: Progress) -> list[Candidate
         functools.partial(session.load_engine, c.engine.key, bytearray(c.engine.data), graph.spec, graph.input)
         for c in candidates
     ]
-    figures = time_engines(engines, graph.input, progress=progress)
-    return [dataclasses.replace(c, milliseconds=figure) for c, figure in zip(candidates, figures, strict=True)]
+    found = time_engines(engines, graph.input, progress=progress)
+    return [dataclasses.replace(c, milliseconds=times.call) for c, times in zip(candidates, found, strict=True)]
 
 
 def fastest(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:

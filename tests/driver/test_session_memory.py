@@ -9,12 +9,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from edge_backbones.deploy.timing import time_engines
 from edge_backbones.engines.gpu.arrays import DeviceArray
 from edge_backbones.engines.gpu.dlpack import CUDA_HOST, ForeignArray, Rows, make_capsule
+from edge_backbones.engines.gpu.pipelined import Pipeline
 from edge_backbones.engines.tensorrt import contexts as contexts_module
 from edge_backbones.engines.tensorrt import kernels as kernels_module
 from edge_backbones.engines.tensorrt.contexts import IDLE_CONTEXTS
-from edge_backbones.errors import InputError
+from edge_backbones.errors import DeviceError, InputError, OutOfMemoryError
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import SPEC, pooled, pooling_input
@@ -348,6 +350,41 @@ def test_frames_in_flight_share_a_few_contexts_and_allocate_nothing(machine):
 def from_foreign_array(machine: DriverMachine, frame: np.ndarray) -> DeviceArray:
     array = machine.gpu.put(frame)
     return DeviceArray(array.pointer, array.shape, array.dtype, device=0, owner=None, synchronize=None)
+
+
+# ---- timing
+
+
+@pytest.mark.parametrize("backend", ["cuda-bindings", "pycuda"])
+def test_engines_are_timed_on_the_gpu_without_copies(driver, backend):
+    machine = DriverMachine(driver, backend)
+    session, images = machine.open(), pixels(2)
+    before = machine.left_over()
+    with Pipeline(session, images, 0) as pipeline:
+        for _ in range(3):
+            driver.reset()
+            assert pipeline.milliseconds() > 0
+            assert driver.calls("execute_async_v3") == 20
+            assert driver.calls("cuStreamSynchronize") == 1
+            assert [name for name in driver.log() if "HtoD" in name or "DtoH" in name] == []
+    times = time_engines([machine.open, machine.open], pooling_input(ShapeRange(min=1, opt=2, max=4)), gpu=0)
+    assert all(one.pipelined > 0 and one.call > 0 for one in times)
+    session.close()
+    assert {name: machine.left_over().get(name, 0) for name in before} == dict.fromkeys(before, 0)
+    assert machine.left_over() == {}
+
+
+def test_an_input_that_does_not_fit_leaves_nothing_behind(machine):
+    session, images = machine.open(), pixels(2)
+    machine.gpu.size = machine.gpu.used() + 1000
+    with pytest.raises(OutOfMemoryError), Pipeline(session, images, 0):
+        pytest.fail("it fitted")
+    machine.gpu.size = 1 << 30
+    machine.driver.fail_at("cuStreamCreate", 1, 719)
+    with pytest.raises(DeviceError), Pipeline(session, images, 0):
+        pytest.fail("it has a stream")
+    session.close()
+    assert machine.left_over() == {}
 
 
 # ---- kernels that TensorRT-RTX compiles

@@ -379,7 +379,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
 
     def measure(engines, input, *, progress):
         without = milliseconds.get("without", milliseconds["int8"])
-        return [milliseconds["fp32"], milliseconds["fp16"], milliseconds["int8"], *[without] * (len(engines) - 3)]
+        found = [milliseconds["fp32"], milliseconds["fp16"], milliseconds["int8"], *[without] * (len(engines) - 3)]
+        return [timing.Times(time, None) for time in found]
 
     monkeypatch.setattr(candidates, "time_engines", measure)
 
@@ -463,7 +464,8 @@ def test_engines_take_turns_and_none_is_left_open(monkeypatch):
         engines, networks.input_spec(64, 96, batch=2), progress=lambda *step: steps.append(step)
     )
     assert steps[-1] == ("timing", 7, 7)
-    assert figures == pytest.approx([2.0, 3.0])
+    assert [times.call for times in figures] == pytest.approx([2.0, 3.0])
+    assert [times.pipelined for times in figures] == [None, None]
     turn = [("open", "fast"), ("close", "fast"), ("open", "slow"), ("close", "slow")]
     assert events == turn * (len(events) // 4)
     assert len(events) > 12

@@ -70,12 +70,12 @@ def planted(monkeypatch, **milliseconds: float) -> list[list[str]]:
     """Latencies by precision; what was timed together."""
     together: list[list[str]] = []
 
-    def measure(engines, input, *, progress):
+    def measure(engines, input, *, gpu, progress):
         records = [opener.args[1] for opener in engines]
         together.append([record.key.precision.value for record in records])
         for opener in engines:
             opener().close()  # it loads
-        return [milliseconds[record.key.precision.value] for record in records]
+        return [timing.Times(milliseconds[record.key.precision.value], None) for record in records]
 
     monkeypatch.setattr(timing, "time_engines", measure)
     return together
@@ -610,10 +610,10 @@ def test_engines_that_nobody_timed_are_timed_when_a_killed_compilation_goes_on(b
 def test_an_engine_that_another_process_took_out_while_it_was_timed_is_no_failure(bundle, monkeypatch):
     before, said = names(bundle), []
 
-    def measure(engines, input, *, progress):
+    def measure(engines, input, *, gpu, progress):
         taken = next(name for name in before if "-fp16-" in name)
         Bundle.open(bundle).remove_engine(taken)
-        return [1.0] * len(engines)
+        return [timing.Times(1.0, None)] * len(engines)
 
     monkeypatch.setattr(timing, "time_engines", measure)
     [added] = compile_bundle(bundle, precisions=(Precision.FP32,), progress=lambda step, *_: said.append(step)).engines
