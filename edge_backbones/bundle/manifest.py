@@ -22,8 +22,6 @@ from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 SCHEMA_VERSION: Final = 7
 OLDEST_VERSION: Final = 6
-_ADDED_IN_7 = (("backbone", "map_dtype"), ("backbone", "channels_last"), ("input", "pixel_dtype"))
-"""Fields that version 7 has and version 6 has not. In version 6 they have their defaults."""
 MAX_MANIFEST_BYTES = 4 << 20
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]  # "$" also matches before a line break
@@ -286,8 +284,7 @@ class Provenance(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """The whole of manifest.json. ``digest``: the last field of the file, the SHA-256 of its other bytes.
 
-    ``schema_version``: 6, or 7 for a bundle with float16 or channels-last feature maps or float16 input, which releases that
-    know version 6 alone would misread. A file of version 6 has none of the fields that say so.
+    ``schema_version``: 7; 6 in files of releases that knew neither other formats of maps and pixels nor times on a GPU.
     """
 
     schema_version: Literal[6, 7]
@@ -318,8 +315,6 @@ class Manifest(_Strict, frozen=True):
                 raise ValueError(f"two files are at {file.path!r}")
         if "opt" not in self.golden.cases:
             raise ValueError("the golden samples lack the case 'opt'")
-        if self.schema_version != (needed := version_for(self.backbone, self.input)):
-            raise ValueError(f"schema_version is {self.schema_version}, and its backbone and input are of {needed}")
 
     def files(self) -> tuple[FileRecord, ...]:
         """Return every file that the bundle must hold."""
@@ -339,12 +334,6 @@ class Manifest(_Strict, frozen=True):
         return next((g for g in self.graphs if g.format == "onnx" and g.precision == precision), None)
 
 
-def version_for(backbone: BackboneSpec, input: InputSpec) -> Literal[6, 7]:
-    """Return the schema_version of a bundle: the oldest that can say what it takes and returns."""
-    is_default = backbone.map_dtype == input.pixel_dtype == "float32" and not backbone.channels_last
-    return OLDEST_VERSION if is_default else SCHEMA_VERSION
-
-
 _DIGEST = re.compile(rb'  "digest": "([0-9a-f]{64})"\n}\n')
 _KEYS = re.compile(rb'"(?:[^"\\]|\\.)*"(\s*:)?')
 
@@ -354,11 +343,8 @@ def encode(manifest: Manifest) -> bytes:
     # Make of the values what a reader makes of them: an int in a float field is written without a point and read with one.
     with refusing(lambda why: ManifestError(f"this manifest cannot be written: {why}")):
         manifest = msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
-    plain = msgspec.to_builtins(msgspec.structs.replace(manifest, digest=""))
-    if manifest.schema_version == OLDEST_VERSION:  # releases that read this version alone refuse keys that it had not
-        for part, field in _ADDED_IN_7:
-            del plain[part][field]
-    body = msgspec.json.format(msgspec.json.encode(plain), indent=2) + b"\n"
+    manifest = msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION, digest="")
+    body = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     end = b'"\n}\n'
     return body[: -len(end)] + hashlib.sha256(body).hexdigest().encode() + end
 

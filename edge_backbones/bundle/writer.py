@@ -20,11 +20,11 @@ from edge_backbones.bundle import manifest as manifest_module
 from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import (
     MAX_MANIFEST_BYTES,
+    SCHEMA_VERSION,
     EngineRecord,
     FileRecord,
     GoldenRecord,
     Manifest,
-    version_for,
 )
 from edge_backbones.bundle.storage import (
     MANIFEST,
@@ -90,8 +90,7 @@ class BundleWriter:
         ``fields``: those of :class:`edge_backbones.bundle.manifest.Manifest` except ``schema_version`` and ``digest``. Raises
         ManifestError for values that a reader would refuse.
         """
-        version = version_for(fields["backbone"], fields["input"])
-        manifest = Manifest(schema_version=version, **fields)
+        manifest = Manifest(schema_version=SCHEMA_VERSION, **fields)
         write_manifest(self.folder, manifest)
         return manifest
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_backbones.bundle.golden import GoldenSamples, full_batches
-from edge_backbones.bundle.manifest import OLDEST_VERSION, Manifest
+from edge_backbones.bundle.manifest import SCHEMA_VERSION, Manifest
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.bundle.writer import BundleWriter, new_bundle, record_file
 from edge_backbones.errors import ManifestError
@@ -71,7 +71,7 @@ def test_a_writer_records_what_it_writes_and_what_lies_there(tmp_path):
         assert writer.add_file("graphs/fp32.onnx") == record_file(folder, "graphs/fp32.onnx")
         golden = writer.add_golden(load_golden(first), first.manifest.golden.images)
         assert golden == first.manifest.golden
-        assert writer.finish(**fields).schema_version == OLDEST_VERSION
+        assert writer.finish(**fields).schema_version == SCHEMA_VERSION
     second = Bundle.open(tmp_path / "second.bundle")
     assert second.manifest == first.manifest
     second.check_files()
