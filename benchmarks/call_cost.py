@@ -43,7 +43,10 @@ class FreeDriver:
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
     CUpointer_attribute = SimpleNamespace(
-        CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2, CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9
+        CU_POINTER_ATTRIBUTE_CONTEXT=1,
+        CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2,
+        CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3,
+        CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9,
     )
 
     def __init__(self) -> None:
@@ -59,7 +62,7 @@ class FreeDriver:
 
     def cuPointerGetAttribute(self, attribute: int, pointer: int) -> tuple[int, int]:  # noqa: N802
         """Return that a pointer is page-locked memory of the first GPU."""
-        return 0, {2: 1, 3: pointer, 9: 0}[attribute]
+        return 0, {1: 0, 2: 1, 3: pointer, 9: 0}[attribute]
 
     def cuMemHostAlloc(self, size: int, flags: int) -> tuple[int, int]:  # noqa: N802
         """Return real memory, because input and output arrays are made over it."""

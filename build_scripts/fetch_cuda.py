@@ -27,6 +27,7 @@ CUDA_RELEASES = ("cuda-12", "cuda-13")
 FOLDERS = (*_WHEELS, "pycuda")
 
 _PYCUDA = "pycuda==2026.1"
+_PYTOOLS = ("pytools==2026.1.1", "siphash24==1.9", "platformdirs==4.14.8")  # pycuda's arrays need them
 _HEADERS = "nvidia-cuda-runtime==13.0.96"  # cuda.h
 _PROFILER = """\
     /* Three functions of CUDA that pycuda wraps, and the wheel with cuda.h does not declare. */
@@ -46,7 +47,7 @@ def why_not_here() -> str:
 def fetch(name: str, folder: Path) -> Path:
     """Return a folder to put on a Python path; fill it if it is not there. Raises RuntimeError with the fix."""
     place = folder / name
-    packages = _WHEELS.get(name, (_PYCUDA, _HEADERS))
+    packages = _WHEELS.get(name, (_PYCUDA, _HEADERS, *_PYTOOLS))
     marker = "\n".join(packages)
     if (place / ".complete").is_file() and (place / ".complete").read_text(encoding="utf-8") == marker:
         return place
@@ -94,6 +95,7 @@ def _build_pycuda(place: Path) -> None:
         source = next(path for path in work.glob("pycuda-*") if path.is_dir())
         _configure(source, (header.parent, work / "include"), work)
         install((str(source),), place, "--no-build-isolation")
+        install(_PYTOOLS, place)
 
 
 def _configure(source: Path, includes: Sequence[Path], libraries: Path) -> None:

@@ -118,6 +118,11 @@ class NumpyTensorRt:
 
         self.Runtime, self.Refitter, self.OnnxParserRefitter = Runtime, Refitter, OnnxParserRefitter
 
+    @staticmethod
+    def moved(shape, spec):
+        """The shape of an output, whose channels may come last."""
+        return (shape[0], *shape[2:], shape[1]) if spec.get("channels_last") else tuple(shape)
+
     def say(self, text=None) -> None:
         self.logger.log(self.ILogger.Severity.ERROR, text or self.log_of_failure)
 
@@ -149,7 +154,8 @@ class Engine:
         low, _, high = self.spec["profiles"][0]
         shape = tuple(a if a == b and len(self.spec["profiles"]) == 1 else -1 for a, b in zip(low, high, strict=True))
         k = {"pool4": 4, "pool8": 8}.get(name, 1)
-        return (*shape[:2], *(size if size == -1 else size // k for size in shape[2:]))
+        shape = (*shape[:2], *(size if size == -1 else size // k for size in shape[2:]))
+        return shape if k == 1 else self.library.moved(shape, self.spec)
 
     def get_tensor_profile_shape(self, name, profile):
         assert self.get_tensor_mode(name) is Words.INPUT, "profiles are those of inputs"
@@ -277,7 +283,8 @@ class Context:
     def get_tensor_shape(self, name):
         batch, channels, height, width = self.shape
         k = {"pool4": 4, "pool8": 8}[name]
-        return (batch, channels, height // k, width // k)
+        shape = batch, channels, height // k, width // k
+        return self.library.moved(shape, self.spec)
 
     def set_tensor_address(self, name, pointer):
         assert type(pointer) is int
@@ -299,7 +306,7 @@ class Context:
         addresses, shape, pending, gpu = dict(self.addresses), self.shape, self.pending, self.gpu
         captured = stream in gpu.capturing
         number, gain, scratch = next(gpu.numbers), self.spec.get("gain", 1), self.scratch
-        mark = number.to_bytes(8, "little") * 2
+        mark, spec = number.to_bytes(8, "little") * 2, self.spec  # not the context itself: a kernel does not keep it
         if scratch[1] < self.update_device_memory_size_for_shapes():
             gpu.violations.append("a context ran without its scratch memory")
 
@@ -315,6 +322,10 @@ class Context:
             source = gpu.bytes_at(addresses["pixel_values"], 4 * math.prod(shape))
             values = np.frombuffer(bytes(source), np.float32).reshape(shape) * np.float32(gain)
             for name, result in zip(("pool4", "pool8"), pooled(values), strict=True):
+                if spec.get("channels_last"):
+                    result = result.transpose(0, 2, 3, 1)
+                if [name, "OUTPUT", "HALF"] in spec["tensors"]:
+                    result = result.astype(np.float16)
                 gpu.bytes_at(addresses[name], result.nbytes)[:] = result.tobytes()
 
         if not captured:

@@ -199,6 +199,7 @@ class CtypesDriver:
     class CUpointer_attribute(enum.IntEnum):
         """The enum of that name in ``cuda.bindings.driver``."""
 
+        CU_POINTER_ATTRIBUTE_CONTEXT = 1
         CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2
         CU_POINTER_ATTRIBUTE_DEVICE_POINTER = 3
         CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9

@@ -189,8 +189,8 @@ def test_a_pointer_is_found_on_its_gpu(driver, backend):
     memory = opened(backend)
     with memory:
         pointer = memory.allocate(64)
-        assert memory.gpu_of(pointer) == memory.gpu_of(pointer + 63) == 0
-        assert memory.gpu_of(bytes_of(1).ctypes.data) is None
+        assert memory.elsewhere(pointer) == memory.elsewhere(pointer + 63) == ""
+        assert memory.elsewhere(bytes_of(1).ctypes.data) == "host memory"
 
 
 @BACKENDS
@@ -225,7 +225,7 @@ CALLS = {
     "cuGraphDestroy": lambda m, p, s, e, g: m.capture(s, lambda: None),
     "cuGraphLaunch": lambda m, p, s, e, g: m.launch(g, s),
     "cuGraphExecDestroy": lambda m, p, s, e, g: m.free_graph(g),
-    "cuPointerGetAttribute": lambda m, p, s, e, g: m.gpu_of(p),
+    "cuPointerGetAttribute": lambda m, p, s, e, g: m.elsewhere(p),
     "cuStreamCreate": lambda m, p, s, e, g: m.new_stream(),
     "cuStreamDestroy": lambda m, p, s, e, g: m.free_stream(m.new_stream()),
     "cuStreamEndCapture": lambda m, p, s, e, g: m.capture(s, lambda: None),  # the last: the stand-in goes on capturing

@@ -496,7 +496,8 @@ def test_a_graphed_call_copies_and_allocates_nothing(machine):
         maps = call()
         made = Counter(gpu.calls[before:])
         assert maps is first
-        assert made == dict.fromkeys(("cuCtxPushCurrent", "cuGraphLaunch", "cuEventRecord", "cuCtxPopCurrent"), 1)
+        names = ("cuCtxPushCurrent", "cuStreamIsCapturing", "cuGraphLaunch", "cuEventRecord", "cuCtxPopCurrent")
+        assert made == dict.fromkeys(names, 1)
         assert [m.stream for m in maps] == [machine.stream] * 2
         maps[0].order(machine.other)  # a consumer elsewhere waits for this call, not for the first
         check([gpu.value(maps[0], machine.other), gpu.value(maps[1], machine.stream)], images)
@@ -514,6 +515,25 @@ def test_a_graphed_call_copies_and_allocates_nothing(machine):
     gc.collect()
     assert machine.left_over() == {}
     assert machine.library.live["engine"] == 0
+
+
+def test_a_replay_inside_the_callers_own_capture_is_refused_and_goes_on_afterwards(machine):
+    from cuda.bindings import driver as cu
+
+    session, images = machine.open(), pixels(2)
+    call = session.graphed(machine.gpu.put(images), machine.stream)
+    with machine.memory as memory:
+        for mode in (0, 1, 2):
+            cu.cuStreamBeginCapture(machine.stream, cu.CUstreamCaptureMode(mode))
+            with pytest.raises(InputError, match="is being captured, and a call cannot be part of"):
+                call()
+            code, graph = cu.cuStreamEndCapture(machine.stream)
+            assert not code
+            cu.cuGraphDestroy(graph)
+            maps = call()
+            maps[0].__dlpack__(stream=machine.other)
+            check([machine.gpu.value(m, machine.stream) for m in maps], images)
+        memory.wait(machine.other)
 
 
 def test_a_graphed_call_of_a_backbone_returns_the_chosen_stages(machine):

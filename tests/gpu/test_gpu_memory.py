@@ -106,7 +106,7 @@ def test_there_and_back(memory, stream, buffers, size, pinned):
             values = locked
         there = buffers.filled(values, stream)
         assert there % 256 == 0
-        assert memory.gpu_of(there) == memory.gpu
+        assert memory.elsewhere(there) == ""
         other = buffers.new(size)
         memory.copy(other, there, size, stream)
         assert np.array_equal(buffers.read(other, values, stream), values)
@@ -127,7 +127,7 @@ def test_clearing_touches_no_neighbour(memory, stream, buffers):
 def test_host_memory_is_on_no_gpu(memory):
     values = noise(4096)
     with memory:
-        assert memory.gpu_of(values.ctypes.data) is None
+        assert memory.elsewhere(values.ctypes.data) == "host memory"
 
 
 def test_the_default_stream_is_stream_0(memory, buffers):

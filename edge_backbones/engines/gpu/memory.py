@@ -36,19 +36,24 @@ _capturing = threading.RLock()
 class Backend(Protocol):
     """Do what cuda-bindings and pycuda each do in their own way. Everything else goes to ``driver``.
 
+    ``context``: handle of the GPU's primary context.
+
     Pointers and streams are ints. ``allocate``, ``free`` and the stream functions need the primary context to be
     current.
     """
 
     name: MemoryBackend
     driver: Any
+    context: int
 
-    def push(self) -> None:
-        """Make the primary context current in this thread, on top of the current one."""
+    @property
+    def push(self) -> Callable[[], tuple[Any, ...]]:
+        """Make the primary context current in this thread, on top of the current one; return (code, value...)."""
         ...
 
-    def pop(self) -> None:
-        """Make the context current again that was current before ``push``."""
+    @property
+    def pop(self) -> Callable[[], tuple[Any, ...]]:
+        """Make the context current again that was current before ``push``; return (code, value...)."""
         ...
 
     def allocate(self, size: int) -> int:
@@ -77,19 +82,11 @@ class CudaBindings:
         self.driver = driver
         self._check(driver.cuInit(0), "cuInit")
         handle = self._check(driver.cuDeviceGet(gpu), "cuDeviceGet of GPU %d", gpu)
-        self._context = self._check(driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain of GPU %d", gpu)
-
-    def push(self) -> None:
-        """Make the primary context current, as described in `Backend`."""
-        result = self.driver.cuCtxPushCurrent(self._context)
-        if result[0]:
-            self._check(result, "cuCtxPushCurrent")
-
-    def pop(self) -> None:
-        """Make the previous context current, as described in `Backend`."""
-        result = self.driver.cuCtxPopCurrent()
-        if result[0]:
-            self._check(result, "cuCtxPopCurrent")
+        context = self._check(driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain of GPU %d", gpu)
+        self.context = int(context)
+        # Every call makes both: they are the driver's own functions, without a step of ours between.
+        self.push: Callable[[], tuple[Any, ...]] = functools.partial(driver.cuCtxPushCurrent, context)
+        self.pop: Callable[[], tuple[Any, ...]] = driver.cuCtxPopCurrent
 
     def allocate(self, size: int) -> int:
         """Allocate device memory, as described in `Backend`."""
@@ -128,16 +125,19 @@ class PyCuda:
             library.init()
             # Kept for good, because pycuda detaches a primary context in a way that leaves it current.
             self._context = library.Device(gpu).retain_primary_context()
+        self.context = int(self._context.handle)
 
-    def push(self) -> None:
+    def push(self) -> tuple[Any, ...]:
         """Make the primary context current, as described in `Backend`."""
         with self._typed("Context.push"):
             self._context.push()
+        return (0,)
 
-    def pop(self) -> None:
+    def pop(self) -> tuple[Any, ...]:
         """Make the previous context current, as described in `Backend`."""
         with self._typed("Context.pop"):
             self._context.pop()
+        return (0,)
 
     def allocate(self, size: int) -> int:
         """Allocate device memory, as described in `Backend`."""
@@ -179,9 +179,9 @@ class PyCuda:
 class GpuMemory:
     """Manage the memory, streams, events and graphs of one GPU. Call its methods inside ``with memory:``.
 
-    Pointers, streams and events are plain ints, as in CUDA. Streams of other libraries work too; 0 is the default
-    stream. If CUDA refuses a call, it raises DeviceError with CUDA's name of the error, or OutOfMemoryError if memory
-    ran out. Threads may share it.
+    Pointers and streams are plain ints, as in CUDA; events and graphs are what the driver's library makes. Streams of other
+    libraries work too; 0 is the default stream. If CUDA refuses a call, it raises DeviceError with CUDA's name of the
+    error, or OutOfMemoryError if memory ran out. Threads may share it.
     """
 
     def __init__(self, gpu: int, backend: Backend) -> None:
@@ -189,11 +189,11 @@ class GpuMemory:
         self.gpu = gpu
         self.backend = backend.name
         self._backend = backend
+        self._push, self._pop = backend.push, backend.pop
         self._driver = driver
+        self._stream_type = getattr(driver, "CUstream", int)
         self._relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        self._ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        self._memory_type = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
-        self._device_pointer = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER
+        self._attributes = driver.CUpointer_attribute
         try:
             self._stream_id = driver.cuStreamGetId
         except (AttributeError, DeviceError):  # bindings and drivers before CUDA 12 lack it
@@ -202,14 +202,18 @@ class GpuMemory:
         self._instantiate = getattr(driver, "cuGraphInstantiateWithFlags", None) or driver.cuGraphInstantiate
 
     def __enter__(self) -> GpuMemory:
-        self._backend.push()
+        result = self._push()
+        if result[0]:
+            self._check(result, "cuCtxPushCurrent")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._backend.pop()
+            result = self._pop()
+            if result[0]:
+                self._check(result, "cuCtxPopCurrent")
         except DeviceError:
             if error is None:  # otherwise the first error is the one to raise
                 raise
@@ -318,29 +322,33 @@ class GpuMemory:
         with _capturing:
             self._check(self._driver.cuCtxSynchronize(), "waiting for every stream of the GPU")
 
-    def new_event(self) -> int:
-        """Create an event without timing, and return its handle."""
-        return int(self._check(self._driver.cuEventCreate(_DISABLE_TIMING), "cuEventCreate"))
+    def handle(self, stream: int) -> Any:
+        """Return a stream as the driver's library passes it on fastest, for a loop that uses it often."""
+        return self._stream_type(stream)
 
-    def free_event(self, event: int) -> None:
+    def new_event(self) -> Any:
+        """Create an event without timing."""
+        return self._check(self._driver.cuEventCreate(_DISABLE_TIMING), "cuEventCreate")
+
+    def free_event(self, event: Any) -> None:
         """Destroy an event."""
         self._check(self._driver.cuEventDestroy(event), "cuEventDestroy")
 
-    def record(self, event: int, stream: int) -> None:
+    def record(self, event: Any, stream: int) -> None:
         """Record an event behind the work that is on a stream now."""
         result = self._driver.cuEventRecord(event, stream)
         if result[0]:
             self._check(result, "cuEventRecord")
 
-    def follow(self, stream: int, event: int) -> None:
+    def follow(self, stream: int, event: Any) -> None:
         """Make work that is enqueued on a stream from now on wait for an event. Nothing blocks here."""
         self._check(self._driver.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent")
 
-    def wait_for(self, event: int) -> None:
+    def wait_for(self, event: Any) -> None:
         """Block until an event has happened."""
         self._check(self._driver.cuEventSynchronize(event), "cuEventSynchronize")
 
-    def happened(self, event: int) -> bool:
+    def happened(self, event: Any) -> bool:
         """Return whether an event has happened. It does not raise an error of the GPU."""
         return not self._driver.cuEventQuery(event)[0]
 
@@ -375,25 +383,39 @@ class GpuMemory:
 
     def launch(self, graph: Any, stream: int) -> None:
         """Enqueue a graph on a stream."""
-        self._check(self._driver.cuGraphLaunch(graph, stream), "cuGraphLaunch")
+        result = self._driver.cuGraphLaunch(graph, stream)
+        if result[0]:
+            self._check(result, "cuGraphLaunch")
 
     def free_graph(self, graph: Any) -> None:
         """Destroy a graph."""
         self._check(self._driver.cuGraphExecDestroy(graph), "cuGraphExecDestroy")
 
-    def gpu_of(self, pointer: int) -> int | None:
-        """Return the index of the GPU on which a pointer is valid; None for memory that CUDA does not know."""
-        result = self._driver.cuPointerGetAttribute(self._ordinal, pointer)
-        if int(result[0]) == _INVALID_VALUE:
-            return None
-        return int(self._check(result, "cuPointerGetAttribute of %#x", pointer))
+    def elsewhere(self, pointer: int) -> str:
+        """Return where memory is that kernels of this GPU cannot use, as a phrase; empty if they can use it."""
+        result = self._driver.cuPointerGetAttribute(self._attributes.CU_POINTER_ATTRIBUTE_CONTEXT, pointer)
+        if result[0]:
+            if int(result[0]) == _INVALID_VALUE:
+                return "host memory"
+            self._check(result, "cuPointerGetAttribute of %#x", pointer)
+        context = int(result[1])
+        if context == self._backend.context:
+            return ""
+        result = self._driver.cuPointerGetAttribute(self._attributes.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, pointer)
+        on = int(self._check(result, "cuPointerGetAttribute of %#x", pointer))
+        if on != self.gpu:
+            return f"cuda:{on}"
+        # Memory of a pool belongs to no context.
+        return (
+            f"a context of cuda:{on} that is not its primary one (pycuda.autoprimaryctx makes that)" if context else ""
+        )
 
     def page_locked(self, address: int) -> int | None:
         """Return the GPU's address of page-locked host memory; None for memory of another kind."""
-        result = self._driver.cuPointerGetAttribute(self._memory_type, address)
+        result = self._driver.cuPointerGetAttribute(self._attributes.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
         if result[0] or int(result[1]) != _HOST:
             return None
-        result = self._driver.cuPointerGetAttribute(self._device_pointer, address)
+        result = self._driver.cuPointerGetAttribute(self._attributes.CU_POINTER_ATTRIBUTE_DEVICE_POINTER, address)
         return int(self._check(result, "cuPointerGetAttribute of %#x", address))
 
     def _check(self, result: Any, what: str, *values: object) -> Any:

@@ -49,7 +49,7 @@ class Ready:
 
     __slots__ = ("_pool", "event")
 
-    def __init__(self, pool: Pool, event: int) -> None:
+    def __init__(self, pool: Pool, event: Any) -> None:
         self._pool = pool
         self.event = event
 
@@ -132,7 +132,7 @@ class Pool:
         self._count = 0  # number of free buffers
         self._returned: list[Buffer] = []  # of the free ones, those whose readers have no event behind them yet
         self._scratch: list[Buffer] = []  # in the order of their last use
-        self._events: list[int] = []
+        self._events: list[Any] = []
         self._closed = False
 
     def take(self, size: int, key: StreamKey, stream: int) -> Buffer:
@@ -289,7 +289,7 @@ class Pool:
         if self._closed:
             self._free_after_close()
 
-    def give_back_event(self, event: int) -> None:
+    def give_back_event(self, event: Any) -> None:
         """Take an event back that nobody refers to any more."""
         with self.lock:
             self._events.append(event)

@@ -15,6 +15,7 @@ from edge_backbones.engines.gpu.pool import Lease
 from edge_backbones.engines.gpu.streams import StreamKey, rounded
 from edge_backbones.engines.tensorrt.contexts import Contexts
 from edge_backbones.engines.tensorrt.profiles import Profile
+from edge_backbones.errors import InputError
 
 
 class GraphedCall:
@@ -47,14 +48,16 @@ class GraphedCall:
                 pool.give_back(block)
             raise contexts.failure(array, error)  # noqa: B904
         self.outputs = device_arrays(Lease(block, ready, pool), slot.outputs, pool.memory.gpu, stream)
-        self._contexts, self._memory, self._stream = contexts, pool.memory, stream
+        self._contexts, self._memory, self._stream = contexts, pool.memory, pool.memory.handle(stream)
         self._graph, self._ready, self._owner = slot.graph, ready, array.owner
 
     def __call__(self) -> list[DeviceArray]:
-        """Enqueue the graph on its stream. Raises InputError after the session was closed."""
+        """Enqueue the graph on its stream. Raises InputError after the session was closed, and if the stream is captured."""
         if self._contexts.closed:
             raise self._contexts.refusal()
         with self._memory as memory:
+            if memory.is_capturing(self._stream):
+                raise capture_refusal(int(self._stream))
             memory.launch(self._graph, self._stream)
             memory.record(self._ready.event, self._stream)
         return self.outputs
@@ -110,6 +113,17 @@ class HostGraphedCall:
             memory.launch(self._slot.graph, self._slot.stream)
             memory.wait(self._slot.stream)
         return self.outputs
+
+
+def capture_refusal(stream: int) -> InputError:
+    """Return the error for a call while the caller captures a CUDA graph.
+
+    The memory of a call is reused in the order of its stream, which a graph that is launched later would not keep.
+    """
+    return InputError(
+        f"the stream {stream:#x} is being captured, and a call cannot be part of another library's CUDA graph: end the "
+        "capture first, or record the call alone with backbone.graphed(array, stream=stream)"
+    )
 
 
 def device_arrays(lease: Lease, outputs: Block, gpu: int, stream: int) -> list[DeviceArray]:

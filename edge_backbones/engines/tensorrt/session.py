@@ -24,7 +24,7 @@ from edge_backbones.engines.ports import Shape
 from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.engines.tensorrt.contexts import Contexts, close_quietly
 from edge_backbones.engines.tensorrt.engine import load as load_engine
-from edge_backbones.engines.tensorrt.graphed import GraphedCall, HostGraphedCall, device_arrays
+from edge_backbones.engines.tensorrt.graphed import GraphedCall, HostGraphedCall, capture_refusal, device_arrays
 from edge_backbones.engines.tensorrt.kernels import Kernels
 from edge_backbones.engines.tensorrt.library import TensorRtFlavour
 from edge_backbones.engines.tensorrt.profiles import Profile, choose_profile
@@ -242,20 +242,16 @@ class TensorRtSession:
 
     def _require_here(self, array: ForeignArray) -> None:
         """Raise InputError if an array is not in the memory of this GPU."""
-        on = self._memory.gpu_of(array.pointer)
-        if on != self._gpu:
-            where = "host memory" if on is None else f"cuda:{on}"
+        where = self._memory.elsewhere(array.pointer)
+        if where:
             raise InputError(
                 f"{self._input.name} is in {where}, this engine runs on cuda:{self._gpu}: copy it there first"
             )
 
     def _refuse_capture(self, stream: int) -> None:
-        """Raise InputError if the caller captures a CUDA graph: the memory of a call would be reused behind its back."""
+        """Raise InputError if the caller captures a CUDA graph."""
         if self._memory.is_capturing(stream):
-            raise InputError(
-                f"the stream {stream:#x} is being captured, and a call cannot be part of another library's CUDA graph: end "
-                "the capture first, or record the call alone with backbone.graphed(array, stream=stream)"
-            )
+            raise capture_refusal(stream)
 
     def _route(self, array: ForeignArray) -> _Route:
         """Return how an array is run. Raises InputError if it cannot be."""

@@ -87,7 +87,7 @@ class Slot:
         self._memory = pool.memory
         self._context: Any = None
         self._stream: int | None = None
-        self._fence: int | None = None
+        self._fence: Any = None
         self._work: int | None = None  # a caller's stream that has work of this call, but no event behind it yet
         self._bound: list[int] = []
         self._held: list[Buffer] = []

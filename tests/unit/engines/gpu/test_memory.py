@@ -214,6 +214,8 @@ class Library:
         library = self
 
         class Context:
+            handle = 0
+
             def push(self):
                 library.refuse("push")
                 library.stack().append(self)
@@ -385,8 +387,8 @@ def test_every_return_of_the_driver_is_checked(symbol, use):
 
 
 def test_a_pointer_that_cuda_does_not_know_has_no_device():
-    assert over_pycuda()[0].gpu_of(0x1000) == 0
-    assert over_pycuda(fails={"cuPointerGetAttribute": 1})[0].gpu_of(0x1000) is None
+    assert over_pycuda()[0].elsewhere(0x1000) == ""
+    assert over_pycuda(fails={"cuPointerGetAttribute": 1})[0].elsewhere(0x1000) == "host memory"
 
 
 def test_streams_are_told_apart_by_their_number_where_cuda_has_one():
