@@ -265,12 +265,21 @@ class Context:
             self.cache.need(self.shape)
         return True
 
-    def update_device_memory_size_for_shapes(self) -> int:
+    def scratch_size(self) -> int:
         return self.spec.get("scratch", 8) * math.prod(self.shape)
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        if self.gpu.native("update_device_memory_size_for_shapes"):
+            del self  # C++ leaves no frame in the traceback
+            raise RuntimeError("update_device_memory_size_for_shapes failed")
+        return self.scratch_size()
 
     def set_device_memory(self, pointer, size) -> None:
         assert type(pointer) is int
-        if pointer % 256 or size < self.update_device_memory_size_for_shapes():
+        if self.gpu.native("set_device_memory"):
+            del self
+            raise RuntimeError("set_device_memory failed")
+        if pointer % 256 or size < self.scratch_size():
             self.gpu.violations.append(f"{size} bytes of scratch memory at {pointer:#x}")
         self.scratch = pointer, size
 
@@ -307,7 +316,7 @@ class Context:
         captured = stream in gpu.capturing
         number, gain, scratch = next(gpu.numbers), self.spec.get("gain", 1), self.scratch
         mark, spec = number.to_bytes(8, "little") * 2, self.spec  # not the context itself: a kernel does not keep it
-        if scratch[1] < self.update_device_memory_size_for_shapes():
+        if scratch[1] < self.scratch_size():
             gpu.violations.append("a context ran without its scratch memory")
 
         def begin():

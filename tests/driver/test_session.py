@@ -6,12 +6,14 @@ Some rules that the session should keep and does not yet are marked as expected 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import resource
 
 import numpy as np
 import pytest
 
+from edge_backbones.engines.gpu.dlpack import Rows
 from edge_backbones.errors import EdgeBackbonesError, InputError
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import pooled
@@ -225,6 +227,15 @@ def scenario(machine, inputs) -> None:
         call = session.graphed(inputs[0], machine.stream)
         call()[0].__dlpack__(stream=machine.other)
         del call
+        rows = dataclasses.replace(
+            inputs[2], contiguous=False, rows=Rows(3, inputs[2].nbytes // 3, inputs[2].nbytes // 3)
+        )
+        session.run_on_device(rows, machine.stream)
+        buffer = session.input_buffer((2, 3, 32, 48))
+        session.run(buffer)
+        call = session.graphed_on_host(buffer)
+        call()
+        del call, buffer
     finally:
         session.close()
 
@@ -264,6 +275,7 @@ def test_every_native_call_may_fail_once_and_nothing_is_leaked(driver):
         else:
             assert left == {}, (number, failed, left)
     assert {"cuMemAlloc", "cuMemHostAlloc", "cuStreamCreate", "cuEventRecord", "cuMemcpyHtoDAsync"} <= seen
+    assert {"cuMemcpy2DAsync", "set_device_memory", "cuPointerGetAttribute", "cuMemsetD8Async"} <= seen
     assert {"cuStreamWaitEvent", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphLaunch"} <= seen
     assert {"deserialize_cuda_engine", "create_execution_context", "execute_async_v3"} <= seen
     assert machine.gpu.violations == []
