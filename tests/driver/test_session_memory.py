@@ -358,6 +358,21 @@ def test_a_backbone_gives_input_buffers_and_records_calls_on_them(machine):
             backbone.input_buffer(3, height=64)
 
 
+def test_a_stream_of_cuda_core_is_taken(machine):
+    from cuda.core import Device
+
+    session, images = machine.open(), pixels(2)
+    Device(0).set_current()
+    stream = Device(0).create_stream()
+    with EdgeBackbone(SPEC, pooling_input(ShapeRange(min=1, opt=2, max=4)), session, device="cuda:0") as backbone:
+        maps = backbone(device_array(machine, images), stream=stream).feature_maps
+        stream.sync()
+        for actual, expected in zip(maps, pooled(images), strict=True):
+            assert actual.stream == int(stream.handle)
+            found = bytes(machine.gpu.bytes_at(actual.pointer, actual.nbytes))  # without another wait
+            np.testing.assert_array_equal(np.frombuffer(found, np.float32).reshape(actual.shape), expected)
+
+
 # ---- frames in flight
 
 
