@@ -57,6 +57,9 @@ VARIANTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="items or patterns, as for the sweep")
+    names_of_forms = [variant.name for variant in VARIANTS]
+    parser.add_argument("--forms", nargs="+", metavar="FORM", choices=names_of_forms, default=names_of_forms,
+                        help=f"only these forms: {', '.join(map(repr, names_of_forms))}")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one network may take")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
@@ -66,25 +69,37 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         name, folder = arguments.one
-        measure(name, Path(folder))
+        measure(name, Path(folder), arguments.forms)
         return
     names = sweep.chosen(arguments.only)
     if not names:
         parser.error(f"no item is called {' or '.join(arguments.only)}; items: {', '.join(sweep.ITEMS)}")
     if not arguments.table:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that children are stopped with it
-        asyncio.run(compile_all(names, arguments.out, arguments.jobs, arguments.timeout, fresh=arguments.fresh))
+        asyncio.run(
+            compile_all(
+                names, arguments.out, arguments.jobs, arguments.timeout, forms=arguments.forms, fresh=arguments.fresh
+            )
+        )
     print(table(sweep.read_results(arguments.out)))
 
 
 # ---- the parent -----------------------------------------------------------------------------------------------------
 
 
-async def compile_all(names: Sequence[str], out: Path, jobs: int, timeout: float, *, fresh: bool = False) -> None:
+async def compile_all(
+    names: Sequence[str],
+    out: Path,
+    jobs: int,
+    timeout: float,
+    *,
+    forms: Sequence[str] = tuple(variant.name for variant in VARIANTS),
+    fresh: bool = False,
+) -> None:
     """Compile what is not in ``out`` yet, ``jobs`` networks at a time; every result is written as soon as it is known."""
     versions = sweep.library_versions()
     known = sweep.read_results(out)
-    todo = [name for name in names if fresh or not is_done(known.get(name), versions)]
+    todo = [name for name in names if fresh or not is_done(known.get(name), versions, forms)]
     print(f"{len(todo)} of {len(names)} to do, {jobs} at a time", flush=True)
     free = asyncio.Semaphore(jobs)
     done = 0
@@ -93,7 +108,7 @@ async def compile_all(names: Sequence[str], out: Path, jobs: int, timeout: float
         nonlocal done
         async with free:
             with tempfile.TemporaryDirectory(prefix="rtx-formats-", ignore_cleanup_errors=True) as folder:
-                command = [sys.executable, "-m", "build_scripts.rtx_formats", "--one", name, folder]
+                command = [sys.executable, "-m", "build_scripts.rtx_formats", "--forms", *forms, "--one", name, folder]
                 result = await sweep.run_child(command, Path(folder), timeout, jobs)
         sweep.write_result(out, name, {**result, "versions": versions})
         done += 1
@@ -103,22 +118,21 @@ async def compile_all(names: Sequence[str], out: Path, jobs: int, timeout: float
     await asyncio.gather(*(one(name) for name in todo))
 
 
-def is_done(result: dict[str, Any] | None, versions: dict[str, str]) -> bool:
-    """Return whether a network got an answer for every variant, a refusal or a plan, from these versions."""
+def is_done(result: dict[str, Any] | None, versions: dict[str, str], forms: Sequence[str]) -> bool:
+    """Return whether a network got an answer for every form, a refusal or a plan, from these versions."""
     if result is None or result.get("versions") != versions:
         return False
     answered = {*result.get("plan_bytes", {}), *result.get("causes", {})}
-    return result.get("finished", False) and (
-        "export" in answered or answered >= {variant.name for variant in VARIANTS}
-    )
+    return result.get("finished", False) and ("export" in answered or answered >= set(forms))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Return how many networks each variant compiles for, and a line for each refusal."""
-    lines = [f"{'variant':28} compiled of {len(results)}"]
+    lines = [f"{'form':28} networks that compiled, of those that were tried"]
     for variant in VARIANTS:
         compiled = sum(variant.name in result.get("plan_bytes", {}) for result in results.values())
-        lines.append(f"{variant.name:28} {compiled}")
+        refused = sum(variant.name in result.get("causes", {}) for result in results.values())
+        lines.append(f"{variant.name:28} {compiled} of {compiled + refused}")
     refusals = [
         f"{name}: {part}: {cause}"
         for name, result in sorted(results.items())
@@ -130,8 +144,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 # ---- the child: one network -----------------------------------------------------------------------------------------
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Export one network in ``folder`` and compile every variant. Refusals become causes in its result.json.
+def measure(name: str, folder: Path, forms: Sequence[str]) -> dict[str, Any]:
+    """Export one network in ``folder`` and compile these forms of it. Refusals become causes in its result.json.
 
     That file is up to date after every step, and ``step`` says "variant:what it does", so that a crash is blamed on the
     right variant.
@@ -147,7 +161,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     with sweep.attempt(result, "export"), sweep.timed(result, "export"):
         graph = export(name, folder)
         result["input"] = [graph.input.height.opt, graph.input.width.opt]
-    for variant in VARIANTS if graph is not None else ():
+    for variant in [variant for variant in VARIANTS if variant.name in forms] if graph is not None else ():
         record(f"{variant.name}:compiling")
         with sweep.attempt(result, variant.name), sweep.timed(result, variant.name):
             result["plan_bytes"][variant.name] = len(compiled(graph, variant, folder))

@@ -21,7 +21,7 @@ def result(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_network_is_compiled_in_every_form(tmp_path: Path) -> None:
-    found = rtx_formats.measure("timm/resnet10t", tmp_path)
+    found = rtx_formats.measure("timm/resnet10t", tmp_path, NAMES)
     assert found == json.loads((tmp_path / "result.json").read_text())
     assert found["causes"] == {}
     assert list(found["plan_bytes"]) == NAMES
@@ -37,11 +37,11 @@ def test_a_refusal_is_kept_and_the_other_forms_are_compiled(tmp_path: Path, monk
 
     monkeypatch.setattr(rtx_formats, "compiled", compiled)
     monkeypatch.setattr(rtx_formats, "export_at", lambda size, source, folder: _Graph())
-    found = rtx_formats.measure("timm/resnet10t", tmp_path)
+    found = rtx_formats.measure("timm/resnet10t", tmp_path, NAMES)
     assert list(found["causes"]) == ["bf16"]
     assert found["causes"]["bf16"].startswith("ValueError: no kernel")
     assert list(found["plan_bytes"]) == [name for name in NAMES if name != "bf16"]
-    assert rtx_formats.is_done({**found, "versions": {}}, {})
+    assert rtx_formats.is_done({**found, "versions": {}}, {}, NAMES)
 
 
 class _Size:
@@ -69,13 +69,14 @@ class _Graph:
     ],
 )
 def test_what_has_an_answer_is_not_done_again(known: dict[str, Any] | None, done: bool) -> None:
-    assert rtx_formats.is_done(known, {"a": "1"}) is done
+    assert rtx_formats.is_done(known, {"a": "1"}, NAMES) is done
 
 
 def test_the_table_counts_plans_and_lists_refusals() -> None:
     refused = result(plan_bytes=dict.fromkeys(NAMES[:-1], 1), causes={NAMES[-1]: "no fp8 kernel"})
     told = rtx_formats.table({"timm/b": refused, "timm/a": result()})
-    assert "compiled of 2" in told.splitlines()[0]
-    assert [line.split()[-1] for line in told.splitlines()[1 : 1 + len(NAMES)]] == ["2"] * (len(NAMES) - 1) + ["1"]
+    counts = [line.split("  ")[-1].strip() for line in told.splitlines()[1 : 1 + len(NAMES)]]
+    assert [count[-6:] for count in counts] == ["2 of 2"] * (len(NAMES) - 1) + ["1 of 2"]
+    assert rtx_formats.is_done(result(plan_bytes={NAMES[1]: 1}), {"a": "1"}, NAMES[1:2])
     assert told.endswith("\n\ntimm/b: fp8: no fp8 kernel")
     assert rtx_formats.table({"timm/a": result()}).endswith("no refusals")
