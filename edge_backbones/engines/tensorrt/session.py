@@ -218,17 +218,18 @@ class TensorRtSession:
     def graphed_on_host(self, array: np.ndarray) -> HostGraphedCall:
         """Record a call on page-locked memory, with its copies, as a CUDA graph, as described in `EdgeBackbone.graphed`.
 
-        Raises InputError if ``array`` is in other memory, or no batch that the engine takes.
+        Raises InputError if ``array`` is in other memory, of another dtype, or no batch that the engine takes.
         """
         if self._contexts.closed:
             raise self._contexts.refusal()
         with exits.calls, self._memory as memory:
             address = array.__array_interface__["data"][0]
-            on_gpu = memory.page_locked(address) if array.flags.c_contiguous else None
-            if on_gpu is None or array.shape[0] not in self._input.batch:
+            is_fitting = array.dtype == self._dtype and array.flags.c_contiguous and array.shape[0] in self._input.batch
+            on_gpu = memory.page_locked(address) if is_fitting else None
+            if on_gpu is None:
                 raise InputError(
-                    f"{self._input.name} of shape {array.shape} in this memory cannot be recorded: fill an array of "
-                    "backbone.input_buffer(batch), with a batch that this engine takes, and pass that"
+                    f"{self._input.name} of {array.dtype} and shape {array.shape} in this memory cannot be recorded: fill "
+                    "an array of backbone.input_buffer(batch), with a batch that this engine takes, and pass that"
                 )
             return HostGraphedCall(self._contexts, array, on_gpu, self._profile(array.shape))
 
@@ -317,12 +318,13 @@ class _Route:
         """Derive the outputs of the whole batch from those of one piece. ``count``: images in the batch."""
         last = self.parts[-1][0]
         images = tuple(part.nbytes // part.shape[0] for part in first.parts)
-        self.outputs = Block.of(
+        outputs = Block.of(
             [(count, *part.shape[1:]) for part in first.parts],
             [part.dtype for part in first.parts],
             [(last.start + last.run) * image for image in images],  # the filling of the last piece is written too
         )
-        self.targets = tuple((part.offset, image) for part, image in zip(self.outputs.parts, images, strict=True))
+        self.targets = tuple((part.offset, image) for part, image in zip(outputs.parts, images, strict=True))
+        self.outputs = outputs  # last: another thread that finds it reads the targets too
 
     def frames(self, array: ForeignArray, piece: Piece) -> Frames:
         """Return where the images of a piece are."""
