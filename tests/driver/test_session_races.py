@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from edge_backbones.engines.tensorrt import contexts as contexts_module
 from edge_backbones.engines.tensorrt import session as session_module
 from edge_backbones.errors import InputError
+from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import pooled
 from tests.driver.machine import DriverMachine
+from tests.simulated_tensorrt import Context, plan_of, shapes
 
 RANDOM = np.random.default_rng(0)
 
@@ -57,3 +61,72 @@ def test_a_shape_that_two_threads_run_first_at_once(machine, monkeypatch):
     assert len(found) == 3
     for maps in found[1:]:
         check(machine, maps, images, machine.stream)
+
+
+def test_a_call_that_ends_while_another_thread_closes(machine, monkeypatch):
+    """Closing waits for the reads of inputs, and the call adds one to them meanwhile."""
+    session, images = machine.open(), pixels(2)
+    array = machine.gpu.put(images)
+    session.run_on_device(array, machine.stream)
+    begun, go_on = threading.Event(), threading.Event()
+    execute, wait_for = Context.execute_async_v3, machine.memory.wait_for
+
+    def slowly(context, stream):
+        begun.set()
+        assert go_on.wait(30)
+        return execute(context, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", slowly)
+    results = []
+    thread = in_thread(lambda: results.append(session.run_on_device(array, machine.stream)))
+    assert begun.wait(30)
+    waiting = session._contexts._inputs[0][0].event
+
+    def wait(event) -> None:
+        wait_for(event)
+        if event is waiting:
+            go_on.set()
+            thread.join(30)
+
+    monkeypatch.setattr(machine.memory, "wait_for", wait)
+    session.close()
+    thread.join(30)
+    check(machine, results.pop(), images, machine.stream)
+    assert not session._contexts._inputs
+    del array
+    assert machine.left_over() == {}
+
+
+def test_nobody_waits_for_the_gpu_with_the_lock_of_the_contexts(machine, monkeypatch):
+    """What the GPU waits for, such as a host function, may give outputs back."""
+    monkeypatch.setattr(contexts_module, "MOST_CONTEXTS", 1)
+    session = machine.open(ShapeRange(min=1, opt=2, max=4), plan_of(shapes(1, 1, 1), shapes(2, 2, 4)))
+    maps = session.run_on_device(machine.gpu.put(pixels(2)), machine.stream)
+    wait_for, released = machine.memory.wait_for, []
+
+    def wait(event) -> None:
+        if maps:
+            thread = in_thread(maps.clear)
+            thread.join(5)
+            released.append(not thread.is_alive())
+        wait_for(event)
+
+    monkeypatch.setattr(machine.memory, "wait_for", wait)
+    images = pixels(1)
+    other = session.run_on_device(machine.gpu.put(images), machine.stream)
+    assert released == [True]
+    check(machine, other, images, machine.stream)
+    assert machine.library.live["context"] == 1
+    session.close()
+
+
+def test_a_producer_that_is_captured_is_refused(machine):
+    """An event of its stream would make the stream of the call part of the capture."""
+    session, images = machine.open(), pixels(2)
+    array = dataclasses.replace(machine.gpu.put(images), producer_stream=machine.other)
+    with machine.memory as memory:
+        graph = memory.capture(
+            machine.other, lambda: pytest.raises(InputError, session.run_on_device, array, machine.stream)
+        )
+        memory.free_graph(graph)
+    check(machine, session.run_on_device(array, machine.stream), images, machine.stream)

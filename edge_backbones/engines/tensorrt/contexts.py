@@ -60,6 +60,7 @@ class Contexts:
             shape: Shape of the input.
             key: Stream of the work; None for the context's own stream, if possible without pending work.
         """
+        replaced: Slot | None = None
         with self._lock:
             while True:
                 if self.closed:
@@ -74,17 +75,20 @@ class Contexts:
                     idle.remove(slot)
                     return slot
                 if self._lendable < MOST_CONTEXTS:
+                    self._lendable += 1
                     break
                 other = next((slots for slots in self._idle.values() if slots), None)
-                if other is None:
-                    self._waiting += 1
+                if other is not None:
+                    replaced = other.pop(0)
+                    break
+                self._waiting += 1
+                try:
                     self._returned.wait()
+                finally:
                     self._waiting -= 1
-                else:
-                    self._lendable -= 1
-                    self._release(other.pop(0))
-            self._lendable += 1
         try:
+            if replaced is not None:
+                self._release(replaced)  # without the lock, because it waits for the GPU
             return self.new_slot(profile)
         except BaseException:
             with self._lock:
@@ -164,7 +168,9 @@ class Contexts:
             self._retired += left
 
     def order(self, stream: int, producer: int) -> None:
-        """Make ``stream`` wait for the work that is on ``producer`` now."""
+        """Make ``stream`` wait for the work that is on ``producer`` now. Raises InputError if ``producer`` is captured."""
+        if self._memory.is_capturing(producer):
+            raise capture_refusal(producer)
         ready = self.pool.new_ready()
         self._memory.record(ready.event, producer)
         self._memory.follow(stream, ready.event)
@@ -222,15 +228,28 @@ class Contexts:
             for slot in slots:
                 steps.make(slot.release)
                 self._ended()
-            for ready, _ in self._inputs:
-                steps.make(self._memory.wait_for, ready.event)
-            self._inputs.clear()
+            with contextlib.suppress(IndexError):  # there are no more; calls that still run add and take some
+                while True:
+                    ready, owner = self._inputs.popleft()
+                    steps.make(self._memory.wait_for, ready.event)
+                    del owner  # not before: the GPU read its memory until now
             steps.make(self.pool.close)
             with self._lock:
                 unused = not self._alive  # otherwise the last running call closes the engine
             if unused:
                 self._engine.close()
         steps.end()
+
+
+def capture_refusal(stream: int) -> InputError:
+    """Return the error for a call while the caller captures a CUDA graph.
+
+    The memory of a call is reused in the order of its stream, which a graph that is launched later would not keep.
+    """
+    return InputError(
+        f"the stream {stream:#x} is being captured, and a call cannot be part of another library's CUDA graph: end the "
+        "capture first, or record the call alone with backbone.graphed(array, stream=stream)"
+    )
 
 
 def close_quietly(contexts: Contexts) -> None:

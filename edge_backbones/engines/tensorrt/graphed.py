@@ -13,9 +13,8 @@ from edge_backbones.engines.gpu.blocks import Block
 from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.gpu.pool import Lease
 from edge_backbones.engines.gpu.streams import StreamKey, rounded
-from edge_backbones.engines.tensorrt.contexts import Contexts
+from edge_backbones.engines.tensorrt.contexts import Contexts, capture_refusal
 from edge_backbones.engines.tensorrt.profiles import Profile
-from edge_backbones.errors import InputError
 
 
 class GraphedCall:
@@ -113,17 +112,6 @@ class HostGraphedCall:
             memory.launch(self._slot.graph, self._slot.stream)
             memory.wait(self._slot.stream)
         return self.outputs
-
-
-def capture_refusal(stream: int) -> InputError:
-    """Return the error for a call while the caller captures a CUDA graph.
-
-    The memory of a call is reused in the order of its stream, which a graph that is launched later would not keep.
-    """
-    return InputError(
-        f"the stream {stream:#x} is being captured, and a call cannot be part of another library's CUDA graph: end the "
-        "capture first, or record the call alone with backbone.graphed(array, stream=stream)"
-    )
 
 
 def device_arrays(lease: Lease, outputs: Block, gpu: int, stream: int) -> list[DeviceArray]:

@@ -22,9 +22,9 @@ from edge_backbones.engines.gpu.pool import Buffer, Lease, Ready
 from edge_backbones.engines.gpu.streams import ALIGNMENT, StreamKey, is_default
 from edge_backbones.engines.ports import Shape
 from edge_backbones.engines.tensorrt import library as tensorrt_library
-from edge_backbones.engines.tensorrt.contexts import Contexts, close_quietly
+from edge_backbones.engines.tensorrt.contexts import Contexts, capture_refusal, close_quietly
 from edge_backbones.engines.tensorrt.engine import load as load_engine
-from edge_backbones.engines.tensorrt.graphed import GraphedCall, HostGraphedCall, capture_refusal, device_arrays
+from edge_backbones.engines.tensorrt.graphed import GraphedCall, HostGraphedCall, device_arrays
 from edge_backbones.engines.tensorrt.kernels import Kernels
 from edge_backbones.engines.tensorrt.library import TensorRtFlavour
 from edge_backbones.engines.tensorrt.profiles import Profile, choose_profile
