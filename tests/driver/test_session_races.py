@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from edge_backbones.engines.gpu import pool as pool_module
+from edge_backbones.engines.gpu.pool import Buffer, Pool
 from edge_backbones.engines.tensorrt import contexts as contexts_module
 from edge_backbones.engines.tensorrt import session as session_module
 from edge_backbones.errors import InputError
@@ -130,3 +132,85 @@ def test_a_producer_that_is_captured_is_refused(machine):
         )
         memory.free_graph(graph)
     check(machine, session.run_on_device(array, machine.stream), images, machine.stream)
+
+
+@pytest.mark.parametrize("what", ["scratch", "outputs"])
+def test_memory_of_a_stream_that_is_captured_now_is_left_alone(machine, what, monkeypatch):
+    """An event recorded there would be part of the capture, and so would the call that waits for it."""
+    monkeypatch.setattr(pool_module, "SCRATCH_BUFFERS" if what == "outputs" else "_UNUSABLE_BUFFERS", 100)
+    session, images = machine.open(), pixels(2)
+    array = machine.gpu.put(images)
+    with machine.memory as memory:
+        streams = [memory.new_stream() for _ in range(9)]
+        for stream in streams[:8]:
+            session.run_on_device(array, stream)
+        found = []
+        graph = memory.capture(streams[0], lambda: found.append(session.run_on_device(array, streams[8])))
+        memory.free_graph(graph)
+    check(machine, found.pop(), images, streams[8])
+
+
+@pytest.mark.parametrize("take", ["take", "take_scratch"])
+def test_outputs_that_come_back_while_another_thread_closes(machine, take, monkeypatch):
+    """Garbage collection gives them back in the middle of a call, which already knows the memory that it takes."""
+    with machine.memory as memory:
+        pool = Pool(memory)
+        other = Buffer(memory.allocate(256), 256)
+        buffer = (
+            pool.take_scratch(256, 5, machine.stream) if take == "take_scratch" else pool.take(256, 5, machine.stream)
+        )
+        (pool.give_back_scratch if take == "take_scratch" else pool.give_back)(buffer)
+        usable, threads = pool_module._usable, []
+
+        def close() -> None:
+            with machine.memory:
+                pool.close()
+
+        def find(buffers, key) -> int:
+            index = usable(buffers, key)
+            threads.append(in_thread(close))
+            threads[0].join(0.5)
+            pool.give_back(other)
+            return index
+
+        monkeypatch.setattr(pool_module, "_usable", find)
+        taken = getattr(pool, take)(256, 5, machine.stream)
+        threads[0].join(30)
+        memory.clear(taken.pointer, 256, machine.stream)
+        memory.wait(machine.stream)
+        pool.give_back(taken)
+    assert machine.left_over() == {}
+
+
+def test_a_reader_that_comes_while_another_thread_marks_the_last_ones(machine, monkeypatch):
+    """A buffer that was settled meanwhile has a new holder, and the same stream reads it again."""
+    with machine.memory as memory:
+        pool, key = Pool(memory), memory.stream_key(machine.other)
+        buffer = pool.take(256, 5, machine.stream)
+        buffer.readers[key] = machine.other
+        pool.give_back(buffer)
+        mark, held = pool._mark, []
+
+        def slowly(streams):
+            events = mark(streams)
+            pool._settle()
+            held.append(pool.take(256, 5, machine.stream))
+            held[0].readers[key] = machine.other
+            return events
+
+        monkeypatch.setattr(pool, "_mark", slowly)
+        pool.take(512, 5, machine.stream)
+        assert held == [buffer]
+        assert buffer.readers == {key: machine.other}
+
+
+def test_a_reader_whose_stream_is_gone_makes_the_next_call_wait(machine):
+    session, images = machine.open(), pixels(2)
+    array = machine.gpu.put(images)
+    with machine.memory as memory:
+        gone = memory.new_stream()
+        session.run_on_device(array, machine.stream)[0].__dlpack__(stream=gone)
+        memory.wait(gone)
+        memory.free_stream(gone)
+    check(machine, session.run_on_device(array, machine.stream), images, machine.stream)
+    assert all("does not exist" in violation for violation in machine.driver.take_violations())

@@ -150,10 +150,10 @@ class Pool:
         if self._count > _FREE_BUFFERS:
             self._settle()
         with self.lock:
-            same = self._free.setdefault(size, [])
+            same = [] if self._closed else self._free.setdefault(size, [])
             index = _usable(same, key)
             if index < 0 and len(same) >= _UNUSABLE_BUFFERS:
-                index = next((i for i, buffer in enumerate(same) if not buffer.readers), -1)
+                index = self._oldest(same)
             if index >= 0:
                 self._count -= 1
                 buffer = same.pop(index)
@@ -171,10 +171,11 @@ class Pool:
         grows to what the largest of them needs. Call it inside ``with memory:``. Raises OutOfMemoryError.
         """
         with self.lock:
-            index = _usable(self._scratch, key)
-            if index < 0 and len(self._scratch) >= SCRATCH_BUFFERS:
-                index = 0
-            buffer = None if index < 0 else self._scratch.pop(index)
+            kept = [] if self._closed else self._scratch
+            index = _usable(kept, key)
+            if index < 0 and len(kept) >= SCRATCH_BUFFERS:
+                index = self._oldest(kept)
+            buffer = None if index < 0 else kept.pop(index)
         if buffer is not None and buffer.size < size:
             self.memory.free(buffer.pointer)  # waits for what still uses it
             buffer = None
@@ -202,6 +203,23 @@ class Pool:
             pointer = self.memory.allocate(size)
         return Buffer(pointer, size, key, stream)
 
+    def _oldest(self, buffers: Sequence[Buffer]) -> int:
+        """Return the index of the oldest buffer that can be used behind events; -1 if there is none.
+
+        If its stream is being captured, an event there would become part of the capture.
+        """
+        for index, buffer in enumerate(buffers):
+            if not buffer.readers and (buffer.key is None or not self._is_captured(buffer.stream)):
+                return index
+        return -1
+
+    def _is_captured(self, stream: int) -> bool:
+        """Return whether a stream is being captured. One that is gone is not; `_mark` then waits for the whole GPU."""
+        try:
+            return self.memory.is_capturing(stream)
+        except DeviceError:
+            return False
+
     def _order(self, buffer: Buffer, key: StreamKey, stream: int) -> None:
         """Make a stream wait for everything that uses a buffer."""
         readers = dict(buffer.readers)
@@ -215,16 +233,19 @@ class Pool:
     def _mark_reads(self) -> None:
         """Record events behind the reads of other streams, for the buffers that were given back since the last call."""
         with self.lock:
-            returned, self._returned = self._returned, []
+            returned, self._returned = [(buffer, buffer.readers) for buffer in self._returned], []
         streams: dict[StreamKey, int] = {}
-        for buffer in returned:
-            streams.update((key, s) for key, s in buffer.readers.items() if not self.memory.is_capturing(s))
+        for _, readers in returned:
+            streams.update((key, s) for key, s in readers.items() if not self._is_captured(s))
         events = self._mark(streams)
-        for buffer in returned:
-            buffer.after += [events[key] for key in buffer.readers if key in events]
-            buffer.readers = {key: s for key, s in buffer.readers.items() if key not in events}
-            if buffer.readers:  # its reader is being captured now
-                self._returned.append(buffer)
+        with self.lock:
+            for buffer, readers in returned:
+                if buffer.readers is not readers:
+                    continue  # another thread has settled it meanwhile, and it may have a new holder
+                buffer.after += [events[key] for key in readers if key in events]
+                buffer.readers = {key: s for key, s in readers.items() if key not in events}
+                if buffer.readers:  # its reader is being captured now
+                    self._returned.append(buffer)
 
     def _mark(self, streams: dict[StreamKey, int]) -> dict[StreamKey, Ready]:
         """Record an event on each stream, and return the events. If a stream is gone, wait for the whole GPU instead."""
@@ -250,8 +271,9 @@ class Pool:
         settled, surplus = self._take_free(), []
         try:
             self.memory.wait_for_all()
-            for buffer in settled:
-                buffer.key, buffer.readers, buffer.after = None, {}, []
+            with self.lock:
+                for buffer in settled:
+                    buffer.key, buffer.readers, buffer.after = None, {}, []
             surplus, settled = settled[: -_FREE_BUFFERS // 2], settled[-_FREE_BUFFERS // 2 :]
         finally:
             for buffer in settled:
@@ -302,5 +324,6 @@ class Pool:
 
     def close(self) -> None:
         """Free everything that nobody holds now, and whatever is returned later. Call it inside ``with memory:``."""
-        self._closed = True
+        with self.lock:  # a thread that is taking something must not find it freed when garbage collection returns more
+            self._closed = True
         self._release_free()
