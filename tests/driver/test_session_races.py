@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from edge_backbones.engines.gpu import pool as pool_module
+from edge_backbones.engines.gpu.pipelined import Pipeline
 from edge_backbones.engines.gpu.pool import Buffer, Pool
 from edge_backbones.engines.tensorrt import contexts as contexts_module
+from edge_backbones.engines.tensorrt import kernels as kernels_module
 from edge_backbones.engines.tensorrt import session as session_module
-from edge_backbones.errors import InputError
+from edge_backbones.errors import DeviceError, InputError
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import pooled
 from tests.driver.machine import DriverMachine
-from tests.simulated_tensorrt import Context, plan_of, shapes
+from tests.simulated_tensorrt import Context, NumpyTensorRt, RuntimeCache, plan_of, shapes
 
 RANDOM = np.random.default_rng(0)
 
@@ -95,7 +97,6 @@ def test_a_call_that_ends_while_another_thread_closes(machine, monkeypatch):
     thread.join(30)
     check(machine, results.pop(), images, machine.stream)
     assert not session._contexts._inputs
-    del array
     assert machine.left_over() == {}
 
 
@@ -126,11 +127,13 @@ def test_a_producer_that_is_captured_is_refused(machine):
     """An event of its stream would make the stream of the call part of the capture."""
     session, images = machine.open(), pixels(2)
     array = dataclasses.replace(machine.gpu.put(images), producer_stream=machine.other)
+
+    def call() -> None:
+        with pytest.raises(InputError, match="is being captured"):
+            session.run_on_device(array, machine.stream)
+
     with machine.memory as memory:
-        graph = memory.capture(
-            machine.other, lambda: pytest.raises(InputError, session.run_on_device, array, machine.stream)
-        )
-        memory.free_graph(graph)
+        memory.free_graph(memory.capture(machine.other, call))
     check(machine, session.run_on_device(array, machine.stream), images, machine.stream)
 
 
@@ -214,3 +217,55 @@ def test_a_reader_whose_stream_is_gone_makes_the_next_call_wait(machine):
         memory.free_stream(gone)
     check(machine, session.run_on_device(array, machine.stream), images, machine.stream)
     assert all("does not exist" in violation for violation in machine.driver.take_violations())
+
+
+def test_page_locked_memory_that_this_gpu_cannot_address_is_copied(machine):
+    session, images = machine.open(), pixels(2)
+    buffer = session.input_buffer(images.shape)
+    buffer[:] = images
+    machine.driver.fail_at("cuPointerGetAttribute", 2, 1)
+    for actual, expected in zip(session.run(buffer), pooled(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert machine.driver.failed == "cuPointerGetAttribute"
+
+
+def test_an_input_that_is_not_copied_for_timing_leaves_no_stream_behind(machine):
+    session, images = machine.open(), pixels(2)
+    machine.driver.fail_at("cuMemcpyHtoDAsync", 1, 719)
+    with pytest.raises(DeviceError), Pipeline(session, images, 0):
+        pytest.fail("it was copied")
+    machine.driver.reset()
+    session.close()
+    assert machine.left_over() == {}
+
+
+@pytest.mark.machine(version=13000)
+def test_contexts_that_are_made_at_once_share_one_cache_of_kernels(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels_module.runtime_cache, "default_cache", lambda: tmp_path)
+    machine.library = NumpyTensorRt(machine.gpu, rtx=True)
+    session, images = machine.open(flavour="tensorrt_rtx"), pixels(2)
+    read, threads = kernels_module.runtime_cache.read, []
+
+    def slowly(path):
+        if not threads:
+            threads.append(in_thread(lambda: session.run(pixels(1))))
+            threads[0].join(1)
+        return read(path)
+
+    monkeypatch.setattr(kernels_module.runtime_cache, "read", slowly)
+    session.run(images)
+    threads[0].join(30)
+    assert len({id(context.cache) for context in machine.library.contexts}) == 1
+    session.close()
+
+
+@pytest.mark.machine(version=13000)
+def test_a_cache_of_kernels_that_is_not_serialised_fails_no_call(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels_module.runtime_cache, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(RuntimeCache, "serialize", lambda cache: None)
+    machine.library = NumpyTensorRt(machine.gpu, rtx=True)
+    session, images = machine.open(flavour="tensorrt_rtx"), pixels(2)
+    for actual, expected in zip(session.run(images), pooled(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    session.close()
+    assert machine.library.live["context"] == 0

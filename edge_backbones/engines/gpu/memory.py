@@ -411,12 +411,12 @@ class GpuMemory:
         )
 
     def page_locked(self, address: int) -> int | None:
-        """Return the GPU's address of page-locked host memory; None for memory of another kind."""
+        """Return the GPU's address of page-locked host memory; None for other memory, and if the GPU has no address for it."""
         result = self._driver.cuPointerGetAttribute(self._attributes.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
         if result[0] or int(result[1]) != _HOST:
             return None
         result = self._driver.cuPointerGetAttribute(self._attributes.CU_POINTER_ATTRIBUTE_DEVICE_POINTER, address)
-        return int(self._check(result, "cuPointerGetAttribute of %#x", address))
+        return None if result[0] else int(result[1])
 
     def _check(self, result: Any, what: str, *values: object) -> Any:
         if result[0]:

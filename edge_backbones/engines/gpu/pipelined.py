@@ -10,6 +10,7 @@ import numpy as np
 from edge_backbones.engines.base import DeviceSession
 from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.gpu.memory import open_memory
+from edge_backbones.engines.gpu.pool import CleanUp
 
 PIPELINED = 20  # calls before one wait
 
@@ -42,7 +43,10 @@ class Pipeline:
                 memory.copy_in(pointer, images.ctypes.data, images.nbytes, self._stream)
                 memory.wait(self._stream)
             except BaseException:
-                memory.free(pointer)
+                steps = CleanUp()  # the first error is the one to raise
+                steps.make(memory.free, pointer)
+                if self._stream:
+                    steps.make(memory.free_stream, self._stream)
                 raise
         self._array = ForeignArray(pointer, images.shape, images.dtype, memory.gpu, True, True, owner=self)
         return self
@@ -60,6 +64,8 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._memory as memory:
-            memory.wait(self._stream)
-            memory.free(self._array.pointer)
-            memory.free_stream(self._stream)
+            steps = CleanUp()
+            steps.make(memory.wait, self._stream)
+            steps.make(memory.free, self._array.pointer)
+            steps.make(memory.free_stream, self._stream)
+            steps.end()

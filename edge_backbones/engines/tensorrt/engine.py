@@ -94,15 +94,11 @@ class Engine:
             )
         return InferenceError(f"{what}: {log}")
 
-    def keep_kernels(self) -> None:
-        """Write the kernels that TensorRT-RTX has compiled since the last time to the user's cache."""
-        if self.kernels is not None:
-            self.kernels.save()
-
     def close(self) -> None:
         """Release TensorRT's engine, then its runtime. Before that, keep the compiled kernels for the next process."""
-        self.keep_kernels()
-        self.kernels = None
+        kernels, self.kernels = self.kernels, None  # two threads may close at once
+        if kernels is not None:
+            kernels.save()
         self.handle = None
         self.runtime = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,21 @@ class Kernels:
         digest = hashlib.sha256(plan).hexdigest()
         self.path = runtime_cache.path_of(digest, library_version, gpu, folder=folder)
         self.note = ""
+        # Reentrant, because garbage collection may release the last context of a closed engine while this thread holds it.
+        self._lock = threading.RLock()
         self._cache: Any = None
         self._kept = b""
         self._next = 0.0
 
     def use_in(self, options: Any) -> None:
         """Make the execution contexts of an ``IRuntimeConfig`` use the cache."""
-        if self._cache is None:
-            cache = options.create_runtime_cache()
-            kept, self.note = runtime_cache.read(self.path)
-            if kept is not None and cache.deserialize(kept):  # it refuses what another GPU or release has written
-                self._kept = hashlib.sha256(kept).digest()
-            self._cache = cache
+        with self._lock:
+            if self._cache is None:
+                cache = options.create_runtime_cache()
+                kept, self.note = runtime_cache.read(self.path)
+                if kept is not None and cache.deserialize(kept):  # it refuses what another GPU or release has written
+                    self._kept = hashlib.sha256(kept).digest()
+                self._cache = cache
         options.set_runtime_cache(self._cache)
 
     def save_soon(self) -> None:
@@ -52,9 +56,10 @@ class Kernels:
         """Write the cache if it holds more than the file."""
         if self._cache is None:
             return
-        self._next = time.monotonic() + _PAUSE
-        compiled = bytes(self._cache.serialize())
-        digest = hashlib.sha256(compiled).digest()
-        if compiled and digest != self._kept:
-            self.note = runtime_cache.write(self.path, compiled)
-            self._kept = digest
+        with self._lock:
+            self._next = time.monotonic() + _PAUSE
+            compiled = bytes(self._cache.serialize() or b"")  # None if TensorRT-RTX fails
+            digest = hashlib.sha256(compiled).digest()
+            if compiled and digest != self._kept:
+                self.note = runtime_cache.write(self.path, compiled)
+                self._kept = digest
