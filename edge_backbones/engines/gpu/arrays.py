@@ -216,13 +216,14 @@ def from_foreign(values: Any, *, stream: int) -> ForeignArray:
     """
     if type(values) is DeviceArray:  # a frame's maps, into the next engine: without a capsule
         values.order(stream or _LEGACY)
-        rows = None if values.strides is None else rows_of(values.shape, values.strides, values.dtype.itemsize)
+        contiguous = values.strides is None or is_c_contiguous(values.shape, values.strides, 1)
+        rows = None if contiguous else rows_of(values.shape, values.strides or (), values.dtype.itemsize)
         return ForeignArray(
             values.pointer,
             values.shape,
             values.dtype,
             values.device,
-            values.strides is None,
+            contiguous,
             False,
             values.owner,
             rows=rows,

@@ -411,7 +411,7 @@ class GpuMemory:
         )
 
     def page_locked(self, address: int) -> int | None:
-        """Return the GPU's address of page-locked host memory; None for other memory, and if the GPU has no address for it."""
+        """Return the GPU's address of page-locked host memory; None for memory of another kind, and where it has none."""
         result = self._driver.cuPointerGetAttribute(self._attributes.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
         if result[0] or int(result[1]) != _HOST:
             return None

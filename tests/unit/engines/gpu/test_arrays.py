@@ -231,6 +231,12 @@ def test_c_order_is_told_by_strides_that_matter(shape, strides, contiguous):
     assert from_foreign(Library(shape, strides), stream=0).contiguous is contiguous
 
 
+@pytest.mark.parametrize(("shape", "contiguous"), [((2, 4, 5, 3), False), ((2, 4, 5, 1), True), ((2, 1, 1, 3), True)])
+def test_channels_last_memory_of_one_channel_or_one_cell_is_in_c_order(shape, contiguous):
+    array = DeviceArray(256, shape, np.float32, device=0, owner=None, synchronize=None).channels_first()
+    assert from_foreign(array, stream=0).contiguous is contiguous
+
+
 def test_the_byte_offset_is_part_of_the_pointer():
     assert from_foreign(Library(offset=512), stream=0).pointer == ADDRESS + 512
 
