@@ -115,15 +115,18 @@ def passed_over(
         device: As for `choose_engine`.
         allow_host_code: As for `choose_engine`.
     """
-    found = {}
+    found, runnable = {}, [chosen]
     for other in (e for e in bundle.manifest.engines if e.name != chosen.name):
         reasons = [] if _is_meant(other, engine) else [f"engine={engine!r} was asked for"]
         reasons = reasons or reasons_against(bundle, other, host, engine, device=device, code=allow_host_code)
-        times = comparable_times([other, chosen])
-        if not reasons and times and (other.key.gpu is None) == (chosen.key.gpu is None):
-            reasons = [f"takes {times[other.name]:.2f} ms, the one that runs {times[chosen.name]:.2f} ms"]
         found[other.name] = "; ".join(reasons) or f"would run, and {chosen.name} is preferred"
-    return found
+        if not reasons and (other.key.gpu is None) == (chosen.key.gpu is None):
+            runnable.append(other)
+    times = comparable_times(runnable)  # of all at once, as choose_engine compares them
+    slower = [other.name for other in runnable[1:] if times]
+    return found | {
+        name: f"takes {times[name]:.2f} ms, the one that runs {times[chosen.name]:.2f} ms" for name in slower
+    }
 
 
 def _is_meant(record: EngineRecord, engine: str | None) -> bool:

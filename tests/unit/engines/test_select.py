@@ -306,3 +306,21 @@ def test_engines_on_a_gpu_are_compared_by_their_time_there():
     untimed = [msgspec.structs.replace(one, pipelined_milliseconds=None) for one in engines[:1]] + engines[1:]
     assert session.choose_engine(bundle_of(*untimed), HOST, device="cuda").key.precision is Precision.FP16
     assert session.comparable_times([engine("fp32"), engines[0]]) == {}
+
+
+def test_why_the_others_were_passed_over_is_told_by_the_times_that_decided():
+    engines = [
+        msgspec.structs.replace(engine(precision), milliseconds=call, pipelined_milliseconds=alone)
+        for precision, call, alone in (("fp32", 5.0, 2.0), ("fp16", 6.0, 1.0), ("int8", 7.0, None))
+    ]
+    bundle = bundle_of(*engines)
+    taken = session.choose_engine(bundle, HOST, device="cuda")
+    assert taken == engines[0]
+    assert session.passed_over(bundle, taken, HOST, device="cuda") == {
+        engines[1].name: "takes 6.00 ms, the one that runs 5.00 ms",
+        engines[2].name: "takes 7.00 ms, the one that runs 5.00 ms",
+    }
+    bundle = bundle_of(*engines[:2], changed_record(engines[2], milliseconds=None))
+    taken = session.choose_engine(bundle, HOST, device="cuda")
+    reasons = session.passed_over(bundle, taken, HOST, device="cuda")
+    assert set(reasons.values()) == {f"would run, and {taken.name} is preferred"}
