@@ -102,8 +102,8 @@ class EdgeBackbone(BackboneDescription):
     to float32, or to float16 for a bundle built with ``pixels="float16"``. For a bundle built with ``input="image"``: raw
     camera frames, uint8, shape (batch, height, width, channels), or one frame without the batch axis. Pass a numpy array
     or any CPU array that supports DLPack, such as a ``torch.Tensor``. An engine on a GPU also takes arrays on that GPU
-    that support DLPack or ``__cuda_array_interface__``. Those must have exactly the engine's dtype, and be in C order or
-    have their rows at a pitch.
+    that support DLPack or ``__cuda_array_interface__``. Those must have exactly the engine's dtype and be in C order. A
+    TensorRT engine also takes rows at a pitch.
 
     Batch: any size from 1. A batch that the engine takes runs in one piece. A smaller batch is filled up with zeros,
     and the filling is cut off the result. A larger batch runs in pieces, and the results are joined. Always

@@ -22,7 +22,7 @@ def as_callers_see(outputs: Sequence[Any], reordered: Sequence[bool]) -> list[An
     """Return the outputs of an engine, with NCHW views of those in channels-last memory.
 
     Args:
-        outputs: Every output in graph order: numpy arrays, DeviceArrays or tensors of torch.
+        outputs: Every output in graph order: numpy arrays or DeviceArrays.
         reordered: For each output whether it is NHWC and callers see NCHW; empty for none.
     """
     if not reordered:

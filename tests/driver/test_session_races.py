@@ -269,3 +269,22 @@ def test_a_cache_of_kernels_that_is_not_serialised_fails_no_call(machine, tmp_pa
         np.testing.assert_array_equal(actual, expected)
     session.close()
     assert machine.library.live["context"] == 0
+
+
+@pytest.mark.machine(version=13000)
+def test_ctrl_c_while_kernels_are_written_loses_no_context(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels_module.runtime_cache, "default_cache", lambda: tmp_path)
+    machine.library = NumpyTensorRt(machine.gpu, rtx=True)
+    session, images = machine.open(flavour="tensorrt_rtx"), pixels(2)
+
+    def interrupted(cache):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RuntimeCache, "serialize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.run(images)
+    session.run(images)
+    assert machine.library.made == 1
+    session.close()
+    assert machine.left_over() == {}

@@ -20,7 +20,7 @@ from edge_backbones.engines.tensorrt.profiles import Profile
 from edge_backbones.engines.tensorrt.slot import Slot
 from edge_backbones.errors import DeviceError, EdgeBackbonesError, InputError
 
-IDLE_CONTEXTS = 8  # most contexts of one profile that are made for other shapes and streams; then they take turns
+IDLE_CONTEXTS = 8  # idle contexts of one profile, from which on none is made for another shape or stream
 MOST_CONTEXTS = 32  # most contexts of one engine that calls use at once; further threads wait for one
 
 
@@ -120,17 +120,18 @@ class Contexts:
 
     def give_back(self, slot: Slot) -> None:
         """Keep a context for the next call; discard it instead after ``close``."""
-        if slot.has_new_shape:
-            slot.has_new_shape = False
-            if self._engine.kernels is not None:
-                self._engine.kernels.save_soon()
+        kernels = self._engine.kernels if slot.has_new_shape else None
+        slot.has_new_shape = False
         with self._lock:
-            if not self.closed:
+            is_kept = not self.closed
+            if is_kept:
                 self._idle[slot.profile.index].append(slot)
                 if self._waiting:
                     self._returned.notify()
-                return
-        self.discard(slot)
+        if not is_kept:
+            self.discard(slot)
+        if kernels is not None:
+            kernels.save_soon()
 
     def failure(self, array: Any, error: BaseException) -> BaseException:
         """Return the error for what a call raised: InferenceError for a RuntimeError of TensorRT's bindings."""
