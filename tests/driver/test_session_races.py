@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from edge_backbones.engines.gpu import pool as pool_module
+from edge_backbones.engines.gpu.arrays import from_foreign
 from edge_backbones.engines.gpu.pipelined import Pipeline
 from edge_backbones.engines.gpu.pool import Buffer, Pool
 from edge_backbones.engines.tensorrt import contexts as contexts_module
@@ -288,3 +289,22 @@ def test_ctrl_c_while_kernels_are_written_loses_no_context(machine, tmp_path, mo
     assert machine.library.made == 1
     session.close()
     assert machine.left_over() == {}
+
+
+def test_maps_are_not_passed_to_a_stream_that_is_captured(machine):
+    """Its graph cannot wait for them, and trying would end the capture."""
+    session, images = machine.open(), pixels(2)
+    feature_map = session.run_on_device(machine.gpu.put(images), machine.stream)[0]
+
+    def export() -> None:
+        for consume in (
+            lambda: from_foreign(feature_map, stream=machine.other),
+            lambda: feature_map.__dlpack__(stream=machine.other),
+        ):
+            with pytest.raises(InputError, match=r"is being captured, .* before the capture"):
+                consume()
+
+    with machine.memory as memory:
+        memory.free_graph(memory.capture(machine.other, export))
+    feature_map.__dlpack__(stream=machine.other)
+    np.testing.assert_array_equal(machine.gpu.value(feature_map, machine.other), pooled(images)[0])

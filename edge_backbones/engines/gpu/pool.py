@@ -11,7 +11,7 @@ from typing import Any
 
 from edge_backbones.engines.gpu.memory import GpuMemory
 from edge_backbones.engines.gpu.streams import StreamKey, rounded
-from edge_backbones.errors import DeviceError, OutOfMemoryError
+from edge_backbones.errors import DeviceError, InputError, OutOfMemoryError
 
 _UNUSABLE_BUFFERS = 8  # buffers of one size that other streams may still use before the oldest is taken, behind events
 _FREE_BUFFERS = 256  # most outputs that are kept for later calls while nobody holds them
@@ -78,10 +78,15 @@ class Lease:
         self._pool = pool
 
     def order(self, consumer: int) -> None:
-        """Make the stream ``consumer`` wait for the outputs."""
+        """Make the stream ``consumer`` wait for the outputs. Raises InputError if it is being captured."""
         with self._pool.memory as memory:
             key = memory.stream_key(consumer)
             if key != self.buffer.key:
+                if memory.is_capturing(consumer):  # to wait would end the capture
+                    raise InputError(
+                        f"the stream {consumer:#x} is being captured, and its graph cannot wait for maps of a call outside "
+                        "it: pass the maps to that stream before the capture"
+                    )
                 self.buffer.readers[key] = consumer
                 memory.follow(consumer, self._ready.event)
 
