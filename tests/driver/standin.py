@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 from collections.abc import Callable
@@ -133,8 +134,9 @@ class StandIn:
 
     def kernel(self, stream: int, function: Callable[[], None]) -> int:
         """Enqueue a function in the place of a kernel; returns the code. A captured one runs at every launch."""
-        while self._finished:
-            del self._kernels[self._finished.pop()]
+        with contextlib.suppress(IndexError):  # threads share the list
+            while True:
+                del self._kernels[self._finished.pop()]
         number, captured = next(self._numbers), self.is_capturing(stream)
 
         def run(_: object) -> None:
