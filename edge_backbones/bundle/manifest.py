@@ -53,6 +53,10 @@ class FileRecord(_Strict, frozen=True):
     size: Bytes
 
 
+USE_PROCESSOR = "prepare pixel_values with it"
+"""The words of a note on a processor that a manifest's ``image`` does not repeat."""
+
+
 class Source(_Strict, frozen=True):
     """Where the network came from.
 
@@ -73,6 +77,11 @@ class Source(_Strict, frozen=True):
     config: dict[str, Any] = {}
     preprocessing: str = ""
     preprocessing_notes: tuple[str, ...] = ()
+
+    @property
+    def not_repeated(self) -> str:
+        """Return the note that says why ``image`` cannot prepare photographs for the network; empty where it can."""
+        return next((note for note in self.preprocessing_notes if USE_PROCESSOR in note), "")
 
 
 class GraphRecord(_Strict, frozen=True):

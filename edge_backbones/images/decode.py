@@ -7,6 +7,7 @@ colour channel the upper 8 are kept. Unlike timm, photographs are turned upright
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
@@ -78,7 +79,7 @@ def open_image(path: Path, channels: int = 3) -> Image.Image:
 def decode(path: Path, channels: int) -> Image.Image:
     """Decode a file like `open_image`, but raise InputError with the reason alone, to be counted over many files."""
     try:
-        from PIL import Image
+        from PIL import Image  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError("reading image files", "images") from error
     if channels not in (1, 3):
@@ -90,11 +91,32 @@ def decode(path: Path, channels: int) -> Image.Image:
     except OSError as error:
         link = f" (it is a link to {path.readlink()})" if path.is_symlink() else ""
         raise InputError(f"cannot be read: {error.strerror}{link}") from error
-    with file, warnings.catch_warnings():
+    with file, _pillow_refusals():
+        return _decoded(file, path.suffix.lower(), channels)
+
+
+def as_decoded(image: Image.Image, channels: int) -> Image.Image:
+    """Return a picture of Pillow as `open_image` gives that of a file: upright (EXIF), and RGB or grey for one channel.
+
+    Raises InputError with the reason.
+    """
+    try:
+        with _pillow_refusals():
+            return _upright(image, channels)
+    except InputError as error:
+        raise InputError(f"a picture of Pillow {error}") from error
+
+
+@contextlib.contextmanager
+def _pillow_refusals() -> Iterator[None]:
+    """Turn what Pillow raises for pixels that do not decode into InputError with the reason."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
         # A large picture or odd EXIF is no reason to refuse pixels that decode, even where warnings are errors.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
-            return _decoded(file, path.suffix.lower(), channels)
+            yield
         except InputError:
             raise
         except Image.DecompressionBombError as error:
@@ -170,16 +192,23 @@ def _decoded(file: BinaryIO, suffix: str, channels: int) -> Image.Image:
     except UnidentifiedImageError:
         raise InputError(_why_unknown(file, start, formats)) from None
     with opened as image:
-        if image.mode.startswith(("I", "F")):
-            raise InputError(
-                f"has pixels of more than 8 bits (mode {image.mode}), and only you know their range: save "
-                "np.interp(pixels, (low, high), (0, 255)).astype('uint8') instead, low and high the same for all files"
-            )
-        image.load()
-        turn = _TURNS.get(_orientation(image), "")
-        colours = image.convert("RGB") if channels == 3 or image.mode == "LAB" else image
-        pixels = colours.convert("RGB" if channels == 3 else "L")
-        return pixels.transpose(Image.Transpose[turn]) if turn else pixels
+        return _upright(image, channels)
+
+
+def _upright(image: Image.Image, channels: int) -> Image.Image:
+    """Return an opened picture upright (EXIF), as RGB, or as grey for one channel."""
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):
+        raise InputError(
+            f"has pixels of more than 8 bits (mode {image.mode}), and only you know their range: save "
+            "np.interp(pixels, (low, high), (0, 255)).astype('uint8') instead, low and high the same for all files"
+        )
+    image.load()
+    turn = _TURNS.get(_orientation(image), "")
+    colours = image.convert("RGB") if channels == 3 or image.mode == "LAB" else image
+    pixels = colours.convert("RGB" if channels == 3 else "L")
+    return pixels.transpose(Image.Transpose[turn]) if turn else pixels
 
 
 def _orientation(image: Image.Image) -> int:

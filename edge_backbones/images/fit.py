@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_backbones.errors import InputError
+from edge_backbones.errors import InputError, needing
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.frames import as_frame
 from edge_backbones.images.resample import FILTERS, Method, resample
@@ -31,6 +31,14 @@ def fit(
     ``threads`` share a large picture, by default one per core; the pixels do not depend on their number. Raises InputError
     for anything else, and for another number of channels than ``config`` has, with the expression that fixes it.
     """
+    pixels = fit_in_place(image, config, height, width, threads)
+    return pixels if pixels.flags.owndata and pixels.flags.writeable else pixels.copy()
+
+
+def fit_in_place(
+    image: Image.Image | np.ndarray, config: ImageConfig, height: int, width: int, threads: int | None = None
+) -> np.ndarray:
+    """Do what `fit` does, but return a view of ``image``, maybe a read-only one, if it only has to be cropped."""
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, got {threads}")
     image = as_frame(image, len(config.mean))
@@ -105,11 +113,12 @@ def _resized_centre(
         is_pillow = method[1:] == ("antialias", "pillow")
         if config.interpolation in FILTERS and (not is_pillow or (is_plain and _widths_first(source, size))):
             return resample(pixels, size, kept, method, threads or os.cpu_count() or 1)
-        from PIL import Image
+        with needing(f"resizing a frame of {source[0]} x {source[1]} ({config.interpolation})", "images"):
+            from PIL import Image
 
         picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         pixels = np.atleast_3d(np.asarray(picture.resize(size[::-1], Image.Resampling[config.interpolation.upper()])))
-    return pixels[rows.start : rows.stop, columns.start : columns.stop].copy()
+    return pixels[rows.start : rows.stop, columns.start : columns.stop]
 
 
 def _middle(length: int, wanted: int, *, down: bool) -> range:
@@ -129,7 +138,7 @@ def _widths_first(source: tuple[int, int], size: tuple[int, int]) -> bool:
 def _padded(pixels: np.ndarray, config: ImageConfig, height: int, width: int) -> np.ndarray:
     """Add a border of ``config.colours`` where a side is shorter than (height, width)."""
     if pixels.shape[:2] == (height, width):
-        return np.ascontiguousarray(pixels)
+        return pixels
     padded = np.empty((height, width, pixels.shape[2]), np.uint8)
     padded[...] = np.array(config.colours[: pixels.shape[2]], np.uint8)
     up = 1 if config.rounding == "transformers_pil" else 0

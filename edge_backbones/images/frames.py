@@ -35,13 +35,17 @@ def as_frame(given: object, channels: int) -> Image.Image | np.ndarray:
         raise InputError(
             f"{wanted}, got a {type(given).__name__}: pass open_image(path) of edge_backbones.images.decode"
         )
-    frame = as_array(given)
+    return as_pixels(as_array(given), channels, "frame" if isinstance(given, np.ndarray) else "np.asarray(frame)")
+
+
+def as_pixels(frame: np.ndarray, channels: int, code: str) -> np.ndarray:
+    """Check the array of a frame as `as_frame` does. ``code``: the Python expression for it in the message's fix."""
+    wanted = f"a frame is uint8 (rows, columns, {channels})"
     if frame.dtype == np.uint8 and frame.ndim == 2 and channels == 1:
         frame = frame[..., None]
     if frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == channels and frame.size:
         return frame
-    name = "frame" if isinstance(given, np.ndarray) else "np.asarray(frame)"
-    raise InputError(f"{wanted}, got {frame.dtype} {frame.shape}: {_fix(frame, channels, name)}")
+    raise InputError(f"{wanted}, got {frame.dtype} {frame.shape}: {_fix(frame, channels, code)}")
 
 
 def as_array(given: object) -> np.ndarray:

@@ -11,31 +11,18 @@ def snippet(manifest: Manifest, name: str, engine: EngineRecord | None) -> tuple
     ``name``: of the bundle's folder, which the program opens from the folder around it. ``engine``: the one that the
     program is for; on a GPU it asks for the GPU.
     """
-    input, config = manifest.input, manifest.image
+    channels = manifest.input.channels
     device = "" if engine is None or engine.key.gpu is None else ', device="cuda"'
-    colours = "RGB" if input.channels == 3 else "grey" if input.channels == 1 else f"{input.channels} channels"
-    pixels = "fit(frame, config, *size)[None]"
-    if input.name == "image":
-        fed = [f"    images = {pixels}  # the graph normalises"]
-    else:
-        dtype = f".astype(np.{input.dtype})"
-        order = "[..., ::-1]" if config.channel_order == "bgr" else ""
-        fed = [
-            f"    pixels = {pixels} / 255.0",
-            f"    images = ((pixels - config.mean) / config.std){order}.transpose(0, 3, 1, 2){dtype}",
-        ]
+    colours = "RGB" if channels == 3 else "grey" if channels == 1 else f"{channels} channels"
     # Double quotes, as in the documentation, where the name allows.
     path = f'"{repr(name)[1:-1]}"' if repr(name).startswith("'") and '"' not in name else repr(name)
     return (
         "import numpy as np",
-        "from edge_backbones import Bundle, EdgeBackbone, fit",
+        "from edge_backbones import EdgeBackbone",
         "",
-        f"config = Bundle.open({path}).manifest.image",
-        f"frame = np.zeros((480, 640, {input.channels}), np.uint8)  # your camera's frame, {colours}",
+        f"frame = np.zeros((480, 640, {channels}), np.uint8)  # your camera's frame, {colours}",
         f"with EdgeBackbone.from_pretrained({path}{device}) as backbone:",
-        "    size = backbone.input.height.opt, backbone.input.width.opt",
-        *fed,
-        "    maps = backbone(images).feature_maps",
+        "    maps = backbone(backbone.preprocess(frame)).feature_maps",
         "    for stage, feature_map in zip(backbone.out_features, maps):",
         "        print(stage, feature_map.shape)",
     )

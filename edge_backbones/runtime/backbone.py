@@ -23,6 +23,7 @@ from edge_backbones.engines.batching import run_in_pieces
 from edge_backbones.engines.gpu.arrays import DeviceArray, from_foreign, is_on_gpu, stream_pointer
 from edge_backbones.engines.gpu.memory import MemoryBackend
 from edge_backbones.errors import InputError, lack_told, refuse_lack
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.runtime.config import selected
 from edge_backbones.runtime.description import BackboneDescription
 from edge_backbones.runtime.in_flight import in_order
@@ -147,6 +148,7 @@ class EdgeBackbone(BackboneDescription):
         engine_name: Name of the engine in its manifest.
         passed_over: Why each other engine of the bundle does not run here, by name.
         check_finite: Raise InputError for NaN and infinity in host arrays.
+        image: How photographs become the input, for `preprocess`.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class EdgeBackbone(BackboneDescription):
         engine_name: str = "",
         passed_over: Mapping[str, str] | None = None,
         check_finite: bool = True,
+        image: ImageConfig | None = None,
     ) -> None:
         super().__init__(spec, input, source, device, engine_name, passed_over or {})
         self._engine = engine
@@ -168,6 +171,7 @@ class EdgeBackbone(BackboneDescription):
         self._is_float32 = input.dtype == "float32"
         self._reordered = reordered_outputs(spec)
         self._origin: Origin | None = None
+        self._image = image
         self._cls_tokens = tuple(spec.outputs.index(name) for name in spec.cls_tokens)
         self._hidden_states = tuple(spec.outputs.index(name) for name in spec.hidden_states)
         self._usual = (np.dtype(input.dtype), input.opt_shape)
@@ -239,6 +243,7 @@ class EdgeBackbone(BackboneDescription):
             engine_name=opened.record.name,
             passed_over=opened.passed_over,
             check_finite=check_finite,
+            image=manifest.image,
         )
         options = {
             "engine": key.precision.value if engine is None else engine,
@@ -253,6 +258,57 @@ class EdgeBackbone(BackboneDescription):
         graph = key.precision.value, key.graph_sha256
         backbone._origin = Origin(os.path.realpath(path), options, graph, manifest.input)
         return backbone
+
+    def preprocess(
+        self,
+        images: Any,
+        *,
+        color: Literal["rgb", "bgr", "gray"] = "rgb",
+        processor: Callable[..., Any] | None = None,
+    ) -> np.ndarray:
+        """Turn photographs or camera frames into the input of this backbone, as the network was trained.
+
+        >>> maps = backbone(backbone.preprocess("photo.jpg")).feature_maps   # doctest: +SKIP
+
+        The bundle records how: it resizes, crops and normalises as `edge-backbones run` and the calibration do. Frames
+        may have any size. If the engine takes several sizes, they get the one that it is optimised for.
+
+        Arrays need numpy alone, except for the few ways to resize that are Pillow's. Files and pictures need Pillow.
+        Several threads may call this at the same time. One call uses at most the threads that `from_pretrained` was given.
+
+        Args:
+            images: One image, or a list or tuple of images, whose sizes may differ. An image is the path of a file, a
+                picture of Pillow, or a uint8 frame of shape (height, width, 3), values 0..255: a numpy array or a tensor
+                on the CPU that supports DLPack. Files and pictures are turned upright (EXIF) and converted to RGB.
+            color: Order of the channels of frames: ``"rgb"``; ``"bgr"`` as OpenCV has it; or ``"gray"``, whose shape is
+                (height, width) or (height, width, 1).
+            processor: Image processor of transformers that prepares the images instead. It is called with
+                ``return_tensors="np"``.
+
+        Returns:
+            Array of shape (images, channels, height, width), normalised, float32 or what ``input.dtype`` says. For a bundle
+            built with ``input="image"``: uint8 (images, height, width, channels), which may share the memory of a single
+            frame that fits as it is.
+
+        Raises:
+            InputError: An image or an option cannot be used. The message has the fix. Also if the bundle does not know the
+                network's own preprocessing, and if the backbone is not from a bundle.
+            MissingDependencyError: Pillow is needed and not installed.
+            ResourceError: Memory or threads ran out.
+        """
+        from edge_backbones.runtime import preprocess  # only who prepares images waits for this import
+
+        if processor is not None:
+            return preprocess.process(images, processor, self._input, color=color)
+        if self._image is None:
+            raise InputError(
+                "this backbone is not from a bundle and does not know the preprocessing of its network: open one with "
+                "EdgeBackbone.from_pretrained, or pass image=ImageConfig(...) to EdgeBackbone"
+            )
+        if self._source is not None and self._source.not_repeated:
+            raise InputError(f"{self._source.not_repeated}: preprocess(images, processor=processor) calls it")
+        threads = None if self._origin is None else self._origin.options["threads"]
+        return preprocess.prepare(images, self._image, self._input, color=color, threads=threads)
 
     @overload
     def __call__(

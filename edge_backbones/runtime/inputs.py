@@ -47,12 +47,13 @@ def host_array(values: Any, spec: InputSpec) -> np.ndarray:
     beyond the engine's dtype.
     """
     if not isinstance(values, np.ndarray):
-        values = _from_dlpack(values, spec)
-    elif isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        raise InputError(
-            f"{spec.name} has {np.ma.getmaskarray(values).sum()} masked values, and an engine has no mask: "
-            "pass array.filled(0)"
-        )
+        if not hasattr(values, "__dlpack__"):
+            raise InputError(
+                f"{spec.name} of type {type(values).__name__} does not fit: pass a numpy array or a DLPack tensor, "
+                f"{spec.describe()}"
+            )
+        values = from_dlpack(values, spec.name, spec.dtype)
+    refuse_masked(values, spec.name)
     is_float = values.dtype.kind == "f" or values.dtype.name == "bfloat16"  # jax's bfloat16 comes from ml_dtypes
     if spec.dtype != "uint8" and is_float:
         try:
@@ -72,19 +73,24 @@ def host_array(values: Any, spec: InputSpec) -> np.ndarray:
     return np.require(np.asarray(values), requirements=("C", "W"))
 
 
-def _from_dlpack(values: Any, spec: InputSpec) -> np.ndarray:
-    """Return a numpy array over the memory of a CPU array of another library."""
-    if not hasattr(values, "__dlpack__"):
+def refuse_masked(values: np.ndarray, name: str) -> None:
+    """Raise InputError for an array with masked values."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise InputError(
-            f"{spec.name} of type {type(values).__name__} does not fit: pass a numpy array or a DLPack tensor, "
-            f"{spec.describe()}"
+            f"{name} has {np.ma.getmaskarray(values).sum()} masked values, and an engine has no mask: pass array.filled(0)"
         )
+
+
+def from_dlpack(values: Any, name: str, dtype: str) -> np.ndarray:
+    """Return a numpy array over the memory of a CPU array of another library.
+
+    ``name`` and ``dtype`` are for the message of the InputError: what the array is, and which dtype is wanted.
+    """
     refuse_views(values)
     try:
         return np.from_dlpack(values)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        dtype, cause = getattr(values, "dtype", "unknown dtype"), first_line(error).rstrip(".")
+        found, cause = getattr(values, "dtype", "unknown dtype"), first_line(error).rstrip(".")
         raise InputError(
-            f"{spec.name} of {dtype} cannot be read through DLPack ({cause}): pass a dense {spec.dtype} tensor on the CPU, "
-            "detached"
+            f"{name} of {found} cannot be read through DLPack ({cause}): pass a dense {dtype} tensor on the CPU, detached"
         ) from error

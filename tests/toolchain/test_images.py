@@ -9,16 +9,20 @@ import msgspec
 import networks
 import numpy as np
 import pytest
+import timm
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 
 from edge_backbones.errors import InputError
 from edge_backbones.images import resample
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.decode import list_images, open_image
 from edge_backbones.images.fit import fit, network_input, to_input
+from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.testing import SPEC, NumpySession
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -204,6 +208,38 @@ def test_to_input_is_timms_normalisation(sources, size):
     assert values.dtype == np.float32
     assert values.flags["C_CONTIGUOUS"]
     np.testing.assert_allclose(values[0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "mobilenetv3_small_050", "test_efficientnet"])
+def test_a_backbone_prepares_files_pictures_and_tensors_as_timms_transform_does(sources, tmp_path, name):
+    """By the data configuration that timm has of the network."""
+    loaded = networks.trained_like(name)
+    input = networks.input_spec(loaded.height, loaded.width)
+    backbone = EdgeBackbone(loaded.spec, input, NumpySession(input), loaded.source, image=loaded.image_config)
+    transform = create_transform(**resolve_data_config({}, model=timm.create_model(name)))
+    images = [image for kind, image in sources.items() if kind != "grey"]
+    expected = np.stack([transform(image).numpy() for image in images])
+    frames = [np.asarray(image) for image in images]
+    tensors = [torch.from_numpy(frame.copy()) for frame in frames]
+    files = [tmp_path / f"{index}.png" for index in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
+    for kind in (images, frames, tensors, files):
+        found = backbone.preprocess(kind)
+        assert (found.dtype, found.shape) == (np.float32, expected.shape)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(backbone.preprocess([frame[..., ::-1] for frame in frames], color="bgr"), found)
+
+
+def test_a_tensor_in_the_layout_of_torch_is_refused_and_the_fix_works(sources):
+    input = networks.input_spec(64, 64)
+    backbone = EdgeBackbone(SPEC, input, NumpySession(input), image=ImageConfig(mean=MEAN, std=STD))
+    pixels = np.asarray(sources["landscape"])
+    frame = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    with pytest.raises(InputError, match=r"got uint8 \(3, 400, 600\): pass ") as refused:
+        backbone.preprocess(frame)
+    fixed = eval(str(refused.value).rpartition(": pass ")[2], {"np": np, "frame": frame})
+    np.testing.assert_array_equal(backbone.preprocess(fixed), backbone.preprocess(pixels))
 
 
 def test_a_camera_frame_stays_as_it_is_and_is_normalised_for_the_bare_network(photographs):

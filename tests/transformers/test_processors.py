@@ -15,10 +15,12 @@ from PIL import Image
 
 from build_scripts.processor_table import CASES, NOTED, classes, largest_difference, pictures
 from edge_backbones import BuildOptions, Bundle, EdgeBackbone, build_bundle
-from edge_backbones.errors import SourceError
+from edge_backbones.bundle.manifest import Source
+from edge_backbones.errors import InputError, SourceError
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.fit import fit
-from edge_backbones.spec import Precision
+from edge_backbones.spec import InputSpec, Precision, ShapeRange
+from edge_backbones.testing import SPEC, NumpySession, pooling_input
 from edge_backbones.toolchain.sources import processors
 from edge_backbones.toolchain.sources.base import SourceOptions
 from edge_backbones.toolchain.sources.load import load_source
@@ -78,6 +80,45 @@ def test_fit_and_graph_give_the_pixels_of_the_processor(case, kind):
     pillow = getattr(processor, "backend", "pil") == "pil" and not kind.__name__.endswith("Fast")
     assert not found.differs
     assert largest_difference(processor, found) <= (0.01 if pillow else 1.01)
+
+
+PREPARED = ("ViT", "ConvNext", "RTDetr", "MobileViT")
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [made for made in MADE if made[0].name in PREPARED],
+    ids=lambda made: getattr(made, "__name__", ""),
+)
+def test_a_backbone_prepares_photographs_as_the_processor_does(case, kind):
+    """By the preprocessing that the bundle records, and by the processor itself."""
+    processor = kind(**case.options)
+    found = processors.of_processor(processor, "given")
+    photographs = list(pictures().values())
+    theirs = np.concatenate([processor(images=p, return_tensors="np")["pixel_values"] for p in photographs])
+    height, width = (ShapeRange.fixed(side) for side in theirs.shape[2:])
+    input = InputSpec(name="pixel_values", channels=3, batch=ShapeRange.fixed(1), height=height, width=width)
+    backbone = EdgeBackbone(SPEC, input, NumpySession(input), image=found.config)
+    std = np.array(found.config.std[::-1] if found.config.channel_order == "bgr" else found.config.std)
+    levels = np.abs(backbone.preprocess(photographs) - theirs) * (255 * std)[:, None, None]
+    assert levels.max() <= 1.01
+    bgr = [np.asarray(photograph)[..., ::-1] for photograph in photographs]
+    for given, color in ((photographs, "rgb"), (bgr, "bgr")):
+        np.testing.assert_array_equal(backbone.preprocess(given, color=color, processor=processor), theirs)
+
+
+@pytest.mark.parametrize("case", NOTED, ids=[case.name for case in NOTED])
+def test_a_backbone_refuses_to_prepare_what_only_the_processor_can(case):
+    record = Source(library="transformers", name="noted", weights="pretrained")
+    for kind in classes(case):
+        found = processors.of_processor(kind(**case.options), "given")
+        backbone = EdgeBackbone(
+            SPEC, pooling_input(), NumpySession(pooling_input()), found.written_into(record), image=found.config
+        )
+        with pytest.raises(
+            InputError, match=rf"^{kind.__name__} .*: preprocess\(images, processor=processor\) calls it$"
+        ):
+            backbone.preprocess(pictures()["landscape"])
 
 
 def test_every_class_that_a_backbone_comes_with_is_compared():

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from edge_backbones.bundle.manifest import Source
+from edge_backbones.bundle.manifest import USE_PROCESSOR, Source
 from edge_backbones.errors import SourceError, first_line
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.fit import fit, network_input
@@ -331,9 +331,7 @@ def _compared(processor: Any, name: str, written: Preprocessing) -> Preprocessin
         theirs = [pixels_of(processor, picture) for picture in pictures]
     except Exception as error:  # a processor that asks for more than a picture trips over it in its own way
         cause = first_line(error, typed=True)
-        note = (
-            f"{name} takes more than a photograph ({cause}): prepare pixel_values with it, its pixels were not compared"
-        )
+        note = f"{name} takes more than a photograph ({cause}): {USE_PROCESSOR}, its pixels were not compared"
         return dataclasses.replace(written, notes=(note,))
     padded = bool(getattr(processor, "do_pad", False)) and resizes
 
@@ -353,7 +351,7 @@ def _compared(processor: Any, name: str, written: Preprocessing) -> Preprocessin
         levels = max((levels for levels in found if levels is not None), default=None)
         by = "in their size" if levels is None else f"by up to {levels:.0f} grey levels"
         differs = f"{name} transforms pictures in a way that cannot be repeated here (results differ {by})"
-        notes.append(f"{differs}: prepare pixel_values with it")
+        notes.append(f"{differs}: {USE_PROCESSOR}")
     others = [
         f"{p.height}x{p.width} to {t.shape[1]}x{t.shape[2]}"
         for p, t in zip(pictures, theirs, strict=True)

@@ -29,7 +29,7 @@ from edge_backbones.report.summary import (
 )
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import InputSpec, Precision, ShapeRange
-from edge_backbones.testing import make_bundle
+from edge_backbones.testing import SPEC, NumpySession, make_bundle
 
 GATE = Gate(min_cosine=0.98, min_sqnr_db=15)
 FILE = FileRecord(path="engines/x.blob", sha256="0" * 64, size=2_000_000)
@@ -404,23 +404,13 @@ def fed(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """What the snippet gives to the backbone for a frame of one colour."""
     given = []
 
-    class Recorder:
-        input, out_features = manifest.input, ("pool4",)
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
+    class Recorder(EdgeBackbone):
         def __call__(self, images: np.ndarray) -> Any:
             given.append(images)
             return type("Output", (), {"feature_maps": (images,)})
 
-    opened = type("Opened", (), {"manifest": manifest})
-    monkeypatch.setattr("edge_backbones.Bundle", type("B", (), {"open": staticmethod(lambda _: opened)}))
-    recorder = type("E", (), {"from_pretrained": staticmethod(lambda *_, **__: Recorder())})
-    monkeypatch.setattr("edge_backbones.EdgeBackbone", recorder)
+    opened = Recorder(SPEC, manifest.input, NumpySession(manifest.input), image=manifest.image)
+    monkeypatch.setattr(EdgeBackbone, "from_pretrained", lambda *_, **__: opened)
     lines = usage.snippet(manifest, "net.bundle", None)
     at = next(index for index, line in enumerate(lines) if line.startswith("frame = "))
     channels = manifest.input.channels
