@@ -47,8 +47,10 @@ def process(images: Any, processor: Callable[..., Any], input: InputSpec, *, col
             f"{name} normalises, and this bundle takes raw frames and normalises them itself: leave out processor="
         )
     opened = _each(images, lambda given: _opened(given, input.channels, color), color)
-    # torch takes no array with negative strides, which reversed channels have.
-    opened = [np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image for image in opened]
+    # torch takes no array with negative strides, which reversed channels have, and warns of one that is read-only.
+    opened = [
+        np.require(image, requirements=("C", "W")) if isinstance(image, np.ndarray) else image for image in opened
+    ]
     try:
         made = np.asarray(processor(images=opened, return_tensors="np")["pixel_values"])
     except Exception as error:  # foreign code raises whatever it likes
@@ -76,7 +78,7 @@ def _each(images: Any, function: Callable[[Any], Any], color: str) -> list[Any]:
         try:
             made.append(function(image))
         except InputError as error:
-            raise InputError(f"image {index} of {len(images)}: {error}") from error
+            raise InputError(f"images[{index}]: {error}") from error
     return made
 
 

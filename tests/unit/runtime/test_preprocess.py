@@ -264,7 +264,7 @@ def test_the_bytes_of_a_file_are_refused_and_the_fix_works():
         ([], "rgb", "got an empty list: pass one image$"),
         ((), "rgb", "got an empty tuple: pass one image$"),
         (None, "rgb", "got None: the camera or the file that should give it gave nothing$"),
-        ([FRAME, FRAME[..., :2]], "rgb", r"^image 1 of 2: a frame is uint8 .*its last axis is not of 3 channels"),
+        ([FRAME, FRAME[..., :2]], "rgb", r"^images\[1\]: a frame is uint8 .*its last axis is not of 3 channels"),
         (5, "rgb", "got a int: pass one of these$"),
         (np.float32(1), "rgb", "got a float32: pass one of these$"),
         (iter([FRAME]), "rgb", r": pass list\(images\)$"),
