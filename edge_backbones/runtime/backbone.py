@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -26,71 +26,12 @@ from edge_backbones.errors import InputError, lack_told, refuse_lack
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.runtime.config import selected
 from edge_backbones.runtime.description import BackboneDescription
-from edge_backbones.runtime.in_flight import in_order
+from edge_backbones.runtime.in_flight import in_order, require_some
 from edge_backbones.runtime.inputs import half_is_finite, host_array, refuse_not_finite
 from edge_backbones.runtime.opening import Origin, open_engine, reopen
+from edge_backbones.runtime.output import BackboneOutput
 from edge_backbones.runtime.views import as_callers_see, reordered_outputs
 from edge_backbones.spec import BackboneSpec, InputSpec
-
-_Map = TypeVar("_Map")
-
-
-class BackboneOutput(dict[str, tuple[Any, ...]], Generic[_Map]):
-    """Hold the output of a call, like ``transformers.modeling_outputs.BackboneOutput`` without torch.
-
-    ``feature_maps`` is a tuple of arrays in stage order: numpy arrays, or DeviceArrays if the input was on the
-    GPU. For type checkers they are numpy arrays, unless the input is a `DeviceArray`: they cannot see where a tensor of
-    another library lies. As in transformers, fields that are None are not keys; ``output[0]``, ``output["feature_maps"]``
-    and ``output.feature_maps`` are the same; iterating yields the keys.
-    """
-
-    def __init__(
-        self,
-        feature_maps: tuple[_Map, ...],
-        hidden_states: tuple[_Map | None, ...] | None = None,
-        attentions: None = None,
-        cls_tokens: tuple[_Map, ...] | None = None,
-    ) -> None:
-        fields = {
-            "feature_maps": feature_maps,
-            "hidden_states": hidden_states,
-            "attentions": attentions,
-            "cls_tokens": cls_tokens,
-        }
-        super().__init__({name: value for name, value in fields.items() if value is not None})
-
-    @property
-    def feature_maps(self) -> tuple[_Map, ...]:
-        """Return one array per chosen stage: NCHW, or as ``EdgeBackbone.layouts`` says."""
-        return super().__getitem__("feature_maps")
-
-    @property
-    def hidden_states(self) -> tuple[_Map | None, ...] | None:
-        """Return one array per layer or stage of the network; None if none were asked for.
-
-        If only some were asked for, the others are None.
-        """
-        return self.get("hidden_states")
-
-    @property
-    def attentions(self) -> None:
-        """Return None: a compiled engine has no attention weights."""
-
-    @property
-    def cls_tokens(self) -> tuple[_Map, ...] | None:
-        """Return a (batch, channels) array per chosen stage, for networks that return class tokens beside their maps."""
-        return self.get("cls_tokens")
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """Return the fields that are not None."""
-        return tuple(self.values())
-
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def __repr__(self) -> str:
-        fields = (f"{name}=[{', '.join(str(a.shape) for a in arrays)}]" for name, arrays in self.items())
-        return f"BackboneOutput({', '.join(fields)})"
 
 
 class EdgeBackbone(BackboneDescription):
@@ -453,6 +394,7 @@ class EdgeBackbone(BackboneDescription):
             InputError: ``in_flight`` is less than 1, or as for ``__call__``.
             InferenceError: As for ``__call__``.
         """
+        require_some(in_flight)
         if stream is not None:
             return (self(frame, stream=stream, **options) for frame in frames)
         return in_order(functools.partial(self.__call__, **options), frames, in_flight)
@@ -471,7 +413,7 @@ class EdgeBackbone(BackboneDescription):
         it. It does not check values for NaN and infinity. It needs a TensorRT engine and a batch that the engine takes.
 
         GPU memory: write a frame there on ``stream``, then call the function. It enqueues on ``stream``, without copying
-        or allocating. The memory must be at a multiple of 256 bytes, and ``stream`` no default one.
+        or allocating. The memory must be at a multiple of 256 bytes, and ``stream`` a stream that is no default one.
 
         Host memory: pass an array of `input_buffer` and no stream. Write a frame there, then call the function. It copies
         the frame to the GPU and the maps back, waits, and returns numpy arrays in page-locked memory.

@@ -21,9 +21,14 @@ def in_order(call: Callable[[Any], _Result], items: Iterable[Any], in_flight: in
 
     Raises InputError if ``in_flight`` is less than 1.
     """
+    require_some(in_flight)
+    return _in_order(call, iter(items), in_flight)
+
+
+def require_some(in_flight: int) -> None:
+    """Raise InputError if nothing may be in flight."""
     if in_flight < 1:
         raise InputError(f"in_flight must be 1 or more, got {in_flight}")
-    return _in_order(call, iter(items), in_flight)
 
 
 def _in_order(call: Callable[[Any], _Result], items: Iterator[Any], in_flight: int) -> Iterator[_Result]:

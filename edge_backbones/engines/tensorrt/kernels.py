@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ _PAUSE = 30.0  # seconds between two writes, so that an engine that meets many s
 class Kernels:
     """Hold the runtime cache of one engine, which all its execution contexts share. Threads may share it.
 
-    A cache that cannot be read or written costs time and nothing else.
+    A cache that cannot be read or written costs time and nothing else: a RuntimeWarning says why.
 
     Args:
         plan: The plan's bytes.
@@ -29,7 +30,6 @@ class Kernels:
     def __init__(self, plan: bytes | bytearray, library_version: str, gpu: Gpu, *, folder: Path | None = None) -> None:
         digest = hashlib.sha256(plan).hexdigest()
         self.path = runtime_cache.path_of(digest, library_version, gpu, folder=folder)
-        self.note = ""
         # Reentrant, because garbage collection may release the last context of a closed engine while this thread holds it.
         self._lock = threading.RLock()
         self._cache: Any = None
@@ -41,7 +41,8 @@ class Kernels:
         with self._lock:
             if self._cache is None:
                 cache = options.create_runtime_cache()
-                kept, self.note = runtime_cache.read(self.path)
+                kept, note = runtime_cache.read(self.path)
+                _tell(note)
                 if kept is not None and cache.deserialize(kept):  # it refuses what another GPU or release has written
                     self._kept = hashlib.sha256(kept).digest()
                 self._cache = cache
@@ -61,5 +62,10 @@ class Kernels:
             compiled = bytes(self._cache.serialize() or b"")  # None if TensorRT-RTX fails
             digest = hashlib.sha256(compiled).digest()
             if compiled and digest != self._kept:
-                self.note = runtime_cache.write(self.path, compiled)
                 self._kept = digest
+                _tell(runtime_cache.write(self.path, compiled))
+
+
+def _tell(note: str) -> None:
+    if note:
+        warnings.warn(note, RuntimeWarning, stacklevel=2)

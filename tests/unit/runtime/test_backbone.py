@@ -19,7 +19,8 @@ from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.errors import EngineMismatchError, InferenceError, InputError, IntegrityError
 from edge_backbones.machine import hosts
-from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
+from edge_backbones.runtime.backbone import EdgeBackbone
+from edge_backbones.runtime.output import BackboneOutput
 from edge_backbones.spec import ExtraOutput, InputSpec, Precision, ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooled, pooling_input
 
