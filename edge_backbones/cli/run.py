@@ -62,6 +62,11 @@ def run(
     files = _image_files(source)
     targets = _feature_files(files, source if is_folder else source.parent, out)
     image_config = opened.manifest.image
+    if opened.manifest.source.not_repeated:
+        warning = (
+            f"these maps are not what the network gives after its own processor: {opened.manifest.source.not_repeated}"
+        )
+        console.err.print(warning, soft_wrap=True)
     written: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
     with (

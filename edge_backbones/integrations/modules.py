@@ -47,8 +47,8 @@ class EngineModule(nn.Module):
         if self.backbone.device == "cpu":
             values = values.cpu()
         if values.dtype == torch.bfloat16 or (self.backbone.device != "cpu" and values.is_floating_point()):
-            # numpy has no bfloat16, and an engine on a GPU takes nothing but its own dtype.
-            values = values.to(getattr(torch, self.backbone.input.dtype))
+            # numpy has no bfloat16, and an engine on a GPU takes nothing but its own dtype, in C order.
+            values = values.to(getattr(torch, self.backbone.input.dtype)).contiguous()
         output = self.backbone(values, **arguments)
 
         def tensor(array: Any) -> Any:

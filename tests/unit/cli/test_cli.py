@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_backbones.bundle.manifest import Decision, EngineRecord, GraphRecord, Trial
+from edge_backbones.bundle.manifest import USE_PROCESSOR, Decision, EngineRecord, GraphRecord, Trial
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.bundle.writer import BundleWriter, record_bytes, record_file, write_manifest
 from edge_backbones.cli import compile as compiling
@@ -234,6 +234,17 @@ def test_run_writes_arrays_and_a_picture(bundle, photo, tmp_path):
         )
     with Image.open(tmp_path / "out" / "noise.png") as picture:
         assert picture.size[0] > 400
+
+
+def test_run_says_that_it_cannot_repeat_the_processor(photo, tmp_path):
+    bundle = make_bundle(tmp_path / "odd.bundle", pooling_input(1))
+    source = msgspec.structs.replace(
+        bundle.manifest.source, preprocessing_notes=(f"OddProcessor turns pictures: {USE_PROCESSOR}",)
+    )
+    write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, source=source))
+    done = run("run", bundle.path, photo, "--out", tmp_path / "out")
+    assert done.returncode == 0
+    assert "not what the network gives after its own processor: OddProcessor turns pictures" in done.stderr
 
 
 def test_run_takes_a_folder_and_speaks_json(bundle, photo, tmp_path):
