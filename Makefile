@@ -16,7 +16,8 @@ BIN = $(VENV)/bin
 OLD_TRANSFORMERS = $(VENV)/transformers-4.44
 # A process for every core; more than four would need more memory than a laptop has. Each computes with one thread: several
 # wait for each other on cores that they share.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+# Files go to the processes in the order of tests/conftest.py, the longest first.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
 .PHONY: demo check test lint docs bench fuzz gpu coverage schema networks clean

@@ -8,6 +8,7 @@ import importlib
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,30 @@ settings.load_profile("project")
 # A run that was started in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# The files that take longest begin first: otherwise one process is in the middle of such a file when the others are done.
+_LONGEST = (
+    "transformers/test_clients.py",
+    "benchmarks/test_gpu_on_standin.py",
+    "build_scripts/test_sweep.py",
+    "build_scripts/test_demo.py",
+    "install/test_readme_blocks.py",
+    "toolchain/test_checkpoints.py",
+    "toolchain/test_candidates.py",
+    "toolchain/test_build_command.py",
+    "toolchain/test_onnxruntime_engine.py",
+    "transformers/test_sources.py",
+    "transformers/test_traps.py",
+    "trt/test_rtx_compiles_graphs.py",
+    "transformers/test_auto.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first, and leave the order of all others."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
