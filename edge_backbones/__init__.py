@@ -81,9 +81,9 @@ if TYPE_CHECKING:
     from edge_backbones.parity_report import ParityReport as ParityReport
     from edge_backbones.parity_report import StageParity as StageParity
     from edge_backbones.progress import Progress as Progress
+    from edge_backbones.runtime.backbone import BackboneOutput as BackboneOutput
     from edge_backbones.runtime.backbone import EdgeBackbone as EdgeBackbone
     from edge_backbones.runtime.config import BackboneConfig as BackboneConfig
-    from edge_backbones.runtime.output import BackboneOutput as BackboneOutput
     from edge_backbones.spec import BackboneSpec as BackboneSpec
     from edge_backbones.spec import ExtraOutput as ExtraOutput
     from edge_backbones.spec import InputSpec as InputSpec
@@ -99,8 +99,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     # Run a bundle
-    "edge_backbones.runtime.backbone": ("EdgeBackbone",),
-    "edge_backbones.runtime.output": ("BackboneOutput",),
+    "edge_backbones.runtime.backbone": ("BackboneOutput", "EdgeBackbone"),
     "edge_backbones.runtime.config": ("BackboneConfig",),
     "edge_backbones.engines.gpu.arrays": ("DeviceArray",),
     "edge_backbones.engines.gpu.memory": ("MemoryBackend",),

@@ -35,7 +35,7 @@ from edge_backbones.integrations.clients import find_backbone
 from edge_backbones.integrations.segmentation_models import EdgeEncoder
 from edge_backbones.integrations.torchvision import EdgeBackboneWithFPN, EdgeFeatures
 from edge_backbones.integrations.transformers import EdgeBackboneModule, replace_backbone
-from edge_backbones.runtime.output import BackboneOutput
+from edge_backbones.runtime.backbone import BackboneOutput
 from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange
 from edge_backbones.toolchain.sources.module_source import ModuleSource
 

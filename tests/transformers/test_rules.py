@@ -16,8 +16,7 @@ from transformers.modeling_outputs import BackboneOutput as TransformersOutput
 from edge_backbones.bundle.manifest import Source
 from edge_backbones.errors import InputError
 from edge_backbones.integrations.transformers import EdgeBackboneModule
-from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.output import BackboneOutput
+from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
 from edge_backbones.spec import BackboneSpec, InputSpec, ShapeRange, align_stages
 
 NAMES = ["stem", "stage1", "stage2", "stage3", "stage4"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -19,8 +21,7 @@ from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.errors import EngineMismatchError, InferenceError, InputError, IntegrityError
 from edge_backbones.machine import hosts
-from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.runtime.output import BackboneOutput
+from edge_backbones.runtime.backbone import BackboneOutput, EdgeBackbone
 from edge_backbones.spec import ExtraOutput, InputSpec, Precision, ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooled, pooling_input
 
@@ -604,6 +605,26 @@ def test_frames_in_flight_on_the_cpu_have_memory_of_their_own(backbone):
     for output, frame in zip(outputs, frames, strict=True):
         for actual, expected in zip(output.feature_maps, pooled(frame), strict=True):
             np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_a_call_of_the_usual_input_takes_few_steps(backbone):
+    """After an inference the caches are cold: every Python call costs, and so does every file that it is in."""
+    images, entered = np.zeros(backbone.input.opt_shape, np.float32), []
+    for _ in range(3):
+        backbone(images)
+
+    def note(frame, event, argument):
+        if event == "call":
+            entered.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        backbone(images)
+    finally:
+        sys.setprofile(None)
+    ours = {Path(file).name for file in entered if "/edge_backbones/" in file}
+    assert ours == {"backbone.py", "session.py"}
+    assert len(entered) <= 13, entered
 
 
 def test_an_input_buffer_on_the_cpu_is_an_ordinary_array(backbone):
