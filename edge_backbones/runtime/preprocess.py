@@ -52,7 +52,7 @@ def process(images: Any, processor: Callable[..., Any], input: InputSpec, *, col
         np.require(image, requirements=("C", "W")) if isinstance(image, np.ndarray) else image for image in opened
     ]
     try:
-        made = np.asarray(processor(images=opened, return_tensors="np")["pixel_values"])
+        made = _made(processor, opened)
     except Exception as error:  # foreign code raises whatever it likes
         raise InputError(
             f"{name} gives no pixel_values for these images ({first_line(error, typed=True)}): pass an image processor "
@@ -63,6 +63,15 @@ def process(images: Any, processor: Callable[..., Any], input: InputSpec, *, col
     values = host_array(made, input)
     input.batch_height_width(values.shape)
     return values
+
+
+def _made(processor: Callable[..., Any], images: Sequence[Any]) -> np.ndarray:
+    """Return what a processor makes of images. Some fast ones of transformers 4 make tensors of torch alone."""
+    try:
+        made = processor(images=images, return_tensors="np")
+    except ValueError:
+        made = processor(images=images, return_tensors="pt")
+    return np.asarray(made["pixel_values"])
 
 
 def _each(images: Any, function: Callable[[Any], Any], color: str) -> list[Any]:

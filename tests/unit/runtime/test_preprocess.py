@@ -327,6 +327,19 @@ def test_preprocessing_that_cannot_be_repeated_is_refused_by_name():
     np.testing.assert_array_equal(over(source=source).preprocess(FRAME, processor=processor), expected(FRAME))
 
 
+def test_a_processor_that_makes_tensors_of_torch_alone_is_asked_for_them():
+    asked = []
+
+    def fast(*, images, return_tensors):
+        asked.append(return_tensors)
+        if return_tensors != "pt":
+            raise ValueError("Only returning PyTorch tensors is currently supported.")
+        return processor(images=images, return_tensors="np")
+
+    np.testing.assert_array_equal(over().preprocess(FRAME, processor=fast), expected(FRAME))
+    assert asked == ["np", "pt"]
+
+
 def test_a_lack_of_memory_is_told(monkeypatch):
     def fails(*_: object) -> None:
         raise MemoryError("cannot allocate")
