@@ -178,6 +178,7 @@ def measure(*, bindings: bool = False) -> dict[str, float]:
 
 
 def microseconds(call: Callable[[], Any], rounds: int = 60, calls: int = 100) -> float:
+    """Return the median time of a call, after 200 that warm up."""
     for _ in range(200):
         call()
     taken = []

@@ -4,7 +4,7 @@ It needs cuda-bindings, cuda-core and a libcuda.so.1. Without a GPU, take the st
 tests.driver.build FOLDER``, then ``LD_LIBRARY_PATH=FOLDER STANDIN_EAGER=1``.
 
 Opening: processes that import the package and make GPU memory, a stream and an event usable, without and with cuda.core, in
-turns. Calls: the median of 20 rounds of 2,000 in one process.
+turns. Calls: the median of 60 rounds of 100 in one process.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from benchmarks.call_cost import microseconds
 from edge_backbones.engines.gpu.arrays import DeviceArray, from_foreign
 from edge_backbones.engines.gpu.memory import open_memory
 
@@ -63,17 +62,6 @@ def opening(turns: int = 15) -> dict[str, tuple[float, float]]:
     }
 
 
-def microseconds(call: Callable[[], Any], rounds: int = 20, calls: int = 2000) -> float:
-    """Return the median time of a call."""
-    taken = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        taken.append((time.perf_counter() - start) / calls)
-    return 1e6 * statistics.median(taken)
-
-
 def calls() -> dict[str, tuple[float, float]]:
     """Return microseconds of the same step through cuda-bindings and through cuda.core."""
     from cuda import core  # only this benchmark needs it
@@ -107,12 +95,12 @@ def calls() -> dict[str, tuple[float, float]]:
                 microseconds(lambda: core.Stream.from_handle(stream)),
             ),
             "allocate and free": (
-                microseconds(allocate, calls=200),
-                microseconds(lambda: device.allocate(1 << 20, stream=own).close(own), calls=200),
+                microseconds(allocate),
+                microseconds(lambda: device.allocate(1 << 20, stream=own).close(own)),
             ),
             "read an array through DLPack": (
-                microseconds(lambda: from_foreign(other, stream=stream), calls=500),
-                microseconds(lambda: StridedMemoryView.from_dlpack(other, stream_ptr=stream), calls=500),
+                microseconds(lambda: from_foreign(other, stream=stream)),
+                microseconds(lambda: StridedMemoryView.from_dlpack(other, stream_ptr=stream)),
             ),
         }
 

@@ -13,3 +13,12 @@ def test_the_cost_of_a_call_is_measured_through_the_bindings(driver):
     assert len(found) == 4
     assert set(found.values()) == {1.0}
     assert driver.calls("cuEventRecord") > 0
+
+
+def test_cuda_core_is_measured_beside_the_bindings(driver):
+    from benchmarks import cuda_core_cost
+
+    with mock.patch.object(cuda_core_cost, "microseconds", lambda call: call() and 1.0):
+        found = cuda_core_cost.calls()
+    assert len(found) == 5
+    assert driver.calls("cuEventRecord") > 1  # by both
