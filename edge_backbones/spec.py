@@ -171,25 +171,79 @@ class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return str(self.min) if self.is_fixed else f"{self.min}..{self.max}"
 
 
+Color = Literal["rgb", "bgr", "gray", "nv12", "yuyv"]
+"""How the pixels of a camera frame are stored; `FrameSpec` says what each means."""
+
+YUV_COLORS = ("nv12", "yuyv")
+Matrix = Literal["bt601", "bt709"]
+Range = Literal["limited", "full"]
+
+
+class FrameSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The frames of one camera: their size in pixels, and how a pixel is stored in uint8.
+
+    ``color``, with the shape of a frame's array:
+
+    - ``rgb`` and ``bgr``: (height, width, 3).
+    - ``gray``: (height, width, 1).
+    - ``nv12``: (height * 3 / 2, width, 1). Rows of luma, then rows of U and V by turns, one pair for 2 x 2 pixels.
+    - ``yuyv``: (height, width, 2), also called YUY2. Luma, then U for even and V for odd columns: one pair for 2 pixels.
+
+    ``matrix`` and ``range`` are read for nv12 and yuyv alone: the standard that the camera converts with, and whether its
+    luma goes from 16 to 235 (``limited``) or from 0 to 255 (``full``). Their defaults are those of ``bt601``, ``limited``.
+    """
+
+    height: Size
+    width: Size
+    color: Color
+    matrix: Matrix = "bt601"
+    range: Range = "limited"
+
+    def __post_init__(self) -> None:
+        if (self.color in YUV_COLORS and self.width % 2) or (self.color == "nv12" and self.height % 2):
+            raise ValueError(f"{self.color} frames have even sides, got {self.height} x {self.width}")
+        if self.color not in YUV_COLORS and (self.matrix, self.range) != ("bt601", "limited"):
+            raise ValueError(f"matrix and range are of {' and '.join(YUV_COLORS)} frames, and color is {self.color}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape of the array of one frame: rows, columns, bytes."""
+        rows = self.height * 3 // 2 if self.color == "nv12" else self.height
+        return rows, self.width, {"rgb": 3, "bgr": 3, "yuyv": 2}.get(self.color, 1)
+
+    def __str__(self) -> str:
+        standard = {"bt601": "BT.601", "bt709": "BT.709"}[self.matrix]
+        how = f" ({standard}, {self.range} range)" if self.color in YUV_COLORS else ""
+        return f"{self.color} frames of {self.height}x{self.width}{how}"
+
+
 class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The one input of a graph.
 
-    ``name``: ``pixel_values`` is NCHW, already normalised, as in transformers. ``image`` is uint8 NHWC, as a camera
-    delivers it (RGB for three channels): the cast, the layout and ``mean`` / ``std`` are in the graph. ``size_multiple``: a
-    height or width that is not fixed must be a multiple of it. ``pixel_dtype``: the dtype of ``pixel_values``.
+    ``name``: ``pixel_values`` is NCHW, already normalised, as in transformers. ``image`` is uint8 NHWC, RGB for three
+    channels, of the size that the network takes: the cast, the layout and ``mean`` / ``std`` are in the graph. ``frame`` is
+    what a camera delivers, as ``frame`` says: colours, crop and resize are in the graph too.
+
+    ``channels``, ``height`` and ``width``: those of the network. ``size_multiple``: a height or width that is not fixed must
+    be a multiple of it. ``pixel_dtype``: the dtype of ``pixel_values``.
     """
 
-    name: Literal["pixel_values", "image"]
+    name: Literal["pixel_values", "image", "frame"]
     channels: Size
     batch: ShapeRange
     height: ShapeRange
     width: ShapeRange
     size_multiple: Size = 1
     pixel_dtype: FloatType = "float32"
+    frame: FrameSpec | None = None
 
     def __post_init__(self) -> None:
-        if self.name == "image" and self.pixel_dtype != "float32":
-            raise ValueError(f"an image is uint8, and pixel_dtype is {self.pixel_dtype}")
+        if self.name != "pixel_values" and self.pixel_dtype != "float32":
+            raise ValueError(f"{self.name} is uint8, and pixel_dtype is {self.pixel_dtype}")
+        if (self.name == "frame") != (self.frame is not None):
+            raise ValueError(f"frame is of an input called frame, and this one is called {self.name}")
+        if self.frame is not None and not (self.height.is_fixed and self.width.is_fixed):
+            raise ValueError(f"frames are resized to one size, not to {self.height} x {self.width}")
 
     @property
     def dtype(self) -> str:
@@ -206,8 +260,15 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """Return where height and width are among the four axes."""
         return self.layout.index("H"), self.layout.index("W")
 
+    @property
+    def of_network(self) -> InputSpec:
+        """Return the input of the network behind the part of the graph that takes frames; itself without such a part."""
+        return self if self.frame is None else msgspec.structs.replace(self, name="pixel_values", frame=None)
+
     def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return the sizes of the four axes in the layout of this input."""
+        """Return the sizes of the four axes in the layout of this input. ``height`` and ``width``: those of the network."""
+        if self.frame is not None:
+            return batch, *self.frame.shape
         if self.layout == "NCHW":
             return batch, self.channels, height, width
         return batch, height, width, self.channels
@@ -228,8 +289,14 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return self.shape(self.batch.max, self.height.max, self.width.max)
 
     def batch_height_width(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Return batch, height and width of a shape in this layout; raise InputError if the engine cannot take it."""
-        if len(shape) == 4:
+        """Return batch, height and width of a shape in this layout; raise InputError if the engine cannot take it.
+
+        For frames, height and width are those that the graph resizes them to.
+        """
+        if len(shape) == 4 and self.frame is not None:
+            if shape[0] >= 1 and tuple(shape[1:]) == self.frame.shape:
+                return shape[0], self.height.opt, self.width.opt
+        elif len(shape) == 4:
             batch, height, width, channels = (
                 (shape[0], shape[2], shape[3], shape[1]) if self.layout == "NCHW" else tuple(shape)
             )
@@ -245,7 +312,9 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """Return a phrase for messages: dtype, layout and the size of every axis."""
         height, width = str(self.height), str(self.width)
         sizes = f"(batch, {self.channels}, {height}, {width})"
-        if self.layout == "NHWC":
+        if self.frame is not None:
+            sizes = f"(batch, {', '.join(map(str, self.frame.shape))}), {self.frame},"
+        elif self.layout == "NHWC":
             sizes = f"(batch, {height}, {width}, {self.channels})"
         variable = [name for name, axis in (("height", self.height), ("width", self.width)) if not axis.is_fixed]
         multiples = f", {' and '.join(variable)} in multiples of {self.size_multiple}" if variable else ""

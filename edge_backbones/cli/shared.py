@@ -147,3 +147,11 @@ def height_width(text: str) -> tuple[ShapeRange, ShapeRange]:
         raise ValueError(f"{text!r} is not HxW, one number for a square, or a range such as HxW:HxW:HxW")
     heights, widths = (":".join(pair[axis] for pair in pairs) for axis in (0, 1))
     return shape_range(heights), shape_range(widths)
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """Read the HxW of a camera's frames; raise ValueError for anything else."""
+    height, width = height_width(text)
+    if not (height.is_fixed and width.is_fixed) or "x" not in text.lower():
+        raise ValueError(f"{text!r} is not one size HxW, as 1080x1920: build a bundle for each size of frames")
+    return height.opt, width.opt

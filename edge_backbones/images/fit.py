@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from edge_backbones.errors import InputError, needing
+from edge_backbones.images.camera import from_rgb, to_rgb
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.frames import as_frame
 from edge_backbones.images.resample import FILTERS, Method, resample
@@ -47,8 +48,33 @@ def fit_in_place(
         source_h, source_w = image.shape[:2]
     else:
         source_w, source_h = image.size
-    size = _resized_size((source_h, source_w), config, height, width)
-    return _padded(_resized_centre(image, size, (height, width), config, threads), config, height, width)
+    placed = placement((source_h, source_w), config, height, width)
+    return _padded(_resized_centre(image, placed, config, threads), placed, config, height, width)
+
+
+class Placement(NamedTuple):
+    """How a picture gets the size of the input: it is scaled, a part of it is kept, and that part gets a place.
+
+    ``size``: (rows, columns) that the picture is scaled to. ``rows`` and ``columns``: what is kept of them. ``top`` and
+    ``left``: where that goes. What it does not cover is the border.
+    """
+
+    size: tuple[int, int]
+    rows: range
+    columns: range
+    top: int
+    left: int
+
+
+def placement(source: tuple[int, int], config: ImageConfig, height: int, width: int) -> Placement:
+    """Say where a picture of ``source`` (rows, columns) goes in an input of ``height`` x ``width``."""
+    size = _resized_size(source, config, height, width)
+    down = config.rounding != "timm"
+    rows, columns = _middle(size[0], height, down=down), _middle(size[1], width, down=down)
+    if config.crop_mode == "pad":
+        return Placement(size, rows, columns, 0, 0)
+    up = 1 if config.rounding == "transformers_pil" else 0
+    return Placement(size, rows, columns, (height - len(rows) + up) // 2, (width - len(columns) + up) // 2)
 
 
 def _resized_size(source: tuple[int, int], config: ImageConfig, height: int, width: int) -> tuple[int, int]:
@@ -95,24 +121,19 @@ def _by_edges(
 
 
 def _resized_centre(
-    image: Image.Image | np.ndarray,
-    size: tuple[int, int],
-    wanted: tuple[int, int],
-    config: ImageConfig,
-    threads: int | None,
+    image: Image.Image | np.ndarray, placed: Placement, config: ImageConfig, threads: int | None
 ) -> np.ndarray:
-    """Resize to ``size`` and return the ``wanted`` rows and columns in the middle, or all if there are fewer."""
-    down = config.rounding != "timm"
-    rows, columns = kept = _middle(size[0], wanted[0], down=down), _middle(size[1], wanted[1], down=down)
+    """Scale a picture and return the rows and columns of it that are kept."""
+    size, rows, columns, _, _ = placed
     pixels = np.atleast_3d(np.asarray(image))
     source = pixels.shape[:2]
     if size != source:
         # Pillow multiplies pictures of other modes by their transparency.
         is_plain = isinstance(image, np.ndarray) or image.mode in ("L", "RGB")
-        method = Method(config.interpolation, config.sampling, config.arithmetic)
+        method = Method.of(config)
         is_pillow = method[1:] == ("antialias", "pillow")
         if config.interpolation in FILTERS and (not is_pillow or (is_plain and _widths_first(source, size))):
-            return resample(pixels, size, kept, method, threads or os.cpu_count() or 1)
+            return resample(pixels, size, (rows, columns), method, threads or os.cpu_count() or 1)
         with needing(f"resizing a frame of {source[0]} x {source[1]} ({config.interpolation})", "images"):
             from PIL import Image
 
@@ -135,17 +156,14 @@ def _widths_first(source: tuple[int, int], size: tuple[int, int]) -> bool:
     return source[0] - size[0] <= max(0, 2 * (source[1] - size[1]))
 
 
-def _padded(pixels: np.ndarray, config: ImageConfig, height: int, width: int) -> np.ndarray:
+def _padded(pixels: np.ndarray, placed: Placement, config: ImageConfig, height: int, width: int) -> np.ndarray:
     """Add a border of ``config.colours`` where a side is shorter than (height, width)."""
     if pixels.shape[:2] == (height, width):
         return pixels
     padded = np.empty((height, width, pixels.shape[2]), np.uint8)
     padded[...] = np.array(config.colours[: pixels.shape[2]], np.uint8)
-    up = 1 if config.rounding == "transformers_pil" else 0
-    top, left = (height - pixels.shape[0] + up) // 2, (width - pixels.shape[1] + up) // 2
-    if config.crop_mode == "pad":
-        top = left = 0
-    padded[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    rows, columns = pixels.shape[:2]
+    padded[placed.top : placed.top + rows, placed.left : placed.left + columns] = pixels
     return padded
 
 
@@ -159,9 +177,39 @@ def to_input(images: np.ndarray, config: ImageConfig, input: InputSpec) -> np.nd
     return _normalised(images, config).astype(input.dtype, copy=False)
 
 
+def image_to_input(
+    image: Image.Image | np.ndarray, config: ImageConfig, input: InputSpec, threads: int | None = None
+) -> np.ndarray:
+    """Turn one picture into the input of the graph for one image, without the batch axis. ``image``: as for `fit`.
+
+    Where the graph takes whole frames, the picture is scaled until it covers a frame and the centre is cut out; one of the
+    right size stays as it is. The result may be a view of ``image``.
+    """
+    if input.frame is None:
+        pixels = fit_in_place(image, config, input.height.opt, input.width.opt, threads)
+        return to_input(pixels[None], config, input)[0]
+    covering = ImageConfig(mean=(0.0,) * input.channels, std=(1.0,) * input.channels, crop_pct=1.0)
+    return from_rgb(fit_in_place(image, covering, input.frame.height, input.frame.width, threads), input.frame)
+
+
 def network_input(array: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
     """Turn an input of the graph into the normalised float32 NCHW that the network itself takes."""
-    return _normalised(array, config) if input.name == "image" else array.astype(np.float32, copy=False)
+    if input.name == "pixel_values":
+        return array.astype(np.float32, copy=False)
+    return _normalised(seen_by_network(array, config, input), config)
+
+
+def seen_by_network(array: np.ndarray, config: ImageConfig, input: InputSpec) -> np.ndarray:
+    """Return the pictures, uint8 (batch, height, width, channels), that are normalised in a graph that takes frames."""
+    if input.frame is None:
+        return array
+    height, width = input.height.opt, input.width.opt
+    pictures = []
+    for frame in array:
+        picture = to_rgb(frame, input.frame)
+        colours = np.broadcast_to(picture, (*picture.shape[:2], input.channels))  # the network may want grey thrice
+        pictures.append(fit(colours, config, height, width))
+    return np.stack(pictures)
 
 
 def _normalised(images: np.ndarray, config: ImageConfig) -> np.ndarray:

@@ -10,9 +10,12 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from edge_backbones.images.config import ImageConfig
 
 _BITS = 22
 _PIXELS = 8  # resized pixels in a block; a larger block has more weights that are 0
@@ -27,8 +30,18 @@ class Method(NamedTuple):
     sampling: str
     arithmetic: str
 
+    @classmethod
+    def of(cls, config: ImageConfig) -> Method:
+        """Return the method that a network was trained with."""
+        return cls(config.interpolation, config.sampling, config.arithmetic)
 
-class _Block(NamedTuple):
+    @property
+    def rounds_between(self) -> bool:
+        """Return whether the picture is rounded to whole grey levels when only its rows are resized."""
+        return self.arithmetic != "float"
+
+
+class Block(NamedTuple):
     """The resized pixels ``place`` along a side: the source pixels ``read`` times ``weights``, of shape (read, place)."""
 
     read: slice
@@ -45,9 +58,9 @@ def resample(
     on their number.
     """
     height, width, channels = pixels.shape
-    down, across = _blocks(height, size[0], kept[0], method), _blocks(width, size[1], kept[1], method)
+    down, across = blocks(height, size[0], kept[0], method), blocks(width, size[1], kept[1], method)
     resized = np.empty((len(kept[0]), len(kept[1]), channels), np.uint8)
-    between = np.float64 if method.arithmetic == "float" else np.uint8
+    between = np.uint8 if method.rounds_between else np.float64
     bands = max(1, min(threads, len(down), height * width // _BAND_PIXELS))
     edges = [len(down) * band // bands for band in range(bands + 1)]
 
@@ -63,7 +76,7 @@ def resample(
 
 
 def _resample_band(
-    pixels: np.ndarray, down: list[_Block], across: list[_Block], resized: np.ndarray, *, between: type
+    pixels: np.ndarray, down: list[Block], across: list[Block], resized: np.ndarray, *, between: type
 ) -> None:
     """Compute the rows of ``resized`` that the blocks ``down`` stand for.
 
@@ -93,17 +106,20 @@ def _in_range(sums: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(8)  # all frames of a camera have one size
-def _blocks(source: int, size: int, kept: range, method: Method) -> list[_Block]:
-    """Return the blocks that resize a side of ``source`` pixels to ``size``, for the pixels ``kept`` of it."""
+def blocks(source: int, size: int, kept: range, method: Method, pixels: int = _PIXELS) -> list[Block]:
+    """Return the blocks that resize a side of ``source`` pixels to ``size``, for the pixels ``kept`` of it.
+
+    Each makes ``pixels`` resized pixels. The weights are float64, and exact in float32 unless the arithmetic is ``float``.
+    """
     first, weights = _weights(source, size, kept, method)
     found = []
-    for begin in range(0, len(kept), _PIXELS):
-        place = slice(begin, min(len(kept), begin + _PIXELS))
+    for begin in range(0, len(kept), pixels):
+        place = slice(begin, min(len(kept), begin + pixels))
         read = slice(int(first[begin]), min(source, int(first[place][-1]) + weights.shape[1]))
         matrix = np.zeros((source, place.stop - begin))
         for column, (start, of_one) in enumerate(zip(first[place], weights[place], strict=True)):
             matrix[start : start + len(of_one), column] = of_one[: source - start]  # weights past the end are 0
-        found.append(_Block(read, matrix[read].copy(), place))
+        found.append(Block(read, matrix[read].copy(), place))
     return found
 
 
@@ -112,6 +128,9 @@ def _weights(source: int, size: int, kept: range, method: Method) -> tuple[np.nd
 
     The weights are integers / 2**bits, except for the arithmetic ``float``.
     """
+    if method.filter == "nearest":
+        read = np.minimum(source - 1, np.floor((np.array(kept) + 0.5) * (source / size)).astype(int))
+        return read, np.ones((len(kept), 1))
     taps = _grown_weights if method.sampling == "antialias" else _plain_weights
     first, weights = taps(source, size, kept, method)
     if method.arithmetic == "float":

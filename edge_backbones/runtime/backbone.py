@@ -27,10 +27,10 @@ from edge_backbones.images.config import ImageConfig
 from edge_backbones.runtime.config import selected
 from edge_backbones.runtime.description import BackboneDescription
 from edge_backbones.runtime.in_flight import in_order, require_some
-from edge_backbones.runtime.inputs import half_is_finite, host_array, refuse_not_finite
+from edge_backbones.runtime.inputs import batched, half_is_finite, host_array, refuse_not_finite
 from edge_backbones.runtime.opening import Origin, open_engine, reopen
 from edge_backbones.runtime.views import as_callers_see, reordered_outputs
-from edge_backbones.spec import BackboneSpec, InputSpec
+from edge_backbones.spec import BackboneSpec, Color, InputSpec
 
 _Map = TypeVar("_Map")
 
@@ -100,8 +100,10 @@ class EdgeBackbone(BackboneDescription):
     ...     maps = backbone(pixel_values).feature_maps                      # (batch, 256, 56, 56), ...
 
     Input: normalised ``pixel_values``, float (16, 32 or 64 bits), shape (batch, channels, height, width). They are cast
-    to float32, or to float16 for a bundle built with ``pixels="float16"``. For a bundle built with ``input="image"``: raw
-    camera frames, uint8, shape (batch, height, width, channels), or one frame without the batch axis. Pass a numpy array
+    to float32, or to float16 for a bundle built with ``pixels="float16"``. For a bundle built with ``input="image"``: RGB
+    images of the network's size, uint8, shape (batch, height, width, channels). For one built with ``input="frame"``: what
+    the camera delivers, uint8, shape (batch, rows, columns, bytes), which ``input.frame`` describes; the last axis may be
+    left out if it is 1. Of a single image or frame, the batch axis may be left out. Pass a numpy array
     or any CPU array that supports DLPack, such as a ``torch.Tensor``. An engine on a GPU also takes arrays on that GPU
     that support DLPack or ``__cuda_array_interface__``. Those must have exactly the engine's dtype and be in C order. A
     TensorRT engine also takes rows at a pitch.
@@ -263,7 +265,7 @@ class EdgeBackbone(BackboneDescription):
         self,
         images: Any,
         *,
-        color: Literal["rgb", "bgr", "gray"] = "rgb",
+        color: Color = "rgb",
         processor: Callable[..., Any] | None = None,
     ) -> np.ndarray:
         """Turn photographs or camera frames into the input of this backbone, as the network was trained.
@@ -280,15 +282,18 @@ class EdgeBackbone(BackboneDescription):
             images: One image, or a list or tuple of images, whose sizes may differ. An image is the path of a file, a
                 picture of Pillow, or a uint8 frame of shape (height, width, 3), values 0..255: a numpy array or a tensor
                 on the CPU that supports DLPack. Files and pictures are turned upright (EXIF) and converted to RGB.
-            color: Order of the channels of frames: ``"rgb"``; ``"bgr"`` as OpenCV has it; or ``"gray"``, whose shape is
-                (height, width) or (height, width, 1).
+            color: How frames store a pixel: ``"rgb"``; ``"bgr"`` as OpenCV has it; ``"gray"``, whose shape is
+                (height, width) or (height, width, 1); ``"nv12"``, (height * 3 / 2, width); or ``"yuyv"``, (height, width,
+                2). The last two are read as BT.709 for 720 rows or more, else as BT.601, in limited range, unless the
+                bundle says otherwise.
             processor: Image processor of transformers that prepares the images instead. It is called with
                 ``return_tensors="np"``.
 
         Returns:
             Array of shape (images, channels, height, width), normalised, float32 or what ``input.dtype`` says. For a bundle
-            built with ``input="image"``: uint8 (images, height, width, channels), which may share the memory of a single
-            frame that fits as it is.
+            built with ``input="image"``: uint8 (images, height, width, channels). For one built with ``input="frame"``:
+            frames of its size and colours; pictures of other sizes are scaled to cover one, and the centre is cut out. A
+            single frame that fits as it is shares its memory with the result.
 
         Raises:
             InputError: An image or an option cannot be used. The message has the fix. Also if the bundle does not know the
@@ -609,8 +614,8 @@ class EdgeBackbone(BackboneDescription):
             )
         pointer = stream_pointer(stream)
         array = from_foreign(values, stream=pointer)
-        if len(array.shape) == 3 and self._input.name == "image":
-            array = dataclasses.replace(array, shape=(1, *array.shape))
+        if len(array.shape) != 4 and self._input.name != "pixel_values":
+            array = dataclasses.replace(array, shape=batched(array.shape, self._input))
         if array.shape not in self._known_shapes:
             self._input.batch_height_width(array.shape)
             self._known_shapes.add(array.shape)

@@ -67,10 +67,16 @@ def host_array(values: Any, spec: InputSpec) -> np.ndarray:
             ) from error
     elif values.dtype != spec.dtype:
         raise InputError(f"{spec.name} of dtype {values.dtype} does not fit: this engine takes {spec.describe()}")
-    if values.ndim == 3 and spec.name == "image":
-        values = values[np.newaxis]
+    values = values.reshape(batched(values.shape, spec)) if spec.name != "pixel_values" else values
     # OpenVINO accepts writable memory only, although it does not write to an input.
     return np.require(np.asarray(values), requirements=("C", "W"))
+
+
+def batched(shape: tuple[int, ...], spec: InputSpec) -> tuple[int, ...]:
+    """Return the shape of a batch for frames whose first axis, the batch, or last axis, of one channel, is left out."""
+    if spec.frame is not None and spec.frame.shape[2] == 1 and shape[-2:] == spec.frame.shape[:2]:
+        shape = *shape, 1
+    return (1, *shape) if len(shape) == 3 else shape
 
 
 def refuse_masked(values: np.ndarray, name: str) -> None:

@@ -6,47 +6,52 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 
 from edge_backbones.engines.gpu.arrays import is_on_gpu
 from edge_backbones.errors import InputError, first_line, lack_told
+from edge_backbones.images.camera import frame_spec, to_rgb
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.decode import as_decoded, open_image, shown
-from edge_backbones.images.fit import fit_in_place, to_input
+from edge_backbones.images.fit import image_to_input
 from edge_backbones.images.frames import as_frame, as_pixels
-from edge_backbones.runtime.inputs import from_dlpack, host_array, refuse_masked
-from edge_backbones.spec import InputSpec
+from edge_backbones.runtime.inputs import batched, from_dlpack, host_array, refuse_masked
+from edge_backbones.spec import YUV_COLORS, Color, FrameSpec, InputSpec
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_COLORS = ("rgb", "bgr", "gray")
+_COLORS = get_args(Color)
+_COLORS_OF_PICTURES = 3
 
 
 @lack_told("preprocessing")
 def prepare(images: Any, config: ImageConfig, input: InputSpec, *, color: str, threads: int | None) -> np.ndarray:
     """Return one image, or a list of them, as the input of an engine: `EdgeBackbone.preprocess` without a processor."""
-    height, width = input.height.opt, input.width.opt
 
-    def fitted(given: Any) -> np.ndarray:
-        return fit_in_place(_opened(given, input.channels, color), config, height, width, threads)
+    def prepared(given: Any) -> np.ndarray:
+        if input.frame is not None and color == input.frame.color and isinstance(given, np.ndarray):
+            shape = batched(given.shape, input)[1:]
+            if given.dtype == np.uint8 and shape == input.frame.shape:
+                return given.reshape(shape)
+        return image_to_input(_opened(given, input, color), config, input, threads)
 
-    pixels = _each(images, fitted, color)
-    batch = pixels[0][np.newaxis] if len(pixels) == 1 else np.stack(pixels)
-    return np.require(to_input(batch, config, input), requirements=("C", "W"))
+    inputs = _each(images, prepared, color)
+    batch = inputs[0][np.newaxis] if len(inputs) == 1 else np.stack(inputs)
+    return np.require(batch, requirements=("C", "W"))
 
 
 @lack_told("preprocessing")
 def process(images: Any, processor: Callable[..., Any], input: InputSpec, *, color: str) -> np.ndarray:
     """Return what an image processor makes of one image or a list of them, checked against what the engine takes."""
     name = type(processor).__name__
-    if input.name == "image":
+    if input.name != "pixel_values":
         raise InputError(
             f"{name} normalises, and this bundle takes raw frames and normalises them itself: leave out processor="
         )
-    opened = _each(images, lambda given: _opened(given, input.channels, color), color)
+    opened = _each(images, lambda given: _opened(given, input, color), color)
     # torch takes no array with negative strides, which reversed channels have, and warns of one that is read-only.
     opened = [
         np.require(image, requirements=("C", "W")) if isinstance(image, np.ndarray) else image for image in opened
@@ -91,8 +96,9 @@ def _each(images: Any, function: Callable[[Any], Any], color: str) -> list[Any]:
     return made
 
 
-def _opened(given: Any, channels: int, color: str) -> Image.Image | np.ndarray:
+def _opened(given: Any, input: InputSpec, color: str) -> Image.Image | np.ndarray:
     """Return an image as a picture of Pillow, or as a uint8 array (height, width, channels)."""
+    channels = input.channels
     if isinstance(given, (str, os.PathLike)):
         path = Path(os.fsdecode(given))
         _refuse_color(color, f"{shown(path)} is a file")
@@ -105,7 +111,29 @@ def _opened(given: Any, channels: int, color: str) -> Image.Image | np.ndarray:
         return as_decoded(given, channels) if channels in (1, 3) else given  # `fit` checks other pictures
     frame = _array(given, channels)
     code = "frame" if isinstance(given, np.ndarray) else "np.from_dlpack(frame)"
+    if color in YUV_COLORS:
+        return to_rgb(*_yuv_frame(frame, color, input))
     return _coloured(frame, channels, color, code)
+
+
+def _yuv_frame(frame: np.ndarray, color: str, input: InputSpec) -> tuple[np.ndarray, FrameSpec]:
+    """Return a nv12 or yuyv frame with its three axes, and what it is. The standard is the bundle's, where that has one."""
+    shape = (*frame.shape, 1) if frame.ndim == 2 else frame.shape
+    fits = frame.dtype == np.uint8 and len(shape) == 3
+    if color == "nv12":
+        wanted = "(height * 3 / 2, width), rows of luma and then rows of U and V"
+        fits = fits and shape[2] == 1 and shape[0] % 3 == 0 and shape[1] % 2 == 0
+    else:
+        wanted, fits = "(height, width, 2), luma and then U or V", fits and shape[2] == 2 and shape[1] % 2 == 0
+    if not fits or 0 in shape:
+        raise InputError(f"a {color} frame is uint8 {wanted}, with even sides, got {frame.dtype} {frame.shape}")
+    if input.channels != _COLORS_OF_PICTURES:
+        raise InputError(
+            f"{color} frames have colours, and this backbone takes {input.channels} channels: pass color='gray'"
+        )
+    height, known = (shape[0] * 2 // 3 if color == "nv12" else shape[0]), input.frame
+    standard = (known.matrix, known.range) if known is not None and known.color == color else (None, None)
+    return frame.reshape(shape), frame_spec(height, shape[1], cast("Color", color), *standard)
 
 
 def _refuse_color(color: str, what: str) -> None:

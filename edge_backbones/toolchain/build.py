@@ -30,7 +30,7 @@ from edge_backbones.machine import gpus, profiles
 from edge_backbones.parity_report import ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision
-from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, MeasuredEngine, PreparedBackbone
+from edge_backbones.toolchain.artifacts import LoadedBackbone, MeasuredEngine, PreparedBackbone
 from edge_backbones.toolchain.early import check_build
 from edge_backbones.toolchain.options import BuildOptions, as_range
 from edge_backbones.toolchain.write_bundle import write_bundle
@@ -101,12 +101,14 @@ def build_bundle(
         input = _input_spec(options, loaded, profile)
         _refuse_for(profile, options, input)
         chosen = steps.choose_images(images, loaded, input, options, work, progress)
-        loaded, prepared = steps.prepare_network(loaded, input, chosen, progress)
-        graph, script = steps.export_network(prepared, options, work, progress)
-        golden = steps.record_golden(loaded, prepared, graph, script, chosen, progress)
-        calibrated = steps.calibrate_graph(graph, loaded.image_config, chosen, reused, options, work, progress)
-        verdict = steps.try_candidates(graph, calibrated, golden, options, work, progress)
-        torch_engines = _compile_torch_engines(prepared, graph, script, golden, options, progress)
+        loaded, network = steps.prepare_network(loaded, input.of_network, chosen, progress)
+        prepared = steps.with_frames(network, loaded.image_config, input)
+        exported = steps.export_network(network, prepared, loaded.image_config, options, work, progress)
+        golden = steps.record_golden(loaded, prepared, exported, chosen, work, progress)
+        graph, config = exported.graph, loaded.image_config
+        calibrated = steps.calibrate_graph(graph, config, chosen, reused, options, work, progress)
+        verdict = steps.try_candidates(exported, calibrated, golden, options, work, progress)
+        torch_engines = _compile_torch_engines(prepared, exported.script, golden, options, progress)
         manifest = write_bundle(
             folder,
             loaded=loaded,
@@ -114,7 +116,7 @@ def build_bundle(
             golden=golden,
             golden_names=chosen.golden_names,
             verdict=verdict,
-            script=script,
+            script=exported.script,
             torch_engines=torch_engines,
             calibration=calibrated.file,
             reused=reused is not None,
@@ -152,7 +154,6 @@ def _refuse_for(profile: DeviceProfile | None, options: BuildOptions, input: Inp
 
 def _compile_torch_engines(
     prepared: PreparedBackbone,
-    graph: ExportedGraph,
     script: Path | None,
     golden: GoldenSamples,
     options: BuildOptions,
@@ -164,7 +165,7 @@ def _compile_torch_engines(
         engines.append(engine_of_torchscript(script.read_bytes()))
     if "torch_tensorrt" in options.flavours:
         engines += _torch_tensorrt_engines(prepared, options, progress)
-    return [MeasuredEngine(engine, _measure(engine, graph, golden, options)) for engine in engines]
+    return [MeasuredEngine(engine, _measure(engine, prepared, golden, options)) for engine in engines]
 
 
 def _torch_tensorrt_engines(
@@ -189,14 +190,14 @@ def _torch_tensorrt_engines(
 
 
 def _measure(
-    engine: CompiledEngine, graph: ExportedGraph, golden: GoldenSamples, options: BuildOptions
+    engine: CompiledEngine, prepared: PreparedBackbone, golden: GoldenSamples, options: BuildOptions
 ) -> ParityReport:
     """Measure the parity of an engine that is no candidate; raises ParityError outside its gate."""
     precision = engine.key.precision
     gate = options.gates.get(precision, DEFAULT_GATES[precision])
     # Host code is allowed: the program was made here, of the network that the user gave.
     load = LoadOptions(gpu=None if engine.key.gpu is None else 0, allow_host_code=True)
-    report = measure_engine(engine.key, engine.data, graph.spec, graph.input, golden, gate, options=load)
+    report = measure_engine(engine.key, engine.data, prepared.spec, prepared.input, golden, gate, options=load)
     library = registry.get(engine.key.flavour).package
     return require(report, advice=functools.partial(advice_on_building, library=library))
 
@@ -229,12 +230,17 @@ def _input_spec(options: BuildOptions, loaded: LoadedBackbone, profile: DevicePr
             raise SourceError(
                 f"{axis} {sizes.min}:{sizes.opt}:{sizes.max} must be multiples of {step}, the deepest stride"
             )
+    frame = options.frame_spec
+    if frame is not None and (loaded.channels_in not in (1, 3) or (loaded.channels_in == 1 and frame.color != "gray")):
+        advice = "take gray frames (--color gray)" if loaded.channels_in == 1 else "build it for pixel_values"
+        raise SourceError(f"this network takes {loaded.channels_in} channels, and not {frame.color} frames: {advice}")
     return InputSpec(
-        name="image" if options.input == "image" else "pixel_values",
+        name=options.input,
         channels=loaded.channels_in,
         batch=as_range(batch),
         height=heights,
         width=widths,
         size_multiple=step,
         pixel_dtype=options.pixels,
+        frame=frame,
     )

@@ -24,10 +24,11 @@ from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.parity_report import Gate, ParityReport
 from edge_backbones.progress import Progress
-from edge_backbones.spec import Precision
+from edge_backbones.spec import InputSpec, Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph, TypedGraph
 from edge_backbones.toolchain.calibration.calibrate import Calibrated
 from edge_backbones.toolchain.calibration.noise import Noise, blocks_to_exclude, noise_of_blocks
+from edge_backbones.toolchain.frame import FrameFront
 from edge_backbones.toolchain.quantize.placement import quantized_layers
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
@@ -98,9 +99,15 @@ class CandidateInputs:
     graph: ExportedGraph
     calibrated: Calibrated
     golden: GoldenSamples
+    front: FrameFront | None
     work: Path
     cache: Path | None
     progress: Progress
+
+    @property
+    def input(self) -> InputSpec:
+        """What the engines take."""
+        return self.graph.input if self.front is None else self.front.input
 
 
 def make_candidate(
@@ -124,6 +131,9 @@ def make_candidate(
     else:
         excluded = frozenset[str]()
         typed = write_typed_graph(inputs.graph, precision=precision, path=path, large=calibrated.large)
+    if inputs.front is not None:
+        inputs.front.put_before(path)
+        typed = dataclasses.replace(typed, input=inputs.front.input)
     inputs.progress(f"compiling {precision}", 0, None)
     engine = compile_graph(path.read_bytes(), precision, cache=inputs.cache)
     inputs.progress(f"verifying {precision}", 0, None)
@@ -135,8 +145,7 @@ def make_candidate(
 
 
 def _measure(inputs: CandidateInputs, engine: CompiledEngine, gate: Gate) -> ParityReport:
-    graph = inputs.graph
-    return measure_engine(engine.key, engine.data, graph.spec, graph.input, inputs.golden, gate)
+    return measure_engine(engine.key, engine.data, inputs.graph.spec, inputs.input, inputs.golden, gate)
 
 
 def ranges_of(calibrated: Calibrated, precision: Precision) -> Mapping[str, float]:

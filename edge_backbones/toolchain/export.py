@@ -12,14 +12,17 @@ import numpy as np
 import onnx
 import torch
 from onnxscript.optimizer import optimize
+from torch import nn
 
 from edge_backbones.bundle.golden import GoldenSamples, full_batches
 from edge_backbones.difference import relative_error, usual_norm
 from edge_backbones.errors import ExportError, SourceError, first_line, root_cause
+from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.fit import network_input
 from edge_backbones.runtime.views import as_callers_see, reordered_outputs
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision, ShapeRange
 from edge_backbones.toolchain.artifacts import OPSET, ExportedGraph, LoadedBackbone, PreparedBackbone
+from edge_backbones.toolchain.frame import FrameFront, FromFrame
 from edge_backbones.toolchain.layer_names import name_nodes
 from edge_backbones.toolchain.trace import example_of, quiet, trace_torchscript
 
@@ -34,31 +37,8 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
     a fixed size where the network's code fixes it.
     """
     input, spec = prepared.input, prepared.spec
-    axes = _dynamic_axes(input)
-    # The exporter specialises a dynamic axis whose example size is 1.
-    batch = max(2, input.batch.opt) if not input.batch.is_fixed else input.batch.opt
-    example = example_of(input, batch)
     try:
-        with quiet(), torch.no_grad():
-            # Left to itself torch.onnx falls back on a draft that leaves out what the code says of sizes: a transformer
-            # of fixed size would become a graph with dynamic axes that runs at one size only.
-            dynamic_shapes = (axes,) if axes else None
-            captured = torch.export.export(prepared.module, (example,), dynamic_shapes=dynamic_shapes, strict=False)
-            program = torch.onnx.export(
-                captured,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[input.name],
-                output_names=list(spec.outputs),
-                verbose=False,
-                custom_translation_table={torch.ops.aten.col2im.default: _fold},
-            )
-        assert program is not None  # only dynamo=False returns None
-        # Whatever depends on no image is computed here, at any size: standardised weights (int8 quantises constants
-        # only), tables of relative positions. The exporter itself leaves tensors above 8192 numbers to the engine.
-        optimize(program.model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
-        name_nodes(program.model.graph)
-        model = program.model_proto
+        model = _model_of(prepared.module, input, spec.outputs)
     except Exception as error:  # torch.export raises dozens of types; all mean "not in this form"
         advice = _fixed(input) or "this architecture has no ONNX form here"
         if found := _SPECIALISED.search(str(error)):
@@ -69,7 +49,6 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
         raise ExportError(
             f"the network cannot be exported with {input.describe()}: {_cause(error)}; {advice}"
         ) from error
-    _strip_debug_information(model)
     try:
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, path)
@@ -81,6 +60,40 @@ def export_onnx(prepared: PreparedBackbone, path: Path) -> ExportedGraph:
     if names != list(spec.outputs):
         raise ExportError(f"the exported graph returns {names} instead of {list(spec.outputs)}")
     return ExportedGraph(path, spec, input)
+
+
+def export_front(config: ImageConfig, input: InputSpec) -> FrameFront:
+    """Export what a graph does with frames before the network: its output is called ``pixel_values``."""
+    return FrameFront(_model_of(FromFrame(None, config, input).eval(), input, ["pixel_values"]), input)
+
+
+def _model_of(module: nn.Module, input: InputSpec, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Export a module whose only input is ``input``. Raises whatever torch raises."""
+    axes = _dynamic_axes(input)
+    # The exporter specialises a dynamic axis whose example size is 1.
+    batch = max(2, input.batch.opt) if not input.batch.is_fixed else input.batch.opt
+    with quiet(), torch.no_grad():
+        # Left to itself torch.onnx falls back on a draft that leaves out what the code says of sizes: a transformer
+        # of fixed size would become a graph with dynamic axes that runs at one size only.
+        dynamic_shapes = (axes,) if axes else None
+        captured = torch.export.export(module, (example_of(input, batch),), dynamic_shapes=dynamic_shapes, strict=False)
+        program = torch.onnx.export(
+            captured,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[input.name],
+            output_names=list(outputs),
+            verbose=False,
+            custom_translation_table={torch.ops.aten.col2im.default: _fold},
+        )
+    assert program is not None  # only dynamo=False returns None
+    # Whatever depends on no image is computed here, at any size: standardised weights (int8 quantises constants
+    # only), tables of relative positions. The exporter itself leaves tensors above 8192 numbers to the engine.
+    optimize(program.model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
+    name_nodes(program.model.graph)
+    model = program.model_proto
+    _strip_debug_information(model)
+    return model
 
 
 def _cause(error: Exception) -> str:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from edge_backbones.engines import promises
 from edge_backbones.errors import InputError
+from edge_backbones.images.camera import frame_spec
 from edge_backbones.machine.system import default_cache
 from edge_backbones.option import Option, documented
 from edge_backbones.parity_report import Gate
-from edge_backbones.spec import FloatType, Precision, ShapeRange, precisions_of
+from edge_backbones.spec import Color, FloatType, FrameSpec, Matrix, Precision, Range, ShapeRange, precisions_of
 
 if TYPE_CHECKING:
     from edge_backbones.machine.profiles import DeviceProfile
@@ -22,6 +23,7 @@ Method = Literal["auto", "max", "percentile", "entropy", "mse"]
 METHODS = get_args(Method)
 PROGRAMS = ("torchscript", "exported_program")
 MAPS = ("float16", "channels-last")
+INPUTS = ("pixel_values", "image", "frame")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
 OF_CALIBRATED = ("method", "percentile", "calibration", "exclude")
 """Options that mean nothing to other precisions."""
@@ -84,13 +86,42 @@ class BuildOptions:
         ),
     ] = None
     input: Annotated[
-        Literal["pixel_values", "image"],
+        Literal["pixel_values", "image", "frame"],
         Option(
-            "What the engine takes. pixel_values: float NCHW, normalised. image: uint8 NHWC camera frames, which the graph "
-            "preprocesses.",
+            "What the engine takes. pixel_values: float NCHW, normalised. image: uint8 NHWC, RGB, at the network's size; the "
+            "graph normalises. frame: whole frames of a camera; the graph converts, crops, resizes and normalises them too.",
             group="Input",
         ),
     ] = "pixel_values"
+    frame: Annotated[
+        tuple[int, int] | None,
+        Option(
+            "Height and width of the camera's frames, for input frame. A bundle takes frames of one size.",
+            group="Input",
+        ),
+    ] = None
+    color: Annotated[
+        Color | None,
+        Option(
+            "How the camera stores a pixel, for input frame: rgb (the default), bgr as OpenCV has it, gray, nv12 as "
+            "hardware decoders and Jetson cameras have it, or yuyv (YUY2) as USB cameras have it.",
+            group="Input",
+        ),
+    ] = None
+    yuv_matrix: Annotated[
+        Matrix | None,
+        Option(
+            "The standard of nv12 and yuyv frames. By default bt709 for 720 rows or more, else bt601.",
+            group="Input",
+        ),
+    ] = None
+    yuv_range: Annotated[
+        Range | None,
+        Option(
+            "The luma of nv12 and yuyv frames: 16 to 235 (limited, the default) or 0 to 255 (full).",
+            group="Input",
+        ),
+    ] = None
     pixels: Annotated[
         FloatType,
         Option(
@@ -203,8 +234,8 @@ class BuildOptions:
     ] = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:
-        if self.input not in ("pixel_values", "image"):
-            raise InputError(f"input must be 'pixel_values' or 'image', got {self.input!r}")
+        if self.input not in INPUTS:
+            raise InputError(f"input must be {', '.join(map(repr, INPUTS[:-1]))} or {INPUTS[-1]!r}, got {self.input!r}")
         for option in ("out_features", "exclude", "flavours", "maps"):  # one name stands for a tuple of it
             if isinstance(value := getattr(self, option), str):
                 object.__setattr__(self, option, (value,))
@@ -265,11 +296,42 @@ class BuildOptions:
             raise InputError(f"maps are {' and '.join(MAPS)}, got {', '.join(map(str, unknown))}: choose among these")
         if self.pixels not in get_args(FloatType):
             raise InputError(f"pixels must be {' or '.join(get_args(FloatType))}, got {self.pixels!r}")
-        if self.input == "image" and self.pixels != "float32":
+        if self.input != "pixel_values" and self.pixels != "float32":
             raise InputError(
-                f"pixels is {self.pixels}, and input is image, whose frames are uint8: leave pixels out, or build for "
+                f"pixels is {self.pixels}, and input is {self.input}, which is uint8: leave pixels out, or build for "
                 "pixel_values"
             )
+        self._check_frame()
+
+    def _check_frame(self) -> None:
+        """Raise InputError for a frame without its size, for what is said of frames without one, and for odd values."""
+        if self.input != "frame":
+            said = [name for name in ("frame", "color", "yuv_matrix", "yuv_range") if getattr(self, name) is not None]
+            if said:
+                raise InputError(
+                    f"{' and '.join(said)} {'is' if len(said) == 1 else 'are'} of input frame, and input is {self.input}: "
+                    "add input='frame' (--input frame)"
+                )
+            return
+        if self.frame is None:
+            raise InputError("input is frame, and their size is not given: add frame=(1080, 1920) (--frame 1080x1920)")
+        if not all(isinstance(size, int) and size >= 1 for size in self.frame) or len(self.frame) != 2:
+            raise InputError(f"frame is the (height, width) of the camera's frames, got {self.frame}")
+        for name, kind in (("color", Color), ("yuv_matrix", Matrix), ("yuv_range", Range)):
+            if (value := getattr(self, name)) not in (None, *get_args(kind)):
+                raise InputError(f"{name} must be {' or '.join(get_args(kind))}, got {value!r}")
+        if not all(isinstance(size, (int, type(None))) for size in (self.height, self.width)):
+            raise InputError(
+                f"frames are resized to one size, and height is {self.height}, width {self.width}: give each one number"
+            )
+        assert self.frame_spec is not None  # it checks itself
+
+    @property
+    def frame_spec(self) -> FrameSpec | None:
+        """The frames that the engine takes; None for another input."""
+        if self.frame is None:
+            return None
+        return frame_spec(*self.frame, self.color or "rgb", self.yuv_matrix, self.yuv_range)
 
     @property
     def wanted(self) -> tuple[Precision, ...]:

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import CalibrationFile, Manifest
@@ -23,8 +26,15 @@ from edge_backbones.toolchain import export
 from edge_backbones.toolchain.artifacts import ExportedGraph, LoadedBackbone, PreparedBackbone
 from edge_backbones.toolchain.calibration import calibrate, ranges
 from edge_backbones.toolchain.calibration.calibrate import BATCH, Calibrated, Feed, read_calibration
-from edge_backbones.toolchain.calibration.images import ImageSet, ImageSource, gather_images, split_golden
+from edge_backbones.toolchain.calibration.images import (
+    ImageSet,
+    ImageSource,
+    gather_images,
+    golden_frames,
+    split_golden,
+)
 from edge_backbones.toolchain.candidates import CandidateInputs, Verdict, decide
+from edge_backbones.toolchain.frame import FrameFront, FromFrame
 from edge_backbones.toolchain.prepare import prepare, warm_batch_norm
 from edge_backbones.toolchain.quantize.placement import quantized_layers, select_layers
 from edge_backbones.toolchain.sources.load import load_source
@@ -35,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChosenImages", "calibrate_graph", "choose_images", "collect_notes", "export_network", "load_network",
-    "prepare_network", "read_calibration", "record_golden", "try_candidates",
+    "prepare_network", "read_calibration", "record_golden", "try_candidates", "with_frames",
 ]  # fmt: skip
 
 _PERCENTILE = 99.99
@@ -47,7 +57,7 @@ def load_network(
     """Load the network. ``profile`` is of the device that the bundle is for."""
     progress("loading the network", 0, None)
     loaded = load_source(source, options.source_options(profile))
-    if options.input == "image" and loaded.image_differs:
+    if options.input != "pixel_values" and loaded.image_differs:
         raise SourceError(
             f"{loaded.image_differs}: build it for pixel_values and prepare them with the processor, or say what is "
             "done to frames with image=ImageConfig(...)"
@@ -72,13 +82,15 @@ def with_formats(spec: BackboneSpec, options: BuildOptions) -> BackboneSpec:
 class ChosenImages:
     """The images of a build, as network inputs on disk.
 
-    ``calibrating`` and ``golden``: indices of the images to calibrate on and of those that parity is measured on.
-    ``synthetic``: the user passed no images.
+    ``images``: inputs of the network itself. ``calibrating`` and ``golden``: indices of the images to calibrate on and of
+    those that parity is measured on. ``golden_inputs``: the latter as the engines take them. ``synthetic``: the user passed
+    no images.
     """
 
     images: ImageSet
     calibrating: list[int]
     golden: list[int]
+    golden_inputs: np.ndarray
     synthetic: bool
 
     @property
@@ -95,16 +107,30 @@ def choose_images(
     work: Path,
     progress: Progress,
 ) -> ChosenImages:
-    """Read and preprocess every image once, and choose which are calibrated on and which are golden."""
-    found = gather_images(images, input=input, config=loaded.image_config, spool=work / "images", progress=progress)
+    """Read and preprocess every image, and choose which are calibrated on and which are golden.
+
+    Where engines take frames, each image becomes a frame first, and its input is what the network sees of it. Frames are
+    large: only the golden ones are kept, and are read again for that.
+    """
+    config = loaded.image_config
+    if input.frame is not None and isinstance(images, Iterator):
+        images = list(images)  # they are read twice
+    found = gather_images(images, input=input, config=config, spool=work / "images", progress=progress)
     calibrating, golden = split_golden(len(found.names), options.golden)
-    return ChosenImages(found, calibrating, golden, synthetic=images is None)
+    if input.frame is None:
+        golden_inputs = found.take(golden)
+    else:
+        golden_inputs = golden_frames(images, [found.names[index] for index in golden], input=input, config=config)
+    return ChosenImages(found, calibrating, golden, golden_inputs, synthetic=images is None)
 
 
 def prepare_network(
     loaded: LoadedBackbone, input: InputSpec, chosen: ChosenImages, progress: Progress
 ) -> tuple[LoadedBackbone, PreparedBackbone]:
-    """Make the module that is exported. Random weights get batch-norm statistics first: the reference changes with them."""
+    """Fold the network. Random weights get batch-norm statistics first: the reference changes with them.
+
+    ``input``: that of the network itself.
+    """
     if loaded.source.weights == "random":
         progress("warming batch norm", 0, None)
         indices = chosen.calibrating
@@ -116,35 +142,71 @@ def prepare_network(
     return loaded, prepare(loaded, input)
 
 
+def with_frames(network: PreparedBackbone, config: ImageConfig, input: InputSpec) -> PreparedBackbone:
+    """Return the module that engines are made of: the network, behind what it does with frames where ``input`` is frames."""
+    if input.frame is None:
+        return network
+    module = FromFrame(network.module, config, input).eval()
+    return dataclasses.replace(network, module=module, input=input)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the network was exported to.
+
+    ``graph``: the fp32 graph of the network itself. ``front``: what goes in front of it where engines take frames.
+    ``script``: the TorchScript module of both, where it is wanted.
+    """
+
+    graph: ExportedGraph
+    front: FrameFront | None
+    script: Path | None
+
+
 def export_network(
-    prepared: PreparedBackbone, options: BuildOptions, work: Path, progress: Progress
-) -> tuple[ExportedGraph, Path | None]:
-    """Write the fp32 ONNX graph, and the TorchScript module where it is wanted, into ``work``."""
+    network: PreparedBackbone,
+    prepared: PreparedBackbone,
+    config: ImageConfig,
+    options: BuildOptions,
+    work: Path,
+    progress: Progress,
+) -> Exported:
+    """Write the fp32 ONNX graph, and the TorchScript module where it is wanted, into ``work``.
+
+    ``prepared``: ``network`` as `with_frames` returns it.
+    """
     progress("exporting", 0, None)
-    graph = export.export_onnx(prepared, work / "fp32.onnx")
-    if not options.torchscript:
-        return graph, None
-    script = work / "fp32.ts"
-    export.export_torchscript(prepared, script)
-    return graph, script
+    graph = export.export_onnx(network, work / "fp32.onnx")
+    front = None if prepared.input.frame is None else export.export_front(config, prepared.input)
+    script = None
+    if options.torchscript:
+        script = work / "fp32.ts"
+        export.export_torchscript(prepared, script)
+    return Exported(graph, front, script)
 
 
 def record_golden(
     loaded: LoadedBackbone,
     prepared: PreparedBackbone,
-    graph: ExportedGraph,
-    script: Path | None,
+    exported: Exported,
     chosen: ChosenImages,
+    work: Path,
     progress: Progress,
 ) -> GoldenSamples:
     """Run the network as it was loaded on the golden images, and check what was exported against its feature maps."""
     progress("recording golden samples", 0, None)
-    cases = export.golden_cases(chosen.images.take(chosen.golden), prepared.input)
+    cases = export.golden_cases(chosen.golden_inputs, prepared.input)
     golden = export.golden_samples(loaded, prepared.input, cases)
     export.check_range(golden, prepared.spec)
-    export.check_onnx(graph, golden)
-    if script is not None:
-        export.check_torchscript(script, prepared, golden)
+    whole = exported.graph
+    if exported.front is not None:
+        path = work / "fp32-of-frames.onnx"
+        shutil.copyfile(whole.path, path)
+        exported.front.put_before(path)
+        whole = ExportedGraph(path, prepared.spec, prepared.input)
+    export.check_onnx(whole, golden)
+    if exported.script is not None:
+        export.check_torchscript(exported.script, prepared, golden)
     return golden
 
 
@@ -195,7 +257,7 @@ def _find_beyond_half(graph: ExportedGraph, feed: Feed, options: BuildOptions, p
 
 
 def try_candidates(
-    graph: ExportedGraph,
+    exported: Exported,
     calibrated: Calibrated,
     golden: GoldenSamples,
     options: BuildOptions,
@@ -204,7 +266,13 @@ def try_candidates(
 ) -> Verdict:
     """Compile and measure engines until every wanted precision holds its gate, and choose what is shipped."""
     inputs = CandidateInputs(
-        graph=graph, calibrated=calibrated, golden=golden, work=work, cache=options.cache, progress=progress
+        graph=exported.graph,
+        calibrated=calibrated,
+        golden=golden,
+        front=exported.front,
+        work=work,
+        cache=options.cache,
+        progress=progress,
     )
     return decide(inputs, options.wanted, options.gates, auto=options.precisions == "auto", fallback=options.fallback)
 

@@ -21,18 +21,19 @@ import numpy as np
 from edge_backbones.errors import CalibrationError, InputError
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.decode import decode, grouped, list_images, shown, why_no_images
-from edge_backbones.images.fit import fit, to_input
+from edge_backbones.images.fit import image_to_input, network_input, to_input
 from edge_backbones.images.frames import as_array, as_frame
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.reading import in_short, shortened
-from edge_backbones.spec import InputSpec
+from edge_backbones.spec import YUV_COLORS, InputSpec
 
 ImageSource = str | os.PathLike[str] | Iterable[np.ndarray] | None
 """A folder of images (searched recursively), an .npz file, an iterable of arrays, or None for synthetic images.
 
 Arrays are photographs (uint8, (height, width, channels) or a batch of them, of any size: preprocessed here; pictures of
 Pillow too), or finished network inputs (float32 (channels, height, width) or a batch of them). An .npz holds one array
-of either kind, the first axis counting images, or names it ``pixel_values`` or ``image``.
+of either kind, the first axis counting images, or names it ``pixel_values`` or ``image``. For engines that take nv12 or yuyv
+frames, arrays may be such frames.
 """
 
 _SYNTHETIC_IMAGES = 8
@@ -82,26 +83,44 @@ def gather_images(
 ) -> ImageSet:
     """Read every image of ``source`` into the file ``spool``, at the input's opt size.
 
-    A file that does not decode is skipped; the result has its name and the reason. Raises CalibrationError when nothing is
-    left, or for an array that is neither a photograph nor an input of this network.
+    Where engines take frames, these are the inputs of the network behind: each image becomes a frame, which is preprocessed
+    as the graph does it. A file that does not decode is skipped; the result has its name and the reason. Raises
+    CalibrationError when nothing is left, or for an array that is neither a photograph nor an input of this network.
     """
     reasons: dict[str, str] = {}
     names: list[str] = []
     blank: list[str] = []
     digest = hashlib.sha256()
-    shape = input.shape(1, input.height.opt, input.width.opt)[1:]
+    network = input.of_network
+    shape = network.opt_shape[1:]
     with spool.open("wb") as file:
-        for name, array in _named_arrays(source, input, config, reasons, progress):
-            data = np.ascontiguousarray(array, input.dtype).reshape(shape)
+        for name, given in _named_images(source, input, reasons, progress):
+            array = _as_input(given, name, input, config)
+            if input.frame is not None:
+                array = network_input(array[None], config, input)[0]
+            data = np.ascontiguousarray(array, network.dtype).reshape(shape)
             digest.update(data.data)
             file.write(data.data)  # tofile() does not say why a disk takes no more
             names.append(name)
-            if _is_blank(data, input):
+            if _is_blank(data, network):
                 blank.append(name)
     if not names:
         raise CalibrationError(_why_nothing(source, reasons))
-    inputs = np.memmap(spool, dtype=input.dtype, mode="r", shape=(len(names), *shape))
+    inputs = np.memmap(spool, dtype=network.dtype, mode="r", shape=(len(names), *shape))
     return ImageSet(inputs, tuple(names), reasons, tuple(blank), digest.hexdigest())
+
+
+def golden_frames(source: ImageSource, names: Sequence[str], *, input: InputSpec, config: ImageConfig) -> np.ndarray:
+    """Read some images of ``source`` again, by the names that `gather_images` gave them, as frames that engines take."""
+    wanted, found = set(names), {}
+    for name, given in _named_images(source, input, {}, no_progress):
+        if name in wanted:
+            found[name] = _as_input(given, name, input, config)
+        if len(found) == len(wanted):
+            break
+    if missing := wanted - found.keys():
+        raise CalibrationError(f"{min(missing)} was there and is gone: leave the images alone while a bundle is built")
+    return np.ascontiguousarray(np.stack([found[name] for name in names]))
 
 
 def split_golden(count: int, golden: int) -> tuple[list[int], list[int]]:
@@ -144,14 +163,14 @@ def weighted_sample(indices: Sequence[int], furthest: Iterable[int], count: int)
     return dict(sorted(weights.items()))
 
 
-def _named_arrays(
-    source: ImageSource, input: InputSpec, config: ImageConfig, reasons: dict[str, str], progress: Progress
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every image as an array of one input's shape, with a name for reports. Skipped files go into ``reasons``."""
+def _named_images(
+    source: ImageSource, input: InputSpec, reasons: dict[str, str], progress: Progress
+) -> Iterator[tuple[str, object]]:
+    """Yield every image with a name for reports: decoded files, or arrays as they are. Skipped files go into ``reasons``."""
     step = "reading images"
     if source is None:
         for index, pixels in enumerate(_synthetic(input)):
-            yield f"synthetic {index}", _to_network_input(pixels, f"synthetic {index}", input, config)
+            yield f"synthetic {index}", pixels
         return
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
@@ -169,8 +188,7 @@ def _named_arrays(
                 except InputError as error:
                     reasons[name] = str(error)
                     continue
-                pixels = fit(image, config, input.height.opt, input.width.opt)
-                yield name, to_input(pixels[None], config, input)[0]
+                yield name, image
             progress(step, len(files), len(files))
             return
         if not path.is_file():
@@ -190,14 +208,16 @@ def _named_arrays(
             raise CalibrationError(f"array {index}: {error}") from error
         for one in array if array.ndim == 4 else [given]:
             progress(step, index, None)
-            yield f"array {index}", _to_network_input(one, f"array {index}", input, config)
+            yield f"array {index}", one
             index += 1
 
 
-def _to_network_input(given: object, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
-    """Check one photograph or finished input, and return it as an input."""
-    expected = input.shape(1, input.height.opt, input.width.opt)[1:]
-    array, takes_floats = as_array(given), input.name == "pixel_values"
+def _as_input(given: object, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
+    """Check one photograph or finished input, and return it as an input of the graph."""
+    array, frame = as_array(given), input.frame
+    if frame is not None and frame.color in YUV_COLORS and (array.dtype, array.shape) == (np.uint8, frame.shape):
+        return array
+    expected, takes_floats = input.opt_shape[1:], input.name == "pixel_values"
     if takes_floats and array.dtype.kind == "f" and array.shape == expected:
         if not np.isfinite(array).all():
             raise CalibrationError(f"{name} has values that are not finite: leave it out")
@@ -208,19 +228,19 @@ def _to_network_input(given: object, name: str, input: InputSpec, config: ImageC
             )
         return array
     try:
-        frame = as_frame(given, input.channels)
+        picture = as_frame(given, input.channels)
     except InputError as error:
         inputs = f"; or pass network inputs, float32 {expected}" if takes_floats else ""
         raise CalibrationError(f"{name}: {error}{inputs}") from error
-    pixels = np.asarray(frame)
-    if pixels.shape[:2] != (input.height.opt, input.width.opt):
-        if input.channels not in (1, 3):
-            raise CalibrationError(
-                f"photographs of {input.channels} channels cannot be resized here: pass them at full size"
-            )
-        pixels = fit(frame, config, input.height.opt, input.width.opt)
-    photograph: np.ndarray = to_input(np.atleast_3d(pixels)[None], config, input)[0]
-    return photograph
+    pixels = np.asarray(picture)
+    is_array = isinstance(picture, np.ndarray)
+    if frame is None and is_array and pixels.shape[:2] == (input.height.opt, input.width.opt):
+        return to_input(np.atleast_3d(pixels)[None], config, input)[0]
+    if input.channels not in (1, 3):
+        raise CalibrationError(
+            f"photographs of {input.channels} channels cannot be resized here: pass them at full size"
+        )
+    return image_to_input(picture, config, input)
 
 
 def _npz_rows(path: Path) -> Iterator[np.ndarray]:
@@ -264,6 +284,8 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 def _synthetic(input: InputSpec) -> Iterator[np.ndarray]:
     """Yield seeded images with the 1/f spectrum of photographs, for fp32 and fp16 builds without images."""
     height, width = input.height.opt, input.width.opt
+    if input.frame is not None:
+        height, width = input.frame.height, input.frame.width
     random = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     frequency[0, 0] = np.inf
