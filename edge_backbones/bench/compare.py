@@ -37,7 +37,7 @@ from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.engines import select
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, needing
 from edge_backbones.images.decode import list_images, open_image
-from edge_backbones.images.fit import fit, to_input
+from edge_backbones.images.fit import image_to_input
 from edge_backbones.installation import pip_install
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.devices import parse_device
@@ -266,9 +266,7 @@ def read_images(folder: Path, bundle: Bundle, count: int = 64) -> np.ndarray:
     if not files:
         raise InputError(f"{folder} holds no image files")
     input = manifest.input
-    height, width = input.height.opt, input.width.opt
-    fitted = [fit(open_image(file, input.channels), manifest.image, height, width) for file in files]
-    return to_input(np.stack(fitted), manifest.image, input)
+    return np.stack([image_to_input(open_image(file, input.channels), manifest.image, input) for file in files])
 
 
 # ---- contenders
@@ -383,10 +381,11 @@ def _fp32_graph(bundle: Bundle, work: Path, progress: Progress) -> _Graph:
     progress("exporting the network in fp32", 0, None)
     with needing("exporting the network in fp32", "build"):
         from edge_backbones.toolchain.export import export_onnx
+        from edge_backbones.toolchain.frame import with_frames
         from edge_backbones.toolchain.prepare import prepare
-    return _Graph(
-        export_onnx(prepare(load_network(bundle), bundle.manifest.input), work / "fp32.onnx").path, exact=False
-    )
+    loaded, input = load_network(bundle), bundle.manifest.input
+    prepared = with_frames(prepare(loaded, input.of_network), bundle.manifest.image, input)
+    return _Graph(export_onnx(prepared, work / "fp32.onnx").path, exact=False)
 
 
 def _nncf_graph(bundle: Bundle, graph: Path | None, options: CompareOptions, work: Path, progress: Progress) -> Path:

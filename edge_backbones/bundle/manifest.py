@@ -336,7 +336,8 @@ class Manifest(_Strict, frozen=True):
         """Return one line that says how a picture is preprocessed and where that was read."""
         height, width = self.input.height.opt, self.input.width.opt
         read_from = f"; read from {self.source.preprocessing}" if self.source.preprocessing else ""
-        return f"preprocessing: {self.image.describe(height, width)}{read_from}"
+        where = "" if self.input.frame is None else f" in the graph, of {self.input.frame}"
+        return f"preprocessing{where}: {self.image.describe(height, width)}{read_from}"
 
     def onnx_graph(self, precision: Precision) -> GraphRecord | None:
         """Return the ONNX graph of a precision, or None if the bundle has none."""

@@ -72,11 +72,12 @@ def _takes(shape: Shape | None, input: InputSpec) -> bool:
 
 def _sizes(input: InputSpec) -> str:
     batch, height, width = str(input.batch), str(input.height), str(input.width)
-    axes = (
-        (batch, str(input.channels), height, width)
-        if input.layout == "NCHW"
-        else (batch, height, width, str(input.channels))
-    )
+    if input.frame is not None:
+        axes = [batch, *map(str, input.frame.shape)]
+    elif input.layout == "NCHW":
+        axes = [batch, str(input.channels), height, width]
+    else:
+        axes = [batch, height, width, str(input.channels)]
     return f"({', '.join(axes)})"
 
 

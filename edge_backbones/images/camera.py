@@ -98,7 +98,8 @@ def from_rgb(picture: np.ndarray, spec: FrameSpec) -> np.ndarray:
     if spec.color == "bgr":
         return picture[..., ::-1]
     if spec.color == "gray":
-        return np.rint(picture @ np.array(_GREY)).astype(np.uint8)[..., None]
+        grey: np.ndarray = _bytes(picture @ np.array(_GREY))[..., None]
+        return grey
     red, blue = _LUMA[spec.matrix]
     luma = picture @ np.array([red, 1 - red - blue, blue])
     colours = np.stack(
@@ -115,4 +116,5 @@ def from_rgb(picture: np.ndarray, spec: FrameSpec) -> np.ndarray:
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    levels: np.ndarray = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return levels

@@ -187,7 +187,8 @@ def image_to_input(
     """
     if input.frame is None:
         pixels = fit_in_place(image, config, input.height.opt, input.width.opt, threads)
-        return to_input(pixels[None], config, input)[0]
+        array: np.ndarray = to_input(pixels[None], config, input)[0]
+        return array
     covering = ImageConfig(mean=(0.0,) * input.channels, std=(1.0,) * input.channels, crop_pct=1.0)
     return from_rgb(fit_in_place(image, covering, input.frame.height, input.frame.width, threads), input.frame)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from edge_backbones.bundle.manifest import Manifest
 from edge_backbones.errors import MissingDependencyError
+from edge_backbones.images.fit import seen_by_network
 from edge_backbones.pictures import as_map
 
 IMAGES_SHOWN = 4
@@ -128,6 +129,7 @@ def _map_png(values: np.ndarray, low: float, high: float, colours: str) -> str:
 
 def _photograph(manifest: Manifest, image: np.ndarray) -> str:
     """Draw a golden input as a JPEG: undo the normalisation, and show it in grey unless it has three channels."""
+    image = seen_by_network(image[None], manifest.image, manifest.input)[0]
     if manifest.input.name == "pixel_values":
         mean, std = (np.array(values) for values in (manifest.image.mean, manifest.image.std))
         image = image.transpose(1, 2, 0)[..., :: -1 if manifest.image.channel_order == "bgr" else 1]

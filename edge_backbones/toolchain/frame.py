@@ -10,6 +10,7 @@ bit for bit, wherever that computes with integers. It is done in float32, whatev
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +27,21 @@ from edge_backbones.images.config import ImageConfig
 from edge_backbones.images.fit import Placement, placement
 from edge_backbones.images.resample import Block, Method, blocks
 from edge_backbones.spec import YUV_COLORS, FrameSpec, InputSpec
+from edge_backbones.toolchain.artifacts import PreparedBackbone
 
 # Resized pixels in a block. Fewer multiply fewer zeros, and are more operations; one product costs a GPU a launch.
 _ACROSS, _DOWN = 16, 56
 _COARSE = 1 << 10
+
+
+def with_frames(network: PreparedBackbone, config: ImageConfig, input: InputSpec) -> PreparedBackbone:
+    """Return the module that engines are made of: a prepared network, behind what is done with frames if ``input`` has any.
+
+    ``network`` takes ``input.of_network``.
+    """
+    if input.frame is None:
+        return network
+    return dataclasses.replace(network, module=FromFrame(network.module, config, input).eval(), input=input)
 
 
 class FromFrame(nn.Module):
@@ -48,6 +60,7 @@ class FromFrame(nn.Module):
         self.normalise = _Normalise(config, input, read.placed)
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return what the network makes of uint8 frames (batch, rows, columns, bytes)."""
         pixel_values: torch.Tensor = self.normalise(self.resize(self.planes(frame)))
         return pixel_values if self.net is None else self.net(pixel_values)  # type: ignore[no-any-return]
 

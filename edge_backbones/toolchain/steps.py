@@ -34,7 +34,7 @@ from edge_backbones.toolchain.calibration.images import (
     split_golden,
 )
 from edge_backbones.toolchain.candidates import CandidateInputs, Verdict, decide
-from edge_backbones.toolchain.frame import FrameFront, FromFrame
+from edge_backbones.toolchain.frame import FrameFront, with_frames
 from edge_backbones.toolchain.prepare import prepare, warm_batch_norm
 from edge_backbones.toolchain.quantize.placement import quantized_layers, select_layers
 from edge_backbones.toolchain.sources.load import load_source
@@ -140,14 +140,6 @@ def prepare_network(
         loaded = warm_batch_norm(loaded, (network_input(batch, loaded.image_config, input) for batch in batches))
     progress("folding batch norm", 0, None)
     return loaded, prepare(loaded, input)
-
-
-def with_frames(network: PreparedBackbone, config: ImageConfig, input: InputSpec) -> PreparedBackbone:
-    """Return the module that engines are made of: the network, behind what it does with frames where ``input`` is frames."""
-    if input.frame is None:
-        return network
-    module = FromFrame(network.module, config, input).eval()
-    return dataclasses.replace(network, module=module, input=input)
 
 
 @dataclass(frozen=True)

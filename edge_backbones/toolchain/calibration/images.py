@@ -215,7 +215,7 @@ def _named_images(
 def _as_input(given: object, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
     """Check one photograph or finished input, and return it as an input of the graph."""
     array, frame = as_array(given), input.frame
-    if frame is not None and frame.color in YUV_COLORS and (array.dtype, array.shape) == (np.uint8, frame.shape):
+    if frame is not None and frame.color in YUV_COLORS and array.dtype == np.uint8 and array.shape == frame.shape:
         return array
     expected, takes_floats = input.opt_shape[1:], input.name == "pixel_values"
     if takes_floats and array.dtype.kind == "f" and array.shape == expected:
@@ -235,7 +235,8 @@ def _as_input(given: object, name: str, input: InputSpec, config: ImageConfig) -
     pixels = np.asarray(picture)
     is_array = isinstance(picture, np.ndarray)
     if frame is None and is_array and pixels.shape[:2] == (input.height.opt, input.width.opt):
-        return to_input(np.atleast_3d(pixels)[None], config, input)[0]
+        finished: np.ndarray = to_input(np.atleast_3d(pixels)[None], config, input)[0]
+        return finished
     if input.channels not in (1, 3):
         raise CalibrationError(
             f"photographs of {input.channels} channels cannot be resized here: pass them at full size"
