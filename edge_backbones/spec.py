@@ -241,7 +241,7 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         if self.name != "pixel_values" and self.pixel_dtype != "float32":
             raise ValueError(f"{self.name} is uint8, and pixel_dtype is {self.pixel_dtype}")
         if (self.name == "frame") != (self.frame is not None):
-            raise ValueError(f"frame is of an input called frame, and this one is called {self.name}")
+            raise ValueError(f"an input called frame says what its frames are, and no other does: this is {self.name}")
         if self.frame is not None and not (self.height.is_fixed and self.width.is_fixed):
             raise ValueError(f"frames are resized to one size, not to {self.height} x {self.width}")
 

@@ -6,6 +6,7 @@ a device without torch gives the network the pixels that it was trained on. A te
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,8 @@ from edge_backbones.spec import InputSpec
 
 if TYPE_CHECKING:
     from PIL import Image
+
+_FIRST_PILLOW_BY_COLUMNS = 13
 
 
 def fit(
@@ -149,6 +152,16 @@ def _middle(length: int, wanted: int, *, down: bool) -> range:
     """
     start = (length - wanted) // 2 if down else round((length - wanted) / 2.0)
     return range(start, start + wanted) if length > wanted else range(length)
+
+
+def widths_first(source: tuple[int, int], size: tuple[int, int], config: ImageConfig) -> bool:
+    """Return whether pictures are resized along the rows first, from ``source`` to ``size``, both (rows, columns).
+
+    Everything does, but Pillow from release 13 on: for some tall pictures it begins with the columns.
+    """
+    if (config.sampling, config.arithmetic) != ("antialias", "pillow") or _widths_first(source, size):
+        return True
+    return int(importlib.metadata.version("Pillow").partition(".")[0]) < _FIRST_PILLOW_BY_COLUMNS
 
 
 def _widths_first(source: tuple[int, int], size: tuple[int, int]) -> bool:

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from edge_backbones.images.camera import yuv_to_rgb
 from edge_backbones.images.config import ImageConfig
-from edge_backbones.images.fit import Placement, placement
+from edge_backbones.images.fit import Placement, placement, widths_first
 from edge_backbones.images.resample import Block, Method, blocks
 from edge_backbones.spec import YUV_COLORS, FrameSpec, InputSpec
 from edge_backbones.toolchain.artifacts import PreparedBackbone
@@ -56,7 +56,8 @@ class FromFrame(nn.Module):
         read = _what_is_read(input.frame, config, input)
         self.net = net
         self.planes = _Planes(input.frame, read)
-        self.resize = _Resize(read, Method.of(config))
+        source = input.frame.height, input.frame.width
+        self.resize = _Resize(read, Method.of(config), by_rows=widths_first(source, read.placed.size, config))
         self.normalise = _Normalise(config, input, read.placed)
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -148,21 +149,21 @@ class _Planes(nn.Module):
 
 
 class _Resize(nn.Module):
-    """Resize and crop float32 NCHW: products with the blocks along rows, then along columns."""
+    """Resize and crop float32 NCHW: products with the blocks along rows, then along columns, or the other way round."""
 
-    def __init__(self, read: _Read, method: Method) -> None:
+    def __init__(self, read: _Read, method: Method, *, by_rows: bool) -> None:
         super().__init__()
         kind = _ExactProduct if method.rounds_between else _Product  # whole levels go in, and come out
         self.across = nn.ModuleList(kind(block.weights, _moved(block.read, read.columns), 3) for block in read.across)
         self.down = nn.ModuleList(kind(block.weights.T, _moved(block.read, read.rows), 2) for block in read.down)
-        self._is_exact = method.rounds_between
+        self._is_exact, self._by_rows = method.rounds_between, by_rows
 
     def forward(self, planes: torch.Tensor) -> torch.Tensor:
         if not self.across:
             return planes
-        narrow = torch.cat([product(planes) for product in self.across], dim=3)
-        resized = torch.cat([product(narrow) for product in self.down], dim=2)
-        return resized if self._is_exact else _whole_levels(resized)
+        for products, axis in ((self.across, 3), (self.down, 2))[:: 1 if self._by_rows else -1]:
+            planes = torch.cat([product(planes) for product in products], dim=axis)
+        return planes if self._is_exact else _whole_levels(planes)
 
 
 class _Product(nn.Module):
