@@ -11,7 +11,7 @@ import numpy as np
 
 from edge_backbones.bundle.manifest import Manifest
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.pictures import as_map
+from edge_backbones.pictures import as_map, palette
 
 IMAGES_SHOWN = 4
 # Larger pictures are averaged down to this many cells of a map and pixels of a photograph, to keep the page small.
@@ -122,7 +122,7 @@ def _map_png(values: np.ndarray, low: float, high: float, colours: str) -> str:
     span = high - low if high > low else 1.0
     levels = np.clip((np.asarray(image) - low) / span * 255, 0, 255).round().astype(np.uint8)
     indexed = _pillow().fromarray(levels).convert("P")
-    indexed.putpalette(_palette(colours).tobytes())
+    indexed.putpalette(palette(colours).tobytes())
     return _data_uri(indexed, "png", optimize=True)
 
 
@@ -161,19 +161,9 @@ def _pillow() -> Any:
     return Image
 
 
-def _palette(colours: str) -> np.ndarray:
-    """Return the 256 colours of a colour map of matplotlib as uint8 (256, 3)."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingDependencyError("drawing feature maps", "report") from error
-    found: np.ndarray = matplotlib.colormaps[colours](np.arange(256), bytes=True)[:, :3]
-    return found
-
-
 def colour_bars() -> dict[str, str]:
     """Return the colours of the two scales, energy and difference, as stops of a CSS gradient."""
     return {
-        use: ", ".join("#" + bytes(colour).hex() for colour in _palette(colours)[::17])
+        use: ", ".join("#" + bytes(colour).hex() for colour in palette(colours)[::17])
         for use, colours in (("energy", "magma"), ("difference", "viridis"))
     }
