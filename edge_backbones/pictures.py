@@ -221,25 +221,35 @@ def _scaled(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
     return levels
 
 
+def principal_colours(feature_map: np.ndarray, view: View) -> np.ndarray:
+    """Return the components of each cell as red, green and blue: uint8 (rows, columns, 3). NaN and infinity are grey."""
+    known, unknown = _known(feature_map)
+    mixed = np.einsum("kc,chw->khw", view.components, known) - (view.components @ view.mean)[:, None, None]
+    colours = np.stack([_scaled(one, span) for one, span in zip(mixed, view.spans, strict=True)], axis=2)
+    colours[unknown] = _UNKNOWN
+    return colours
+
+
+def _known(feature_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a map without NaN and infinity, and which cells (rows, columns) had any; those are zeros."""
+    unknown = ~np.isfinite(feature_map).all(axis=0)
+    return np.where(unknown, 0, feature_map) if unknown.any() else feature_map, unknown
+
+
 def _tiles(feature_map: np.ndarray, view: View) -> list[tuple[str, np.ndarray]]:
     """Return captions and uint8 colours (rows, columns, 3) of a stage's tiles, with one pixel per cell."""
-    grid = feature_map.shape[1:]
-    cells = feature_map.reshape(len(feature_map), -1)
-    unknown = ~np.isfinite(cells).all(axis=0).reshape(grid)
-    known = np.where(unknown.reshape(-1), 0, cells) if unknown.any() else cells
-    mixed = view.components @ known - (view.components @ view.mean)[:, None]
-    colours = np.stack([_scaled(one, span) for one, span in zip(mixed, view.spans, strict=True)], axis=1)
-    low, high = view.energy
+    known, unknown = _known(feature_map)
     varies = f"{100 * view.explained:.0f} % of variance" if view.explained else "nothing varies"
+    low, high = view.energy
     drawn = [
-        (f"PCA: {varies}", colours.reshape(*grid, 3)),
-        (f"energy {low:.3g} to {high:.3g}", palette(_ENERGY)[_scaled(_energy(known).reshape(grid), view.energy)]),
+        (f"PCA: {varies}", principal_colours(feature_map, view)),
+        (f"energy {low:.3g} to {high:.3g}", palette(_ENERGY)[_scaled(_energy(known), view.energy)]),
     ]
     drawn += [
-        (f"channel {channel}", palette(_CHANNEL)[_scaled(known[channel].reshape(grid), span)])
+        (f"channel {channel}", palette(_CHANNEL)[_scaled(known[channel], span)])
         for channel, span in view.channels.items()
     ]
-    for _, tile in drawn:
+    for _, tile in drawn[1:]:
         tile[unknown] = _UNKNOWN
     return drawn
 
@@ -342,7 +352,6 @@ def _font(size: int, bold: bool) -> Any:
     return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", name), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-@functools.cache
 def palette(colours: str) -> np.ndarray:
     """Return the 256 colours of a colour map of matplotlib as uint8 (256, 3); raise MissingDependencyError without it."""
     try:
@@ -350,7 +359,6 @@ def palette(colours: str) -> np.ndarray:
     except ImportError as error:
         raise MissingDependencyError("drawing pictures", "report") from error
     found: np.ndarray = colormaps[colours](np.arange(256), bytes=True)[:, :3]
-    found.flags.writeable = False
     return found
 
 

@@ -258,8 +258,7 @@ def test_the_file_is_the_frame(tmp_path):
 def test_a_missing_library_names_the_extra(monkeypatch, absent):
     from edge_backbones import pictures
 
-    for function in (pictures._font, pictures.palette):
-        function.cache_clear()
+    pictures._font.cache_clear()
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(MissingDependencyError, match="drawing pictures needs the 'report' extra"):
         draw_frame(photograph(64, 64), {"s": smooth_map(3, 4, 4)}, title="t")
