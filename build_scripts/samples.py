@@ -80,7 +80,7 @@ def write_clip(path: Path) -> None:
     try:
         import av
     except ImportError as error:
-        raise MissingDependencyError("writing a video", "demo", fix="PyAV is not installed: pip install av") from error
+        raise MissingDependencyError("writing a video", "video") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=FRAME_RATE)

@@ -85,7 +85,7 @@ def draw_frame(
     maps: Mapping[str, np.ndarray],
     *,
     title: str,
-    views: Mapping[str, View] | None = None,
+    views: dict[str, View] | None = None,
 ) -> np.ndarray:
     """Draw a photograph and a row of tiles for each stage; return a uint8 RGB array (rows, columns, 3).
 
@@ -93,12 +93,13 @@ def draw_frame(
     square over channels), and the channels that vary most and repeat each other least. NaN and infinity are grey.
 
     ``photograph``: uint8 (height, width, channels), as the network saw it. ``maps``: (channels, height, width) by stage.
-    ``views``: what `choose_views` returned for a frame of the video; without it each frame has colours and channels of its
-    own, which flicker. The size depends on the photograph's shape and the number of maps only, and is even, as video
-    encoders ask. Raises MissingDependencyError without the report extra.
+    ``views``: for a video, a dictionary that is empty at first and is passed with every frame. It keeps the view of each
+    stage, from the first frame in which anything varies, so that colours mean the same in all frames and do not flicker. The
+    size depends on the photograph's shape and the number of maps only, and is even, as video encoders ask.
+
+    Raises MissingDependencyError without the report extra, InputError for a view of another number of channels.
     """
-    views = choose_views(maps) if views is None else views
-    _check_views(maps, views)
+    views = {} if views is None else views
     tile = _fitted(photograph, (_TALLEST_TILE, _TILE))
     head = max(tile[0], _LEGEND)
     row = _HEAD + tile[0] + _CAPTION
@@ -106,35 +107,22 @@ def draw_frame(
     canvas = _pillow().new("RGB", (_WIDTH, height + height % 2), _PAPER)
     _draw_head(canvas, photograph, head, title)
     for index, (stage, feature_map) in enumerate(maps.items()):
+        if stage not in views or not views[stage].explained:
+            views[stage] = choose_view(feature_map)
+        elif len(feature_map) != len(views[stage].mean):
+            raise InputError(
+                f"{stage} has {len(feature_map)} channels, and its view is one of {len(views[stage].mean)} channels: "
+                "begin with an empty dictionary of views"
+            )
         _draw_stage(canvas, _MARGIN + head + index * row, tile, stage, feature_map, views[stage])
     return np.array(canvas)
-
-
-def _check_views(maps: Mapping[str, np.ndarray], views: Mapping[str, View]) -> None:
-    for stage, feature_map in maps.items():
-        if stage not in views:
-            raise InputError(
-                f"views has no stage {stage}, it has {', '.join(views)}: call choose_views with these maps"
-            )
-        if len(feature_map) != len(views[stage].mean):
-            raise InputError(
-                f"{stage} has {len(feature_map)} channels, and its view was chosen for {len(views[stage].mean)}: "
-                "call choose_views with these maps"
-            )
 
 
 # ---- what is worth drawing ------------------------------------------------------------------------------------------
 
 
-def choose_views(maps: Mapping[str, np.ndarray]) -> dict[str, View]:
-    """Choose channels, components and ranges of colours for each stage. The same maps always give the same choice.
-
-    ``maps``: (channels, height, width) by stage.
-    """
-    return {stage: _choose_view(feature_map) for stage, feature_map in maps.items()}
-
-
-def _choose_view(feature_map: np.ndarray) -> View:
+def choose_view(feature_map: np.ndarray) -> View:
+    """Choose channels, components and ranges of colours for a map (channels, height, width); equal maps have equal views."""
     step = int(np.ceil(np.sqrt(feature_map[0].size / _CELLS_SAMPLED)))
     values = feature_map[:, ::step, ::step].reshape(len(feature_map), -1).astype(np.float64)
     values = values[:, np.isfinite(values).all(axis=0)]

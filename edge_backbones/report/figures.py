@@ -11,7 +11,7 @@ import numpy as np
 
 from edge_backbones.bundle.manifest import Manifest
 from edge_backbones.errors import MissingDependencyError
-from edge_backbones.pictures import as_map, choose_views, palette, principal_colours
+from edge_backbones.pictures import as_map, choose_view, palette, principal_colours
 
 IMAGES_SHOWN = 4
 # Larger pictures are averaged down to this many cells of a map and pixels of a photograph, to keep the page small.
@@ -99,7 +99,7 @@ def _draw(
     energy = _energy(reference)
     low, high = float(energy.min()), float(energy.max())
     first = Picture(_map_png(energy, low, high, "magma"), f"fp32 reference: energy of {what}", low, high)
-    view = choose_views({stage: reference})[stage]
+    view = choose_view(reference)
     principal = Picture(_colours_png(principal_colours(reference, view)), f"fp32 reference: components of {what}")
     same = second = third = relative = None
     if actual is not None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from edge_backbones.errors import InputError, MissingDependencyError
-from edge_backbones.pictures import View, as_map, choose_views, draw_feature_maps, draw_frame, draw_layers, palette
+from edge_backbones.pictures import as_map, choose_view, draw_feature_maps, draw_frame, draw_layers, palette
 
 WIDTH, TILE, PITCH, LEFT = 1100, 168, 178, 21
 GREY = (150, 150, 150)
@@ -28,10 +28,6 @@ def photograph(rows: int, columns: int, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (rows, columns, channels), np.uint8)
 
 
-def view_of(values: np.ndarray) -> View:
-    return choose_views({"s": values})["s"]
-
-
 def tile(frame: np.ndarray, row: int, column: int, rows: int = TILE, columns: int = TILE) -> np.ndarray:
     """Return a tile of a frame whose photograph is square, or wider than high with tiles of ``rows``."""
     top = LEFT + max(rows, 168) + row * (40 + rows + 28) + 40
@@ -45,7 +41,7 @@ def tile(frame: np.ndarray, row: int, column: int, rows: int = TILE, columns: in
 @pytest.mark.parametrize("shape", [(5, 9, 11), (40, 4, 6), (24, 24, 24)], ids=str)
 def test_components_are_those_of_the_singular_value_decomposition(shape):
     values = smooth_map(*shape)
-    view = view_of(values)
+    view = choose_view(values)
     cells = values.reshape(len(values), -1).astype(np.float64)
     centred = cells - cells.mean(axis=1, keepdims=True)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
@@ -70,7 +66,7 @@ def test_channels_that_repeat_others_are_not_chosen():
         [four[:1] * f + 0.3 * random.normal(size=(1, 20, 20)) for f in (0.99, -0.98, 0.97, 0.96, 0.95)]
     )
     values = np.concatenate([twins, four])
-    assert list(view_of(values).channels) == [5, 6, 7, 8]
+    assert list(choose_view(values).channels) == [5, 6, 7, 8]
     correlated = np.abs(np.corrcoef(values.reshape(9, -1)))[np.ix_([5, 0, 1], [5, 0, 1])]
     assert correlated.min() > 0.98  # what the largest variances alone would have taken
 
@@ -82,7 +78,7 @@ def test_a_strong_near_twin_gives_way_to_a_weaker_channel_that_is_new():
     values = np.stack([10 * first, twin, 3.5 * new])
     unexplained = (1 - 0.9**2) * 81
     assert unexplained > 3.5**2  # plain pivoting would take the twin second
-    assert list(view_of(values).channels) == [0, 2, 1]
+    assert list(choose_view(values).channels) == [0, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +97,7 @@ def test_a_strong_near_twin_gives_way_to_a_weaker_channel_that_is_new():
     ids=["constant", "one cell", "one channel", "two channels", "dead channels", "nan", "inf", "float16", "huge"],
 )
 def test_maps_with_little_in_them_are_drawn(values, channels):
-    view = view_of(values)
+    view = choose_view(values)
     assert len(view.channels) == channels
     assert np.isfinite(view.components).all()
     assert (view.explained > 0) == (channels > 0)
@@ -117,8 +113,8 @@ def test_cells_that_are_not_finite_are_grey_and_change_nothing_else():
     damaged[3, 2, 4] = np.nan
     clean = values.copy()
     clean[:, 2, 4] = values[:, 2, 3]
-    view = view_of(damaged)
-    assert view.explained == pytest.approx(view_of(clean).explained, abs=0.05)
+    view = choose_view(damaged)
+    assert view.explained == pytest.approx(choose_view(clean).explained, abs=0.05)
     frame = draw_frame(photograph(64, 64), {"s": damaged}, title="t")
     for column in range(6):
         cells = tile(frame, 0, column)[12::24, 12::24]  # the middle of each of 7 x 7 cells
@@ -130,7 +126,7 @@ def test_large_maps_are_sampled_and_wholly_drawn():
     values = np.zeros((4, 300, 500), np.float32)
     values += np.arange(500, dtype=np.float32)
     values[1] *= np.sin(np.arange(300) / 30)[:, None]
-    view = view_of(values)
+    view = choose_view(values)
     np.testing.assert_allclose(view.channels[0], np.percentile(np.arange(500), [1, 99]), atol=5)
     frame = draw_frame(photograph(60, 100), {"s": values}, title="t")
     energy = tile(frame, 0, 1, rows=101)
@@ -142,7 +138,7 @@ def test_large_maps_are_sampled_and_wholly_drawn():
 
 def test_tiles_are_the_components_the_energy_and_the_channels():
     values = smooth_map(16, 14, 14).astype(np.float16)
-    view = view_of(values)
+    view = choose_view(values)
     frame = draw_frame(photograph(56, 56), {"other": smooth_map(3, 7, 7), "s": values}, title="t")
     wide = values.astype(np.float64)
 
@@ -205,25 +201,33 @@ def test_the_photograph_is_drawn_once_and_a_grey_one_in_grey():
     np.testing.assert_array_equal(grey[LEFT : LEFT + 168, LEFT : LEFT + 168], colour[..., :1].repeat(3, axis=2))
 
 
-def test_frames_that_share_a_view_have_the_same_colours():
+def test_frames_that_share_views_have_the_same_colours():
     values = smooth_map(16, 7, 7)
-    views = choose_views({"s": values})
-    half = values / 2 + views["s"].mean[:, None, None].astype(np.float32) / 2
-    before = draw_frame(photograph(64, 64), {"s": values}, title="t")
-    same = draw_frame(photograph(64, 64), {"s": values}, title="t", views=views)
-    after = draw_frame(photograph(64, 64), {"s": half}, title="t", views=views)
-    np.testing.assert_array_equal(before, same)
-    # Half the distance from the mean is half the contrast; on its own it would have been stretched to all colours.
-    assert np.ptp(tile(after, 0, 0).astype(int)) < 0.8 * np.ptp(tile(before, 0, 0).astype(int))
-    alone = draw_frame(photograph(64, 64), {"s": half}, title="t")
-    assert np.abs(tile(alone, 0, 0).astype(int) - tile(before, 0, 0)).max() <= 1
+    mean = choose_view(values).mean[:, None, None].astype(np.float32)
+    half = values / 2 + mean / 2
+    alone, halved = (draw_frame(photograph(64, 64), {"s": one}, title="t") for one in (values, half))
+    views = {}
+    first, second = (draw_frame(photograph(64, 64), {"s": one}, title="t", views=views) for one in (values, half))
+    np.testing.assert_array_equal(first, alone)
+    assert list(views) == ["s"]
+    # Half the distance from the mean is half the contrast. Alone it is stretched to all colours again.
+    assert np.ptp(tile(second, 0, 0).astype(int)) < 0.8 * np.ptp(tile(first, 0, 0).astype(int))
+    assert np.abs(tile(halved, 0, 0).astype(int) - tile(first, 0, 0)).max() <= 1
+
+
+def test_a_frame_in_which_nothing_varies_chooses_no_view():
+    values, black, views = smooth_map(16, 7, 7), np.zeros((16, 7, 7), np.float32), {}
+    draw_frame(photograph(64, 64), {"s": black}, title="t", views=views)
+    second = draw_frame(photograph(64, 64), {"s": values}, title="t", views=views)
+    np.testing.assert_array_equal(second, draw_frame(photograph(64, 64), {"s": values}, title="t"))
+    kept = views["s"]
+    draw_frame(photograph(64, 64), {"s": black}, title="t", views=views)
+    assert views["s"] is kept
 
 
 def test_views_of_other_maps_are_refused():
-    views = choose_views({"a": smooth_map(4, 7, 7)})
-    with pytest.raises(InputError, match="views has no stage b, it has a: call choose_views"):
-        draw_frame(photograph(64, 64), {"b": smooth_map(4, 7, 7)}, title="t", views=views)
-    with pytest.raises(InputError, match="a has 5 channels, and its view was chosen for 4: call choose_views"):
+    views = {"a": choose_view(smooth_map(4, 7, 7))}
+    with pytest.raises(InputError, match="a has 5 channels, and its view is one of 4 channels: begin with an empty"):
         draw_frame(photograph(64, 64), {"a": smooth_map(5, 7, 7)}, title="t", views=views)
 
 
