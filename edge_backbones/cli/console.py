@@ -161,7 +161,7 @@ class Steps:
 
     As a context manager it gives the `progress` function to call. Steps whose name begins with ``aloud`` are sentences: they
     are printed at once, on a terminal too. ``said`` holds what was printed as a line. ``quiet``: print sentences only.
-    ``unit``: what is counted, such as "frames". The bar then shows the count without a known end too, and how many per second.
+    ``unit``: what is counted, such as "frames". The bar then shows the count without an end too, and the speed.
 
     Some libraries catch every exception, KeyboardInterrupt too. Ctrl-C is therefore remembered, and the next step raises
     KeyboardInterrupt again.

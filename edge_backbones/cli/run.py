@@ -120,7 +120,7 @@ def run(
     require_format(format)
     place = place_of(source)
     is_stream = place.kind not in ("image", "folder")
-    request = streams.Request(source, out, format, video, every, limit, overwrite, bundle.name)
+    request = streams.Request(source, place.kind == "video", out, format, video, every, limit, overwrite, bundle.name)
     if is_stream:
         if video is not None:
             check_output(video, "--video")

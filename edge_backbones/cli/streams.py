@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
@@ -43,6 +42,7 @@ class Request:
 
     Attributes:
         source: What the user typed.
+        is_file: It is the path of a video.
         out: Folder of the feature maps.
         format: "npz", "zarr", or "none" for no feature maps.
         video: File of the pictures; None for none.
@@ -53,6 +53,7 @@ class Request:
     """
 
     source: str
+    is_file: bool
     out: Path
     format: str
     video: Path | None
@@ -85,7 +86,7 @@ def check_request(request: Request) -> None:
     video = request.video
     if video is not None:
         video_file.check_name(video)
-        if os.path.exists(request.source) and video.exists() and video.samefile(request.source):
+        if request.is_file and video.exists() and video.samefile(request.source):
             raise InputError(f"{video} is the source and would be overwritten: choose another file with --video")
         if video.exists() and not request.overwrite:
             raise InputError(f"{video} exists: choose another file with --video, or replace it with --overwrite")

@@ -6,6 +6,7 @@ OpenCV says little about what goes wrong: it turns most errors into the end of t
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ INSTALL = {"pipeline": _WITH_GSTREAMER, "camera": "pip install opencv-python-hea
 
 def open_reader(place: Place, color: str) -> Reader:
     """Open a source. Raises InputError with the reason, as far as OpenCV says one."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the lines of its libraries would lie beside the one message
     import cv2
 
     if place.kind == "pipeline":
@@ -44,7 +46,7 @@ def open_reader(place: Place, color: str) -> Reader:
         backend, wait = cv2.CAP_FFMPEG, int(TIMEOUT * 1000)
         options = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, wait, cv2.CAP_PROP_READ_TIMEOUT_MSEC, wait]
     level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its lines would lie beside the one message
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
         capture = cv2.VideoCapture(target, backend, options) if options else cv2.VideoCapture(target, backend)
     finally:

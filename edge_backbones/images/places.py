@@ -76,7 +76,7 @@ def place_of(source: str | int | os.PathLike[str]) -> Place:
     if _SCHEME.match(text):
         return Place("url", text, visible(_without_password(text)))
     path, name = Path(text), shown(Path(text))
-    if os.path.exists(text) and not isinstance(source, int):  # of pathlib it raises OSError for a long pipeline
+    if text and _exists(path) and not isinstance(source, int):
         if path.is_dir():
             return Place("folder", text, name)
         if stat.S_ISCHR(path.stat().st_mode):
@@ -89,6 +89,14 @@ def place_of(source: str | int | os.PathLike[str]) -> Place:
     if text.startswith("/dev/video"):
         return Place("camera", text, name)
     raise InputError(f"{text} does not exist")
+
+
+def _exists(path: Path) -> bool:
+    """Return whether a path exists. A pipeline is longer than any path may be, which is an OSError."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def device_of(place: Place) -> str:

@@ -15,6 +15,9 @@ from edge_backbones.images.places import TIMEOUT, Place, Reader, Taken, device_o
 
 _MOST_FAILURES = 100  # errors of a file in a row, after which the rest of it is given up
 
+_MOST_PREDICTED = 300  # frames behind a damaged one that are left out: some cameras never send key frames
+_NO_VIDEO = frozenset({"tty", "bin", "adf", "idf", "xbin"})  # FFmpeg paints texts as pictures of a terminal
+
 
 def open_reader(place: Place, color: str) -> Reader:
     """Open a video file, a camera of Linux or an address. Raises InputError with the reason."""
@@ -70,6 +73,8 @@ class PyavReader:
     def _video_stream(self) -> Any:
         """Return the video stream to read; raise InputError if there is none."""
         name, streams = self._place.name, self._container.streams
+        if self._container.format.name in _NO_VIDEO:
+            raise InputError(f"{name} is no image, and no video that can be read: it is a text")
         found = streams.best("video")
         is_cover = found is not None and "attached_pic" in (found.disposition.name or "")
         if found is None or is_cover:
@@ -84,9 +89,19 @@ class PyavReader:
         return found
 
     def read(self, every: int) -> Iterator[Taken]:
-        """Yield every ``every``-th frame with its time, and all that are damaged."""
+        """Yield every ``every``-th frame with its time, and all that are damaged.
+
+        The decoder marks only the frame whose data is damaged. Those that are predicted from it, up to the next key frame,
+        show the damage too.
+        """
+        distrusted = 0
         for number, frame in enumerate(self._decoded()):
             if frame is None or frame.is_corrupt:
+                distrusted = _MOST_PREDICTED
+            elif frame.key_frame:
+                distrusted = 0
+            if distrusted:
+                distrusted -= 1
                 yield Taken(number, 0.0, None)
                 continue
             seconds = self._seconds(number, frame.time)

@@ -16,12 +16,11 @@ _ENCODERS = {
     ".mp4": ("libx264", "libopenh264", "mpeg4"),
     ".mov": ("libx264", "libopenh264", "mpeg4"),
     ".mkv": ("libx264", "libopenh264", "mpeg4"),
-    ".webm": ("libvpx-vp9", "libvpx"),
+    ".webm": ("libvpx-vp9",),
 }
 _OPTIONS = {
-    "libx264": {"preset": "veryfast", "crf": "20"},
-    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b": "0", "row-mt": "1"},
-    "libvpx": {"deadline": "realtime", "cpu-used": "8", "crf": "10", "b": "4M"},
+    "libx264": {"preset": "veryfast", "crf": "20", "bf": "0"},  # a frame out of order would delay the first by some
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "row-mt": "1"},
     "mpeg4": {"q": "3", "flags": "qscale", "global_quality": str(3 * 118)},
 }
 _TICKS = 1000  # of the file's clock, in a second
@@ -93,7 +92,11 @@ class VideoFile:
         """Make the file, once the size of the pictures is known."""
         name = _encoder(av, self.path)
         # Fragments: what was written can be played even if the process is killed. At the end they become one usual file.
-        options = {"movflags": "+hybrid_fragmented"} if self.path.suffix.lower() in (".mp4", ".mov") else {}
+        options = (
+            {"movflags": "+hybrid_fragmented", "flush_packets": "1"}
+            if self.path.suffix.lower() in (".mp4", ".mov")
+            else {}
+        )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(self.path), "w", options=options)
         stream = self._container.add_stream(
@@ -106,6 +109,7 @@ class VideoFile:
         stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = (
             1  # BT.709
         )
+        self._container.start_encoding()  # a file that cannot be written is refused here, not behind the first packet
         self._stream = stream
 
     def close(self) -> None:
