@@ -78,7 +78,8 @@ def run(
         Literal["npz", "zarr", "none"],
         typer.Option(
             "--format",
-            help="How feature maps are written: an .npz file, or a .zarr folder, for each image or frame; none: not at all.",
+            metavar="FORMAT",
+            help="How feature maps are written for each image or frame: npz, a file; zarr, a folder; none, not at all.",
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = "npz",

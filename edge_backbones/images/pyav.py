@@ -185,7 +185,7 @@ def _why_not_opened(place: Place, error: Any, seconds: float) -> str:
         return f"{name} cannot be opened ({said}): look at the address, and whether the server runs"
     if place.kind == "camera":
         busy = isinstance(error, OSError) and error.errno == 16
-        why = "another program uses it: end that one" if busy else "is it a camera? v4l2-ctl --list-devices says"
+        why = "another program uses it: end that one" if busy else "is it a camera? ls /dev/v4l/by-id lists them"
         return f"{name} cannot be opened ({said}): {why}"
     if isinstance(error, (av.InvalidDataError, av.EOFError)):
         return (
