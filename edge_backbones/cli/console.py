@@ -216,6 +216,8 @@ class Steps:
         """Return the text behind the bar of a step."""
         if self._unit is None:
             return f"{done}/{total}" if total else ""
+        if not done and not total:
+            return ""
         task = self._bars.tasks[self._bars.task_ids.index(self._task)]
         speed = f", {task.speed:.1f} per second" if task.speed else ""
         return f"{done}{f'/{total}' if total else ''} {self._unit}{speed}"

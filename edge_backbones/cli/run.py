@@ -57,7 +57,6 @@ def run(
     ] = Path("features"),
     engine: EngineOption = None,
     device: DeviceOption = "auto",
-    allow_host_code: AllowHostCode = False,
     threads: ThreadsOption = None,
     every: Annotated[
         int,
@@ -103,6 +102,7 @@ def run(
         ),
     ] = False,
     as_json: JsonFlag = False,
+    allow_host_code: AllowHostCode = False,
 ) -> None:
     """Compute the feature maps of photographs, of a video or of a camera: one array per stage for each image or frame.
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 
@@ -131,12 +131,13 @@ def run_frames(
         raise InputError(
             f"a video has 3 channels, or 1 as grey, and this backbone takes {backbone.input.channels}: call it in Python"
         )
-    color = "gray" if backbone.input.channels == 1 else "rgb"
-    failed: EdgeBackbonesError | None = None
-    with (
-        console.Steps(as_json, unit="frames") as progress,
-        frames(request.source, every=request.every, limit=request.limit, color=color) as source,  # type: ignore[arg-type]
-    ):
+    color: Literal["rgb", "gray"] = "gray" if backbone.input.channels == 1 else "rgb"
+    failed: EdgeBackbonesError | OSError | None = None
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(console.Steps(as_json, unit="frames"))
+        if not request.is_file:
+            progress("connecting", 0, None)
+        source = stack.enter_context(frames(request.source, every=request.every, limit=request.limit, color=color))
         summary, began = Summary(source.place.name), time.monotonic()
         with _Stop(source) as stop, _Output(request, source) as output:
             waiting: deque[tuple[Frame, np.ndarray | None]] = deque()
@@ -158,7 +159,7 @@ def run_frames(
                     summary.frames += 1
                     summary.shapes = summary.shapes or {s: list(m.shape) for s, m in by_stage.items()}
                     progress("running", summary.frames, _total(source, request))
-            except EdgeBackbonesError as error:
+            except (EdgeBackbonesError, OSError) as error:  # of the source, the engine or the disk
                 failed = error
         progress("running", summary.frames, summary.frames)
         _finish(summary, source, output, began)

@@ -38,12 +38,13 @@ def _opened(av: Any, place: Place) -> Any:
             raise InputError(
                 "this PyAV is built without cameras (v4l2): pip install opencv-python-headless, without PyAV"
             )
-        return av.open(device, format="v4l2")
+        return av.open(device, format="v4l2", metadata_errors="ignore")
     if place.kind == "url":
         # UDP loses packets of large frames, so TCP comes first.
         options = {"rtsp_flags": "prefer_tcp"} if place.address.lower().startswith("rtsp") else {}
-        return av.open(place.address, options=options, timeout=(TIMEOUT, TIMEOUT))
-    return av.open(f"file:{place.address}")  # with a scheme, because a colon in a name would look like one
+        return av.open(place.address, options=options, timeout=(TIMEOUT, TIMEOUT), metadata_errors="ignore")
+    # With a scheme, because a colon in a name would look like one.
+    return av.open(f"file:{place.address}", metadata_errors="ignore")
 
 
 class PyavReader:
@@ -149,7 +150,13 @@ class PyavReader:
 
     def _pixels(self, frame: Any) -> np.ndarray:
         """Convert a frame with its own colour matrix and range, and turn it upright."""
-        converted = self._reformatter.reformat(frame, format=self._format, threads=1).to_ndarray()
+        try:
+            converted = self._reformatter.reformat(frame, format=self._format, threads=1).to_ndarray()
+        except Exception as error:  # FFmpeg's own errors, and ValueError for formats that PyAV makes no array of
+            raise InputError(
+                f"{self._place.name} has pixels of the format {frame.format.name}, which do not convert to {self._format} "
+                f"({first_line(error)}): convert it to H.264 with ffmpeg"
+            ) from error
         matrix = frame.side_data.get("DISPLAYMATRIX")
         return converted if matrix is None else upright(converted, struct.unpack("<9i", bytes(matrix)))
 

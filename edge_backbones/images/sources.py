@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edge_backbones.errors import InputError, MissingDependencyError
+from edge_backbones.errors import InputError, MissingDependencyError, lack_told
 from edge_backbones.images import opencv, pyav
 from edge_backbones.images.places import TIMEOUT, Place, Reader, Taken, place_of
 
@@ -106,7 +106,8 @@ class Frames:
         self._error: BaseException | None = None
         # A daemon: a library that waits for a server that does not answer must not keep the program from ending.
         self._thread = threading.Thread(target=self._read, name="edge_backbones.frames", daemon=True)
-        self._thread.start()
+        with lack_told("reading frames"):
+            self._thread.start()
         try:
             with self._changed:
                 while not (self._opened or self._ended):

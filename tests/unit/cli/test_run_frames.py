@@ -67,7 +67,7 @@ def refused(capsys, *arguments: object, code: int = 1) -> str:
     found, out, err = run(capsys, *arguments)
     assert (found, out) == (code, ""), err
     *steps, line = err.strip().splitlines()
-    assert steps in ([], ["running"])
+    assert steps in ([], ["running"], ["connecting"])
     assert line.startswith("edge-backbones: ")
     return line
 
@@ -401,6 +401,23 @@ def test_an_interrupt_leaves_whole_files_a_video_and_a_summary(bundle, stream, t
         assert (json.loads(said)["interrupted"], json.loads(said)["frames"]) == (True, count)
     else:
         assert said.startswith(f"{address}: {count} frames in ")
+
+
+def test_a_full_disk_ends_it_with_what_was_written(bundle, clip, tmp_path, capsys, monkeypatch):
+    save, saved = streams.save_maps, []
+
+    def fail(path, maps):
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        saved.append(path)
+        save(path, maps)
+
+    monkeypatch.setattr(streams, "save_maps", fail)
+    code, out, err = run(capsys, bundle, clip, "-o", tmp_path / "out")
+    assert code == 1
+    assert "No space left on device" in err.splitlines()[-1]
+    assert out.startswith(f"{clip}: 2 frames in ")
+    assert len(listed(tmp_path / "out")) == 2
 
 
 def test_a_second_interrupt_ends_at_once():

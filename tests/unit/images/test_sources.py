@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import sys
 import threading
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -269,14 +270,6 @@ def test_a_file_of_sound_has_no_video(tmp_path):
         frames(path)
 
 
-def test_a_source_that_ends_at_once_has_no_frames(tmp_path):
-    path = make_video(tmp_path / "none.mkv", 1)
-    data = path.read_bytes()
-    path.write_bytes(data[: data.index(b"\x1f\x43\xb6\x75")])  # where Matroska's first cluster begins
-    with contextlib.suppress(InputError):
-        assert list(frames(path)) == []
-
-
 def test_a_live_source_keeps_the_newest_frame(stream):
     with served(stream, hold=True) as address, frames(address) as source:
         assert source.is_live
@@ -374,6 +367,31 @@ def test_a_reader_that_hangs_is_given_up(monkeypatch):
         for frame in source:
             assert number_of(frame.pixels) == 0
     hanging.set()
+
+
+def test_pixels_that_do_not_convert_are_told(clip, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no such conversion")
+
+    monkeypatch.setattr(av.video.reformatter, "VideoReformatter", lambda: SimpleNamespace(reformat=fail))
+    with pytest.raises(
+        InputError, match=r"clip.mp4 has pixels of the format yuv420p, which do not convert to rgb24 \(no such"
+    ):
+        list(frames(clip))
+
+
+def test_a_name_that_is_not_utf8_and_odd_metadata_are_read(clip, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.mkv")
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        made = container.add_stream("libx264", rate=10)
+        made.height, made.width, made.pix_fmt = 48, 64, "yuv420p"
+        container.metadata["title"] = "Caf####"
+        container.mux(made.encode(av.VideoFrame.from_ndarray(picture(0))))
+        container.mux(made.encode())
+    path.write_bytes((tmp_path / "a.mkv").read_bytes().replace(b"Caf####", b"Caf\xe9\xe9\xe9\xe9"))
+    assert len(list(frames(path))) == 1
+    with frames(path) as source:
+        assert source.place.name.endswith("caf\\udce9.mkv")
 
 
 def test_an_unknown_scheme_is_told():
