@@ -99,4 +99,4 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) demo_output site .cache
+	rm -rf $(VENV) demo_output samples site .cache

@@ -4,7 +4,8 @@ The pages of docs/ can be read in a clone: their links lead to files of the repo
 
 - fills ``reference/cli.md`` with every command and flag, read off the command line itself, ``reference/devices.md`` with the
   device profiles, and ``reference/bundle-format.md`` with the rules of the format;
-- adds ``project/`` and ``benchmarks/``: CHANGELOG.md, SECURITY.md, CONTRIBUTING.md and the figures, which lie elsewhere;
+- adds ``project/``, ``benchmarks/`` and ``examples/``: CHANGELOG.md, SECURITY.md, CONTRIBUTING.md, the figures and the
+  programs, which lie elsewhere;
 - turns links to those documents into links to their pages.
 
 What is filled in is made on every run, so it cannot be older than what it describes.
@@ -41,12 +42,15 @@ COPIED = {
     "benchmarks/results/growth.png": "benchmarks/growth.png",
     "benchmarks/results/feature_maps.png": "benchmarks/feature_maps.png",
     "edge_backbones/bundle/manifest.schema.json": "reference/manifest.schema.json",
+    "examples/README.md": "examples/index.md",
+    "examples/heat.png": "examples/heat.png",
+    **{f"examples/{path.name}": f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py"))},
 }
 """Files of the repository that the site holds, and where."""
 _TITLES = {
-    "sensitive.md": "Networks that amplify rounding",
-    "preprocessing.md": "Preprocessing",
-    "README.md": "Benchmarks",
+    "benchmarks/results/sensitive.md": "Networks that amplify rounding",
+    "benchmarks/results/preprocessing.md": "Preprocessing",
+    "benchmarks/README.md": "Benchmarks",
 }
 _LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 _FILLED = re.compile(r"<!-- (\w+): filled in by make docs -->\n.*?<!-- end -->\n", re.DOTALL)
@@ -76,7 +80,7 @@ def filled(markdown: str) -> str:
 def document(source: str) -> str:
     """Return a document of the repository as a page: links go to pages of the site, or become plain paths."""
     text = (ROOT / source).read_text(encoding="utf-8")
-    if (title := _TITLES.get(Path(source).name)) and not text.startswith(f"# {title}\n"):
+    if (title := _TITLES.get(source)) and not text.startswith(f"# {title}\n"):
         text = f"# {title}\n\n" + re.sub(r"\A# .*\n+", "", text)
     return with_links_to_pages(text, source, COPIED[source])
 

@@ -161,14 +161,16 @@ class Steps:
 
     As a context manager it gives the `progress` function to call. Steps whose name begins with ``aloud`` are sentences: they
     are printed at once, on a terminal too. ``said`` holds what was printed as a line. ``quiet``: print sentences only.
+    ``unit``: what is counted, such as "frames". The bar then shows the count without an end too, and the speed.
 
     Some libraries catch every exception, KeyboardInterrupt too. Ctrl-C is therefore remembered, and the next step raises
     KeyboardInterrupt again.
     """
 
-    def __init__(self, quiet: bool, aloud: str | None = None) -> None:
+    def __init__(self, quiet: bool, aloud: str | None = None, unit: str | None = None) -> None:
         self.said: list[str] = []
         self._aloud = aloud
+        self._unit = unit
         silent = quiet or loudness.quiet
         on_terminal = sys.stderr.isatty() and not err.is_dumb_terminal
         self._lines = not silent and not on_terminal
@@ -208,7 +210,17 @@ class Steps:
                 self.said.append(step)
                 err.print(step)
         if self._task is not None:
-            self._bars.update(self._task, completed=done, total=total, count=f"{done}/{total}" if total else "")
+            self._bars.update(self._task, completed=done, total=total, count=self._count(done, total))
+
+    def _count(self, done: int, total: int | None) -> str:
+        """Return the text behind the bar of a step."""
+        if self._unit is None:
+            return f"{done}/{total}" if total else ""
+        if not done and not total:
+            return ""
+        task = self._bars.tasks[self._bars.task_ids.index(self._task)]
+        speed = f", {task.speed:.1f} per second" if task.speed else ""
+        return f"{done}{f'/{total}' if total else ''} {self._unit}{speed}"
 
     def _finish(self) -> None:
         """Fill the bar of the step that has ended; with ``--verbose`` say how long it took."""
@@ -216,7 +228,7 @@ class Steps:
             return
         task = self._bars.tasks[self._bars.task_ids.index(self._task)]
         total = task.total or 1
-        count = f"{total:.0f}/{total:.0f}" if task.total else ""
+        count = task.fields["count"] if self._unit else f"{total:.0f}/{total:.0f}" if task.total else ""
         self._bars.update(self._task, completed=total, total=total, count=count)
         if self._lines and loudness.verbose:
             err.print(f"{self._step}: {time.perf_counter() - self._began:.1f} s")

@@ -23,7 +23,7 @@ PANELS: dict[str, dict[str, str]] = {
         "remove": "Remove engines from a bundle.",
     },
     "Use": {
-        "run": "Compute the feature maps of photographs.",
+        "run": "Compute the feature maps of photographs, of a video or of a camera.",
         "bench": "Time an engine beside torch, ONNX Runtime and others.",
     },
     "Look": {

@@ -59,6 +59,28 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(path for path in _files(folder) if path.suffix.lower() in IMAGE_SUFFIXES or path.is_dir())
 
 
+def looks_like_image(path: Path) -> bool:
+    """Return whether a file is an image by its suffix, or else by how it begins. Without Pillow the suffix decides."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    if not path.is_file():  # a pipe could block
+        return False
+    try:
+        from PIL import Image
+    except ImportError:
+        return False
+    Image.init()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN and name != "TGA"]).close()
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # not only UnidentifiedImageError: a broken file makes loaders raise anything
+        return False
+    return True
+
+
 def why_no_images(folder: Path) -> str:
     """Return a sentence that says what a folder holds in which `list_images` finds nothing."""
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in _files(folder))

@@ -1,4 +1,4 @@
-"""Feature maps of the golden images as pictures: the fp32 reference, an engine's, and their difference."""
+"""Feature maps of the golden images as pictures: the fp32 reference's, an engine's, and their difference."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy as np
 from edge_backbones.bundle.manifest import Manifest
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.images.fit import seen_by_network
-from edge_backbones.pictures import as_map
+from edge_backbones.pictures import as_map, choose_view, palette, principal_colours
 
 IMAGES_SHOWN = 4
 # Larger pictures are averaged down to this many cells of a map and pixels of a photograph, to keep the page small.
 _MAP_SIDE = 112
 _PHOTOGRAPH_SIDE = 320
+_COLOURS = 64  # of a picture of components
 
 
 class Picture(NamedTuple):
@@ -32,16 +33,19 @@ class Picture(NamedTuple):
 class StagePictures(NamedTuple):
     """One stage of one image: the energy of the fp32 reference, of the engine, and of their difference.
 
-    ``shape``: of the stage's output for one image. ``cells``: rows and columns of its map; ``shrunk`` if the pictures have
-    fewer. ``relative``: |x - r| / |r|, the size of the difference beside the reference. Without an engine the last three are
-    None.
+    ``principal``: the three principal components of the reference as red, green and blue. ``engine_principal``: the engine's
+    map in the same colours. ``shape``: of the stage's output for one image. ``cells``: rows and columns of its map;
+    ``shrunk`` if the pictures have fewer. ``relative``: |x - r| / |r|, the size of the difference beside the reference.
+    Without an engine, what needs one is None.
     """
 
     stage: str
     shape: tuple[int, ...]
     cells: tuple[int, int]
     shrunk: bool
+    principal: Picture
     reference: Picture
+    engine_principal: Picture | None
     engine: Picture | None
     difference: Picture | None
     relative: float | None
@@ -96,8 +100,11 @@ def _draw(
     energy = _energy(reference)
     low, high = float(energy.min()), float(energy.max())
     first = Picture(_map_png(energy, low, high, "magma"), f"fp32 reference: energy of {what}", low, high)
-    second = third = relative = None
+    view = choose_view(reference)
+    principal = Picture(_colours_png(principal_colours(reference, view)), f"fp32 reference: components of {what}")
+    same = second = third = relative = None
     if actual is not None:
+        same = Picture(_colours_png(principal_colours(actual, view)), f"{precision} engine: components of {what}")
         error = actual - reference
         noise = _energy(error)
         most, length = float(noise.max()), float(np.linalg.norm(reference))
@@ -107,7 +114,7 @@ def _draw(
         )
         third = Picture(_map_png(noise, 0, most, "viridis"), f"energy of the difference in {what}", 0, most)
     cells = energy.shape[0], energy.shape[1]
-    return StagePictures(stage, shape, cells, max(cells) > _MAP_SIDE, first, second, third, relative)
+    return StagePictures(stage, shape, cells, max(cells) > _MAP_SIDE, principal, first, same, second, third, relative)
 
 
 def _energy(values: np.ndarray) -> np.ndarray:
@@ -123,8 +130,14 @@ def _map_png(values: np.ndarray, low: float, high: float, colours: str) -> str:
     span = high - low if high > low else 1.0
     levels = np.clip((np.asarray(image) - low) / span * 255, 0, 255).round().astype(np.uint8)
     indexed = _pillow().fromarray(levels).convert("P")
-    indexed.putpalette(_palette(colours).tobytes())
+    indexed.putpalette(palette(colours).tobytes())
     return _data_uri(indexed, "png", optimize=True)
+
+
+def _colours_png(colours: np.ndarray) -> str:
+    """Draw colours (rows, columns, 3) as a PNG with one pixel per cell, and 64 different ones, which keeps it small."""
+    image = _shrink(_pillow().fromarray(colours), _MAP_SIDE)
+    return _data_uri(image.quantize(_COLOURS, method=_pillow().Quantize.MEDIANCUT), "png", optimize=True)
 
 
 def _photograph(manifest: Manifest, image: np.ndarray) -> str:
@@ -163,19 +176,9 @@ def _pillow() -> Any:
     return Image
 
 
-def _palette(colours: str) -> np.ndarray:
-    """Return the 256 colours of a colour map of matplotlib as uint8 (256, 3)."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingDependencyError("drawing feature maps", "report") from error
-    found: np.ndarray = matplotlib.colormaps[colours](np.arange(256), bytes=True)[:, :3]
-    return found
-
-
 def colour_bars() -> dict[str, str]:
     """Return the colours of the two scales, energy and difference, as stops of a CSS gradient."""
     return {
-        use: ", ".join("#" + bytes(colour).hex() for colour in _palette(colours)[::17])
+        use: ", ".join("#" + bytes(colour).hex() for colour in palette(colours)[::17])
         for use, colours in (("energy", "magma"), ("difference", "viridis"))
     }

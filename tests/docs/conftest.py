@@ -1,4 +1,4 @@
-"""What the snippets of the documents find in their folder: photographs, and two bundles of a small network."""
+"""What the snippets of the documents find in their folder: photographs, a video, and two bundles of a small network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 
 from build_scripts.photographs import write_crops
 from tests.photographs import quick_timing  # noqa: F401
+from tests.videos import make_video
 
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``photographs/`` and two bundles of a network that builds quickly."""
+    """A folder with ``photographs/``, a video and two bundles of a network that builds quickly."""
     import timm
     import torch
 
@@ -21,6 +22,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("workshop")
     write_crops(folder / "photographs", 8)
+    make_video(folder / "clip.mp4")
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", features_only=True, out_indices=(1, 2, 3, 4)).eval()
     images = folder / "photographs"

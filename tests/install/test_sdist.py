@@ -16,7 +16,9 @@ from build_scripts.device_install import build_wheel
 
 ROOT = Path(__file__).parents[2]
 BUILD = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-LEFT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo_output", "site", "*.bundle")
+LEFT = shutil.ignore_patterns(
+    ".*", "__pycache__", "*.egg-info", "build", "dist", "demo_output", "samples", "site", "*.bundle"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,12 @@ def source(tmp_path_factory) -> Path:
 
 
 def test_every_link_of_its_documents_leads_to_a_file_in_it(source):
-    documents = [*source.glob("*.md"), *source.glob("docs/**/*.md"), *source.glob("benchmarks/**/*.md")]
+    documents = [
+        *source.glob("*.md"),
+        *source.glob("docs/**/*.md"),
+        *source.glob("benchmarks/**/*.md"),
+        *source.glob("examples/*.md"),
+    ]
     assert len(documents) > 5
     missing = []
     for document in documents:
@@ -48,6 +55,7 @@ def test_what_the_readme_types_is_in_it(source):
         "Makefile",
         "Dockerfile.jetson",
         "build_scripts/demo.py",
+        "examples/anomaly.py",
         "tests/unit/test_spec.py",
         "profiles/cpu.toml",
     ):

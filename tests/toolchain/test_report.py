@@ -500,7 +500,7 @@ def test_pictures_are_the_energies_of_reference_engine_and_difference(int8, page
         assert int8.manifest.engines[0].key.precision == "int8"
         maps = backbone.run(golden.inputs["opt"])
     images = page.images()
-    assert len(images) == len(int8.manifest.golden.images) * (1 + 2 * 3)
+    assert len(images) == len(int8.manifest.golden.images) * (1 + 2 * 5)
     for index, name in enumerate(int8.manifest.golden.images):
         assert images[f"input image {name}, as the network sees it"].size == (96, 64)
         for stage in ("layer2", "layer4"):
@@ -517,6 +517,27 @@ def test_pictures_are_the_energies_of_reference_engine_and_difference(int8, page
                 assert np.abs(shown - np.clip(expected, least, most)).max() <= 0.51 / 255 * (most - least) + 1e-6
             assert f"{low:.3g} to {high:.3g}" in page.text
             assert f"0 to {difference.max():.3g}" in page.text
+
+
+def test_components_of_reference_and_engine_have_the_same_colours(int8, page):
+    golden = load_golden(int8)
+    with EdgeBackbone.from_pretrained(int8.path) as backbone:
+        maps = backbone.run(golden.inputs["opt"])
+    images = page.images()
+    for index, name in enumerate(int8.manifest.golden.images):
+        for stage in ("layer2", "layer4"):
+            reference = golden.outputs["opt"][stage][index].astype(np.float64)
+            cells = reference.reshape(len(reference), -1).T
+            mean = cells.mean(axis=0)
+            _, _, directions = np.linalg.svd(cells - mean, full_matrices=False)
+            signs = np.sign(directions[np.arange(3), np.abs(directions[:3]).argmax(axis=1)])
+            components = directions[:3] * signs[:, None]
+            low, high = np.percentile((cells - mean) @ components.T, [1, 99], axis=0)
+            for who, values in (("fp32 reference", reference), ("int8 engine", maps[stage][index])):
+                levels = ((values.reshape(len(values), -1).T - mean) @ components.T - low) / (high - low)
+                expected = 255 * np.clip(levels, 0, 1).reshape(*values.shape[1:], 3)
+                shown = np.asarray(images[f"{who}: components of {stage} on {name}"].convert("RGB")).astype(float)
+                assert np.abs(shown - expected).mean() < 12  # 64 colours
 
 
 def test_the_photograph_is_what_went_in(int8, page):
@@ -547,7 +568,7 @@ def test_every_layout_gives_the_same_pictures(pooling, tmp_path, layout):
     write_manifest(bundle.path, replace(bundle.manifest, golden=record, backbone=spec))
     found = Page(write_report(bundle.path, tmp_path / "b.html"))
     assert found.of("img") == expected
-    assert len(expected) == 2 * 3
+    assert len(expected) == 2 * (1 + 2 * 2)
 
 
 def test_a_vector_is_named_where_no_map_can_be_drawn(pooling, tmp_path):
@@ -587,7 +608,7 @@ def test_an_engine_that_fails_here_does_not_stop_the_page(pooling, tmp_path):
     write_manifest(pooling.path, replace(pooling.manifest, engines=(broken,)))
     page = Page(write_report(pooling.path, tmp_path / "r.html"))
     assert f"{engine.name} failed here:" in page.text
-    assert len(page.images()) == 2 * 3
+    assert len(page.images()) == 2 * (1 + 2 * 2)
 
 
 def test_an_engine_that_was_never_measured_here_runs_in_a_process_of_its_own(tmp_path, monkeypatch):

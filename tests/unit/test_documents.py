@@ -10,7 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
 DOCUMENTS = sorted(
-    [*PAGES, *(path for place in (".", "benchmarks", "benchmarks/results") for path in ROOT.glob(f"{place}/*.md"))]
+    [
+        *PAGES,
+        *(
+            path
+            for place in (".", "benchmarks", "benchmarks/results", "examples")
+            for path in ROOT.glob(f"{place}/*.md")
+        ),
+    ]
 )
 
 

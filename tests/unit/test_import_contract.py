@@ -27,6 +27,9 @@ EXTRAS = (
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",
     "cuda",
+    "av",
+    "cv2",
+    "zarr",
 )
 OF_THE_WORKSTATION = ("auto", "cli", "integrations", "pictures", "toolchain")
 ON_DEVICE = [

@@ -91,7 +91,7 @@ def test_a_narrow_terminal_is_told_values_bounds_and_defaults(capsys, monkeypatc
 
 @pytest.mark.parametrize(
     ("name", "usage"),
-    [("remove", "BUNDLE ENGINE..."), ("doctor", "[BUNDLE]"), ("build", "MODEL BUNDLE"), ("run", "BUNDLE IMAGES")],
+    [("remove", "BUNDLE ENGINE..."), ("doctor", "[BUNDLE]"), ("build", "MODEL BUNDLE"), ("run", "BUNDLE SOURCE")],
 )
 def test_the_usage_line_has_plain_names(name, usage, capsys, monkeypatch):
     for columns in (60, 100):
