@@ -20,7 +20,7 @@ from edge_backbones.parity_report import Cosine, Decibels, Gate, ParityReport, S
 from edge_backbones.reading import refusing
 from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
-SCHEMA_VERSION: Final = 7
+SCHEMA_VERSION: Final = 8
 OLDEST_VERSION: Final = 6
 MAX_MANIFEST_BYTES = 4 << 20
 
@@ -293,10 +293,11 @@ class Provenance(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """The whole of manifest.json. ``digest``: the last field of the file, the SHA-256 of its other bytes.
 
-    ``schema_version``: 7; 6 in files of releases that knew neither other formats of maps and pixels nor times on a GPU.
+    ``schema_version``: 8; 7 in files of releases that knew no frames; 6 in files of those that knew neither other formats of
+    maps and pixels nor times on a GPU.
     """
 
-    schema_version: Literal[6, 7]
+    schema_version: Literal[6, 7, 8]
     backbone: BackboneSpec
     input: InputSpec
     image: ImageConfig
@@ -369,7 +370,7 @@ def decode(data: bytes | bytearray, source: str = "manifest.json") -> Manifest:
         version = msgspec.json.decode(data, type=_Version).schema_version
         if not OLDEST_VERSION <= version <= SCHEMA_VERSION:
             raise ManifestError(
-                f"{source} has schema_version {version}, this release reads {OLDEST_VERSION} and {SCHEMA_VERSION}: "
+                f"{source} has schema_version {version}, this release reads {OLDEST_VERSION} to {SCHEMA_VERSION}: "
                 + ("upgrade edge-backbones" if version > SCHEMA_VERSION else "build the bundle again")
             )
         manifest = msgspec.json.decode(data, type=Manifest)

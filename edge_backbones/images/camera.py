@@ -98,23 +98,24 @@ def from_rgb(picture: np.ndarray, spec: FrameSpec) -> np.ndarray:
     if spec.color == "bgr":
         return picture[..., ::-1]
     if spec.color == "gray":
-        grey: np.ndarray = _bytes(picture @ np.array(_GREY))[..., None]
+        grey: np.ndarray = _bytes(picture @ np.array(_GREY, np.float32))[..., None]
         return grey
     red, blue = _LUMA[spec.matrix]
-    luma = picture @ np.array([red, 1 - red - blue, blue])
-    colours = np.stack(
-        [(picture[..., 2] - luma) / (2 * (1 - blue)), (picture[..., 0] - luma) / (2 * (1 - red))], axis=-1
-    )
-    tall = 2 if spec.color == "nv12" else 1
-    shared = colours.reshape(spec.height // tall, tall, spec.width // 2, 2, 2).mean(axis=(1, 3))
+    luma = picture @ np.array([red, 1 - red - blue, blue], np.float32)
     levels, swing, black = (219, 224, 16) if spec.range == "limited" else (255, 255, 0)
-    bytes_of_luma = _bytes(luma * (levels / 255) + black)
-    bytes_of_colour = _bytes(shared * (swing / 255) + 128).reshape(-1, spec.width)
+    bytes_of_luma = _bytes(luma * np.float32(levels / 255) + black)
+    tall = 2 if spec.color == "nv12" else 1
+    shared = [  # of U and V
+        (picture[..., channel] - luma).reshape(-1, tall, spec.width // 2, 2).mean(axis=(1, 3))
+        * np.float32(swing / 255 / most)
+        for channel, most in ((2, 2 * (1 - blue)), (0, 2 * (1 - red)))
+    ]
+    bytes_of_colour = _bytes(np.stack(shared, axis=-1) + 128).reshape(-1, spec.width)
     if spec.color == "nv12":
         return np.concatenate([bytes_of_luma, bytes_of_colour])[..., None]
     return np.stack([bytes_of_luma, bytes_of_colour], axis=-1)
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
-    levels: np.ndarray = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    levels: np.ndarray = np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8)
     return levels

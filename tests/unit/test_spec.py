@@ -138,7 +138,7 @@ def test_pixels_may_be_float16_and_frames_may_not():
     half = msgspec.structs.replace(PIXELS, pixel_dtype="float16")
     assert (PIXELS.dtype, half.dtype, FRAMES.dtype) == ("float32", "float16", "uint8")
     assert half.describe() == "float16 NCHW (batch, 3, 64, 96) with any batch >= 1"
-    with pytest.raises(ValueError, match="an image is uint8, and pixel_dtype is float16"):
+    with pytest.raises(ValueError, match="image is uint8, and pixel_dtype is float16"):
         InputSpec(name="image", channels=3, batch=FIXED(1), height=FIXED(8), width=FIXED(8), pixel_dtype="float16")
 
 

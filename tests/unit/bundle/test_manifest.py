@@ -15,9 +15,11 @@ from build_scripts.write_schema import schema_text
 from edge_backbones import parity_report
 from edge_backbones.bundle import manifest
 from edge_backbones.errors import ManifestError
+from edge_backbones.spec import FrameSpec, InputSpec
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "manifest.v6.json"
 WITH_FORMATS = GOLDEN.with_name("manifest.v7.json")
+WITH_FRAMES = GOLDEN.with_name("manifest.v8.json")
 SCHEMA = Path(manifest.__file__).with_name("manifest.schema.json")
 
 
@@ -33,24 +35,37 @@ def with_digest(document: dict) -> bytes:
 
 
 def test_golden_manifest_is_read_and_written_to_the_same_bytes():
-    data = WITH_FORMATS.read_bytes()
+    data = WITH_FRAMES.read_bytes()
     assert manifest.encode(manifest.decode(data)) == data
 
 
-def test_a_manifest_of_the_version_before_is_read_and_written_as_the_newest():
+def test_a_manifest_of_the_version_before_is_read_and_knows_no_frames():
+    before, now = (manifest.decode(path.read_bytes()) for path in (WITH_FORMATS, WITH_FRAMES))
+    assert (before.schema_version, before.input.frame) == (7, None)
+    assert now.input == InputSpec(
+        name="frame",
+        channels=3,
+        batch=before.input.batch,
+        height=before.input.height,
+        width=before.input.width,
+        frame=FrameSpec(height=1080, width=1920, color="nv12", matrix="bt709"),
+    )
+
+
+def test_a_manifest_of_the_first_version_that_is_read_is_written_as_the_newest():
     old, new = (manifest.decode(path.read_bytes()) for path in (GOLDEN, WITH_FORMATS))
     assert (old.schema_version, old.backbone.map_dtype, old.backbone.channels_last) == (6, "float32", False)
     assert (new.schema_version, new.backbone.map_dtype, new.backbone.channels_last) == (7, "float16", True)
     assert (old.input.dtype, new.input.dtype) == ("float32", "float16")
     written = manifest.decode(manifest.encode(old))
-    assert written.schema_version == 7
+    assert written.schema_version == 8
     assert msgspec.structs.replace(written, schema_version=6, digest=old.digest) == old
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_a_manifest_of_an_older_version_is_refused_with_the_way_out(version):
     with pytest.raises(
-        ManifestError, match=f"schema_version {version}, this release reads 6 and 7: build the bundle again"
+        ManifestError, match=f"schema_version {version}, this release reads 6 to 8: build the bundle again"
     ):
         manifest.decode(GOLDEN.with_name(f"manifest.v{version}.json").read_bytes())
 
@@ -59,7 +74,7 @@ def test_schema_file_is_up_to_date():
     assert SCHEMA.read_text(encoding="utf-8") == schema_text(), "run: make schema"
 
 
-@pytest.mark.parametrize("path", [GOLDEN, WITH_FORMATS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [GOLDEN, WITH_FORMATS, WITH_FRAMES], ids=lambda path: path.stem)
 def test_golden_manifest_satisfies_the_schema(path):
     jsonschema.validate(json.loads(path.read_bytes()), json.loads(SCHEMA.read_bytes()))
 
@@ -80,9 +95,9 @@ def test_missing_keys_are_refused_by_name(document):
         manifest.decode(json.dumps(changed).encode())
 
 
-@pytest.mark.parametrize(("version", "advice"), [(8, "upgrade edge-backbones"), (0, "build the bundle again")])
+@pytest.mark.parametrize(("version", "advice"), [(9, "upgrade edge-backbones"), (0, "build the bundle again")])
 def test_other_schema_versions_are_refused_with_the_way_out(document, version, advice):
-    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 6 and 7: {advice}"):
+    with pytest.raises(ManifestError, match=f"schema_version {version}, this release reads 6 to 8: {advice}"):
         manifest.decode(json.dumps({**document, "schema_version": version}).encode())
 
 

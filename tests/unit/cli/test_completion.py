@@ -53,7 +53,7 @@ def test_commands_and_options():
         ("build m b --precision ", ["auto", "fp32", "fp16", "bf16", "int8", "fp8"]),
         ("build m b -p f", ["fp32", "fp16", "fp8"]),
         ("build m b --flavour torchs", ["torchscript"]),
-        ("build m b --input ", ["pixel_values", "image"]),
+        ("build m b --input ", ["pixel_values", "image", "frame"]),
         ("build m b --profile jetson-t", ["jetson-thor"]),
         ("build resnet10", ["resnet101", "resnet101_clip", "resnet101_clip_gap", "resnet101c", "resnet101d", "resnet101s",
                             "resnet10t"]),

@@ -184,8 +184,8 @@ def test_an_opened_bundle_its_copies_and_the_command_agree(tmp_path, monkeypatch
     Image.fromarray(FRAME).save(tmp_path / "photo.png")
     wanted = expected(FRAME, config=bundle.manifest.image)
     used = []
-    fit_in_place = module.fit_in_place
-    monkeypatch.setattr(module, "fit_in_place", lambda *a: used.append(a[-1]) or fit_in_place(*a))
+    image_to_input = module.image_to_input
+    monkeypatch.setattr(module, "image_to_input", lambda *a: used.append(a[-1]) or image_to_input(*a))
     with EdgeBackbone.from_pretrained(bundle.path, threads=1) as backbone:
         for opened in (backbone, copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
             np.testing.assert_array_equal(opened.preprocess(tmp_path / "photo.png"), wanted)
@@ -260,7 +260,7 @@ def test_the_bytes_of_a_file_are_refused_and_the_fix_works():
         (FRAME[..., 0], "rgb", r"got uint8 \(70, 90\): pass color='gray'$"),
         (FRAME[..., :1], "rgb", r"got uint8 \(70, 90, 1\): pass color='gray'$"),
         (FRAME, "gray", r"a frame is uint8 \(rows, columns, 1\), got uint8 \(70, 90, 3\): pass "),
-        (FRAME, "BGR", "^color must be 'rgb', 'bgr' or 'gray', got 'BGR'$"),
+        (FRAME, "BGR", "^color must be 'rgb', 'bgr', 'gray', 'nv12' or 'yuyv', got 'BGR'$"),
         ([], "rgb", "got an empty list: pass one image$"),
         ((), "rgb", "got an empty tuple: pass one image$"),
         (None, "rgb", "got None: the camera or the file that should give it gave nothing$"),
@@ -344,7 +344,7 @@ def test_a_lack_of_memory_is_told(monkeypatch):
     def fails(*_: object) -> None:
         raise MemoryError("cannot allocate")
 
-    monkeypatch.setattr(module, "fit_in_place", fails)
+    monkeypatch.setattr(module, "image_to_input", fails)
     with pytest.raises(ResourceError, match="preprocessing failed"):
         over().preprocess(FRAME)
 

@@ -59,7 +59,7 @@ def test_formats_of_maps_and_pixels():
         ({"pixels": "uint8"}, "pixels must be float32 or float16, got 'uint8'"),
         (
             {"pixels": "float16", "input": "image"},
-            "pixels is float16, and input is image, whose frames are uint8: leave",
+            "pixels is float16, and input is image, which is uint8: leave",
         ),
     ],
 )
