@@ -84,7 +84,7 @@ def build(
             "--size",
             "-s",
             help="Height and width of the input: HxW, one number for a square, or a range HxW:HxW:HxW (smallest, usual, "
-            "largest). By default what the network's preprocessing makes, else the network's own.",
+            "largest). By default what the network's preprocessing makes, else the network's own. Frames are resized to it.",
             metavar="HxW",
             show_default=False,
             rich_help_panel="Input",

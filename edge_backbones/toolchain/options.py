@@ -320,7 +320,7 @@ class BuildOptions:
         for name, kind in (("color", Color), ("yuv_matrix", Matrix), ("yuv_range", Range)):
             if (value := getattr(self, name)) not in (None, *get_args(kind)):
                 raise InputError(f"{name} must be {' or '.join(get_args(kind))}, got {value!r}")
-        if not all(isinstance(size, (int, type(None))) for size in (self.height, self.width)):
+        if not all(size is None or as_range(size).is_fixed for size in (self.height, self.width)):
             raise InputError(
                 f"frames are resized to one size, and height is {self.height}, width {self.width}: give each one number"
             )

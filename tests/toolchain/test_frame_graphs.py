@@ -28,6 +28,7 @@ from edge_backbones import (
 )
 from edge_backbones.bench.compare import read_images
 from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.cli import main as cli
 from edge_backbones.difference import relative_error
 from edge_backbones.errors import SourceError
 from edge_backbones.images.camera import frame_spec, from_rgb, to_rgb
@@ -409,3 +410,50 @@ def test_a_network_of_other_channels(channels, color, message, tmp_path):
     with pytest.raises(SourceError, match=message):
         build_bundle("test_resnet", tmp_path / "b.bundle", options=options)
     assert not (tmp_path / "b.bundle").exists()
+
+
+# ---- the command line
+
+
+def test_build_and_run_from_the_command_line(folder, tmp_path, capsys):
+    bundle, photo = tmp_path / "b.bundle", sorted(folder.iterdir())[0]
+    options = ["--weights", "random:0", "--precision", "fp32", "--no-torchscript", "--no-report", "--size", "64x96"]
+    frame = [
+        "--input",
+        "frame",
+        "--frame",
+        "120x160",
+        "--color",
+        "nv12",
+        "--yuv-matrix",
+        "bt709",
+        "--yuv-range",
+        "full",
+    ]
+    assert cli._run(["build", "test_resnet", str(bundle), *options, *frame]) == 0
+    spec = Bundle.open(bundle).manifest.input.frame
+    assert spec == frame_spec(120, 160, "nv12", "bt709", "full")
+    assert "preprocessing in the graph, of nv12 frames of 120x160 (BT.709, full range)" in capsys.readouterr().err
+    assert cli._run(["run", str(bundle), str(photo), "-o", str(tmp_path / "out")]) == 0
+    with np.load(tmp_path / "out" / f"{photo.stem}.npz") as written, EdgeBackbone.from_pretrained(bundle) as backbone:
+        maps = backbone(backbone.preprocess(photo)).feature_maps
+        assert np.array_equal(written[backbone.out_features[-1]], maps[-1][0])
+    with Image.open(tmp_path / "out" / f"{photo.stem}.png") as picture:
+        assert picture.size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--input", "frame"], "add frame=(1080, 1920) (--frame 1080x1920)"),
+        (["--input", "frame", "--frame", "720x1280:720x1280:1080x1920"], "build a bundle for each size of frames"),
+        (["--input", "frame", "--frame", "720"], "'720' is not one size HxW, as 1080x1920"),
+        (["--frame", "720x1280"], "add input='frame' (--input frame)"),
+        (["--input", "frame", "--frame", "721x1280", "--color", "nv12"], "nv12 frames have even sides, got 721 x 1280"),
+        (["--input", "frame", "--frame", "720x1280", "--size", "32x32:64x64:96x96"], "frames are resized to one size"),
+    ],
+)
+def test_what_is_typed_wrong_is_a_usage_error(typed, message, tmp_path, capsys):
+    assert cli._run(["build", "test_resnet", str(tmp_path / "b.bundle"), "--precision", "fp32", *typed]) == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in said
