@@ -394,7 +394,7 @@ def test_an_input_is_kept_until_it_has_been_read(machine):
     session, gpu = machine.open(), machine.gpu
     array = gpu.put(pixels(2))
     owner = Owner()
-    array = ForeignArray(array.pointer, array.shape, array.dtype, 0, True, False, owner=owner)
+    array = ForeignArray(array.pointer, array.shape, array.dtype, 0, True, owner=owner)
     alive = weakref.ref(owner)
     session.run_on_device(array, machine.stream)
     del array, owner
@@ -412,7 +412,7 @@ def test_a_producer_that_is_not_done_is_waited_for_on_the_gpu(machine):
     gpu.cuCtxPushCurrent(0)
     gpu.cuMemcpyDtoDAsync(empty.pointer, made.pointer, images.nbytes, machine.other)
     gpu.cuCtxPopCurrent()
-    array = ForeignArray(empty.pointer, images.shape, images.dtype, None, True, False, object(), machine.other)
+    array = ForeignArray(empty.pointer, images.shape, images.dtype, None, True, object(), machine.other)
     maps = session.run_on_device(array, machine.stream)
     check([gpu.value(m, machine.stream) for m in maps], images)
 

@@ -48,7 +48,7 @@ class Pipeline:
                 if self._stream:
                     steps.make(memory.free_stream, self._stream)
                 raise
-        self._array = ForeignArray(pointer, images.shape, images.dtype, memory.gpu, True, True, owner=self)
+        self._array = ForeignArray(pointer, images.shape, images.dtype, memory.gpu, True, owner=self)
         return self
 
     def milliseconds(self) -> float:
