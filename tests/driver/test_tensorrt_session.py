@@ -454,35 +454,6 @@ def test_device_arrays_that_do_not_fit_are_refused(machine, change, message):
 # ---- CUDA graphs
 
 
-def test_nobody_waits_for_a_context_while_a_stream_of_it_captures(machine, monkeypatch):
-    """CUDA refuses that wait, and breaks the capture off."""
-    session, execute = machine.open(), Context.execute_async_v3
-    inside, go_on, waited = threading.Event(), threading.Event(), threading.Event()
-
-    def slowly(context, stream):
-        if stream in machine.gpu.capturing:
-            inside.set()
-            assert go_on.wait(10)
-        return execute(context, stream)
-
-    def wait() -> None:
-        with machine.memory as memory:
-            memory.wait_for_all()
-        waited.set()
-
-    images = pixels(2)
-    array = machine.gpu.put(images)
-    monkeypatch.setattr(Context, "execute_async_v3", slowly)
-    with ThreadPoolExecutor(2) as pool:
-        recording = pool.submit(session.graphed, array, machine.stream)
-        assert inside.wait(10)
-        waiting = pool.submit(wait)
-        assert not waited.wait(0.1)
-        go_on.set()
-        check([machine.gpu.value(m, machine.stream) for m in recording.result(10)()], images)
-        waiting.result(10)
-
-
 def test_a_graphed_call_copies_and_allocates_nothing(machine):
     session, gpu, images = machine.open(), machine.gpu, pixels(2)
     array = gpu.put(images)

@@ -61,7 +61,7 @@ def buffers(memory):
     made = Buffers(memory)
     yield made
     with memory:
-        memory.wait_for_all()
+        gpu_engines.wait_for_all()
         for pointer in made.pointers:
             memory.free(pointer)
 
