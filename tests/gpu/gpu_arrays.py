@@ -85,7 +85,7 @@ class Ours:
 
     def wait(self) -> None:
         """Wait for everything on the GPU."""
-        with self.memory as memory:
+        with self.memory:
             gpu_engines.wait_for_all()
 
     def close(self) -> None:

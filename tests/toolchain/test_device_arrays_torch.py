@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from edge_backbones.engines.gpu import dlpack
 from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu
 from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.errors import InputError
+from edge_backbones.integrations.modules import EngineModule
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.testing import SPEC, NumpySession, pooled, pooling_input
 
@@ -137,6 +139,15 @@ def test_any_tensor_is_read_as_it_is(dtype, shape, data):
     assert foreign.dtype == DTYPES[dtype]
     assert foreign.contiguous == tensor.is_contiguous()
     assert foreign.pointer == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_module_refuses_values_beyond_the_dtype_of_its_engine(dtype):
+    input = msgspec.structs.replace(pooling_input(), pixel_dtype="float16")
+    module = EngineModule(EdgeBackbone(SPEC, input, NumpySession(input)))
+    assert module.infer(IMAGES.to(dtype))["feature_maps"][0].dtype == dtype
+    with pytest.raises(InputError, match="values beyond float16, whose largest is 65504"):
+        module.infer(IMAGES.to(dtype) * 1e5)
 
 
 def test_repeated_axes_are_not_contiguous():
