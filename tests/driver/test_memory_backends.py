@@ -220,7 +220,6 @@ CALLS = {
     "cuStreamWaitEvent": lambda m, p, s, e, g: m.follow(s, e),
     "cuStreamBeginCapture": lambda m, p, s, e, g: m.capture(s, lambda: None),
     "cuGraphInstantiate": lambda m, p, s, e, g: m.capture(s, lambda: None),
-    "cuGraphDestroy": lambda m, p, s, e, g: m.capture(s, lambda: None),
     "cuGraphLaunch": lambda m, p, s, e, g: m.launch(g, s),
     "cuGraphExecDestroy": lambda m, p, s, e, g: m.free_graph(g),
     "cuPointerGetAttribute": lambda m, p, s, e, g: m.elsewhere(p),

@@ -75,20 +75,10 @@ class DeviceArray:
     strides: tuple[int, ...] | None = None
 
     @classmethod
-    def of_engine(
-        cls, pointer: int, shape: tuple[int, ...], dtype: np.dtype, device: int, owner: Any, stream: int
-    ) -> DeviceArray:
-        """An output of an engine, without the checks, which every call would pay for. ``owner.order`` is its synchronize."""
+    def unchecked(cls, **attributes: Any) -> DeviceArray:
+        """Return an array with these attributes, without the checks, which every call would pay for."""
         array = object.__new__(cls)
-        array.__dict__.update(
-            pointer=pointer,
-            shape=shape,
-            dtype=dtype,
-            device=device,
-            owner=owner,
-            synchronize=owner.order,
-            stream=stream,
-        )
+        array.__dict__.update(attributes)
         return array
 
     def __post_init__(self) -> None:
@@ -102,13 +92,8 @@ class DeviceArray:
     def channels_first(self) -> DeviceArray:
         """Return an array of shape (N, H, W, C) as (N, C, H, W) over the same memory: torch's channels_last format."""
         batch, height, width, channels = self.shape
-        array = object.__new__(type(self))
-        array.__dict__.update(
-            self.__dict__,
-            shape=(batch, channels, height, width),
-            strides=(height * width * channels, 1, width * channels, channels),
-        )
-        return array
+        strides = (height * width * channels, 1, width * channels, channels)
+        return self.unchecked(**{**self.__dict__, "shape": (batch, channels, height, width), "strides": strides})
 
     @property
     def ndim(self) -> int:

@@ -74,13 +74,9 @@ class GpuMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            result = self._pop()
-            if result[0]:
-                self._check(result, "cuCtxPopCurrent")
-        except DeviceError:
-            if error is None:  # otherwise the first error is the one to raise
-                raise
+        result = self._pop()
+        if result[0] and error is None:  # otherwise the first error is the one to raise
+            self._check(result, "cuCtxPopCurrent")
 
     def aside(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Make a call that allocates, frees or asks, whatever graph another library captures meanwhile.
@@ -230,23 +226,15 @@ class GpuMemory:
         # In relaxed mode, this thread's garbage collection or another thread may free memory meanwhile.
         self._check(self._driver.cuStreamBeginCapture(stream, self._relaxed), "cuStreamBeginCapture")
         try:
-            enqueue()
-        except BaseException:
-            code, graph = self._driver.cuStreamEndCapture(stream)  # usually fails, because the capture was aborted
-            if not int(code) and int(graph):
-                self._driver.cuGraphDestroy(graph)
-            raise
-        graph = self._check(self._driver.cuStreamEndCapture(stream), "cuStreamEndCapture")
-        try:
-            executable = self._check(self._driver.cuGraphInstantiate(graph, 0), "cuGraphInstantiate")
+            try:
+                enqueue()
+            finally:  # it usually fails if the capture was aborted
+                ended = self._driver.cuStreamEndCapture(stream)
+            graph = self._check(ended, "cuStreamEndCapture")
+            return self._check(self._driver.cuGraphInstantiate(graph, 0), "cuGraphInstantiate")
         finally:
-            destroyed = self._driver.cuGraphDestroy(graph)
-        try:
-            self._check(destroyed, "cuGraphDestroy")
-        except DeviceError:
-            self._driver.cuGraphExecDestroy(executable)
-            raise
-        return executable
+            if not ended[0] and int(ended[1]):
+                self._driver.cuGraphDestroy(ended[1])
 
     def launch(self, graph: Any, stream: int) -> None:
         """Enqueue a graph on a stream."""

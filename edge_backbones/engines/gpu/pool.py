@@ -189,7 +189,7 @@ class Pool:
 
         If there is none among ``most`` buffers, take the oldest one that can be used behind events. None for none.
         """
-        for index in reversed(range(len(buffers))):
+        for index in range(len(buffers) - 1, -1, -1):
             if buffers[index].follows(key):
                 return buffers.pop(index)
         if len(buffers) >= most:
@@ -238,14 +238,11 @@ class Pool:
                 buffer = self._back.popleft()
             except IndexError:
                 break  # another thread took the last one
-            if buffer.readers:
-                if any(map(self._is_captured, buffer.readers.values())):
-                    captured.append(buffer)
-                    continue
-                if not self._mark_reads(buffer):
-                    continue
-            with self.lock:
-                self._free.setdefault(buffer.size, []).append(buffer)
+            if buffer.readers and any(map(self._is_captured, buffer.readers.values())):
+                captured.append(buffer)
+            elif not buffer.readers or self._mark_reads(buffer):
+                with self.lock:
+                    self._free.setdefault(buffer.size, []).append(buffer)
         self._back.extend(captured)
 
     def _mark_reads(self, buffer: Buffer) -> bool:

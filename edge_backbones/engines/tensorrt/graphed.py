@@ -87,11 +87,8 @@ class HostGraphedCall:
             results = memory.pinned(slot.outputs.end)
             stream, key, results_at = slot.stream, slot.own_key, ctypes.addressof(results)
             address = int(array.__array_interface__["data"][0])
-            slot.record(
-                slot.on_host(address, on_gpu, array.nbytes, results_at, lambda size: slot.hold(size, stream, key)),
-                stream,
-                key,
-            )
+            call = slot.on_host(address, on_gpu, array.nbytes, results_at, lambda size: slot.hold(size, stream, key))
+            slot.record(call, stream, key)
             memory.wait(slot.stream)
         except BaseException as error:
             self._finalizer()  # waits for the GPU
@@ -111,6 +108,8 @@ class HostGraphedCall:
 def device_arrays(lease: Lease, outputs: Block, gpu: int, stream: int) -> list[DeviceArray]:
     """Return the outputs of a call as arrays over the memory of a lease."""
     start = lease.buffer.pointer
+    shared = {"device": gpu, "owner": lease, "synchronize": lease.order, "stream": stream}
     return [
-        DeviceArray.of_engine(start + part.offset, part.shape, part.dtype, gpu, lease, stream) for part in outputs.parts
+        DeviceArray.unchecked(pointer=start + part.offset, shape=part.shape, dtype=part.dtype, **shared)
+        for part in outputs.parts
     ]

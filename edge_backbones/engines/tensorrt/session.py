@@ -156,13 +156,13 @@ class TensorRtSession:
         route = self._route(array)
         contexts = self._contexts
         with exits.calls, self._memory as memory:
-            self._require_here(array)
-            self._refuse_capture(stream)
+            self._require_usable(array, stream)
             contexts.forget_inputs()
             key = memory.stream_key(stream)
             producer = array.producer_stream
             if producer is not None and memory.stream_key(producer) != key:
-                self._refuse_capture(producer)
+                if memory.is_capturing(producer):
+                    raise capture_refusal(producer)
                 contexts.pool.order(stream, producer)
             block, ready = self._enqueue(array, route, stream, key)
             contexts.reading(ready, array.owner)
@@ -212,8 +212,7 @@ class TensorRtSession:
         if is_default(stream):
             raise InputError("a default stream cannot be captured: pass another")
         with exits.calls, self._memory as memory:
-            self._require_here(array)
-            self._refuse_capture(stream)
+            self._require_usable(array, stream)
             return GraphedCall(self._contexts, array, route.parts[0][1], stream, memory.stream_key(stream))
 
     def graphed_on_host(self, array: np.ndarray) -> HostGraphedCall:
@@ -241,16 +240,13 @@ class TensorRtSession:
         self._contexts.close()
         self._finalizer.detach()
 
-    def _require_here(self, array: ForeignArray) -> None:
-        """Raise InputError if an array is not in the memory of this GPU."""
+    def _require_usable(self, array: ForeignArray, stream: int) -> None:
+        """Raise InputError if an array is not in the memory of this GPU, or if the caller captures a CUDA graph."""
         where = self._memory.elsewhere(array.pointer)
         if where:
             raise InputError(
                 f"{self._input.name} is in {where}, this engine runs on cuda:{self._gpu}: copy it there first"
             )
-
-    def _refuse_capture(self, stream: int) -> None:
-        """Raise InputError if the caller captures a CUDA graph."""
         if self._memory.is_capturing(stream):
             raise capture_refusal(stream)
 

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,17 +35,12 @@ class Frames(NamedTuple):
     rows: Rows | None = None
 
 
-@dataclass(eq=False)
-class _HostOutputs:
-    """Hold arrays that a caller gets, and their reference counts while no caller holds them."""
+class _HostOutputs(NamedTuple):
+    """Hold arrays that a caller gets, their address, and their reference counts while no caller holds them."""
 
     arrays: list[np.ndarray]
     address: int
-    unshared: list[int] = field(default_factory=list)
-
-    def references(self) -> list[int]:
-        """Return the arrays' current reference counts."""
-        return [sys.getrefcount(array) for array in self.arrays]
+    unshared: list[int]
 
 
 class Slot:
@@ -185,7 +179,7 @@ class Slot:
         """Return output arrays that no caller holds."""
         made = self._host_outputs.setdefault(self.shape, [])
         for outputs in made:
-            if outputs.references() == outputs.unshared:
+            if list(map(sys.getrefcount, outputs.arrays)) == outputs.unshared:
                 return outputs
         is_pinned = sum(map(len, self._host_outputs.values())) < _HOST_OUTPUTS
         if not is_pinned and not made:  # another shape has all of them
@@ -193,10 +187,10 @@ class Slot:
             is_pinned = True
         size = self.outputs.end
         block = self._memory.pinned(size) if is_pinned else (ctypes.c_ubyte * size)()
-        outputs = _HostOutputs(self.outputs.arrays(block), ctypes.addressof(block))
+        arrays = self.outputs.arrays(block)
+        outputs = _HostOutputs(arrays, ctypes.addressof(block), list(map(sys.getrefcount, arrays)))
         if is_pinned:
             made.append(outputs)
-            outputs.unshared = outputs.references()
         return outputs
 
     # -- input and outputs in GPU memory
