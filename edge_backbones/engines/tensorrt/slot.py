@@ -91,7 +91,7 @@ class Slot:
             self.own_key = memory.stream_key(self.stream)
             self._context = memory.aside(engine.new_context)
             if len(engine.profiles) > 1:
-                done = self._context.set_optimization_profile_async(profile.index, self.stream)
+                done = self._context.set_optimization_profile_async(profile.index, int(self.stream))
                 engine.check(done, f"optimisation profile {profile.index}")
                 memory.wait(self.stream)
         except BaseException:
@@ -299,7 +299,7 @@ class Slot:
         # TensorRT-RTX has it, because it compiles while it runs.
         ask = getattr(self._context, "is_stream_capturable", None)
         refusal = "TensorRT makes no CUDA graph of this"
-        if ask is not None and not ask(self.stream):
+        if ask is not None and not ask(int(self.stream)):
             raise InferenceError(f"{refusal}: it says that the call cannot be captured")
         try:
             self.graph = self._memory.capture(self.stream, lambda: enqueue(self.stream, scratch))
