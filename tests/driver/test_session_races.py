@@ -258,6 +258,28 @@ def test_a_replay_that_has_begun_when_another_thread_closes(machine, monkeypatch
     assert machine.left_over() == {}
 
 
+def test_memory_runs_out_in_a_thread_while_another_frees_what_is_left_over(machine, monkeypatch):
+    monkeypatch.setattr(pool_module, "_FREE_BUFFERS", 4)
+    with machine.memory as memory:
+        pool = Pool(memory)
+        for buffer in [pool.take(256, 5, machine.stream) for _ in range(12)]:
+            pool.give_back(buffer)
+        free = pool._free_surplus
+
+        def release() -> None:
+            with machine.memory:
+                pool._release()
+
+        def late(buffers) -> None:
+            in_thread(release).join(30)
+            free(buffers)
+
+        monkeypatch.setattr(pool, "_free_surplus", late)
+        pool.give_back(pool.take(256, 5, machine.stream))
+        pool.close()
+    assert machine.left_over() == {}
+
+
 def test_a_reader_whose_stream_is_gone_makes_the_next_call_wait(machine):
     session, images = machine.open(), pixels(2)
     array = machine.gpu.put(images)

@@ -308,7 +308,7 @@ class Pool:
         with self.lock:
             for buffers in (*self._free.values(), self._scratch):
                 self._back.extend(buffers)
-            self._free, self._scratch = {}, []
+                buffers.clear()
         is_any = bool(self._back)
         self._free_all()
         return is_any
