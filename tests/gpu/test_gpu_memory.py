@@ -164,6 +164,39 @@ def test_page_locked_memory_is_known_and_lives_with_its_views(memory, stream, bu
     assert np.array_equal(part, values[1000:])
 
 
+@pytest.mark.parametrize("what", ["allocate", "pin", "ask", "wait for an event", "wait for a stream"])
+def test_a_global_capture_of_another_thread_goes_on(memory, stream, what):
+    """As torch.cuda.graph makes one: another thread that allocates or asks would break it off."""
+
+    def work() -> None:
+        with memory:
+            event = memory.new_event()
+            memory.record(event, stream)
+            if what == "allocate":
+                memory.free(memory.allocate(4096))
+            elif what == "pin":
+                memory.pinned(4096)
+            elif what == "ask":
+                memory.happened(event)
+            elif what == "wait for an event":
+                memory.wait_for(event)
+            else:
+                memory.wait(stream)
+            memory.free_event(event)
+
+    driver = gpus.CtypesDriver(gpus.load_driver())
+    with memory:
+        captured = memory.new_stream()
+        assert driver.cuStreamBeginCapture(captured, 0) == (0,)
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(work)
+        code, graph = driver.cuStreamEndCapture(captured)
+        memory.free_stream(captured)
+        done.result()
+        assert code == 0
+        assert driver.cuGraphDestroy(graph) == (0,)
+
+
 def test_more_than_there_is(memory, gpu):
     free = gpu_engines.free_bytes(memory)
     with memory:

@@ -106,7 +106,7 @@ class DeviceArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def byte_strides(self) -> tuple[int, ...] | None:
+    def _byte_strides(self) -> tuple[int, ...] | None:
         """``strides`` in bytes."""
         return self.strides and tuple(stride * self.dtype.itemsize for stride in self.strides)
 
@@ -133,7 +133,7 @@ class DeviceArray:
             "shape": self.shape,
             "typestr": self.dtype.str,
             "data": (self.pointer, False),
-            "strides": self.byte_strides,
+            "strides": self._byte_strides,
             "stream": None if self.synchronize is None else self.stream or _LEGACY,
         }
 
@@ -171,7 +171,7 @@ class DeviceArray:
             self.owner,
             device=self.__dlpack_device__(),
             versioned=max_version is not None and max_version[0] >= 1,
-            strides=self.byte_strides,
+            strides=self._byte_strides,
         )
 
     def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
@@ -205,7 +205,7 @@ def from_foreign(values: Any, *, stream: int) -> ForeignArray:
     if type(values) is DeviceArray:  # a frame's maps, into the next engine: without a capsule
         values.order(stream or _LEGACY)
         if values.strides is not None:
-            array = over(values.pointer, values.shape, values.dtype.str, values.byte_strides, values.owner)
+            array = over(values.pointer, values.shape, values.dtype.str, values._byte_strides, values.owner)
             return ForeignArray.described(array, values.pointer, values.device, values.owner)
         return ForeignArray(values.pointer, values.shape, values.dtype, values.device, True, values.owner)
     refuse_views(values)
