@@ -38,7 +38,7 @@ class Rows:
     pitch: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: every call makes one, and that would take a microsecond
 class ForeignArray:
     """Another library's array, to be read in place while ``owner`` is held. Nothing here ever writes to it.
 

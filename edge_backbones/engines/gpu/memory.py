@@ -62,6 +62,7 @@ class GpuMemory:
         self._push: Callable[[], tuple[Any, ...]] = functools.partial(driver.cuCtxPushCurrent, context)
         self._pop: Callable[[], tuple[Any, ...]] = driver.cuCtxPopCurrent
         self._stream_type = getattr(driver, "CUstream", int)
+        self._exchange = driver.cuThreadExchangeStreamCaptureMode
         self._relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self._attributes = driver.CUpointer_attribute
 
@@ -84,12 +85,12 @@ class GpuMemory:
         CUDA refuses such a call while another thread captures in its global mode, which is torch's, and breaks that capture
         off. The relaxed mode of this thread allows it.
         """
-        code, mode = self._driver.cuThreadExchangeStreamCaptureMode(self._relaxed)
+        code, mode = self._exchange(self._relaxed)
         try:
             return call(*arguments)
         finally:
             if not code:
-                self._driver.cuThreadExchangeStreamCaptureMode(mode)
+                self._exchange(mode)
 
     def allocate(self, size: int) -> int:
         """Allocate ``size`` bytes (at least 1) of device memory, aligned to 256 bytes, and return the pointer.
