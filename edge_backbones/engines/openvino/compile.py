@@ -16,7 +16,7 @@ import msgspec
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.engines import compat
 from edge_backbones.engines.base import CompiledEngine
-from edge_backbones.engines.openvino import int8_graph, session
+from edge_backbones.engines.openvino import frame_graph, int8_graph, session
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.spec import Precision
 
@@ -58,6 +58,7 @@ def compile_graph(
     if cache is not None and (cached := _read_cached(cache, name)) is not None:
         return CompiledEngine(cached, key, ".blob", from_cache=True)
     model = session.read_model(graph)
+    frame_graph.adapt(model)
     if precision is Precision.INT8 and not as_written:
         int8_graph.adapt(model)
     data = session.compile_model(model)
