@@ -185,6 +185,9 @@ class EngineKey(_Strict, frozen=True):
     """Where an engine may run: everything that compat.py compares with the machine.
 
     ``architecture`` and ``cpu_features``: those of the CPU. ``gpu``: None for an engine that runs on the CPU.
+    ``computes_in``: number format in which an engine of OpenVINO computes what its graph has in floating point. It is
+    absent from the engines of other libraries, and from those that earlier releases compiled. Of fp32 and int8 engines it
+    is absent where it is fp32.
     """
 
     flavour: FlavourName
@@ -195,6 +198,8 @@ class EngineKey(_Strict, frozen=True):
     precision: Precision
     graph_sha256: Sha256
     gpu: GpuKey | None = None
+    # Unset it is not encoded: engines of earlier releases keep their names, which hold a hash of the key.
+    computes_in: Literal["fp32", "fp16", "bf16"] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         words = (self.flavour, self.library_version, self.architecture, *self.cpu_features, self.device_name)

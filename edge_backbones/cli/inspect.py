@@ -109,6 +109,9 @@ def _print_engines(bundle: str, manifest: Manifest, reasons: Mapping[str, Sequen
             runs = "yes" if not why else "no: " + "; ".join(why)
             engines.add_row(engine.name, megabytes(engine.file.size), _time(manifest, engine), runs)
         console.out.print(engines)
+        for engine in manifest.engines:
+            if isinstance(engine.key.computes_in, str):
+                console.out.print(f"{engine.name}: {engine.key.precision}, computed in {engine.key.computes_in}")
     if all(reasons.values()):
         none = "no engine of it runs here" if manifest.engines else "no engine yet"
         graphs = any(graph.format == "onnx" for graph in manifest.graphs)

@@ -42,7 +42,7 @@ from edge_backbones.parity_report import ParityError, ParityReport
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import InputSpec, Precision, precisions_of
 
-# Size of an engine divided by the size of its graph. The CPU computes fp16, bf16 and fp8 in fp32 and stores fp32 weights.
+# Size of an engine divided by the size of its graph. Engines for the CPU store the weights of fp16, bf16 and fp8 in fp32.
 _ENGINE_OVER_GRAPH = {
     Precision.FP32: 1.1, Precision.FP16: 2.1, Precision.BF16: 2.1, Precision.INT8: 1.4, Precision.FP8: 3.8,
 }  # fmt: skip

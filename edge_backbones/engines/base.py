@@ -255,12 +255,13 @@ class Flavour(abc.ABC):
             MissingDependencyError: The library is not installed.
         """
 
-    def time_layers(self, data: bytearray, images: np.ndarray) -> list[LayerTime]:
+    def time_layers(self, data: bytearray, images: np.ndarray, key: EngineKey | None = None) -> list[LayerTime]:
         """Run an engine and return the time of each of its layers, in the order in which they ran.
 
         Args:
             data: The engine's bytes.
             images: An input of a shape that the engine takes.
+            key: What the engine was compiled for; None for an engine that computes in fp32.
 
         Raises:
             InferenceError: The engine fails.

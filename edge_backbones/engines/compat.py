@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
+
+import msgspec
 
 from edge_backbones.bundle.manifest import EngineKey, GpuKey
 from edge_backbones.engines.base import Flavour
@@ -16,9 +19,33 @@ from edge_backbones.machine.gpus import Gpu
 from edge_backbones.machine.hosts import Host
 from edge_backbones.spec import Precision
 
+_UNITS = {
+    Precision.BF16: ("avx512_bf16", "amx_bf16"),
+    Precision.FP16: ("avx512_fp16", "amx_fp16", "asimdhp"),
+}
+"""Instruction sets that compute in a number format, any one of which is enough.
 
-def cpu_key(flavour: str, version: str, precision: Precision, graph: bytes) -> EngineKey:
-    """Return the key of an engine that a library compiles from a graph for this machine's CPU."""
+OpenVINO computes bf16 without them too, on every CPU with AVX-512: it emulates them, which is slower than fp32.
+"""
+
+
+def has_units(precision: Precision, cpu_features: Sequence[str]) -> bool:
+    """Return whether a CPU computes fp16 or bf16 itself. True for fp32."""
+    return precision is Precision.FP32 or any(feature in cpu_features for feature in _UNITS.get(precision, ()))
+
+
+def computed_in(key: EngineKey) -> str:
+    """Return the number format that OpenVINO is asked for when it loads an engine: fp32 if the key does not say."""
+    return key.computes_in if isinstance(key.computes_in, str) else Precision.FP32.value
+
+
+def cpu_key(
+    flavour: str, version: str, precision: Precision, graph: bytes, *, computes_in: Precision | None = None
+) -> EngineKey:
+    """Return the key of an engine that a library compiles from a graph for this machine's CPU.
+
+    ``computes_in``: as in the key; None where the key does not say.
+    """
     host = hosts.this_host({flavour: version})
     return EngineKey(
         flavour=flavour,
@@ -28,6 +55,7 @@ def cpu_key(flavour: str, version: str, precision: Precision, graph: bytes) -> E
         device_name=host.device_name,
         precision=precision,
         graph_sha256=hashlib.sha256(graph).hexdigest(),
+        computes_in=msgspec.UNSET if computes_in is None else computes_in.value,  # type: ignore[arg-type]
     )
 
 
@@ -50,6 +78,10 @@ def against_cpu(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:
     if missing := [feature for feature in key.cpu_features if feature not in host.cpu_features]:
         lacking = ", ".join(missing)
         return [f"compiled for a CPU with {lacking}; this one ({host.device_name}) has none: {flavour.remedy()}"]
+    if not has_units(Precision(computed_in(key)), host.cpu_features):
+        return [
+            f"computes in {computed_in(key)}; this CPU ({host.device_name}) has no instructions for it: {flavour.remedy()}"
+        ]
     return []
 
 

@@ -11,7 +11,9 @@ from edge_backbones.machine.gpus import Gpu, find_gpus, no_gpu_reason
 from edge_backbones.machine.system import is_jetson
 
 # Instruction sets that change which kernels a CPU engine was compiled to, weakest first; the last one names the engine.
-_X86_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+_X86_FEATURES = (
+    "avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_int8",
+)  # fmt: skip
 _ARM_FEATURES = ("asimd", "asimdhp", "asimddp", "sve", "bf16", "i8mm")
 
 

@@ -185,7 +185,8 @@ def _sentence(engine: EngineRecord) -> str:
     place = f"{key.architecture}{feature}" if key.gpu is None else ", ".join(key.gpu.architectures)
     device = f" ({key.device_name})" if key.device_name else ""
     library = f"{registry.title_of(key.flavour)} {key.library_version.partition('-')[0]}"
-    start = f"{key.precision} for {library} on {place}{device}, {megabytes(engine.file.size)}"
+    computes = f", computed in {key.computes_in}" if isinstance(key.computes_in, str) else ""
+    start = f"{key.precision}{computes} for {library} on {place}{device}, {megabytes(engine.file.size)}"
     report = engine.parity
     if not report.measured:
         return f"{start}; compiled ahead of time and not measured yet: run edge-backbones verify on its device."
@@ -381,4 +382,4 @@ def time_layers_of(
     bundle = Bundle.open(path)
     batch = bundle.manifest.input.batch.opt
     filled = images[np.arange(batch) % len(images)]
-    return registry.get(record.key.flavour).time_layers(bundle.read(record.file), filled)
+    return registry.get(record.key.flavour).time_layers(bundle.read(record.file), filled, record.key)

@@ -48,7 +48,8 @@ class Candidate:
         typed: the graph that the engine was compiled from.
         engine: the engine.
         report: parity of the graph as it is written, which other devices compute. Decisions follow it.
-        shipped: parity of the engine, which rounds more finely where it can (see `int8_graph`). Both have to hold the gate.
+        shipped: parity of the engine, which rounds more finely where it can (see `int8_graph` and `bf16_graph`). Both have to
+            hold the gate.
         blocks: the blocks that stay in half so that the gate holds.
         excluded: all layers that int8 or fp8 leaves in half.
         milliseconds: the latency, where several candidates were timed.
@@ -138,7 +139,7 @@ def make_candidate(
     engine = compile_graph(path.read_bytes(), precision, cache=inputs.cache)
     inputs.progress(f"verifying {precision}", 0, None)
     report = shipped = _measure(inputs, engine, gate)
-    if precision is Precision.INT8:  # the engine is of an adapted graph: see `compile_graph`
+    if precision in (Precision.INT8, Precision.BF16):  # the engine is of an adapted graph: see `compile_graph`
         as_written = compile_graph(path.read_bytes(), precision, cache=inputs.cache, as_written=True)
         report = _measure(inputs, as_written, gate)
     return Candidate(typed, engine, report, shipped, tuple(blocks), tuple(sorted(excluded)))

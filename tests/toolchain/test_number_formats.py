@@ -15,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from edge_backbones.engines.compat import computed_in
 from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.openvino.session import OpenVinoSession
 from edge_backbones.errors import CalibrationError
@@ -51,7 +52,7 @@ def case(request, tmp_path_factory, photographs) -> Case:
 
 def of_engine(path: Path, precision: Precision, outputs, images: np.ndarray) -> list[np.ndarray]:
     engine = compile_graph(path.read_bytes(), precision, cache=None)
-    session = OpenVinoSession(bytearray(engine.data), outputs=outputs)
+    session = OpenVinoSession(bytearray(engine.data), outputs=outputs, computes_in=computed_in(engine.key))
     try:
         return session.run(images)
     finally:

@@ -109,7 +109,7 @@ def test_whatever_decides_what_the_engine_is_decides_which_entry_of_the_cache(tm
         assert from_cache(**other), other
     settings = compiler.session.settings(None)
     with monkeypatch.context() as changed:
-        changed.setattr(compiler.session, "settings", lambda threads: {**settings, "NUM_STREAMS": 2})
+        changed.setattr(compiler.session, "settings", lambda *_: {**settings, "NUM_STREAMS": 2})
         assert not from_cache()
     with monkeypatch.context() as changed:
         changed.setattr(compiler.session, "library_version", lambda: "2030.1")

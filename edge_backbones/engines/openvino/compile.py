@@ -1,5 +1,9 @@
 """Compile a typed ONNX graph with OpenVINO for this machine's CPU.
 
+bf16 graphs are computed in bf16 on CPUs with instructions for it, fp16 graphs in fp16 where both the CPU and OpenVINO have
+it, and either in fp32 elsewhere. The key of the engine says which (``computes_in``). All other graphs are computed in fp32
+where they are not int8.
+
 Engines are cached by content: the same graph, library and CPU give the same engine without compiling again.
 """
 
@@ -16,22 +20,33 @@ import msgspec
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.engines import compat
 from edge_backbones.engines.base import CompiledEngine
-from edge_backbones.engines.openvino import frame_graph, int8_graph, session
+from edge_backbones.engines.openvino import bf16_graph, frame_graph, int8_graph, session
 from edge_backbones.errors import MissingDependencyError
+from edge_backbones.machine import hosts
 from edge_backbones.spec import Precision
 
 CACHE_LIMIT_BYTES = 4 << 30
 
 
-def engine_key(graph: bytes, precision: Precision) -> EngineKey:
+def computes_in(precision: Precision) -> Precision:
+    """Return the number format in which this machine computes the floating-point part of a graph."""
+    if not precision.info.is_half or not compat.has_units(precision, hosts.this_host({}).cpu_features):
+        return Precision.FP32
+    return Precision.FP32 if precision is Precision.FP16 and not session.computes_in_fp16() else precision
+
+
+def engine_key(graph: bytes, precision: Precision, *, as_written: bool = False) -> EngineKey:
     """Return the key of the OpenVINO engine that this machine would compile from a graph.
+
+    ``as_written``: as for `compile_graph`.
 
     Raises MissingDependencyError if OpenVINO is not installed.
     """
     version = session.library_version()
     if version is None:
         raise MissingDependencyError("compiling the CPU engine", "cpu")
-    return compat.cpu_key("openvino", version, precision, graph)
+    says = precision.info.is_half and not as_written and not _takes_frames(graph)
+    return compat.cpu_key("openvino", version, precision, graph, computes_in=computes_in(precision) if says else None)
 
 
 def compile_graph(
@@ -43,8 +58,9 @@ def compile_graph(
         graph: ONNX bytes.
         precision: Precision of the graph.
         cache: Folder of compiled engines, None for no cache.
-        as_written: Compile an int8 graph as it is, so that the engine rounds as TensorRT does. By default it is adapted
-            to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph`).
+        as_written: Compile an int8 or bf16 graph as it is, so that the engine rounds as TensorRT does. By default it is
+            adapted to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph` and
+            :mod:`edge_backbones.engines.openvino.bf16_graph`).
 
     Returns:
         The compiled engine.
@@ -53,19 +69,31 @@ def compile_graph(
         CompileError: OpenVINO refuses the graph; the message has its words.
         MissingDependencyError: OpenVINO is not installed.
     """
-    key = engine_key(graph, precision)
-    name = hashlib.sha256(msgspec.json.encode([key, session.settings(None), as_written])).hexdigest()
+    key = engine_key(graph, precision, as_written=as_written)
+    chosen = session.settings(None, compat.computed_in(key))
+    name = hashlib.sha256(msgspec.json.encode([key, chosen, as_written])).hexdigest()
     if cache is not None and (cached := _read_cached(cache, name)) is not None:
         return CompiledEngine(cached, key, ".blob", from_cache=True)
     model = session.read_model(graph)
     frame_graph.adapt(model)
     if precision is Precision.INT8 and not as_written:
         int8_graph.adapt(model)
-    data = session.compile_model(model)
+    if precision is Precision.BF16 and not as_written and not _takes_frames(graph):
+        bf16_graph.adapt(model)
+    data = session.compile_model(model, compat.computed_in(key))
     if cache is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             _write_cached(cache, name, data)
     return CompiledEngine(data, key, ".blob", from_cache=False)
+
+
+def _takes_frames(graph: bytes) -> bool:
+    """Return whether a graph begins with what is done to a camera's frames, in nodes called ``frame/...``.
+
+    That is computed in fp32 whatever the precision. OpenVINO takes one number format for a whole graph, so such a graph is
+    computed as it is written.
+    """
+    return b"frame/" in graph
 
 
 def _read_cached(cache: Path, name: str) -> bytes | None:

@@ -31,15 +31,22 @@ class OpenVino(Flavour):
     def load(
         self, key: EngineKey, data: bytearray, spec: BackboneSpec, input: InputSpec, options: LoadOptions
     ) -> EngineSession:
-        return session.OpenVinoSession(data, outputs=spec.outputs, threads=options.threads, input=input, spec=spec)
+        return session.OpenVinoSession(
+            data,
+            outputs=spec.outputs,
+            threads=options.threads,
+            input=input,
+            spec=spec,
+            computes_in=compat.computed_in(key),
+        )
 
     def compile(
         self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
     ) -> CompiledEngine:
         return compiler.compile_graph(bytes(bundle.read(graph.file)), graph.precision, cache=options.cache)
 
-    def time_layers(self, data: bytearray, images: np.ndarray) -> list[LayerTime]:
-        return layer_times.time_layers(data, images)
+    def time_layers(self, data: bytearray, images: np.ndarray, key: EngineKey | None = None) -> list[LayerTime]:
+        return layer_times.time_layers(data, images, "fp32" if key is None else compat.computed_in(key))
 
     def serves(self, host: Host) -> bool:
         return host.versions.get(self.name) is not None

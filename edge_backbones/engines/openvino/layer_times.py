@@ -13,11 +13,11 @@ _WARM_UP, _CALLS = 3, 30
 _OF_FUSION = "/WithoutBiases"  # what OpenVINO adds to the name of a layer whose bias it keeps apart
 
 
-def time_layers(blob: bytearray, images: np.ndarray) -> list[LayerTime]:
+def time_layers(blob: bytearray, images: np.ndarray, computes_in: str = "fp32") -> list[LayerTime]:
     """Return the layers of an engine that took time, in the order in which they ran.
 
     Each figure is the shortest of several calls, which other programs of the machine disturb least. ``images``: an input
-    that the engine takes. Raises InferenceError if OpenVINO fails.
+    that the engine takes. ``computes_in``: as for `settings`. Raises InferenceError if OpenVINO fails.
     """
     openvino = load_library()
     shortest: dict[str, float] = {}
@@ -25,7 +25,7 @@ def time_layers(blob: bytearray, images: np.ndarray) -> list[LayerTime]:
     try:
         tensor = openvino.Tensor(np.frombuffer(blob, np.uint8), shared_memory=True)
         with exits.calls:
-            model = core().import_model(tensor, "CPU", {**settings(None), "PERF_COUNT": True})
+            model = core().import_model(tensor, "CPU", {**settings(None, computes_in), "PERF_COUNT": True})
             request = model.create_infer_request()
         request.set_input_tensor(openvino.Tensor(np.ascontiguousarray(images), shared_memory=True))
         for call in range(_WARM_UP + _CALLS):

@@ -1,7 +1,8 @@
 """Run engines with OpenVINO on the CPU. Of the runtime, only this module touches OpenVINO.
 
-The graph defines the precision. OpenVINO is told to use it (f32 where the graph has floats), instead of choosing bf16
-on CPUs that have it. An engine is exactly the bytes that ``CompiledModel.export_model`` wrote.
+The engine's key says in which number format OpenVINO computes (``EngineKey.computes_in``). OpenVINO's own choice would be
+bf16 for every graph, on CPUs that have it. It chooses kernels when it loads an engine, so the format is set there too. An
+engine is exactly the bytes that ``CompiledModel.export_model`` wrote.
 """
 
 from __future__ import annotations
@@ -108,9 +109,17 @@ def _core() -> tuple[Any, int]:
     return made, os.getpid()
 
 
-def settings(threads: int | None) -> dict[str, Any]:
-    """Return plugin settings for compiling and loading: one stream, low latency, and the graph's own precision."""
-    chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+_HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+
+
+def settings(threads: int | None, computes_in: str = "fp32") -> dict[str, Any]:
+    """Return plugin settings for compiling and loading: one stream, low latency, and the format to compute in.
+
+    ``threads``: Most CPU threads, None for all cores. ``computes_in``: ``fp32``, ``fp16`` or ``bf16``, for what the graph
+    has in float32. Nodes of int8, and of a type that the graph gives explicitly and the CPU has, keep their format.
+    """
+    hint = _HINTS[computes_in]
+    chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     return chosen if threads is None else {**chosen, "INFERENCE_NUM_THREADS": threads}
 
 
@@ -130,12 +139,20 @@ def read_model(graph: bytes) -> openvino.Model:
         raise CompileError(f"OpenVINO {openvino.get_version()} cannot read this graph: {cause(error)}") from error
 
 
-def compile_model(model: openvino.Model) -> bytes:
-    """Compile a model for this CPU and return the blob. Raises CompileError with OpenVINO's words."""
+def computes_in_fp16() -> bool:
+    """Return whether OpenVINO has kernels for fp16 on this CPU."""
+    return "FP16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def compile_model(model: openvino.Model, computes_in: str = "fp32") -> bytes:
+    """Compile a model for this CPU and return the blob. Raises CompileError with OpenVINO's words.
+
+    ``computes_in``: as for `settings`.
+    """
     openvino = load_library()
     try:
         with exits.calls:
-            exported = core().compile_model(model, "CPU", settings(None)).export_model()
+            exported = core().compile_model(model, "CPU", settings(None, computes_in)).export_model()
     except RuntimeError as error:
         raise CompileError(f"OpenVINO {openvino.get_version()} cannot compile this graph: {cause(error)}") from error
     return bytes(exported) if isinstance(exported, bytes) else bytes(exported.getvalue())
@@ -150,6 +167,7 @@ class OpenVinoSession:
         threads: Most CPU threads, None for all cores.
         input: Input in the manifest, to compare with the engine's.
         spec: Outputs in the manifest, to compare with the engine's.
+        computes_in: Number format, as for `settings`. It has to be the one that the engine was compiled with.
 
     Raises:
         EngineMismatchError: OpenVINO does not load the engine, or its inputs and outputs are not those of the manifest.
@@ -164,6 +182,7 @@ class OpenVinoSession:
         threads: int | None = None,
         input: InputSpec | None = None,
         spec: BackboneSpec | None = None,
+        computes_in: str = "fp32",
     ) -> None:
         openvino = load_library()
         if threads is not None and threads < 1:
@@ -171,7 +190,7 @@ class OpenVinoSession:
         try:
             tensor = openvino.Tensor(np.frombuffer(blob, np.uint8), shared_memory=True)
             with exits.calls:
-                model = core().import_model(tensor, "CPU", settings(threads))
+                model = core().import_model(tensor, "CPU", settings(threads, computes_in))
         except EdgeBackbonesError:
             raise
         except Exception as error:  # of many types; the text of some holds bytes of the damaged blob

@@ -103,6 +103,19 @@ def test_inspect_shows_stages_and_engines(bundle):
     assert document["reasons_against"] == {bundle.manifest.engines[0].name: []}
 
 
+def test_inspect_says_in_which_format_an_engine_computes(tmp_path, capsys):
+    made = make_bundle(tmp_path / "formats.bundle", pooling_input(1))
+    assert cli._run(["inspect", str(made.path)]) == 0
+    assert "computed in" not in capsys.readouterr().out  # of engines that say nothing of it
+    (engine,) = made.manifest.engines
+    parity = msgspec.structs.replace(engine.parity, precision=Precision.FP16)
+    key = msgspec.structs.replace(engine.key, precision=Precision.FP16, computes_in="fp32")
+    other = msgspec.structs.replace(engine, key=key, parity=parity)
+    write_manifest(made.path, msgspec.structs.replace(made.manifest, engines=(engine, other)))
+    assert cli._run(["inspect", str(made.path)]) == 0
+    assert f"{other.name}: fp16, computed in fp32" in " ".join(capsys.readouterr().out.split())
+
+
 def test_inspect_counts_the_kernels_of_a_plan(tmp_path, capsys):
     made = make_bundle(tmp_path / "pool.bundle", pooling_input(1))
     names = ["_gemm_mha_v2_myl0_1", "__myl_Cast_myl0_2", "Reformatting CopyNode for Input Tensor 0 to conv", "conv"]

@@ -50,6 +50,35 @@ def test_every_obstacle_is_a_sentence(host, reason):
     assert re.search(WAY_OUT, only), only
 
 
+@pytest.mark.parametrize(
+    ("computes_in", "features", "fits"),
+    [
+        ("bf16", ("avx2", "avx512_bf16"), True),
+        ("bf16", ("avx2", "amx_bf16"), True),
+        ("bf16", ("avx2", "avx512_fp16"), False),
+        ("fp16", ("asimd", "asimdhp"), True),
+        ("fp16", ("avx2", "avx512_bf16"), False),
+        ("fp32", (), True),
+    ],
+)
+def test_an_engine_runs_only_where_the_cpu_computes_in_its_format(computes_in, features, fits):
+    """OpenVINO would emulate bf16, or compute fp16 in another format, and the parity of the bundle would not hold."""
+    key = msgspec.structs.replace(KEY, precision="bf16", cpu_features=(), computes_in=computes_in)
+    reasons = reasons_against(key, Host("x86_64", features, "Atom", {"openvino": "2026.4.1"}))
+    assert bool(reasons) is not fits
+    if not fits:
+        assert reasons == [
+            f"computes in {computes_in}; this CPU (Atom) has no instructions for it: run edge-backbones compile here"
+        ]
+
+
+def test_a_key_that_does_not_say_what_it_computes_in_keeps_its_name():
+    """Names hold a hash of the key. Engines of earlier releases must be found by the names that they had."""
+    assert KEY.name == "openvino-2026.4.1-x86_64-avx512_vnni-int8-d4dc85ce"
+    assert "computes_in" not in msgspec.json.decode(msgspec.json.encode(KEY))
+    assert msgspec.structs.replace(KEY, computes_in="bf16").name != KEY.name
+
+
 def test_all_obstacles_are_listed():
     assert (
         len(
