@@ -152,6 +152,16 @@ def test_every_way_to_preprocess_is_repeated_to_the_last_bit(name, size):
         np.testing.assert_allclose(levels(run(frames), of), levels(wanted, of), atol=1e-3, err_msg=library)
 
 
+@pytest.mark.parametrize("size", [(480, 640), (300, 2), (1, 300)], ids=str)
+@pytest.mark.parametrize("crop_mode", ["squash", "border"])
+def test_the_nearest_pixel_is_the_one_that_pillow_takes_where_two_are_as_near(crop_mode, size):
+    of = config(interpolation="nearest", crop_mode=crop_mode)
+    frames = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    input = taking(frame_spec(*size, "rgb"))
+    got = FromFrame(None, of, input)(torch.from_numpy(frames)).numpy()
+    np.testing.assert_allclose(levels(got, of), levels(network_input(frames, of, input), of), atol=1e-3)
+
+
 def test_arithmetic_in_floating_point_is_repeated_to_a_level():
     frames = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), dtype=np.uint8)
     input = taking(frame_spec(120, 160, "rgb"), batch=2)
