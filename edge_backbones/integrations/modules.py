@@ -46,7 +46,10 @@ class EngineModule(nn.Module):
         dtype = values.dtype if values.is_floating_point() else torch.float32
         if self.backbone.device == "cpu":
             values = values.cpu()
-        if values.dtype == torch.bfloat16 or (self.backbone.device != "cpu" and values.is_floating_point()):
+        is_cast = values.dtype == torch.bfloat16 or (self.backbone.device != "cpu" and values.is_floating_point())
+        if (
+            is_cast and self.backbone.input.name == "pixel_values"
+        ):  # floats do not become uint8: the backbone refuses them
             # numpy has no bfloat16, and an engine on a GPU takes nothing but its own dtype, in C order.
             values = values.to(getattr(torch, self.backbone.input.dtype)).contiguous()
         output = self.backbone(values, **arguments)

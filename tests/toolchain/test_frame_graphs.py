@@ -378,6 +378,13 @@ def test_images_of_every_kind(kind, network, tmp_path):
         ({"frame": (48, 64)}, InputError, "frame is of input frame, and input is pixel_values: add input='frame'"),
         ({"color": "bgr", "yuv_range": "full"}, InputError, "color and yuv_range are of input frame"),
         ({"input": "frame", "frame": (48, 0)}, InputError, r"frame is the \(height, width\) .*, got \(48, 0\)"),
+        (
+            {"input": "frame", "frame": 48},
+            InputError,
+            r"frame is .* such as \(1080, 1920\), each side 1 to .*, got 48$",
+        ),
+        ({"input": "frame", "frame": (48, 64, 3)}, InputError, r"frame is the \(height, width\) .*, got \(48, 64, 3\)"),
+        ({"input": "frame", "frame": (48, 1 << 25)}, InputError, "each side 1 to 16777216 pixels, got "),
         ({"input": "frame", "frame": (48, 64), "color": "i420"}, InputError, "color must be rgb or bgr .* got 'i420'"),
         ({"input": "frame", "frame": (47, 64), "color": "nv12"}, InputError, "nv12 frames have even sides"),
         (
@@ -397,6 +404,12 @@ def test_images_of_every_kind(kind, network, tmp_path):
 def test_options_that_mean_nothing(fields, error, message):
     with pytest.raises(error, match=message):
         BuildOptions(**fields)
+
+
+def test_the_size_of_frames_may_be_of_any_integers():
+    frame = np.array([48, 64])
+    for given in (frame, [48, 64], tuple(frame)):
+        assert BuildOptions(input="frame", frame=given).frame == (48, 64)
 
 
 @pytest.mark.parametrize(
