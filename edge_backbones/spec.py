@@ -175,6 +175,7 @@ Color = Literal["rgb", "bgr", "gray", "nv12", "yuyv"]
 """How the pixels of a camera frame are stored; `FrameSpec` says what each means."""
 
 YUV_COLORS = ("nv12", "yuyv")
+RGB_COLORS = ("rgb", "bgr")
 Matrix = Literal["bt601", "bt709"]
 Range = Literal["limited", "full"]
 

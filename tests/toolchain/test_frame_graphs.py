@@ -37,6 +37,7 @@ from edge_backbones.images.fit import fit, image_to_input, network_input
 from edge_backbones.report.page import write_report
 from edge_backbones.spec import YUV_COLORS, FrameSpec, InputSpec, ShapeRange
 from edge_backbones.toolchain.artifacts import LoadedBackbone
+from edge_backbones.toolchain.calibration.images import gather_images, golden_frames
 from edge_backbones.toolchain.export import export_front
 from edge_backbones.toolchain.frame import FromFrame
 
@@ -369,6 +370,18 @@ def test_images_of_every_kind(kind, network, tmp_path):
     golden = load_golden(built.bundle).inputs["opt"]
     assert golden.shape[1:] == (120, 160, 2)
     assert kind != "frames" or any(np.array_equal(golden[0], frame) for frame in images)
+
+
+@pytest.mark.parametrize("color", ["gray", "nv12", "yuyv"])
+def test_frames_of_the_camera_are_images_as_they_come(color, tmp_path):
+    spec = frame_spec(120, 160, color)
+    frame = np.random.default_rng(0).integers(0, 256, spec.shape, dtype=np.uint8)
+    input = taking(spec)
+    for given in [frame, frame[..., 0]] if spec.shape[2] == 1 else [frame]:
+        (kept,) = golden_frames([given], ["array 0"], input=input, config=config())
+        assert np.array_equal(kept, frame)
+        found = gather_images([given], input=input, config=config(), spool=tmp_path / "spool")
+        assert np.array_equal(found.inputs, network_input(frame[None], config(), input))
 
 
 @pytest.mark.parametrize(

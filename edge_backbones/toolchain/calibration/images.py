@@ -25,15 +25,15 @@ from edge_backbones.images.fit import image_to_input, network_input, to_input
 from edge_backbones.images.frames import as_array, as_frame
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.reading import in_short, shortened
-from edge_backbones.spec import YUV_COLORS, InputSpec
+from edge_backbones.spec import RGB_COLORS, InputSpec
 
 ImageSource = str | os.PathLike[str] | Iterable[np.ndarray] | None
 """A folder of images (searched recursively), an .npz file, an iterable of arrays, or None for synthetic images.
 
 Arrays are photographs (uint8, (height, width, channels) or a batch of them, of any size: preprocessed here; pictures of
 Pillow too), or finished network inputs (float32 (channels, height, width) or a batch of them). An .npz holds one array
-of either kind, the first axis counting images, or names it ``pixel_values`` or ``image``. For engines that take nv12 or yuyv
-frames, arrays may be such frames.
+of either kind, the first axis counting images, or names it ``pixel_values`` or ``image``. For engines that take gray, nv12 or
+yuyv frames, arrays may be such frames; those of three channels are RGB, for engines that take bgr frames too.
 """
 
 _SYNTHETIC_IMAGES = 8
@@ -215,8 +215,10 @@ def _named_images(
 def _as_input(given: object, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
     """Check one photograph or finished input, and return it as an input of the graph."""
     array, frame = as_array(given), input.frame
-    if frame is not None and frame.color in YUV_COLORS and array.dtype == np.uint8 and array.shape == frame.shape:
-        return array
+    if frame is not None and frame.color not in RGB_COLORS and array.dtype == np.uint8:
+        own = array[..., None] if array.ndim == 2 else array
+        if own.shape == frame.shape:
+            return own
     expected, takes_floats = input.opt_shape[1:], input.name == "pixel_values"
     if takes_floats and array.dtype.kind == "f" and array.shape == expected:
         if not np.isfinite(array).all():
