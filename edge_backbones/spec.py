@@ -175,6 +175,7 @@ Color = Literal["rgb", "bgr", "gray", "nv12", "yuyv"]
 """How the pixels of a camera frame are stored; `FrameSpec` says what each means."""
 
 YUV_COLORS = ("nv12", "yuyv")
+RGB_COLORS = ("rgb", "bgr")
 Matrix = Literal["bt601", "bt709"]
 Range = Literal["limited", "full"]
 
@@ -204,6 +205,10 @@ class FrameSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(f"{self.color} frames have even sides, got {self.height} x {self.width}")
         if self.color not in YUV_COLORS and (self.matrix, self.range) != ("bt601", "limited"):
             raise ValueError(f"matrix and range are of {' and '.join(YUV_COLORS)} frames, and color is {self.color}")
+
+    def suits(self, channels: int) -> bool:
+        """Return whether a network of so many channels can take these frames. Grey ones can also become three channels."""
+        return channels == 3 or (channels == 1 and self.color == "gray")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -242,6 +247,8 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(f"{self.name} is uint8, and pixel_dtype is {self.pixel_dtype}")
         if (self.name == "frame") != (self.frame is not None):
             raise ValueError(f"an input called frame says what its frames are, and no other does: this is {self.name}")
+        if self.frame is not None and not self.frame.suits(self.channels):
+            raise ValueError(f"{self.frame.color} frames do not become {self.channels} channels")
         if self.frame is not None and not (self.height.is_fixed and self.width.is_fixed):
             raise ValueError(f"frames are resized to one size, not to {self.height} x {self.width}")
 

@@ -330,6 +330,10 @@ class Manifest(_Strict, frozen=True):
                 raise ValueError(f"two files are at {file.path!r}")
         if "opt" not in self.golden.cases:
             raise ValueError("the golden samples lack the case 'opt'")
+        if len(self.image.mean) != self.input.channels:
+            raise ValueError(
+                f"the input has {self.input.channels} channels, and mean and std are of {len(self.image.mean)}"
+            )
 
     def files(self) -> tuple[FileRecord, ...]:
         """Return every file that the bundle must hold."""

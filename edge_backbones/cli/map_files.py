@@ -12,16 +12,32 @@ from typing import Any
 
 import numpy as np
 
-from edge_backbones.errors import needing
+from edge_backbones.errors import InputError, needing
+from edge_backbones.images.decode import shown
+from edge_backbones.reading import why_not
 
 
 def save_maps(path: Path, maps: Mapping[str, np.ndarray]) -> None:
-    """Write one array per stage: a Zarr group (a folder) if ``path`` ends in .zarr, else an .npz file."""
-    with _replacing(path) as beside:
+    """Write one array per stage: a Zarr group (a folder) if ``path`` ends in .zarr, else an .npz file.
+
+    Raises InputError if it cannot be written.
+    """
+    with writing(path), _replacing(path) as beside:
         if path.suffix == ".zarr":
             _save_zarr(beside, maps)
         else:
             _save_npz(beside, maps)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise InputError with the path and the reason where the system refuses to write it. A full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{shown(path)} cannot be written ({why_not(error)}): choose another folder with --out"
+        ) from error
 
 
 def require_format(format: str) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.cli import console, streams
-from edge_backbones.cli.map_files import require_format, save_maps
+from edge_backbones.cli.map_files import require_format, save_maps, writing
 from edge_backbones.cli.shared import (
     OUTPUT_PANEL,
     AllowHostCode,
@@ -225,7 +225,8 @@ def _run_images(
             given, photograph = maker.input_and_photograph(image)
             maps = maker.backbone(given).feature_maps
             by_stage = {stage: m[0] for stage, m in zip(maker.backbone.out_features, maps, strict=True)}
-            features.parent.mkdir(parents=True, exist_ok=True)
+            with writing(features):
+                features.parent.mkdir(parents=True, exist_ok=True)
             if request.format != "none":
                 save_maps(features, by_stage)
             if picture:
@@ -287,7 +288,8 @@ def _draw(
     """Draw the feature maps of one image beside it; write nothing if no stage has a place in the image."""
     drawable = _drawable(photograph, by_stage, backbone)
     if drawable:
-        draw_feature_maps(path, photograph, drawable, title=title)
+        with writing(path):
+            draw_feature_maps(path, photograph, drawable, title=title)
 
 
 def _drawable(

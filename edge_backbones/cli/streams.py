@@ -18,7 +18,7 @@ from typing import Any, Literal, TextIO
 import numpy as np
 
 from edge_backbones.cli import console
-from edge_backbones.cli.map_files import save_maps
+from edge_backbones.cli.map_files import save_maps, writing
 from edge_backbones.errors import EdgeBackbonesError, InputError
 from edge_backbones.images import video_file
 from edge_backbones.images.decode import shown
@@ -277,7 +277,20 @@ class _Output:
         if self._request.format == "none":
             return
         out = self._request.out
+        with writing(out / INDEX):
+            index = self._begun()
+        path = out / f"frame_{frame.number:08}.{self._request.format}"
+        save_maps(path, by_stage)
+        entry = {"frame": frame.number, "seconds": round(frame.seconds, 6), "features": path.name}
+        with writing(out / INDEX):
+            index.write(json.dumps(entry) + "\n")
+            index.flush()
+        self.first, self.last = self.first or shown(path), shown(path)
+
+    def _begun(self) -> TextIO:
+        """Return the index. At the first frame, remove what an earlier run wrote, and begin it."""
         if self._index is None:
+            out = self._request.out
             out.mkdir(parents=True, exist_ok=True)
             for path in _earlier(out):  # only now: a source that cannot be read must not cost them
                 if path.is_dir():
@@ -286,12 +299,7 @@ class _Output:
                     path.unlink()
             self._index = self._stack.enter_context((out / INDEX).open("w", encoding="utf-8"))
             self.index = shown(out / INDEX)
-        path = out / f"frame_{frame.number:08}.{self._request.format}"
-        save_maps(path, by_stage)
-        entry = {"frame": frame.number, "seconds": round(frame.seconds, 6), "features": path.name}
-        self._index.write(json.dumps(entry) + "\n")
-        self._index.flush()
-        self.first, self.last = self.first or shown(path), shown(path)
+        return self._index
 
     def add_picture(self, picture: np.ndarray | None, frame: Frame) -> None:
         """Add a picture to the video; raise InputError if there is none."""

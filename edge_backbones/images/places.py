@@ -88,6 +88,10 @@ def place_of(source: str | int | os.PathLike[str]) -> Place:
         return Place("camera", str(int(text)), f"camera {int(text)}")
     if text.startswith("/dev/video"):
         return Place("camera", text, name)
+    if not text:
+        raise InputError(
+            "the source is an empty name: pass the path of an image or a video, the number of a camera, or an address"
+        )
     raise InputError(f"{text} does not exist")
 
 

@@ -129,7 +129,10 @@ def _weights(source: int, size: int, kept: range, method: Method) -> tuple[np.nd
     The weights are integers / 2**bits, except for the arithmetic ``float``.
     """
     if method.filter == "nearest":
-        read = np.minimum(source - 1, np.floor((np.array(kept) + 0.5) * (source / size)).astype(int))
+        # Pillow adds up the steps one by one (ImagingScaleAffine): between two pixels its rounding errors decide.
+        steps = np.full(kept.stop, source / size)
+        steps[0] *= 0.5
+        read = np.minimum(source - 1, np.cumsum(steps)[kept.start :].astype(int))
         return read, np.ones((len(kept), 1))
     taps = _grown_weights if method.sampling == "antialias" else _plain_weights
     first, weights = taps(source, size, kept, method)

@@ -68,8 +68,8 @@ def frames(
         MissingDependencyError: Neither PyAV nor OpenCV is installed.
     """
     for name, value in (("every", every), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be 1 or more, got {value}")
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise InputError(f"{name} must be a whole number, 1 or more, got {value!r}")
     if color not in ("rgb", "gray"):
         raise InputError(f"color must be 'rgb' or 'gray', got {color!r}")
     place = place_of(source)

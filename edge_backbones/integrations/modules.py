@@ -48,8 +48,9 @@ class EngineModule(nn.Module):
         if self.backbone.device == "cpu":
             # numpy has no bfloat16. The backbone casts to the engine's dtype and refuses values beyond it.
             values = values.cpu().float() if values.dtype == torch.bfloat16 else values.cpu()
-        elif values.is_floating_point():
-            # An engine on a GPU takes nothing but its own dtype, in C order. Nobody waits there to check values.
+        elif values.is_floating_point() and self.backbone.input.name == "pixel_values":
+            # An engine on a GPU takes nothing but its own dtype, in C order. Nobody waits there to check values. Floats do
+            # not become uint8: the backbone refuses them.
             values = values.to(getattr(torch, self.backbone.input.dtype)).contiguous()
         output = self.backbone(values, **arguments)
 

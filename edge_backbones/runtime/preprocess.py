@@ -32,11 +32,8 @@ def prepare(images: Any, config: ImageConfig, input: InputSpec, *, color: str, t
     """Return one image, or a list of them, as the input of an engine: `EdgeBackbone.preprocess` without a processor."""
 
     def prepared(given: Any) -> np.ndarray:
-        if input.frame is not None and color == input.frame.color and isinstance(given, np.ndarray):
-            shape = batched(given.shape, input)[1:]
-            if given.dtype == np.uint8 and shape == input.frame.shape:
-                return given.reshape(shape)
-        return image_to_input(_opened(given, input, color), config, input, threads)
+        own = _own_frame(given, input, color)
+        return image_to_input(_opened(given, input, color), config, input, threads) if own is None else own
 
     inputs = _each(images, prepared, color)
     batch = inputs[0][np.newaxis] if len(inputs) == 1 else np.stack(inputs)
@@ -96,6 +93,17 @@ def _each(images: Any, function: Callable[[Any], Any], color: str) -> list[Any]:
     return made
 
 
+def _own_frame(given: Any, input: InputSpec, color: str) -> np.ndarray | None:
+    """Return an array that is a frame as the graph takes it, with its three axes; None for anything else."""
+    is_array = isinstance(given, np.ndarray) or hasattr(given, "__dlpack__")
+    if input.frame is None or color != input.frame.color or not is_array:
+        return None
+    frame = _array(given, input.channels)
+    if frame.dtype != np.uint8 or batched(frame.shape, input) != (1, *input.frame.shape):
+        return None
+    return frame.reshape(input.frame.shape)
+
+
 def _opened(given: Any, input: InputSpec, color: str) -> Image.Image | np.ndarray:
     """Return an image as a picture of Pillow, or as a uint8 array (height, width, channels)."""
     channels = input.channels
@@ -126,10 +134,17 @@ def _yuv_frame(frame: np.ndarray, color: str, input: InputSpec) -> tuple[np.ndar
     else:
         wanted, fits = "(height, width, 2), luma and then U or V", fits and shape[2] == 2 and shape[1] % 2 == 0
     if not fits or 0 in shape:
-        raise InputError(f"a {color} frame is uint8 {wanted}, with even sides, got {frame.dtype} {frame.shape}")
+        advice = ", which is a batch: pass list(frames)" if frame.ndim == 4 else ""
+        raise InputError(f"{color} frames are uint8 {wanted}, with even sides, got {frame.dtype} {frame.shape}{advice}")
+    if input.channels == 1:
+        luma = f"frame[:{shape[0] * 2 // 3}]" if color == "nv12" else "frame[..., 0]"
+        raise InputError(
+            f"{color} frames have colours, and this backbone takes 1 channel: pass their luma, {luma}, with color='gray'"
+        )
     if input.channels != _COLORS_OF_PICTURES:
         raise InputError(
-            f"{color} frames have colours, and this backbone takes {input.channels} channels: pass color='gray'"
+            f"{color} frames have 3 colours, and this backbone takes {input.channels} channels: pass frames (height, width, "
+            f"{input.channels}) and leave out color="
         )
     height, known = (shape[0] * 2 // 3 if color == "nv12" else shape[0]), input.frame
     standard = (known.matrix, known.range) if known is not None and known.color == color else (None, None)

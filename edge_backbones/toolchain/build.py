@@ -231,7 +231,7 @@ def _input_spec(options: BuildOptions, loaded: LoadedBackbone, profile: DevicePr
                 f"{axis} {sizes.min}:{sizes.opt}:{sizes.max} must be multiples of {step}, the deepest stride"
             )
     frame = options.frame_spec
-    if frame is not None and (loaded.channels_in not in (1, 3) or (loaded.channels_in == 1 and frame.color != "gray")):
+    if frame is not None and not frame.suits(loaded.channels_in):
         advice = "take gray frames (--color gray)" if loaded.channels_in == 1 else "build it for pixel_values"
         raise SourceError(f"this network takes {loaded.channels_in} channels, and not {frame.color} frames: {advice}")
     return InputSpec(

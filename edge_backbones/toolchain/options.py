@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ PROGRAMS = ("torchscript", "exported_program")
 MAPS = ("float16", "channels-last")
 INPUTS = ("pixel_values", "image", "frame")
 _AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
+_MOST_PIXELS = 1 << 24  # of a side: what a manifest holds
 OF_CALIBRATED = ("method", "percentile", "calibration", "exclude")
 """Options that mean nothing to other precisions."""
 
@@ -315,8 +317,16 @@ class BuildOptions:
             return
         if self.frame is None:
             raise InputError("input is frame, and their size is not given: add frame=(1080, 1920) (--frame 1080x1920)")
-        if not all(isinstance(size, int) and size >= 1 for size in self.frame) or len(self.frame) != 2:
-            raise InputError(f"frame is the (height, width) of the camera's frames, got {self.frame}")
+        try:
+            height, width = map(operator.index, self.frame)
+        except (TypeError, ValueError):
+            height, width = 0, 0
+        if not (1 <= height <= _MOST_PIXELS and 1 <= width <= _MOST_PIXELS):
+            raise InputError(
+                f"frame is the (height, width) of the camera's frames, such as (1080, 1920), each side 1 to {_MOST_PIXELS} "
+                f"pixels, got {self.frame}"
+            )
+        object.__setattr__(self, "frame", (height, width))
         for name, kind in (("color", Color), ("yuv_matrix", Matrix), ("yuv_range", Range)):
             if (value := getattr(self, name)) not in (None, *get_args(kind)):
                 raise InputError(f"{name} must be {' or '.join(get_args(kind))}, got {value!r}")

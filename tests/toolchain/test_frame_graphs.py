@@ -38,6 +38,7 @@ from edge_backbones.images.fit import fit, image_to_input, network_input
 from edge_backbones.report.page import write_report
 from edge_backbones.spec import YUV_COLORS, FrameSpec, InputSpec, ShapeRange
 from edge_backbones.toolchain.artifacts import LoadedBackbone
+from edge_backbones.toolchain.calibration.images import gather_images, golden_frames
 from edge_backbones.toolchain.export import export_front
 from edge_backbones.toolchain.frame import FromFrame
 
@@ -151,6 +152,16 @@ def test_every_way_to_preprocess_is_repeated_to_the_last_bit(name, size):
     wanted = network_input(frames, of, input)
     for library, run in fronts(of, input).items():
         np.testing.assert_allclose(levels(run(frames), of), levels(wanted, of), atol=1e-3, err_msg=library)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (300, 2), (1, 300)], ids=str)
+@pytest.mark.parametrize("crop_mode", ["squash", "border"])
+def test_the_nearest_pixel_is_the_one_that_pillow_takes_where_two_are_as_near(crop_mode, size):
+    of = config(interpolation="nearest", crop_mode=crop_mode)
+    frames = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    input = taking(frame_spec(*size, "rgb"))
+    got = FromFrame(None, of, input)(torch.from_numpy(frames)).numpy()
+    np.testing.assert_allclose(levels(got, of), levels(network_input(frames, of, input), of), atol=1e-3)
 
 
 def test_arithmetic_in_floating_point_is_repeated_to_a_level():
@@ -362,6 +373,18 @@ def test_images_of_every_kind(kind, network, tmp_path):
     assert kind != "frames" or any(np.array_equal(golden[0], frame) for frame in images)
 
 
+@pytest.mark.parametrize("color", ["gray", "nv12", "yuyv"])
+def test_frames_of_the_camera_are_images_as_they_come(color, tmp_path):
+    spec = frame_spec(120, 160, color)
+    frame = np.random.default_rng(0).integers(0, 256, spec.shape, dtype=np.uint8)
+    input = taking(spec)
+    for given in [frame, frame[..., 0]] if spec.shape[2] == 1 else [frame]:
+        (kept,) = golden_frames([given], ["array 0"], input=input, config=config())
+        assert np.array_equal(kept, frame)
+        found = gather_images([given], input=input, config=config(), spool=tmp_path / "spool")
+        assert np.array_equal(found.inputs, network_input(frame[None], config(), input))
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
@@ -369,6 +392,13 @@ def test_images_of_every_kind(kind, network, tmp_path):
         ({"frame": (48, 64)}, InputError, "frame is of input frame, and input is pixel_values: add input='frame'"),
         ({"color": "bgr", "yuv_range": "full"}, InputError, "color and yuv_range are of input frame"),
         ({"input": "frame", "frame": (48, 0)}, InputError, r"frame is the \(height, width\) .*, got \(48, 0\)"),
+        (
+            {"input": "frame", "frame": 48},
+            InputError,
+            r"frame is .* such as \(1080, 1920\), each side 1 to .*, got 48$",
+        ),
+        ({"input": "frame", "frame": (48, 64, 3)}, InputError, r"frame is the \(height, width\) .*, got \(48, 64, 3\)"),
+        ({"input": "frame", "frame": (48, 1 << 25)}, InputError, "each side 1 to 16777216 pixels, got "),
         ({"input": "frame", "frame": (48, 64), "color": "i420"}, InputError, "color must be rgb or bgr .* got 'i420'"),
         ({"input": "frame", "frame": (47, 64), "color": "nv12"}, InputError, "nv12 frames have even sides"),
         (
@@ -388,6 +418,12 @@ def test_images_of_every_kind(kind, network, tmp_path):
 def test_options_that_mean_nothing(fields, error, message):
     with pytest.raises(error, match=message):
         BuildOptions(**fields)
+
+
+def test_the_size_of_frames_may_be_of_any_integers():
+    frame = np.array([48, 64])
+    for given in (frame, [48, 64], tuple(frame)):
+        assert BuildOptions(input="frame", frame=given).frame == (48, 64)
 
 
 @pytest.mark.parametrize(

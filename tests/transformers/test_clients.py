@@ -464,6 +464,17 @@ def test_an_engine_on_the_gpu_takes_and_gives_tensors_as_they_are(monkeypatch: p
         assert (backbone.taken.dtype, feature_map.dtype) == (torch.float16, other.dtype)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_floats_do_not_become_the_uint8_of_an_engine_for_frames(dtype: torch.dtype, device: str) -> None:
+    like = backbone_of([3], [2])
+    backbone = OnTheGpu(like._spec, like.input, like._engine)
+    backbone.device = device  # type: ignore[misc]
+    backbone._input = msgspec.structs.replace(backbone._input, name="image")
+    EdgeBackboneModule(backbone)(torch.rand(1, 3, 64, 96).to(dtype))
+    assert backbone.taken.dtype == dtype  # the backbone refuses it
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_maps_have_the_dtype_of_the_images(
     dtype: torch.dtype, module: EdgeBackboneModule, images: torch.Tensor

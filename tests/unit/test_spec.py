@@ -14,6 +14,7 @@ from edge_backbones.errors import InputError
 from edge_backbones.spec import (
     BackboneSpec,
     ExtraOutput,
+    FrameSpec,
     InputSpec,
     Precision,
     ShapeRange,
@@ -140,6 +141,15 @@ def test_pixels_may_be_float16_and_frames_may_not():
     assert half.describe() == "float16 NCHW (batch, 3, 64, 96) with any batch >= 1"
     with pytest.raises(ValueError, match="image is uint8, and pixel_dtype is float16"):
         InputSpec(name="image", channels=3, batch=FIXED(1), height=FIXED(8), width=FIXED(8), pixel_dtype="float16")
+
+
+@pytest.mark.parametrize(("color", "channels"), [("rgb", 1), ("nv12", 1), ("gray", 5), ("yuyv", 4)])
+def test_frames_and_channels_that_do_not_agree_are_refused(color, channels):
+    frame = FrameSpec(height=40, width=60, color=color)
+    fields = {"batch": FIXED(1), "height": FIXED(8), "width": FIXED(8), "frame": frame}
+    with pytest.raises(ValueError, match=f"{color} frames do not become {channels} channels"):
+        InputSpec(name="frame", channels=channels, **fields)
+    InputSpec(name="frame", channels=3, **fields)
 
 
 def test_outputs_are_described_as_callers_see_them_and_as_engines_return_them():

@@ -25,15 +25,15 @@ from edge_backbones.images.fit import image_to_input, network_input, to_input
 from edge_backbones.images.frames import as_array, as_frame
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.reading import in_short, shortened
-from edge_backbones.spec import YUV_COLORS, InputSpec
+from edge_backbones.spec import RGB_COLORS, InputSpec
 
 ImageSource = str | os.PathLike[str] | Iterable[np.ndarray] | None
 """A folder of images (searched recursively), an .npz file, an iterable of arrays, or None for synthetic images.
 
 Arrays are photographs (uint8, (height, width, channels) or a batch of them, of any size: preprocessed here; pictures of
 Pillow too), or finished network inputs (float32 (channels, height, width) or a batch of them). An .npz holds one array
-of either kind, the first axis counting images, or names it ``pixel_values`` or ``image``. For engines that take nv12 or yuyv
-frames, arrays may be such frames.
+of either kind, the first axis counting images, or names it ``pixel_values`` or ``image``. For engines that take gray, nv12 or
+yuyv frames, arrays may be such frames; those of three channels are RGB, for engines that take bgr frames too.
 """
 
 _SYNTHETIC_IMAGES = 8
@@ -94,8 +94,8 @@ def gather_images(
     network = input.of_network
     shape = network.opt_shape[1:]
     with spool.open("wb") as file:
-        for name, given in _named_images(source, input, reasons, progress):
-            array = _as_input(given, name, input, config)
+        for name, given, is_file in _named_images(source, input, reasons, progress):
+            array = _as_input(given, name, input, config, is_file=is_file)
             if input.frame is not None:
                 array = network_input(array[None], config, input)[0]
             data = np.ascontiguousarray(array, network.dtype).reshape(shape)
@@ -113,9 +113,9 @@ def gather_images(
 def golden_frames(source: ImageSource, names: Sequence[str], *, input: InputSpec, config: ImageConfig) -> np.ndarray:
     """Read some images of ``source`` again, by the names that `gather_images` gave them, as frames that engines take."""
     wanted, found = set(names), {}
-    for name, given in _named_images(source, input, {}, no_progress):
+    for name, given, is_file in _named_images(source, input, {}, no_progress):
         if name in wanted:
-            found[name] = _as_input(given, name, input, config)
+            found[name] = _as_input(given, name, input, config, is_file=is_file)
         if len(found) == len(wanted):
             break
     if missing := wanted - found.keys():
@@ -165,12 +165,12 @@ def weighted_sample(indices: Sequence[int], furthest: Iterable[int], count: int)
 
 def _named_images(
     source: ImageSource, input: InputSpec, reasons: dict[str, str], progress: Progress
-) -> Iterator[tuple[str, object]]:
-    """Yield every image with a name for reports: decoded files, or arrays as they are. Skipped files go into ``reasons``."""
+) -> Iterator[tuple[str, object, bool]]:
+    """Yield every image with a name for reports, and whether it is a decoded file. Skipped files go into ``reasons``."""
     step = "reading images"
     if source is None:
         for index, pixels in enumerate(_synthetic(input)):
-            yield f"synthetic {index}", pixels
+            yield f"synthetic {index}", pixels, False
         return
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
@@ -188,7 +188,7 @@ def _named_images(
                 except InputError as error:
                     reasons[name] = str(error)
                     continue
-                yield name, image
+                yield name, image, True
             progress(step, len(files), len(files))
             return
         if not path.is_file():
@@ -208,15 +208,20 @@ def _named_images(
             raise CalibrationError(f"array {index}: {error}") from error
         for one in array if array.ndim == 4 else [given]:
             progress(step, index, None)
-            yield f"array {index}", one
+            yield f"array {index}", one, False
             index += 1
 
 
-def _as_input(given: object, name: str, input: InputSpec, config: ImageConfig) -> np.ndarray:
-    """Check one photograph or finished input, and return it as an input of the graph."""
+def _as_input(given: object, name: str, input: InputSpec, config: ImageConfig, *, is_file: bool) -> np.ndarray:
+    """Check one photograph or finished input, and return it as an input of the graph.
+
+    What the caller passes at the size of the network is not resized. Files always are.
+    """
     array, frame = as_array(given), input.frame
-    if frame is not None and frame.color in YUV_COLORS and array.dtype == np.uint8 and array.shape == frame.shape:
-        return array
+    if frame is not None and frame.color not in RGB_COLORS and array.dtype == np.uint8:
+        own = array[..., None] if array.ndim == 2 else array
+        if own.shape == frame.shape:
+            return own
     expected, takes_floats = input.opt_shape[1:], input.name == "pixel_values"
     if takes_floats and array.dtype.kind == "f" and array.shape == expected:
         if not np.isfinite(array).all():
@@ -233,8 +238,7 @@ def _as_input(given: object, name: str, input: InputSpec, config: ImageConfig) -
         inputs = f"; or pass network inputs, float32 {expected}" if takes_floats else ""
         raise CalibrationError(f"{name}: {error}{inputs}") from error
     pixels = np.asarray(picture)
-    is_array = isinstance(picture, np.ndarray)
-    if frame is None and is_array and pixels.shape[:2] == (input.height.opt, input.width.opt):
+    if frame is None and not is_file and pixels.shape[:2] == (input.height.opt, input.width.opt):
         finished: np.ndarray = to_input(np.atleast_3d(pixels)[None], config, input)[0]
         return finished
     if input.channels not in (1, 3):

@@ -89,6 +89,13 @@ def test_unknown_keys_are_refused_by_name(document, level):
         jsonschema.validate(changed, json.loads(SCHEMA.read_bytes()))
 
 
+def test_preprocessing_of_other_channels_is_refused(document):
+    changed = json.loads(json.dumps(document))
+    changed["image"]["mean"], changed["image"]["std"] = [0.5], [0.5]
+    with pytest.raises(ManifestError, match="the input has 3 channels, and mean and std are of 1"):
+        manifest.decode(json.dumps(changed).encode())
+
+
 def test_missing_keys_are_refused_by_name(document):
     changed = {key: value for key, value in document.items() if key != "backbone"}
     with pytest.raises(ManifestError, match="backbone"):

@@ -18,8 +18,8 @@ from PIL import Image
 from edge_backbones.bundle.manifest import USE_PROCESSOR
 from edge_backbones.bundle.writer import write_manifest
 from edge_backbones.cli import main as cli
+from edge_backbones.cli import map_files, streams
 from edge_backbones.cli import run as running
-from edge_backbones.cli import streams
 from edge_backbones.errors import InferenceError
 from edge_backbones.images import pyav
 from edge_backbones.images.sources import frames
@@ -403,21 +403,42 @@ def test_an_interrupt_leaves_whole_files_a_video_and_a_summary(bundle, stream, t
         assert said.startswith(f"{address}: {count} frames in ")
 
 
+def test_an_empty_name_is_refused(bundle, capsys):
+    assert refused(capsys, bundle, "") == (
+        "edge-backbones: the source is an empty name: pass the path of an image or a video, the number of a camera, or an "
+        "address"
+    )
+
+
 def test_a_full_disk_ends_it_with_what_was_written(bundle, clip, tmp_path, capsys, monkeypatch):
-    save, saved = streams.save_maps, []
+    save, saved = map_files._save_npz, []
 
     def fail(path, maps):
         if len(saved) == 2:
-            raise OSError(28, "No space left on device", str(path))
+            raise OSError(28, "No space left on device")
         saved.append(path)
         save(path, maps)
 
-    monkeypatch.setattr(streams, "save_maps", fail)
+    monkeypatch.setattr(map_files, "_save_npz", fail)
     code, out, err = run(capsys, bundle, clip, "-o", tmp_path / "out")
     assert code == 1
-    assert "No space left on device" in err.splitlines()[-1]
+    assert err.splitlines()[-1] == (
+        f"edge-backbones: {tmp_path}/out/frame_00000002.npz cannot be written (its disk is full): choose another folder "
+        "with --out"
+    )
     assert out.startswith(f"{clip}: 2 frames in ")
     assert len(listed(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(("place", "written"), [("_save_npz", "photo.npz"), ("draw_feature_maps", "photo.png")])
+def test_a_full_disk_is_told_of_an_image_too(place, written, bundle, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(map_files if place == "_save_npz" else running, place, fail)
+    Image.fromarray(picture(3)).save(tmp_path / "photo.png")
+    line = refused(capsys, bundle, tmp_path / "photo.png", "-o", tmp_path / "out")
+    assert f"{tmp_path}/out/{written} cannot be written (its disk is full): choose another folder with --out" in line
 
 
 def test_a_second_interrupt_ends_at_once():

@@ -171,9 +171,9 @@ def test_every_and_limit(clip, every, limit, expected):
     np.testing.assert_allclose([frame.seconds for frame in given], np.array(expected) / 10, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"limit": 0}, {"every": -2}])
+@pytest.mark.parametrize("options", [{"every": 0}, {"limit": 0}, {"every": -2}, {"every": 2.5}, {"limit": "3"}])
 def test_every_and_limit_are_at_least_1(clip, options):
-    with pytest.raises(InputError, match="must be 1 or more, got"):
+    with pytest.raises(InputError, match="must be a whole number, 1 or more, got"):
         frames(clip, **options)
 
 

@@ -24,7 +24,7 @@ from edge_backbones.images.fit import fit, to_input
 from edge_backbones.installation import pip_install
 from edge_backbones.runtime import preprocess as module
 from edge_backbones.runtime.backbone import EdgeBackbone
-from edge_backbones.spec import InputSpec, ShapeRange
+from edge_backbones.spec import FrameSpec, InputSpec, ShapeRange
 from edge_backbones.testing import SPEC, NumpySession, make_bundle, pooling_input
 
 HEIGHT, WIDTH = 32, 48
@@ -41,6 +41,11 @@ def taking(name: str = "pixel_values", channels: int = 3, dtype: str = "float32"
     return InputSpec(
         name=name, channels=channels, batch=fixed(1), height=fixed(HEIGHT), width=fixed(WIDTH), pixel_dtype=dtype
     )
+
+
+def taking_frames(color: str) -> InputSpec:
+    spec = FrameSpec(height=40, width=60, color=color)
+    return msgspec.structs.replace(taking(), name="frame", frame=spec)
 
 
 def over(config: ImageConfig | None = CONFIG, input: InputSpec | None = None, **options: Any) -> EdgeBackbone:
@@ -240,6 +245,39 @@ def test_a_batch_in_one_array_is_refused_and_the_list_of_it_works():
     ready = backbone.preprocess(FRAME)
     with pytest.raises(InputError, match=r"pass normalised pixel_values to the backbone as they are$"):
         backbone.preprocess(ready)
+
+
+@pytest.mark.parametrize("color", ["bgr", "gray", "nv12", "yuyv"])
+def test_frames_of_the_camera_itself_go_in_as_they_are(color):
+    backbone = over(input=taking_frames(color))
+    frames = RANDOM.integers(0, 256, (2, *backbone.input.frame.shape), dtype=np.uint8)
+    of_another_library = OnlyDlpack(frames[0])
+    for given in (frames[0], frames[:1], of_another_library):
+        np.testing.assert_array_equal(backbone.preprocess(given, color=color), frames[:1])
+    np.testing.assert_array_equal(backbone.preprocess(list(frames), color=color), frames)
+    with pytest.raises(InputError, match=r"which is a batch: pass list\(frames\)$"):
+        backbone.preprocess(frames, color=color)
+    masked = np.ma.MaskedArray(frames[0], mask=frames[0] < 9)
+    with pytest.raises(InputError, match=r"masked values, and an engine has no mask: pass array.filled\(0\)"):
+        backbone.preprocess(masked, color=color)
+
+
+@pytest.mark.parametrize("color", ["nv12", "yuyv"])
+def test_a_yuv_frame_for_a_grey_network_is_refused_and_the_fix_works(color):
+    backbone = over(GREY_CONFIG, taking(channels=1))
+    spec = FrameSpec(height=40, width=60, color=color)
+    frame = RANDOM.integers(0, 256, spec.shape, dtype=np.uint8)
+    with pytest.raises(
+        InputError, match=f"^{color} frames have colours, and this backbone takes 1 channel: "
+    ) as refused:
+        backbone.preprocess(frame, color=color)
+    code = re.search(r"pass their luma, (.+), with color='gray'$", str(refused.value))[1]
+    luma = frame[:40] if color == "nv12" else frame[..., :1]
+    given = eval(code, {"frame": frame})
+    np.testing.assert_array_equal(backbone.preprocess(given, color="gray"), backbone.preprocess(luma, color="gray"))
+    five = ImageConfig(mean=(0.4,) * 5, std=(0.3,) * 5)
+    with pytest.raises(InputError, match=r"takes 5 channels: pass frames \(height, width, 5\) and leave out color="):
+        over(five, taking(channels=5)).preprocess(frame, color=color)
 
 
 def test_the_bytes_of_a_file_are_refused_and_the_fix_works():
