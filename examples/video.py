@@ -38,7 +38,7 @@ def main() -> None:
             if before is not None and 1 - before @ vector > arguments.least:
                 print(f"cut before {frame.seconds:.2f} s (distance {1 - before @ vector:.2f})")
             before = vector
-        print(f"{frame.number + 1} frames, {frame.seconds:.2f} s")
+        print(f"the last frame compared is number {frame.number}, at {frame.seconds:.2f} s")
 
 
 if __name__ == "__main__":

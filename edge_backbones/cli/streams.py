@@ -45,7 +45,7 @@ class Request:
         out: Folder of the feature maps.
         format: "npz", "zarr", or "none" for no feature maps.
         video: File of the pictures; None for none.
-        every: Each so-manieth frame is run.
+        every: Run each Nth frame.
         limit: Stop after so many frames; None for all.
         overwrite: Replace what an earlier run wrote.
         title: The beginning of each picture's title.
