@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _COLORS = get_args(Color)
-_COLORS_OF_PICTURES = 3
+_CHANNELS_OF_RGB = 3
 
 
 @lack_told("preprocessing")
@@ -141,7 +141,7 @@ def _yuv_frame(frame: np.ndarray, color: str, input: InputSpec) -> tuple[np.ndar
         raise InputError(
             f"{color} frames have colours, and this backbone takes 1 channel: pass their luma, {luma}, with color='gray'"
         )
-    if input.channels != _COLORS_OF_PICTURES:
+    if input.channels != _CHANNELS_OF_RGB:
         raise InputError(
             f"{color} frames have 3 colours, and this backbone takes {input.channels} channels: pass frames (height, width, "
             f"{input.channels}) and leave out color="
