@@ -44,7 +44,6 @@ class FreeDriver:
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
     CUpointer_attribute = SimpleNamespace(
         CU_POINTER_ATTRIBUTE_CONTEXT=1,
-        CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2,
         CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3,
         CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9,
     )
@@ -54,15 +53,20 @@ class FreeDriver:
         self._host: list[Any] = []
         made = ("cuMemAlloc", "cuStreamCreate", "cuEventCreate")
         known = ("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuStreamGetId")
-        known += ("cuStreamIsCapturing", "cuStreamEndCapture", "cuGraphInstantiateWithFlags")
+        known += ("cuStreamIsCapturing", "cuStreamEndCapture", "cuGraphInstantiate")
+        known += ("cuThreadExchangeStreamCaptureMode",)
         for name in made:
             setattr(self, name, self._make)
         for name in known:
             setattr(self, name, lambda *_: (0, 0))
 
+    def cuDriverGetVersion(self) -> tuple[int, int]:  # noqa: N802
+        """Return the release of CUDA."""
+        return 0, 13000
+
     def cuPointerGetAttribute(self, attribute: int, pointer: int) -> tuple[int, int]:  # noqa: N802
         """Return that a pointer is page-locked memory of the first GPU."""
-        return 0, {1: 0, 2: 1, 3: pointer, 9: 0}[attribute]
+        return 0, {1: 0, 3: pointer, 9: 0}[attribute]
 
     def cuMemHostAlloc(self, size: int, flags: int) -> tuple[int, int]:  # noqa: N802
         """Return real memory, because input and output arrays are made over it."""
@@ -134,7 +138,7 @@ def free_tensorrt(input: InputSpec) -> Any:
 @contextlib.contextmanager
 def free_gpu() -> Iterator[cuda.GpuMemory]:
     """Stand in for the driver, and give memory on it."""
-    memory = cuda.GpuMemory(0, cuda.CudaBindings(0, FreeDriver()))
+    memory = cuda.GpuMemory(0, FreeDriver())
     gpu = gpus.Gpu(0, "none", "sm_90", 1 << 34, "13.0", 1, False)
     with (
         mock.patch.multiple(gpus, find_gpus=lambda: (gpu,), no_gpu_reason=lambda: ""),

@@ -220,8 +220,32 @@ def _onnxruntime(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _camera(results: dict[str, Any]) -> list[str]:
+    machine, (height, width) = results["machine"], results["frame"]
+    titles = {
+        "rgb": "RGB: `fit` and an engine, against the engine with preprocessing in its graph",
+        "nv12": "NV12: conversion, `fit` and an engine, against the engine with all of it in its graph",
+        "jpeg": "JPEG, decoded by Pillow: `backbone.map` against a loop",
+    }
+    rows = []
+    for name, one in results["comparisons"].items():
+        times = [value for kind, value in one.items() if kind.endswith(f" {name}")]
+        ratio = f"{one['ratio']:.2f}x ({one['ratio_low']:.2f} to {one['ratio_high']:.2f})"
+        rows.append(
+            f"| {titles[name]} | {times[0]:.1f} ms | {times[1]:.1f} ms | {ratio} | {one['bound']} {one['target']:g}x |"
+        )
+    return [
+        f"{results['model']} in int8, frames of {height} x {width}, on {machine['threads']} threads of an {machine['cpu']}:",
+        "",
+        "| frames | the first | the second | second over first | target |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+
+
 _TABLES = {
     "accuracy": _accuracy,
+    "camera": _camera,
     "int8_graphs": _int8_graphs,
     "device": _figures,
     "matrix": _figures,

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks import end_to_end, figures, growth, networks, readme_table, roofline
+from benchmarks import camera, end_to_end, figures, growth, networks, readme_table, roofline
 from benchmarks.common import CACHE, RESULTS, ROOT, add, machine, machine_name, photograph_folder, say
 from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.results import Comparison, regressions
@@ -28,7 +28,7 @@ QUICK = ("mobilenetv3_large_100", "efficientnet_b0")
 TARGETS = {"torch": 3.5, "torch-compile": 2.0, "onnxruntime": 2.0, "nncf": 1.0}  # of the geometric means
 PEERS = ("torch", "torch-compile", "torchscript", "onnxruntime", "openvino", "nncf")
 ENGINES = {"int8": "edge", "fp32": "openvino"}  # what runs a bundle's graphs
-PARTS = ("figures", "growth", "end_to_end")
+PARTS = ("figures", "growth", "end_to_end", "camera")
 
 
 def main() -> None:
@@ -62,6 +62,9 @@ def main() -> None:
     if "end_to_end" in wanted:
         say("camera frames to feature maps")
         add_end_to_end(rows, quick=arguments.quick)
+    if "camera" in wanted:
+        say("whole frames of a camera")
+        add_camera(rows, quick=arguments.quick)
     if "growth" in wanted:
         say("growth")
         laws = growth.measure(quick=arguments.quick)
@@ -185,6 +188,22 @@ def add_end_to_end(rows: list[dict[str, Any]], *, quick: bool) -> None:
             "x",
             at_least=True,
         )
+
+
+def add_camera(rows: list[dict[str, Any]], *, quick: bool) -> None:
+    """Add the figures of graphs that take whole frames of a camera."""
+    found = camera.measure(rounds=3 if quick else 7)
+    if not quick:
+        (RESULTS / "camera.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    what = {
+        "rgb": "1080p RGB frame, preprocessing in the graph over fit and engine",
+        "nv12": "1080p NV12 frame, preprocessing in the graph over conversion, fit and engine",
+        "jpeg": "1080p JPEG frames, a loop over backbone.map",
+    }
+    for name, figure in found["comparisons"].items():
+        bounds = {"low": figure["ratio_low"], "high": figure["ratio_high"]}
+        said, at_least = f"{camera.MODEL}: {what[name]}", figure["bound"] == "at least"
+        add(rows, said, figure["ratio"], figure["target"], "x", at_least=at_least, **bounds)
 
 
 def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], *, quick: bool) -> None:

@@ -26,7 +26,8 @@ class EngineModule(nn.Module):
 
     It has no parameters, buffers or state: ``state_dict()`` is empty, and modules around it train as before. Maps have the
     floating dtype and the device of the input. An engine on the CPU copies tensors of another device there and back; an
-    engine on the GPU takes and returns CUDA tensors without a copy. An engine has no gradient: an input that requires one
+    engine on the GPU takes and returns CUDA tensors without a copy. There values are not checked: one beyond float16 becomes
+    infinite where the engine takes float16. An engine has no gradient: an input that requires one
     raises InputError. Copies (``copy.deepcopy``) share the engine.
 
     ``pickle`` and ``torch.save`` write the path of the bundle, not the bundle: ``torch.load(file, weights_only=False)``
@@ -45,9 +46,10 @@ class EngineModule(nn.Module):
         values = pixel_values.detach().resolve_neg()
         dtype = values.dtype if values.is_floating_point() else torch.float32
         if self.backbone.device == "cpu":
-            values = values.cpu()
-        if values.dtype == torch.bfloat16 or (self.backbone.device != "cpu" and values.is_floating_point()):
-            # numpy has no bfloat16, and an engine on a GPU takes nothing but its own dtype, in C order.
+            # numpy has no bfloat16. The backbone casts to the engine's dtype and refuses values beyond it.
+            values = values.cpu().float() if values.dtype == torch.bfloat16 else values.cpu()
+        elif values.is_floating_point():
+            # An engine on a GPU takes nothing but its own dtype, in C order. Nobody waits there to check values.
             values = values.to(getattr(torch, self.backbone.input.dtype)).contiguous()
         output = self.backbone(values, **arguments)
 

@@ -154,7 +154,12 @@ _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "cuDeviceGet": ("cuDeviceGet", (_int,), (_int,)),
     "cuDeviceGetAttribute": ("cuDeviceGetAttribute", (_int,), (_int, _int)),
     "cuDeviceTotalMem": ("cuDeviceTotalMem_v2", (_size,), (_int,)),
+    "cuDevicePrimaryCtxRetain": ("cuDevicePrimaryCtxRetain", (_handle,), (_int,)),
+    "cuCtxPushCurrent": ("cuCtxPushCurrent_v2", (), (_handle,)),
+    "cuCtxPopCurrent": ("cuCtxPopCurrent_v2", (_handle,), ()),
     "cuMemGetInfo": ("cuMemGetInfo_v2", (_size, _size), ()),
+    "cuMemAlloc": ("cuMemAlloc_v2", (_pointer,), (_size,)),
+    "cuMemFree": ("cuMemFree_v2", (), (_pointer,)),
     "cuMemHostAlloc": ("cuMemHostAlloc", (_handle,), (_size, _unsigned)),
     "cuMemFreeHost": ("cuMemFreeHost", (), (_handle,)),
     "cuMemcpyHtoDAsync": ("cuMemcpyHtoDAsync_v2", (), (_pointer, _handle, _size, _handle)),
@@ -163,7 +168,8 @@ _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "cuMemcpy2DAsync": ("cuMemcpy2DAsync_v2", (), (ctypes.POINTER(_Copy2D), _handle)),
     "cuMemsetD8Async": ("cuMemsetD8Async", (), (_pointer, ctypes.c_ubyte, _size, _handle)),
     "cuPointerGetAttribute": ("cuPointerGetAttribute", (_pointer,), (_int, _pointer)),  # 4 or 8 bytes
-    "cuCtxSynchronize": ("cuCtxSynchronize", (), ()),
+    "cuStreamCreate": ("cuStreamCreate", (_handle,), (_unsigned,)),
+    "cuStreamDestroy": ("cuStreamDestroy_v2", (), (_handle,)),
     "cuStreamSynchronize": ("cuStreamSynchronize", (), (_handle,)),
     "cuStreamGetId": ("cuStreamGetId", (ctypes.c_uint64,), (_handle,)),
     "cuStreamWaitEvent": ("cuStreamWaitEvent", (), (_handle, _handle, _unsigned)),
@@ -175,7 +181,7 @@ _PROTOTYPES: dict[str, tuple[str, tuple[Any, ...], tuple[Any, ...]]] = {
     "cuStreamBeginCapture": ("cuStreamBeginCapture_v2", (), (_handle, _int)),
     "cuStreamIsCapturing": ("cuStreamIsCapturing", (_int,), (_handle,)),
     "cuStreamEndCapture": ("cuStreamEndCapture", (_handle,), (_handle,)),
-    "cuGraphInstantiateWithFlags": ("cuGraphInstantiateWithFlags", (_handle,), (_handle, ctypes.c_uint64)),
+    "cuGraphInstantiate": ("cuGraphInstantiateWithFlags", (_handle,), (_handle, ctypes.c_uint64)),
     "cuGraphLaunch": ("cuGraphLaunch", (), (_handle, _handle)),
     "cuGraphDestroy": ("cuGraphDestroy", (), (_handle,)),
     "cuGraphExecDestroy": ("cuGraphExecDestroy", (), (_handle,)),
@@ -187,7 +193,7 @@ _RETURN_LAST = ("cuStreamGetId", "cuStreamIsCapturing", "cuStreamEndCapture")
 class CtypesDriver:
     """libcuda with the calling convention of ``cuda.bindings.driver``: every function returns (code, value...).
 
-    It has the functions that `find_gpus` needs and those that pycuda lacks. A function is looked up when it is first called,
+    It has the functions that `find_gpus` and the engines need. A function is looked up when it is first called,
     because old drivers do not have the newest ones.
     """
 
@@ -200,7 +206,6 @@ class CtypesDriver:
         """The enum of that name in ``cuda.bindings.driver``."""
 
         CU_POINTER_ATTRIBUTE_CONTEXT = 1
-        CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2
         CU_POINTER_ATTRIBUTE_DEVICE_POINTER = 3
         CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
 
@@ -237,6 +242,11 @@ class CtypesDriver:
             return getattr(self._library, symbol)
         except AttributeError as error:
             raise DeviceError(f"the NVIDIA driver has no {symbol}: update the driver") from error
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: int) -> tuple[int, int]:  # noqa: N802
+        """Return (code, the mode that this thread had)."""
+        former = ctypes.c_int(int(mode))
+        return self._function("cuThreadExchangeStreamCaptureMode")(ctypes.byref(former)), former.value
 
     # Three functions return text.
 

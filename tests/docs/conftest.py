@@ -1,4 +1,4 @@
-"""What the snippets of the documents find in their folder: photographs, a video, and two bundles of a small network."""
+"""What the snippets of the documents find in their folder: photographs, a video, and three bundles of a small network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.videos import make_video
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``photographs/``, a video and two bundles of a network that builds quickly."""
+    """A folder with ``photographs/``, a video and three bundles of a network that builds quickly."""
     import timm
     import torch
 
@@ -30,6 +30,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_bundle(net, folder / "resnet18.bundle", images=images, options=int8)
     camera = BuildOptions(height=224, width=224, input="image", precisions="fp32", torchscript=False)
     build_bundle(net, folder / "camera.bundle", options=camera)
+    nv12 = BuildOptions(precisions=("fp32",), torchscript=False, input="frame", frame=(1080, 1920), color="nv12")
+    build_bundle(net, folder / "nv12.bundle", options=nv12)
     return folder
 
 

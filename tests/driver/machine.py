@@ -119,7 +119,7 @@ class DriverGpu:
         """An array on the GPU, that belongs to the test."""
         start = self.raw(array.nbytes + offset)
         self.bytes_at(start + offset, array.nbytes)[:] = array.tobytes()
-        return ForeignArray(start + offset, array.shape, array.dtype, 0, True, False, owner=object())
+        return ForeignArray(start + offset, array.shape, array.dtype, 0, True, owner=object())
 
     def raw(self, size: int) -> int:
         self.put_there.append(self._driver.allocate(size))

@@ -198,7 +198,7 @@ def test_buffers_go_into_a_session_and_maps_come_out(driver):
     stream.sync()
     machine.gpu.bytes_at(int(buffer.handle), images.nbytes)[:] = images.tobytes()
     session = machine.open()
-    array = ForeignArray(int(buffer.handle), images.shape, images.dtype, 0, True, False, owner=buffer)
+    array = ForeignArray(int(buffer.handle), images.shape, images.dtype, 0, True, owner=buffer)
     maps = session.run_on_device(array, int(stream.handle))
     views = [StridedMemoryView.from_dlpack(feature_map, stream_ptr=int(other.handle)) for feature_map in maps]
     for feature_map, view, expected in zip(maps, views, pooled(images), strict=True):

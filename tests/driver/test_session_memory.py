@@ -232,7 +232,6 @@ def at_pitch(machine: DriverMachine, images: np.ndarray, pitch: int, offset: int
         images.dtype,
         0,
         contiguous=False,
-        read_only=False,
         owner=object(),
         rows=Rows(rows, row, pitch),
     )

@@ -19,6 +19,7 @@ from edge_backbones.engines.tensorrt import session as session_module
 from edge_backbones.errors import DeviceError, InputError
 from edge_backbones.spec import ShapeRange
 from edge_backbones.testing import pooled
+from tests.driver.calls import ok
 from tests.driver.machine import DriverMachine
 from tests.simulated_tensorrt import Context, NumpyTensorRt, RuntimeCache, plan_of, shapes
 
@@ -164,20 +165,20 @@ def test_outputs_that_come_back_while_another_thread_closes(machine, take, monke
             pool.take_scratch(256, 5, machine.stream) if take == "take_scratch" else pool.take(256, 5, machine.stream)
         )
         (pool.give_back_scratch if take == "take_scratch" else pool.give_back)(buffer)
-        usable, threads = pool_module._usable, []
+        choose, threads = pool._choose, []
 
         def close() -> None:
             with machine.memory:
                 pool.close()
 
-        def find(buffers, key) -> int:
-            index = usable(buffers, key)
+        def find(*arguments) -> Buffer | None:
+            found = choose(*arguments)
             threads.append(in_thread(close))
             threads[0].join(0.5)
             pool.give_back(other)
-            return index
+            return found
 
-        monkeypatch.setattr(pool_module, "_usable", find)
+        monkeypatch.setattr(pool, "_choose", find)
         taken = getattr(pool, take)(256, 5, machine.stream)
         threads[0].join(30)
         memory.clear(taken.pointer, 256, machine.stream)
@@ -186,26 +187,97 @@ def test_outputs_that_come_back_while_another_thread_closes(machine, take, monke
     assert machine.left_over() == {}
 
 
-def test_a_reader_that_comes_while_another_thread_marks_the_last_ones(machine, monkeypatch):
-    """A buffer that was settled meanwhile has a new holder, and the same stream reads it again."""
+def test_results_and_recorded_calls_are_let_go_while_other_threads_hold_the_locks(machine):
+    """Garbage collection lets them go anywhere, in a thread that holds the lock of another engine as well."""
+    session, array = machine.open(), machine.gpu.put(pixels(2))
+    held = [session.run_on_device(array, machine.stream), session.graphed(array, machine.stream)]
+    session.graphed_on_host(session.input_buffer((2, 3, 32, 48)))
+    contexts = session._contexts
+    with contexts.pool.lock, contexts._lock:
+        thread = in_thread(held.clear)
+        thread.join(10)
+        is_stuck = thread.is_alive()
+    thread.join(30)
+    assert not is_stuck
+    session.close()
+    held = [session]
+    del session
+    assert not machine.library.live["context"]
+    assert machine.left_over() == {}
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("what", ["first", "later", "host", "many", "graphed", "close"])
+def test_a_capture_of_another_library_goes_on(machine, what, here, monkeypatch):
+    """In CUDA's global mode, which is torch's, a thread breaks the captures of all others off by allocating or asking."""
+    from cuda.bindings import driver as cu
+
+    monkeypatch.setattr(pool_module, "_FREE_BUFFERS", 8)
+    session, images = machine.open(), pixels(2)
+    array = machine.gpu.put(images)
+
+    def call() -> None:
+        if what == "host":
+            session.run(images)
+        elif what == "graphed":
+            session.graphed(array, machine.stream)()
+        elif what == "close":
+            session.close()
+        elif what == "many":
+            held = [session.run_on_device(array, machine.stream) for _ in range(20)]
+            held.clear()
+            session.run_on_device(array, machine.stream)
+        else:
+            check(machine, session.run_on_device(array, machine.stream), images, machine.stream)
+
+    if what in ("later", "close"):
+        call() if what == "later" else session.run_on_device(array, machine.stream)
+    with machine.memory:
+        ok(cu.cuStreamBeginCapture(machine.other, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL))
+        call() if here else in_thread(call).join(30)
+        graph = ok(cu.cuStreamEndCapture(machine.other))
+        ok(cu.cuGraphDestroy(graph))
+    if what == "close":
+        assert machine.left_over() == {}
+
+
+def test_a_replay_that_has_begun_when_another_thread_closes(machine, monkeypatch):
+    session, images = machine.open(), pixels(2)
+    call = session.graphed(machine.gpu.put(images), machine.stream)
+    launch = machine.memory.launch
+
+    def slowly(graph, stream) -> None:
+        in_thread(session.close).join(30)
+        launch(graph, stream)
+
+    monkeypatch.setattr(machine.memory, "launch", slowly)
+    check(machine, call(), images, machine.stream)
+    with pytest.raises(InputError, match="was closed"):
+        call()
+    del call
+    assert machine.left_over() == {}
+
+
+def test_memory_runs_out_in_a_thread_while_another_frees_what_is_left_over(machine, monkeypatch):
+    monkeypatch.setattr(pool_module, "_FREE_BUFFERS", 4)
     with machine.memory as memory:
-        pool, key = Pool(memory), memory.stream_key(machine.other)
-        buffer = pool.take(256, 5, machine.stream)
-        buffer.readers[key] = machine.other
-        pool.give_back(buffer)
-        mark, held = pool._mark, []
+        pool = Pool(memory)
+        for buffer in [pool.take(256, 5, machine.stream) for _ in range(12)]:
+            pool.give_back(buffer)
+        free = pool._free_surplus
 
-        def slowly(streams):
-            events = mark(streams)
-            pool._settle()
-            held.append(pool.take(256, 5, machine.stream))
-            held[0].readers[key] = machine.other
-            return events
+        def release() -> None:
+            with machine.memory:
+                pool._release()
 
-        monkeypatch.setattr(pool, "_mark", slowly)
-        pool.take(512, 5, machine.stream)
-        assert held == [buffer]
-        assert buffer.readers == {key: machine.other}
+        def late(buffers) -> None:
+            in_thread(release).join(30)
+            free(buffers)
+
+        monkeypatch.setattr(pool, "_free_surplus", late)
+        pool.give_back(pool.take(256, 5, machine.stream))
+        pool.close()
+    assert machine.left_over() == {}
 
 
 def test_a_reader_whose_stream_is_gone_makes_the_next_call_wait(machine):
@@ -228,6 +300,21 @@ def test_page_locked_memory_that_this_gpu_cannot_address_is_copied(machine):
     for actual, expected in zip(session.run(buffer), pooled(images), strict=True):
         np.testing.assert_array_equal(actual, expected)
     assert machine.driver.failed == "cuPointerGetAttribute"
+
+
+def test_memory_of_which_the_beginning_is_page_locked_is_copied(machine):
+    """A copy across the end of such memory is refused, and a kernel that reads on there crashes."""
+    from cuda.bindings import driver as cu
+
+    session, images = machine.open(), pixels(2)
+    with machine.memory:
+        ok(cu.cuMemHostRegister(images.ctypes.data, images.nbytes // 2, 0))
+        found = session.run(images)
+        with pytest.raises(InputError, match="in this memory cannot be recorded"):
+            session.graphed_on_host(images)
+        ok(cu.cuMemHostUnregister(images.ctypes.data))
+    for actual, expected in zip(found, pooled(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_an_input_that_is_not_copied_for_timing_leaves_no_stream_behind(machine):

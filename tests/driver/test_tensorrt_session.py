@@ -394,7 +394,7 @@ def test_an_input_is_kept_until_it_has_been_read(machine):
     session, gpu = machine.open(), machine.gpu
     array = gpu.put(pixels(2))
     owner = Owner()
-    array = ForeignArray(array.pointer, array.shape, array.dtype, 0, True, False, owner=owner)
+    array = ForeignArray(array.pointer, array.shape, array.dtype, 0, True, owner=owner)
     alive = weakref.ref(owner)
     session.run_on_device(array, machine.stream)
     del array, owner
@@ -412,7 +412,7 @@ def test_a_producer_that_is_not_done_is_waited_for_on_the_gpu(machine):
     gpu.cuCtxPushCurrent(0)
     gpu.cuMemcpyDtoDAsync(empty.pointer, made.pointer, images.nbytes, machine.other)
     gpu.cuCtxPopCurrent()
-    array = ForeignArray(empty.pointer, images.shape, images.dtype, None, True, False, object(), machine.other)
+    array = ForeignArray(empty.pointer, images.shape, images.dtype, None, True, object(), machine.other)
     maps = session.run_on_device(array, machine.stream)
     check([gpu.value(m, machine.stream) for m in maps], images)
 
@@ -452,35 +452,6 @@ def test_device_arrays_that_do_not_fit_are_refused(machine, change, message):
 
 
 # ---- CUDA graphs
-
-
-def test_nobody_waits_for_a_context_while_a_stream_of_it_captures(machine, monkeypatch):
-    """CUDA refuses that wait, and breaks the capture off."""
-    session, execute = machine.open(), Context.execute_async_v3
-    inside, go_on, waited = threading.Event(), threading.Event(), threading.Event()
-
-    def slowly(context, stream):
-        if stream in machine.gpu.capturing:
-            inside.set()
-            assert go_on.wait(10)
-        return execute(context, stream)
-
-    def wait() -> None:
-        with machine.memory as memory:
-            memory.wait_for_all()
-        waited.set()
-
-    images = pixels(2)
-    array = machine.gpu.put(images)
-    monkeypatch.setattr(Context, "execute_async_v3", slowly)
-    with ThreadPoolExecutor(2) as pool:
-        recording = pool.submit(session.graphed, array, machine.stream)
-        assert inside.wait(10)
-        waiting = pool.submit(wait)
-        assert not waited.wait(0.1)
-        go_on.set()
-        check([machine.gpu.value(m, machine.stream) for m in recording.result(10)()], images)
-        waiting.result(10)
 
 
 def test_a_graphed_call_copies_and_allocates_nothing(machine):

@@ -85,13 +85,13 @@ class Ours:
 
     def wait(self) -> None:
         """Wait for everything on the GPU."""
-        with self.memory as memory:
-            memory.wait_for_all()
+        with self.memory:
+            gpu_engines.wait_for_all()
 
     def close(self) -> None:
         """Free everything."""
         with self.memory as memory:
-            memory.wait_for_all()
+            gpu_engines.wait_for_all()
             for pointer in self._pointers:
                 memory.free(pointer)
             for stream in self._streams:

@@ -164,12 +164,17 @@ class Context:
         return handle.value or 0
 
 
+def wait_for_all() -> None:
+    """Wait for every stream of the context that is current."""
+    assert gpus.load_driver().cuCtxSynchronize() == 0
+
+
 def free_bytes(memory: cuda.GpuMemory) -> int:
     """Device memory that nobody has, of any process, once the GPU is idle."""
     gc.collect()
     driver = gpus.CtypesDriver(gpus.load_driver())
     with memory:
-        memory.wait_for_all()
+        wait_for_all()
         code, free, _ = driver.cuMemGetInfo()
     assert code == 0
     return free

@@ -39,7 +39,7 @@ def made(memory):
         values,
     )
     with memory:
-        memory.wait_for_all()
+        gpu_engines.wait_for_all()
         memory.free(pointer)
 
 

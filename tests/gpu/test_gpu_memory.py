@@ -61,7 +61,7 @@ def buffers(memory):
     made = Buffers(memory)
     yield made
     with memory:
-        memory.wait_for_all()
+        gpu_engines.wait_for_all()
         for pointer in made.pointers:
             memory.free(pointer)
 
@@ -152,17 +152,49 @@ def test_page_locked_memory_is_known_and_lives_with_its_views(memory, stream, bu
         block = memory.pinned(4096)
         array = np.frombuffer(block, np.uint8)
         array[:] = values
-        on_gpu = memory.page_locked(array.ctypes.data)
+        on_gpu = memory.page_locked(array.ctypes.data, 4096)
         assert on_gpu is not None
-        assert memory.page_locked(values.ctypes.data) is None
+        assert memory.page_locked(values.ctypes.data, 4096) is None
         there = buffers.new(4096)
-        assert memory.page_locked(there) is None
         part = array[1000:]
         del block, array
         gc.collect()
         memory.copy(there, on_gpu, 4096, stream)  # the GPU reads it under this address
         assert np.array_equal(buffers.read(there, values, stream), values)
     assert np.array_equal(part, values[1000:])
+
+
+@pytest.mark.parametrize("what", ["allocate", "pin", "ask", "wait for an event", "wait for a stream"])
+def test_a_global_capture_of_another_thread_goes_on(memory, stream, what):
+    """As torch.cuda.graph makes one: another thread that allocates or asks would break it off."""
+
+    def work() -> None:
+        with memory:
+            event = memory.new_event()
+            memory.record(event, stream)
+            if what == "allocate":
+                memory.free(memory.allocate(4096))
+            elif what == "pin":
+                memory.pinned(4096)
+            elif what == "ask":
+                memory.happened(event)
+            elif what == "wait for an event":
+                memory.wait_for(event)
+            else:
+                memory.wait(stream)
+            memory.free_event(event)
+
+    driver = gpus.CtypesDriver(gpus.load_driver())
+    with memory:
+        captured = memory.new_stream()
+        assert driver.cuStreamBeginCapture(captured, 0) == (0,)
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(work)
+        code, graph = driver.cuStreamEndCapture(captured)
+        memory.free_stream(captured)
+        done.result()
+        assert code == 0
+        assert driver.cuGraphDestroy(graph) == (0,)
 
 
 def test_more_than_there_is(memory, gpu):

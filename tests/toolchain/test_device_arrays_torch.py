@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from edge_backbones.engines.gpu import dlpack
 from edge_backbones.engines.gpu.arrays import from_foreign, is_on_gpu
 from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.errors import InputError
+from edge_backbones.integrations.modules import EngineModule
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.testing import SPEC, NumpySession, pooled, pooling_input
 
@@ -52,7 +54,7 @@ class OnHost:
 
 
 def from_host(values) -> ForeignArray:
-    return dlpack.read_capsule(dlpack.ask_for_capsule(values, None), (CPU,))
+    return dlpack.read(values, None, (CPU,))
 
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
@@ -139,6 +141,15 @@ def test_any_tensor_is_read_as_it_is(dtype, shape, data):
     assert foreign.pointer == tensor.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_module_refuses_values_beyond_the_dtype_of_its_engine(dtype):
+    input = msgspec.structs.replace(pooling_input(), pixel_dtype="float16")
+    module = EngineModule(EdgeBackbone(SPEC, input, NumpySession(input)))
+    assert module.infer(IMAGES.to(dtype))["feature_maps"][0].dtype == dtype
+    with pytest.raises(InputError, match="values beyond float16, whose largest is 65504"):
+        module.infer(IMAGES.to(dtype) * 1e5)
+
+
 def test_repeated_axes_are_not_contiguous():
     assert not from_host(torch.zeros(3, 1).expand(3, 4)).contiguous
 
@@ -162,11 +173,11 @@ def test_a_tensor_lives_as_long_as_it_is_held():
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [
-        (torch.zeros(2, dtype=torch.bfloat16), "dtype bfloat16"),
+        (torch.zeros(2, dtype=torch.bfloat16), "dtype torch.bfloat16"),
         (torch.zeros(2, dtype=torch.complex64), "dtype complex64"),
         (torch.zeros(2, dtype=torch.float8_e4m3fn), "float8_e4m3fn"),
         (torch.zeros(2, dtype=torch.float8_e5m2), "float8_e5m2"),
-        (torch.zeros(2, requires_grad=True), r"torch\.Tensor cannot .*require grad"),
+        (torch.zeros(2, requires_grad=True), r"torch\.Tensor of dtype torch\.float32 cannot .*require grad"),
         (torch.zeros(2, dtype=torch.complex64).conj(), "conjugate"),
         (torch.zeros(2, 2).to_sparse(), "layout"),
     ],

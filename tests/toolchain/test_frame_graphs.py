@@ -30,6 +30,7 @@ from edge_backbones.bench.compare import read_images
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.cli import main as cli
 from edge_backbones.difference import relative_error
+from edge_backbones.engines.openvino import frame_graph
 from edge_backbones.errors import SourceError
 from edge_backbones.images.camera import frame_spec, from_rgb, to_rgb
 from edge_backbones.images.config import ImageConfig
@@ -457,3 +458,31 @@ def test_what_is_typed_wrong_is_a_usage_error(typed, message, tmp_path, capsys):
     assert cli._run(["build", "test_resnet", str(tmp_path / "b.bundle"), "--precision", "fp32", *typed]) == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert message in said
+
+
+# ---- what OpenVINO gets
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_openvino_cuts_out_what_is_read_before_bytes_become_floats(color):
+    of, spec = CONFIGS["timm"], frame_spec(120, 320, color)
+    input = taking(spec)
+    core = openvino.Core()
+    bytes_of_graph = export_front(of, input).model.SerializeToString()
+    model, adapted = core.read_model(bytes_of_graph), core.read_model(bytes_of_graph)
+    frame_graph.adapt(adapted)
+
+    def floats(of_model: openvino.Model) -> int:
+        """How many bytes of the frame are converted."""
+        conversions = [node for node in of_model.get_ops() if node.get_type_name() == "Convert"]
+        return sum(
+            int(np.prod(node.output(0).shape))
+            for node in conversions
+            if node.input(0).get_element_type() == openvino.Type.u8 and node.output(0).get_target_inputs()
+        )
+
+    assert floats(adapted) < 0.8 * floats(model)
+    frame = np.random.default_rng(0).integers(0, 256, (1, *spec.shape), dtype=np.uint8)
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    before, after = (core.compile_model(one, "CPU", settings)(frame)[0] for one in (model, adapted))
+    assert np.array_equal(before, after)

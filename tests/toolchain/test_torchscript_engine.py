@@ -350,7 +350,7 @@ def test_a_torch_that_does_not_serve_the_gpu_is_a_mismatch(cnn, monkeypatch):
 
 
 def test_an_array_on_a_gpu_is_refused_by_an_engine_on_the_cpu(cnn):
-    array = ForeignArray(4096, (1, 3, 32, 32), np.dtype(np.float32), 0, True, False, owner=None)
+    array = ForeignArray(4096, (1, 3, 32, 32), np.dtype(np.float32), 0, True, owner=None)
     with pytest.raises(InputError, match="is on a GPU and this engine runs on the CPU"):
         cnn.open().run_on_device(array, 0)
 

@@ -141,7 +141,7 @@ RECEIVERS = {
     "config": "IBuilderConfig",
     "options": "IRuntimeConfig",
     "context": "IExecutionContext",
-    "self._engine.new_context": "IExecutionContext",
+    "memory.aside": "IExecutionContext",
     "engine": "ICudaEngine",
     "get_error": "ParserError",
     "handle": "ICudaEngine",

@@ -1,4 +1,4 @@
-"""Arrays in GPU memory that cross the borders of libraries without a copy, with numpy and ctypes alone.
+"""Arrays in GPU memory that cross the borders of libraries without a copy.
 
 Two standards are followed in both directions: *DLPack* 1.3 (capsules named ``dltensor`` and ``dltensor_versioned``, with
 the Python calls of the array API standard) and the *CUDA Array Interface*, version 3 (``__cuda_array_interface__``).
@@ -25,15 +25,13 @@ from edge_backbones.engines.gpu.dlpack import (
     ON_GPU,
     REFUSALS,
     ForeignArray,
-    ask_for_capsule,
     check_dtype,
     check_memory,
     dlpack_device,
-    is_c_contiguous,
     kind_of,
     make_capsule,
-    read_capsule,
-    rows_of,
+    over,
+    read,
 )
 from edge_backbones.errors import InputError
 
@@ -77,20 +75,10 @@ class DeviceArray:
     strides: tuple[int, ...] | None = None
 
     @classmethod
-    def of_engine(
-        cls, pointer: int, shape: tuple[int, ...], dtype: np.dtype, device: int, owner: Any, stream: int
-    ) -> DeviceArray:
-        """An output of an engine, without the checks, which every call would pay for. ``owner.order`` is its synchronize."""
+    def unchecked(cls, **attributes: Any) -> DeviceArray:
+        """Return an array with these attributes, without the checks, which every call would pay for."""
         array = object.__new__(cls)
-        array.__dict__.update(
-            pointer=pointer,
-            shape=shape,
-            dtype=dtype,
-            device=device,
-            owner=owner,
-            synchronize=owner.order,
-            stream=stream,
-        )
+        array.__dict__.update(attributes)
         return array
 
     def __post_init__(self) -> None:
@@ -98,19 +86,14 @@ class DeviceArray:
         # Both standards want null where there is nothing.
         object.__setattr__(self, "pointer", 0 if 0 in self.shape else operator.index(self.pointer))
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
-        check_dtype(self.dtype, self.dtype)
+        check_dtype(self.dtype)
         check_memory(self.pointer, self.shape)
 
     def channels_first(self) -> DeviceArray:
         """Return an array of shape (N, H, W, C) as (N, C, H, W) over the same memory: torch's channels_last format."""
         batch, height, width, channels = self.shape
-        array = object.__new__(type(self))
-        array.__dict__.update(
-            self.__dict__,
-            shape=(batch, channels, height, width),
-            strides=(height * width * channels, 1, width * channels, channels),
-        )
-        return array
+        strides = (height * width * channels, 1, width * channels, channels)
+        return self.unchecked(**{**self.__dict__, "shape": (batch, channels, height, width), "strides": strides})
 
     @property
     def ndim(self) -> int:
@@ -121,6 +104,11 @@ class DeviceArray:
     def nbytes(self) -> int:
         """Bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def _byte_strides(self) -> tuple[int, ...] | None:
+        """``strides`` in bytes."""
+        return self.strides and tuple(stride * self.dtype.itemsize for stride in self.strides)
 
     def __len__(self) -> int:
         if not self.shape:
@@ -145,7 +133,7 @@ class DeviceArray:
             "shape": self.shape,
             "typestr": self.dtype.str,
             "data": (self.pointer, False),
-            "strides": self.strides and tuple(stride * self.dtype.itemsize for stride in self.strides),
+            "strides": self._byte_strides,
             "stream": None if self.synchronize is None else self.stream or _LEGACY,
         }
 
@@ -183,7 +171,7 @@ class DeviceArray:
             self.owner,
             device=self.__dlpack_device__(),
             versioned=max_version is not None and max_version[0] >= 1,
-            strides=self.strides,
+            strides=self._byte_strides,
         )
 
     def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
@@ -216,24 +204,16 @@ def from_foreign(values: Any, *, stream: int) -> ForeignArray:
     """
     if type(values) is DeviceArray:  # a frame's maps, into the next engine: without a capsule
         values.order(stream or _LEGACY)
-        contiguous = values.strides is None or is_c_contiguous(values.shape, values.strides, 1)
-        rows = None if contiguous else rows_of(values.shape, values.strides or (), values.dtype.itemsize)
-        return ForeignArray(
-            values.pointer,
-            values.shape,
-            values.dtype,
-            values.device,
-            contiguous,
-            False,
-            values.owner,
-            rows=rows,
-        )
+        if values.strides is not None:
+            array = over(values.pointer, values.shape, values.dtype.str, values._byte_strides, values.owner)
+            return ForeignArray.described(array, values.pointer, values.device, values.owner)
+        return ForeignArray(values.pointer, values.shape, values.dtype, values.device, True, values.owner)
     refuse_views(values)
     device = dlpack_device(values)
     if device is not None:
         if device[0] not in ON_GPU:
             raise InputError(f"{kind_of(values)} on DLPack device {device} does not fit: copy it to a GPU, (2, n)")
-        return read_capsule(ask_for_capsule(values, _consumer_stream(stream)), ON_GPU)
+        return read(values, _consumer_stream(stream), ON_GPU)
     interface = _interface(values)
     if interface is None:
         raise InputError(
@@ -327,16 +307,11 @@ def _interface(values: Any) -> dict[str, Any] | None:
 
 def _read_interface(values: Any, interface: dict[str, Any]) -> ForeignArray:
     try:
-        version = operator.index(interface["version"])
-        shape = tuple(operator.index(extent) for extent in interface["shape"])
-        typestr = str(interface["typestr"])
-        pointer, read_only = interface["data"]
-        pointer = int(pointer or 0)
-        strides = interface.get("strides")
-        strides = None if strides is None else tuple(operator.index(stride) for stride in strides)
-        stream = interface.get("stream")
+        version, stream = operator.index(interface["version"]), interface.get("stream")
         stream = None if stream is None else operator.index(stream)
-        dtype = np.dtype(typestr)
+        pointer, _ = interface["data"]
+        pointer = int(pointer or 0)
+        array = over(pointer, tuple(interface["shape"]), interface["typestr"], interface.get("strides"), values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{kind_of(values)} has a __cuda_array_interface__ that is not one ({type(error).__name__}: {error}): "
@@ -355,23 +330,4 @@ def _read_interface(values: Any, interface: dict[str, Any]) -> ForeignArray:
             f"stream {stream} in the CUDA Array Interface of {kind_of(values)} does not fit: the standard has 1 (legacy), "
             "2 (per thread), a pointer, or None"
         )
-    check_dtype(dtype, typestr)
-    check_memory(pointer, shape)
-    if strides is not None and len(strides) != len(shape):
-        raise InputError(f"{kind_of(values)} has {len(strides)} strides for {len(shape)} axes: both must be as many")
-    contiguous = strides is None or is_c_contiguous(shape, strides, dtype.itemsize)
-    rows = None
-    moving = [stride for extent, stride in zip(shape, strides or (), strict=False) if extent != 1]
-    if strides is not None and not contiguous and not any(stride % dtype.itemsize for stride in moving):
-        rows = rows_of(shape, [stride // dtype.itemsize for stride in strides], dtype.itemsize)
-    return ForeignArray(
-        pointer=pointer,
-        shape=shape,
-        dtype=dtype,
-        device=None,
-        contiguous=contiguous,
-        read_only=bool(read_only),
-        owner=values,
-        producer_stream=stream,
-        rows=rows,
-    )
+    return ForeignArray.described(array, pointer, None, values, stream)

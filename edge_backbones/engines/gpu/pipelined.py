@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from types import TracebackType
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from edge_backbones.engines.base import DeviceSession
 from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.gpu.memory import open_memory
 from edge_backbones.engines.gpu.pool import CleanUp
+from edge_backbones.errors import DeviceError
 
 PIPELINED = 20  # calls before one wait
 
@@ -32,23 +33,21 @@ class Pipeline:
         self._session = session
         self._memory = open_memory(gpu)
         self._images = images
-        self._stream = 0
+        self._pointer = self._stream = 0
 
     def __enter__(self) -> Pipeline:
         images = self._images
-        with self._memory as memory:
-            pointer = memory.allocate(images.nbytes)
-            try:
+        try:
+            with self._memory as memory:
+                self._pointer = memory.allocate(images.nbytes)
                 self._stream = memory.new_stream()
-                memory.copy_in(pointer, images.ctypes.data, images.nbytes, self._stream)
+                memory.copy_in(self._pointer, images.ctypes.data, images.nbytes, self._stream)
                 memory.wait(self._stream)
-            except BaseException:
-                steps = CleanUp()  # the first error is the one to raise
-                steps.make(memory.free, pointer)
-                if self._stream:
-                    steps.make(memory.free_stream, self._stream)
-                raise
-        self._array = ForeignArray(pointer, images.shape, images.dtype, memory.gpu, True, True, owner=self)
+        except BaseException:
+            with contextlib.suppress(DeviceError):  # the first error is the one to raise
+                self.__exit__()
+            raise
+        self._array = ForeignArray(self._pointer, images.shape, images.dtype, memory.gpu, True, owner=self)
         return self
 
     def milliseconds(self) -> float:
@@ -60,12 +59,12 @@ class Pipeline:
             memory.wait(self._stream)
         return 1e3 * (time.perf_counter() - started) / PIPELINED
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._memory as memory:
             steps = CleanUp()
-            steps.make(memory.wait, self._stream)
-            steps.make(memory.free, self._array.pointer)
-            steps.make(memory.free_stream, self._stream)
+            if self._stream:
+                steps.make(memory.wait, self._stream)
+                steps.make(memory.free_stream, self._stream)
+            if self._pointer:
+                steps.make(memory.free, self._pointer)
             steps.end()

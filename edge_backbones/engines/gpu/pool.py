@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from edge_backbones.engines.gpu.streams import StreamKey, rounded
 from edge_backbones.errors import DeviceError, InputError, OutOfMemoryError
 
 _UNUSABLE_BUFFERS = 8  # buffers of one size that other streams may still use before the oldest is taken, behind events
-_FREE_BUFFERS = 256  # most outputs that are kept for later calls while nobody holds them
+_FREE_BUFFERS = 256  # most buffers of one size that are kept while nobody holds them
 SCRATCH_BUFFERS = 8  # most streams that have scratch memory of their own; more of them take turns
 
 
@@ -114,30 +115,21 @@ class CleanUp:
             raise self._first
 
 
-def _usable(buffers: Sequence[Buffer], key: StreamKey) -> int:
-    """Return the index of the latest buffer that work on a stream may use at once; -1 if there is none."""
-    for index in range(len(buffers) - 1, -1, -1):
-        if buffers[index].follows(key):
-            return index
-    return -1
-
-
 class Pool:
     """Keep device memory and events between calls. Work that runs after their last use gets them again.
 
-    Returning something only notes it, because garbage collection may return it anywhere, even while a graph is
-    captured. After ``close``, what is returned is freed. Threads may share the pool.
+    Garbage collection gives things back anywhere: while a graph is captured, and while a thread holds the lock of this or
+    of another pool. So giving back takes no lock and calls no CUDA, and the next call sorts in what came. After ``close``,
+    what is given back is freed. Threads may share the pool.
     """
 
     def __init__(self, memory: GpuMemory) -> None:
         self.memory = memory
-        # Reentrant, because garbage collection may return something while this thread holds the lock.
-        self.lock = threading.RLock()
-        self._free: dict[int, list[Buffer]] = {}
-        self._count = 0  # number of free buffers
-        self._returned: list[Buffer] = []  # of the free ones, those whose readers have no event behind them yet
-        self._scratch: list[Buffer] = []  # in the order of their last use
-        self._events: list[Any] = []
+        self.lock = threading.Lock()  # of the two below
+        self._free: dict[int, list[Buffer]] = {}  # by size, in the order of their last use
+        self._scratch: list[Buffer] = []  # in the same order
+        self._back: deque[Buffer] = deque()  # given back since the last call
+        self._events: deque[Any] = deque()
         self._closed = False
 
     def take(self, size: int, key: StreamKey, stream: int) -> Buffer:
@@ -150,24 +142,16 @@ class Pool:
             key: Key of the stream.
             stream: Its handle.
         """
-        if self._returned:
-            self._mark_reads()
-        if self._count > _FREE_BUFFERS:
-            self._settle()
+        if self._back:
+            self._sort_in()
         with self.lock:
-            same = [] if self._closed else self._free.setdefault(size, [])
-            index = _usable(same, key)
-            if index < 0 and len(same) >= _UNUSABLE_BUFFERS:
-                index = self._oldest(same)
-            if index >= 0:
-                self._count -= 1
-                buffer = same.pop(index)
-        if index < 0:
-            return self._allocate(size, key, stream)
-        if not buffer.follows(key):
-            self._order(buffer, key, stream)
-        buffer.key, buffer.stream = key, stream  # it belongs to that stream from now on
-        return buffer
+            same = self._free.setdefault(size, [])
+            buffer = self._choose(same, _UNUSABLE_BUFFERS, key)
+        if len(same) > _FREE_BUFFERS:
+            self._free_surplus(same)
+        if buffer is not None and self._belongs_to(buffer, key, stream):
+            return buffer
+        return self._allocate(size, key, stream)
 
     def take_scratch(self, size: int, key: StreamKey, stream: int) -> Buffer:
         """Return a buffer of ``size`` bytes or more that is used only until the next call on the same stream.
@@ -176,159 +160,161 @@ class Pool:
         grows to what the largest of them needs. Call it inside ``with memory:``. Raises OutOfMemoryError.
         """
         with self.lock:
-            kept = [] if self._closed else self._scratch
-            index = _usable(kept, key)
-            if index < 0 and len(kept) >= SCRATCH_BUFFERS:
-                index = self._oldest(kept)
-            buffer = None if index < 0 else kept.pop(index)
+            buffer = self._choose(self._scratch, SCRATCH_BUFFERS, key)
         if buffer is not None and buffer.size < size:
             self.memory.free(buffer.pointer)  # waits for what still uses it
-            buffer = None
-        if buffer is None:
-            return self._allocate(rounded(size), key, stream)
-        if not buffer.follows(key):
-            self._order(buffer, key, stream)
-        buffer.key, buffer.stream = key, stream
-        return buffer
+        elif buffer is not None and self._belongs_to(buffer, key, stream):
+            return buffer
+        return self._allocate(rounded(size), key, stream)
 
     def give_back_scratch(self, buffer: Buffer) -> None:
         """Take a buffer of ``take_scratch`` back."""
         with self.lock:
-            self._scratch.append(buffer)
-        if self._closed:
-            self._free_after_close()
+            if not self._closed:
+                self._scratch.append(buffer)
+                return
+        self.give_back(buffer)
 
     def _allocate(self, size: int, key: StreamKey, stream: int) -> Buffer:
         try:
             pointer = self.memory.allocate(size)
         except OutOfMemoryError:
-            if not self._count and not self._scratch:
+            if not self._release():
                 raise
-            self._release_free()
             pointer = self.memory.allocate(size)
         return Buffer(pointer, size, key, stream)
 
-    def _oldest(self, buffers: Sequence[Buffer]) -> int:
-        """Return the index of the oldest buffer that can be used behind events; -1 if there is none.
+    def _choose(self, buffers: list[Buffer], most: int, key: StreamKey) -> Buffer | None:
+        """Take the latest buffer out of a list that work on a stream may use at once.
 
-        If its stream is being captured, an event there would become part of the capture.
+        If there is none among ``most`` buffers, take the oldest one that can be used behind events. None for none.
         """
-        for index, buffer in enumerate(buffers):
-            if not buffer.readers and (buffer.key is None or not self._is_captured(buffer.stream)):
-                return index
-        return -1
+        for index in range(len(buffers) - 1, -1, -1):
+            if buffers[index].follows(key):
+                return buffers.pop(index)
+        if len(buffers) >= most:
+            for index, buffer in enumerate(buffers):
+                # An event on a stream that is captured would become part of the capture.
+                if buffer.key is None or not self._is_captured(buffer.stream):
+                    return buffers.pop(index)
+        return None
+
+    def _free_surplus(self, buffers: list[Buffer]) -> None:
+        """Free the oldest ones of a list that is too long, which are unlikely to be used again."""
+        kept = _FREE_BUFFERS // 2
+        with self.lock:
+            surplus, buffers[:] = buffers[:-kept], buffers[-kept:]
+        for buffer in surplus:
+            self.memory.free(buffer.pointer)
 
     def _is_captured(self, stream: int) -> bool:
-        """Return whether a stream is being captured. One that is gone is not; `_mark` then waits for the whole GPU."""
+        """Return whether a stream is being captured. One that is gone is not."""
         try:
             return self.memory.is_capturing(stream)
         except DeviceError:
             return False
 
-    def _order(self, buffer: Buffer, key: StreamKey, stream: int) -> None:
-        """Make a stream wait for everything that uses a buffer."""
-        readers = dict(buffer.readers)
-        if buffer.key not in (None, key):
-            readers[buffer.key] = buffer.stream
-        readers.pop(key, None)
-        for ready in [*buffer.after, *self._mark(readers).values()]:
-            self.memory.follow(stream, ready.event)
-        buffer.readers, buffer.after = {}, []
+    def _belongs_to(self, buffer: Buffer, key: StreamKey, stream: int) -> bool:
+        """Make a stream wait for everything that uses a buffer, which belongs to it from now on.
 
-    def _mark_reads(self) -> None:
-        """Record events behind the reads of other streams, for the buffers that were given back since the last call."""
-        with self.lock:
-            returned, self._returned = [(buffer, buffer.readers) for buffer in self._returned], []
-        streams: dict[StreamKey, int] = {}
-        for _, readers in returned:
-            streams.update((key, s) for key, s in readers.items() if not self._is_captured(s))
-        events = self._mark(streams)
-        with self.lock:
-            for buffer, readers in returned:
-                if buffer.readers is not readers:
-                    continue  # another thread has settled it meanwhile, and it may have a new holder
-                buffer.after += [events[key] for key in readers if key in events]
-                buffer.readers = {key: s for key, s in readers.items() if key not in events}
-                if buffer.readers:  # its reader is being captured now
-                    self._returned.append(buffer)
+        If a stream that uses the buffer is gone, free the buffer, which waits, and return False.
+        """
+        if not buffer.follows(key):
+            if buffer.key not in (None, key):
+                buffer.readers[buffer.key] = buffer.stream
+            if not self._mark_reads(buffer):
+                return False
+            for ready in buffer.after:
+                self.memory.follow(stream, ready.event)
+            buffer.after = []
+        buffer.key, buffer.stream = key, stream
+        return True
 
-    def _mark(self, streams: dict[StreamKey, int]) -> dict[StreamKey, Ready]:
-        """Record an event on each stream, and return the events. If a stream is gone, wait for the whole GPU instead."""
-        events = {}
+    def _sort_in(self) -> None:
+        """Sort in what was given back since the last call, with events behind the reads of other streams."""
+        captured = []
+        while self._back:
+            try:
+                buffer = self._back.popleft()
+            except IndexError:
+                break  # another thread took the last one
+            if buffer.readers and any(map(self._is_captured, buffer.readers.values())):
+                captured.append(buffer)
+            elif not buffer.readers or self._mark_reads(buffer):
+                with self.lock:
+                    self._free.setdefault(buffer.size, []).append(buffer)
+        self._back.extend(captured)
+
+    def _mark_reads(self, buffer: Buffer) -> bool:
+        """Record an event behind the reads of every other stream.
+
+        If such a stream is gone, free the buffer, which waits, and return False.
+        """
         try:
-            for key, stream in streams.items():
+            for key, stream in buffer.readers.items():
                 if self.memory.stream_key(stream) != key:
                     raise DeviceError("this handle means another stream now, or here")
-                events[key] = self.new_ready()
-                self.memory.record(events[key].event, stream)
+                ready = self.new_ready()
+                self.memory.record(ready.event, stream)
+                buffer.after.append(ready)
         except DeviceError:
-            self.memory.wait_for_all()
-            return {key: self.new_ready() for key in streams}  # events that nobody recorded have happened
-        return events
-
-    def _take_free(self) -> list[Buffer]:
-        with self.lock:
-            free, self._free, self._count, self._returned = self._free, {}, 0, []
-        return [buffer for same in free.values() for buffer in same]
-
-    def _settle(self) -> None:
-        """Wait until all streams are past the free buffers, and free those that are unlikely to be used again."""
-        settled, surplus = self._take_free(), []
-        try:
-            self.memory.wait_for_all()
-            with self.lock:
-                for buffer in settled:
-                    buffer.key, buffer.readers, buffer.after = None, {}, []
-            surplus, settled = settled[: -_FREE_BUFFERS // 2], settled[-_FREE_BUFFERS // 2 :]
-        finally:
-            for buffer in settled:
-                self.give_back(buffer)
-        steps = CleanUp()
-        for buffer in surplus:
-            steps.make(self.memory.free, buffer.pointer)
-        steps.end()
-
-    def _release_free(self) -> None:
-        free = self._take_free()
-        with self.lock:
-            free += self._scratch
-            events, self._events, self._scratch = self._events, [], []
-        steps = CleanUp()
-        for buffer in free:
-            steps.make(self.memory.free, buffer.pointer)
-        for event in events:
-            steps.make(self.memory.free_event, event)
-        steps.end()
+            self.memory.free(buffer.pointer)
+            return False
+        buffer.readers = {}
+        return True
 
     def new_ready(self) -> Ready:
         """Return an event for the work of one call, new or reused. Call it inside ``with memory:``."""
-        with self.lock:
-            event = self._events.pop() if self._events else None
-        return Ready(self, self.memory.new_event() if event is None else event)
+        try:
+            return Ready(self, self._events.pop())
+        except IndexError:
+            return Ready(self, self.memory.new_event())
+
+    def order(self, stream: int, producer: int) -> None:
+        """Make work that is enqueued on a stream from now on wait for what is on ``producer`` now."""
+        ready = self.new_ready()
+        self.memory.record(ready.event, producer)
+        self.memory.follow(stream, ready.event)
 
     def give_back(self, buffer: Buffer) -> None:
         """Take a buffer back that nobody holds any more."""
-        with self.lock:
-            self._free.setdefault(buffer.size, []).append(buffer)
-            self._count += 1
-            if buffer.readers:
-                self._returned.append(buffer)
+        self._back.append(buffer)
         if self._closed:
-            self._free_after_close()
+            self._free_late()
 
     def give_back_event(self, event: Any) -> None:
         """Take an event back that nobody refers to any more."""
-        with self.lock:
-            self._events.append(event)
+        self._events.append(event)
         if self._closed:
-            self._free_after_close()
+            self._free_late()
 
-    def _free_after_close(self) -> None:
+    def _free_late(self) -> None:
         with contextlib.suppress(DeviceError), self.memory:
-            self._release_free()
+            self._free_all()
+
+    def _free_all(self) -> None:
+        """Free what was given back and is not sorted in, and the events."""
+        steps = CleanUp()
+        with contextlib.suppress(IndexError):  # garbage collection adds some, and other threads take some
+            while True:
+                steps.make(self.memory.free, self._back.popleft().pointer)
+        with contextlib.suppress(IndexError):
+            while True:
+                steps.make(self.memory.free_event, self._events.popleft())
+        steps.end()
+
+    def _release(self) -> bool:
+        """Free everything that nobody holds. Returns whether that was any memory."""
+        with self.lock:
+            for buffers in (*self._free.values(), self._scratch):
+                self._back.extend(buffers)
+                buffers.clear()
+        is_any = bool(self._back)
+        self._free_all()
+        return is_any
 
     def close(self) -> None:
         """Free everything that nobody holds now, and whatever is returned later. Call it inside ``with memory:``."""
-        with self.lock:  # a thread that is taking something must not find it freed when garbage collection returns more
+        with self.lock:
             self._closed = True
-        self._release_free()
+        self._release()

@@ -20,7 +20,7 @@ import msgspec
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.engines import compat
 from edge_backbones.engines.base import CompiledEngine
-from edge_backbones.engines.openvino import bf16_graph, int8_graph, session
+from edge_backbones.engines.openvino import bf16_graph, frame_graph, int8_graph, session
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.machine import hosts
 from edge_backbones.spec import Precision
@@ -85,6 +85,7 @@ def compile_graph(
     if cache is not None and (cached := _read_cached(cache, name)) is not None:
         return CompiledEngine(cached, key, ".blob", from_cache=True)
     model = session.read_model(graph)
+    frame_graph.adapt(model)
     if precision is Precision.INT8 and not as_written:
         int8_graph.adapt(model)
     if precision is Precision.BF16 and not as_written:

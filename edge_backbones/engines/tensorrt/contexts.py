@@ -18,7 +18,7 @@ from edge_backbones.engines.ports import Shape
 from edge_backbones.engines.tensorrt.engine import Engine
 from edge_backbones.engines.tensorrt.profiles import Profile
 from edge_backbones.engines.tensorrt.slot import Slot
-from edge_backbones.errors import DeviceError, EdgeBackbonesError, InputError
+from edge_backbones.errors import DeviceError, InputError
 
 IDLE_CONTEXTS = 8  # idle contexts of one profile, from which on none is made for another shape or stream
 MOST_CONTEXTS = 32  # most contexts of one engine that calls use at once; further threads wait for one
@@ -38,13 +38,13 @@ class Contexts:
         self._is_abandoned = False
         self._engine = engine
         self._memory = memory
-        self._lock = self.pool.lock
+        self._lock = threading.Lock()  # of the three below
         self._returned = threading.Condition(self._lock)
         self._idle: dict[int, list[Slot]] = {}  # by profile, in the order of their last use
         self._lendable = 0  # number of contexts for calls, lent or idle
-        self._waiting = 0  # number of threads that wait for a context
-        self._alive = 0  # number of all contexts, with those of graphed calls
-        self._retired: list[Slot] = []  # contexts of graphed calls that could not be released
+        # Garbage collection ends graphed calls while any lock is held, so these need none.
+        self._alive: list[None] = []  # one entry for every context, with those of graphed calls
+        self._retired: deque[Slot] = deque()  # contexts of graphed calls that could not be released
         self._inputs: deque[tuple[Ready, object]] = deque()
         forks.abandon_in_children(self)
 
@@ -63,8 +63,7 @@ class Contexts:
         replaced: Slot | None = None
         with self._lock:
             while True:
-                if self.closed:
-                    raise self.refusal()
+                self.require_open()
                 idle = self._idle.setdefault(profile.index, [])
                 for slot in reversed(idle):
                     if slot.shape == shape and (slot.key is None or slot.key == key):
@@ -81,11 +80,7 @@ class Contexts:
                 if other is not None:
                     replaced = other.pop(0)
                     break
-                self._waiting += 1
-                try:
-                    self._returned.wait()
-                finally:
-                    self._waiting -= 1
+                self._returned.wait()
         try:
             if replaced is not None:
                 self._release(replaced)  # without the lock, because it waits for the GPU
@@ -98,11 +93,9 @@ class Contexts:
 
     def new_slot(self, profile: Profile) -> Slot:
         """Create a context that belongs to the caller, who ends it with `retire`."""
-        with self._lock:
-            if self.closed:
-                raise self.refusal()
-            self._alive += 1
+        self._alive.append(None)
         try:
+            self.require_open()
             return Slot(self._engine, self.pool, profile)
         except BaseException as error:
             self._ended()
@@ -112,10 +105,11 @@ class Contexts:
 
     def _ended(self) -> None:
         """Note that a context is gone. After ``close``, the last one to go closes the engine."""
-        with self._lock:
-            self._alive -= 1
-            last = self.closed and not self._alive
-        if last:
+        self._alive.pop()
+        self._close_unused()
+
+    def _close_unused(self) -> None:
+        if self.closed and not self._alive:
             self._engine.close()
 
     def give_back(self, slot: Slot) -> None:
@@ -126,7 +120,7 @@ class Contexts:
             is_kept = not self.closed
             if is_kept:
                 self._idle[slot.profile.index].append(slot)
-                if self._waiting:
+                if self._lendable >= MOST_CONTEXTS:  # otherwise nobody waits
                     self._returned.notify()
         if not is_kept:
             self.discard(slot)
@@ -162,24 +156,9 @@ class Contexts:
         if self._is_abandoned:
             forks.keep_for_good(slot)
             return
-        left = [slot]
+        self._retired.append(slot)
         with contextlib.suppress(DeviceError), self._memory:
-            self._release(left.pop())
-        with self._lock:
-            self._retired += left
-
-    def order(self, stream: int, producer: int) -> None:
-        """Make ``stream`` wait for the work that is on ``producer`` now. Raises InputError if ``producer`` is captured."""
-        if self._memory.is_capturing(producer):
-            raise capture_refusal(producer)
-        ready = self.pool.new_ready()
-        self._memory.record(ready.event, producer)
-        self._memory.follow(stream, ready.event)
-
-    def wait_quietly(self, stream: int) -> None:
-        """Wait for a stream after an error, which is the one to raise."""
-        with contextlib.suppress(DeviceError):
-            self._memory.wait(stream)
+            self._release(self._retired.pop())
 
     def reading(self, ready: Ready, owner: object) -> None:
         """Keep the owner of an input alive until the GPU has read it, because its library may not know this stream."""
@@ -196,16 +175,17 @@ class Contexts:
                 self._inputs.appendleft((ready, owner))
                 return
 
-    def refusal(self) -> EdgeBackbonesError:
-        """Return the error for a call after ``close`` or in a forked child."""
-        if self._is_abandoned:
-            return forks.refusal("TensorRT")
-        return InputError("this EdgeBackbone was closed: open the bundle again")
+    def require_open(self) -> None:
+        """Raise InputError after ``close``, and another error in a forked child."""
+        if self.closed:
+            closed = InputError("this EdgeBackbone was closed: open the bundle again")
+            raise forks.refusal("TensorRT") if self._is_abandoned else closed
 
     def abandon(self) -> None:
         """Keep everything native and refuse calls in a forked child, as described in `forks.Inherited`."""
         forks.keep_for_good(self)
-        self.pool.lock = self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
+        self._lock = threading.Lock()  # a thread that does not exist here may hold the old one
+        self.pool.lock = threading.Lock()
         self._returned = threading.Condition(self._lock)
         self._is_abandoned = self._is_abandoned or not self.closed
         self.closed = True
@@ -223,9 +203,12 @@ class Contexts:
                 if self.closed:
                     return
                 self.closed = True
-                slots = [*self._retired, *(slot for idle in self._idle.values() for slot in idle)]
-                self._retired, self._idle = [], {}
+                slots = [slot for idle in self._idle.values() for slot in idle]
+                self._idle = {}
                 self._returned.notify_all()
+            with contextlib.suppress(IndexError):
+                while True:
+                    slots.append(self._retired.popleft())
             for slot in slots:
                 steps.make(slot.release)
                 self._ended()
@@ -235,10 +218,7 @@ class Contexts:
                     steps.make(self._memory.wait_for, ready.event)
                     del owner  # not before: the GPU read its memory until now
             steps.make(self.pool.close)
-            with self._lock:
-                unused = not self._alive  # otherwise the last running call closes the engine
-            if unused:
-                self._engine.close()
+            self._close_unused()  # otherwise the last running call does
         steps.end()
 
 

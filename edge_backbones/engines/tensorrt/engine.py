@@ -15,11 +15,7 @@ from edge_backbones.engines.tensorrt import library as tensorrt_library
 from edge_backbones.engines.tensorrt.kernels import Kernels
 from edge_backbones.engines.tensorrt.library import TensorRtFlavour
 from edge_backbones.engines.tensorrt.profiles import Profile, says_host_code, says_out_of_memory, uncovered
-from edge_backbones.errors import (
-    EngineMismatchError,
-    InferenceError,
-    OutOfMemoryError,
-)
+from edge_backbones.errors import EngineMismatchError, InferenceError, OutOfMemoryError
 from edge_backbones.spec import BackboneSpec, InputSpec
 
 DTYPES: dict[str, np.dtype] = {"FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16)}

@@ -70,7 +70,7 @@ class TensorRt(Flavour):
     def check(self, graph: GraphRecord, input: InputSpec, options: CompileOptions) -> None:
         plan = options.plan or PlanOptions()
         weak = self._is_weak(graph, plan)
-        requests.check_plan(input, graph.precision, flavour=self._name, options=plan, gpu=options.gpu, weak=weak)
+        requests.resolve_request(input, graph.precision, self._name, plan, options.gpu, weak=weak)
 
     def source_graph(self, bundle: Bundle, graph: GraphRecord, options: CompileOptions) -> GraphRecord:
         if self._is_weak(graph, options.plan or PlanOptions()):

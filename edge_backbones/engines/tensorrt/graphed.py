@@ -12,7 +12,7 @@ from edge_backbones.engines.gpu.arrays import DeviceArray
 from edge_backbones.engines.gpu.blocks import Block
 from edge_backbones.engines.gpu.dlpack import ForeignArray
 from edge_backbones.engines.gpu.pool import Lease
-from edge_backbones.engines.gpu.streams import StreamKey, rounded
+from edge_backbones.engines.gpu.streams import StreamKey
 from edge_backbones.engines.tensorrt.contexts import Contexts, capture_refusal
 from edge_backbones.engines.tensorrt.profiles import Profile
 
@@ -40,7 +40,8 @@ class GraphedCall:
         try:
             slot.set_shape(array.shape)
             block = pool.take(slot.outputs.size, key, stream)
-            ready = slot.record(array.pointer, slot.targets(block.pointer), stream, key)
+            source, targets = array.pointer, slot.targets(block.pointer)
+            ready = slot.record(lambda work, scratch: slot.execute(source, targets, scratch, work), stream, key)
         except BaseException as error:
             self._finalizer()  # waits for the GPU
             if block is not None:
@@ -52,8 +53,8 @@ class GraphedCall:
 
     def __call__(self) -> list[DeviceArray]:
         """Enqueue the graph on its stream. Raises InputError after the session was closed, and if the stream is captured."""
-        if self._contexts.closed:
-            raise self._contexts.refusal()
+        self._contexts.require_open()
+        # Closing leaves the graph and its memory to this object, and an exit does not wait: nothing of TensorRT runs here.
         with self._memory as memory:
             if memory.is_capturing(self._stream):
                 raise capture_refusal(int(self._stream))
@@ -84,19 +85,10 @@ class HostGraphedCall:
         try:
             slot.set_shape(array.shape)
             results = memory.pinned(slot.outputs.end)
-            written = slot.hold(slot.outputs.size, slot.stream, slot.own_key)
+            stream, key, results_at = slot.stream, slot.own_key, ctypes.addressof(results)
             address = int(array.__array_interface__["data"][0])
-            is_read_there = slot.reads_in_place(on_gpu)
-            source = on_gpu if is_read_there else slot.hold(rounded(array.nbytes), slot.stream, slot.own_key)
-
-            def copy_in(stream: int) -> None:
-                if not is_read_there:
-                    memory.copy_in(source, address, array.nbytes, stream)
-
-            def copy_out(stream: int) -> None:
-                memory.copy_out(ctypes.addressof(results), written, slot.outputs.end, stream)
-
-            slot.record(source, slot.targets(written), slot.stream, slot.own_key, copy_in, copy_out)
+            call = slot.on_host(address, on_gpu, array.nbytes, results_at, lambda size: slot.hold(size, stream, key))
+            slot.record(call, stream, key)
             memory.wait(slot.stream)
         except BaseException as error:
             self._finalizer()  # waits for the GPU
@@ -106,8 +98,7 @@ class HostGraphedCall:
 
     def __call__(self) -> list[np.ndarray]:
         """Run the graph and wait for it. Raises InputError after the session was closed."""
-        if self._contexts.closed:
-            raise self._contexts.refusal()
+        self._contexts.require_open()
         with exits.calls, self._memory as memory:
             memory.launch(self._slot.graph, self._slot.stream)
             memory.wait(self._slot.stream)
@@ -117,6 +108,8 @@ class HostGraphedCall:
 def device_arrays(lease: Lease, outputs: Block, gpu: int, stream: int) -> list[DeviceArray]:
     """Return the outputs of a call as arrays over the memory of a lease."""
     start = lease.buffer.pointer
+    shared = {"device": gpu, "owner": lease, "synchronize": lease.order, "stream": stream}
     return [
-        DeviceArray.of_engine(start + part.offset, part.shape, part.dtype, gpu, lease, stream) for part in outputs.parts
+        DeviceArray.unchecked(pointer=start + part.offset, shape=part.shape, dtype=part.dtype, **shared)
+        for part in outputs.parts
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,13 +66,15 @@ def uncovered(profiles: Sequence[Profile], input: InputSpec) -> list[Shape]:
 
 def says_out_of_memory(log: str) -> bool:
     """Return whether TensorRT's log says that memory ran out."""
-    text = log.lower().replace(" ", "")
-    return any(
-        words in text for words in ("outofmemory", "out_of_memory", "cudaerrormemoryallocation", "couldnotallocate")
-    )
+    return _says(log, "outofmemory", "cudaerrormemoryallocation", "couldnotallocate")
 
 
 def says_host_code(log: str) -> bool:
     """Return whether TensorRT's log says that the plan carries host code."""
-    text = log.lower().replace(" ", "").replace("-", "").replace("_", "")
-    return any(words in text for words in ("hostcode", "leanruntime", "versioncompatib"))
+    return _says(log, "hostcode", "leanruntime", "versioncompatib")
+
+
+def _says(log: str, *words: str) -> bool:
+    """Return whether a log has one of these words, with whatever marks between their parts."""
+    text = re.sub(r"[-_ ]", "", log.lower())
+    return any(word in text for word in words)

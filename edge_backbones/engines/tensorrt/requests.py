@@ -24,28 +24,6 @@ InputShapes: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...
 _RTX_DEFAULT = ("sm_80", "sm_86", "sm_89", "sm_120")
 
 
-def check_plan(
-    input: InputSpec,
-    precision: Precision,
-    *,
-    flavour: PlanFlavour,
-    options: PlanOptions,
-    gpu: int = 0,
-    weak: bool = False,
-) -> None:
-    """Raise CompileError for everything that `compile_plan` refuses before it compiles.
-
-    Args:
-        input: As for `compile_plan`.
-        precision: As for `compile_plan`.
-        flavour: As for `compile_plan`.
-        options: As for `compile_plan`.
-        gpu: As for `compile_plan`.
-        weak: As for `compile_plan`.
-    """
-    resolve_request(input, precision, flavour, options, gpu, weak=weak)
-
-
 def has_weak_typing(flavour: PlanFlavour) -> bool:
     """Return whether this library can still choose number formats itself.
 

@@ -6,6 +6,8 @@ which profile and which pieces a call uses.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from edge_backbones.engines.tensorrt.kernels import Kernels
 from edge_backbones.engines.tensorrt.library import TensorRtFlavour
 from edge_backbones.engines.tensorrt.profiles import Profile, choose_profile
 from edge_backbones.engines.tensorrt.slot import Frames
-from edge_backbones.errors import EngineMismatchError, InputError
+from edge_backbones.errors import DeviceError, EngineMismatchError, InputError
 from edge_backbones.machine import gpus
 from edge_backbones.spec import BackboneSpec, InputSpec
 
@@ -97,8 +99,7 @@ class TensorRtSession:
         self._dtype = np.dtype(input.dtype)
         self._memory = device_memory
         self._gpu = gpu
-        self._profiles = engine.profiles
-        self._chosen: dict[Shape, Profile] = {}
+        self._profile = functools.lru_cache(_KNOWN_SHAPES)(functools.partial(choose_profile, engine.profiles))
         self._routes: dict[Shape, _Route] = {}
 
     @property
@@ -111,8 +112,7 @@ class TensorRtSession:
 
         On a GPU that shares the memory of the CPU, the engine reads the array itself.
         """
-        if self._contexts.closed:
-            raise self._contexts.refusal()
+        self._contexts.require_open()
         with self._memory as memory:
             block = memory.pinned(int(np.prod(shape)) * self._dtype.itemsize)
         array = np.ndarray(shape, self._dtype, buffer=memoryview(block))
@@ -124,8 +124,7 @@ class TensorRtSession:
 
         The arrays are in page-locked memory, which is reused once nobody holds them.
         """
-        if self._contexts.closed:
-            raise self._contexts.refusal()
+        self._contexts.require_open()
         profile = self._profile(array.shape)
         with exits.calls, self._memory:
             slot = self._contexts.take(profile, array.shape, None)
@@ -157,13 +156,14 @@ class TensorRtSession:
         route = self._route(array)
         contexts = self._contexts
         with exits.calls, self._memory as memory:
-            self._require_here(array)
-            self._refuse_capture(stream)
+            self._require_usable(array, stream)
             contexts.forget_inputs()
             key = memory.stream_key(stream)
             producer = array.producer_stream
             if producer is not None and memory.stream_key(producer) != key:
-                contexts.order(stream, producer)
+                if memory.is_capturing(producer):
+                    raise capture_refusal(producer)
+                contexts.pool.order(stream, producer)
             block, ready = self._enqueue(array, route, stream, key)
             contexts.reading(ready, array.owner)
             return device_arrays(Lease(block, ready, contexts.pool), route.outputs, self._gpu, stream)
@@ -191,7 +191,8 @@ class TensorRtSession:
                 contexts.give_back(slot)
         except BaseException:
             if block is not None:
-                contexts.wait_quietly(stream)  # enqueued pieces still read the input, and nothing else keeps it alive
+                with contextlib.suppress(DeviceError):
+                    self._memory.wait(stream)  # enqueued pieces still read the input, and nothing else keeps it alive
                 pool.give_back(block)
             raise
         assert block is not None  # there is a piece
@@ -211,8 +212,7 @@ class TensorRtSession:
         if is_default(stream):
             raise InputError("a default stream cannot be captured: pass another")
         with exits.calls, self._memory as memory:
-            self._require_here(array)
-            self._refuse_capture(stream)
+            self._require_usable(array, stream)
             return GraphedCall(self._contexts, array, route.parts[0][1], stream, memory.stream_key(stream))
 
     def graphed_on_host(self, array: np.ndarray) -> HostGraphedCall:
@@ -220,12 +220,11 @@ class TensorRtSession:
 
         Raises InputError if ``array`` is in other memory, of another dtype, or no batch that the engine takes.
         """
-        if self._contexts.closed:
-            raise self._contexts.refusal()
+        self._contexts.require_open()
         with exits.calls, self._memory as memory:
             address = array.__array_interface__["data"][0]
             is_fitting = array.dtype == self._dtype and array.flags.c_contiguous and array.shape[0] in self._input.batch
-            on_gpu = memory.page_locked(address) if is_fitting else None
+            on_gpu = memory.page_locked(address, array.nbytes) if is_fitting else None
             if on_gpu is None:
                 raise InputError(
                     f"{self._input.name} of {array.dtype} and shape {array.shape} in this memory cannot be recorded: fill "
@@ -241,23 +240,19 @@ class TensorRtSession:
         self._contexts.close()
         self._finalizer.detach()
 
-    def _require_here(self, array: ForeignArray) -> None:
-        """Raise InputError if an array is not in the memory of this GPU."""
+    def _require_usable(self, array: ForeignArray, stream: int) -> None:
+        """Raise InputError if an array is not in the memory of this GPU, or if the caller captures a CUDA graph."""
         where = self._memory.elsewhere(array.pointer)
         if where:
             raise InputError(
                 f"{self._input.name} is in {where}, this engine runs on cuda:{self._gpu}: copy it there first"
             )
-
-    def _refuse_capture(self, stream: int) -> None:
-        """Raise InputError if the caller captures a CUDA graph."""
         if self._memory.is_capturing(stream):
             raise capture_refusal(stream)
 
     def _route(self, array: ForeignArray) -> _Route:
         """Return how an array is run. Raises InputError if it cannot be."""
-        if self._contexts.closed:
-            raise self._contexts.refusal()
+        self._contexts.require_open()
         shape = array.shape
         if array.dtype != self._dtype:
             raise InputError(
@@ -282,15 +277,6 @@ class TensorRtSession:
         if len(self._routes) < _KNOWN_SHAPES:
             self._routes[shape] = route
         return route
-
-    def _profile(self, shape: Shape) -> Profile:
-        """Return the optimisation profile for a shape."""
-        profile = self._chosen.get(shape)
-        if profile is None:
-            profile = choose_profile(self._profiles, shape)
-            if len(self._chosen) < _KNOWN_SHAPES:
-                self._chosen[shape] = profile
-        return profile
 
 
 @dataclass

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from edge_backbones.engines.tensorrt.engine import Engine
 from edge_backbones.engines.tensorrt.profiles import Profile
 from edge_backbones.errors import DeviceError, InferenceError
 
+_NO_BYTES = (ctypes.c_ubyte * 0)()
 _HOST_OUTPUTS = 4  # most page-locked sets of outputs per context; callers that hold more get ordinary memory
 
 
@@ -35,17 +35,12 @@ class Frames(NamedTuple):
     rows: Rows | None = None
 
 
-@dataclass(eq=False)
-class _HostOutputs:
-    """Hold arrays that a caller gets, and their reference counts while no caller holds them."""
+class _HostOutputs(NamedTuple):
+    """Hold arrays that a caller gets, their address, and their reference counts while no caller holds them."""
 
     arrays: list[np.ndarray]
     address: int
-    unshared: list[int] = field(default_factory=list)
-
-    def references(self) -> list[int]:
-        """Return the arrays' current reference counts."""
-        return [sys.getrefcount(array) for array in self.arrays]
+    unshared: list[int]
 
 
 class Slot:
@@ -61,63 +56,48 @@ class Slot:
         profile: Optimisation profile of the context.
 
     Attributes:
+        profile: Its optimisation profile.
+        pool: Memory and events of the calls.
+        stream: Its own stream.
+        own_key: Key of that stream.
         key: Stream that its last work is ordered on; None if no work is pending.
         ready: Event behind its last work; None if no work is pending.
         shape: Input shape that the context is set to.
         outputs: Outputs for that input shape, in graph order.
-        profile: Its optimisation profile.
-        pool: Memory and events of the calls.
-        scratch_size: Bytes of scratch memory that TensorRT needs for that input shape.
-        own_key: Key of its own stream.
-        graph: CUDA graph of the one call that it was made for; None for a context that serves calls.
         has_new_shape: Whether it was set to another shape since this was last looked at.
+        graph: CUDA graph of the one call that it was made for; None for a context that serves calls.
     """
 
     def __init__(self, engine: Engine, pool: Pool, profile: Profile) -> None:
         self.profile = profile
+        self.pool = pool
+        self.stream = 0
         self.key: StreamKey | None = None
         self.ready: Ready | None = None
         self.shape: Shape = ()
         self.outputs = NO_ARRAYS
-        self.own_key: StreamKey = 0
-        self.graph: Any = None
         self.has_new_shape = False
+        self.graph: Any = None
         self._engine = engine
-        self.pool = pool
-        self._memory = pool.memory
+        self._memory = memory = pool.memory
         self._context: Any = None
-        self._stream: int | None = None
-        self._fence: Any = None
-        self._work: int | None = None  # a caller's stream that has work of this call, but no event behind it yet
+        self._scratch_size = 0  # bytes that TensorRT needs for the shape
         self._bound: list[int] = []
         self._held: list[Buffer] = []
-        self.scratch_size = 0
-        self._staging: ctypes.Array[ctypes.c_ubyte] | None = None
-        self._staged: np.ndarray = np.empty(0)
+        self._staging = _NO_BYTES
         self._host_outputs: dict[Shape, list[_HostOutputs]] = {}
         try:
-            self._open()
+            self.stream = memory.new_stream()
+            self.own_key = memory.stream_key(self.stream)
+            self._context = memory.aside(engine.new_context)
+            if len(engine.profiles) > 1:
+                done = self._context.set_optimization_profile_async(profile.index, int(self.stream))
+                engine.check(done, f"optimisation profile {profile.index}")
+                memory.wait(self.stream)
         except BaseException:
             with contextlib.suppress(DeviceError):  # the first error is the one to raise
                 self.release()
             raise
-
-    def _open(self) -> None:
-        """Create the stream and the context, and choose the optimisation profile."""
-        self._stream = self._memory.new_stream()
-        self.own_key = self._memory.stream_key(self._stream)
-        self._fence = self._memory.new_event()
-        self._context = self._engine.new_context()
-        if len(self._engine.profiles) > 1:
-            done = self._context.set_optimization_profile_async(self.profile.index, int(self._stream))
-            self._engine.check(done, f"optimisation profile {self.profile.index}")
-            self._memory.wait(self._stream)
-
-    @property
-    def stream(self) -> int:
-        """Return the handle of its own stream."""
-        assert self._stream is not None
-        return self._stream
 
     def set_shape(self, shape: Shape) -> None:
         """Set the input shape of the context, and read the output shapes and the size of the scratch memory from it."""
@@ -133,7 +113,7 @@ class Slot:
         shapes = [tuple(self._context.get_tensor_shape(name)) for name in engine.outputs]
         if any(not s or min(s) < 1 or s[0] != shape[0] for s in shapes):
             raise engine.failure(f"TensorRT gives outputs of shape {shapes} for an input of shape {shape}")
-        self.scratch_size = int(self._context.update_device_memory_size_for_shapes())
+        self._scratch_size = int(self._context.update_device_memory_size_for_shapes())
         self._bound = []  # the scratch memory is divided anew
         self.has_new_shape = True
         self.shape, self.outputs = shape, Block.of(shapes, engine.output_dtypes)
@@ -149,47 +129,57 @@ class Slot:
         memory, stream = self._memory, self.stream
         self.set_shape(array.shape)
         address = int(array.__array_interface__["data"][0])
-        on_gpu = memory.page_locked(address)
+        on_gpu = memory.page_locked(address, array.nbytes)
         if on_gpu is None:
             address = on_gpu = self._stage(array)
         outputs = self._outputs_for_host()
-        borrowed = _Borrowed(self, self.own_key, stream)
-        try:
-            written = borrowed.take(self.outputs.size)
-            is_read_there = self.reads_in_place(on_gpu)
-            source = on_gpu if is_read_there else borrowed.take(rounded(array.nbytes))
+        with _Borrowed(self, self.own_key, stream) as borrowed:
+            enqueue = self.on_host(address, on_gpu, array.nbytes, outputs.address, borrowed.take)
             if self.ready is not None:
                 memory.follow(stream, self.ready.event)
-            if not is_read_there:
-                memory.copy_in(source, address, array.nbytes, stream)
-            self.execute(source, self.targets(written), borrowed.scratch, stream)
-            memory.copy_out(outputs.address, written, self.outputs.end, stream)
+            enqueue(stream, borrowed.scratch)
             memory.wait(stream)
             borrowed.are_done()
-        except BaseException:
-            self._wait_after_error()
-            raise
-        finally:
-            borrowed.give_back()
         self.key, self.ready = None, None
         return list(outputs.arrays)
 
+    def on_host(
+        self, address: int, on_gpu: int, nbytes: int, results: int, take: Callable[[int], int]
+    ) -> Callable[[int, int], None]:
+        """Return a function that enqueues a call between page-locked arrays on a stream, with scratch memory at an address.
+
+        Args:
+            address: Address of the input.
+            on_gpu: The GPU's address of it.
+            nbytes: Bytes of the input.
+            results: Address of the memory for the outputs.
+            take: Returns the address of that many bytes of GPU memory for the call.
+        """
+        memory, targets = self._memory, self.targets(take(self.outputs.size))
+        is_read_there = self._engine.reads_host_memory and not on_gpu % ALIGNMENT
+        source = on_gpu if is_read_there else take(rounded(nbytes))
+
+        def enqueue(stream: int, scratch: int) -> None:
+            if not is_read_there:
+                memory.copy_in(source, address, nbytes, stream)
+            self.execute(source, targets, scratch, stream)
+            memory.copy_out(results, targets[0], self.outputs.end, stream)
+
+        return enqueue
+
     def _stage(self, array: np.ndarray) -> int:
         """Copy an array to its page-locked memory, and return the address there, which is the GPU's too."""
-        if self._staged.shape != array.shape:
-            if self._staging is None or len(self._staging) < array.nbytes:
-                self._staging = None
-                self._staging = self._memory.pinned(array.nbytes)
-            self._staged = np.ndarray(array.shape, array.dtype, buffer=memoryview(self._staging))
-        np.copyto(self._staged, array)
-        assert self._staging is not None
+        if len(self._staging) < array.nbytes:
+            self._staging = _NO_BYTES
+            self._staging = self._memory.pinned(array.nbytes)
+        np.copyto(np.ndarray(array.shape, array.dtype, buffer=memoryview(self._staging)), array)
         return ctypes.addressof(self._staging)
 
     def _outputs_for_host(self) -> _HostOutputs:
         """Return output arrays that no caller holds."""
         made = self._host_outputs.setdefault(self.shape, [])
         for outputs in made:
-            if outputs.references() == outputs.unshared:
+            if list(map(sys.getrefcount, outputs.arrays)) == outputs.unshared:
                 return outputs
         is_pinned = sum(map(len, self._host_outputs.values())) < _HOST_OUTPUTS
         if not is_pinned and not made:  # another shape has all of them
@@ -197,10 +187,10 @@ class Slot:
             is_pinned = True
         size = self.outputs.end
         block = self._memory.pinned(size) if is_pinned else (ctypes.c_ubyte * size)()
-        outputs = _HostOutputs(self.outputs.arrays(block), ctypes.addressof(block))
+        arrays = self.outputs.arrays(block)
+        outputs = _HostOutputs(arrays, ctypes.addressof(block), list(map(sys.getrefcount, arrays)))
         if is_pinned:
             made.append(outputs)
-            outputs.unshared = outputs.references()
         return outputs
 
     # -- input and outputs in GPU memory
@@ -214,27 +204,23 @@ class Slot:
             stream: Stream of the caller.
             key: Key of that stream.
         """
-        borrowed = _Borrowed(self, key, stream)
-        try:
+        with _Borrowed(self, key, stream) as borrowed:
             source, written = frames.pointer, targets
             is_copied = frames.rows is not None or frames.images != self.shape[0] or source % ALIGNMENT != 0
             if is_copied:
                 source = borrowed.take(rounded(self.shape[0] * frames.image))
             if any(target % ALIGNMENT for target in targets):
                 written = self.targets(borrowed.take(self.outputs.size))
-            work = self._begin(stream, key)
-            if is_copied:
-                self._copy_input(frames, source, work)
-            self.execute(source, written, borrowed.scratch, work)
-            if written is not targets:
-                for target, address, part in zip(targets, written, self.outputs.parts, strict=True):
-                    self._memory.copy(target, address, part.nbytes, work)
-            return self._end(work, stream, key)
-        except BaseException:
-            self._wait_after_error()
-            raise
-        finally:
-            borrowed.give_back()
+
+            def enqueue(work: int, scratch: int) -> None:
+                if is_copied:
+                    self._copy_input(frames, source, work)
+                self.execute(source, written, scratch, work)
+                if written is not targets:
+                    for target, address, part in zip(targets, written, self.outputs.parts, strict=True):
+                        self._memory.copy(target, address, part.nbytes, work)
+
+            return self._ordered(enqueue, borrowed.scratch, stream, key)
 
     def targets(self, block: int) -> list[int]:
         """Return the address of every output in a block of memory."""
@@ -250,29 +236,23 @@ class Slot:
         if frames.images != self.shape[0]:
             memory.clear(to + size, self.shape[0] * frames.image - size, stream)
 
-    def _begin(self, stream: int, key: StreamKey) -> int:
-        """Return the stream to work on: the caller's, or its own if the caller's is a default stream.
+    def _ordered(self, enqueue: Callable[[int, int], None], scratch: int, stream: int, key: StreamKey) -> Ready:
+        """Enqueue work for a caller's stream, and return the event behind it.
 
-        The work is ordered behind what is on both streams.
+        The work runs on that stream, or on its own if that is a default stream, behind what is on both.
         """
-        work = stream
+        memory, work = self._memory, stream
         if is_default(stream):
             work = self.stream
-            assert self._fence is not None
-            self._memory.record(self._fence, stream)
-            self._memory.follow(work, self._fence)
+            self.pool.order(work, stream)
         if self.ready is not None and self.key != key:
-            self._memory.follow(work, self.ready.event)  # its last work is on another stream
-        self._work = work
-        return work
-
-    def _end(self, work: int, stream: int, key: StreamKey) -> Ready:
-        """Record an event behind the work, make the caller's stream wait for it, and return it."""
+            memory.follow(work, self.ready.event)  # its last work is on another stream
+        enqueue(work, scratch)
         ready = self.pool.new_ready()
-        self._memory.record(ready.event, work)
+        memory.record(ready.event, work)
         if work != stream:
-            self._memory.follow(stream, ready.event)
-        self.key, self.ready, self._work = key, ready, None
+            memory.follow(stream, ready.event)
+        self.key, self.ready = key, ready
         return ready
 
     # -- for both
@@ -292,13 +272,9 @@ class Slot:
                 continue
             if name:
                 self._engine.check(self._context.set_tensor_address(name, int(pointer)), "an address for %s", name)
-            elif self.scratch_size:
-                self._context.set_device_memory(int(pointer), self.scratch_size)
+            elif self._scratch_size:
+                self._context.set_device_memory(int(pointer), self._scratch_size)
         self._bound = wanted
-
-    def reads_in_place(self, on_gpu: int) -> bool:
-        """Return whether kernels read page-locked memory where it is. ``on_gpu``: the GPU's address of it."""
-        return self._engine.reads_host_memory and not on_gpu % ALIGNMENT
 
     # -- one call as a CUDA graph
 
@@ -307,49 +283,35 @@ class Slot:
         self._held.append(self.pool.take(size, key, stream))
         return self._held[-1].pointer
 
-    def record(
-        self,
-        source: int,
-        targets: Sequence[int],
-        stream: int,
-        key: StreamKey,
-        copy_in: Callable[[int], None] | None = None,
-        copy_out: Callable[[int], None] | None = None,
-    ) -> Ready:
+    def record(self, enqueue: Callable[[int, int], None], stream: int, key: StreamKey) -> Ready:
         """Run a call once, then capture it as ``graph``; return the event behind the run.
 
-        ``copy_in`` and ``copy_out`` enqueue on a stream what belongs before and behind it. Raises InferenceError if
-        TensorRT cannot capture it.
+        ``enqueue``: enqueues the call on a stream, with scratch memory at an address. Raises InferenceError if TensorRT
+        cannot capture it.
         """
-        scratch = self.hold(rounded(self.scratch_size), stream, key) if self.scratch_size else 0
-
-        def enqueue(work: int) -> None:
-            if copy_in is not None:
-                copy_in(work)
-            self.execute(source, targets, scratch, work)
-            if copy_out is not None:
-                copy_out(work)
-
-        work = self._begin(stream, key)
-        enqueue(work)  # the first run of a shape finishes TensorRT's set-up and cannot be captured
-        ready = self._end(work, stream, key)
+        scratch = self.hold(rounded(self._scratch_size), stream, key) if self._scratch_size else 0
+        try:
+            # The first run of a shape finishes TensorRT's set-up and cannot be captured.
+            ready = self._ordered(enqueue, scratch, stream, key)
+        except BaseException:
+            self.wait_quietly(stream)
+            raise
         # TensorRT-RTX has it, because it compiles while it runs.
         ask = getattr(self._context, "is_stream_capturable", None)
         refusal = "TensorRT makes no CUDA graph of this"
-        if ask is not None and not ask(self.stream):
+        if ask is not None and not ask(int(self.stream)):
             raise InferenceError(f"{refusal}: it says that the call cannot be captured")
         try:
-            self.graph = self._memory.capture(self.stream, lambda: enqueue(self.stream))
+            self.graph = self._memory.capture(self.stream, lambda: enqueue(self.stream, scratch))
         except (InferenceError, RuntimeError) as error:
             raise InferenceError(f"{refusal}: {error}") from error
         return ready
 
-    def _wait_after_error(self) -> None:
-        """Wait for what was enqueued before an error, because the memory that it uses is given back now."""
-        for stream in (self._stream, self._work):
-            if stream is not None:
-                with contextlib.suppress(DeviceError):  # the error that made it wait is the one to raise
-                    self._memory.wait(stream)
+    def wait_quietly(self, stream: int) -> None:
+        """Wait for its own and a caller's stream after an error, because the memory that they use is given back now."""
+        for one in (self.stream, stream):
+            with contextlib.suppress(DeviceError):  # the error that made it wait is the one to raise
+                self._memory.wait(one)
 
     def release(self) -> None:
         """Wait for the GPU and free everything, even if a step fails. Raises the first error."""
@@ -357,55 +319,60 @@ class Slot:
         steps = CleanUp()
         if self.ready is not None:
             steps.make(memory.wait_for, self.ready.event)
-        for stream in (self._stream, self._work):
-            if stream is not None:
-                steps.make(memory.wait, stream)
+        if self.stream:
+            steps.make(memory.wait, self.stream)
         if self.graph is not None:
             steps.make(memory.free_graph, self.graph)
         self.graph = self._context = self.ready = None
         for buffer in self._held:
             buffer.key = None  # all its work is done
             self.pool.give_back(buffer)
-        self._held = []
-        self._staging, self._host_outputs, self._staged = None, {}, np.empty(0)
-        if self._fence is not None:
-            steps.make(memory.free_event, self._fence)
-        if self._stream is not None:
-            steps.make(memory.free_stream, self._stream)
-        self._fence = self._stream = None
+        self._held, self._staging, self._host_outputs = [], _NO_BYTES, {}
+        if self.stream:
+            steps.make(memory.free_stream, self.stream)
+        self.stream = 0
         steps.end()
 
 
 class _Borrowed:
     """Memory of the pool for one call, in the order of a stream: TensorRT's scratch memory, and copies.
 
+    Work on the same stream may use it after the block. An error in the block waits for the GPU first.
+
     ``scratch``: address of the scratch memory; 0 if the context needs none.
     """
 
-    __slots__ = ("_buffers", "_key", "_pool", "_scratch", "_stream", "scratch")
+    __slots__ = ("_buffers", "_key", "_scratch", "_slot", "_stream", "scratch")
 
     def __init__(self, slot: Slot, key: StreamKey, stream: int) -> None:
-        self._pool, self._key, self._stream = slot.pool, key, stream
+        self._slot, self._key, self._stream = slot, key, stream
         self._buffers: list[Buffer] = []
         self._scratch: Buffer | None = None
         self.scratch = 0
-        if slot.scratch_size:
-            self._scratch = self._pool.take_scratch(slot.scratch_size, key, stream)
+
+    def __enter__(self) -> _Borrowed:
+        slot = self._slot
+        if slot._scratch_size:
+            self._scratch = slot.pool.take_scratch(slot._scratch_size, self._key, self._stream)
             self.scratch = self._scratch.pointer
+        return self
 
     def take(self, size: int) -> int:
         """Return the address of ``size`` bytes, already rounded."""
-        self._buffers.append(self._pool.take(size, self._key, self._stream))
+        self._buffers.append(self._slot.pool.take(size, self._key, self._stream))
         return self._buffers[-1].pointer
 
     def are_done(self) -> None:
         """Note that the GPU has finished with everything, so that any stream may use it at once."""
-        for buffer in (*self._buffers, *([self._scratch] if self._scratch is not None else [])):
-            buffer.key = None
-
-    def give_back(self) -> None:
-        """Give everything back. Work on the same stream may use it from now on."""
-        if self._scratch is not None:
-            self._pool.give_back_scratch(self._scratch)
         for buffer in self._buffers:
-            self._pool.give_back(buffer)
+            buffer.key = None
+        if self._scratch is not None:
+            self._scratch.key = None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._slot.wait_quietly(self._stream)
+        if self._scratch is not None:
+            self._slot.pool.give_back_scratch(self._scratch)
+        for buffer in self._buffers:
+            self._slot.pool.give_back(buffer)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_backbones.engines.batching import Piece, pieces
-from edge_backbones.engines.gpu.streams import ALIGNMENT, is_default, rounded, stream_key
+from edge_backbones.engines.gpu.streams import ALIGNMENT, is_default, rounded
 from edge_backbones.engines.ports import Tensor, mismatches
 from edge_backbones.engines.tensorrt.profiles import (
     Profile,
@@ -175,11 +175,7 @@ def test_a_size_grows_by_an_eighth_or_one_alignment_at_most(size):
     assert rounded(allocated) == allocated
 
 
-def test_streams_that_are_one_queue_have_one_key():
-    assert stream_key(0, 7) == stream_key(1, 8)
-    assert stream_key(2, 7) != stream_key(2, 8)
-    assert stream_key(0x7F00, 7) == stream_key(0x7F00, 8)
-    assert len({stream_key(stream, 7) for stream in (0, 2, 0x7F00)}) == 3
+def test_handles_up_to_2_are_default_streams():
     assert [is_default(stream) for stream in (0, 1, 2, 3)] == [True, True, True, False]
 
 

@@ -1,19 +1,16 @@
-"""The driver probe over a driver of our own, and both memory backends over libraries that keep CUDA's rules."""
+"""The driver probe over a driver of our own, and the memory over it."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import re
 import subprocess
 import sys
-import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from edge_backbones.engines.gpu import memory as cuda
-from edge_backbones.errors import DeviceError, InputError, MissingDependencyError, OutOfMemoryError
+from edge_backbones.errors import DeviceError, InputError, MissingDependencyError
 from edge_backbones.installation import pip_install
 from edge_backbones.machine import gpus
 
@@ -71,6 +68,7 @@ def libcuda(devices=1, *, fails=None, missing=()) -> SimpleNamespace:
         "cuStreamGetId": stream_id,
         "cuGraphInstantiateWithFlags": returning(0xB0),
         "cuEventCreate": returning(0xE0),
+        "cuThreadExchangeStreamCaptureMode": returning(0),
     }
 
     def make(symbol):
@@ -170,7 +168,7 @@ def test_the_probe_of_this_machine_answers_and_imports_no_library_of_cuda():
 def test_a_function_that_the_driver_lacks_is_named():
     driver = gpus.CtypesDriver(libcuda(missing=("cuGraphInstantiateWithFlags",)))
     with pytest.raises(DeviceError, match="the NVIDIA driver has no cuGraphInstantiateWithFlags: update the driver"):
-        driver.cuGraphInstantiateWithFlags(1, 0)
+        driver.cuGraphInstantiate(1, 0)
     with pytest.raises(AttributeError):
         driver.cuNothing  # noqa: B018
 
@@ -188,8 +186,7 @@ def test_every_function_that_is_used_is_one_of_cuda_bindings():
     from cuda.bindings import driver as bindings
 
     for name in gpus._PROTOTYPES:
-        if name != "cuGraphInstantiateWithFlags":  # renamed in CUDA 12
-            assert hasattr(bindings, name), name
+        assert hasattr(bindings, name), name
     assert int(bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED) == 2
     assert int(bindings.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL) == 9
     assert not bindings.CUresult.CUDA_SUCCESS
@@ -197,153 +194,45 @@ def test_every_function_that_is_used_is_one_of_cuda_bindings():
     assert int(bindings.CUresult.CUDA_ERROR_OUT_OF_MEMORY) == 2
 
 
-class Library:
-    """What pycuda.driver has of what we use, with its rules: a stack of contexts per thread, whatever else is current."""
+def over(native=None, **options) -> tuple[cuda.GpuMemory, SimpleNamespace]:
+    """Memory over a libcuda, through ctypes."""
+    native = native or libcuda(**options)
+    return cuda.GpuMemory(0, gpus.CtypesDriver(native)), native
 
-    class Error(Exception):
+
+def test_an_old_driver_is_told():
+    old = libcuda()
+    old.cuDriverGetVersion = lambda into: setattr(into._obj, "value", 11040) or 0
+    with pytest.raises(DeviceError, match="serves CUDA 11, and 12 is needed: update the driver"):
+        over(old)
+
+
+def test_the_context_is_current_inside_the_block_alone():
+    memory, native = over()
+    native.calls.clear()
+    with memory, memory:
         pass
-
-    class MemoryError(Error):
-        pass
-
-    def __init__(self) -> None:
-        self.stacks = threading.local()
-        self.live: set[int] = set()
-        self.contexts_made = 0
-        self.fail: str | None = None
-        library = self
-
-        class Context:
-            handle = 0
-
-            def push(self):
-                library.refuse("push")
-                library.stack().append(self)
-
-            def pop(self):
-                library.refuse("pop")
-                assert library.stack().pop() is self
-
-        class Device:
-            def __init__(self, index):
-                library.refuse("device")
-                self.index = index
-
-            def retain_primary_context(self):
-                library.contexts_made += 1
-                return Context()
-
-        class Allocation:
-            def __init__(self, size):
-                library.active()
-                library.refuse("alloc")
-                self.block = ctypes.create_string_buffer(size)
-                self.pointer = ctypes.addressof(self.block)
-                library.live.add(self.pointer)
-
-            def __int__(self):
-                return self.pointer
-
-            def free(self):
-                library.active()
-                library.refuse("free")
-                library.live.remove(self.pointer)
-
-        class Stream:
-            def __init__(self, flags):
-                library.active()
-                assert flags == 1  # CU_STREAM_NON_BLOCKING
-                self.handle = 0x5000
-                library.live.add(self.handle)
-
-            def __del__(self):
-                library.live.discard(self.handle)
-
-        self.Device, self.mem_alloc, self.Stream = Device, Allocation, Stream
-
-    def init(self):
-        self.refuse("init")
-
-    def stack(self):
-        if not hasattr(self.stacks, "value"):
-            self.stacks.value = []
-        return self.stacks.value
-
-    def active(self):
-        assert self.stack(), "no currently active context"
-
-    def refuse(self, what):
-        if self.fail == what:
-            raise (self.MemoryError if what == "alloc" else self.Error)(f"cu{what} failed: invalid")
+    pushed = ["cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"]
+    assert [symbol for symbol, _ in native.calls] == [pushed[0], *pushed, pushed[1]]
 
 
-def over_pycuda(**options) -> tuple[cuda.GpuMemory, Library, SimpleNamespace]:
-    library, native = Library(), libcuda(**options)
-    return cuda.GpuMemory(0, cuda.PyCuda(0, library, gpus.CtypesDriver(native))), library, native
+@pytest.mark.parametrize(("fails", "is_put_back"), [({}, True), ({"cuThreadExchangeStreamCaptureMode": 719}, False)])
+def test_a_call_aside_is_made_in_the_relaxed_mode_if_there_is_one(fails, is_put_back):
+    memory, native = over(fails=fails)
+    native.calls.clear()
+    memory.free(0x100)
+    exchange = ["cuThreadExchangeStreamCaptureMode"]
+    assert [symbol for symbol, _ in native.calls] == exchange + ["cuMemFree_v2"] + exchange * is_put_back
 
 
-def test_pycuda_works_in_the_primary_context_and_leaves_what_was_current():
-    memory, library, _ = over_pycuda()
-    assert library.contexts_made == 1
-    assert library.stack() == []
-    library.stack().append("another library's context")
-    with memory:
-        pointer, stream = memory.allocate(64), memory.new_stream()
-        with memory:
-            assert len(library.stack()) == 3
-    assert library.stack() == ["another library's context"]
-    assert library.live == {pointer, stream}
-
-    def elsewhere():
-        with memory:
-            memory.free(pointer)
-            memory.free_stream(stream)
-        assert library.stack() == []
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    gc.collect()
-    assert library.live == set()
-
-
-@pytest.mark.parametrize(
-    ("fail", "error", "message"),
-    [
-        (
-            "alloc",
-            OutOfMemoryError,
-            r"cuda:0 has no 1.0 MB left \(mem_alloc of 1000000 bytes failed.*1.0 MB of 8.6 GB are free",
-        ),
-        ("push", DeviceError, "Context.push failed"),
-        ("free", DeviceError, "DeviceAllocation.free failed"),
-        ("pop", DeviceError, "Context.pop failed"),
-    ],
-)
-def test_what_pycuda_raises_becomes_ours(fail, error, message):
-    memory, library, _ = over_pycuda()
-    with memory:
-        pointer = memory.allocate(16)
-    library.fail = fail
-    with pytest.raises(error, match=message), memory:
-        memory.allocate(1_000_000) if fail == "alloc" else memory.free(pointer)
-
-
-def test_pycuda_that_cannot_start_is_a_device_error():
-    library = Library()
-    library.fail = "init"
-    with pytest.raises(DeviceError, match=r"pycuda.driver.init failed: cuinit"):
-        cuda.PyCuda(0, library, None)
-
-
-def test_what_pycuda_lacks_goes_to_the_driver():
-    memory, _, native = over_pycuda()
+def test_a_capture_is_what_cuda_is_asked_for():
+    memory, native = over()
     with memory:
         memory.copy_in(0x100, 0x200, 8, 0x5000)
         memory.record(0xE0, 0)
         graph = memory.capture(0x5000, lambda: memory.clear(0x100, 8, 0x5000))
         memory.launch(graph, 0x5000)
-    symbols = [symbol for symbol, _ in native.calls]
+        symbols = [symbol for symbol, _ in native.calls]
     assert symbols[-7:] == [
         "cuEventRecord",
         "cuStreamBeginCapture_v2",
@@ -364,7 +253,6 @@ def test_what_pycuda_lacks_goes_to_the_driver():
         ("cuMemcpyDtoDAsync_v2", lambda m: m.copy(1, 2, 3, 4)),
         ("cuMemsetD8Async", lambda m: m.clear(1, 2, 3)),
         ("cuStreamSynchronize", lambda m: m.wait(1)),
-        ("cuCtxSynchronize", lambda m: m.wait_for_all()),
         ("cuStreamGetId", lambda m: m.stream_key(5)),
         ("cuEventCreate", lambda m: m.new_event()),
         ("cuEventRecord", lambda m: m.record(1, 2)),
@@ -377,44 +265,45 @@ def test_what_pycuda_lacks_goes_to_the_driver():
         ("cuGraphLaunch", lambda m: m.launch(1, 2)),
         ("cuGraphExecDestroy", lambda m: m.free_graph(1)),
         ("cuMemHostAlloc", lambda m: m.pinned(24)),
+        ("cuMemAlloc_v2", lambda m: m.allocate(24)),
+        ("cuMemFree_v2", lambda m: m.free(24)),
+        ("cuStreamCreate", lambda m: m.new_stream()),
+        ("cuStreamDestroy_v2", lambda m: m.free_stream(24)),
     ],
 )
 def test_every_return_of_the_driver_is_checked(symbol, use):
-    memory, library, _ = over_pycuda(fails={symbol: 719})
+    memory, native = over(fails={symbol: 719})
     with pytest.raises(DeviceError, match="failed: CUDA_ERROR_LAUNCH_FAILED"), memory:
         use(memory)
-    assert library.stack() == []
+    assert native.calls[-1][0] == "cuCtxPopCurrent_v2"
 
 
 def test_a_pointer_that_cuda_does_not_know_has_no_device():
-    assert over_pycuda()[0].elsewhere(0x1000) == ""
-    assert over_pycuda(fails={"cuPointerGetAttribute": 1})[0].elsewhere(0x1000) == "host memory"
+    assert over()[0].elsewhere(0x1000) == ""
+    assert over(fails={"cuPointerGetAttribute": 1})[0].elsewhere(0x1000) == "host memory"
 
 
-def test_streams_are_told_apart_by_their_number_where_cuda_has_one():
-    memory, _, native = over_pycuda()
+def test_streams_are_told_apart_by_their_number():
+    memory, native = over()
     assert memory.stream_key(0) == memory.stream_key(1) == 0
     assert memory.stream_key(0x5000) == 1 + 0x5000 + 7
     assert [symbol for symbol, _ in native.calls].count("cuStreamGetId") == 1
-    before_cuda_12 = over_pycuda(missing=("cuStreamGetId",))[0]
-    assert before_cuda_12.stream_key(0x5000) == 0x5000
-    assert before_cuda_12.stream_key(2) == (2, threading.get_ident())
 
 
 def test_a_capture_that_breaks_off_ends_the_capture():
-    memory, _, native = over_pycuda()
+    memory, native = over()
 
     def broken():
         raise ZeroDivisionError
 
     with memory, pytest.raises(ZeroDivisionError):
         memory.capture(5, broken)
-    assert [symbol for symbol, _ in native.calls][-2:] == ["cuStreamEndCapture", "cuGraphDestroy"]
+    assert [symbol for symbol, _ in native.calls][-3:-1] == ["cuStreamEndCapture", "cuGraphDestroy"]
 
 
 def test_a_module_that_is_missing_is_named_with_its_command(monkeypatch):
     cuda._opened.cache_clear()
-    for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.cuda", "pycuda", "pycuda.driver"):
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "pycuda", "pycuda.driver"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
         MissingDependencyError, match=r"cuda-bindings is missing\): pip install 'cuda-bindings==12\.\*'"
@@ -426,21 +315,11 @@ def test_a_module_that_is_missing_is_named_with_its_command(monkeypatch):
         cuda.open_memory(0, "cupy")
 
 
-@pytest.mark.parametrize("module", ["cuda.bindings.driver", "cuda.cuda"])
-def test_both_names_of_the_bindings_are_tried(monkeypatch, module):
-    for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.cuda"):
-        monkeypatch.setitem(sys.modules, name, None)
-    parts = module.split(".")
-    for i in range(1, len(parts) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
-    assert cuda._cuda_bindings() is sys.modules[module]
-
-
 def test_pycuda_is_taken_where_the_bindings_are_not(monkeypatch):
-    library, native = Library(), libcuda()
     monkeypatch.setattr(cuda, "_cuda_bindings", lambda: (_ for _ in ()).throw(MissingDependencyError("x", "tensorrt")))
-    monkeypatch.setattr(cuda, "_pycuda", lambda: library)
-    monkeypatch.setattr(gpus, "load_driver", lambda: native)
+    for name in ("pycuda", "pycuda.driver"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(gpus, "load_driver", libcuda)
     cuda._opened.cache_clear()
     try:
         assert cuda.open_memory(0).backend == "pycuda"
