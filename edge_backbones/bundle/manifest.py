@@ -258,7 +258,7 @@ class Trial(_Strict, frozen=True):
 
     ``cosine`` and ``sqnr_db`` are those of the graph as it is written, with the signed activations that TensorRT requires. A
     CPU engine may be better, see its own parity. ``blocks``: those that int8 keeps in fp16. ``milliseconds``: median at batch
-    opt.
+    opt. ``computes_in``: as in the engine's key.
     """
 
     precision: Precision
@@ -267,6 +267,7 @@ class Trial(_Strict, frozen=True):
     sqnr_db: Decibels
     passed: bool
     milliseconds: Milliseconds | None = None
+    computes_in: Literal["fp32", "fp16", "bf16"] | msgspec.UnsetType = msgspec.UNSET
 
 
 class BlockNoise(_Strict, frozen=True):

@@ -268,6 +268,11 @@ def print_parity(reports: Iterable[ParityReport], console: Console = out, *, nam
         console.print(table)
 
 
+def rest_of(precision: str, computes_in: object) -> str:
+    """Return words for the rest of an int8 engine, where it is not fp32."""
+    return f" with a {computes_in} rest" if precision == "int8" and isinstance(computes_in, str) else ""
+
+
 def print_trials(decision: Decision | None) -> None:
     """Print what a build tried, parity beside latency; nothing without a decision."""
     if decision is None:
@@ -280,7 +285,7 @@ def print_trials(decision: Decision | None) -> None:
         without = f" without {count} block{'s' * (count > 1)}" if count else ""
         milliseconds = "" if trial.milliseconds is None else f"{trial.milliseconds:.2f}"
         table.add_row(
-            f"{trial.precision}{without}",
+            f"{trial.precision}{without}{rest_of(trial.precision, trial.computes_in)}",
             f"{trial.cosine:.4f}",
             f"{trial.sqnr_db:.1f}",
             milliseconds,

@@ -15,7 +15,7 @@ from edge_backbones.errors import BundleError
 from edge_backbones.report.kernels import KernelCounts
 from edge_backbones.report.layers import describe_plan
 from edge_backbones.report.summary import stored_times
-from edge_backbones.report.words import megabytes
+from edge_backbones.report.words import computed, megabytes
 
 
 def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
@@ -111,7 +111,8 @@ def _print_engines(bundle: str, manifest: Manifest, reasons: Mapping[str, Sequen
         console.out.print(engines)
         for engine in manifest.engines:
             if isinstance(engine.key.computes_in, str):
-                console.out.print(f"{engine.name}: {engine.key.precision}, computed in {engine.key.computes_in}")
+                words = computed(engine.key.precision, engine.key.computes_in)
+                console.out.print(f"{engine.name}: {engine.key.precision}{words}")
     if all(reasons.values()):
         none = "no engine of it runs here" if manifest.engines else "no engine yet"
         graphs = any(graph.format == "onnx" for graph in manifest.graphs)

@@ -37,7 +37,7 @@ from edge_backbones.machine.devices import Place
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.reading import why_not
 from edge_backbones.report import charts, figures, layers, summary, usage
-from edge_backbones.report.words import fixed, megabytes, signs, times, yes_or_no
+from edge_backbones.report.words import computed, fixed, megabytes, signs, times, yes_or_no
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 
@@ -185,8 +185,8 @@ def _sentence(engine: EngineRecord) -> str:
     place = f"{key.architecture}{feature}" if key.gpu is None else ", ".join(key.gpu.architectures)
     device = f" ({key.device_name})" if key.device_name else ""
     library = f"{registry.title_of(key.flavour)} {key.library_version.partition('-')[0]}"
-    computes = f", computed in {key.computes_in}" if isinstance(key.computes_in, str) else ""
-    start = f"{key.precision}{computes} for {library} on {place}{device}, {megabytes(engine.file.size)}"
+    what = f"{key.precision}{computed(key.precision, key.computes_in)}"
+    start = f"{what} for {library} on {place}{device}, {megabytes(engine.file.size)}"
     report = engine.parity
     if not report.measured:
         return f"{start}; compiled ahead of time and not measured yet: run edge-backbones verify on its device."

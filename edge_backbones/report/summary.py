@@ -272,7 +272,8 @@ def stored_times(manifest: Manifest, engine: EngineRecord) -> tuple[float | None
 def shipped_trial(decision: Decision, engine: EngineRecord, manifest: Manifest) -> Trial | None:
     """Return the trial of a build that became an engine: of its precision, passed, its blocks among the excluded layers.
 
-    Of several the one with most blocks, since a graph without them would exclude fewer layers.
+    Of several the one that names the engine's number format, then the one with most blocks, since a graph without them
+    would exclude fewer layers.
     """
     graph = manifest.onnx_graph(engine.key.precision)
     trials = [
@@ -282,7 +283,7 @@ def shipped_trial(decision: Decision, engine: EngineRecord, manifest: Manifest) 
         and trial.passed
         and all(any(is_meant(layer, block) for layer in (graph.excluded if graph else ())) for block in trial.blocks)
     ]
-    return max(trials, key=lambda trial: len(trial.blocks), default=None)
+    return max(trials, key=lambda trial: (trial.computes_in == engine.key.computes_in, len(trial.blocks)), default=None)
 
 
 def is_meant(layer: str, block: str) -> bool:

@@ -28,3 +28,13 @@ def signs(text: object) -> str:
 def yes_or_no(value: bool) -> str:
     """Write a truth value as yes or no."""
     return "yes" if value else "no"
+
+
+def computed(precision: str, computes_in: object) -> str:
+    """Return words that follow a precision and say what its engine computes in; empty where the engine's key does not say.
+
+    Of int8 it is the rest, what is not int8, that is meant.
+    """
+    if not isinstance(computes_in, str):
+        return ""
+    return f" with a {computes_in} rest" if precision == "int8" else f", computed in {computes_in}"

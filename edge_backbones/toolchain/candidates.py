@@ -1,8 +1,16 @@
 """Try candidates for a bundle: compile and measure each, and exclude layers from int8 and fp8 until they hold their gates.
 
-fp32, fp16 and bf16 have one candidate. If int8 or fp8 misses its gate, the noisiest blocks stay in half, as many as the
-measured noise of each block asks for (`noise_of_blocks`), until the gate holds or a single block is left. Then a bisection
-finds the fewest blocks that suffice.
+fp32, fp16 and bf16 have one candidate. With ``auto`` these are weighed against each other:
+
+- fp32;
+- bf16, if the CPU has instructions for it. Elsewhere it is not built: it would be fp32 with coarser weights.
+- fp16, if the CPU and OpenVINO have it. Elsewhere it is fp32 in disguise, which cannot win: its graph is built and measured
+  for other devices, and it is not timed.
+- int8, and int8 without its skip branches; on a CPU with instructions for bf16 both once more with a bf16 rest, which is what
+  is not int8, if they hold the gate with an fp32 rest.
+
+If int8 or fp8 misses its gate, the noisiest blocks stay in half, as many as the measured noise of each block asks for
+(`noise_of_blocks`), until the gate holds or a single block is left. Then a bisection finds the fewest blocks that suffice.
 """
 
 from __future__ import annotations
@@ -20,8 +28,10 @@ from edge_backbones.deploy.parity import advice_on_building, excess_noise, measu
 from edge_backbones.deploy.timing import time_engines
 from edge_backbones.engines import select as session
 from edge_backbones.engines.base import CompiledEngine
-from edge_backbones.engines.openvino.compile import compile_graph
+from edge_backbones.engines.compat import computed_in
+from edge_backbones.engines.openvino.compile import compile_graph, computes_in
 from edge_backbones.engines.promises import DEFAULT_GATES
+from edge_backbones.errors import QuantizationError
 from edge_backbones.parity_report import Gate, ParityReport
 from edge_backbones.progress import Progress
 from edge_backbones.spec import InputSpec, Precision
@@ -149,6 +159,22 @@ def _measure(inputs: CandidateInputs, engine: CompiledEngine, gate: Gate) -> Par
     return measure_engine(engine.key, engine.data, inputs.graph.spec, inputs.input, inputs.golden, gate)
 
 
+def with_bf16_rest(inputs: CandidateInputs, candidate: Candidate, gate: Gate) -> Candidate:
+    """Return an int8 candidate whose engine computes in bf16 what is not int8. The graph is the same."""
+    inputs.progress("compiling int8 with a bf16 rest", 0, None)
+    graph = candidate.typed.path.read_bytes()
+    engine = compile_graph(graph, Precision.INT8, cache=inputs.cache, rest=Precision.BF16)
+    return dataclasses.replace(candidate, engine=engine, shipped=_measure(inputs, engine, gate))
+
+
+def can_win(precision: Precision) -> bool:
+    """Return whether an engine of a precision may be faster than fp32 on this CPU.
+
+    fp16 and bf16 may not where the CPU computes them in fp32.
+    """
+    return not precision.info.is_half or computes_in(precision) is precision
+
+
 def ranges_of(calibrated: Calibrated, precision: Precision) -> Mapping[str, float]:
     """Return the range of each tensor: in int8 what the estimators chose, in fp8 the largest |x|, since fp8 need not clip."""
     assert calibrated.file is not None  # a build calibrates before it tries int8 or fp8
@@ -167,13 +193,14 @@ def decide(
 ) -> Verdict:
     """Try every wanted precision and decide what goes into the bundle, and why, where there was something to weigh.
 
-    Each precision becomes an engine, or with ``auto`` the fastest of all candidates does. Several candidates are timed side
-    by side. ``fallback``: exclude blocks from int8 and fp8 until the gate holds. Raises ParityError for a precision outside
-    its gate; with ``auto`` for fp32 only.
+    Each precision becomes an engine, or with ``auto`` the fastest of all candidates does (bf16 among them, where `can_win`
+    says so). Several candidates are timed side by side. ``fallback``: exclude blocks from int8 and fp8 until the gate holds.
+    Raises ParityError for a precision outside its gate; with ``auto`` for fp32 only.
     """
     tried: list[Candidate] = []
     chosen: list[Candidate] = []
     noise: dict[str, Noise] = {}
+    weighs_bf16 = auto and can_win(Precision.BF16)
     for precision in wanted:
         gate = gates.get(precision, DEFAULT_GATES[precision])
         if precision.is_calibrated:
@@ -186,9 +213,17 @@ def decide(
             require(of_precision[-1].shipped, advice=advice_on_building)
         tried += of_precision
         chosen.append(of_precision[-1])
+        if weighs_bf16 and precision is Precision.INT8 and inputs.front is None:  # frames are converted in fp32
+            tried += [with_bf16_rest(inputs, candidate, gate) for candidate in of_precision if candidate.passed]
+        if weighs_bf16 and precision is Precision.FP16:
+            of_bf16 = bf16_candidates(inputs, gates.get(Precision.BF16, DEFAULT_GATES[Precision.BF16]))
+            tried += of_bf16
+            chosen += of_bf16
     if len(tried) > 1:
         positions = [tried.index(candidate) for candidate in chosen]
-        tried = timed(tried, inputs.progress)
+        weighed = [candidate for candidate in tried if not auto or can_win(candidate.precision)]
+        times = iter(timed(weighed, inputs.progress))
+        tried = [next(times) if candidate in weighed else candidate for candidate in tried]
         chosen = [tried[position] for position in positions]
     if auto:
         best, sentence = fastest(tried)
@@ -199,6 +234,14 @@ def decide(
         sentence = "; ".join(loosened(of_precision) for of_precision in by_precision if len(of_precision) > 1)
         return Verdict(chosen, [], decision(sentence, tried, noise))
     return Verdict(chosen, [], None)
+
+
+def bf16_candidates(inputs: CandidateInputs, gate: Gate) -> list[Candidate]:
+    """Return the bf16 candidate; none for a network that has operators without bf16."""
+    try:
+        return [make_candidate(inputs, Precision.BF16, gate)]
+    except QuantizationError:
+        return []
 
 
 def try_quantized(
@@ -277,18 +320,21 @@ def timed(candidates: Sequence[Candidate], progress: Progress) -> list[Candidate
 def fastest(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
     """Return the fastest candidate inside its gate and a sentence that says why. At least one must be inside.
 
-    Of candidates that timing cannot tell apart it is one without rounding to 8 bits, else the most accurate.
+    Candidates that were not timed cannot win. Of candidates that timing cannot tell apart it is one without rounding to 8
+    bits, else the most accurate.
     """
+    holding = {candidate.precision for candidate in candidates if candidate.passed}
+    failed = [candidate for candidate in candidates if candidate.precision not in holding]
+    candidates = [candidate for candidate in candidates if candidate.milliseconds is not None]
     passed = [candidate for candidate in candidates if candidate.passed]
     first = min(passed, key=_latency)
     tied = [c for c in passed if _latency(c) <= _TIE * _latency(first)]
     floats = [c for c in tied if not c.precision.is_calibrated]
     alike = [c for c in tied if c.precision is first.precision]
-    # int8 is shipped only where it is measured to be faster.
-    best = min(floats, key=_latency) if floats else max(alike, key=_worst_sqnr)
+    # int8 is shipped only where it is measured to be faster, and so is bf16 beside fp32.
+    best = max(floats or alike, key=lambda c: (_worst_sqnr(c), _worst_sqnr_shipped(c)))
     rest = sorted((c for c in passed if c is not best), key=_latency)
     times = ", ".join(f"{_label(c)} {c.milliseconds:.2f} ms" for c in (best, *rest))
-    failed = [c for c in candidates if c.precision not in {p.precision for p in passed}]
     reasons = [f"{_label(c)} is outside its gate ({c.failures()})" for c in failed[-1:]]
     slow = next((c for c in rest if c.precision.is_calibrated and not best.precision.is_calibrated), None)
     if slow is not None and best is first:
@@ -296,7 +342,36 @@ def fastest(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
     if best is not first:
         gain = _worst_sqnr(best) - _worst_sqnr(first)
         reasons.append(f"{_label(best)} is as fast as {_label(first)} here and {gain:.1f} dB more accurate")
+    if cost := cost_of_gate(candidates, best):
+        reasons.append(cost)
     return best, f"{'; '.join([*reasons, times])}: shipping {_label(best)}"
+
+
+def cost_of_gate(candidates: Sequence[Candidate], best: Candidate) -> str:
+    """Say how much time a gate costs: the latency of ``best`` over that of the fastest candidate outside its gate.
+
+    Empty if none outside is faster. Latencies within 3 % are equal.
+    """
+    outside = [candidate for candidate in candidates if not candidate.passed]
+    fastest_outside = min(outside, key=_latency, default=None)
+    if fastest_outside is None or not _TIE * _latency(fastest_outside) < _latency(best) < math.inf:
+        return ""
+    times = f"the gate cost {_latency(best) / _latency(fastest_outside):.2f}x"
+    if best.precision is fastest_outside.precision and best.blocks:
+        return f"{times}: {_not_quantised(best)} computed in {_format_of_rest(best)}"
+    return f"{times}: {_label(fastest_outside)} {_latency(fastest_outside):.2f} ms is outside"
+
+
+def _not_quantised(candidate: Candidate) -> str:
+    """Say which blocks of a candidate are not quantised, with the verb."""
+    count = len([block for block in candidate.blocks if block != SKIPS])
+    parts = ["skip branches"] * (SKIPS in candidate.blocks) + [f"{count} block{'s' * (count > 1)}"] * bool(count)
+    return f"{' and '.join(parts)} {'is' if parts == ['1 block'] else 'are'}"
+
+
+def _format_of_rest(candidate: Candidate) -> str:
+    """Return the number format in which this CPU computes what an int8 or fp8 engine does not quantise."""
+    return computed_in(candidate.engine.key)
 
 
 def loosened(candidates: Sequence[Candidate]) -> str:
@@ -306,6 +381,7 @@ def loosened(candidates: Sequence[Candidate]) -> str:
     return (
         f"all-{first.precision} missed its gate ({first.failures()}); with {count} block{'s' * (count > 1)} in fp16 "
         f"({', '.join(last.blocks[:5])}{', ...' if count > 5 else ''}) it passes"
+        + (f"; {cost}" if (cost := cost_of_gate(candidates, last)) else "")
     )
 
 
@@ -319,6 +395,7 @@ def decision(sentence: str, candidates: Sequence[Candidate], noise: Mapping[str,
             sqnr_db=min(stage.sqnr_db for stage in c.report.stages),
             passed=c.passed,
             milliseconds=c.milliseconds,
+            computes_in=c.engine.key.computes_in,
         )
         for c in candidates
     )
@@ -338,7 +415,9 @@ def _label(candidate: Candidate) -> str:
     without = ["its skip branches"] * (SKIPS in candidate.blocks) + [
         f"{len(blocks)} block{'s' * (len(blocks) > 1)}"
     ] * bool(blocks)
-    return f"{candidate.precision} without {' and '.join(without)}" if without else str(candidate.precision)
+    name = f"{candidate.precision} without {' and '.join(without)}" if without else str(candidate.precision)
+    has_rest = candidate.precision is Precision.INT8 and _format_of_rest(candidate) != Precision.FP32
+    return f"{name} with a {_format_of_rest(candidate)} rest" if has_rest else name
 
 
 def _latency(candidate: Candidate) -> float:
@@ -347,3 +426,7 @@ def _latency(candidate: Candidate) -> float:
 
 def _worst_sqnr(candidate: Candidate) -> float:
     return min(stage.sqnr_db for stage in candidate.report.stages)
+
+
+def _worst_sqnr_shipped(candidate: Candidate) -> float:
+    return min(stage.sqnr_db for stage in candidate.shipped.stages)

@@ -25,7 +25,7 @@ METHODS = get_args(Method)
 PROGRAMS = ("torchscript", "exported_program")
 MAPS = ("float16", "channels-last")
 INPUTS = ("pixel_values", "image", "frame")
-_AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # a CPU computes bf16 and fp8 in fp32
+_AUTO = (Precision.FP32, Precision.FP16, Precision.INT8)  # and bf16, if this CPU has it: see candidates.py
 _MOST_PIXELS = 1 << 24  # of a side: what a manifest holds
 OF_CALIBRATED = ("method", "percentile", "calibration", "exclude")
 """Options that mean nothing to other precisions."""
@@ -160,7 +160,7 @@ class BuildOptions:
     precisions: Annotated[
         tuple[Precision | str, ...] | Literal["auto"],
         Option(
-            "Number format of the engine, one engine each. auto: the fastest of fp32, fp16 and int8 on this "
+            "Number format of the engine, one engine each. auto: the fastest of fp32, bf16, fp16 and int8 on this "
             "machine that passes its accuracy gate. By default int8."
         ),
     ] = (Precision.INT8,)

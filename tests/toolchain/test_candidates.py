@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import networks
 import numpy as np
@@ -18,8 +19,11 @@ from hypothesis import strategies as st
 from edge_backbones.bundle.reader import load_golden
 from edge_backbones.deploy import timing
 from edge_backbones.deploy.parity import compare, excess_noise
+from edge_backbones.engines.compat import has_units
 from edge_backbones.errors import CalibrationError, QuantizationError
+from edge_backbones.machine import hosts
 from edge_backbones.parity_report import Gate, ParityError
+from edge_backbones.report.summary import shipped_trial
 from edge_backbones.runtime.backbone import EdgeBackbone
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain import candidates
@@ -323,7 +327,7 @@ def test_a_gate_that_int8_fails_costs_as_many_blocks_as_it_takes(photograph_fold
     count = len(last.blocks)
     assert result.notes[0].startswith("all-int8 missed its gate (")
     assert f"; with {count} block{'s' * (count > 1)} in fp16 (op:Add" in result.notes[0]
-    assert result.notes[0].endswith(") it passes")
+    assert ") it passes" in result.notes[0]
     golden = load_golden(result.bundle)
     with EdgeBackbone.from_pretrained(result.bundle.path) as backbone:
         for stage, feature_map in backbone.run(golden.inputs["opt"]).items():
@@ -383,6 +387,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
         return [timing.Times(time, None) for time in found]
 
     monkeypatch.setattr(candidates, "time_engines", measure)
+    monkeypatch.setattr(candidates, "can_win", lambda precision: precision is not Precision.BF16)
 
 
 @pytest.mark.parametrize(
@@ -435,6 +440,111 @@ def test_auto_does_without_int8_that_cannot_pass(photograph_folder, tmp_path, mo
     assert [engine.key.precision for engine in result.bundle.manifest.engines] == ["fp16"]
     assert "int8 without its skip branches is outside its gate (layer1 has cosine" in result.notes[0]
     assert result.notes[0].endswith("shipping fp16")
+
+
+@pytest.mark.skipif(
+    not has_units(Precision.BF16, hosts.this_host({}).cpu_features), reason="this CPU has no bf16 instructions"
+)
+@pytest.mark.parametrize(
+    ("times", "shipped", "computes_in", "words"),
+    [  # fp32, bf16, int8, int8 without skips, and both with a bf16 rest
+        ((5.0, 2.0, 2.5, 2.6, 2.4, 2.5), "bf16", "bf16", "int8 with a bf16 rest is 0.83x bf16 here; bf16 2.00 ms"),
+        ((5.0, 5.1, 6.0, 6.0, 6.0, 6.0), "fp32", None, "fp32 5.00 ms, bf16 5.10 ms"),
+        ((5.1, 5.0, 6.0, 6.0, 6.0, 6.0), "fp32", None, "fp32 is as fast as bf16 here and "),
+        ((5.0, 3.0, 2.5, 2.6, 1.0, 1.2), "int8 with a bf16 rest", "bf16", "int8 with a bf16 rest 1.00 ms"),
+        ((5.0, 3.0, 1.0, 1.2, 0.99, 1.2), "int8", None, "int8 is as fast as int8 with a bf16 rest here"),
+        (
+            (5.0, 3.0, 2.5, 2.6, 1.2, 1.0),
+            "int8 without its skip branches with a bf16 rest",
+            "bf16",
+            "int8 without its skip branches with a bf16 rest 1.00 ms",
+        ),
+    ],
+)
+def test_auto_weighs_bf16_where_the_cpu_has_it(
+    photograph_folder, tmp_path, monkeypatch, times, shipped, computes_in, words
+):
+    def measure(engines, input, *, progress):
+        return [timing.Times(time, None) for time, _ in zip(times, engines, strict=True)]
+
+    monkeypatch.setattr(candidates, "time_engines", measure)
+    monkeypatch.setattr(candidates, "can_win", lambda precision: precision is not Precision.FP16)
+    options = BuildOptions(**SMALL, precisions="auto")
+    result = build_bundle("test_resnet", tmp_path / "auto.bundle", images=photograph_folder, options=options)
+    manifest = result.bundle.manifest
+    (engine,) = manifest.engines
+    assert engine.key.precision == shipped.split()[0]
+    assert (engine.key.computes_in if isinstance(engine.key.computes_in, str) else None) == computes_in
+    assert words in manifest.decision.sentence
+    assert manifest.decision.sentence.endswith(f": shipping {shipped}")
+    trials = manifest.decision.trials
+    assert [trial.precision for trial in trials] == ["fp32", "fp16", "bf16", *["int8"] * 4]
+    assert [trial.milliseconds for trial in trials] == [times[0], None, *times[1:]]  # fp32 in disguise is not timed
+    assert {graph.precision for graph in manifest.graphs} == {"int8", "fp16", "bf16", shipped.split()[0]}
+    assert (
+        shipped_trial(manifest.decision, engine, manifest).milliseconds == min(times)
+        or "as fast" in words
+        or (shipped == "fp32")
+    )
+    with EdgeBackbone.from_pretrained(result.bundle.path) as backbone:
+        assert set(backbone.run(np.zeros(manifest.input.opt_shape, np.float32))) == set(manifest.backbone.outputs)
+
+
+@pytest.mark.parametrize(
+    ("computed", "expected"),
+    [
+        ({Precision.BF16}, {"fp32", "bf16", "int8", "fp8"}),
+        ({Precision.FP16}, {"fp32", "fp16", "int8", "fp8"}),
+        (set(), {"fp32", "int8", "fp8"}),
+    ],
+)
+def test_half_precision_cannot_win_where_it_is_computed_in_fp32(monkeypatch, computed, expected):
+    monkeypatch.setattr(candidates, "computes_in", lambda p: p if p in computed else Precision.FP32)
+    assert {precision.value for precision in Precision if candidates.can_win(precision)} == expected
+
+
+def test_a_network_without_bf16_is_weighed_without_it(monkeypatch):
+    def refuse(*_):
+        raise QuantizationError("the graph has GroupNormalization")
+
+    monkeypatch.setattr(candidates, "make_candidate", refuse)
+    assert candidates.bf16_candidates(None, Gate(min_sqnr_db=27)) == []
+
+
+def fake(precision: Precision, milliseconds: float, *, passed: bool, blocks=(), computes_in=None) -> SimpleNamespace:
+    key = SimpleNamespace(computes_in=computes_in)
+    return SimpleNamespace(
+        precision=precision,
+        milliseconds=milliseconds,
+        passed=passed,
+        blocks=blocks,
+        engine=SimpleNamespace(key=key),
+    )
+
+
+INT8_OUTSIDE = fake(Precision.INT8, 2.0, passed=False)
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        (
+            fake(Precision.INT8, 2.6, passed=True, blocks=("op:Add",)),
+            "the gate cost 1.30x: skip branches are computed in fp32",
+        ),
+        (
+            fake(Precision.INT8, 2.6, passed=True, blocks=("op:Add", "a", "b"), computes_in="bf16"),
+            "the gate cost 1.30x: skip branches and 2 blocks are computed in bf16",
+        ),
+        (fake(Precision.INT8, 3.0, passed=True, blocks=("a",)), "the gate cost 1.50x: 1 block is computed in fp32"),
+        (fake(Precision.BF16, 3.0, passed=True), "the gate cost 1.50x: int8 2.00 ms is outside"),
+        (fake(Precision.INT8, 2.05, passed=True, blocks=("a",)), ""),  # as fast
+        (fake(Precision.INT8, 1.5, passed=True, blocks=("a",)), ""),
+    ],
+)
+def test_what_a_gate_costs_in_time_is_said(best, expected):
+    assert candidates.cost_of_gate([INT8_OUTSIDE, best], best) == expected
+    assert candidates.cost_of_gate([best], best) == ""
 
 
 def test_engines_take_turns_and_none_is_left_open(monkeypatch):

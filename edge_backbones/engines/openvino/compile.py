@@ -35,22 +35,30 @@ def computes_in(precision: Precision) -> Precision:
     return Precision.FP32 if precision is Precision.FP16 and not session.computes_in_fp16() else precision
 
 
-def engine_key(graph: bytes, precision: Precision, *, as_written: bool = False) -> EngineKey:
+def engine_key(
+    graph: bytes, precision: Precision, *, as_written: bool = False, rest: Precision | None = None
+) -> EngineKey:
     """Return the key of the OpenVINO engine that this machine would compile from a graph.
 
-    ``as_written``: as for `compile_graph`.
+    ``as_written`` and ``rest``: as for `compile_graph`.
 
     Raises MissingDependencyError if OpenVINO is not installed.
     """
     version = session.library_version()
     if version is None:
         raise MissingDependencyError("compiling the CPU engine", "cpu")
-    says = precision.info.is_half and not as_written and not _takes_frames(graph)
-    return compat.cpu_key("openvino", version, precision, graph, computes_in=computes_in(precision) if says else None)
+    if precision.info.is_half and not as_written:
+        rest = computes_in(precision)
+    return compat.cpu_key("openvino", version, precision, graph, computes_in=None if _takes_frames(graph) else rest)
 
 
 def compile_graph(
-    graph: bytes, precision: Precision, *, cache: Path | None, as_written: bool = False
+    graph: bytes,
+    precision: Precision,
+    *,
+    cache: Path | None,
+    as_written: bool = False,
+    rest: Precision | None = None,
 ) -> CompiledEngine:
     """Compile ONNX bytes for this machine's CPU, or take the engine from ``cache``.
 
@@ -61,6 +69,8 @@ def compile_graph(
         as_written: Compile an int8 or bf16 graph as it is, so that the engine rounds as TensorRT does. By default it is
             adapted to the CPU (:mod:`edge_backbones.engines.openvino.int8_graph` and
             :mod:`edge_backbones.engines.openvino.bf16_graph`).
+        rest: Number format in which an int8 engine computes what is not int8: bf16, on a CPU with instructions for it.
+            None for fp32.
 
     Returns:
         The compiled engine.
@@ -69,7 +79,7 @@ def compile_graph(
         CompileError: OpenVINO refuses the graph; the message has its words.
         MissingDependencyError: OpenVINO is not installed.
     """
-    key = engine_key(graph, precision, as_written=as_written)
+    key = engine_key(graph, precision, as_written=as_written, rest=rest)
     chosen = session.settings(None, compat.computed_in(key))
     name = hashlib.sha256(msgspec.json.encode([key, chosen, as_written])).hexdigest()
     if cache is not None and (cached := _read_cached(cache, name)) is not None:

@@ -24,6 +24,7 @@ from edge_backbones.doctor import Finding
 from edge_backbones.errors import CompileError
 from edge_backbones.installation import pip_install
 from edge_backbones.parity_report import Gate
+from edge_backbones.report.words import computed
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooled, pooling_input
 from tests.simulated_builder import GRAPH
@@ -114,6 +115,8 @@ def test_inspect_says_in_which_format_an_engine_computes(tmp_path, capsys):
     write_manifest(made.path, msgspec.structs.replace(made.manifest, engines=(engine, other)))
     assert cli._run(["inspect", str(made.path)]) == 0
     assert f"{other.name}: fp16, computed in fp32" in " ".join(capsys.readouterr().out.split())
+    assert computed("int8", "bf16") == " with a bf16 rest"
+    assert computed("int8", msgspec.UNSET) == ""
 
 
 def test_inspect_counts_the_kernels_of_a_plan(tmp_path, capsys):

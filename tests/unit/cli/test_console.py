@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import rich.console
 
+from edge_backbones.bundle.manifest import Decision, Trial
 from edge_backbones.cli import console
+from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooling_input
 
 CLI = [sys.executable, "-m", "edge_backbones.cli.main"]
@@ -150,3 +153,14 @@ def test_sentences_are_said_once(capfd):
         progress("compiling fp16", 4, 4)
     assert capfd.readouterr().err.splitlines() == ["compiling int8", "leaving int8 out: it is [red]", "compiling fp16"]
     assert steps.said == ["compiling int8", "leaving int8 out: it is [red]", "compiling fp16"]
+
+
+def test_trials_name_the_rest_of_int8_where_it_is_not_fp32(monkeypatch):
+    plain = Trial(precision=Precision.INT8, blocks=("op:Add",), cosine=1.0, sqnr_db=30.0, passed=True, milliseconds=2.0)
+    trials = (plain, msgspec.structs.replace(plain, computes_in="bf16"))
+    trials += (msgspec.structs.replace(plain, precision=Precision.BF16, blocks=(), computes_in="bf16"),)
+    written = io.StringIO()
+    monkeypatch.setattr(console, "out", rich.console.Console(file=written, width=120))
+    console.print_trials(Decision(sentence="", device_name="Xeon", trials=trials))
+    rows = [line.split("1.0000")[0].strip() for line in written.getvalue().splitlines() if "1.0000" in line]
+    assert rows == ["int8 without 1 block", "int8 without 1 block with a bf16 rest", "bf16"]

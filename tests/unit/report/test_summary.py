@@ -452,3 +452,10 @@ def test_the_largest_figures_of_a_manifest_have_words(manifest):
     assert found.tiles[0].text == "-10000.0 dB"
     assert "as large as the signal, or larger" in found.tiles[0].meaning
     assert "exact" in screen(manifest, engine(manifest, parity(1e4, gate=Gate()))).tiles[0].text
+
+
+def test_of_two_trials_that_differ_in_the_rest_the_engines_own_is_found(manifest):
+    plain, bf16 = trial("int8", 2.0), replace(trial("int8", 1.0), computes_in="bf16")
+    decision = Decision(sentence="", device_name="", trials=(plain, bf16))
+    assert shipped_trial(decision, engine(manifest, parity(30)), manifest) is plain
+    assert shipped_trial(decision, engine(manifest, parity(30), computes_in="bf16"), manifest) is bf16
