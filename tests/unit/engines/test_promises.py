@@ -133,7 +133,10 @@ def lies(manifest: Manifest, name: str) -> dict[str, object]:
         "rank": {"backbone": replace(spec, layouts=("NCHW", "NLC"))},
         "order of axes": {"backbone": replace(spec, layouts=("NCHW", "NHWC"))},
         "strides": {"backbone": replace(spec, strides=((4, 4), (32, 32)))},
-        "input channels": {"input": replace(input, channels=4)},
+        "input channels": {
+            "input": replace(input, channels=4),
+            "image": replace(manifest.image, mean=(0.5,) * 4, std=(0.5,) * 4),
+        },
         "input size": {"input": replace(input, height=ShapeRange.fixed(64))},
         "input sizes": {"input": replace(input, height=ShapeRange(min=32, opt=32, max=64))},
         "batch": {"input": replace(input, batch=ShapeRange.fixed(3))},
