@@ -18,6 +18,7 @@ from build_scripts.device_install import build_wheel
 from build_scripts.photographs import photographs, write_crops
 from edge_backbones import Bundle
 from edge_backbones.deploy.pack import pack_bundle
+from tests.videos import make_video
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -123,13 +124,20 @@ def test_a_workstation_runs_the_block_with_the_extras_that_it_installs(wheel, tm
 
     write_crops(tmp_path / "photographs", 12)
     photographs()["coffee"].save(tmp_path / "photo.jpg")
+    make_video(tmp_path / "clip.mp4")
     (build,) = [number for number, line in enumerate(commands) if line.startswith("edge-backbones build resnet50 ")]
     # A small network in its place, and no weights of a hub.
     commands[build] = commands[build].replace("build resnet50", "build test_resnet --weights random:0")
     graphs = GRAPHS.strip().splitlines()[0]
     printed = type_in(tmp_path, "\n".join([*commands, graphs]), first_on_path=environment / "bin")
     assert "layer4" in printed
-    for made in ("resnet50.bundle.report.html", "features/photo.npz", "features/photo.png", "robot.bundle/graphs"):
+    for made in (
+        "resnet50.bundle.report.html",
+        "features/photo.npz",
+        "features/photo.png",
+        "maps.mp4",
+        "robot.bundle/graphs",
+    ):
         assert (tmp_path / made).exists()
 
 
