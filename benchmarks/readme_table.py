@@ -240,6 +240,10 @@ def _camera(results: dict[str, Any]) -> list[str]:
         "| frames | the first | the second | second over first | target |",
         "|---|---|---|---|---|",
         *rows,
+        "",
+        "TensorRT-RTX compiles the int8 graph for RGB frames, for every architecture that it knows and without a GPU, in "
+        + " and ".join(f"{seconds:.1f} s ({size})" for size, seconds in results["rtx_seconds"].items())
+        + ".",
     ]
 
 

@@ -204,6 +204,8 @@ def add_camera(rows: list[dict[str, Any]], *, quick: bool) -> None:
         bounds = {"low": figure["ratio_low"], "high": figure["ratio_high"]}
         said, at_least = f"{camera.MODEL}: {what[name]}", figure["bound"] == "at least"
         add(rows, said, figure["ratio"], figure["target"], "x", at_least=at_least, **bounds)
+    for size, seconds in found["rtx_seconds"].items():
+        add(rows, f"{camera.MODEL}: int8 plan of TensorRT-RTX for {size} RGB frames", seconds, camera.RTX_TARGET, "s")
 
 
 def add_figures(rows: list[dict[str, Any]], bundles: dict[str, Path], *, quick: bool) -> None:

@@ -29,9 +29,9 @@ from edge_backbones.images.resample import Block, Method, blocks
 from edge_backbones.spec import YUV_COLORS, FrameSpec, InputSpec
 from edge_backbones.toolchain.artifacts import PreparedBackbone
 
-# Resized pixels in a block. Fewer multiply fewer zeros, and are more operations; one product costs a GPU a launch.
+# Resized pixels in a block, along rows and along columns. Small blocks multiply fewer zeros, and each is an operation more.
 _ACROSS, _DOWN = 16, 56
-_COARSE = 1 << 10
+_COARSE = 1 << 10  # the coarse part of a weight is a multiple of its inverse: 11 bits, which TF32 holds
 
 
 def with_frames(network: PreparedBackbone, config: ImageConfig, input: InputSpec) -> PreparedBackbone:

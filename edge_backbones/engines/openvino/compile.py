@@ -101,7 +101,7 @@ def _takes_frames(graph: bytes) -> bool:
     """Return whether a graph begins with what is done to a camera's frames, in nodes called ``frame/...``.
 
     That is computed in fp32 whatever the precision. OpenVINO takes one number format for a whole graph, so such a graph is
-    computed as it is written.
+    computed as it is written. A network with a module called ``frame`` is mistaken for one, and is right all the same.
     """
     return b"frame/" in graph
 
