@@ -95,7 +95,7 @@ def compile_(
             autocompletion=completion.flavours,
             help="The engine library. openvino, onnxruntime: for this CPU. tensorrt: for this GPU. tensorrt_rtx: for the "
             "GPUs of --target, which need not be here. torchscript, torch_tensorrt: programs for torch. By default the one "
-            "that serves this machine's GPU, else its CPU.",
+            "that serves this machine's GPU, else its CPU; on an ARM CPU both openvino and onnxruntime.",
             show_default=False,
         ),
     ] = None,
@@ -137,6 +137,7 @@ def compile_(
             bundle,
             precisions=tuple(precision) if precision else None,
             flavour=chosen,
+            rivals=registry.get(chosen).rivals(registry.this_machine(None)) if flavour is None else (),
             plan=plan,
             profile=profile,
             gpu=gpu,

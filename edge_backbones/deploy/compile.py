@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -47,6 +48,7 @@ _ENGINE_OVER_GRAPH = {
     Precision.FP32: 1.1, Precision.FP16: 2.1, Precision.BF16: 2.1, Precision.INT8: 1.4, Precision.FP8: 3.8,
 }  # fmt: skip
 _KERNEL_BYTES = 1 << 20
+_REFUSALS = (CompileError, ParityError, EngineMismatchError, InferenceError)
 _FORMS = {"onnx": "ONNX", "torchscript": "TorchScript"}
 
 
@@ -70,6 +72,7 @@ def compile_bundle(
     *,
     precisions: Sequence[Precision | str] | None = None,
     flavour: str = "openvino",
+    rivals: Sequence[str] = (),
     plan: PlanOptions | None = None,
     profile: str | Path | None = None,
     gpu: int = 0,
@@ -95,6 +98,9 @@ def compile_bundle(
             ``tensorrt_rtx`` compiles for the architectures in ``plan.targets`` and needs no GPU: if none here fits, the
             engine is added unmeasured, and runtimes choose it only after `verify_bundle` has measured it on the device.
             ``torchscript`` takes the bundle's frozen module.
+        rivals: Libraries whose engines are compiled too, because nobody knows which library is the fastest here
+            (`Flavour.rivals`). The graphs that one of them refuses are left out, with a note. One that is not installed
+            is left out, and a note says how to install it.
         plan: Options of TensorRT.
         profile: Device that the engines are for (:mod:`edge_backbones.machine.profiles`). What the device cannot run is
             left out, and its workspace is the default.
@@ -118,7 +124,44 @@ def compile_bundle(
         InputError: There is no such flavour, precision or profile.
     """
     del in_process  # the decorator child.apart has read it
-    maker = registry.get(flavour)
+    makers = [registry.get(name) for name in (flavour, *rivals)]
+    for maker in makers:
+        _refuse_maker(maker, plan, allow_host_code=allow_host_code)
+    bundle = Bundle.open(path)
+    trust.admit(bundle)
+    options = CompileOptions(gpu=gpu, plan=plan or PlanOptions(), cache=cache)
+    noted = (*_REFUSALS, MissingDependencyError) if rivals else _REFUSALS if precisions is None else ()
+    work = _Work(bundle, options, allow_host_code, progress, noted)
+    described = None if profile is None else load_profile(profile)
+    jobs: list[_Job] = []
+    for maker in _installed(makers, work.note):
+        found = work.jobs_of(maker, None if precisions is None else precisions_of(precisions))
+        if resume:
+            found = [job for job in found if not _is_compiled(bundle, job.graph, maker, options)]
+        jobs += found if described is None else work.fit_to_profile(maker, found, described)
+    if plan is not None and plan.embed_runtime and not allow_host_code:
+        raise CompileError(
+            f"a plan with its own runtime is measured by running it: if you trust the bundle, pass {ALLOW}"
+        )
+    jobs = work.passing(jobs, lambda job: job.maker.check(job.graph, bundle.manifest.input, work.options))
+    if jobs:  # otherwise minutes of compiling would be lost at the end
+        bundle.require_writable(room=sum(_size_on_disk(job.graph) for job in jobs if not job.maker.graph_is_engine))
+    golden = load_golden(bundle)
+    work.passing(jobs, lambda job: work.add(job, golden))
+    on = None if "cpu" in makers[0].devices else gpu
+    bundle, notes = time_bundle(work.bundle, on, code=allow_host_code, anew=bool(work.added), progress=progress)
+    for text in notes:
+        work.note(text)
+    added = tuple(engine for engine in bundle.manifest.engines if engine.name in work.added)
+    there = [*added, *(engines_here(bundle, on, code=allow_host_code) if resume else ())]
+    lost = [error for job, error in work.failed if job.graph.precision not in {e.key.precision for e in there}]
+    if lost and (precisions is not None or not there):
+        raise lost[0]
+    return CompileResult(added, tuple(work.notes))
+
+
+def _refuse_maker(maker: Flavour, plan: PlanOptions | None, *, allow_host_code: bool) -> None:
+    """Raise an error for a library that compiles no graph, or not with these options."""
     if maker.refusal:
         raise CompileError(maker.refusal)
     if maker.is_program and not allow_host_code:
@@ -130,53 +173,43 @@ def compile_bundle(
             f"{' and '.join(changed)}: {maker.title} has no such option: leave it out, or compile with TensorRT "
             "(flavour tensorrt)"
         )
-    bundle = Bundle.open(path)
-    trust.admit(bundle)
-    options = CompileOptions(gpu=gpu, plan=plan or PlanOptions(), cache=cache)
-    work = _Work(bundle, maker, options, allow_host_code, progress, keeps_going=precisions is None)
-    graphs = work.graphs_of(None if precisions is None else precisions_of(precisions))
-    if resume:
-        graphs = [graph for graph in graphs if not _is_compiled(bundle, graph, maker, options)]
-    if profile is not None:
-        graphs = work.fit_to_profile(graphs, load_profile(profile))
-    if plan is not None and plan.embed_runtime and not allow_host_code:
-        raise CompileError(
-            f"a plan with its own runtime is measured by running it: if you trust the bundle, pass {ALLOW}"
-        )
-    graphs = work.passing(graphs, lambda graph: maker.check(graph, bundle.manifest.input, work.options))
-    if graphs:  # otherwise minutes of compiling would be lost at the end
-        bundle.require_writable(room=0 if maker.graph_is_engine else sum(map(_size_on_disk, graphs)))
-    golden = load_golden(bundle)
-    work.passing(graphs, lambda graph: work.add(graph, golden))
-    on = None if "cpu" in maker.devices else gpu
-    bundle, notes = time_bundle(work.bundle, on, code=allow_host_code, anew=bool(work.added), progress=progress)
-    for text in notes:
-        work.note(text)
-    if work.failed and not work.added and not (resume and engines_here(bundle, on, code=allow_host_code)):
-        raise work.failed[0]
-    return CompileResult(tuple(e for e in bundle.manifest.engines if e.name in work.added), tuple(work.notes))
+
+
+def _installed(makers: Sequence[Flavour], note: Callable[[str], None]) -> Sequence[Flavour]:
+    """Return the libraries that are installed, and note how to install the others; the first library if none is."""
+    here = [maker for maker in makers if maker.version() is not None] or makers[:1]
+    for maker in makers:
+        if maker not in here:
+            way = maker.install(registry.this_machine(None))
+            note(f"{maker.title} may be faster on this CPU, and is not installed: {way}, then compile again")
+    return here
+
+
+class _Job(NamedTuple):
+    """Hold a graph, and the library that is to compile it."""
+
+    maker: Flavour
+    graph: GraphRecord
 
 
 class _Work:
     """Hold the state of one call of `compile_bundle`: the bundle as it grows, and what is reported at the end.
 
-    ``keeps_going``: note a graph that a step refuses and leave it out, instead of raising its error.
+    ``noted``: errors after which a job is left out, with a note. All others are raised.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        maker: Flavour,
         options: CompileOptions,
         allow_host_code: bool,
         progress: Progress,
-        *,
-        keeps_going: bool,
+        noted: tuple[type[EdgeBackbonesError], ...],
     ) -> None:
-        self.bundle, self.maker, self.options = bundle, maker, options
-        self.allow_host_code, self.progress, self.keeps_going = allow_host_code, progress, keeps_going
+        self.bundle, self.options, self.noted = bundle, options, noted
+        self.allow_host_code, self.progress = allow_host_code, progress
         self.notes: list[str] = []
-        self.failed: list[EdgeBackbonesError] = []
+        self.failed: list[tuple[_Job, EdgeBackbonesError]] = []
         self.added: list[str] = []
 
     def note(self, text: str) -> None:
@@ -184,30 +217,30 @@ class _Work:
         self.notes.append(text)
         self.progress(text, 0, None)
 
-    def passing(self, graphs: Sequence[GraphRecord], step: Callable[[GraphRecord], None]) -> list[GraphRecord]:
-        """Return the graphs that ``step`` accepts.
+    def passing(self, jobs: Sequence[_Job], step: Callable[[_Job], None]) -> list[_Job]:
+        """Return the jobs that ``step`` accepts.
 
-        If it refuses one, raise its error, or note it if the call keeps going.
+        If it refuses one, note its error or raise it, as ``noted`` says.
         """
         left = []
-        for graph in graphs:
+        compares = len({job.maker.name for job in jobs}) > 1
+        for job in jobs:
             try:
-                step(graph)
-            except (CompileError, ParityError, EngineMismatchError, InferenceError) as error:
-                if not self.keeps_going:
-                    raise
-                self.failed.append(error)
-                self.note(f"leaving {graph.precision} out: {error}")
+                step(job)
+            except self.noted as error:
+                self.failed.append((job, error))
+                library = f" for {job.maker.title}" if compares else ""
+                self.note(f"leaving {job.graph.precision} out{library}: {error}")
             else:
-                left.append(graph)
+                left.append(job)
         return left
 
-    def graphs_of(self, precisions: Sequence[Precision] | None) -> list[GraphRecord]:
-        """Return the bundle's graphs of these precisions; None for all that the flavour compiles.
+    def jobs_of(self, maker: Flavour, precisions: Sequence[Precision] | None) -> list[_Job]:
+        """Return jobs for the bundle's graphs of these precisions; None for all that the flavour compiles.
 
         Raises BundleError, with the command that builds them, if one is missing.
         """
-        form = self.maker.graph_format
+        form = maker.graph_format
         held = [graph for graph in self.bundle.manifest.graphs if graph.format == form]
         graphs = [graph for graph in held if precisions is None or graph.precision in precisions]
         lacking = [precision for precision in precisions or () if precision not in {graph.precision for graph in held}]
@@ -220,28 +253,29 @@ class _Work:
             raise BundleError(
                 f"{self.bundle.path} has no {asked}; its {_FORMS.get(str(form), 'other')} graphs: {names}. {way}"
             )
-        return graphs
+        return [_Job(maker, graph) for graph in graphs]
 
-    def fit_to_profile(self, graphs: Sequence[GraphRecord], profile: DeviceProfile) -> list[GraphRecord]:
-        """Return the graphs that a device can run, and take the device's default options."""
-        maker, plan = self.maker, self.options.plan or PlanOptions()
+    def fit_to_profile(self, maker: Flavour, jobs: Sequence[_Job], profile: DeviceProfile) -> list[_Job]:
+        """Return the jobs whose engines a device can run, and take the device's default options."""
+        plan = self.options.plan or PlanOptions()
         if profile.architecture is not None and (maker.needs_own_gpu or maker.name not in profile.flavours):
             _refuse_elsewhere(self.bundle, profile, self.options.gpu)
         if plan.workspace is None:
             plan = dataclasses.replace(plan, workspace=profile.defaults.workspace_bytes)
         input = self.bundle.manifest.input
-        graphs = self.passing(graphs, lambda graph: _refuse_for(profile, graph, maker.name, plan, input))
+        left = self.passing(jobs, lambda job: _refuse_for(profile, job.graph, maker.name, plan, input))
         if maker.needs_own_gpu and profile.architecture is not None:
             plan = dataclasses.replace(plan, targets=(profile.architecture,))
         self.options = dataclasses.replace(self.options, plan=plan)
-        return list(graphs)
+        return left
 
-    def add(self, graph: GraphRecord, golden: GoldenSamples) -> None:
+    def add(self, job: _Job, golden: GoldenSamples) -> None:
         """Compile one graph, measure the engine if it runs here, and add it to the bundle."""
+        maker, graph = job
         self.progress(f"compiling {graph.precision}", 0, None)
         hint = f"{self.bundle.path / graph.file.path} is hostile, {child.OR_A_FAULT}; another --precision may do"
-        child.doing(f"was compiling {graph.precision} for {self.maker.name}", hint)
-        engine = self.maker.compile(self.bundle, graph, self.options, self.progress)
+        child.doing(f"was compiling {graph.precision} for {maker.name}", hint)
+        engine = maker.compile(self.bundle, graph, self.options, self.progress)
         for text in engine.notes:
             self.note(text)
         gpu = None if engine.key.gpu is None else self.options.gpu
@@ -250,7 +284,7 @@ class _Work:
         )
         if gpu is None or not registry.reasons_against(engine.key, registry.this_machine(gpu)):
             self.progress(f"verifying {graph.precision}", 0, None)
-            child.doing(f"was running the {graph.precision} engine that it had compiled for {self.maker.name}", hint)
+            child.doing(f"was running the {graph.precision} engine that it had compiled for {maker.name}", hint)
             report = measure_in_bundle(
                 self.bundle, engine.key, engine.data, golden, report.gate, gpu, code=self.allow_host_code
             )
@@ -308,7 +342,7 @@ def compile_here(
 ) -> None:
     """Compile the engines that ``engine`` asks for, and add them to a bundle.
 
-    For a GPU, the flavour is the one of `registry.serving`, as for ``edge-backbones compile``. Raises what
+    The flavour is the one of `registry.serving`, with its rivals, as for ``edge-backbones compile``. Raises what
     `compile_bundle` raises.
 
     Args:
@@ -326,6 +360,7 @@ def compile_here(
         if gpu is not None and "cpu" in registry.get(flavour).devices:
             flavour = "tensorrt"  # no library here compiles for the GPU, and the error of TensorRT says why
     maker = registry.get(flavour)
+    rivals = () if flavour == engine else maker.rivals(host)
     targets = (host.gpu.architecture,) if maker.takes_targets and host.gpu is not None else ()
     profile = None
     with contextlib.suppress(MissingDependencyError):  # Python 3.10 reads profiles only with the cli extra
@@ -335,6 +370,7 @@ def compile_here(
         precisions=(Precision(engine),) if engine in set(Precision) else None,
         plan=PlanOptions(targets=targets),
         flavour=flavour,
+        rivals=rivals,
         profile=None if profile is None else profile.name,
         gpu=gpu or 0,
         allow_host_code=allow_host_code,

@@ -293,6 +293,13 @@ class Flavour(abc.ABC):
         """Return whether this library compiles for ``host`` if the user names no flavour."""
         return False
 
+    def rivals(self, host: Host) -> tuple[str, ...]:
+        """Return the names of libraries that may be faster than this one on ``host``.
+
+        If the user names no flavour, their engines are compiled too, and timed beside those of this library.
+        """
+        return ()
+
     def against_profile(self, profile: DeviceProfile, instead: str) -> str:
         """Return why this library cannot compile for a device, as a sentence with a fix; empty if it can.
 

@@ -34,6 +34,11 @@ def has_units(precision: Precision, cpu_features: Sequence[str]) -> bool:
     return precision is Precision.FP32 or any(feature in cpu_features for feature in _UNITS.get(precision, ()))
 
 
+def is_arm(host: Host) -> bool:
+    """Return whether the CPU of ``host`` is a 64-bit ARM: Linux calls it aarch64, macOS arm64."""
+    return host.architecture in ("aarch64", "arm64")
+
+
 def computed_in(key: EngineKey) -> str:
     """Return the number format that OpenVINO is asked for when it loads an engine: fp32 if the key does not say."""
     return key.computes_in if isinstance(key.computes_in, str) else Precision.FP32.value

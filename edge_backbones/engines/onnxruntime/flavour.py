@@ -43,5 +43,8 @@ class OnnxRuntime(Flavour):
     def serves(self, host: Host) -> bool:
         return host.versions.get(self.name) is not None  # registry.serving asks OpenVINO first
 
+    def rivals(self, host: Host) -> tuple[str, ...]:
+        return ("openvino",) if compat.is_arm(host) else ()
+
 
 ONNXRUNTIME = OnnxRuntime()

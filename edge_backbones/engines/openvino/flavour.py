@@ -51,6 +51,10 @@ class OpenVino(Flavour):
     def serves(self, host: Host) -> bool:
         return host.versions.get(self.name) is not None
 
+    def rivals(self, host: Host) -> tuple[str, ...]:
+        # It computes few int8 convolutions in int8 there (benchmarks/results/aarch64.json); on x86-64 it computes all.
+        return ("onnxruntime",) if compat.is_arm(host) else ()
+
     def against_profile(self, profile: DeviceProfile, instead: str) -> str:
         if self.name not in profile.flavours:
             return f"openvino runs on CPUs and {profile.name} is a GPU: use flavour {instead}, or the profile cpu"
