@@ -22,12 +22,21 @@ from edge_backbones.bundle.writer import write_manifest
 from edge_backbones.cli import main as cli
 from edge_backbones.deploy import compile as module
 from edge_backbones.deploy import parity, timing
+from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
+from edge_backbones.engines.onnxruntime import compile as onnxruntime_compile
 from edge_backbones.engines.openvino import compile as openvino_compile
+from edge_backbones.engines.openvino import session as openvino_session
 from edge_backbones.engines.openvino.compile import compile_graph
 from edge_backbones.engines.tensorrt import flavour as tensorrt_flavour
 from edge_backbones.engines.tensorrt.options import PlanOptions
-from edge_backbones.errors import BundleError, CompileError, EngineMismatchError, OutOfMemoryError
+from edge_backbones.errors import (
+    BundleError,
+    CompileError,
+    EngineMismatchError,
+    MissingDependencyError,
+    OutOfMemoryError,
+)
 from edge_backbones.machine import child, hosts
 from edge_backbones.machine.gpus import Gpu
 from edge_backbones.machine.profiles import load_profile
@@ -672,3 +681,100 @@ def test_an_engine_that_fails_when_it_is_measured_keeps_no_other_back(bundle, mo
     assert "leaving fp16 out: cuda:0 has no 3.0 GB left" in said
     with pytest.raises(OutOfMemoryError):
         compile_bundle(bundle, precisions=(Precision.FP16,))
+
+
+# ---- an ARM CPU: nobody knows beforehand which library is faster
+
+
+@pytest.fixture
+def arm(monkeypatch):
+    """This machine, called aarch64."""
+    monkeypatch.setattr(hosts.platform, "machine", lambda: "aarch64")
+
+
+def by_library(path: Path) -> list[tuple[str, str]]:
+    keys = [engine.key for engine in Bundle.open(path).manifest.engines if engine.key.architecture == "aarch64"]
+    return sorted((key.flavour, key.precision.value) for key in keys)
+
+
+def test_on_an_arm_cpu_both_libraries_compile_and_the_faster_engine_runs(bundle, arm, monkeypatch, capsys):
+    def measure(engines, input, *, gpu, progress):
+        found = []
+        for opener in engines:
+            opener().close()  # it loads
+            key = opener.args[1].key
+            found.append(timing.Times(1.0 if (key.flavour, key.precision) == ("onnxruntime", "fp16") else 2.0, None))
+        return found
+
+    monkeypatch.setattr(timing, "time_engines", measure)
+    assert cli._run(["compile", str(bundle), "--device", "cpu"]) == 0
+    both = [(library, precision) for library in ("onnxruntime", "openvino") for precision in ("fp16", "fp32")]
+    assert by_library(bundle) == both
+    assert "runtimes take onnxruntime-" in capsys.readouterr().err
+    with EdgeBackbone.from_pretrained(bundle) as backbone:
+        assert backbone.engine.startswith("onnxruntime-")
+        assert "-fp16-" in backbone.engine
+    compiled = []
+    monkeypatch.setattr(openvino_compile, "compile_graph", lambda *_, **__: compiled.append(1))
+    assert cli._run(["compile", str(bundle), "--device", "cpu", "--resume"]) == 0
+    assert not compiled
+
+
+def test_who_names_a_library_gets_that_one_alone_on_an_arm_cpu(bundle, arm):
+    assert cli._run(["compile", str(bundle), "--flavour", "openvino"]) == 0
+    assert {library for library, _ in by_library(bundle)} == {"openvino"}
+
+
+def test_opening_on_an_arm_cpu_compiles_with_both_libraries(bundle, arm):
+    with EdgeBackbone.from_pretrained(bundle, engine="fp32", on_mismatch="compile"):
+        pass
+    assert by_library(bundle) == [("onnxruntime", "fp32"), ("openvino", "fp32")]
+
+
+def test_x86_64_stays_with_one_library(bundle):
+    assert cli._run(["compile", str(bundle), "--device", "cpu"]) == 0
+    assert {engine.key.flavour for engine in Bundle.open(bundle).manifest.engines} == {"openvino"}
+
+
+@pytest.mark.parametrize(
+    ("missing", "title", "extra"), [("openvino", "OpenVINO", "cpu"), ("onnxruntime", "ONNX Runtime", "onnxruntime")]
+)
+def test_the_library_that_is_not_installed_is_named_with_its_extra(bundle, arm, monkeypatch, missing, title, extra):
+    monkeypatch.setattr(type(registry.get(missing)), "version", lambda self: None)
+    here = registry.serving(registry.this_machine(None))
+    assert here.name != missing
+    result = compile_bundle(bundle, flavour=here.name, rivals=here.rivals(registry.this_machine(None)))
+    assert {library for library, _ in by_library(bundle)} == {here.name}
+    [note] = [note for note in result.notes if "not installed" in note]
+    assert note.startswith(f"{title} may be faster on this CPU, and is not installed: pip install")
+    assert f"[{extra}]" in note
+
+
+def test_without_either_library_the_first_one_is_asked_for(bundle, arm, monkeypatch):
+    for name in ("openvino", "onnxruntime"):
+        monkeypatch.setattr(type(registry.get(name)), "version", lambda self: None)
+    monkeypatch.setattr(openvino_session, "library_version", lambda: None)
+    with pytest.raises(MissingDependencyError, match="compiling the CPU engine"):
+        compile_bundle(bundle, rivals=("onnxruntime",))
+
+
+def test_what_one_library_refuses_the_other_compiles(bundle, arm, monkeypatch):
+    """OpenVINO computes wrongly, or ONNX Runtime lacks the package that rewrites graphs."""
+
+    def wrong(*_, **__):
+        raise CompileError("it computes wrongly")
+
+    def lacking(*_, **__):
+        raise MissingDependencyError("compiling an fp16 graph for ONNX Runtime", "onnxruntime")
+
+    monkeypatch.setattr(onnxruntime_compile, "rewrite", lacking)
+    result = compile_bundle(bundle, rivals=("onnxruntime",))
+    assert by_library(bundle) == [("onnxruntime", "fp32"), ("openvino", "fp16"), ("openvino", "fp32")]
+    assert any(re.match("leaving fp16 out for ONNX Runtime: .*onnxruntime", note) for note in result.notes)
+    monkeypatch.setattr(openvino_compile, "compile_graph", wrong)
+    result = compile_bundle(bundle, precisions=("fp32",), rivals=("onnxruntime",))
+    assert [engine.key.flavour for engine in result.engines] == ["onnxruntime"]
+    assert "leaving fp32 out for OpenVINO: it computes wrongly" in result.notes
+    # A precision that was named and that neither compiles is an error, whatever was added.
+    with pytest.raises(CompileError, match="it computes wrongly"):
+        compile_bundle(bundle, precisions=("fp16", "fp32"), rivals=("onnxruntime",))

@@ -263,3 +263,14 @@ def test_a_version_is_read_as_its_numbers(version, expected):
 def test_a_version_of_many_digits_is_no_crash():
     """Python reads at most a few thousand digits of a number, and a manifest may have more."""
     assert numbers("9" * 10_000)[0] == 999_999_999
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"), [("x86_64", ((), ())), ("AMD64", ((), ()))] + [
+        (arm, (("onnxruntime",), ("openvino",))) for arm in ("aarch64", "arm64")
+    ],
+)  # fmt: skip
+def test_libraries_for_the_cpu_are_rivals_on_arm_alone(architecture, expected):
+    host = Host(architecture, (), "CPU", {"openvino": "2026.4.1", "onnxruntime": "1.32.0"})
+    assert (registry.get("openvino").rivals(host), registry.get("onnxruntime").rivals(host)) == expected
+    assert registry.get("tensorrt").rivals(host) == ()
