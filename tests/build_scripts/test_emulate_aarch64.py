@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ def test_a_machine_that_cannot_is_told_before_anything_is_done(monkeypatch, tmp_
         module.check_machine()
     monkeypatch.setattr(module.os, "geteuid", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EmulationError, match="apt install apt debootstrap dpkg qemu-user-static util-linux"):
+    with pytest.raises(
+        EmulationError, match="apt install apt debootstrap dpkg gcc libc6-dev qemu-user qemu-user-static util-linux"
+    ):
         module.check_machine()
     for tool in module._TOOLS:
         (tmp_path / tool).write_text("#!/bin/sh\n")
@@ -77,7 +81,72 @@ def test_one_run_at_a_time(monkeypatch, tmp_path):
     ],
 )
 def test_the_emulated_cpu_is_described_as_the_kernel_would(hwcap, hwcap2, features):
-    assert cpu_features(module.cpuinfo(hwcap, hwcap2), "aarch64") == features
+    described = module.cpuinfo(hwcap, hwcap2)
+    assert cpu_features(described, "aarch64") == features
+    for name in ("implementer", "architecture", "variant", "part", "revision"):  # ONNX Runtime needs all of them
+        assert described.count(f"CPU {name}") == described.count("processor") > 0
+
+
+def test_the_instructions_of_one_call_are_counted():
+    lines = ["a warning", "COUNT 100 10 1", "COUNT 150 14 3", "COUNT 1000 20 7", "COUNT 1900 20 8"]
+    assert module.instructions_of(lines, ["openvino/int8", "onnxruntime/int8"]) == {
+        "openvino/int8": {"all": 50, "int8_products": 4, "float_multiply_adds": 2},
+        "onnxruntime/int8": {"all": 900, "int8_products": 0, "float_multiply_adds": 1},
+    }
+    with pytest.raises(EmulationError, match="4 reports of the plugin were expected, and 3 came"):
+        module.instructions_of(lines[:4], ["openvino/int8", "onnxruntime/int8"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [  # as llvm-mc assembles them
+        (
+            "INT8",
+            {
+                "sdot v0.4s, v1.16b, v2.16b": 0x4E829420,
+                "udot v3.2s, v4.8b, v5.8b": 0x2E859483,
+                "udot v0.4s, v1.16b, v2.4b[3]": 0x6FA2E820,
+                "smmla v0.4s, v1.16b, v2.16b": 0x4E82A420,
+                "ummla v0.4s, v1.16b, v2.16b": 0x6E82A420,
+                "usmmla v0.4s, v1.16b, v2.16b": 0x4E82AC20,
+                "sdot z0.s, z1.b, z2.b": 0x44820020,
+                "udot z0.s, z1.b, z2.b[1]": 0x44AA0420,
+                "smmla z0.s, z1.b, z2.b": 0x45029820,
+                "ummla z0.s, z1.b, z2.b": 0x45C29820,
+            },
+        ),
+        (
+            "FLOAT",
+            {
+                "fmla v0.4s, v1.4s, v2.4s": 0x4E22CC20,
+                "fmla v0.4s, v1.4s, v2.s[2]": 0x4F821820,
+                "fmla z0.s, p1/m, z2.s, z3.s": 0x65A30440,
+                "fmla z0.s, z1.s, z2.s[1]": 0x64AA0020,
+                "fmopa za0.s, p0/m, p1/m, z0.s, z1.s": 0x80812000,
+            },
+        ),
+        (
+            None,
+            {
+                "add v0.4s, v1.4s, v2.4s": 0x4EA28420,
+                "fmul v0.4s, v1.4s, v2.4s": 0x6E22DC20,
+                "smlal v0.4s, v1.4h, v2.4h": 0x0E628020,
+                "bfdot v0.4s, v1.8h, v2.8h": 0x6E42FC20,
+                "bfmmla v0.4s, v1.8h, v2.8h": 0x6E42EC20,
+                "ldr q0, [x1]": 0x3DC00020,
+                "b #4": 0x14000001,
+            },
+        ),
+    ],
+)
+def test_the_plugin_knows_the_instructions(kind, words):
+    source = Path(module.__file__).with_name("count_instructions.c").read_text(encoding="utf-8")
+    rows = [
+        (int(mask, 16), int(bits, 16), name) for mask, bits, name in re.findall(r"\{(0x\w+), (0x\w+), (\w+)\}", source)
+    ]
+    assert len(rows) == 12
+    for text, word in words.items():
+        assert next((name for mask, bits, name in rows if word & mask == bits), None) == kind, text
 
 
 def test_the_worst_image_counts():

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from edge_backbones.bundle.manifest import EngineKey, GpuKey
+from edge_backbones.engines import registry
 from edge_backbones.engines.compat import numbers
 from edge_backbones.engines.registry import reasons_against
 from edge_backbones.engines.tensorrt.plans import library_to_load, reasons_in_plan
