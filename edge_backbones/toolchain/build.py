@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.bundle.writer import new_bundle
+from edge_backbones.deploy.compile import compile_bundle
 from edge_backbones.deploy.parity import advice_on_building, measure_engine, require
 from edge_backbones.engines import promises, registry
 from edge_backbones.engines.base import CompiledEngine, LoadOptions
@@ -23,6 +24,7 @@ from edge_backbones.engines.refusals import refusals
 from edge_backbones.engines.torch.flavour import engine_of_torch_tensorrt, engine_of_torchscript
 from edge_backbones.errors import (
     CompileError,
+    EdgeBackbonesError,
     SourceError,
     needing,
 )
@@ -128,7 +130,8 @@ def build_bundle(
         del chosen  # some file systems do not delete a file that is mapped
     bundle = Bundle.open(target)
     _remember_measured(bundle)
-    return BuildResult(bundle, tuple(record.parity for record in manifest.engines), reasons, notes)
+    bundle, more = _add_rivals(bundle, progress)
+    return BuildResult(bundle, tuple(record.parity for record in bundle.manifest.engines), reasons, (*notes, *more))
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -207,6 +210,22 @@ def _remember_measured(bundle: Bundle) -> None:
     for record in bundle.manifest.engines:
         host = registry.this_machine(None if record.key.gpu is None else 0)
         promises.remember(bundle.manifest, record, host)
+
+
+def _add_rivals(bundle: Bundle, progress: Progress) -> tuple[Bundle, tuple[str, ...]]:
+    """Add engines of libraries that may be faster than OpenVINO on this CPU (`Flavour.rivals`), and time all of them.
+
+    Returns the bundle and sentences for the user. The bundle is finished without them, so an error becomes a note.
+    """
+    rivals = registry.get("openvino").rivals(registry.this_machine(None))
+    built = [engine.key.precision for engine in bundle.manifest.engines if engine.key.flavour == "openvino"]
+    if not rivals or not built:
+        return bundle, ()
+    try:
+        notes = compile_bundle(bundle.path, precisions=built, rivals=rivals, resume=True, progress=progress).notes
+    except EdgeBackbonesError as error:
+        notes = (f"no engines of {' and '.join(rivals)} were added: {error}",)
+    return Bundle.open(bundle.path), notes
 
 
 def _work_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:

@@ -42,6 +42,7 @@ from edge_backbones.machine.gpus import Gpu
 from edge_backbones.machine.profiles import load_profile
 from edge_backbones.parity_report import Gate, ParityError, ParityReport
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain import build
 
 pytestmark = pytest.mark.usefixtures("in_process")  # tests replace what is called there
 
@@ -718,6 +719,23 @@ def test_on_an_arm_cpu_both_libraries_compile_and_the_faster_engine_runs(bundle,
     monkeypatch.setattr(openvino_compile, "compile_graph", lambda *_, **__: compiled.append(1))
     assert cli._run(["compile", str(bundle), "--device", "cpu", "--resume"]) == 0
     assert not compiled
+
+
+def test_a_build_on_an_arm_cpu_makes_engines_of_both_libraries(arm, monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "time_engines", lambda engines, *_, **__: [timing.Times(2.0, None) for _ in engines])
+    options = BuildOptions(**OPTIONS, precisions=(Precision.FP32,))
+    result = build_bundle("test_resnet", tmp_path / "net.bundle", options=options)
+    assert by_library(result.bundle.path) == [("onnxruntime", "fp32"), ("openvino", "fp32")]
+    assert len(result.reports) == 2
+    assert any("runtimes take" in note for note in result.notes)
+
+    def broken(*_, **__):
+        raise CompileError("the child process died")
+
+    monkeypatch.setattr(build, "compile_bundle", broken)
+    result = build_bundle("test_resnet", tmp_path / "other.bundle", options=options)
+    assert by_library(result.bundle.path) == [("openvino", "fp32")]
+    assert "no engines of onnxruntime were added: the child process died" in result.notes
 
 
 def test_who_names_a_library_gets_that_one_alone_on_an_arm_cpu(bundle, arm):
