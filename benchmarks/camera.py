@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import numpy as np
 from benchmarks.common import RESULTS, machine, timing_bundle
 from benchmarks.end_to_end import FRAME, frame
 from benchmarks.figures import rtx_build
+from edge_backbones import cpus
 from edge_backbones.bench.compare import calm_turns
 from edge_backbones.bench.contender import stolen_ticks
 from edge_backbones.bench.results import ratio_of
@@ -72,7 +72,7 @@ def main() -> None:
 
 def measure(rounds: int = 7) -> dict[str, Any]:
     """Return for each comparison the medians of both contenders, the ratio of the second to the first, and its bounds."""
-    threads = min(2, os.cpu_count() or 1)
+    threads = min(2, cpus.usable())
     bundles = {
         name: timing_bundle(MODEL, f"{MODEL}.camera-{name}", out_indices=STAGES, **options)
         for name, options in BUNDLES.items()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import RESULTS, machine, timing_bundle
+from edge_backbones import cpus
 from edge_backbones.bench.compare import calm_turns
 from edge_backbones.bench.contender import stolen_ticks
 from edge_backbones.bench.results import ratio_of
@@ -56,7 +56,7 @@ def main() -> None:
 
 def measure(rounds: int = 7, models: Sequence[str] = tuple(MODELS)) -> dict[str, Any]:
     """Return, for each model, timm's time over ours: in total and for each step."""
-    threads = min(2, os.cpu_count() or 1)
+    threads = min(2, cpus.usable())
     found = {}
     for model in models:
         bundles = {kind: _bundle(model, input) for kind, input in KINDS.items()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import CACHE, FEW_IMAGES, RESULTS, machine, photograph_folder, timing_bundle, timing_options
+from edge_backbones import cpus
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 SIDES = (160, 224, 320, 448, 640)
@@ -86,7 +86,7 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
     started = time.perf_counter()
     model = "mobilenetv3_small_100" if quick else "resnet18"
     turns = 1 if quick else 3
-    latencies = latency_points(model, quick=quick, cores=os.cpu_count() or 1)
+    latencies = latency_points(model, quick=quick, cores=cpus.usable())
     points: dict[str, list[dict[str, Any]]] = {}
     for axis, found in [*_in_turn("point", latencies, turns), *_in_turn("build", build_points(model, quick=quick), 1)]:
         points.setdefault(axis, []).append(found)

@@ -51,6 +51,7 @@ import msgspec
 from build_scripts.matrix_cells import NoWorkerError, Run, here
 from build_scripts.matrix_ray import on_ray
 from build_scripts.matrix_tasks import Task, local_resources, read_matrix, tasks_of, words_of
+from edge_backbones import cpus
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.errors import BundleError, EdgeBackbonesError, InputError
 from edge_backbones.reading import read_file, refusing
@@ -205,7 +206,12 @@ def _write_state(path: Path, endings: Mapping[str, Ending]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("matrix", type=Path, help="the TOML file")
-    parser.add_argument("--jobs", type=int, default=cores(), help="cells at a time (default: one per core)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=cpus.usable(),
+        help="cells at a time (default: one per CPU that this process may use)",
+    )
     parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster with the devices: its address, or 'auto'")
     parser.add_argument("--json", action="store_true", help="print how every cell ended, and nothing else")
     given = parser.parse_args(arguments)
@@ -217,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text, flush=True)
 
     try:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // given.jobs))  # of a cell: they share the cores
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cpus.usable() // given.jobs))  # of a cell: they share the cores
         run, resources = here(given.jobs), local_resources()
         if given.ray:
             run, resources = on_ray(given.ray, run)
@@ -230,11 +236,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         show(endings)
     return 1 if any(ending.status == "failed" for ending in endings.values()) else 0
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def show(endings: Mapping[str, Ending]) -> None:

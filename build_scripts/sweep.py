@@ -29,6 +29,7 @@ from typing import Any
 
 from build_scripts import coverage_page
 from build_scripts.architectures import TIMM, TRANSFORMERS, cheapest_of_timm, transformers_config
+from edge_backbones import cpus
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
@@ -127,7 +128,7 @@ async def sweep(names: Sequence[str], out: Path, jobs: int, timeout: float, *, f
 async def run_child(command: Sequence[str], folder: Path, timeout: float, jobs: int = 1) -> dict[str, Any]:
     """Run one child. If it crashes or is stopped, the result it wrote so far counts, with the cause added."""
     started = time.monotonic()
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = str(max(1, cpus.usable() // jobs))
     with (folder / "log").open("wb") as log:
         child = await asyncio.create_subprocess_exec(
             *command,

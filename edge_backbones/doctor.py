@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_backbones import cpus
 from edge_backbones.bundle.manifest import EngineRecord
 from edge_backbones.bundle.reader import Bundle
 from edge_backbones.engines import registry
@@ -75,14 +75,14 @@ class Python(msgspec.Struct, frozen=True, kw_only=True):
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """Description of a machine.
 
-    ``cores``: logical cores. ``libraries``: the version of each installed distribution. ``tensorrt``: the version of each
-    TensorRT flavour that can be imported. ``broken``: distributions that are installed and fail to import, with the reason.
-    ``no_gpu``: why there is no GPU; empty if there is one.
+    ``cpus``: its logical cores, and how many of them this process may use. ``libraries``: the version of each installed
+    distribution. ``tensorrt``: the version of each TensorRT flavour that can be imported. ``broken``: distributions that are
+    installed and fail to import, with the reason. ``no_gpu``: why there is no GPU; empty if there is one.
     """
 
     system: System
     host: hosts.Host
-    cores: int
+    cpus: cpus.Cpus
     python: Python
     libraries: Mapping[str, str]
     tensorrt: Mapping[str, str]
@@ -109,7 +109,7 @@ def look(root: Path = Path("/")) -> Machine:
     return Machine(
         system=read_system(root),
         host=registry.this_machine(0 if found else None),
-        cores=os.cpu_count() or 1,
+        cpus=cpus.count(root),
         python=Python(
             version=platform.python_version(),
             executable=sys.executable,
@@ -200,7 +200,8 @@ def _machine(machine: Machine) -> Finding:
     where = ", in a container" if system.container else ""
     name = f"{system.board} ({system.name})" if system.board and system.name else system.board or system.name
     processor = ", ".join(dict.fromkeys([host.architecture, host.device_name]))  # a Jetson's has no other name
-    found = f"{name or platform.system()}{where}, {processor}, {machine.cores} logical cores"
+    limited = f", of which this process uses {machine.cpus.usable}: {limits}" if (limits := machine.cpus.limits) else ""
+    found = f"{name or platform.system()}{where}, {processor}, {machine.cpus.machine} logical cores{limited}"
     return Finding(topic="machine", ok=True, found=found)
 
 

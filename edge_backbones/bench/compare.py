@@ -28,6 +28,7 @@ from typing import IO, Annotated, Any, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
+from edge_backbones import cpus
 from edge_backbones.bench import energy
 from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, load_network
 from edge_backbones.bench.results import FEWEST_TURNS, Comparison, MeasuredMachine, Measurement, ratio_of
@@ -99,8 +100,8 @@ class CompareOptions:
     ] = "cpu"
     threads: Annotated[
         int,
-        Option("CPU threads of each. By default one per core.", has_flag=False),
-    ] = field(default_factory=lambda: os.cpu_count() or 1)
+        Option("CPU threads of each. By default one per CPU that this process may use.", has_flag=False),
+    ] = field(default_factory=cpus.usable)
     turns: Annotated[
         int,
         Option("How many turns each takes. From six on, noise can be told from a difference.", group="Timing", least=1),

@@ -7,12 +7,12 @@ a device without torch gives the network the pixels that it was trained on. A te
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from edge_backbones import cpus
 from edge_backbones.errors import InputError, needing
 from edge_backbones.images.camera import from_rgb, to_rgb
 from edge_backbones.images.config import ImageConfig
@@ -32,8 +32,9 @@ def fit(
     """Resize and crop a picture; return a uint8 array (height, width, channels).
 
     ``image``: a picture of Pillow, or a camera frame as uint8 (rows, columns, channels); a grey frame may lack the last axis.
-    ``threads`` share a large picture, by default one per core; the pixels do not depend on their number. Raises InputError
-    for anything else, and for another number of channels than ``config`` has, with the expression that fixes it.
+    ``threads`` share a large picture, by default one per CPU that this process may use; the pixels do not depend on their
+    number. Raises InputError for anything else, and for another number of channels than ``config`` has, with the expression
+    that fixes it.
     """
     pixels = fit_in_place(image, config, height, width, threads)
     return pixels if pixels.flags.owndata and pixels.flags.writeable else pixels.copy()
@@ -136,7 +137,7 @@ def _resized_centre(
         method = Method.of(config)
         is_pillow = method[1:] == ("antialias", "pillow")
         if config.interpolation in FILTERS and (not is_pillow or (is_plain and _widths_first(source, size))):
-            return resample(pixels, size, (rows, columns), method, threads or os.cpu_count() or 1)
+            return resample(pixels, size, (rows, columns), method, threads or cpus.usable())
         with needing(f"resizing a frame of {source[0]} x {source[1]} ({config.interpolation})", "images"):
             from PIL import Image
 

@@ -97,7 +97,7 @@ def build_bundle(
         from edge_backbones.toolchain import steps
     reused = None if options.calibration is None else steps.read_calibration(options.calibration)
 
-    with new_bundle(target, overwrite=overwrite) as folder, _work_folder(folder) as work_name:
+    with new_bundle(target, overwrite=overwrite) as folder, _work_folder(folder) as work_name, steps.usable_cpus():
         work = Path(work_name)
         loaded = steps.load_network(source, options, profile, progress)
         input = _input_spec(options, loaded, profile)

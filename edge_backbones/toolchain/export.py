@@ -193,8 +193,9 @@ def zero_stages(golden: GoldenSamples, stages: Sequence[str]) -> list[str]:
 def check_onnx(graph: ExportedGraph, golden: GoldenSamples) -> None:
     """Run the graph in ONNX Runtime on every golden sample; raises ExportError naming the stage that is off."""
     from edge_backbones.engines.onnxruntime.library import onnxruntime
+    from edge_backbones.engines.onnxruntime.options import session_options
 
-    quiet_options = onnxruntime.SessionOptions()
+    quiet_options = session_options()
     quiet_options.log_severity_level = 4  # what goes wrong is raised as well
     try:
         session = onnxruntime.InferenceSession(graph.path, quiet_options, providers=["CPUExecutionProvider"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edge_backbones.engines.onnxruntime.library import onnxruntime
+from edge_backbones.engines.onnxruntime.options import session_options
 
 
 def reference_options() -> Any:
@@ -12,7 +13,6 @@ def reference_options() -> Any:
 
     More optimisation would make integer kernels of them, which round in other places.
     """
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3  # errors only: these come back as exceptions
     return options

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+import torch
 
+from edge_backbones import cpus
 from edge_backbones.bundle.golden import GoldenSamples
 from edge_backbones.bundle.manifest import CalibrationFile, Manifest
 from edge_backbones.errors import SourceError
@@ -45,10 +48,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChosenImages", "calibrate_graph", "choose_images", "collect_notes", "export_network", "load_network",
-    "prepare_network", "read_calibration", "record_golden", "try_candidates", "with_frames",
+    "prepare_network", "read_calibration", "record_golden", "try_candidates", "usable_cpus", "with_frames",
 ]  # fmt: skip
 
 _PERCENTILE = 99.99
+
+
+@contextlib.contextmanager
+def usable_cpus() -> Iterator[None]:
+    """Keep torch inside the block to the CPUs that this process may use: torch knows no quotas."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, cpus.usable()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_network(

@@ -13,6 +13,7 @@ import pytest
 from edge_backbones import doctor
 from edge_backbones.bundle.manifest import GpuKey
 from edge_backbones.bundle.reader import Bundle
+from edge_backbones.cpus import Cpus
 from edge_backbones.doctor import Finding, Machine, Python, judge, judge_engines
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.installation import pip_install
@@ -23,6 +24,7 @@ from edge_backbones.testing import make_bundle
 
 MACHINES = Path(__file__).with_name("machines")
 ALL = ("jetpack5-agx-xavier", "jetpack6-orin-nano", "jetpack7-agx-thor", "server-h100", "laptop", "bare")
+ALL_CPUS = Cpus(6, 6, None)
 RUNTIME = {"openvino": "2026.4.1", "Pillow": "12.0.0"}
 
 
@@ -45,6 +47,7 @@ def machine(
     tensorrt: dict[str, str] | None = None,
     gpus: tuple[Gpu, ...] = (),
     no_gpu: str = "no NVIDIA driver (libcuda.so.1 is missing)",
+    cpus: Cpus = ALL_CPUS,
 ) -> Machine:
     root = MACHINES / name
     cpuinfo = (root / "proc/cpuinfo").read_text()
@@ -61,7 +64,7 @@ def machine(
     return Machine(
         system=read_system(root),
         host=host,
-        cores=6,
+        cpus=cpus,
         python=Python(
             version=python,
             executable="/env/bin/python",

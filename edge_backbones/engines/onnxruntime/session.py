@@ -10,6 +10,7 @@ import numpy as np
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.engines import exits, forks
 from edge_backbones.engines.onnxruntime.library import load_library
+from edge_backbones.engines.onnxruntime.options import session_options
 from edge_backbones.engines.ports import Tensor, mismatches
 from edge_backbones.errors import (
     EdgeBackbonesError,
@@ -28,7 +29,6 @@ _DTYPES = {
     "tensor(bfloat16)": "BF16",
     "tensor(uint8)": "UINT8",
 }
-_ERRORS_ONLY = 3  # ONNX Runtime writes warnings to the terminal of the program
 
 
 def library_version() -> str | None:
@@ -48,7 +48,7 @@ class OnnxRuntimeSession:
         graph: ONNX bytes.
         input: Input in the manifest.
         spec: Outputs in the manifest.
-        threads: Most threads of one call, None for one per core.
+        threads: Most threads of one call, None as for `session_options`.
 
     Raises:
         EngineMismatchError: ONNX Runtime does not load the graph, or its inputs and outputs are not those of the
@@ -65,14 +65,12 @@ class OnnxRuntimeSession:
             raise InputError(f"threads must be at least 1, got {threads}")
         if fault := graph_fault(graph):
             raise EngineMismatchError(f"this graph is refused: {fault}. Build the bundle again")
-        options = library.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
         what = f"ONNX Runtime {library.__version__}"
         try:
             with exits.calls:
-                session = library.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
+                session = library.InferenceSession(
+                    bytes(graph), session_options(threads), providers=["CPUExecutionProvider"]
+                )
         except EdgeBackbonesError:
             raise
         except Exception as error:  # ONNX Runtime has an exception type for every status

@@ -6,7 +6,7 @@ import numpy as np
 
 from edge_backbones.engines import exits
 from edge_backbones.engines.base import LayerTime
-from edge_backbones.engines.openvino.session import cause, core, load_library, settings
+from edge_backbones.engines.openvino.session import cause, core, load_library, most_threads, settings
 from edge_backbones.errors import InferenceError, refuse_lack
 
 _WARM_UP, _CALLS = 3, 30
@@ -25,7 +25,9 @@ def time_layers(blob: bytearray, images: np.ndarray, computes_in: str = "fp32") 
     try:
         tensor = openvino.Tensor(np.frombuffer(blob, np.uint8), shared_memory=True)
         with exits.calls:
-            model = core().import_model(tensor, "CPU", {**settings(None, computes_in), "PERF_COUNT": True})
+            model = core().import_model(
+                tensor, "CPU", {**settings(most_threads(None), computes_in), "PERF_COUNT": True}
+            )
             request = model.create_infer_request()
         request.set_input_tensor(openvino.Tensor(np.ascontiguousarray(images), shared_memory=True))
         for call in range(_WARM_UP + _CALLS):

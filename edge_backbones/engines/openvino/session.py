@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from edge_backbones import cpus
 from edge_backbones.bundle.onnx_gate import graph_fault
 from edge_backbones.engines import exits, forks
 from edge_backbones.engines.ports import Shape, Tensor, mismatches
@@ -115,12 +116,40 @@ _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 def settings(threads: int | None, computes_in: str = "fp32") -> dict[str, Any]:
     """Return plugin settings for compiling and loading: one stream, low latency, and the format to compute in.
 
-    ``threads``: Most CPU threads, None for all cores. ``computes_in``: ``fp32``, ``fp16`` or ``bf16``, for what the graph
-    has in float32. Nodes of int8, and of a type that the graph gives explicitly and the CPU has, keep their format.
+    ``threads``: Most CPU threads, None for OpenVINO's choice. ``computes_in``: ``fp32``, ``fp16`` or ``bf16``, for what the
+    graph has in float32. Nodes of int8, and of a type that the graph gives explicitly and the CPU has, keep their format.
+
+    Threads are not pinned to cores. OpenVINO would pin those of every engine to the same cores, from the first one on, and
+    two engines that are called at the same time would share one core while others are idle.
     """
-    hint = _HINTS[computes_in]
-    chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    chosen: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": _HINTS[computes_in],
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
     return chosen if threads is None else {**chosen, "INFERENCE_NUM_THREADS": threads}
+
+
+def most_threads(threads: int | None) -> int | None:
+    """Return how many threads OpenVINO may use, None for its own choice. ``threads``: what the user asked for, if anything.
+
+    OpenVINO chooses for a single stream: one thread per core, of one socket, and of the fast cores of a hybrid CPU. It keeps
+    to the affinity mask but not to the quota of a cgroup, so under a limit the smaller number counts.
+    """
+    limit = cpus.limit() if threads is None else None
+    return threads if limit is None else min(limit, _own_choice())
+
+
+@functools.cache
+def _own_choice() -> int:
+    """Return the number of threads that OpenVINO chooses here, read from a model that does nothing."""
+    from openvino import Model, opset13
+
+    pixels = opset13.parameter([1], np.float32)
+    with exits.calls:
+        compiled = core().compile_model(Model([opset13.relu(pixels)], [pixels], "nothing"), "CPU", settings(None))
+    return int(compiled.get_property("INFERENCE_NUM_THREADS"))
 
 
 def read_model(graph: bytes) -> openvino.Model:
@@ -152,7 +181,7 @@ def compile_model(model: openvino.Model, computes_in: str = "fp32") -> bytes:
     openvino = load_library()
     try:
         with exits.calls:
-            exported = core().compile_model(model, "CPU", settings(None, computes_in)).export_model()
+            exported = core().compile_model(model, "CPU", settings(most_threads(None), computes_in)).export_model()
     except RuntimeError as error:
         raise CompileError(f"OpenVINO {openvino.get_version()} cannot compile this graph: {cause(error)}") from error
     return bytes(exported) if isinstance(exported, bytes) else bytes(exported.getvalue())
@@ -164,7 +193,7 @@ class OpenVinoSession:
     Args:
         blob: The engine's bytes, kept in use as long as the session.
         outputs: Names of the outputs, in the order in which ``run`` returns them.
-        threads: Most CPU threads, None for all cores.
+        threads: Most CPU threads, None for `most_threads`.
         input: Input in the manifest, to compare with the engine's.
         spec: Outputs in the manifest, to compare with the engine's.
         computes_in: Number format, as for `settings`. It has to be the one that the engine was compiled with.
@@ -190,7 +219,7 @@ class OpenVinoSession:
         try:
             tensor = openvino.Tensor(np.frombuffer(blob, np.uint8), shared_memory=True)
             with exits.calls:
-                model = core().import_model(tensor, "CPU", settings(threads, computes_in))
+                model = core().import_model(tensor, "CPU", settings(most_threads(threads), computes_in))
         except EdgeBackbonesError:
             raise
         except Exception as error:  # of many types; the text of some holds bytes of the damaged blob

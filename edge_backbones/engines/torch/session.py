@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_backbones import cpus
 from edge_backbones.engines import exits, forks
 from edge_backbones.engines.batching import pieces
 from edge_backbones.engines.gpu.arrays import DeviceArray
@@ -138,7 +139,8 @@ class TorchScriptSession:
         input: Input in the manifest.
         outputs: Names of the outputs, in the order in which the program returns them.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
-        threads: Most CPU threads of one call, None for torch's default.
+        threads: Most CPU threads of one call. None for torch's own number, or for the CPUs that this process may use if
+            these are fewer.
         map_dtype: numpy's name of the dtype of the outputs in the manifest.
 
     Raises:
@@ -168,7 +170,8 @@ class TorchScriptSession:
         self._gpu = None if device == "cpu" else require_gpu(device)
         self._torch = torch
         self._device = torch.device("cpu" if self._gpu is None else f"cuda:{self._gpu}")
-        self._input, self._outputs, self._threads = input, tuple(outputs), threads
+        self._input, self._outputs = input, tuple(outputs)
+        self._threads, self._limit = threads, cpus.limit()
         self._dtype, self._map_dtype = np.dtype(input.dtype), np.dtype(map_dtype)
         with exits.calls:
             module, returned = _load(torch, bytes(data), self._device)
@@ -317,9 +320,11 @@ class TorchScriptSession:
 
         ``what``: the input, for messages.
         """
-        torch, wanted = self._torch, self._threads if self._gpu is None else None
-        before = None if wanted is None else torch.get_num_threads()
-        if wanted is not None and before != wanted:
+        torch, wanted, before = self._torch, None, None
+        if self._gpu is None and (self._threads or self._limit):
+            before = torch.get_num_threads()
+            wanted = self._threads or min(before, self._limit or before)
+        if before != wanted:
             torch.set_num_threads(wanted)
         try:
             with exits.calls, torch.inference_mode():
@@ -331,7 +336,7 @@ class TorchScriptSession:
             refuse_lack(f"running torch on {what}", error)
             raise InferenceError(f"torch failed on {what}: {cause(error)}") from error
         finally:
-            if wanted is not None and before != wanted:
+            if before != wanted:
                 torch.set_num_threads(before)
 
 

@@ -166,6 +166,7 @@ def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxrunti
     import onnx
 
     from edge_backbones.engines.onnxruntime.library import onnxruntime
+    from edge_backbones.engines.onnxruntime.options import session_options
 
     model = onnx.load(model_path, load_external_data=False)
     inputs = {value.name for value in model.graph.input}
@@ -179,8 +180,7 @@ def _session_with_outputs(model_path: Path, tensors: Sequence[str]) -> onnxrunti
     computed = [name for name in tensors if name not in inputs] or [model.graph.node[-1].output[0]]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: these come back as exceptions
+    options = session_options()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model_path.parent))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
