@@ -247,6 +247,27 @@ def _camera(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def _threads(results: dict[str, Any]) -> list[str]:
+    machine = results["machine"]
+    rows = []
+    for row in results["figures"]:
+        target = "" if row["target"] is None else f"at most {row['target']:g}x"
+        before = f"{row['before']:.2f}x" if "before" in row else ""
+        rows.append(
+            f"| {row['what']} | {before} | {row['value']:.2f}x ({row['low']:.2f} to {row['high']:.2f}) | {target} |"
+        )
+    missing = results["no_cgroups"]
+    return [
+        f"Engines in int8 on {machine['threads']} cores of an {machine['cpu']}, OpenVINO {machine['versions']['openvino']},",
+        f"ONNX Runtime {machine['versions']['onnxruntime']}"
+        + (f"; no cgroup could be made: {missing}:" if missing else ":"),
+        "",
+        "| figure | before | now | target |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
 _TABLES = {
     "accuracy": _accuracy,
     "camera": _camera,
@@ -254,4 +275,5 @@ _TABLES = {
     "device": _figures,
     "matrix": _figures,
     "onnxruntime": _onnxruntime,
+    "threads": _threads,
 }
