@@ -72,7 +72,12 @@ DeviceOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads", "-t", metavar="N", min=1, help="How many CPU threads to use. All by default.", show_default=False
+        "--threads",
+        "-t",
+        metavar="N",
+        min=1,
+        help="The most CPU threads to use. By default as many as this process may use: containers' limits count.",
+        show_default=False,
     ),
 ]
 AllowHostCode = Annotated[

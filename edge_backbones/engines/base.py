@@ -94,7 +94,7 @@ class LoadOptions:
 
     Attributes:
         gpu: Index of the GPU, None for the CPU.
-        threads: Most CPU threads, None for the library's default.
+        threads: Most CPU threads. None for the library's choice among the CPUs that this process may use.
         memory: Library that manages GPU memory, None for the first that is installed.
         allow_host_code: Run engines that are programs, and runtimes inside plans.
         weights: ONNX graph that holds the weights of a plan without weights.

@@ -205,7 +205,8 @@ class EdgeBackbone(BackboneDescription):
                 beginning of it.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. ``"auto"`` is the first GPU if an engine of the bundle runs on
                 it, else the CPU.
-            threads: Most CPU threads; None for all cores.
+            threads: Most CPU threads of a call. By default the engine's library chooses, from the CPUs that this process
+                may use: its affinity mask and the CPU quotas of its cgroups (containers) count.
             memory: Library that manages GPU memory; None for cuda-bindings, or pycuda if that is missing.
             allow_host_code: Run engines that are programs: TorchScript, and the CPU code that a version-compatible plan
                 may carry. They can do whatever their author wrote.

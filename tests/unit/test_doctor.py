@@ -137,6 +137,17 @@ def test_files_that_are_damaged_say_nothing(tmp_path):
 # ---- Jetsons
 
 
+def test_the_limits_of_a_process_are_told():
+    def found(cpus: Cpus) -> str:
+        return judge(machine("server-h100", cpus=cpus))[0].found
+
+    assert found(Cpus(64, 64, None)).endswith(", 64 logical cores")
+    assert found(Cpus(64, 64, 2.5)).endswith(
+        ", 64 logical cores, of which this process uses 2: its cgroup has a quota of 2.5"
+    )
+    assert found(Cpus(64, 8, None)).endswith(", of which this process uses 8: its affinity mask has 8")
+
+
 def test_an_orin_nano_as_it_should_be():
     found = judge(
         machine(
