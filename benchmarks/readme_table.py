@@ -253,9 +253,8 @@ def _threads(results: dict[str, Any]) -> list[str]:
     for row in results["figures"]:
         target = "" if row["target"] is None else f"at most {row['target']:g}x"
         before = f"{row['before']:.2f}x" if "before" in row else ""
-        rows.append(
-            f"| {row['what']} | {before} | {row['value']:.2f}x ({row['low']:.2f} to {row['high']:.2f}) | {target} |"
-        )
+        bounds = f"{row['low']:.2f} to {row['high']:.2f}" + (f", {row['rounds']} rounds" if "rounds" in row else "")
+        rows.append(f"| {row['what']} | {before} | {row['value']:.2f}x ({bounds}) | {target} |")
     missing = results["no_cgroups"]
     return [
         f"Engines in int8 on {machine['threads']} cores of an {machine['cpu']}, OpenVINO {machine['versions']['openvino']},",
