@@ -144,11 +144,11 @@ def most_threads(threads: int | None) -> int | None:
 @functools.cache
 def _own_choice() -> int:
     """Return the number of threads that OpenVINO chooses here, read from a model that does nothing."""
-    from openvino import Model, opset13
-
-    pixels = opset13.parameter([1], np.float32)
+    openvino = load_library()
+    pixels = openvino.opset13.parameter([1], np.float32)
     with exits.calls:
-        compiled = core().compile_model(Model([opset13.relu(pixels)], [pixels], "nothing"), "CPU", settings(None))
+        model = openvino.Model([openvino.opset13.relu(pixels)], [pixels], "nothing")
+        compiled = core().compile_model(model, "CPU", settings(None))
     return int(compiled.get_property("INFERENCE_NUM_THREADS"))
 
 
