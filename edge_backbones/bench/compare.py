@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.util
 import os
 import platform
@@ -47,13 +48,19 @@ from edge_backbones.option import Option, documented
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import Precision
 
-_MODULES = {"torch-compile": "torch", "torchscript": "torch"}  # the module of a peer whose name differs from it
+_MODULES = {  # of peers whose name differs from their module's
+    "torch-compile": "torch",
+    "torchscript": "torch",
+    "openvino-f32": "openvino",
+    "nncf-f32": "nncf",
+}
 _EXTRAS = {  # that install a peer
     "torch": "build",
     "torch-compile": "build",
     "torchscript": "build",
     "onnxruntime": "onnxruntime",
     "openvino": "cpu",
+    "openvino-f32": "cpu",
 }
 WHAT = {
     "edge": "this bundle's engine",
@@ -61,12 +68,15 @@ WHAT = {
     "torch-compile": "torch.compile, fp32",
     "torchscript": "the bundle's frozen module, fp32",
     "onnxruntime": "ONNX Runtime on the fp32 graph",
-    "openvino": "OpenVINO on the fp32 graph",
-    "nncf": "OpenVINO on the fp32 graph as NNCF quantises it to int8",
+    "openvino": "OpenVINO on the fp32 graph, in the number format that OpenVINO chooses",
+    "openvino-f32": "OpenVINO on the fp32 graph, in fp32",
+    "nncf": "OpenVINO on the fp32 graph as NNCF quantises it to int8, the rest in the number format that OpenVINO chooses",
+    "nncf-f32": "OpenVINO on the fp32 graph as NNCF quantises it to int8, the rest in fp32",
     "graph": "an ONNX file, compiled as an int8 engine of a bundle is",
 }
 PEERS = tuple(name for name in MAKERS if name not in ("edge", "graph"))
-_RUN_GRAPHS = ("onnxruntime", "openvino", "nncf")
+_ON_CPU = ("openvino", "openvino-f32", "nncf", "nncf-f32")
+_RUN_GRAPHS = ("onnxruntime", *_ON_CPU)
 # Without SIGSTOP (Windows, macOS) the others block in a read, but their thread pools may go on spinning.
 _STOPS = hasattr(os, "waitid")
 _CALM = 0.02  # the largest share of stolen time in a turn that counts
@@ -89,8 +99,9 @@ class CompareOptions:
     vs: Annotated[
         tuple[str, ...],
         Option(
-            "The peers to compare with, each in a process of its own: torch, torch-compile, torchscript, onnxruntime, "
-            "openvino, nncf (the last two on the CPU only). By default torch,onnxruntime,openvino.",
+            "What to compare with, each in a process of its own: torch, torch-compile, torchscript, onnxruntime; on the CPU "
+            "openvino and nncf, in the number format that OpenVINO chooses, and openvino-f32 and nncf-f32, in fp32. A "
+            "precision (bf16) means an engine of the bundle. By default torch,onnxruntime,openvino.",
             group="Peers",
         ),
     ] = ("torch", "onnxruntime", "openvino")
@@ -141,15 +152,15 @@ class CompareOptions:
     ] = False
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.vs if name not in PEERS]
-        if unknown or len(set(self.vs)) != len(self.vs):
-            raise InputError(f"--vs takes {', '.join(PEERS)}, each once; got {', '.join(self.vs)}")
-        on_cpu = [name for name in self.vs if name in ("openvino", "nncf")]
+        known = (*PEERS, *Precision)
+        if not set(self.vs) <= set(known) or len(set(self.vs)) != len(self.vs):
+            raise InputError(f"--vs takes {', '.join(known)}, each once; got {', '.join(self.vs)}")
+        on_cpu = [name for name in self.vs if name in _ON_CPU]
         if parse_device(self.device)[0] == "auto":
             raise InputError("device 'auto' is not for a comparison: name it, as cpu, cuda or cuda:1")
         if self.device != "cpu" and on_cpu:
             raise InputError(f"{' and '.join(on_cpu)} run on the CPU, not on {self.device}: leave them out of --vs")
-        if idle := sorted(self.pythons.keys() - {"edge", *self.vs}):
+        if idle := sorted(self.pythons.keys() - {"edge", *self.vs, *map(_library, self.vs)}):
             raise InputError(f"--peer-python {idle[0]} is for a peer, and --vs has {', '.join(self.vs)}: leave it out")
         if self.turns < 1 or self.calls < 1 or self.seconds < 0 or self.threads < 1:
             raise InputError(
@@ -171,28 +182,29 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
     bundle, _ = trust.admit(Bundle.open(path))
     code = options.allow_host_code
     host, place, _ = select.machine_for(bundle, options.device)
-    engine = select.choose_engine(
-        bundle, host, select.full_name(bundle, options.engine), device=place, allow_host_code=code
-    )
+    choose = functools.partial(select.choose_engine, bundle, host, device=place, allow_host_code=code)
+    engine = choose(select.full_name(bundle, options.engine))
     with tempfile.TemporaryDirectory(prefix="edge-backbones-bench-") as work:
         tasks: dict[str, Task] = {}
         absent: dict[str, Measurement] = {}
         graph: _Graph | None = None
+        quantised: Path | None = None
         for name in ("edge", *options.vs):
             try:
                 _require_installed(name, options)
                 if name in _RUN_GRAPHS:
                     graph = graph or _fp32_graph(bundle, Path(work), progress)
                 file = graph.file if graph is not None and name in _RUN_GRAPHS else None
-                if name == "nncf":
-                    file = _nncf_graph(bundle, file, options, Path(work), progress)
+                if _library(name) == "nncf":
+                    file = quantised = quantised or _nncf_graph(bundle, file, options, Path(work), progress)
+                chosen = choose(name) if name in set(Precision) else engine
             except EdgeBackbonesError as error:
-                absent[name] = Measurement(name=name, what=WHAT[name], missing=str(error))
+                absent[name] = Measurement(name=name, what=_what(name, name), missing=str(error))
             else:
                 tasks[name] = Task(
-                    peer=name,
+                    peer="edge" if name in set(Precision) else name,
                     bundle=str(bundle.path),
-                    engine=engine.name,
+                    engine=chosen.name,
                     threads=options.threads,
                     device=options.device,
                     file=None if file is None else str(file),
@@ -235,12 +247,13 @@ def measure(
             if name == first:
                 raise error
             turns.pop(name, None)
-            measured[name] = Measurement(name=name, what=WHAT[tasks[name].peer], missing=str(error))
+            measured[name] = Measurement(name=name, what=_what(name, tasks[name].peer), missing=str(error))
 
         for name, task in tasks.items():
             progress(f"loading {name}", 0, None)
             try:
-                python = sys.executable if task.peer == "nncf" else options.pythons.get(task.peer, sys.executable)
+                # OpenVINO runs what NNCF wrote, in this interpreter.
+                python = sys.executable if _library(task.peer) == "nncf" else options.pythons.get(task.peer, sys.executable)
                 contenders[name] = stack.enter_context(_running(task, python, options.patience))
                 turns[name] = []
             except EdgeBackbonesError as error:
@@ -257,7 +270,7 @@ def measure(
     kept = calm_turns([max(turns[name][number].stolen_share for name in turns) for number in range(options.turns)])
     for name, taken in turns.items():
         calm = [taken[number] for number in kept]
-        measured[name] = _measurement(name, WHAT[tasks[name].peer], contenders[name].start, calm)
+        measured[name] = _measurement(name, _what(name, tasks[name].peer), contenders[name].start, calm)
     return measured
 
 
@@ -363,10 +376,20 @@ def _running(task: Task, python: str, patience: float) -> Iterator[_Contender]:
 
 def _require_installed(name: str, options: CompareOptions) -> None:
     """Raise InputError, with the command that installs it, if a peer is not installed."""
-    module = _MODULES.get(name, name)
-    if name != "edge" and name not in options.pythons and importlib.util.find_spec(module) is None:
+    if name == "edge" or name in set(Precision) or not options.pythons.keys().isdisjoint({name, _library(name)}):
+        return
+    if importlib.util.find_spec(module := _MODULES.get(name, name)) is None:
         nncf = "pip install nncf (or say which Python has it: --peer-python nncf=PYTHON)"
-        raise InputError(f"not installed: {nncf if name == 'nncf' else pip_install(_EXTRAS[name])}")
+        raise InputError(f"not installed: {nncf if module == 'nncf' else pip_install(_EXTRAS[name])}")
+
+
+def _library(name: str) -> str:
+    """Return the peer that another one only sets otherwise: ``nncf`` for ``nncf-f32``."""
+    return name.removesuffix("-f32")
+
+
+def _what(name: str, peer: str) -> str:
+    return f"this bundle's {name} engine" if name in set(Precision) else WHAT[peer]
 
 
 class _Graph(NamedTuple):

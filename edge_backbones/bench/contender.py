@@ -7,6 +7,7 @@ it reads `Turn` lines and answers each with its `Calls`. If anything fails, the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import sys
@@ -180,17 +181,17 @@ def onnxruntime(bundle: Bundle, task: Task) -> Loaded:
     return Loaded(call=call, versions=_version("onnxruntime"), file=graph, exact=task.exact, reordered=reordered)
 
 
-def openvino(bundle: Bundle, task: Task) -> Loaded:
-    """Load a graph in OpenVINO with its own settings for the latency of one call at a time."""
+def openvino(bundle: Bundle, task: Task, hint: str | None = None) -> Loaded:
+    """Load a graph in OpenVINO, for the latency of one call at a time.
+
+    ``hint``: the number format to compute floats in, as OpenVINO names it. By default OpenVINO chooses, which is bf16 on
+    CPUs with instructions for it.
+    """
     library = load_library()
     graph = _graph_of(task)
-    # fp32 stays fp32: on some CPUs OpenVINO would compute in bf16, and its maps would not be those of the fp32 graph.
-    settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": task.threads,
-        "NUM_STREAMS": 1,
-    }
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": task.threads, "NUM_STREAMS": 1}
+    if hint is not None:
+        settings["INFERENCE_PRECISION_HINT"] = hint
     core = library.Core()
     model = core.compile_model(graph, "CPU", settings)
     request = model.create_infer_request()
@@ -221,7 +222,9 @@ MAKERS: dict[str, Callable[[Bundle, Task], Loaded]] = {
     "torchscript": torchscript,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+    "openvino-f32": functools.partial(openvino, hint="f32"),
     "nncf": openvino,  # OpenVINO runs the model that NNCF wrote
+    "nncf-f32": functools.partial(openvino, hint="f32"),
     "graph": graph,
 }
 

@@ -13,8 +13,8 @@ from edge_backbones.errors import InputError
 from edge_backbones.reading import read_file, refusing, why_not
 
 FEWEST_TURNS = 6  # of fewer, even the largest and smallest ratio do not enclose the median with 95 % confidence
-PEERS_IN_FP32 = frozenset({"torch", "torch-compile", "torchscript", "onnxruntime", "openvino"})
-"""Peers that run the network in fp32. Those that are engine libraries have the name of their flavour."""
+PEERS_IN_FP32 = frozenset({"torch", "torch-compile", "torchscript", "onnxruntime", "openvino-f32", "fp32"})
+"""Contenders that run the network in fp32."""
 
 _MAX_BYTES = 64 << 20
 _Figure = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]

@@ -86,7 +86,7 @@ def bench(
         given.setdefault("vs", ("torch", "onnxruntime"))  # OpenVINO runs on the CPU alone
     if threads is not None:
         given["threads"] = threads
-    if images is not None and "nncf" not in given.get("vs", ()):
+    if images is not None and not {"nncf", "nncf-f32"} & set(given.get("vs", ())):
         raise typer.BadParameter(
             f"{images} is what nncf calibrates with: add nncf to --vs, or leave it out", param_hint="--images"
         )

@@ -227,7 +227,8 @@ def _speed(manifest: Manifest, engine: EngineRecord, name: str, comparisons: Seq
 def _speed_of_comparison(title: str, engine: EngineRecord, comparison: Comparison, milliseconds: float) -> Tile:
     """Return the speed that ``edge-backbones bench`` measured; fp32 of the same library if it took part, else another's."""
     ratios = {ratio.name: ratio for ratio in comparison.ratios if ratio.name in PEERS_IN_FP32}
-    ratio = ratios.get(engine.key.flavour) or next(iter(ratios.values()), None)
+    of_library = ("fp32", engine.key.flavour, f"{engine.key.flavour}-f32")
+    ratio = next((ratios[name] for name in (*of_library, *ratios) if name in ratios), None)
     threads = f"{comparison.threads} {'thread' if comparison.threads == 1 else 'threads'}"
     where = f"Timed by bench on {comparison.machine.name}, {threads}, {comparison.date}."
     if ratio is None:
