@@ -253,7 +253,9 @@ def measure(
             progress(f"loading {name}", 0, None)
             try:
                 # OpenVINO runs what NNCF wrote, in this interpreter.
-                python = sys.executable if _library(task.peer) == "nncf" else options.pythons.get(task.peer, sys.executable)
+                python = (
+                    sys.executable if _library(task.peer) == "nncf" else options.pythons.get(task.peer, sys.executable)
+                )
                 contenders[name] = stack.enter_context(_running(task, python, options.patience))
                 turns[name] = []
             except EdgeBackbonesError as error:

@@ -134,9 +134,10 @@ class CalibrationFile(_Strict, frozen=True):
     ``ranges``: by tensor, the |x| where int8 clips. Every tensor that int8 may quantise has one, so another choice of layers
     needs no images. ``largest``: by tensor, the |x| where fp8 clips: the largest value. ``network_sha256``: hash of the fp32
     graph with its weights. ``data_sha256``: hash of the network's inputs. ``factors``: what each channel of a tensor is
-    divided by before it is quantised; the ranges are those of the quotients. ``shifts``: what int8 adds to the bias of a
-    layer. ``silent``: tensors that are zero on every image. ``large``: tensors with values near the limit of fp16; None in
-    files of releases that did not look for them on every image.
+    divided by before it is quantised; the ranges are those of the quotients. ``centres``: what int8 subtracts from a tensor
+    before it is quantised; the range of the difference has the name of the tensor and ``.centred``. ``shifts``: what int8
+    adds to the bias of a layer. ``silent``: tensors that are zero on every image. ``large``: tensors with values near the
+    limit of fp16; None in files of releases that did not look for them on every image.
     """
 
     network_sha256: Sha256
@@ -154,6 +155,7 @@ class CalibrationFile(_Strict, frozen=True):
     largest: dict[str, Share]
     shifts: dict[str, tuple[Shift, ...]]
     large: tuple[str, ...] | None = None
+    centres: dict[str, Shift] = {}
 
 
 class GpuKey(_Strict, frozen=True):

@@ -131,7 +131,7 @@ def make_candidate(
     if precision.is_calibrated:
         excluded = layers_in_half(calibrated, blocks)
         typed = write_typed_graph(
-            calibrated.graph,
+            calibrated.graph_of(precision),
             precision=precision,
             path=path,
             ranges=ranges_of(calibrated, precision),
@@ -264,7 +264,7 @@ def try_quantized(
     while fallback and not any(candidate.passed for candidate in candidates):
         if not noise:
             noise = noise_of_blocks(
-                inputs.calibrated.graph,
+                inputs.calibrated.graph_of(precision),
                 ranges_of(inputs.calibrated, precision),
                 inputs.calibrated.samples,
                 precision=precision,

@@ -15,13 +15,14 @@ from edge_backbones.errors import CalibrationError
 from edge_backbones.images.config import ImageConfig
 from edge_backbones.progress import Progress
 from edge_backbones.reading import file_sha256, read_file, why_not
+from edge_backbones.spec import Precision
 from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.calibration import choose, ranges
 from edge_backbones.toolchain.calibration.choose import Fold
 from edge_backbones.toolchain.calibration.images import FEWEST_TO_HOLD_OUT, ImageSet, halves, weighted_sample
 from edge_backbones.toolchain.calibration.noise import Sample
 from edge_backbones.toolchain.calibration.ranges import Magnitudes
-from edge_backbones.toolchain.quantize import equalise
+from edge_backbones.toolchain.quantize import centre, equalise
 from edge_backbones.toolchain.quantize.placement import tensors_to_calibrate
 
 Method = Literal["auto", "max", "percentile", "entropy", "mse"]
@@ -91,6 +92,7 @@ class Calibrated:
     Args:
         file: ranges and what they hold for; None where no precision needs ranges.
         graph: the fp32 graph that the ranges are of, with its channels equalised.
+        centred: the same with its activations centred, which int8 is made from.
         samples: images to measure noise on.
         excluded: names of the layers that the user leaves in half.
         large: names of the tensors whose values come near what fp16 can hold.
@@ -98,9 +100,14 @@ class Calibrated:
 
     file: CalibrationFile | None
     graph: ExportedGraph
+    centred: ExportedGraph
     samples: Sequence[Sample]
     excluded: frozenset[str]
     large: tuple[str, ...]
+
+    def graph_of(self, precision: Precision) -> ExportedGraph:
+        """Return the graph that a precision is made from: fp8 has its finest steps at 0, so its tensors have no centre."""
+        return self.centred if precision.info.is_integer else self.graph
 
 
 def calibrate(
@@ -115,9 +122,9 @@ def calibrate(
 ) -> tuple[CalibrationFile, list[Sample]]:
     """Find the range of every tensor that int8 and fp8 quantise; also return the images that noise was measured on.
 
-    ``auto``: channels are equalised, each output gets its estimator and biases are corrected, where held-out images say
-    that it helps. Any other ``method`` is the estimator of all tensors. ``work``: a folder for intermediate graphs. Raises
-    CalibrationError, as `ranges.collect_magnitudes` does.
+    ``auto``: channels are equalised, each output gets its estimator, activations are centred and biases are corrected,
+    where held-out images say that it helps. Any other ``method`` is the estimator of all tensors. ``work``: a folder for
+    intermediate graphs. Raises CalibrationError, as `ranges.collect_magnitudes` does.
     """
     if method == "auto":
         found = _choose(graph, feed, percentile, work, progress)
@@ -135,6 +142,7 @@ def calibrate(
         skipped=feed.images.skipped,
         silent=tuple(name for name, seen in found.magnitudes.items() if seen.largest == 0.0),
         factors={name: tuple(values) for name, values in found.factors.items()},
+        centres=found.centres,
         ranges=found.ranges,
         largest=ranges.find_ranges(found.magnitudes, method="max"),
         shifts={name: tuple(values) for name, values in found.shifts.items()},
@@ -154,6 +162,7 @@ class _Found:
         samples: images that noise was measured on, or may be.
         chosen: the estimator of each output, where several were tried.
         factors: what channels are divided by, by tensor.
+        centres: what is subtracted from tensors.
         shifts: what is added to biases, by layer.
     """
 
@@ -163,6 +172,7 @@ class _Found:
     samples: list[Sample]
     chosen: dict[str, str] = field(default_factory=dict)
     factors: dict[str, list[float]] = field(default_factory=dict)
+    centres: dict[str, float] = field(default_factory=dict)
     shifts: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -179,7 +189,7 @@ def _estimate(graph: ExportedGraph, feed: Feed, method: str, percentile: float, 
 
 
 def _choose(graph: ExportedGraph, feed: Feed, percentile: float, work: Path, progress: Progress) -> _Found:
-    """Equalise channels, choose an estimator for each output and correct biases, judged on images that are held out.
+    """Equalise channels, choose an estimator for each output, centre and correct biases, judged on images held out.
 
     What one half of the images shows is judged on the other half. Fewer images than `FEWEST_TO_HOLD_OUT` are both halves.
     """
@@ -200,7 +210,11 @@ def _choose(graph: ExportedGraph, feed: Feed, percentile: float, work: Path, pro
     )
     folds = [Fold(first, of_other)] if too_few else [Fold(first, of_other), Fold(second, of_one)]
     found, chosen = choose.choose_ranges(equalised, folds, percentile=percentile, work=work, progress=progress)
-    shifts = choose.correct_biases(equalised, found, correcting, of_other, work=work, progress=progress)
+    progress("centring", 0, None)
+    centres, of_centred = choose.choose_centres(equalised, found, correcting, of_other, work=work)
+    found |= of_centred
+    centred = centred_graph(equalised, centres, work)
+    shifts = choose.correct_biases(centred, found, correcting, of_other, work=work, progress=progress)
     return _Found(
         ranges=found,
         magnitudes=first if too_few else ranges.merge_magnitudes(first, second),
@@ -208,6 +222,7 @@ def _choose(graph: ExportedGraph, feed: Feed, percentile: float, work: Path, pro
         samples=of_other if too_few else [*of_one, *of_other],
         chosen=chosen,
         factors=factors,
+        centres=centres,
         shifts=shifts,
     )
 
@@ -234,6 +249,11 @@ def _count(
 def equalised_graph(graph: ExportedGraph, by_tensor: Mapping[str, Sequence[float]], work: Path) -> ExportedGraph:
     """Return the graph that the ranges are of: ``graph`` with these tensors divided by their factors."""
     return equalise.write_equalised_graph(graph, by_tensor, work / "equalised.onnx") if by_tensor else graph
+
+
+def centred_graph(equalised: ExportedGraph, centres: Mapping[str, float], work: Path) -> ExportedGraph:
+    """Return the graph that int8 is made from: ``equalised`` with these centres subtracted."""
+    return centre.write_centred_graph(equalised, centres, work / "centred.onnx") if centres else equalised
 
 
 def read_calibration(path: Path) -> CalibrationFile:

@@ -1,4 +1,4 @@
-"""Choose ranges, equalising factors and bias corrections: by the noise that they leave on held-out images.
+"""Choose ranges, equalising factors, centres and bias corrections: by the noise that they leave on held-out images.
 
 Each choice is judged on other images than it was found on, and dropped where it does not help.
 """
@@ -21,7 +21,7 @@ from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.calibration.noise import Run, Sample, mean_db, measure_noise, run_reference, simulate
 from edge_backbones.toolchain.calibration.ranges import METHODS, Magnitudes, chunks, find_ranges, merge_magnitudes
 from edge_backbones.toolchain.onnx_runtime import reference_options
-from edge_backbones.toolchain.quantize import equalise
+from edge_backbones.toolchain.quantize import centre, equalise
 from edge_backbones.toolchain.quantize.placement import quantized_layers
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
@@ -61,6 +61,43 @@ def choose_factors(
         simulation = simulate(tried, ranges, work, excluded=others)
         judged.append(mean_db(measure_noise([Run(simulation, held_out, references)], graph.spec.outputs)))
     return found if judged[1] < judged[0] else {}
+
+
+def choose_centres(
+    graph: ExportedGraph,
+    ranges: Mapping[str, float],
+    batches: Sequence[np.ndarray],
+    held_out: Sequence[Sample],
+    *,
+    work: Path,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return centres by tensor for `centre.write_centred_graph`, and the ranges of the centred tensors.
+
+    A range reaches from the lowest value in ``batches`` to that of ``ranges``, or from there to the highest. Empty where
+    the noise on ``held_out`` images, as a mean over outputs in dB, does not fall.
+    """
+    tensors = {name: name for name in centre.tensors_to_centre(graph)}
+    if not tensors:
+        return {}, {}
+    extremes: dict[str, tuple[float, float]] = {}
+    for name, value, _ in _values(_exposing(onnx.load(graph.path), tensors), graph, batches, tensors):
+        low, high = extremes.get(name, (math.inf, -math.inf))
+        extremes[name] = min(low, float(value.min())), max(high, float(value.max()))
+    centres: dict[str, float] = {}
+    centred_ranges: dict[str, float] = {}
+    for name, (low, high) in extremes.items():
+        found = centre.centre_of(max(low, -ranges[name]), min(high, ranges[name]))
+        if found is not None:
+            centres[name], centred_ranges[centre.centred_name(name)] = found
+    if not centres:
+        return {}, {}
+    centred = centre.write_centred_graph(graph, centres, work / "centred.onnx")
+    references = run_reference(graph, held_out)
+    before, after = (
+        mean_db(measure_noise([Run(simulate(tried, of_tried, work), held_out, references)], graph.spec.outputs))
+        for tried, of_tried in ((graph, ranges), (centred, {**ranges, **centred_ranges}))
+    )
+    return (centres, centred_ranges) if after < before else ({}, {})
 
 
 def choose_ranges(

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from edge_backbones.errors import QuantizationError
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.quantize import centre
 from edge_backbones.toolchain.quantize.formats import HALF_SMALLEST, largest_threshold, scales_of, type_of
 from edge_backbones.toolchain.quantize.onnx_edits import (
     add_constant,
@@ -43,6 +44,8 @@ def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float
     placement = find_placement(graph, excluded, precision)
     _check_ranges({name_of(node.inputs[index]) for node, index in placement.activations}, precision, ranges)
 
+    centres = {node: centre.centre_before(node) for node in placement.weights}
+
     zero_point = add_constant(graph, "zero_point", np.zeros((), dtype=type_of(precision).numpy()))
     dequantized: dict[ir.Value, ir.Value] = {}
     for node, index in placement.activations:
@@ -60,6 +63,10 @@ def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float
         assert weight is not None  # find_placement has checked it
         if (weight, axis) not in dequantized_weights:
             dequantized_weights[weight, axis] = _quantize_weight(graph, node, precision, weight, axis)
+        if (subtracted := centres[node]) is not None:
+            rounded, scales = _rounded(weight, axis, precision)
+            error = rounded * scales.astype(np.float64) - constant_of(weight)
+            centre.shift_for_rounding(graph, node, subtracted, error)
         node.replace_input_with(1, dequantized_weights[weight, axis])
 
 
@@ -151,6 +158,17 @@ def shift_biases(graph: ir.Graph, shifts: Mapping[str, Sequence[float]]) -> None
 
 def _quantize_weight(graph: ir.Graph, node: ir.Node, precision: Precision, weight: ir.Value, axis: int) -> ir.Value:
     """Store a weight in int8 or fp8 with a scale per output channel, and return the dequantised value."""
+    rounded, scales = _rounded(weight, axis, precision)
+    name = f"{name_of(weight)}.axis{axis}"  # tied weights may be read along both
+    stored = add_constant(graph, f"{name}.{precision}", rounded)
+    scale = add_constant(graph, f"{name}.scale", scales.ravel())
+    dequantize = new_node("DequantizeLinear", [stored, scale], f"{name}.dequantized", ir.DataType.FLOAT, {"axis": axis})
+    graph.insert_before(node, dequantize)
+    return dequantize.outputs[0]
+
+
+def _rounded(weight: ir.Value, axis: int, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
+    """Return a weight in int8 or fp8, and its scales, which broadcast against it."""
     name, values = name_of(weight), constant_of(weight).astype(np.float64)
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= largest_threshold(precision):  # NaN fails this too
@@ -160,17 +178,11 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node, precision: Precision, weigh
             " the checkpoint is damaged, or needs fp32"
         )
     per_channel = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-    scales = scales_of(np.abs(per_channel).max(axis=1), precision)
     shape = [1] * values.ndim
     shape[axis] = -1
+    scales = scales_of(np.abs(per_channel).max(axis=1), precision).reshape(shape)
     # Only the floor of scales_of can leave |value / scale| below the largest; nothing can leave it above.
-    scaled = values / scales.astype(np.float64).reshape(shape)
-    rounded = (
-        np.rint(scaled).astype(np.int8) if precision.info.is_integer else scaled.astype(type_of(precision).numpy())
-    )
-    name = f"{name}.axis{axis}"  # tied weights may be read along both
-    stored = add_constant(graph, f"{name}.{precision}", rounded)
-    scale = add_constant(graph, f"{name}.scale", scales)
-    dequantize = new_node("DequantizeLinear", [stored, scale], f"{name}.dequantized", ir.DataType.FLOAT, {"axis": axis})
-    graph.insert_before(node, dequantize)
-    return dequantize.outputs[0]
+    scaled = values / scales.astype(np.float64)
+    if precision.info.is_integer:
+        return np.rint(scaled).astype(np.int8), scales
+    return scaled.astype(type_of(precision).numpy()), scales

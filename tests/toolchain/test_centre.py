@@ -1,0 +1,201 @@
+"""Activations that are centred before they are rounded: the same network in fp32, and less noise in int8."""
+
+from __future__ import annotations
+
+import networks
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from edge_backbones.errors import QuantizationError
+from edge_backbones.spec import Precision
+from edge_backbones.toolchain.calibration.choose import choose_centres
+from edge_backbones.toolchain.calibration.noise import Run, Sample, measure_noise, run_reference, simulate
+from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
+from edge_backbones.toolchain.export import export_onnx
+from edge_backbones.toolchain.prepare import prepare
+from edge_backbones.toolchain.quantize.centre import centre_of, centred_name, tensors_to_centre, write_centred_graph
+from edge_backbones.toolchain.quantize.placement import quantized_layers, tensors_to_calibrate
+from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
+
+
+def run(graph, images: np.ndarray, batch: int) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
+    parts = [session.run(None, {graph.input.name: images[i : i + batch]}) for i in range(0, len(images), batch)]
+    return [np.concatenate(values) for values in zip(*parts, strict=True)]
+
+
+NETWORKS = {  # stages, size, and the least gain in dB of the layers that read a centred tensor
+    "test_vit": ((0, 1), 160, 160, 2.0),  # GELU before a MatMul
+    "test_efficientnet": ((0, 1, 2), 64, 96, 2.0),  # SiLU and squeeze-excite before pointwise convolutions
+    "mobilenetv3_small_100": ((4,), 64, 96, 1.0),  # hard swish: many values are exactly 0
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def case(request, tmp_path_factory, photographs):
+    indices, height, width, _ = NETWORKS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    loaded = networks.trained_like(request.param, out_indices=indices)
+    graph = export_onnx(prepare(loaded, networks.input_spec(height, width, batch=2)), folder / "fp32.onnx")
+    images = networks.normalised(networks.crops(photographs, 12, height, width))
+    batches = [images[i : i + 2] for i in range(0, 12, 2)]
+    ranges = find_ranges(collect_magnitudes(graph.path, tensors_to_calibrate(graph), batches[:4]), method="max")
+    held_out = [Sample(batch, np.ones(2)) for batch in batches[4:]]
+    centres, of_centred = choose_centres(graph, ranges, batches[:4], held_out, work=folder)
+    return graph, images, batches, ranges, centres, of_centred, folder
+
+
+def test_fp32_is_the_same_network(case):
+    graph, images, _, _, centres, _, folder = case
+    assert centres  # these activations are worth it
+    centred = write_centred_graph(graph, centres, folder / "again.onnx")
+    for expected, actual in zip(run(graph, images, 2), run(centred, images, 2), strict=True):
+        assert networks.relative(actual, expected) < 1e-5
+    renamed = {name: centred_name(name) for name in centres}
+    before = [(layer.name, renamed.get(layer.tensor, layer.tensor)) for layer in quantized_layers(graph)]
+    assert [(layer.name, layer.tensor) for layer in quantized_layers(centred)] == before
+
+
+def test_zero_stays_a_level_and_the_range_reaches_both_ends(case):
+    graph, _, batches, ranges, centres, of_centred, _ = case
+    model = onnx.load(graph.path)
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in centres)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    runs = [session.run(list(centres), {graph.input.name: batch}) for batch in batches[:4]]
+    for (name, centre), *values in zip(centres.items(), *runs, strict=True):
+        reach = of_centred[centred_name(name)]
+        step = reach / 127
+        assert abs(centre / step - round(centre / step)) < 0.05, name
+        every = np.concatenate([value.ravel() for value in values])
+        assert every.min() >= centre - reach - 1.01 * step, name
+        assert every.max() <= centre + reach + 1.01 * step, name
+        assert reach < 0.76 * ranges[name], name
+
+
+def test_int8_has_less_noise(case, request):
+    """Measured on other images than the centres were found on, with only the layers quantised that read them."""
+    graph, _, batches, ranges, centres, of_centred, folder = case
+    centred = write_centred_graph(graph, centres, folder / "again.onnx")
+    others = {layer.name for layer in quantized_layers(graph) if layer.tensor not in centres}
+    samples = [Sample(batch, np.ones(2)) for batch in batches[4:]]
+    total = []
+    for one in (graph, centred):
+        simulation = simulate(one, {**ranges, **of_centred}, folder, excluded=others)
+        noise = measure_noise([Run(simulation, samples, run_reference(graph, samples))], graph.spec.outputs)
+        total.append(np.mean([10 * np.log10(value) for value in noise.values() if value > 0]))
+    assert total[1] < total[0] - NETWORKS[request.node.callspec.params["case"]][3]
+
+
+def test_the_int8_graph_holds_the_centres(case):
+    graph, _, _, ranges, centres, of_centred, folder = case
+    centred = write_centred_graph(graph, centres, folder / "again.onnx")
+    path = folder / "int8.onnx"
+    write_typed_graph(centred, precision=Precision.INT8, path=path, ranges={**ranges, **of_centred})
+    model = onnx.load(path)
+    values = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    made = {node.output[0]: node for node in model.graph.node}
+    for name, centre in centres.items():
+        subtract = made[centred_name(name)]
+        constants = [values[i] for i in subtract.input if i in values]
+        assert [float(constant) for constant in constants] == [centre]  # exactly, in half precision
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "expected"),
+    [
+        (-0.17, 4.0, (1.915, 2.085)),
+        (-4.0, 0.17, (-1.915, 2.085)),
+        (0.0, 4.0, (2.0, 2.0)),
+        (1.0, 4.0, (2.0, 2.0)),  # 0 stays a level
+        (-2.1, 4.0, None),  # nearly symmetric
+        (-4.0, 4.0, None),
+        (0.0, 0.0, None),
+        (float("nan"), 1.0, None),
+        (0.0, float("inf"), None),
+    ],
+)
+def test_the_centre_of_a_range(lowest, highest, expected):
+    found = centre_of(lowest, highest)
+    if expected is None:
+        assert found is None
+        return
+    centre, reach = found
+    step = reach / 127
+    assert centre == float(np.float16(centre))
+    assert (centre, reach) == pytest.approx(expected, abs=2 * step)
+    assert centre - reach <= min(lowest, 0) + step
+    assert centre + reach >= max(highest, 0) - step
+
+
+class Reads(nn.Module):
+    """A layer behind a GELU, in the forms that take a centre and in those that do not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.stem = nn.Conv2d(3, 32, 4, stride=4)
+        padding = {"padded": 1, "same": "same"}.get(kind, 0)
+        kernel = 3 if kind in ("padded", "same", "kernel") else 1
+        self.conv = nn.Conv2d(
+            32, 32, kernel, padding=padding, bias=kind != "no bias", groups=2 if kind == "groups" else 1
+        )
+        self.other = nn.Conv2d(32, 32, 3, padding=1)
+        self.linear = nn.Linear(32, 32, bias=kind != "linear without bias")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.stem(x)
+        if self.kind.startswith("linear"):
+            return (self.linear(nn.functional.gelu(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2),)
+        x = x.relu() if self.kind == "relu" else nn.functional.gelu(x)
+        if self.kind == "moved":
+            x = nn.functional.max_pool2d(x, 2)
+        if self.kind == "both":
+            return (self.conv(x) + self.other(x),)
+        if self.kind == "joined":
+            return (self.linear(torch.cat([x[:, :16], x[:, 16:] * 2], 1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
+        y = self.conv(x)
+        if self.kind == "read":  # by something else too, and as a feature map
+            return (x, y * x.mean((2, 3), keepdim=True))
+        return (y,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("plain", 1), ("no bias", 1), ("groups", 1), ("kernel", 1), ("read", 1), ("linear", 1), ("padded", 0), ("same", 0),
+        ("relu", 0), ("moved", 0), ("both", 0), ("joined", 0), ("linear without bias", 0),
+    ],
+)  # fmt: skip
+def test_only_layers_that_take_a_centre_get_one(tmp_path, photographs, kind, count):
+    loaded = networks.hand_made(Reads(kind), stages=2 if kind == "read" else 1)
+    graph = export_onnx(prepare(loaded, networks.input_spec(64, 96)), tmp_path / "graph.onnx")
+    found = tensors_to_centre(graph)
+    assert len(found) == count
+    centred = write_centred_graph(graph, dict.fromkeys(found, 0.75), tmp_path / "centred.onnx")
+    images = networks.normalised(networks.crops(photographs, 2, 64, 96))
+    for expected, actual in zip(run(graph, images, 1), run(centred, images, 1), strict=True):
+        assert networks.relative(actual, expected) < 1e-6
+
+
+def test_what_does_not_help_is_left_alone(tmp_path, photographs):
+    images = networks.normalised(networks.crops(photographs, 4, 64, 96))
+    samples = [Sample(images[2:], np.ones(2))]
+    loaded = networks.trained_like("test_resnet", out_indices=(1, 4))
+    graph = export_onnx(prepare(loaded, networks.input_spec(64, 96, batch=2)), tmp_path / "cnn.onnx")
+    ranges = dict.fromkeys(tensors_to_calibrate(graph), 1.0)
+    assert choose_centres(graph, ranges, [images[:2]], samples, work=tmp_path) == ({}, {})
+
+
+def test_a_centre_of_another_network_is_refused(tmp_path):
+    graph = export_onnx(
+        prepare(networks.hand_made(Reads("plain")), networks.input_spec(64, 96)), tmp_path / "graph.onnx"
+    )
+    with pytest.raises(
+        QuantizationError, match="a centre for 'elsewhere', which takes none in this graph: calibrate again"
+    ):
+        write_centred_graph(graph, {"elsewhere": 1.0}, tmp_path / "centred.onnx")
