@@ -17,8 +17,12 @@ _PEERS = {
     "torch-compile": "torch.compile",
     "torchscript": "TorchScript",
     "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO fp32",
+    "openvino": "OpenVINO",
+    "openvino-f32": "OpenVINO in fp32",
     "nncf": "NNCF",
+    "nncf-f32": "NNCF, rest in fp32",
+    "bf16": "our bf16",
+    "fp32": "our fp32",
     "modelopt": "ModelOpt",
 }
 
@@ -56,40 +60,63 @@ def _bench(results: dict[str, Any]) -> list[str]:
     peers = [m["name"] for m in next(iter(comparisons.values()))["measurements"][1:]]
     return [
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), OpenVINO",
-        f"{machine['versions']['openvino']}, batch 1 at 224 x 224: the time of our int8 engine, how many times as long each",
-        'peer takes, and the bounds of that median with 95 % confidence; "=" where this machine does not tell which is',
-        "faster. SQNR is that of the worst feature map; the weights are those of benchmarks/networks.py.",
+        f"{machine['versions']['openvino']}, batch 1 at 224 x 224: the time of the engine that the runtime takes, how many",
+        "times as long each other one takes, and the bounds of that median with 95 % confidence; '=' where this machine does",
+        "not tell which is faster. OpenVINO and NNCF without a format compute floats as OpenVINO chooses: in bf16 on CPUs",
+        "that have it. The weights are those of benchmarks/networks.py.",
         "",
-        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in peers)} | SQNR: ours, NNCF's | roofline: int8, fp32 |",
-        f"|---|---|{'---|' * len(peers)}---|---|",
-        *(_compared(model, one, peers, results["rooflines"][model]) for model, one in comparisons.items()),
+        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in peers)} | roofline |",
+        f"|---|---|{'---|' * len(peers)}---|",
+        *(_compared(model, one, peers, results["rooflines"].get(model, {})) for model, one in comparisons.items()),
+        "",
+        "SQNR of the worst feature map against fp32, in dB:",
+        "",
+        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in _WITH_QUALITY)} |",
+        f"|---|---|{'---|' * len(_WITH_QUALITY)}",
+        *(f"| {model} | {' | '.join(_quality(one, name) for name in ('edge', *_WITH_QUALITY))} |"
+          for model, one in comparisons.items()),
         "",
         *_figures(results),
-    ]
+    ]  # fmt: skip
+
+
+_WITH_QUALITY = ("bf16", "openvino", "nncf", "nncf-f32")  # of the contenders that do not compute in fp32
+
+
+def _quality(comparison: dict[str, Any], name: str) -> str:
+    found = next((m.get("worst_sqnr_db") for m in comparison["measurements"] if m["name"] == name), None)
+    return "-" if found is None else f"{found:.1f}"
 
 
 def _summary(results: dict[str, Any]) -> list[str]:
-    """Return the table of the medians of the ratios, with their geometric means."""
+    """Return the table of the medians of the ratios, with their geometric means and the quality of those in few bits."""
     machine, comparisons = results["machine"], results["comparisons"]
-    names = [m["name"] for m in next(iter(comparisons.values()))["measurements"][1:]]
     ratios = {model: {r["name"]: r["median"] for r in one["ratios"]} for model, one in comparisons.items()}
     rows = []
     for model, one in comparisons.items():
-        cells = [f"{ratios[model][name]:.1f}x" if name in ratios[model] else "absent" for name in names]
-        rows.append(f"| {model} | {one['measurements'][0]['median_ms']:.1f} ms | {' | '.join(cells)} |")
+        cells = []
+        for name in _SUMMARISED:
+            quality = f" ({_quality(one, name)})" if name in _WITH_QUALITY else ""
+            cells.append(f"{ratios[model][name]:.1f}x{quality}" if name in ratios[model] else "absent")
+        ours = f"{one['measurements'][0]['median_ms']:.1f} ms, {one['precision']} ({_quality(one, 'edge')})"
+        rows.append(f"| {model} | {ours} | {' | '.join(cells)} |")
     means = []
-    for name in names:
+    for name in _SUMMARISED:
         found = [of_model[name] for of_model in ratios.values() if name in of_model]
         means.append(f"{math.exp(sum(map(math.log, found)) / len(found)):.1f}x" if found else "absent")
     return [
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), batch 1 at",
-        "224 x 224: the time of our int8 engine, and how many times as long each peer takes (5.0x: five times as long).",
+        "224 x 224: our time, and how many times as long each peer takes (5.0x: five times as long). In brackets: the worst",
+        "map's SQNR in dB, more is better.",
         "",
-        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in names)} |",
-        f"|---|---|{'---|' * len(names)}",
+        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in _SUMMARISED)} |",
+        f"|---|---|{'---|' * len(_SUMMARISED)}",
         *rows,
         f"| geometric mean | | {' | '.join(means)} |",
     ]
+
+
+_SUMMARISED = ("torch", "torch-compile", "onnxruntime", "openvino", "nncf")
 
 
 def _compared(model: str, comparison: dict[str, Any], peers: list[str], roofline: dict[str, Any]) -> str:
@@ -103,10 +130,9 @@ def _compared(model: str, comparison: dict[str, Any], peers: list[str], roofline
             continue
         same = " =" if ratio["low"] <= 1 <= ratio["high"] else ""
         cells.append(f"{ratio['median']:.2f}x{same} ({ratio['low']:.2f} to {ratio['high']:.2f})")
-    decibels = [measurements[name].get("worst_sqnr_db") for name in ("edge", "nncf") if name in measurements]
-    quality = ", ".join("-" if value is None else f"{value:.1f} dB" for value in decibels)
-    reached = ", ".join(f"{100 * one['fraction']:.0f} % ({one['bound']})" for one in roofline.values())
-    return f"| {model} | {measurements['edge']['median_ms']:.1f} ms | {' | '.join(cells)} | {quality} | {reached} |"
+    reached = ", ".join(f"{kind} {100 * one['fraction']:.0f} % ({one['bound']})" for kind, one in roofline.items())
+    ours = f"{measurements['edge']['median_ms']:.1f} ms, {comparison['precision']}"
+    return f"| {model} | {ours} | {' | '.join(cells)} | {reached} |"
 
 
 def _accuracy(results: dict[str, Any]) -> list[str]:

@@ -18,17 +18,23 @@ import msgspec
 
 from benchmarks import camera, end_to_end, figures, growth, networks, readme_table, roofline
 from benchmarks.common import CACHE, RESULTS, ROOT, add, machine, machine_name, photograph_folder, say
-from edge_backbones.bench.compare import CompareOptions, compare, read_images
-from edge_backbones.bench.results import Comparison, regressions
+from edge_backbones.bench.compare import CompareOptions, compare, measure, read_images
+from edge_backbones.bench.contender import Task
+from edge_backbones.bench.results import Comparison, Ratio, ratio_of, regressions
 from edge_backbones.bundle.reader import Bundle
+from edge_backbones.engines.openvino.compile import computes_in
 from edge_backbones.errors import InputError
+from edge_backbones.spec import Precision
 
 MODELS = tuple(networks.STAGES)
 QUICK = ("mobilenetv3_large_100", "efficientnet_b0")
-TARGETS = {"torch": 3.5, "torch-compile": 2.0, "onnxruntime": 2.0, "nncf": 1.0}  # of the geometric means
-PEERS = ("torch", "torch-compile", "torchscript", "onnxruntime", "openvino", "nncf")
-ENGINES = {"int8": "edge", "fp32": "openvino"}  # what runs a bundle's graphs
-PARTS = ("figures", "growth", "end_to_end", "camera")
+TARGETS = {"torch": 3.5, "torch-compile": 2.0, "onnxruntime": 2.0}  # of the geometric means
+OPENVINO_PEERS = ("openvino", "nncf", "nncf-f32")  # the fastest of them is the peer to be ahead of
+BEST_PEER, BEST_PEER_MEAN, DECIBELS_AHEAD = 1.0, 1.05, 2.0
+BF16, BF16_SQNR_DB = 1.6, 25.0
+CHANNELS_LAST = 1.04
+PEERS = ("bf16", "fp32", "torch", "torch-compile", "torchscript", "onnxruntime", "openvino-f32", *OPENVINO_PEERS)
+PARTS = ("figures", "channels_last", "growth", "end_to_end", "camera")
 
 
 def main() -> None:
@@ -45,7 +51,8 @@ def main() -> None:
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # what --only does not measure stays
     wanted = arguments.only or ([*QUICK, *PARTS] if arguments.quick else [*MODELS, *PARTS])
 
-    needed = [m for m in MODELS if m in wanted or ("figures" in wanted and m in ("resnet50", "mobilenetv3_large_100"))]
+    of_figures = {"figures": ("resnet50", "mobilenetv3_large_100"), "channels_last": ("resnet50",)}
+    needed = [m for m in MODELS if m in wanted or any(m in of_figures.get(part, ()) for part in wanted)]
     if arguments.quick:
         needed = [m for m in needed if m in QUICK]
     bundles = {model: networks.bundle_of(model, rebuild=arguments.rebuild) for model in needed}
@@ -56,6 +63,12 @@ def main() -> None:
         show(comparisons[model], stored.get("comparisons", {}).get(model))
     rooflines = roofline_of(comparisons, bundles)
     rows: list[dict[str, Any]] = []
+    for model, comparison in comparisons.items():
+        add_best_peer(rows, model, comparison)
+        add_bf16(rows, model, comparison)
+    if "channels_last" in wanted and not arguments.quick:
+        say("maps in channels-last memory")
+        add_channels_last(rows, bundles["resnet50"], arguments)
     if "figures" in wanted:
         say("overhead, cold start, build")
         add_figures(rows, bundles, quick=arguments.quick)
@@ -95,10 +108,9 @@ def main() -> None:
 
 
 def compare_model(model: str, bundle: Path, arguments: argparse.Namespace) -> Comparison:
-    """Compare a model's int8 engine with every peer: batch 1, two threads."""
+    """Compare the engine that the runtime takes with every peer: batch 1, two threads."""
     say(f"comparing {model}")
     options = CompareOptions(
-        engine="int8",
         vs=PEERS,
         allow_host_code=True,  # the bundle is built here
         threads=2,
@@ -139,9 +151,9 @@ def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Pat
         batch = comparison.input_shape[0]
         measured = {m.name: m.median_ms for m in comparison.measurements}
         of_model = found.setdefault(model, {})
-        for precision, name in ENGINES.items():
-            if (milliseconds := measured[name]) is None:
-                continue  # that contender failed, and its line says so
+        for precision, name in {comparison.precision: "edge", "fp32": "fp32"}.items():
+            if (milliseconds := measured[name]) is None or precision == "bf16":
+                continue  # that contender failed, and its line says so; the ceilings are of int8 and fp32 alone
             work = roofline.count_graph(bundles[model] / "graphs" / f"{precision}.onnx", comparison.input_shape)
             reached = roofline.roofline(work, ceilings, milliseconds, batch)
             of_model[precision] = {"work": msgspec.to_builtins(work), "ceilings": msgspec.to_builtins(ceilings)}
@@ -151,14 +163,62 @@ def roofline_of(comparisons: Mapping[str, Comparison], bundles: Mapping[str, Pat
     return found
 
 
+def add_best_peer(rows: list[dict[str, Any]], model: str, comparison: Comparison) -> None:
+    """Add the time of the fastest peer of OpenVINO's over ours, turn by turn, and by how much our SQNR is above NNCF's."""
+    ran = {m.name: m for m in comparison.measurements if not m.missing}
+    peers = [ran[name] for name in OPENVINO_PEERS if name in ran]
+    if not peers:
+        return
+    ours = ran["edge"]
+    fastest = min(peers, key=lambda m: m.median_ms or math.inf)
+    ratio = ratio_of(fastest.name, fastest.turns, ours.turns)
+    what = f"{model}: the fastest of OpenVINO and NNCF over ours"
+    add(rows, what, ratio.median, BEST_PEER, "x", at_least=True, low=ratio.low, high=ratio.high)
+    theirs = [ran[name].worst_sqnr_db for name in ("nncf", "nncf-f32") if name in ran]
+    if ours.worst_sqnr_db is not None and None not in theirs and theirs:
+        ahead = ours.worst_sqnr_db - max(value for value in theirs if value is not None)
+        add(rows, f"{model}: SQNR of the worst map, ours over NNCF's", ahead, DECIBELS_AHEAD, "dB", at_least=True)
+
+
+def add_bf16(rows: list[dict[str, Any]], model: str, comparison: Comparison) -> None:
+    """Add the time of our fp32 engine over that of bf16, where this CPU has instructions for bf16."""
+    ran = {m.name: m for m in comparison.measurements if not m.missing}
+    if "bf16" not in ran or "fp32" not in ran or computes_in(Precision.BF16) is not Precision.BF16:
+        return
+    ratio = ratio_of("fp32", ran["fp32"].turns, ran["bf16"].turns)
+    what = f"{model}: our fp32 engine over our bf16 engine"
+    add(rows, what, ratio.median, BF16, "x", at_least=True, low=ratio.low, high=ratio.high)
+    if (decibels := ran["bf16"].worst_sqnr_db) is not None:
+        add(rows, f"{model}: SQNR of the worst map in bf16", decibels, BF16_SQNR_DB, "dB", at_least=True)
+
+
+def add_channels_last(rows: list[dict[str, Any]], bundle: Path, arguments: argparse.Namespace) -> None:
+    """Add the time of resnet50's int8 engine over that of one whose maps lie in channels-last memory."""
+    other = networks.channels_last_bundle_of("resnet50", rebuild=arguments.rebuild)
+    tasks = {
+        name: Task(peer="edge", bundle=str(path), engine=int8_engine(path), threads=2)
+        for name, path in (("channels-last", other), ("nchw", bundle))
+    }
+    measured = measure(tasks, CompareOptions(turns=2 * arguments.turns, calls=4, seconds=0.4))
+    ratio = ratio_of("nchw", measured["nchw"].turns, measured["channels-last"].turns)
+    what = "resnet50: int8 with NCHW maps over channels-last maps"
+    add(rows, what, ratio.median, CHANNELS_LAST, "x", at_least=True, low=ratio.low, high=ratio.high)
+
+
+def int8_engine(bundle: Path) -> str:
+    """Return the name of a bundle's int8 engine."""
+    return next(e.name for e in Bundle.open(bundle).manifest.engines if e.key.precision is Precision.INT8)
+
+
 def add_means(rows: list[dict[str, Any]], comparisons: Mapping[str, Comparison]) -> None:
     """Add the geometric means, over the networks, of a peer's time over ours.
 
     ``low`` and ``high`` are the means of the bounds of the networks, which lie further apart than the bounds of the
     mean. Targets count only for all networks.
     """
-    for peer, target in TARGETS.items():
-        found = [ratio for c in comparisons.values() for ratio in c.ratios if ratio.name == peer]
+    targets = {**TARGETS, "the fastest of OpenVINO and NNCF": BEST_PEER_MEAN}
+    for peer, target in targets.items():
+        found = [ratio for c in comparisons.values() if (ratio := ratio_to(peer, c)) is not None]
         if found:
             bounds = {
                 name: math.exp(statistics.mean(math.log(getattr(ratio, name)) for ratio in found))
@@ -171,6 +231,16 @@ def add_means(rows: list[dict[str, Any]], comparisons: Mapping[str, Comparison])
                 print(
                     f"     {what}: {bounds['median']:.2f} x ({bounds['low']:.2f} to {bounds['high']:.2f})", flush=True
                 )
+
+
+def ratio_to(peer: str, comparison: Comparison) -> Ratio | None:
+    """Return the ratio to a peer, or to the fastest of OpenVINO's; None if it did not run."""
+    ratios = [
+        ratio
+        for ratio in comparison.ratios
+        if ratio.name == peer or (peer not in PEERS and ratio.name in OPENVINO_PEERS)
+    ]
+    return min(ratios, key=lambda ratio: ratio.median, default=None)
 
 
 def add_end_to_end(rows: list[dict[str, Any]], *, quick: bool) -> None:

@@ -57,9 +57,10 @@ class Candidate:
     Args:
         typed: the graph that the engine was compiled from.
         engine: the engine.
-        report: parity of the graph as it is written, which other devices compute. Decisions follow it.
-        shipped: parity of the engine, which rounds more finely where it can (see `int8_graph` and `bf16_graph`). Both have to
-            hold the gate.
+        report: parity of an int8 graph as it is written, which other devices compute; otherwise that of the engine.
+            Decisions follow it.
+        shipped: parity of the engine, which in int8 rounds more finely where it can (see `int8_graph`). Both have to hold
+            the gate.
         blocks: the blocks that stay in half so that the gate holds.
         excluded: all layers that int8 or fp8 leaves in half.
         milliseconds: the latency, where several candidates were timed.
@@ -149,7 +150,9 @@ def make_candidate(
     engine = compile_graph(path.read_bytes(), precision, cache=inputs.cache)
     inputs.progress(f"verifying {precision}", 0, None)
     report = shipped = _measure(inputs, engine, gate)
-    if precision in (Precision.INT8, Precision.BF16):  # the engine is of an adapted graph: see `compile_graph`
+    if (
+        precision is Precision.INT8
+    ):  # the engine rounds more finely than the graph as it is written: see `compile_graph`
         as_written = compile_graph(path.read_bytes(), precision, cache=inputs.cache, as_written=True)
         report = _measure(inputs, as_written, gate)
     return Candidate(typed, engine, report, shipped, tuple(blocks), tuple(sorted(excluded)))

@@ -17,6 +17,7 @@ from edge_backbones.bench.contender import MAKERS, Task
 from edge_backbones.bench.results import Comparison
 from edge_backbones.bundle.manifest import Manifest
 from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.engines.openvino.compile import computes_in
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle
 
@@ -28,17 +29,29 @@ def test_every_peer_runs_a_cnn(cnn):
         cnn.bundle.path, CompareOptions(vs=PEERS, allow_host_code=True, pythons={"nncf": sys.executable}, **QUICK)
     )
     found = {m.name: m for m in result.measurements}
-    assert found["nncf"].missing == "NNCF failed: ModuleNotFoundError: No module named 'nncf'"
+    for name in ("nncf", "nncf-f32"):
+        assert found[name].missing == "NNCF failed: ModuleNotFoundError: No module named 'nncf'"
     ran = [name for name, m in found.items() if not m.missing]
-    assert ran == ["edge", *PEERS[:-1]], {name: m.missing for name, m in found.items()}
-    for name in ("edge", "torchscript", "onnxruntime", "openvino"):
+    assert ran == ["edge", *PEERS[:-2]], {name: m.missing for name, m in found.items()}
+    for name in ("edge", "torchscript", "onnxruntime", "openvino-f32"):
         assert found[name].worst_sqnr_db > 80, name
         assert found[name].worst_cosine > 0.9999, name
         assert found[name].file_mb > 0.1
+    in_bf16 = computes_in(Precision.BF16) is Precision.BF16
+    assert (found["openvino"].worst_sqnr_db < 60) == in_bf16  # OpenVINO's own choice
     assert found["torch"].worst_sqnr_db is None  # of other random weights
     assert {name for m in found.values() for name in m.versions} == {"openvino", "torch", "onnxruntime"}
-    assert [ratio.name for ratio in result.ratios] == list(PEERS[:-1])
+    assert [ratio.name for ratio in result.ratios] == list(PEERS[:-2])
     assert all(ratio.low <= ratio.median <= ratio.high for ratio in result.ratios)
+
+
+def test_another_engine_of_the_bundle_is_a_contender(cnn):
+    result = compare(cnn.bundle.path, CompareOptions(engine="fp32", vs=("fp32", "int8", "fp8"), **QUICK))
+    fp32, again, int8, fp8 = result.measurements
+    assert fp32.worst_sqnr_db == again.worst_sqnr_db
+    assert again.what == "this bundle's fp32 engine"
+    assert [ratio.name for ratio in result.ratios] == [m.name for m in (again, int8, fp8) if not m.missing]
+    assert "fp8" in fp8.missing
 
 
 def test_camera_frames_are_normalised_for_a_network_that_takes_none(vit):
