@@ -101,10 +101,10 @@ class CompareOptions:
         Option(
             "What to compare with, each in a process of its own: torch, torch-compile, torchscript, onnxruntime; on the CPU "
             "openvino and nncf, in the number format that OpenVINO chooses, and openvino-f32 and nncf-f32, in fp32. A "
-            "precision (bf16) means an engine of the bundle. By default torch,onnxruntime,openvino.",
+            "precision (bf16) means an engine of the bundle. By default torch,onnxruntime,openvino,openvino-f32.",
             group="Peers",
         ),
-    ] = ("torch", "onnxruntime", "openvino")
+    ] = ("torch", "onnxruntime", "openvino", "openvino-f32")
     device: Annotated[
         str,
         Option("Where all of them run: cpu, cuda or cuda:1.", has_flag=False),

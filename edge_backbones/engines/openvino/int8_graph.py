@@ -9,10 +9,10 @@
   floats, and the pooling would read them. The values stay the same, because rounding keeps the order. For resnet50: 4
   %.
 
-One thing is left as it is: the addition of an identity block is a kernel of its own (2.4 % of resnet50). OpenVINO fuses it into
-the convolution before it only if its code generator (snippets) does not take it first, which is so where a Q follows the
-convolution or where the generator is switched off. Either way the network takes as long: 0.99 to 1.01 times, on one and two
-threads.
+One thing is left as it is: the addition of an identity block is a kernel of its own (2.4 % of resnet50). OpenVINO fuses it
+into the convolution before it only if its code generator (snippets) does not take it first, which is so where a Q follows
+the convolution or where the generator is switched off. Either way the network takes as long: 0.99 to 1.01 times, on one and
+two threads.
 
 The models are as OpenVINO reads ONNX: Q is a FakeQuantize to [-128, 127] and a Convert to i8; DQ is a Convert, a
 Subtract of 0 and a Multiply. (Times: OpenVINO 2026.4, two AVX512-VNNI cores.)

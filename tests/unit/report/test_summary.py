@@ -287,19 +287,21 @@ def comparison(record: EngineRecord, *ratios: Ratio) -> Comparison:
 def test_what_bench_measured_comes_before_what_is_stored(manifest):
     int8 = engine(manifest, parity(30), milliseconds=3.0)
     torch = Ratio(name="torch", median=9.0, low=8.0, high=9.5)
-    openvino = Ratio(name="openvino", median=2.5, low=2.25, high=2.75)
+    openvino = Ratio(name="openvino-f32", median=2.5, low=2.25, high=2.75)
     nncf = Ratio(name="nncf", median=1.25, low=1.2, high=1.3)
     tile = screen(manifest, int8, comparisons=[comparison(int8, torch, nncf, openvino)]).tiles[1]
     assert (tile.text, tile.value) == ("4.00 ms", 4.0)
-    assert tile.meaning == ("2.50x as fast as fp32 (openvino on the fp32 graph), 2.25x to 2.75x with 95 % confidence.")
+    assert tile.meaning == (
+        "2.50x as fast as fp32 (openvino-f32 on the fp32 graph), 2.25x to 2.75x with 95 % confidence."
+    )
     assert tile.aside == "Timed by bench on a processor, 2 threads, 2026-11-30."
     only = screen(manifest, int8, comparisons=[comparison(int8, nncf, torch)]).tiles[1]
     assert only.meaning.startswith("9.00x as fast as fp32 (torch on the fp32 graph)")
     none = screen(manifest, int8, comparisons=[comparison(int8, nncf)]).tiles[1]
     assert none.meaning == "No fp32 peer ran beside it."
-    tie = Ratio(name="openvino", median=1.02, low=0.97, high=1.07)
+    tie = Ratio(name="openvino-f32", median=1.02, low=0.97, high=1.07)
     assert screen(manifest, int8, comparisons=[comparison(int8, tie)]).tiles[1].meaning == (
-        "A tie with fp32 (openvino on the fp32 graph): 1.02x (0.97 to 1.07)."
+        "A tie with fp32 (openvino-f32 on the fp32 graph): 1.02x (0.97 to 1.07)."
     )
     other = engine(manifest, parity(30), "fp16")
     assert screen(manifest, int8, comparisons=[comparison(other, openvino)]).tiles[1].text == "3.00 ms"
@@ -332,7 +334,7 @@ def test_the_commands_run_when_they_are_typed(bundle, tmp_path, monkeypatch):
     shutil.copytree(bundle.path, tmp_path / "net.bundle")
     record = bundle.manifest.engines[0]
     tile = screen(bundle.manifest, record, name="net.bundle").tiles[1]
-    ratio = Ratio(name="openvino", median=2.5, low=2.25, high=2.75)
+    ratio = Ratio(name="openvino-f32", median=2.5, low=2.25, high=2.75)
     monkeypatch.setattr(bench_command, "compare", lambda *_, **__: comparison(record, ratio))
     monkeypatch.chdir(tmp_path)
     for command in tile.commands:
