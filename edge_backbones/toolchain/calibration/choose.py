@@ -73,31 +73,55 @@ def choose_centres(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return centres by tensor for `centre.write_centred_graph`, and the ranges of the centred tensors.
 
-    A range reaches from the lowest value in ``batches`` to that of ``ranges``, or from there to the highest. Empty where
-    the noise on ``held_out`` images, as a mean over outputs in dB, does not fall.
+    A range reaches from the lowest value in ``batches`` to that of ``ranges``, or from there to the highest. Outputs are
+    decided one after the other, as in `choose_ranges`: the tensors that an output is the first to depend on get their
+    centres if its noise on ``held_out`` images falls.
     """
     tensors = {name: name for name in centre.tensors_to_centre(graph)}
     if not tensors:
         return {}, {}
-    extremes: dict[str, tuple[float, float]] = {}
-    for name, value, _ in _values(_exposing(onnx.load(graph.path), tensors), graph, batches, tensors):
-        low, high = extremes.get(name, (math.inf, -math.inf))
-        extremes[name] = min(low, float(value.min())), max(high, float(value.max()))
+    found: dict[str, tuple[float, float]] = {}
+    for name, (low, high) in _extremes(graph, batches, tensors).items():
+        of_tensor = centre.centre_of(max(low, -ranges[name]), min(high, ranges[name]))
+        if of_tensor is not None:
+            found[name] = of_tensor
+    references = run_reference(graph, held_out)
+    deciding = _deciding_outputs(graph)
     centres: dict[str, float] = {}
     centred_ranges: dict[str, float] = {}
-    for name, (low, high) in extremes.items():
-        found = centre.centre_of(max(low, -ranges[name]), min(high, ranges[name]))
-        if found is not None:
-            centres[name], centred_ranges[centre.centred_name(name)] = found
-    if not centres:
-        return {}, {}
-    centred = centre.write_centred_graph(graph, centres, work / "centred.onnx")
-    references = run_reference(graph, held_out)
-    before, after = (
-        mean_db(measure_noise([Run(simulate(tried, of_tried, work), held_out, references)], graph.spec.outputs))
-        for tried, of_tried in ((graph, ranges), (centred, {**ranges, **centred_ranges}))
-    )
-    return (centres, centred_ranges) if after < before else ({}, {})
+    for output in graph.spec.outputs:
+        group = [name for name in found if deciding[name] == output]
+        if not group:
+            continue
+        tried = {**centres, **{name: found[name][0] for name in group}}
+        tried_ranges = {**centred_ranges, **{centre.centred_name(name): found[name][1] for name in group}}
+        before, after = (
+            measure_noise(
+                [Run(_simulate_centred(graph, some, {**ranges, **of_some}, work), held_out, references)], [output]
+            )[output]
+            for some, of_some in ((centres, centred_ranges), (tried, tried_ranges))
+        )
+        if after < before:
+            centres, centred_ranges = tried, tried_ranges
+    return centres, centred_ranges
+
+
+def _simulate_centred(
+    graph: ExportedGraph, centres: Mapping[str, float], ranges: Mapping[str, float], work: Path
+) -> onnxruntime.InferenceSession:
+    centred = centre.write_centred_graph(graph, centres, work / "centred.onnx") if centres else graph
+    return simulate(centred, ranges, work)
+
+
+def _extremes(
+    graph: ExportedGraph, batches: Sequence[np.ndarray], tensors: Mapping[str, str]
+) -> dict[str, tuple[float, float]]:
+    """Return the lowest and the highest value of each tensor."""
+    found: dict[str, tuple[float, float]] = {}
+    for name, value, _ in _values(_exposing(onnx.load(graph.path), tensors), graph, batches, tensors):
+        low, high = found.get(name, (math.inf, -math.inf))
+        found[name] = min(low, float(value.min())), max(high, float(value.max()))
+    return found
 
 
 def choose_ranges(

@@ -45,6 +45,7 @@ def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float
     _check_ranges({name_of(node.inputs[index]) for node, index in placement.activations}, precision, ranges)
 
     centres = {node: centre.centre_before(node) for node in placement.weights}
+    read_tensors = {node: name_of(node.inputs[0]) for node in placement.weights}
 
     zero_point = add_constant(graph, "zero_point", np.zeros((), dtype=type_of(precision).numpy()))
     dequantized: dict[ir.Value, ir.Value] = {}
@@ -65,8 +66,9 @@ def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float
             dequantized_weights[weight, axis] = _quantize_weight(graph, node, precision, weight, axis)
         if (subtracted := centres[node]) is not None:
             rounded, scales = _rounded(weight, axis, precision)
-            error = rounded * scales.astype(np.float64) - constant_of(weight)
-            centre.shift_for_rounding(graph, node, subtracted, error)
+            step = float(scales_of(np.asarray(ranges[read_tensors[node]]), precision))
+            dequantised_weight = rounded * scales.astype(np.float64)
+            centre.shift_for_rounding(graph, node, subtracted, step, constant_of(weight), dequantised_weight)
         node.replace_input_with(1, dequantized_weights[weight, axis])
 
 
