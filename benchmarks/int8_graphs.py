@@ -209,6 +209,8 @@ def targets(bundle: Path) -> dict[str, dict[str, str]]:
             path = work / f"{precision}.onnx"
             ranges = found.largest if precision is Precision.FP8 else found.ranges
             source = graph if precision is Precision.BF16 else equalised
+            if precision is Precision.INT8:
+                source = calibrate.centred_graph(equalised, found.centres, work)
             typed = write_typed_graph(source, precision=precision, path=path, ranges=ranges, shifts=found.shifts)
             answers[precision.value] = {name: compile_for(typed, name) for name in architectures}
     return answers

@@ -37,7 +37,7 @@ def main() -> None:
         )
         options = CompareOptions(
             engine=engine,
-            vs=("onnxruntime", "openvino", "torch"),
+            vs=("onnxruntime", "openvino-f32", "torch"),
             threads=arguments.threads,
             turns=arguments.turns,
             seconds=0.4,

@@ -160,7 +160,8 @@ class CompareOptions:
             raise InputError("device 'auto' is not for a comparison: name it, as cpu, cuda or cuda:1")
         if self.device != "cpu" and on_cpu:
             raise InputError(f"{' and '.join(on_cpu)} run on the CPU, not on {self.device}: leave them out of --vs")
-        if idle := sorted(self.pythons.keys() - {"edge", *self.vs, *map(_library, self.vs)}):
+        runs_elsewhere = {"edge", *self.vs, *map(_library, self.vs)} - set(Precision)
+        if idle := sorted(self.pythons.keys() - runs_elsewhere):
             raise InputError(f"--peer-python {idle[0]} is for a peer, and --vs has {', '.join(self.vs)}: leave it out")
         if self.turns < 1 or self.calls < 1 or self.seconds < 0 or self.threads < 1:
             raise InputError(
@@ -252,11 +253,9 @@ def measure(
         for name, task in tasks.items():
             progress(f"loading {name}", 0, None)
             try:
-                # OpenVINO runs what NNCF wrote, in this interpreter.
-                python = (
-                    sys.executable if _library(task.peer) == "nncf" else options.pythons.get(task.peer, sys.executable)
+                contenders[name] = stack.enter_context(
+                    _running(task, _python(task.peer, options.pythons), options.patience)
                 )
-                contenders[name] = stack.enter_context(_running(task, python, options.patience))
                 turns[name] = []
             except EdgeBackbonesError as error:
                 give_up(name, error)
@@ -388,6 +387,13 @@ def _require_installed(name: str, options: CompareOptions) -> None:
 def _library(name: str) -> str:
     """Return the peer that another one only sets otherwise: ``nncf`` for ``nncf-f32``."""
     return name.removesuffix("-f32")
+
+
+def _python(peer: str, pythons: Mapping[str, str]) -> str:
+    """Return the interpreter that runs a contender. OpenVINO runs what NNCF wrote, in this one."""
+    if _library(peer) == "nncf":
+        return sys.executable
+    return pythons.get(peer, pythons.get(_library(peer), sys.executable))
 
 
 def _what(name: str, peer: str) -> str:

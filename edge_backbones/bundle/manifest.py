@@ -258,9 +258,9 @@ class EngineRecord(_Strict, frozen=True):
 class Trial(_Strict, frozen=True):
     """One graph that the build tried: the figures of its worst output, and the latency of its engine if it was timed.
 
-    ``cosine`` and ``sqnr_db`` are those of the graph as it is written, with the signed activations that TensorRT requires. A
-    CPU engine may be better, see its own parity. ``blocks``: those that int8 keeps in fp16. ``milliseconds``: median at batch
-    opt. ``computes_in``: as in the engine's key.
+    ``cosine`` and ``sqnr_db`` are the engine's; for int8 those of the graph as it is written, with the signed activations
+    that TensorRT requires. An int8 engine may be better, see its own parity. ``blocks``: those that int8 keeps in fp16.
+    ``milliseconds``: median at batch opt. ``computes_in``: as in the engine's key.
     """
 
     precision: Precision

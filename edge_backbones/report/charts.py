@@ -134,8 +134,14 @@ def chart_calibration(bundle: Bundle, writers: Mapping[str, str]) -> Calibration
         return None
     file = decode_calibration(bundle.read(record.file), str(bundle.path / record.file.path))
     every = [
-        TensorRange(tensor, *_writer_of(tensor, writers), value, file.largest.get(tensor))
+        TensorRange(
+            tensor,
+            *_writer_of(tensor, writers),
+            file.ranges.get(f"{tensor}.centred", value),
+            file.largest.get(tensor),
+        )
         for tensor, value in file.ranges.items()
+        if tensor.removesuffix(".centred") not in file.centres or not tensor.endswith(".centred")
     ]
     widest = sorted(every, key=lambda one: (-one.value, one.tensor))[:_TENSORS_SHOWN]
     return Calibration(file, _columns([one.value for one in every if 0 < one.value < math.inf]), widest, every)

@@ -209,7 +209,7 @@ def _speed(manifest: Manifest, engine: EngineRecord, name: str, comparisons: Seq
         meaning = f"The bundle holds no time of {label(engine)}. To measure it beside {beside}{on}:"
         return Tile(title, "not timed", None, meaning, commands=commands)
     text = f"{milliseconds:.2f} ms"
-    how = "with all cores" if engine.key.gpu is None else "from host memory to host memory"
+    how = "with the threads that the library chose" if engine.key.gpu is None else "from host memory to host memory"
     where = f"Timed on {engine.key.device_name}, {how}."
     if engine.pipelined_milliseconds is not None:
         where += (
@@ -225,7 +225,7 @@ def _speed(manifest: Manifest, engine: EngineRecord, name: str, comparisons: Seq
 
 
 def _speed_of_comparison(title: str, engine: EngineRecord, comparison: Comparison, milliseconds: float) -> Tile:
-    """Return the speed that ``edge-backbones bench`` measured; fp32 of the same library if it took part, else another's."""
+    """Return the speed that ``edge-backbones bench`` measured, beside the bundle's fp32 engine if that took part."""
     ratios = {ratio.name: ratio for ratio in comparison.ratios if ratio.name in PEERS_IN_FP32}
     of_library = ("fp32", engine.key.flavour, f"{engine.key.flavour}-f32")
     ratio = next((ratios[name] for name in (*of_library, *ratios) if name in ratios), None)

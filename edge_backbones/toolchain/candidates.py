@@ -132,7 +132,7 @@ def make_candidate(
     if precision.is_calibrated:
         excluded = layers_in_half(calibrated, blocks)
         typed = write_typed_graph(
-            calibrated.graph_of(precision),
+            calibrated.graph_of(precision, inputs.work, excluded),
             precision=precision,
             path=path,
             ranges=ranges_of(calibrated, precision),
@@ -267,7 +267,7 @@ def try_quantized(
     while fallback and not any(candidate.passed for candidate in candidates):
         if not noise:
             noise = noise_of_blocks(
-                inputs.calibrated.graph_of(precision),
+                inputs.calibrated.graph_of(precision, inputs.work),
                 ranges_of(inputs.calibrated, precision),
                 inputs.calibrated.samples,
                 precision=precision,

@@ -231,7 +231,7 @@ def calibrate_graph(
     feed = Feed(chosen.images, chosen.calibrating, size, fill=batches.is_fixed)
     if not options.needs_ranges:
         large = _find_beyond_half(graph, feed, options, progress)
-        return Calibrated(file=None, graph=graph, centred=graph, samples=(), excluded=frozenset(), large=large)
+        return Calibrated(file=None, graph=graph, samples=(), excluded=frozenset(), large=large)
 
     excluded = select_layers(quantized_layers(graph), options.exclude)
     if reused is not None:
@@ -251,9 +251,8 @@ def calibrate_graph(
             progress=progress,
         )
     equalised = calibrate.equalised_graph(graph, file.factors, work)
-    centred = calibrate.centred_graph(equalised, file.centres, work)
     large = _find_beyond_half(graph, feed, options, progress) if file.large is None else file.large
-    return Calibrated(file=file, graph=equalised, centred=centred, samples=samples, excluded=excluded, large=large)
+    return Calibrated(file=file, graph=equalised, samples=samples, excluded=excluded, large=large)
 
 
 def _find_beyond_half(graph: ExportedGraph, feed: Feed, options: BuildOptions, progress: Progress) -> tuple[str, ...]:

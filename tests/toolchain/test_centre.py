@@ -136,6 +136,8 @@ def test_a_zero_gives_the_bias_in_int8(tmp_path):
         (0.0, 0.0, None),
         (float("nan"), 1.0, None),
         (0.0, float("inf"), None),
+        (-0.1, 2e5, None),  # half precision has no such centre
+        (0.0, 1e-9, None),
     ],
 )
 def test_the_centre_of_a_range(lowest, highest, expected):
@@ -164,17 +166,25 @@ class Reads(nn.Module):
             32, 32, kernel, padding=padding, bias=kind != "no bias", groups=2 if kind == "groups" else 1
         )
         self.other = nn.Conv2d(32, 32, 3, padding=1)
+        self.pointwise = nn.Conv2d(32, 32, 1)
         self.linear = nn.Linear(32, 32, bias=kind != "linear without bias")
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self.stem(x)
         if self.kind.startswith("linear"):
             return (self.linear(nn.functional.gelu(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2),)
-        x = x.relu() if self.kind == "relu" else nn.functional.gelu(x)
+        if self.kind == "none":
+            return (self.conv(x),)
+        if self.kind == "sum":
+            return (self.conv(x + self.pointwise(x)),)
+        activation = {"relu": torch.relu, "leaky": lambda y: nn.functional.leaky_relu(y, 0.25)}
+        x = activation.get(self.kind, nn.functional.gelu)(x)
         if self.kind == "moved":
             x = nn.functional.max_pool2d(x, 2)
         if self.kind == "both":
             return (self.conv(x) + self.other(x),)
+        if self.kind == "two":
+            return (self.conv(x) + self.pointwise(x),)
         if self.kind == "joined":
             return (self.linear(torch.cat([x[:, :16], x[:, 16:] * 2], 1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
         y = self.conv(x)
@@ -186,8 +196,9 @@ class Reads(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "count"),
     [
-        ("plain", 1), ("no bias", 1), ("groups", 1), ("kernel", 1), ("read", 1), ("linear", 1), ("padded", 0), ("same", 0),
-        ("relu", 0), ("moved", 0), ("both", 0), ("joined", 0), ("linear without bias", 0),
+        ("plain", 1), ("no bias", 1), ("groups", 1), ("kernel", 1), ("read", 1), ("linear", 1), ("two", 1), ("leaky", 1),
+        ("padded", 0), ("same", 0), ("relu", 0), ("moved", 0), ("both", 0), ("joined", 0), ("none", 0), ("sum", 0),
+        ("linear without bias", 0),
     ],
 )  # fmt: skip
 def test_only_layers_that_take_a_centre_get_one(tmp_path, photographs, kind, count):
@@ -201,13 +212,45 @@ def test_only_layers_that_take_a_centre_get_one(tmp_path, photographs, kind, cou
         assert networks.relative(actual, expected) < 1e-6
 
 
-def test_what_does_not_help_is_left_alone(tmp_path, photographs):
-    images = networks.normalised(networks.crops(photographs, 4, 64, 96))
-    samples = [Sample(images[2:], np.ones(2))]
-    loaded = networks.trained_like("test_resnet", out_indices=(1, 4))
-    graph = export_onnx(prepare(loaded, networks.input_spec(64, 96, batch=2)), tmp_path / "cnn.onnx")
-    ranges = dict.fromkeys(tensors_to_calibrate(graph), 1.0)
-    assert choose_centres(graph, ranges, [images[:2]], samples, work=tmp_path) == ({}, {})
+@pytest.fixture
+def far_away(photographs):
+    """Images, and some of a tenth of the contrast."""
+    images = networks.normalised(networks.crops(photographs, 2, 64, 96))
+    return images, images / 10
+
+
+def test_what_does_not_help_is_left_alone(tmp_path, far_away):
+    """On images with more contrast than those that the near end was found on, that end clips."""
+    images, faint = far_away
+    input = networks.input_spec(64, 96, batch=2)
+    graph = export_onnx(prepare(networks.hand_made(Reads("leaky")), input), tmp_path / "graph.onnx")
+    ranges = find_ranges(collect_magnitudes(graph.path, tensors_to_calibrate(graph), [images]), method="max")
+    for held_out, count in ((faint, 1), (images, 0)):
+        centres, of_centred = choose_centres(graph, ranges, [faint], [Sample(held_out, np.ones(2))], work=tmp_path)
+        assert (len(centres), len(of_centred)) == (count, count)
+
+
+def test_the_far_end_is_that_of_all_images(tmp_path, far_away):
+    images, _ = far_away
+    input = networks.input_spec(64, 96, batch=2)
+    graph = export_onnx(prepare(networks.hand_made(Reads("plain")), input), tmp_path / "graph.onnx")
+    seen = find_ranges(collect_magnitudes(graph.path, tensors_to_calibrate(graph), [images]), method="max")
+    ranges = {name: 2 * value for name, value in seen.items()}  # of more images than the batches
+    centres, of_centred = choose_centres(graph, ranges, [images], [Sample(images, np.ones(2))], work=tmp_path)
+    ((name, centre),) = centres.items()
+    assert centre + of_centred[centred_name(name)] == pytest.approx(ranges[name], rel=0.02)
+
+
+def test_a_layer_in_half_reads_the_tensor_itself(tmp_path):
+    graph = export_onnx(prepare(networks.hand_made(Reads("two")), networks.input_spec(64, 96)), tmp_path / "graph.onnx")
+    (name,) = tensors_to_centre(graph)
+    for excluded, readers in (((), 2), (("conv/Conv",), 1), (("conv/Conv", "pointwise/Conv"), 0)):
+        centred = write_centred_graph(graph, {name: 0.5}, tmp_path / "centred.onnx", excluded=excluded)
+        nodes = onnx.load(centred.path).graph.node
+        assert sum(centred_name(name) in node.input for node in nodes) == readers
+        assert any(node.op_type == "Sub" for node in nodes) == (readers > 0)
+        found = {layer.name: layer.tensor for layer in quantized_layers(centred)}
+        assert all(found[layer] == name for layer in excluded)
 
 
 def test_a_centre_of_another_network_is_refused(tmp_path):

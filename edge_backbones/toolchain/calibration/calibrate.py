@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -92,7 +92,6 @@ class Calibrated:
     Args:
         file: ranges and what they hold for; None where no precision needs ranges.
         graph: the fp32 graph that the ranges are of, with its channels equalised.
-        centred: the same with its activations centred, which int8 is made from.
         samples: images to measure noise on.
         excluded: names of the layers that the user leaves in half.
         large: names of the tensors whose values come near what fp16 can hold.
@@ -100,14 +99,17 @@ class Calibrated:
 
     file: CalibrationFile | None
     graph: ExportedGraph
-    centred: ExportedGraph
     samples: Sequence[Sample]
     excluded: frozenset[str]
     large: tuple[str, ...]
 
-    def graph_of(self, precision: Precision) -> ExportedGraph:
-        """Return the graph that a precision is made from: fp8 has its finest steps at 0, so its tensors have no centre."""
-        return self.centred if precision.info.is_integer else self.graph
+    def graph_of(self, precision: Precision, work: Path, excluded: Collection[str] = ()) -> ExportedGraph:
+        """Return the graph that a precision is made from: for int8 the one whose tensors are centred, written to ``work``.
+
+        fp8 and the layers of ``excluded``, in half, have their finest steps at 0 and read tensors without a centre.
+        """
+        centres = {} if self.file is None or not precision.info.is_integer else self.file.centres
+        return centred_graph(self.graph, centres, work, excluded)
 
 
 def calibrate(
@@ -251,9 +253,13 @@ def equalised_graph(graph: ExportedGraph, by_tensor: Mapping[str, Sequence[float
     return equalise.write_equalised_graph(graph, by_tensor, work / "equalised.onnx") if by_tensor else graph
 
 
-def centred_graph(equalised: ExportedGraph, centres: Mapping[str, float], work: Path) -> ExportedGraph:
-    """Return the graph that int8 is made from: ``equalised`` with these centres subtracted."""
-    return centre.write_centred_graph(equalised, centres, work / "centred.onnx") if centres else equalised
+def centred_graph(
+    equalised: ExportedGraph, centres: Mapping[str, float], work: Path, excluded: Collection[str] = ()
+) -> ExportedGraph:
+    """Return the graph that int8 is made from: ``equalised`` with these centres subtracted from what int8 layers read."""
+    if not centres:
+        return equalised
+    return centre.write_centred_graph(equalised, centres, work / "centred.onnx", excluded=excluded)
 
 
 def read_calibration(path: Path) -> CalibrationFile:

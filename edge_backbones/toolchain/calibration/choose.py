@@ -73,7 +73,8 @@ def choose_centres(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return centres by tensor for `centre.write_centred_graph`, and the ranges of the centred tensors.
 
-    A range reaches from the lowest value in ``batches`` to that of ``ranges``, or from there to the highest. Outputs are
+    The farther end of a tensor's values is that of ``ranges``; ``batches`` say which end that is and where the other one
+    lies. Outputs are
     decided one after the other, as in `choose_ranges`: the tensors that an output is the first to depend on get their
     centres if its noise on ``held_out`` images falls.
     """
@@ -82,7 +83,10 @@ def choose_centres(
         return {}, {}
     found: dict[str, tuple[float, float]] = {}
     for name, (low, high) in _extremes(graph, batches, tensors).items():
-        of_tensor = centre.centre_of(max(low, -ranges[name]), min(high, ranges[name]))
+        reach = ranges[name]  # the farther end, which more images have shown
+        of_tensor = (
+            centre.centre_of(max(low, -reach), reach) if high > -low else centre.centre_of(-reach, min(high, reach))
+        )
         if of_tensor is not None:
             found[name] = of_tensor
     references = run_reference(graph, held_out)

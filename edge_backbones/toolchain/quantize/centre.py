@@ -13,7 +13,7 @@ Nothing is done behind a ReLU, whose range begins at 0: the engine for CPUs give
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,11 @@ from edge_backbones.toolchain.quantize.onnx_edits import (
 )
 from edge_backbones.toolchain.quantize.placement import output_channel_axis, quantized_layers
 
-# Behind these a Q moves, or is put elsewhere, in an engine; behind the last three no value is negative, as a rule.
+# Behind the first an engine moves a Q, or puts it elsewhere; behind the next it rounds in the kernel of the layer itself,
+# which a Sub between the two would prevent; behind the last no value is negative, as a rule.
 _NOT_BEHIND = frozenset({
     "Concat", "Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "Add", "Conv", "Gemm", "MatMul",
     "AveragePool", "Clip", "Relu",
 })  # fmt: skip
 _LEVELS = 127
@@ -54,9 +56,9 @@ def tensors_to_centre(graph: ExportedGraph) -> tuple[str, ...]:
 
 
 def centre_of(lowest: float, highest: float) -> tuple[float, float] | None:
-    """Return the centre of a range and the |x - centre| that becomes 127; None for a range that is nearly symmetric.
+    """Return the centre of a range and the |x - centre| that becomes 127; None for a range that gains nothing by one.
 
-    0 stays a level, since many activations are exactly 0.
+    0 stays a level, since many activations are exactly 0. A centre is a number of half precision other than 0.
     """
     if not np.isfinite([lowest, highest]).all():
         return None  # `ranges.collect_magnitudes` refuses such a tensor by name
@@ -65,13 +67,18 @@ def centre_of(lowest: float, highest: float) -> tuple[float, float] | None:
     lowest, highest = min(lowest, 0.0), max(highest, 0.0)
     step = float(scales_of(np.asarray((highest - lowest) / 2), Precision.INT8))
     middle = step * round((lowest + highest) / 2 / step)
+    if not 0 < abs(middle) <= float(np.finfo(np.float16).max):
+        return None
     return float(np.float16(middle)), step * _LEVELS
 
 
-def write_centred_graph(graph: ExportedGraph, centres: Mapping[str, float], path: Path) -> ExportedGraph:
+def write_centred_graph(
+    graph: ExportedGraph, centres: Mapping[str, float], path: Path, *, excluded: Collection[str] = ()
+) -> ExportedGraph:
     """Write the same network to ``path``, with these centres subtracted from tensors and added to their readers' biases.
 
-    The centred tensors are called as `centred_name` says. Nothing else changes but rounding in the last bits of fp32.
+    ``excluded``: names of layers that go on reading the tensors themselves, because half precision has its finest steps at
+    0. The centred tensors are called as `centred_name` says. Nothing else changes but rounding in the last bits of fp32.
     Raises QuantizationError for a tensor that takes no centre.
     """
     model = load_graph(graph)
@@ -81,7 +88,9 @@ def write_centred_graph(graph: ExportedGraph, centres: Mapping[str, float], path
             f"the calibration has a centre for {unknown[0]!r}, which takes none in this graph: calibrate again with --images"
         )
     for name, centre in centres.items():
-        value, layers = readers[name]
+        value, layers = readers[name][0], [layer for layer in readers[name][1] if layer.name not in excluded]
+        if not layers:
+            continue
         constant = add_constant(model.graph, f"{name}.centre", np.asarray(centre, np.float32))
         subtract = new_node("Sub", [value, constant], centred_name(name), ir.DataType.FLOAT)
         insert_after(model.graph, value, [subtract])
