@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import networks
 import numpy as np
 import onnx
@@ -10,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from edge_backbones import BuildOptions, Gate, build_bundle
 from edge_backbones.errors import QuantizationError
 from edge_backbones.spec import Precision
+from edge_backbones.toolchain.calibration.calibrate import read_calibration
 from edge_backbones.toolchain.calibration.choose import choose_centres
 from edge_backbones.toolchain.calibration.noise import Run, Sample, measure_noise, run_reference, simulate
 from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
@@ -261,3 +266,68 @@ def test_a_centre_of_another_network_is_refused(tmp_path):
         QuantizationError, match="a centre for 'elsewhere', which takes none in this graph: calibrate again"
     ):
         write_centred_graph(graph, {"elsewhere": 1.0}, tmp_path / "centred.onnx")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, photograph_folder):
+    """A network with SiLU and squeeze-excite in int8 and fp8, and the options that it was built with."""
+    options = BuildOptions(
+        weights="random:0", out_indices=(1, 2), precisions=("int8", "fp8"), height=64, width=96, torchscript=False,
+        gates={"int8": Gate(min_cosine=1e-6), "fp8": Gate(min_cosine=1e-6)}, cache=None, golden=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("built") / "net.bundle"
+    return build_bundle("test_efficientnet", path, images=photograph_folder, options=options).bundle, options
+
+
+def centred_in(bundle, precision: str) -> dict[str, str]:
+    """By layer, what it reads through a Q/DQ pair that has a centre."""
+    nodes = onnx.load(bundle.path / "graphs" / f"{precision}.onnx").graph.node
+    made = {output: node for node in nodes for output in node.output}
+    found = {}
+    for node in nodes:
+        source = made.get(node.input[0]) if node.op_type in ("Conv", "MatMul", "Gemm") else None
+        while source is not None and source.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast"):
+            source = made.get(source.input[0])
+        if source is not None and source.op_type == "Sub":
+            found[node.name] = source.output[0]
+    return found
+
+
+def test_a_build_centres_int8_and_not_fp8(built):
+    bundle, _ = built
+    file = read_calibration(bundle.path)
+    assert set(centred_in(bundle, "int8").values()) == {centred_name(name) for name in file.centres} != set()
+    assert centred_in(bundle, "fp8") == {}
+
+
+def test_a_calibration_brings_its_centres(built, photograph_folder, tmp_path):
+    bundle, options = built
+    again = build_bundle(
+        "test_efficientnet",
+        tmp_path / "again.bundle",
+        images=photograph_folder,
+        options=dataclasses.replace(options, calibration=bundle.path),
+    ).bundle
+    assert (again.path / "graphs/int8.onnx").read_bytes() == (bundle.path / "graphs/int8.onnx").read_bytes()
+
+    content = json.loads((bundle.path / "calibration.json").read_bytes())
+    del content["centres"]  # as an earlier release wrote it
+    old = tmp_path / "calibration.json"
+    old.write_text(json.dumps(content), encoding="utf-8")
+    plain = build_bundle(
+        "test_efficientnet",
+        tmp_path / "plain.bundle",
+        images=photograph_folder,
+        options=dataclasses.replace(options, calibration=old),
+    ).bundle
+    assert centred_in(plain, "int8") == {}
+
+
+def test_an_excluded_layer_has_no_centre(built, photograph_folder, tmp_path):
+    bundle, options = built
+    layer, tensor = next(iter(centred_in(bundle, "int8").items()))
+    some = dataclasses.replace(options, precisions=("int8",), exclude=(layer,), calibration=bundle.path)
+    excluded = build_bundle("test_efficientnet", tmp_path / "net.bundle", images=photograph_folder, options=some).bundle
+    assert layer not in centred_in(excluded, "int8")
+    assert tensor not in centred_in(excluded, "int8").values()
+    assert len(centred_in(excluded, "int8")) == len(centred_in(bundle, "int8")) - 1
