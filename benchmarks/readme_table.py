@@ -106,8 +106,7 @@ def _summary(results: dict[str, Any]) -> list[str]:
         means.append(f"{math.exp(sum(map(math.log, found)) / len(found)):.1f}x" if found else "absent")
     return [
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), batch 1 at",
-        "224 x 224: our time, and how many times as long each peer takes (5.0x: five times as long). In brackets: the worst",
-        "map's SQNR in dB, more is better.",
+        "224 x 224: our time, and how many times as long each peer takes. In brackets: SQNR of the worst map, dB.",
         "",
         f"| | ours | {' | '.join(_PEERS.get(name, name) for name in _SUMMARISED)} |",
         f"|---|---|{'---|' * len(_SUMMARISED)}",
