@@ -21,10 +21,9 @@ _PEERS = {
     "openvino-f32": "OpenVINO in fp32",
     "nncf": "NNCF",
     "nncf-f32": "NNCF, rest in fp32",
-    "bf16": "our bf16",
-    "fp32": "our fp32",
     "modelopt": "ModelOpt",
 }
+_TITLES = {**_PEERS, "bf16": "our bf16", "fp32": "our fp32"}
 
 
 def render(path: str, kind: str = "figures") -> str:
@@ -65,13 +64,13 @@ def _bench(results: dict[str, Any]) -> list[str]:
         "not tell which is faster. OpenVINO and NNCF without a format compute floats as OpenVINO chooses: in bf16 on CPUs",
         "that have it. The weights are those of benchmarks/networks.py.",
         "",
-        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in peers)} | roofline |",
+        f"| | ours | {' | '.join(_TITLES.get(name, name) for name in peers)} | roofline |",
         f"|---|---|{'---|' * len(peers)}---|",
         *(_compared(model, one, peers, results["rooflines"].get(model, {})) for model, one in comparisons.items()),
         "",
         "SQNR of the worst feature map against fp32, in dB:",
         "",
-        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in _WITH_QUALITY)} |",
+        f"| | ours | {' | '.join(_TITLES.get(name, name) for name in _WITH_QUALITY)} |",
         f"|---|---|{'---|' * len(_WITH_QUALITY)}",
         *(f"| {model} | {' | '.join(_quality(one, name) for name in ('edge', *_WITH_QUALITY))} |"
           for model, one in comparisons.items()),
@@ -108,7 +107,7 @@ def _summary(results: dict[str, Any]) -> list[str]:
         f"On {machine['threads']} threads of an {machine['cpu']} ({', '.join(machine['cpu_features'][-1:])}), batch 1 at",
         "224 x 224: our time, and how many times as long each peer takes. In brackets: SQNR of the worst map, dB.",
         "",
-        f"| | ours | {' | '.join(_PEERS.get(name, name) for name in _SUMMARISED)} |",
+        f"| | ours | {' | '.join(_TITLES.get(name, name) for name in _SUMMARISED)} |",
         f"|---|---|{'---|' * len(_SUMMARISED)}",
         *rows,
         f"| geometric mean | | {' | '.join(means)} |",

@@ -232,7 +232,7 @@ def test_peers_of_the_benchmark_are_compared_in_the_same_layout(case):
     bundle = Bundle.open(case.path)
     golden = load_golden(bundle)
     engine = next(e.name for e in bundle.manifest.engines if e.key.precision is Precision.FP32)
-    for peer in ("edge", "onnxruntime", "openvino"):
+    for peer in ("edge", "onnxruntime", "openvino-f32"):
         graph = str(case.path / "graphs" / "fp32.onnx")
         task = Task(peer=peer, bundle=str(case.path), engine=engine, file=graph)
         cosine, sqnr_db = _parity(MAKERS[peer](bundle, task), bundle, golden)
