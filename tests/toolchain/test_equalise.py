@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from edge_backbones.errors import CalibrationError
+from edge_backbones.errors import CalibrationError, QuantizationError
 from edge_backbones.toolchain.calibration.choose import choose_factors
 from edge_backbones.toolchain.calibration.noise import Sample, noise_of_blocks
 from edge_backbones.toolchain.calibration.ranges import collect_magnitudes, find_ranges
@@ -123,6 +123,16 @@ def test_activations_that_are_not_finite_are_left_to_who_refuses_them(tmp_path):
     assert choose_factors(graph, [images], [Sample(images, np.ones(1))], work=tmp_path) == {}
     with pytest.raises(CalibrationError, match="holds"):
         collect_magnitudes(graph.path, tensors_to_calibrate(graph), [images])
+
+
+def test_factors_of_another_network_are_refused(tmp_path):
+    graph = export_onnx(
+        prepare(networks.hand_made(Shared("layers")), networks.input_spec(64, 96)), tmp_path / "graph.onnx"
+    )
+    with pytest.raises(
+        QuantizationError, match="factors for 'elsewhere', which takes none in this graph: calibrate again"
+    ):
+        equalise.write_equalised_graph(graph, {"elsewhere": [1.0]}, tmp_path / "equalised.onnx")
 
 
 class Depthwise(nn.Module):

@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from edge_backbones.errors import QuantizationError
 from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.quantize.onnx_edits import add_constant, constant_of, load_graph
 from edge_backbones.toolchain.quantize.placement import input_channel_axis, is_depthwise, quantized_layers
@@ -66,10 +67,14 @@ def factors(largest: np.ndarray, strength: float) -> np.ndarray:
 def write_equalised_graph(graph: ExportedGraph, by_tensor: Mapping[str, Sequence[float]], path: Path) -> ExportedGraph:
     """Write the same network to ``path``, with these tensors divided by their factors and their readers' weights multiplied.
 
-    Nothing else changes but rounding in the last bits of fp32. Raises KeyError for a tensor that takes no factors.
+    Nothing else changes but rounding in the last bits of fp32. Raises QuantizationError for a tensor that takes no factors.
     """
     model = load_graph(graph)
     sites = {str(site.tensor.name): site for site in _sites(model, graph)}
+    if unknown := sorted(by_tensor.keys() - sites.keys()):
+        raise QuantizationError(
+            f"the calibration has factors for {unknown[0]!r}, which takes none in this graph: calibrate again with --images"
+        )
     for name, values in by_tensor.items():
         site, divisor = sites[name], np.asarray(values, np.float32)
         for index, value in enumerate(site.source.inputs[1:3], start=1):  # scale or weight, bias
