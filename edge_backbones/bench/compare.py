@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import importlib.util
 import os
 import platform
 import shutil
@@ -31,7 +30,17 @@ import numpy as np
 
 from edge_backbones import cpus
 from edge_backbones.bench import energy
-from edge_backbones.bench.contender import MAKERS, Calls, Failed, Start, Task, Turn, load_network
+from edge_backbones.bench.contender import Calls, Failed, Start, Task, Turn, load_network
+from edge_backbones.bench.peers import (
+    ON_CPU,
+    PEERS,
+    RUN_GRAPHS,
+    is_engine,
+    library_of,
+    python_of,
+    require_installed,
+    what,
+)
 from edge_backbones.bench.results import FEWEST_TURNS, Comparison, MeasuredMachine, Measurement, ratio_of
 from edge_backbones.bundle import trust
 from edge_backbones.bundle.golden import full_batches
@@ -40,7 +49,6 @@ from edge_backbones.engines import select
 from edge_backbones.errors import EdgeBackbonesError, InferenceError, InputError, needing
 from edge_backbones.images.decode import list_images, open_image
 from edge_backbones.images.fit import image_to_input
-from edge_backbones.installation import pip_install
 from edge_backbones.machine import gpus, hosts
 from edge_backbones.machine.devices import parse_device
 from edge_backbones.machine.system import settings
@@ -48,35 +56,6 @@ from edge_backbones.option import Option, documented
 from edge_backbones.progress import Progress, no_progress
 from edge_backbones.spec import Precision
 
-_MODULES = {  # of peers whose name differs from their module's
-    "torch-compile": "torch",
-    "torchscript": "torch",
-    "openvino-f32": "openvino",
-    "nncf-f32": "nncf",
-}
-_EXTRAS = {  # that install a peer
-    "torch": "build",
-    "torch-compile": "build",
-    "torchscript": "build",
-    "onnxruntime": "onnxruntime",
-    "openvino": "cpu",
-    "openvino-f32": "cpu",
-}
-WHAT = {
-    "edge": "this bundle's engine",
-    "torch": "the network in eager mode, fp32",
-    "torch-compile": "torch.compile, fp32",
-    "torchscript": "the bundle's frozen module, fp32",
-    "onnxruntime": "ONNX Runtime on the fp32 graph",
-    "openvino": "OpenVINO on the fp32 graph, in the number format that OpenVINO chooses",
-    "openvino-f32": "OpenVINO on the fp32 graph, in fp32",
-    "nncf": "OpenVINO on the fp32 graph as NNCF quantises it to int8, the rest in the number format that OpenVINO chooses",
-    "nncf-f32": "OpenVINO on the fp32 graph as NNCF quantises it to int8, the rest in fp32",
-    "graph": "an ONNX file, compiled as an int8 engine of a bundle is",
-}
-PEERS = tuple(name for name in MAKERS if name not in ("edge", "graph"))
-_ON_CPU = ("openvino", "openvino-f32", "nncf", "nncf-f32")
-_RUN_GRAPHS = ("onnxruntime", *_ON_CPU)
 # Without SIGSTOP (Windows, macOS) the others block in a read, but their thread pools may go on spinning.
 _STOPS = hasattr(os, "waitid")
 _CALM = 0.02  # the largest share of stolen time in a turn that counts
@@ -155,12 +134,12 @@ class CompareOptions:
         known = (*PEERS, *Precision)
         if not set(self.vs) <= set(known) or len(set(self.vs)) != len(self.vs):
             raise InputError(f"--vs takes {', '.join(known)}, each once; got {', '.join(self.vs)}")
-        on_cpu = [name for name in self.vs if name in _ON_CPU]
+        on_cpu = [name for name in self.vs if name in ON_CPU]
         if parse_device(self.device)[0] == "auto":
             raise InputError("device 'auto' is not for a comparison: name it, as cpu, cuda or cuda:1")
         if self.device != "cpu" and on_cpu:
             raise InputError(f"{' and '.join(on_cpu)} run on the CPU, not on {self.device}: leave them out of --vs")
-        runs_elsewhere = {"edge", *self.vs, *map(_library, self.vs)} - set(Precision)
+        runs_elsewhere = {"edge", *self.vs, *map(library_of, self.vs)} - set(Precision)
         if idle := sorted(self.pythons.keys() - runs_elsewhere):
             raise InputError(f"--peer-python {idle[0]} is for a peer, and --vs has {', '.join(self.vs)}: leave it out")
         if self.turns < 1 or self.calls < 1 or self.seconds < 0 or self.threads < 1:
@@ -192,18 +171,18 @@ def compare(path: str | Path, options: CompareOptions | None = None, *, progress
         quantised: Path | None = None
         for name in ("edge", *options.vs):
             try:
-                _require_installed(name, options)
-                if name in _RUN_GRAPHS:
+                require_installed(name, options.pythons)
+                if name in RUN_GRAPHS:
                     graph = graph or _fp32_graph(bundle, Path(work), progress)
-                file = graph.file if graph is not None and name in _RUN_GRAPHS else None
-                if _library(name) == "nncf":
+                file = graph.file if graph is not None and name in RUN_GRAPHS else None
+                if library_of(name) == "nncf":
                     file = quantised = quantised or _nncf_graph(bundle, file, options, Path(work), progress)
-                chosen = choose(name) if name in set(Precision) else engine
+                chosen = choose(name) if is_engine(name) else engine
             except EdgeBackbonesError as error:
-                absent[name] = Measurement(name=name, what=_what(name, name), missing=str(error))
+                absent[name] = Measurement(name=name, what=what(name, name), missing=str(error))
             else:
                 tasks[name] = Task(
-                    peer="edge" if name in set(Precision) else name,
+                    peer="edge" if is_engine(name) else name,
                     bundle=str(bundle.path),
                     engine=chosen.name,
                     threads=options.threads,
@@ -248,13 +227,13 @@ def measure(
             if name == first:
                 raise error
             turns.pop(name, None)
-            measured[name] = Measurement(name=name, what=_what(name, tasks[name].peer), missing=str(error))
+            measured[name] = Measurement(name=name, what=what(name, tasks[name].peer), missing=str(error))
 
         for name, task in tasks.items():
             progress(f"loading {name}", 0, None)
             try:
                 contenders[name] = stack.enter_context(
-                    _running(task, _python(task.peer, options.pythons), options.patience)
+                    _running(task, python_of(task.peer, options.pythons), options.patience)
                 )
                 turns[name] = []
             except EdgeBackbonesError as error:
@@ -271,7 +250,7 @@ def measure(
     kept = calm_turns([max(turns[name][number].stolen_share for name in turns) for number in range(options.turns)])
     for name, taken in turns.items():
         calm = [taken[number] for number in kept]
-        measured[name] = _measurement(name, _what(name, tasks[name].peer), contenders[name].start, calm)
+        measured[name] = _measurement(name, what(name, tasks[name].peer), contenders[name].start, calm)
     return measured
 
 
@@ -373,31 +352,6 @@ def _running(task: Task, python: str, patience: float) -> Iterator[_Contender]:
             yield contender
         finally:
             contender.end()
-
-
-def _require_installed(name: str, options: CompareOptions) -> None:
-    """Raise InputError, with the command that installs it, if a peer is not installed."""
-    if name == "edge" or name in set(Precision) or not options.pythons.keys().isdisjoint({name, _library(name)}):
-        return
-    if importlib.util.find_spec(module := _MODULES.get(name, name)) is None:
-        nncf = "pip install nncf (or say which Python has it: --peer-python nncf=PYTHON)"
-        raise InputError(f"not installed: {nncf if module == 'nncf' else pip_install(_EXTRAS[name])}")
-
-
-def _library(name: str) -> str:
-    """Return the peer that another one only sets otherwise: ``nncf`` for ``nncf-f32``."""
-    return name.removesuffix("-f32")
-
-
-def _python(peer: str, pythons: Mapping[str, str]) -> str:
-    """Return the interpreter that runs a contender. OpenVINO runs what NNCF wrote, in this one."""
-    if _library(peer) == "nncf":
-        return sys.executable
-    return pythons.get(peer, pythons.get(_library(peer), sys.executable))
-
-
-def _what(name: str, peer: str) -> str:
-    return f"this bundle's {name} engine" if name in set(Precision) else WHAT[peer]
 
 
 class _Graph(NamedTuple):

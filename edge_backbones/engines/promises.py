@@ -25,7 +25,7 @@ from edge_backbones.spec import Precision
 DEFAULT_GATES = {
     Precision.FP32: Gate(max_relative=1e-3),
     Precision.FP16: Gate(min_cosine=0.9999),
-    Precision.BF16: Gate(min_sqnr_db=25.0),
+    Precision.BF16: Gate(min_sqnr_db=27.0),
     Precision.INT8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
     Precision.FP8: Gate(min_cosine=0.98, min_sqnr_db=15.0),
 }

@@ -12,8 +12,9 @@ import pytest
 from transformers import ResNetConfig
 
 from edge_backbones import BuildOptions, build_bundle
-from edge_backbones.bench.compare import PEERS, CompareOptions, compare, read_images
+from edge_backbones.bench.compare import CompareOptions, compare, read_images
 from edge_backbones.bench.contender import MAKERS, Task
+from edge_backbones.bench.peers import PEERS
 from edge_backbones.bench.results import Comparison
 from edge_backbones.bundle.manifest import Manifest
 from edge_backbones.bundle.reader import Bundle, load_golden
