@@ -1,6 +1,8 @@
 # make demo   from nothing to feature maps: installs, builds a trained network in int8, runs it, shows what it sees
 # make check  the lints and the unit tests: what to run before a commit, in less than four minutes on two cores
 # make test   installs and runs every test, those of transformers twice (newest, 4.44); no GPU, no model hub
+# make test-consumers  what uses a bundle beside Python: ROS 2, Triton, libtorch, GStreamer, in environments of their own
+# make test-cpp  the C++ library with every back end that can be compiled here, libtorch too (a minute for one file)
 # make lint   formatting, lint, types, direction of imports, Dockerfile.jetson
 # make docs   builds the documentation from docs/ and the code into site/, and checks its links; open site/index.html
 # make coverage  builds one of every kind of backbone (hours); writes benchmarks/results/coverage.json and its page
@@ -20,7 +22,7 @@ OLD_TRANSFORMERS = $(VENV)/transformers-4.44
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test lint docs bench fuzz gpu coverage schema networks clean
+.PHONY: demo check test test-consumers test-cpp lint docs bench fuzz gpu coverage schema networks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m build_scripts.demo
@@ -35,7 +37,7 @@ test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.installed
 	$(BIN)/python -m build_scripts.fetch_chromium
 	$(BIN)/python -m build_scripts.fetch_systemd
 	$(PYTEST) tests/unit
-	$(PYTEST) --ignore tests/unit
+	$(PYTEST) --ignore tests/unit --ignore tests/consumers
 	@if [ -d $(OLD_TRANSFORMERS)/transformers ]; then \
 	  set -x; PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) tests/transformers; \
 	else echo "transformers 4.44 has no wheels for this Python (3.10 to 3.12 have): its tests were left out"; fi
@@ -46,6 +48,12 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile.jetson
+
+test-consumers: $(VENV)/.dev
+	$(PYTEST) tests/consumers
+
+test-cpp: $(VENV)/.dev
+	$(PYTEST) tests/cpp tests/consumers/libtorch
 
 # Not --quiet, which would hide warnings from --strict.
 docs: $(VENV)/.dev
