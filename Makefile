@@ -92,6 +92,14 @@ $(VENV)/nncf/.installed: $(VENV)/.dev
 	  'import importlib.metadata as m; print(m.version("openvino"))')"
 	touch $@
 
+# In an environment of its own: a real tritonserver with the Python backend. The backend's process for this Python lies beside
+# others in the package, and the server starts only one that lies beside the backend.
+$(VENV)/triton/.installed: $(VENV)/.dev
+	rm -rf $(VENV)/triton && $(PYTHON) -m venv $(VENV)/triton
+	$(VENV)/triton/bin/python -m pip install --quiet nvidia-pytriton==0.7.0 'tritonclient[http,grpc]' 'numpy<2' msgspec Pillow \
+	  "openvino==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("openvino"))')"
+	touch $@
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "edge_backbones needs Python 3.10 or newer; say which: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }

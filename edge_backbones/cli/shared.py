@@ -16,7 +16,7 @@ from edge_backbones.reading import why_not_made
 from edge_backbones.spec import ShapeRange
 
 
-def _device(name: str) -> str:
+def check_device(name: str) -> str:
     """Refuse a name of no device."""
     try:
         parse_device(name)
@@ -63,7 +63,7 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         "-d",
-        callback=_device,
+        callback=check_device,
         metavar="DEVICE",
         autocompletion=completing("auto", "cpu", "cuda"),
         help="The device: cpu, cuda or cuda:1. auto: the first GPU if something here is for it, else the CPU.",

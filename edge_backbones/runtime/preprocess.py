@@ -14,7 +14,7 @@ from edge_backbones.engines.gpu.arrays import is_on_gpu
 from edge_backbones.errors import InputError, first_line, lack_told
 from edge_backbones.images.camera import frame_spec, to_rgb
 from edge_backbones.images.config import ImageConfig
-from edge_backbones.images.decode import as_decoded, open_image, shown
+from edge_backbones.images.decode import as_decoded, decode_bytes, open_image, shown
 from edge_backbones.images.fit import image_to_input
 from edge_backbones.images.frames import as_frame, as_pixels
 from edge_backbones.runtime.inputs import batched, from_dlpack, host_array, refuse_masked
@@ -35,7 +35,22 @@ def prepare(images: Any, config: ImageConfig, input: InputSpec, *, color: str, t
         own = _own_frame(given, input, color)
         return image_to_input(_opened(given, input, color), config, input, threads) if own is None else own
 
-    inputs = _each(images, prepared, color)
+    return _batch(_each(images, prepared, color))
+
+
+@lack_told("preprocessing")
+def prepare_encoded(
+    images: Sequence[bytes], config: ImageConfig, input: InputSpec, *, threads: int | None
+) -> np.ndarray:
+    """Return the bytes of image files as the input of an engine, as `prepare` does with the files."""
+
+    def prepared(data: bytes) -> np.ndarray:
+        return image_to_input(decode_bytes(data, input.channels), config, input, threads)
+
+    return _batch(_each(list(images), prepared, "rgb"))
+
+
+def _batch(inputs: Sequence[np.ndarray]) -> np.ndarray:
     batch = inputs[0][np.newaxis] if len(inputs) == 1 else np.stack(inputs)
     return np.require(batch, requirements=("C", "W"))
 
