@@ -457,6 +457,10 @@ def _with_preprocessing(manifest: Manifest, network: TritonModel, options: Trito
         raise InputError(f"{manifest.source.not_repeated}: an ensemble cannot; leave out --ensemble")
     if pictures == "encoded" and channels not in (1, 3):
         raise InputError(f"image files have 1 or 3 channels, and this network takes {channels}: use --ensemble rgb")
+    if taken := {configs.PICTURES, configs.PREPARED} & {output.name for output in network.outputs}:
+        raise InputError(
+            f"an output is called {taken.pop()!r}, as a tensor of the ensemble is: leave it out of --stages"
+        )
     names = [_require_name(f"{network.name}_{what}") for what in ("preprocess", "ensemble")]
     batch = _batch_of(network, manifest)
     picture = configs.picture_tensor(pictures, channels)

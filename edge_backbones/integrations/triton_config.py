@@ -19,8 +19,8 @@ Pictures = Literal["encoded", "rgb"]
 FIRST_LINE = "# Written by edge-backbones export-triton."
 """How the config.pbtxt of our models begins. A folder without it is not overwritten."""
 
-PICTURES = "image"
-"""Name of the input of a preprocessing model and of an ensemble."""
+PICTURES, PREPARED = "photograph", "prepared photograph"
+"""Names of the input of a preprocessing model and of an ensemble, and of what flows inside an ensemble."""
 
 _DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
 _BACKENDS = {"tensorrt": "tensorrt", "onnxruntime": "onnxruntime", "openvino": "openvino", "python": "python"}
@@ -214,8 +214,8 @@ def ensemble_config(
 ) -> Message:
     """Return the configuration of an ensemble: pictures go through a preprocessing model, then through the network."""
     steps = (
-        (preprocessing, {pictures.name: pictures.name}, {input.name: input.name}),
-        (network, {input.name: input.name}, {output.name: output.name for output in outputs}),
+        (preprocessing, {pictures.name: pictures.name}, {input.name: PREPARED}),
+        (network, {input.name: PREPARED}, {output.name: output.name for output in outputs}),
     )
     scheduling = [
         {"model_name": model, "model_version": -1, "input_map": _entries(taken), "output_map": _entries(given)}
