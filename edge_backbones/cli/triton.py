@@ -17,7 +17,7 @@ from edge_backbones.integrations.triton_config import Tensor
 
 @takes(
     TritonOptions,
-    backends=Form(flag="backend", short="b"),
+    backends=Form(flag="backend"),
     engine=Form(short="e", complete=completion.engines),
     name=Form(short="n"),
     stages=Form(type=str | None, read=names, metavar="LIST"),

@@ -90,7 +90,7 @@ class TritonOptions:
         str | None,
         Option(
             "Which engine to serve: a precision (int8), a flavour, or the name of one engine or the beginning of it. For "
-            "onnxruntime and openvino: the precision of the graph, by default int8 if the bundle has it, else fp32.",
+            "onnxruntime and openvino: the precision of the graph, by default fp32.",
             group=_MODEL,
         ),
     ] = None
@@ -265,7 +265,7 @@ def _network(bundle: Bundle, name: str, backend: Backend, options: TritonOptions
         served, files, on_gpu = graph.file.path, {"model.onnx": graph.file}, False
         parameters = _threads_of(backend, options.threads)
         notes = [
-            f"{backend}: the server checks neither hash nor parity of {graph.file.path}, and computes it in its own way"
+            f"{backend}: the server checks neither hash nor parity of {graph.file.path}, and computes it as its release does"
         ]
     instances = _instances(backend, options, plan, on_gpu=on_gpu)
     batch = _batch(backend, manifest, options.max_batch)
@@ -376,17 +376,23 @@ def _plan_notes(plan: EngineRecord) -> list[str]:
 
 
 def _graph(bundle: Bundle, backend: Backend, asked: str | None) -> GraphRecord:
-    """Return the ONNX graph of the precision that is asked for; int8 or fp32 if none is."""
+    """Return the ONNX graph of the precision that is asked for; that in fp32, or the first, if none is."""
     graphs = {graph.precision: graph for graph in bundle.manifest.graphs if graph.format == "onnx"}
     held = ", ".join(graphs) or "none"
     if asked is not None and asked not in set(Precision):
         raise InputError(f"{backend} serves a graph: engine is its precision ({', '.join(Precision)}), got {asked!r}")
-    wanted = [Precision.INT8, Precision.FP32, *graphs] if asked is None else [Precision(asked)]
+    if backend == "onnxruntime":
+        graphs.pop(Precision.BF16, None)  # it has no convolution in bf16
+    wanted = [Precision.FP32, *graphs] if asked is None else [Precision(asked)]
     found = next((graphs[precision] for precision in wanted if precision in graphs), None)
     if found is None:
         what = "ONNX graph" if asked is None else f"ONNX graph in {asked}"
+        why = (
+            "; ONNX Runtime has no convolution in bf16" if backend == "onnxruntime" and asked in (None, "bf16") else ""
+        )
         raise InputError(
-            f"{bundle.path} has no {what}, which {backend} needs; its graphs: {held}. Use --backend python"
+            f"{bundle.path} has no {what} for {backend}; it holds: {held}{why}. Choose another with --engine, or use "
+            "--backend python"
         )
     return found
 
