@@ -49,7 +49,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile.jetson
 
-test-consumers: $(VENV)/.dev
+test-consumers: $(VENV)/.dev $(VENV)/triton/.installed
 	$(PYTEST) tests/consumers
 
 test-cpp: $(VENV)/.dev
@@ -92,8 +92,8 @@ $(VENV)/nncf/.installed: $(VENV)/.dev
 	  'import importlib.metadata as m; print(m.version("openvino"))')"
 	touch $@
 
-# In an environment of its own: a real tritonserver with the Python backend. The backend's process for this Python lies beside
-# others in the package, and the server starts only one that lies beside the backend.
+# In an environment of its own: a real tritonserver with the Python backend alone, whose process is built for numpy 1, and what
+# EdgeBackbone needs there, in the releases that built the bundles.
 $(VENV)/triton/.installed: $(VENV)/.dev
 	rm -rf $(VENV)/triton && $(PYTHON) -m venv $(VENV)/triton
 	$(VENV)/triton/bin/python -m pip install --quiet nvidia-pytriton==0.7.0 'tritonclient[http,grpc]' 'numpy<2' msgspec Pillow \

@@ -1,13 +1,12 @@
 """The programs in the documents run; of those that need other hardware the imported names exist.
 
-The page about C++, ROS 2 and Triton runs with stand-ins for the last two. All is in one file, so that bundles are built once.
+The page about C++ and ROS 2 runs with stand-ins for the latter. All is in one file, so that bundles are built once.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
-import json
 import shutil
 import subprocess
 import sys
@@ -190,37 +189,6 @@ def test_the_node_publishes_what_the_backbone_returns(workplace, monkeypatch, en
         np.testing.assert_array_equal(np.asarray(message.data, np.float32).reshape(shape), feature_map)
         assert message.layout.dim[0].stride == feature_map.size
     node.backbone.close()
-
-
-def test_the_model_of_triton_answers_with_every_stage(workplace, monkeypatch):
-    stand_in(
-        monkeypatch,
-        "triton_python_backend_utils",
-        Tensor=lambda name, values: (name, values),
-        InferenceResponse=dict,
-        get_input_tensor_by_name=lambda request, name: types.SimpleNamespace(as_numpy=lambda: request[name]),
-    )
-    names: dict[str, Any] = {}
-    exec(compile(program("models/backbone/1/model.py"), "model.py", "exec"), names)
-    config = {"input": [{"name": "image"}], "parameters": {"bundle": {"string_value": "camera.bundle"}}}
-    model = names["TritonPythonModel"]()
-    model.initialize({"model_config": json.dumps(config)})
-    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
-    (answer,) = model.execute([{"image": images}])
-    for name, values in model.backbone.run(images).items():
-        np.testing.assert_array_equal(answer[name], values)
-    model.finalize()
-
-
-def test_the_configuration_of_triton_names_the_input_of_the_page():
-    text = program("models/backbone/config.pbtxt")
-    assert 'name: "image" data_type: TYPE_UINT8' in text
-    assert [line.split('"')[1] for line in text.splitlines() if "TYPE_FP32" in line] == [
-        "layer1",
-        "layer2",
-        "layer3",
-        "layer4",
-    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the library has another name on other systems")
