@@ -11,8 +11,9 @@ import typer
 from edge_backbones.cli import completion, console
 from edge_backbones.cli.options import Form, completing, takes, usage
 from edge_backbones.cli.shared import AllowHostCode, BundleArgument, JsonFlag, check_device, names
-from edge_backbones.integrations.triton import TritonModel, TritonOptions, export_triton
+from edge_backbones.integrations.triton import TritonOptions, export_triton
 from edge_backbones.integrations.triton_config import Tensor
+from edge_backbones.integrations.triton_repository import TritonModel
 
 
 @takes(

@@ -52,15 +52,6 @@ from edge_backbones.spec import Precision
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _CODE = '''"""Written by edge-backbones export-triton: {what}."""
 
-from edge_backbones.integrations.triton_repository import (
-    VERSION,
-    ModelFolder,
-    TritonModel,
-    publish,
-    require_free,
-    staged,
-    write_model,
-)
 from edge_backbones.integrations.triton_serving import {model} as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
@@ -413,7 +404,8 @@ def _instances(backend: Backend, options: TritonOptions, plan: EngineRecord | No
     on_gpu = place == "cuda" or (place == "auto" and on_gpu)
     if options.threads is not None and on_gpu:
         raise InputError(
-            f"threads={options.threads} is for models on the CPU, and this one runs on a GPU: leave it out"
+            f"threads={options.threads} is for models on the CPU, and this one runs on a GPU: leave it out, or use "
+            "--device cpu"
         )
     key = None if plan is None else plan.key.gpu
     return Instances(

@@ -320,3 +320,8 @@ def test_what_is_written_as_model_py_is_these_classes(tmp_path):
         names: dict[str, Any] = {}
         exec((tmp_path / "models" / name / "1" / "model.py").read_text(), names)
         assert names["TritonPythonModel"] is kind
+    assert (tmp_path / "models/pool/1/model.py").read_text() == (
+        '"""Written by edge-backbones export-triton: the network of a bundle."""\n\n'
+        "from edge_backbones.integrations.triton_serving import BackboneModel as TritonPythonModel\n\n"
+        '__all__ = ["TritonPythonModel"]\n'
+    )
