@@ -361,7 +361,7 @@ def _plan_notes(plan: EngineRecord) -> list[str]:
     ]
     if plan.key.gpu is not None and plan.key.gpu.host_code:
         notes.append(
-            "tensorrt: the plan carries a runtime: start the server with --backend-config=tensorrt,version-compatible=true"
+            "tensorrt: the plan carries a runtime: tritonserver --backend-config=tensorrt,version-compatible=true loads it"
         )
     return notes
 

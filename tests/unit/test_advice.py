@@ -29,7 +29,7 @@ ANY = {option for of_command in OPTIONS.values() for option in of_command} | {
 # Options of other programs that stand in messages, by what stands before them.
 FOREIGN = re.compile(
     r"docker run\b|trtexec|install --editable|pip install\b|-m venv\b|apt install\b|git\b|mount it|nvpmodel|fallocate"
-    r"|cpupower|--[a-z]+=|qemu"
+    r"|cpupower|--[a-z]+=|qemu|tritonserver"
 )
 
 
@@ -73,7 +73,7 @@ def choices(annotation: Any) -> list[str]:
 
 @pytest.mark.parametrize("text", MESSAGES)
 def test_every_command_in_a_message_can_be_typed(text):
-    for found in re.finditer(r"edge-backbones ([a-z]+)([^,;:()`]*)", text):
+    for found in re.finditer(r"edge-backbones ([a-z][a-z-]*)([^,;:()`]*)", text):
         name, rest = found.groups()
         assert name in COMMANDS, f"there is no edge-backbones {name}"
         for option, value in re.findall(r"(--[a-z-]+)(?: ([a-z0-9_]+))?", rest):

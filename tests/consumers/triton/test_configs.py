@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from edge_backbones.bundle.reader import load_golden
 from edge_backbones.bundle.writer import record_bytes, write_manifest
 from edge_backbones.errors import EngineMismatchError
 from edge_backbones.integrations.triton import TritonOptions, export_triton
-from tests.consumers.triton.server import parsed
+from tests.consumers.triton.server import WHERE_IT_RUNS, parsed
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the package with the server has wheels for Linux alone"
-)
+pytestmark = WHERE_IT_RUNS
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
 
 

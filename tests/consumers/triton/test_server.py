@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +12,9 @@ from PIL import Image
 
 from edge_backbones import Bundle, EdgeBackbone
 from edge_backbones.integrations.triton import TritonOptions, export_triton
-from tests.consumers.triton.server import Call, Server, ask, serving
+from tests.consumers.triton.server import WHERE_IT_RUNS, Call, Server, ask, serving
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the package with the server has wheels for Linux alone"
-)
+pytestmark = WHERE_IT_RUNS
 PROTOCOLS = ("http", "grpc")
 
 

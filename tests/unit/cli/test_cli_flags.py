@@ -22,11 +22,12 @@ from typer.main import get_command
 
 from edge_backbones.bench.compare import CompareOptions
 from edge_backbones.bundle.reader import Bundle
-from edge_backbones.cli import bench, build, options
+from edge_backbones.cli import bench, build, options, triton
 from edge_backbones.cli import compile as compiling
 from edge_backbones.cli.main import COMMANDS, _run, app
 from edge_backbones.engines.tensorrt.options import PlanOptions, Shapes
 from edge_backbones.errors import InputError
+from edge_backbones.integrations.triton import TritonOptions
 from edge_backbones.option import options_of
 from edge_backbones.spec import Precision, ShapeRange
 from edge_backbones.toolchain.options import BuildOptions
@@ -95,8 +96,17 @@ NOT_FLAGS = {
         "patience": "a limit of time for a peer that hangs",
         "repository": "benchmarks of this repository record their commit",
     },
+    TritonOptions: {
+        "allow_host_code": "the flag that several commands share",
+        "overwrite": "the flag stands behind the arguments, as that of pack does",
+    },
 }
-COMMAND_OF = {BuildOptions: build.build, PlanOptions: compiling.compile_, CompareOptions: bench.bench}
+COMMAND_OF = {
+    BuildOptions: build.build,
+    PlanOptions: compiling.compile_,
+    CompareOptions: bench.bench,
+    TritonOptions: triton.export,
+}
 
 
 @pytest.mark.parametrize("declared", NOT_FLAGS)
@@ -252,6 +262,39 @@ def test_what_is_typed_for_a_comparison_reaches_the_library(ask, monkeypatch):
         allow_host_code=True,
     )
     assert same(asked, expected)
+
+
+def test_what_is_typed_for_a_model_repository_reaches_the_library(monkeypatch):
+    asked = []
+
+    def stop(*arguments: Any) -> None:
+        asked.append(arguments)
+        raise InputError("enough")
+
+    monkeypatch.setattr(triton, "export_triton", stop)
+    typed = (
+        "--backend python --backend openvino --engine int8 --name n --stages a,b --ensemble rgb --reference --device cuda:1 "
+        "--instances 2 --max-batch 3 --threads 4 --no-warmup --allow-host-code --overwrite"
+    )
+    assert _run(["export-triton", "x.bundle", "models", *typed.split()]) == 1
+    assert _run(["export-triton", "x.bundle", "models"]) == 1
+    options = TritonOptions(
+        backends=("python", "openvino"),
+        engine="int8",
+        name="n",
+        stages=("a", "b"),
+        ensemble="rgb",
+        reference=True,
+        device="cuda:1",
+        instances=2,
+        max_batch=3,
+        threads=4,
+        warmup=False,
+        allow_host_code=True,
+        overwrite=True,
+    )
+    paths = Path("x.bundle"), Path("models")
+    assert asked == [(*paths, options), (*paths, TritonOptions())]
 
 
 @pytest.mark.parametrize(

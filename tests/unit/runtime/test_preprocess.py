@@ -490,3 +490,39 @@ def test_opening_a_bundle_imports_no_code_of_images(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "pool.bundle")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- the bytes of files ---------------------------------------------------------------------------------------------
+
+
+def encoded(picture: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_bytes_of_files_are_prepared_as_the_files_are(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = [encoded(FRAME, exif=exif), encoded(EXACT, "JPEG", exif=exif)]
+    files = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for file, content in zip(files, data, strict=True):
+        file.write_bytes(content)
+    made = module.prepare_encoded(data, CONFIG, taking(), threads=1)
+    np.testing.assert_array_equal(made, over().preprocess(files))
+    assert made.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("data", "channels", "said"),
+    [
+        (b"", 3, r"images\[1\]: an image of 0 bytes does not decode as an image: it is empty"),
+        (b"\x89PNG\r\n\x1a\n", 3, r"images\[1\]: an image of 8 bytes does not decode as an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", 3, r"images\[1\]: .* no format that is read here does"),
+        (encoded(FRAME), 4, r"images\[0\]: cannot be read: image files have 1 or 3 channels, this backbone takes 4"),
+    ],
+)
+def test_bytes_that_are_no_image_are_refused_by_their_place(data, channels, said):
+    with pytest.raises(InputError, match=said):
+        module.prepare_encoded([encoded(FRAME), data], CONFIG, taking(channels=channels), threads=1)
