@@ -101,7 +101,7 @@ def open_image(path: Path, channels: int = 3) -> Image.Image:
 
 def decode(path: Path, channels: int) -> Image.Image:
     """Decode a file like `open_image`, but raise InputError with the reason alone, to be counted over many files."""
-    _require_reader(channels)
+    require_reader(channels)
     try:
         file = path.open("rb")
     except OSError as error:
@@ -113,7 +113,7 @@ def decode(path: Path, channels: int) -> Image.Image:
 
 def decode_bytes(data: bytes, channels: int) -> Image.Image:
     """Decode the bytes of a file like `open_image`, except those of TGA. Raises InputError with the reason."""
-    _require_reader(channels)
+    require_reader(channels)
     try:
         with _pillow_refusals():
             return _decoded(io.BytesIO(data), "", channels)
@@ -121,7 +121,7 @@ def decode_bytes(data: bytes, channels: int) -> Image.Image:
         raise InputError(f"an image of {len(data)} bytes {error}") from error
 
 
-def _require_reader(channels: int) -> None:
+def require_reader(channels: int) -> None:
     """Raise MissingDependencyError without Pillow, and InputError for a network that no image file is for."""
     try:
         from PIL import Image  # noqa: F401

@@ -16,6 +16,7 @@ import numpy as np
 
 from edge_backbones.errors import EdgeBackbonesError, InputError, ManifestError, first_line
 from edge_backbones.images.config import ImageConfig
+from edge_backbones.images.decode import require_reader
 from edge_backbones.integrations.triton_config import to_engine_layout
 from edge_backbones.reading import refusing
 from edge_backbones.runtime import preprocess
@@ -151,6 +152,8 @@ class PreprocessingModel(_Model):
         ):
             self._how = msgspec.json.decode(file.read_bytes(), type=Preprocessing)
         self._input = config["input"][0]["name"]
+        if config["input"][0]["data_type"] == "TYPE_STRING":
+            require_reader(self._how.input.channels)  # now, and not for every request
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return a response to each request."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -252,6 +253,9 @@ def test_maps_in_channels_last_memory_are_answered_without_a_copy():
             np.testing.assert_array_equal(values, expected.transpose(0, 2, 3, 1))
 
 
+ENCODED = {"name": "photograph", "data_type": "TYPE_STRING"}
+
+
 def preprocessing(folder: Path, channels: int = 3) -> PreprocessingModel:
     image = ImageConfig(mean=(0.5,) * channels, std=(0.25,) * channels)
     input = msgspec.structs.replace(pooling_input(), channels=channels)
@@ -259,7 +263,7 @@ def preprocessing(folder: Path, channels: int = 3) -> PreprocessingModel:
     how = Preprocessing(image=image, input=input)
     (folder / "1" / "preprocessing.json").write_bytes(msgspec.json.encode(how))
     model = PreprocessingModel()
-    model.initialize(arguments(folder, input=[{"name": "photograph"}]))
+    model.initialize(arguments(folder, input=[ENCODED]))
     return model
 
 
@@ -310,7 +314,15 @@ def test_a_damaged_preprocessing_file_is_refused(tmp_path):
     file = tmp_path / "1" / "preprocessing.json"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(TritonModelException, match=r"preprocessing\.json cannot be read: .*export-triton again"):
-        PreprocessingModel().initialize(arguments(tmp_path, input=[{"name": "photograph"}]))
+        PreprocessingModel().initialize(arguments(tmp_path, input=[ENCODED]))
+
+
+def test_a_server_without_pillow_refuses_image_files_and_takes_pixels(tmp_path, monkeypatch):
+    preprocessing(tmp_path)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(TritonModelException, match=r"reading image files .*needs the 'images' extra"):
+        PreprocessingModel().initialize(arguments(tmp_path, input=[ENCODED]))
+    PreprocessingModel().initialize(arguments(tmp_path, input=[{**ENCODED, "data_type": "TYPE_UINT8"}]))
 
 
 def test_what_is_written_as_model_py_is_these_classes(tmp_path):
@@ -325,3 +337,22 @@ def test_what_is_written_as_model_py_is_these_classes(tmp_path):
         "from edge_backbones.integrations.triton_serving import BackboneModel as TritonPythonModel\n\n"
         '__all__ = ["TritonPythonModel"]\n'
     )
+
+
+@pytest.mark.parametrize("module", ["triton", "triton_serving"])
+def test_neither_the_export_nor_the_server_needs_an_extra(module):
+    poisoned = (
+        "torch",
+        "timm",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "PIL",
+        "typer",
+        "google",
+        "tritonclient",
+    )
+    code = f"import sys; sys.modules.update(dict.fromkeys({poisoned})); import edge_backbones.integrations.{module}"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
