@@ -49,7 +49,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile.jetson
 
-test-consumers: $(VENV)/.dev
+test-consumers: $(VENV)/.dev $(VENV)/gstreamer/.installed
 	$(PYTEST) tests/consumers
 
 test-cpp: $(VENV)/.dev
@@ -90,6 +90,14 @@ $(VENV)/nncf/.installed: $(VENV)/.dev
 	rm -rf $(VENV)/nncf && $(PYTHON) -m venv $(VENV)/nncf
 	$(VENV)/nncf/bin/python -m pip install --quiet nncf "openvino==$$($(BIN)/python -c \
 	  'import importlib.metadata as m; print(m.version("openvino"))')"
+	touch $@
+
+# Of the system's Python, which the distribution's bindings of GStreamer belong to.
+$(VENV)/gstreamer/.installed: $(VENV)/.dev
+	$(BIN)/python -m build_scripts.fetch_gstreamer
+	rm -rf $(VENV)/gstreamer && /usr/bin/python3 -m venv --system-site-packages $(VENV)/gstreamer
+	$(VENV)/gstreamer/bin/python -m pip install --quiet numpy msgspec Pillow matplotlib \
+	  "openvino==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("openvino"))')"
 	touch $@
 
 $(VENV)/bin/python:
