@@ -17,6 +17,7 @@ PYTHON = "/usr/bin/python3"
 PACKAGES = (
     "python3-venv",
     "python3-gi",
+    "python3-gst-1.0",  # maps buffers without a copy
     "gir1.2-gstreamer-1.0",
     "gir1.2-gst-plugins-base-1.0",
     "gstreamer1.0-plugins-base",
@@ -25,7 +26,7 @@ PACKAGES = (
 _ADVICE = f"install GStreamer and its bindings for Python (Debian, Ubuntu: apt install {' '.join(PACKAGES)})"
 # Elements of both collections of plug-ins; ensurepip is what Debian leaves out of Python without python3-venv.
 _ASK = """
-import ensurepip, gi
+import ensurepip, gi, gi.overrides._gi_gst
 gi.require_version("GstVideo", "1.0")
 gi.require_version("GstApp", "1.0")
 from gi.repository import Gst, GstApp, GstVideo
