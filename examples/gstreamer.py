@@ -99,7 +99,9 @@ def pixels_of(buffer: Any, info: Any) -> Iterator[np.ndarray]:
     offset, stride = (info.offset, info.stride) if meta is None else (meta.offset, meta.stride)
     mapped, memory = buffer.map(Gst.MapFlags.READ)
     if not mapped:
-        raise PipelineError("GStreamer cannot map a frame: its memory is not the CPU's, end the pipeline in ! videoconvert")
+        raise PipelineError(
+            "GStreamer cannot map a frame: its memory is not the CPU's, end the pipeline in ! videoconvert"
+        )
     try:
         size = {"YUY2": 2, "RGB": 3, "BGR": 3}.get(info.finfo.name, 1)
 
