@@ -31,7 +31,8 @@ gi.require_version("GstVideo", "1.0")
 gi.require_version("GstApp", "1.0")
 from gi.repository import Gst, GstApp, GstVideo
 Gst.init(None)
-missing = [name for name in ("videotestsrc", "appsink", "videoconvert", "vp8enc", "v4l2src") if not Gst.ElementFactory.find(name)]
+wanted = "videotestsrc", "appsink", "videoconvert", "vp8enc", "v4l2src"
+missing = [name for name in wanted if not Gst.ElementFactory.find(name)]
 assert not missing, f"no element {' '.join(missing)}"
 print(Gst.version_string())
 """

@@ -31,8 +31,8 @@ from edge_backbones import Bundle, EdgeBackbone, EdgeBackbonesError, fit
 from edge_backbones.images.fit import seen_by_network
 from edge_backbones.pictures import as_map, draw_frame
 
-# gi loads GStreamer, and with it libunwind, for all libraries that are loaded later. Exceptions in C++ would go to libunwind's
-# functions and end the process, so those of GCC, which have the same names, come first.
+# gi loads GStreamer, and with it libunwind, for all libraries that are loaded later. Exceptions in C++ would go to the
+# functions of libunwind and end the process, so those of GCC, which have the same names, come first.
 if sys.platform == "linux":
     ctypes.CDLL("libgcc_s.so.1", ctypes.RTLD_GLOBAL)
 try:
@@ -129,6 +129,7 @@ class Painter:
         self.backbone, self.config, self.views = backbone, Bundle.open(bundle).manifest.image, {}
 
     def draw(self, frame: np.ndarray, maps: tuple[np.ndarray, ...], title: str) -> np.ndarray:
+        """Return the picture of a frame and its maps, uint8 RGB."""
         backbone, size = self.backbone, (self.backbone.input.height.opt, self.backbone.input.width.opt)
         if backbone.input.frame is None:
             photograph = fit(frame, self.config, *size)
@@ -190,6 +191,7 @@ class Frames:
                 return
 
     def close(self) -> None:
+        """Stop the pipeline."""
         self.pipeline.set_state(Gst.State.NULL)
 
 
@@ -241,6 +243,7 @@ class Pictures:
                     raise PipelineError(f"the pipeline of the pictures did not end within {within_s:.0f} s")
 
     def stop(self) -> None:
+        """Stop the pipeline, whatever it holds."""
         self.pipeline.set_state(Gst.State.NULL)
 
 

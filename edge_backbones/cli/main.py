@@ -60,6 +60,7 @@ COMMANDS = {
     "compile": "compile:compile_",
     "remove": "compile:remove",
     "pack": "pack:pack",
+    "export-deepstream": "deepstream:export",
     "sign": "trust:sign",
     "verify": "verify:verify",
     "run": "run:run",

@@ -19,6 +19,7 @@ PANELS: dict[str, dict[str, str]] = {
         "compile": "Compile engines for a bundle, usually on the device that will run them.",
         "verify": "Check a bundle's signature and files, and measure its engines again.",
         "pack": "Write a small bundle with only what one device needs.",
+        "export-deepstream": "Write what DeepStream's nvinfer needs to run a TensorRT plan of a bundle.",
         "sign": "Sign a bundle.",
         "remove": "Remove engines from a bundle.",
     },

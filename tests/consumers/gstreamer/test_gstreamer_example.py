@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import signal
 import subprocess
@@ -13,7 +15,10 @@ import numpy as np
 import pytest
 
 from edge_backbones import EdgeBackbone
+from edge_backbones.integrations.deepstream import export_deepstream
+from edge_backbones.testing import make_bundle
 from tests.consumers.gstreamer.conftest import EXAMPLE, HEIGHT, WIDTH
+from tests.plans import with_plan
 
 FRAMES = 4
 RATE = 10
@@ -50,7 +55,7 @@ def test_maps_are_those_of_the_same_frames_whatever_the_source_delivers(example,
     assert pitch != WIDTH * 3
     rows = [np.fromfile(tmp_path / f"{number}.raw", np.uint8).reshape(HEIGHT, pitch) for number in range(FRAMES)]
     frames = [row[:, : WIDTH * 3].reshape(HEIGHT, WIDTH, 3) for row in rows]
-    assert any((one != other).any() for one, other in zip(frames, frames[1:], strict=False))
+    assert any((one != other).any() for one, other in itertools.pairwise(frames))
     check_maps(folder / "rgb.bundle", frames, "rgb", maps_of(tmp_path / "maps"))
 
 
@@ -213,3 +218,40 @@ def test_a_python_without_the_bindings_says_what_to_install(tmp_path):
     assert "cannot use GStreamer" in line
     assert "apt install python3-gi" in line
     assert "--system-site-packages" in line
+
+
+def test_glib_reads_the_file_that_deepstream_gets(in_python, tmp_path):
+    """nvinfer reads its configuration with this parser of GLib, which knows no comment behind a value."""
+    bundle = with_plan(make_bundle(tmp_path / "net.bundle"))
+    written = export_deepstream(bundle.path, tmp_path / "out")
+    printed = in_python(
+        """
+import json, sys
+from gi.repository import GLib
+file = GLib.KeyFile()
+file.load_from_file(sys.argv[1], GLib.KeyFileFlags.NONE)
+def get(kind, key):
+    found = getattr(file, f"get_{kind}")("property", key)
+    return found[0] if isinstance(found, tuple) else found
+print(json.dumps({
+    "groups": list(file.get_groups()[0]),
+    "plan": get("string", "model-engine-file"),
+    "dims": list(get("integer_list", "infer-dims")),
+    "names": list(get("string_list", "output-blob-names")),
+    "scale": get("double", "net-scale-factor"),
+    "offsets": list(get("double_list", "offsets")),
+    "type": get("integer", "network-type"),
+}))
+""",
+        written.config,
+    )
+    input, image = bundle.manifest.input, bundle.manifest.image
+    assert json.loads(printed) == {
+        "groups": ["property"],
+        "plan": written.plan.name,
+        "dims": [3, input.height.opt, input.width.opt],
+        "names": list(bundle.manifest.backbone.outputs),
+        "scale": 1 / (255 * image.std[0]),
+        "offsets": [255 * mean for mean in image.mean],
+        "type": 100,
+    }
