@@ -11,6 +11,7 @@ too, and its preprocessing reads the frame there. segment.hpp says how the two p
 
 import argparse
 import fcntl
+import math
 import mmap
 import os
 import sys
@@ -40,7 +41,7 @@ class SegmentError(Exception):
 
 
 class Segment:
-    """The shared memory of a camera, mapped. `frame` and `write_map` are for one thread."""
+    """The shared memory of a camera, mapped for as long as this process lives. One thread may use it."""
 
     # multiprocessing.shared_memory would do the mapping. But before Python 3.13, which has track=False, a process that opens
     # a segment removes it from the system when it ends, although the segment is the camera's.
@@ -56,20 +57,18 @@ class Segment:
         self.header = np.ndarray((), HEADER, self._memory)
         found = self.header
         if found["magic"] != MAGIC:
-            raise SegmentError(
-                f"{name} begins with {int(found['magic']):#x}, not with {MAGIC:#x}: it is not of the camera"
-            )
+            raise SegmentError(f"{name} begins with {int(found['magic']):#x}, not {MAGIC:#x}: it is not of the camera")
         if (found["version"], found["slots"]) != (VERSION, SLOTS):
             raise SegmentError(
                 f"{name} has version {found['version']} and {found['slots']} slots, this program reads {VERSION} and "
                 f"{SLOTS}: build the camera of the same release"
             )
         self.shape = tuple(int(found[key]) for key in ("height", "width", "channels"))
-        frames = int(found["frames_offset"]), int(found["frame_pitch"]), int(np.prod(self.shape))
+        frames = int(found["frames_offset"]), int(found["frame_pitch"]), math.prod(self.shape)
         needed = max(frames[0] + SLOTS * frames[1], int(found["map_offset"]) + int(found["map_bytes"]))
         if needed > size or frames[2] > frames[1] or not frames[2]:
             raise SegmentError(
-                f"{name} has {size} bytes, and frames {self.shape} and a map as its header says need {needed}"
+                f"{name} has {size} bytes, and what its header says needs {needed}, for frames {self.shape}"
             )
         self.frames = [np.ndarray(self.shape, np.uint8, self._memory, frames[0] + i * frames[1]) for i in range(SLOTS)]
         self._map_place = int(found["map_offset"]), int(found["map_bytes"])
