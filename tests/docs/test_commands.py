@@ -17,7 +17,7 @@ UsageError: Any = typer.BadParameter.__base__
 
 # Options of other programs: with the program in front of them, or alone in a sentence.
 OTHERS = re.compile(FOREIGN.pattern + r"|pip wheel|trtexec|http\.server")
-OF_OTHERS = {"--system-site-packages", "--cpu", "--demo"}
+OF_OTHERS = {"--system-site-packages", "--cpu", "--demo", "--every-frame", "--latency"}
 
 TYPED = [
     pytest.param(words, id=f"{name_of(path)}:{line}")
