@@ -10,7 +10,7 @@ Both pipelines are texts, as of gst-launch-1.0. The first ends where the frames 
     python examples/gstreamer.py samples/features.bundle "v4l2src" "autovideosink"
     python examples/gstreamer.py samples/features.bundle "rtspsrc location=rtsp://camera/1 ! decodebin" "autovideosink"
     python examples/gstreamer.py samples/features.bundle "filesrc location=samples/clip.mp4 ! decodebin" \
-        "x264enc ! mp4mux ! filesink location=maps.mp4" --every-frame
+        "video/x-raw,format=I420 ! x264enc ! mp4mux ! filesink location=maps.mp4" --every-frame
 
 Only the newest frame is taken, so the program never lags behind a camera; `--every-frame` takes all of a recording. A
 picture has the timestamp of its frame. Ctrl-C ends the second pipeline too, so that a file is complete.
@@ -249,7 +249,7 @@ class Pictures:
 
 def run(arguments: argparse.Namespace, backbone: EdgeBackbone) -> int:
     """Run both pipelines until the frames end; return their number."""
-    color, count, info = color_of(backbone), 0, None
+    color, count, caps, info = color_of(backbone), 0, None, None
     painter = Painter(arguments.bundle, backbone)
     frames = Frames(arguments.source, color, every_frame=arguments.every_frame)
     pictures = None
@@ -257,12 +257,17 @@ def run(arguments: argparse.Namespace, backbone: EdgeBackbone) -> int:
         pictures = Pictures(arguments.sink, arguments.latency)
         for sample in frames:
             buffer = sample.get_buffer()
-            info = info or check_caps(sample.get_caps(), backbone)
+            if caps is None or not sample.get_caps().is_equal(caps):  # frames may change their size
+                caps = sample.get_caps()
+                info = check_caps(caps, backbone)
+            has_time = buffer.pts != Gst.CLOCK_TIME_NONE
             with pixels_of(buffer, info) as frame:
                 maps = backbone(backbone.preprocess(frame, color=color)).feature_maps
-                picture = painter.draw(frame, maps, f"{buffer.pts / Gst.SECOND:.2f} s")
+                title = f"{buffer.pts / Gst.SECOND:.2f} s" if has_time else f"frame {count}"
+                picture = painter.draw(frame, maps, title)
             if arguments.maps is not None:
-                np.savez(arguments.maps / f"{buffer.pts:015d}.npz", **dict(zip(backbone.out_features, maps)))
+                name = f"{buffer.pts:015d}.npz" if has_time else f"frame_{count:08d}.npz"
+                np.savez(arguments.maps / name, **dict(zip(backbone.out_features, maps)))
             pictures.push(picture, buffer, frames.pipeline)
             count += 1
     finally:

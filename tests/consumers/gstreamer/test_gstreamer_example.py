@@ -69,6 +69,23 @@ def test_frames_of_nv12_go_in_as_they_come(example, launch, folder, tmp_path):
     check_maps(folder / "nv12.bundle", frames, "nv12", maps_of(tmp_path / "maps"))
 
 
+def test_frames_may_change_their_size(example, launch, folder, tmp_path):
+    small = BALL.replace(f"width={WIDTH},height={HEIGHT}", "width=121,height=60")
+    source = f"{BALL} ! both. {small} ! both. concat name=both"
+    for number, one in enumerate((BALL, small)):
+        launch(f"{one} ! videoconvert ! video/x-raw,format=RGB ! multifilesink location={tmp_path}/{number}_%d.raw")
+    done = example("rgb.bundle", source, "fakesink", "--every-frame", "--maps", tmp_path / "maps")
+    assert (done.returncode, done.stdout) == (0, f"{2 * FRAMES} frames\n"), done.stderr
+    frames = []
+    for number, (width, height) in enumerate(((WIDTH, HEIGHT), (121, 60))):
+        for index in range(FRAMES):
+            rows = np.fromfile(tmp_path / f"{number}_{index}.raw", np.uint8).reshape(height, -1)
+            frames.append(rows[:, : width * 3].reshape(height, width, 3))
+    written = maps_of(tmp_path / "maps")
+    # Both begin at 0 s, and the second ones replaced the maps of the first.
+    check_maps(folder / "rgb.bundle", frames[FRAMES:], "rgb", written)
+
+
 def test_pictures_have_the_times_of_their_frames(example, tmp_path):
     file = tmp_path / "maps.webm"
     done = example("rgb.bundle", BALL, f"vp8enc deadline=1 ! webmmux ! filesink location={file}", "--every-frame")
