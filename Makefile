@@ -49,7 +49,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile.jetson
 
-test-consumers: $(VENV)/.dev $(VENV)/triton/.installed
+test-consumers: $(VENV)/.dev $(VENV)/triton/.installed $(VENV)/gstreamer/.installed
 	$(PYTEST) tests/consumers
 
 test-cpp: $(VENV)/.dev
@@ -100,6 +100,14 @@ $(VENV)/triton/.installed: $(VENV)/.dev
 	  $(VENV)/triton/bin/python -m pip install --quiet nvidia-pytriton==0.7.0 'tritonclient[http,grpc]' 'numpy<2' msgspec \
 	    Pillow "openvino==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("openvino"))')"; \
 	else echo "numpy 1 has no wheels for this Python (3.10 to 3.12 have): the tests with a Triton server are left out"; fi
+	touch $@
+
+# Of the system's Python, which the distribution's bindings of GStreamer belong to.
+$(VENV)/gstreamer/.installed: $(VENV)/.dev
+	$(BIN)/python -m build_scripts.fetch_gstreamer
+	rm -rf $(VENV)/gstreamer && /usr/bin/python3 -m venv --system-site-packages $(VENV)/gstreamer
+	$(VENV)/gstreamer/bin/python -m pip install --quiet numpy msgspec Pillow matplotlib \
+	  "openvino==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("openvino"))')"
 	touch $@
 
 $(VENV)/bin/python:

@@ -45,6 +45,7 @@ COPIED = {
     "examples/README.md": "examples/index.md",
     "examples/heat.png": "examples/heat.png",
     **{f"examples/{path.name}": f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py"))},
+    **{f"examples/shared_memory/{name}": f"examples/shared_memory/{name}" for name in ("backbone.py", "camera.cpp")},
 }
 """Files of the repository that the site holds, and where."""
 _TITLES = {

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from build_scripts import debian
 
 _COMMANDS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome", "microsoft-edge")
 _MAC_APPLICATIONS = ("Chromium.app/Contents/MacOS/Chromium", "Google Chrome.app/Contents/MacOS/Google Chrome")
@@ -49,25 +50,11 @@ def require_chromium() -> Path:
 
 def install_chromium(run: Callable[[list[str]], None] | None = None) -> Path:
     """Install Debian's package with apt-get. Raises RuntimeError with the fix if that is not possible."""
-    run = run or _run
-    if shutil.which("apt-get") is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
-        raise RuntimeError(f"there is no Chromium on this machine, and only root can add Debian's: {_ADVICE}")
-    run(["apt-get", "update", "--quiet"])
-    run(["apt-get", "install", "--quiet", "--yes", "--no-install-recommends", "chromium"])
+    debian.install(["chromium"], lacks="Chromium", advice=_ADVICE, run=run)
     found = find_chromium()
     if found is None:
         raise RuntimeError(f"apt-get installed a chromium that is not on the PATH: {_ADVICE}")
     return found
-
-
-def _run(command: list[str]) -> None:
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment
-    )
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise RuntimeError(f"{' '.join(command)} failed ({' '.join(last)}): {_ADVICE}")
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ It reads unit files; nothing of systemd has to run.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
+
+from build_scripts import debian
 
 _ADVICE = "install systemd (Debian, Ubuntu: apt install systemd)"
 
@@ -25,16 +25,7 @@ def require_analyze() -> str:
 
 def install_analyze() -> str:
     """Install Debian's package with apt-get. Raises RuntimeError with the fix if that is not possible."""
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        raise RuntimeError(f"there is no systemd-analyze on this machine, and only root can add Debian's: {_ADVICE}")
-    for command in (["update"], ["install", "--yes", "--no-install-recommends", "systemd"]):
-        done = subprocess.run(
-            ["apt-get", "--quiet", *command], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-        )  # fmt: skip
-        if done.returncode:
-            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise RuntimeError(f"apt-get {command[0]} failed ({' '.join(last)}): {_ADVICE}")
+    debian.install(["systemd"], lacks="systemd-analyze", advice=_ADVICE)
     return require_analyze()
 
 

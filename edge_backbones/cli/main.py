@@ -61,6 +61,7 @@ COMMANDS = {
     "remove": "compile:remove",
     "pack": "pack:pack",
     "export-triton": "triton:export",
+    "export-deepstream": "deepstream:export",
     "sign": "trust:sign",
     "verify": "verify:verify",
     "run": "run:run",

@@ -20,6 +20,7 @@ PANELS: dict[str, dict[str, str]] = {
         "verify": "Check a bundle's signature and files, and measure its engines again.",
         "pack": "Write a small bundle with only what one device needs.",
         "export-triton": "Write a model repository for a Triton server.",
+        "export-deepstream": "Write what DeepStream's nvinfer needs to run a TensorRT plan of a bundle.",
         "sign": "Sign a bundle.",
         "remove": "Remove engines from a bundle.",
     },

@@ -1,1 +1,1 @@
-"""Bundles inside the models of other libraries: transformers, torchvision, segmentation_models_pytorch. Needs torch."""
+"""Bundles inside the models of other libraries, which need torch, and in the files of other systems, which need nothing."""

@@ -17,7 +17,7 @@ UsageError: Any = typer.BadParameter.__base__
 
 # Options of other programs: with the program in front of them, or alone in a sentence.
 OTHERS = re.compile(FOREIGN.pattern + r"|pip wheel|trtexec|http\.server")
-OF_OTHERS = {"--system-site-packages", "--cpu", "--demo"}
+OF_OTHERS = {"--system-site-packages", "--cpu", "--demo", "--every-frame", "--latency"}
 
 TYPED = [
     pytest.param(words, id=f"{name_of(path)}:{line}")
@@ -54,7 +54,7 @@ def test_a_command_in_a_code_block_is_parsed(words):
 
 @pytest.mark.parametrize("code", QUOTED)
 def test_a_command_or_flag_in_a_sentence_exists(code):
-    for name, rest in re.findall(r"edge-backbones ([a-z][a-z-]*)([^|;&]*)", code):
+    for name, rest in re.findall(r"edge-backbones ([a-z]+(?:-[a-z]+)*)([^|;&]*)", code):
         options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)
         assert name in COMMANDS, f"there is no edge-backbones {name}"
         assert [option for option in options if option not in {*OPTIONS[name], "--help"}] == []

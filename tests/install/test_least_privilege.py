@@ -136,14 +136,14 @@ def test_systemd_is_fetched_by_root_alone_and_told_of_elsewhere(monkeypatch, tmp
     apt = tmp_path / "apt-get"
     apt.write_text("#!/bin/sh\necho 'E: no network' >&2; exit 100\n", encoding="utf-8")
     apt.chmod(0o755)
-    monkeypatch.setattr(fetch_systemd.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(RuntimeError, match="only root can add"):
         fetch_systemd.install_analyze()
-    monkeypatch.setattr(fetch_systemd.os, "geteuid", lambda: 0)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
     with pytest.raises(RuntimeError, match=r"apt-get update failed \(E: no network\): install systemd"):
         fetch_systemd.install_analyze()
     made = tmp_path / "systemd-analyze"
-    apt.write_text(f"#!/bin/sh\n[ $2 = update ] || {{ : > {made} && /bin/chmod 755 {made}; }}\n", encoding="utf-8")
+    apt.write_text(f"#!/bin/sh\n[ $1 = update ] || {{ : > {made} && /bin/chmod 755 {made}; }}\n", encoding="utf-8")
     assert fetch_systemd.install_analyze() == str(made)
 
 

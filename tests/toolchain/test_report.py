@@ -1034,7 +1034,7 @@ def test_debians_package_is_installed_by_root(tmp_path, monkeypatch):
     apt.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(fetch_chromium.sys, "platform", "linux")
-    monkeypatch.setattr(fetch_chromium.os, "geteuid", lambda: 0)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
     commands: list[list[str]] = []
 
     def run(command: list[str]) -> None:

@@ -73,7 +73,7 @@ def choices(annotation: Any) -> list[str]:
 
 @pytest.mark.parametrize("text", MESSAGES)
 def test_every_command_in_a_message_can_be_typed(text):
-    for found in re.finditer(r"edge-backbones ([a-z][a-z-]*)([^,;:()`]*)", text):
+    for found in re.finditer(r"edge-backbones ([a-z]+(?:-[a-z]+)*)([^,;:()`]*)", text):
         name, rest = found.groups()
         assert name in COMMANDS, f"there is no edge-backbones {name}"
         for option, value in re.findall(r"(--[a-z-]+)(?: ([a-z0-9_]+))?", rest):
