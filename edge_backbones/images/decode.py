@@ -8,6 +8,7 @@ colour channel the upper 8 are kept. Unlike timm, photographs are turned upright
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import warnings
@@ -100,6 +101,25 @@ def open_image(path: Path, channels: int = 3) -> Image.Image:
 
 def decode(path: Path, channels: int) -> Image.Image:
     """Decode a file like `open_image`, but raise InputError with the reason alone, to be counted over many files."""
+    _require_pillow(channels)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        link = f" (it is a link to {path.readlink()})" if path.is_symlink() else ""
+        raise InputError(f"cannot be read: {error.strerror}{link}") from error
+    with file, _pillow_refusals():
+        return _decoded(file, path.suffix.lower(), channels)
+
+
+def decode_bytes(data: bytes | memoryview, channels: int) -> Image.Image:
+    """Decode the bytes of an image file in memory, as a camera sends it, like `decode`. The data decides on the format."""
+    _require_pillow(channels)
+    with io.BytesIO(data) as file, _pillow_refusals():
+        return _decoded(file, "", channels)
+
+
+def _require_pillow(channels: int) -> None:
+    """Raise MissingDependencyError without Pillow, and InputError for a number of channels that no image file has."""
     try:
         from PIL import Image  # noqa: F401
     except ImportError as error:
@@ -108,13 +128,6 @@ def decode(path: Path, channels: int) -> Image.Image:
         raise InputError(
             f"cannot be read: image files have 1 or 3 channels, this backbone takes {channels}: pass arrays instead"
         )
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        link = f" (it is a link to {path.readlink()})" if path.is_symlink() else ""
-        raise InputError(f"cannot be read: {error.strerror}{link}") from error
-    with file, _pillow_refusals():
-        return _decoded(file, path.suffix.lower(), channels)
 
 
 def as_decoded(image: Image.Image, channels: int) -> Image.Image:
