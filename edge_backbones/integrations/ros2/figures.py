@@ -14,6 +14,7 @@ import numpy as np
 _T = TypeVar("_T")
 _WINDOW = 300  # ten seconds of most cameras
 _MOST_REASONS = 50
+_MOST_PUBLISHERS = 50
 
 
 class Newest(Generic[_T]):
@@ -83,6 +84,8 @@ class Gaps:
         """Return how many messages are missing before this one; 0 if the middleware does not number messages."""
         if number is None:
             return 0
+        if len(self._last) >= _MOST_PUBLISHERS and publisher not in self._last:
+            self._last.clear()  # each start of a camera is another publisher
         last = self._last.get(publisher)
         self._last[publisher] = number
         return 0 if last is None or number <= last else number - last - 1
@@ -177,5 +180,8 @@ def status(
         return Status("WARN", "no frames came: look at the camera, its topic and its QoS", values)
     if new["unread"] and not new["published"]:
         return Status("OK", "nobody has subscribed to the maps: they are not computed", values)
-    late = new["dropped"] + new["lost"]
-    return Status("OK", f"{rate:.1f} frames per second, {late} came too fast", values)
+    return Status(
+        "OK",
+        f"{rate:.1f} frames per second; {new['dropped']} came too fast, {new['lost']} were lost on the way",
+        values,
+    )

@@ -34,7 +34,7 @@ try:
     from rclpy.task import Future
 except ImportError as error:
     raise MissingDependencyError(
-        f"the ROS 2 node ({error.name} cannot be imported)",
+        f"the ROS 2 node ({error.name or error} cannot be imported)",
         "",
         fix="source /opt/ros/DISTRIBUTION/setup.bash in a shell whose Python has edge_backbones too, or pip install "
         "ros-rclpy ros-sensor-msgs ros-std-msgs ros-std-srvs ros-lifecycle-msgs ros-rmw-fastrtps-cpp ros-rmw-implementation",
