@@ -262,6 +262,8 @@ STAND_IN = '''
 import base64, json
 from std_msgs.msg import String
 
+type(String).__import_type_support__()  # rclpy would do that for the class of the publisher alone
+
 class _Kind(type(String)):
     def __instancecheck__(cls, one):
         return isinstance(one, String)
