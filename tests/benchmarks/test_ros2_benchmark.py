@@ -33,5 +33,7 @@ def test_the_page_has_the_stored_figures():
     assert f"The median difference is {cost['cost_ms']:.1f} ms, {cost['in_node_ms']:.1f} ms of it in the node" in page
     minutes = round(soak["seconds"] / 60)
     node = soak["node"]
+    assert node["received"] + node["lost"] == soak["sent"]
+    assert node["published"] + node["dropped"] == node["received"]
     assert f"{minutes} minutes at {soak['rate_hz']:g} Hz: {soak['sent']} images, {node['published']} computed" in page
     assert f"{soak['begin_mb']:.0f} MB at the begin and {soak['end_mb']:.0f} MB at the end" in page
