@@ -42,7 +42,7 @@ PYTHON = Path(sys.prefix) / "ros2" / "bin" / "python"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="times that each contender is started; 0: no cost")
+    parser.add_argument("--rounds", type=int, default=12, help="times that each contender is started; 0: no cost")
     parser.add_argument("--frames", type=int, default=60, help="frames of a round")
     parser.add_argument("--seconds", type=float, default=0.0, help="length of the soak; 0: no soak")
     parser.add_argument("--bundle", type=Path, help="a bundle of this network, in the place of one that is built")
