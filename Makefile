@@ -49,7 +49,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile.jetson
 
-test-consumers: $(VENV)/.dev $(VENV)/triton/.installed $(VENV)/gstreamer/.installed
+test-consumers: $(VENV)/.dev $(VENV)/ros2/.installed $(VENV)/triton/.installed $(VENV)/gstreamer/.installed
 	$(PYTEST) tests/consumers
 
 test-cpp: $(VENV)/.dev
@@ -108,6 +108,14 @@ $(VENV)/gstreamer/.installed: $(VENV)/.dev
 	rm -rf $(VENV)/gstreamer && /usr/bin/python3 -m venv --system-site-packages $(VENV)/gstreamer
 	$(VENV)/gstreamer/bin/python -m pip install --quiet numpy msgspec Pillow matplotlib \
 	  "openvino==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("openvino"))')"
+	touch $@
+
+# ROS 2 as wheels. Importing them starts Python again, with another library path, at every start of this environment's.
+$(VENV)/ros2/.installed: $(VENV)/.dev
+	rm -rf $(VENV)/ros2 && $(PYTHON) -m venv $(VENV)/ros2
+	$(VENV)/ros2/bin/python -m pip install --quiet ros-rclpy ros-sensor-msgs ros-std-msgs ros-std-srvs ros-diagnostic-msgs \
+	  ros-lifecycle-msgs ros-rmw-fastrtps-cpp ros-rmw-implementation msgspec Pillow matplotlib psutil \
+	  $$($(BIN)/python -c 'import importlib.metadata as m; print(*(f"{n}=={m.version(n)}" for n in ("numpy", "openvino")))')
 	touch $@
 
 $(VENV)/bin/python:

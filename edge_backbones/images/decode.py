@@ -111,7 +111,7 @@ def decode(path: Path, channels: int) -> Image.Image:
         return _decoded(file, path.suffix.lower(), channels)
 
 
-def decode_bytes(data: bytes, channels: int) -> Image.Image:
+def decode_bytes(data: bytes | memoryview, channels: int) -> Image.Image:
     """Decode the bytes of a file like `open_image`, except those of TGA. Raises InputError with the reason."""
     require_reader(channels)
     try:

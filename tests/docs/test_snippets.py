@@ -1,6 +1,6 @@
 """The programs in the documents run; of those that need other hardware the imported names exist.
 
-The page about C++ and ROS 2 runs with stand-ins for the latter. All is in one file, so that bundles are built once.
+All is in one file, so that bundles are built once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_backbones import Bundle, EdgeBackbone, fit
+from edge_backbones import Bundle, EdgeBackbone
 from tests.docs.snippets import PAGES, ROOT, Snippet, name_of, snippets
 
 # What makes a snippet small enough for a test: the network of the fixtures instead of a real one, fewer pixels.
@@ -135,60 +135,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> Non
     monkeypatch.setitem(sys.modules, name, module)
 
 
-class Message:
-    """A message of ROS 2: fields as keyword arguments."""
-
-    def __init__(self, **fields: Any) -> None:
-        vars(self).update(fields)
-
-
-class Float32MultiArray(Message):
-    def __init__(self) -> None:
-        super().__init__(layout=Message(dim=[]), data=None)
-
-
-class Node:
-    """Keeps what a node publishes, by topic."""
-
-    def __init__(self, name: str) -> None:
-        self.published: dict[str, list[Any]] = {}
-        self.callbacks: dict[str, Any] = {}
-
-    def create_publisher(self, kind: type, topic: str, depth: int) -> Any:
-        messages = self.published.setdefault(topic, [])
-        return types.SimpleNamespace(publish=messages.append)
-
-    def create_subscription(self, kind: type, topic: str, callback: Any, depth: int) -> None:
-        self.callbacks[topic] = callback
-
-
-@pytest.mark.parametrize("encoding", ["rgb8", "bgr8"])
-def test_the_node_publishes_what_the_backbone_returns(workplace, monkeypatch, encoding):
-    stand_in(monkeypatch, "rclpy")
-    stand_in(monkeypatch, "rclpy.node", Node=Node)
-    stand_in(monkeypatch, "sensor_msgs.msg", Image=Message)
-    stand_in(monkeypatch, "std_msgs.msg", Float32MultiArray=Float32MultiArray, MultiArrayDimension=Message)
-    for package in ("sensor_msgs", "std_msgs"):
-        stand_in(monkeypatch, package)
-    names: dict[str, Any] = {"__name__": "backbone_node"}
-    exec(compile(program("backbone_node.py"), "backbone_node.py", "exec"), names)
-
-    frame = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-    step = 120 * 3 + 24  # rows may be padded
-    rows = np.zeros((90, step), np.uint8)
-    rows[:, : 120 * 3] = (frame if encoding == "rgb8" else frame[..., ::-1]).reshape(90, -1)
-    node = names["BackboneNode"]("camera.bundle")
-    node.callbacks["image"](Message(height=90, width=120, step=step, encoding=encoding, data=rows.tobytes()))
-
-    with EdgeBackbone.from_pretrained("camera.bundle") as backbone:
-        pixels = fit(frame, Bundle.open("camera.bundle").manifest.image, 224, 224)
-        expected = backbone.run(pixels[None])
-    assert [topic.removeprefix("features/") for topic in node.published] == list(expected)
-    for (message,), feature_map in zip(node.published.values(), expected.values(), strict=True):
-        shape = tuple(dimension.size for dimension in message.layout.dim)
-        np.testing.assert_array_equal(np.asarray(message.data, np.float32).reshape(shape), feature_map)
-        assert message.layout.dim[0].stride == feature_map.size
-    node.backbone.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the library has another name on other systems")

@@ -39,6 +39,8 @@ ON_DEVICE = [
         for module in pkgutil.walk_packages(edge_backbones.__path__, "edge_backbones.")
         if module.name.split(".")[1] not in (*OF_THE_WORKSTATION, "__main__")
     ),
+    "edge_backbones.pictures",
+    *(f"edge_backbones.integrations.ros2.{name}" for name in ("frames", "maps", "figures", "options", "pipeline")),
     "edge_backbones.toolchain.artifacts",
     "edge_backbones.toolchain.build",
 ]
@@ -86,6 +88,15 @@ def test_a_missing_engine_library_is_named_with_its_install_command(tmp_path):
     )
     done = run_without(("openvino",), code)
     assert pip_install("cpu") in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("missing", ["rclpy", "sensor_msgs"])
+def test_the_node_of_ros_says_how_to_get_ros(missing):
+    done = run_without((missing,), "import edge_backbones.integrations.ros2.node")
+    *_, last = done.stderr.strip().splitlines()
+    assert last.startswith("edge_backbones.errors.MissingDependencyError: the ROS 2 node (")
+    assert "source /opt/ros/DISTRIBUTION/setup.bash" in last
+    assert "pip install ros-rclpy " in last
 
 
 def test_a_missing_command_line_library_is_named_with_its_install_command():

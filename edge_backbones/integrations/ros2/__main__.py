@@ -1,0 +1,7 @@
+"""Run ``python -m edge_backbones.integrations.ros2``."""
+
+import sys
+
+from edge_backbones.integrations.ros2.node import main
+
+sys.exit(main())
