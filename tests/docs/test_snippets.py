@@ -135,8 +135,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> Non
     monkeypatch.setitem(sys.modules, name, module)
 
 
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the library has another name on other systems")
 def test_the_program_for_openvino_compiles_and_gives_the_same_maps(workplace):
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
