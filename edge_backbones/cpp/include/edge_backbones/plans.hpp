@@ -7,13 +7,14 @@
 #include <array>
 #include <cctype>
 #include <cstdint>
-#include <cstdlib>
+#include <initializer_list>
 #include <set>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "compat.hpp"
 #include "errors.hpp"
 #include "manifest.hpp"
 #include "text.hpp"
@@ -101,22 +102,10 @@ inline std::vector<Shape> uncovered(const std::vector<Profile>& profiles, const 
   return missing;
 }
 
-/// Return the numbers in a version text: {10, 3, 0} for "10.3.0". A text may hold anything: nine digits of each are read.
-inline std::vector<long> numbers(const std::string& version) {
-  std::vector<long> found;
-  for (std::size_t i = 0; i < version.size();) {
-    std::size_t end = i;
-    while (end < version.size() && end - i < 9 && std::isdigit(static_cast<unsigned char>(version[end])) != 0) ++end;
-    if (end > i) found.push_back(std::strtol(version.substr(i, end - i).c_str(), nullptr, 10));
-    i = std::max(end, i + 1);
-  }
-  return found.empty() ? std::vector<long>{0} : found;
-}
-
 /// Return whether two version texts are of one release. Some packages of TensorRT leave the build number out: "10.3.0" is
 /// 10.3.0.30, and three numbers must be there.
 inline bool is_same_release(const std::string& one, const std::string& other) {
-  const std::vector<long> left = numbers(one), right = numbers(other);
+  const std::vector<std::int64_t> left = compat::numbers(one), right = compat::numbers(other);
   const std::size_t common = std::min(left.size(), right.size());
   return one == other || (common >= 3 && std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(common),
                                                     right.begin()));

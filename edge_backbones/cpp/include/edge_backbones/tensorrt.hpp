@@ -23,11 +23,12 @@
 #include <utility>
 #include <vector>
 
+#include "compat.hpp"
 #include "cuda.hpp"
-#include "engine_ports.hpp"
 #include "errors.hpp"
 #include "manifest.hpp"
 #include "plans.hpp"
+#include "ports.hpp"
 #include "session.hpp"
 #include "text.hpp"
 #include "types.hpp"
@@ -195,14 +196,14 @@ inline std::vector<plans::Profile> profiles_of(const nvinfer1::ICudaEngine& engi
 
 /// Throw Code::engine_mismatch if a plan is not the one of its manifest; fill in the rest of the engine.
 inline void agree(Engine& engine, const Manifest& manifest) {
-  std::vector<ports::Port> found;
+  std::vector<Port> found;
   for (std::int32_t i = 0; i < engine.handle->getNbIOTensors(); ++i) {
     const char* const name = engine.handle->getIOTensorName(i);
     if (name == nullptr) throw Error(Code::engine_mismatch, "the plan has an input or output without a name: build it again");
     found.push_back({name, engine.handle->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT,
                      name_of(engine.handle->getTensorDataType(name)), shape_of(engine.handle->getTensorShape(name))});
   }
-  const std::vector<std::string> wrong = ports::mismatches(found, manifest.input, manifest.backbone);
+  const std::vector<std::string> wrong = mismatches(found, manifest.input, manifest.backbone);
   if (!wrong.empty()) {
     throw Error(Code::engine_mismatch, "the plan is not the one of this manifest: " + joined(wrong, "; ") + ". Build it again");
   }
@@ -509,13 +510,14 @@ inline void require_gpu(int gpu) {
   }
 }
 
+constexpr const char* kStripped =
+    "was written without weights, and the C++ library takes none from a graph: compile it without --strip, or run it in Python";
+
 /// Throw Code::engine_mismatch for a plan that this library does not run, whatever the machine.
 inline void require_runnable(const EngineRecord& record, const std::vector<char>& plan) {
   std::vector<std::string> wrong = plans::reasons_in_plan(record.key, plan);
   if (record.key.gpu && record.key.gpu->stripped) {
-    wrong.push_back(
-        "was written without weights, and the C++ library takes none from a graph: compile it without --strip, or run it in "
-        "Python");
+    wrong.push_back(kStripped);
   }
   if (!wrong.empty()) throw Error(Code::engine_mismatch, record.name + ": " + joined(wrong, " and "));
 }
@@ -541,12 +543,12 @@ class TensorRtSession final : public Session {
 
   /// Waits for the work that it has enqueued, then releases contexts, engine and runtime, in this order.
   ~TensorRtSession() override {
-    int before = 0;
-    const bool is_known = cudaGetDevice(&before) == cudaSuccess;
+    int before = gpu_;
+    cuda::quietly(cudaGetDevice(&before));
     cuda::quietly(cudaSetDevice(gpu_));
     slots_.reset();
     engine_.reset();
-    if (is_known) cuda::quietly(cudaSetDevice(before));
+    cuda::quietly(cudaSetDevice(before));
   }
 
   /// Run one batch, on a stream of the session, and wait for that stream alone.
@@ -634,4 +636,42 @@ class TensorRtSession final : public Session {
   mutable std::map<Shape, std::vector<Shape>> known_;  // shapes of all outputs, by that of the input
 };
 
+/// Return why a plan with this key cannot run on a host, one phrase with a fix each: the rules of compat.hpp, and one more.
+///
+/// Some packages of TensorRT name their release without the build number, so keys have 10.3.0 for the library 10.3.0.30.
+inline std::vector<std::string> reasons_against(const EngineKey& key, const Host& host) {
+  Host here = host;
+  for (auto& version : here.versions) {
+    const bool is_plan = version.first.compare(0, 8, "tensorrt") == 0;
+    if (is_plan && plans::is_same_release(version.second, key.library_version)) version.second = key.library_version;
+  }
+  std::vector<std::string> reasons = compat::against_plan(key, here);
+  if (reasons.empty() && key.gpu->stripped) reasons.push_back(detail::kStripped);
+  return reasons;
+}
+
+inline BackEnd back_end() {
+  BackEnd found;
+  found.flavour = kFlavour;
+  found.version = &version;
+  found.load = [](const Manifest& manifest, const EngineRecord& engine, std::vector<char>&& bytes,
+                  const LoadOptions& options) -> std::unique_ptr<Session> {
+    return std::make_unique<TensorRtSession>(manifest, engine, bytes, options);
+  };
+  found.reasons_against = &reasons_against;
+  return found;
+}
+
 }  // namespace edge_backbones::tensorrt
+
+namespace edge_backbones {
+
+#if defined(TRT_MAJOR_RTX)
+/// Return the back end that runs plans of TensorRT-RTX.
+inline BackEnd tensorrt_rtx_back_end() { return tensorrt::back_end(); }
+#else
+/// Return the back end that runs plans of TensorRT; with EDGE_BACKBONES_WITH_TENSORRT_LEAN, those that its lean runtime runs.
+inline BackEnd tensorrt_back_end() { return tensorrt::back_end(); }
+#endif
+
+}  // namespace edge_backbones
