@@ -18,7 +18,7 @@ struct Host;
 /// How an engine is loaded.
 struct LoadOptions {
   int threads = 0;               ///< Most CPU threads; 0 for the library's choice among the CPUs that this process may use.
-  int gpu = 0;                   ///< Index of the GPU, for back ends that use one.
+  int gpu = -1;                  ///< Index of the GPU; -1 for the CPU.
   bool allow_host_code = false;  ///< Run engines that are programs, and runtimes inside plans.
 };
 
