@@ -4,9 +4,9 @@
  *
  * Every function that can fail returns 0, or a code of eb_code, and then eb_last_error() says why. No exception leaves the
  * library. A null pointer, a closed handle, a buffer that is too short or a shape that does not fit is EB_INPUT, and nothing
- * was done. Threads may call eb_run and the functions that ask about a handle at once; eb_close must be the last call with it.
+ * was done. Threads may use one handle at once.
  *
- * Text is UTF-8 and ends with a null byte. Numbers of functions and structs grow only at their ends: a program that was
+ * Text is UTF-8 and ends with a null byte. Structs begin with their size and grow only at their ends: a program that was
  * compiled with this header works with every later library of the same eb_abi_version().
  */
 #ifndef EDGE_BACKBONES_H
@@ -54,36 +54,47 @@ enum eb_dtype { EB_FLOAT32 = 0, EB_FLOAT16 = 1, EB_UINT8 = 2 };
 /* An open bundle and its loaded engine. Zero is no handle. A closed handle is never given out again. */
 typedef uint64_t eb_backbone;
 
-/* How a bundle is opened. Fill it with eb_default_options, then change what you need. */
+/* How a bundle is opened. Zeros are the defaults: eb_options options = {.size = sizeof options}; */
 typedef struct eb_options {
-  size_t size;               /* of this struct; eb_default_options sets it */
+  size_t size;               /* sizeof(eb_options) */
   const char *engine;        /* a precision, a library or an engine's name; NULL for the best that runs here */
   const char *device;        /* "auto", "cpu", "cuda" or "cuda:1"; NULL for "auto" */
-  const char *const *stages; /* names of the stages to return; NULL for those of the bundle */
+  const char *const *stages; /* names of the stages to return, in stage order; NULL for those of the bundle */
   size_t stage_count;
-  int32_t threads;           /* most CPU threads of a call; 0 for the library's choice */
-  int32_t allow_host_code;   /* 1 allows engines that are programs (TorchScript), and runtimes inside plans */
+  int32_t threads;            /* most CPU threads of a call; 0 for the library's choice */
+  int32_t allow_host_code;    /* 1 allows engines that are programs (TorchScript), and runtimes inside plans */
+  int32_t accept_not_finite;  /* 1 runs inputs with NaN and infinity; otherwise they are EB_INPUT */
 } eb_options;
 
-/* An input or an output. */
-typedef struct eb_tensor_info {
-  char name[304];               /* ends with a null byte */
-  char layout[8];               /* order of the axes: NCHW, NHWC, NLC or NC */
-  int32_t dtype;                /* eb_dtype */
-  int32_t axes;                 /* how many sizes and strides follow */
-  int64_t shape[EB_MAX_AXES];   /* see the function that fills it */
-  int64_t strides[EB_MAX_AXES]; /* in elements, of the memory that a call writes or reads */
-  size_t bytes;                 /* of that memory */
-} eb_tensor_info;
-
-/* What the input may be. Sizes are in pixels of the network; a frame's own size is in the shape of eb_input. */
+/* What the engine takes. Set `size` before the call: eb_input_info info = {.size = sizeof info}; */
 typedef struct eb_input_info {
-  eb_tensor_info opt; /* the shape that the engine is optimised for */
-  int64_t batch[3];   /* min, opt, max of one engine call; eb_run takes any batch from 1 */
-  int64_t height[3];  /* min, opt, max */
+  size_t size;             /* sizeof(eb_input_info) */
+  const char *name;        /* pixel_values, image or frame */
+  const char *description; /* a phrase for people: dtype, layout, sizes */
+  const char *layout;      /* NCHW or NHWC */
+  int32_t dtype;           /* an eb_dtype */
+  int32_t axes;            /* 4 */
+  int64_t opt_shape[EB_MAX_AXES]; /* the shape that the engine is optimised for */
+  int64_t batch[3];        /* min, opt, max of one engine call; eb_run takes any batch from 1 */
+  int64_t height[3];       /* min, opt, max, in pixels of the network; the size of a camera's frame is in opt_shape */
   int64_t width[3];
-  int64_t multiple;   /* a height or width that is not fixed is a multiple of it */
+  int64_t multiple;        /* a height or width that is not fixed is a multiple of it */
 } eb_input_info;
+
+/* One output. Set `size` before the call: eb_output_info info = {.size = sizeof info}; */
+typedef struct eb_output_info {
+  size_t size;        /* sizeof(eb_output_info) */
+  const char *name;   /* of the stage */
+  const char *layout; /* order of the axes: NCHW, NHWC, NLC or NC */
+  int32_t dtype;      /* an eb_dtype */
+  int32_t axes;       /* how many sizes and strides follow */
+  int64_t channels;
+  int64_t stride[2];               /* vertical and horizontal input pixels per cell; zeros if it is no feature map */
+  int64_t shape[EB_MAX_AXES];      /* for the input's shape that was asked about */
+  int64_t strides[EB_MAX_AXES];    /* in elements, of the memory that a call writes. Maps in channels-last memory have the
+                                      layout NCHW, and strides that say so */
+  size_t bytes;                    /* of that memory */
+} eb_output_info;
 
 /* The ABI of the library: EB_ABI_VERSION of the header that it was built with. */
 EB_API int32_t eb_abi_version(void);
@@ -91,52 +102,47 @@ EB_API int32_t eb_abi_version(void);
 /* The version of edge-backbones, such as "1.2.0". */
 EB_API const char *eb_version(void);
 
-/* Why the last call of this thread failed: one line, valid until the thread's next call. "" after a call that did not fail. */
+/* Why the last call of this thread failed, in one line; "" if it did not fail. Valid until this thread's next call. */
 EB_API const char *eb_last_error(void);
 
 /* Python's name of a code: "InputError". */
 EB_API const char *eb_code_name(int32_t code);
 
-/* Write the defaults. */
-EB_API int32_t eb_default_options(eb_options *options);
-
 /* Open a bundle, choose an engine, check and load it. `options`: NULL for the defaults. */
 EB_API int32_t eb_open(const char *path, const eb_options *options, eb_backbone *backbone);
 
-/* Release the engine. Waits for work that was enqueued on a GPU. */
+/* Release the engine. Calls that run in other threads finish first; work on a GPU is waited for. */
 EB_API int32_t eb_close(eb_backbone backbone);
 
-/* The name of the engine that runs, valid until eb_close. */
-EB_API int32_t eb_engine(eb_backbone backbone, const char **name);
+/* The name of the engine that runs, and its device: "cpu", "cuda:0". Either pointer may be NULL. Valid until eb_close. */
+EB_API int32_t eb_engine(eb_backbone backbone, const char **name, const char **device);
 
-/* How many stages a call returns. */
-EB_API int32_t eb_stage_count(eb_backbone backbone, size_t *count);
-
-/* Name, channels and strides (vertical, horizontal input pixels per cell) of a stage. Every pointer may be NULL.
- * The name is valid until eb_close. */
-EB_API int32_t eb_stage(eb_backbone backbone, size_t stage, const char **name, int64_t *channels, int64_t strides[2]);
-
-/* What the engine takes. */
+/* What the engine takes. The texts are valid until eb_close. */
 EB_API int32_t eb_input(eb_backbone backbone, eb_input_info *info);
 
-/* The feature map of a stage for an input of this shape: its shape, and the strides and bytes of the memory that a call writes.
- * Maps in channels-last memory have shape NCHW and strides that say so. */
-EB_API int32_t eb_map(eb_backbone backbone, size_t stage, const int64_t *input_shape, size_t axes, eb_tensor_info *info);
+/* How many outputs a call returns. The first `stages` are the feature maps, in stage order; class tokens and hidden states of
+ * a bundle that has them follow. Either pointer may be NULL. */
+EB_API int32_t eb_output_count(eb_backbone backbone, size_t *outputs, size_t *stages);
+
+/* What a call writes to one output, for an input of this shape; NULL for the shape that the engine is optimised for. The texts
+ * are valid until eb_close. The first question about a shape may run the engine once. */
+EB_API int32_t eb_output(eb_backbone backbone, size_t output, const int64_t *input_shape, size_t axes, eb_output_info *info);
 
 /* Run a batch from and to memory of the caller, and wait.
  *
- * `input` is row-major, of the dtype of eb_input, and has `input_bytes`. `maps[i]` has room for the bytes that eb_map says of
- * stage i, and `map_bytes[i]` says how many there are; a NULL leaves a stage out. The memory must not overlap. */
+ * `input` is row-major, of the dtype that eb_input names, and has `input_bytes`. `outputs[i]` has room for the bytes that
+ * eb_output names, and `output_bytes[i]` says how many there are; a NULL leaves an output out. The memory is aligned for its
+ * dtype and does not overlap. `output_count` is that of eb_output_count. */
 EB_API int32_t eb_run(eb_backbone backbone, const void *input, size_t input_bytes, const int64_t *input_shape, size_t axes,
-                      void *const *maps, const size_t *map_bytes, size_t map_count);
+                      void *const *outputs, const size_t *output_bytes, size_t output_count);
 
-/* Enqueue one engine call on a CUDA stream (a cudaStream_t), from and to memory of that GPU, without waiting.
+/* Enqueue one engine call on a CUDA stream (a cudaStream_t), from and to memory of that GPU, and return without waiting.
  *
- * As eb_run, but: all pointers are of the GPU, at multiples of 256 bytes; the batch is one that the engine takes; every map is
- * there, and stages of the bundle that were not asked for cannot be left out by the engine, so open all of them. Memory must
- * stay as it is until the stream is past the call. */
+ * As eb_run, but: all pointers are of the GPU, at multiples of 256 bytes; the batch is one that the engine takes; the bundle is
+ * open with all of its stages, and none is left out. The memory must stay as it is until the stream is past the call. */
 EB_API int32_t eb_run_on_device(eb_backbone backbone, const void *input, size_t input_bytes, const int64_t *input_shape,
-                                size_t axes, void *const *maps, const size_t *map_bytes, size_t map_count, void *stream);
+                                size_t axes, void *const *outputs, const size_t *output_bytes, size_t output_count,
+                                void *stream);
 
 #ifdef __cplusplus
 }

@@ -98,6 +98,10 @@ class TorchScriptSession final : public Session {
       throw Error(Code::engine_mismatch,
                   engine.name + " is a program, and it is run only with allow_host_code=True (--allow-host-code)");
     }
+    if (options.gpu >= 0) {
+      throw Error(Code::engine_mismatch, engine.name + " runs on the CPU in C++ programs, and device is cuda: ask for device "
+                                             "cpu, or open the bundle with Python's EdgeBackbone");
+    }
     try {
       module_ = torch::jit::load(std::make_shared<TorchBytes>(bytes), torch::Device(torch::kCPU), /*load_debug_files=*/false);
       module_.eval();

@@ -529,7 +529,7 @@ class TensorRtSession final : public Session {
  public:
   TensorRtSession(const Manifest& manifest, const EngineRecord& record, const std::vector<char>& plan,
                   const LoadOptions& options)
-      : gpu_(options.gpu), input_(manifest.input) {
+      : gpu_(std::max(options.gpu, 0)), input_(manifest.input) {
     detail::require_gpu(gpu_);
     detail::require_runnable(record, plan);
     const cuda::OnGpu current(gpu_);
