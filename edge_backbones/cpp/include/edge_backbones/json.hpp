@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -24,9 +26,11 @@ struct Refusal {
 using Json = nlohmann::json;
 constexpr std::size_t most_depth = 900;
 constexpr std::size_t most_digits = 4300;  // of a whole number, as in Python
-constexpr std::size_t kept_digits = 300;   // of a longer one, which no field but a few without bounds may have
 
-/// Shorten whole numbers of more than 300 digits to 300: nlohmann refuses those that no double holds.
+/// Return the largest double as a whole number: 309 digits.
+inline std::string most_double() { return "17976931348623157" + std::string(292, '0'); }
+
+/// Replace whole numbers that no double holds by the largest double: nlohmann refuses them, and a few fields may have them.
 inline std::string with_shorter_numbers(const char* data, std::size_t size) {
   std::string text;
   text.reserve(size);
@@ -50,7 +54,8 @@ inline std::string with_shorter_numbers(const char* data, std::size_t size) {
     const bool is_whole = std::strchr(".eE", after) == nullptr && std::strchr(".eE+", before) == nullptr;
     const std::size_t digits = end - at;
     if (is_whole && digits > most_digits) throw Refusal{"Integer value out of range"};
-    text.append(data + at, is_whole && digits > kept_digits ? kept_digits : digits);
+    const bool is_large = digits > 309 || (digits == 309 && std::string(data + at, digits) >= most_double());
+    text += is_whole && is_large ? most_double() : std::string(data + at, digits);
     at = end;
   }
   return text;
@@ -175,7 +180,7 @@ class Node {
     if (value_->is_binary()) {
       double found = 0;
       std::memcpy(&found, value_->get_binary().data(), sizeof found);
-      if (std::fabs(found) >= 1e299) refuse("Number out of range");
+      if (std::fabs(found) >= std::numeric_limits<double>::max()) refuse("Number out of range");
       return found;
     }
     if (!value_->is_number()) expected("float");
