@@ -39,9 +39,7 @@ def cpp(answers: Path, cases: list[dict], tmp_path_factory: pytest.TempPathFacto
 
 
 def of_kind(kind: str, cases: list[dict], cpp: dict) -> list[tuple[dict, dict]]:
-    return [
-        (case, answer) for case, answer in zip(cases, cpp["answers"], strict=True) if case["kind"] == kind
-    ]
+    return [(case, answer) for case, answer in zip(cases, cpp["answers"], strict=True) if case["kind"] == kind]
 
 
 def test_the_same_manifests_are_accepted_and_read_alike(cases, cpp):
@@ -110,7 +108,12 @@ def test_quotas_of_cgroups_are_read_alike(answers, tmp_path):
     asked = [
         group(tmp_path / "none", "", ""),
         group(tmp_path / "max", v2, "0::/a/b\n", **{f"{top}/a/b/cpu.max": "max 100000\n"}),
-        group(tmp_path / "two", v2, "0::/a/b\n", **{f"{top}/a/b/cpu.max": "250000 100000", f"{top}/a/cpu.max": "150000 100000"}),
+        group(
+            tmp_path / "two",
+            v2,
+            "0::/a/b\n",
+            **{f"{top}/a/b/cpu.max": "250000 100000", f"{top}/a/cpu.max": "150000 100000"},
+        ),
         group(tmp_path / "inside", inside, "0::/docker/abc/x\n", **{f"{top}/x/cpu.max": "50000 100000"}),
         group(tmp_path / "outside", inside, "0::/elsewhere\n", **{f"{top}/cpu.max": "70000 100000"}),
         group(tmp_path / "odd", v2, "0::/\n", **{f"{top}/cpu.max": "-5 100000"}),

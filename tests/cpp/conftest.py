@@ -33,7 +33,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def build(name: str, net: Any, **options: Any) -> None:
         images = folder / "photographs" if "int8" in options.get("precisions", ()) else None
         of_int8 = {"method": "max", "gates": loose} if images else {}
-        chosen = BuildOptions(torchscript=False, **{**of_int8, "height": 64, "width": 64, "precisions": ("fp32",), **options})
+        chosen = BuildOptions(
+            torchscript=False, **{**of_int8, "height": 64, "width": 64, "precisions": ("fp32",), **options}
+        )
         build_bundle(net, folder / f"{name}.bundle", images=images, options=chosen)
 
     both = {"precisions": ("int8", "fp32"), "weights": "random:0"}
@@ -79,7 +81,14 @@ def call(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         whole = array if array.base is None or array.flags.c_contiguous else array.base
         whole.tofile(file)
         strides = [] if array.flags.c_contiguous else [step // array.itemsize for step in array.strides]
-        return {"file": str(file), "dtype": array.dtype.name, "shape": array.shape, "strides": strides, "mode": mode, **more}
+        return {
+            "file": str(file),
+            "dtype": array.dtype.name,
+            "shape": array.shape,
+            "strides": strides,
+            "mode": mode,
+            **more,
+        }
 
     return written
 

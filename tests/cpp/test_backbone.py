@@ -129,7 +129,9 @@ def test_a_stage_may_be_chosen(bundles, ask, call):
         array = some_input(backbone)
         maps = backbone.run(array)
         last = backbone.out_features[-1]
-    (answer,) = ask({"bundle": str(path), "options": {"stages": [last]}, "calls": [call(array), call(array, "in_place")]})
+    (answer,) = ask(
+        {"bundle": str(path), "options": {"stages": [last]}, "calls": [call(array), call(array, "in_place")]}
+    )
     assert answer["description"]["out_features"] == [last]
     for result in answer["results"]:
         assert_same(maps_of(result), {last: maps[last]})
@@ -188,7 +190,10 @@ def test_engines_are_listed_by_the_names_that_python_gives(bundles, ask):
 def test_folders_are_printed_for_build_systems():
     import edge_backbones
 
-    for flag, folder in (("--includedir", edge_backbones.get_include()), ("--cmakedir", edge_backbones.get_cmake_dir())):
+    for flag, folder in (
+        ("--includedir", edge_backbones.get_include()),
+        ("--cmakedir", edge_backbones.get_cmake_dir()),
+    ):
         done = subprocess.run([sys.executable, "-m", "edge_backbones", flag], capture_output=True, text=True)
         assert done.stdout == f"{folder}\n", done.stderr
     code = "import sys, json, edge_backbones as e; e.get_include(); print(json.dumps(sorted(sys.modules)))"

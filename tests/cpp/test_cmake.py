@@ -31,7 +31,15 @@ def project(folder: Path, text: str) -> Path:
 def configured_with(cmake_dir: Path, source: Path, *options: str):
     off = ["-DCMAKE_DISABLE_FIND_PACKAGE_nlohmann_json=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_OpenVINO=ON"]
     return run(
-        cmake(), "-S", source, "-B", source / "build", f"-Dedge_backbones_DIR={cmake_dir}", *off, *options, env={"PATH": "/usr/bin:/bin"}
+        cmake(),
+        "-S",
+        source,
+        "-B",
+        source / "build",
+        f"-Dedge_backbones_DIR={cmake_dir}",
+        *off,
+        *options,
+        env={"PATH": "/usr/bin:/bin"},
     )
 
 
@@ -61,7 +69,7 @@ def test_a_component_whose_library_is_missing(word, fails, elsewhere, tmp_path):
     header = tmp_path / "site" / "nlohmann_json" / "include" / "nlohmann" / "json.hpp"
     header.parent.mkdir(parents=True)
     header.write_text("")
-    text = f"find_package(edge_backbones {word} OpenVINO)\nmessage(STATUS \"target <$<TARGET_EXISTS:x>>\")"
+    text = f'find_package(edge_backbones {word} OpenVINO)\nmessage(STATUS "target <$<TARGET_EXISTS:x>>")'
     done = configured_with(elsewhere, project(tmp_path / "user", text))
     assert (done.returncode != 0) == fails
     said = " ".join((done.stderr + done.stdout).split())
@@ -80,7 +88,8 @@ def test_a_component_that_does_not_exist(tmp_path):
     [("", True), (__version__, True), (__version__.rpartition(".")[0], True), ("99.0", False), ("0.0.1", False)],
 )
 def test_the_version_is_that_of_the_package(asked, fits, tmp_path):
-    text = f'find_package(edge_backbones {asked} QUIET)\nmessage(STATUS "found [${{edge_backbones_FOUND}}] [${{edge_backbones_VERSION}}]")'
+    told = 'message(STATUS "found [${edge_backbones_FOUND}] [${edge_backbones_VERSION}]")'
+    text = f"find_package(edge_backbones {asked} QUIET)\n{told}"
     source = project(tmp_path / "user", text)
     done = configured(source, source / "build")
     assert done.returncode == 0, done.stderr

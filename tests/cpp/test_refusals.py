@@ -229,11 +229,25 @@ def golden_cases(path: Path) -> list[bytes]:
 
     data = (path / "golden.npz").read_bytes()
     arrays = dict(np.load(io.BytesIO(data)))
-    found = [data, data[:-1], data[:40], b"", data + b"x", data.replace(b"<f4", b"<f8", 1), data.replace(b"'fortran_order': False", b"'fortran_order': True ", 1)]
+    found = [
+        data,
+        data[:-1],
+        data[:40],
+        b"",
+        data + b"x",
+        data.replace(b"<f4", b"<f8", 1),
+        data.replace(b"'fortran_order': False", b"'fortran_order': True ", 1),
+    ]
     for at in (0, 4, 6, 8, 14, 18, 22, 26, 28, 30, 60, 66, 68, 70, 80, 100):
         found.append(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     name = next(name for name in arrays if name.endswith("layer4"))
-    for change in ({name: arrays[name][:1]}, {name: arrays[name][..., 0]}, {"opt/extra": arrays[name]}, {name: arrays[name].astype(np.float16)}, {name: np.asfortranarray(arrays[name])}):
+    for change in (
+        {name: arrays[name][:1]},
+        {name: arrays[name][..., 0]},
+        {"opt/extra": arrays[name]},
+        {name: arrays[name].astype(np.float16)},
+        {name: np.asfortranarray(arrays[name])},
+    ):
         contents = io.BytesIO()
         np.savez(contents, **{**arrays, **change})
         found.append(contents.getvalue())
