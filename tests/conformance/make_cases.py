@@ -244,7 +244,13 @@ _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd
 _NAMES = ("NVIDIA L4", "Orin", "Xeon")
 _DRIVERS = ("12.6", "13.0", "x")
 _ARCHITECTURES = ("sm_87", "sm_89", "sm_90")
-_GATES = (Gate(), Gate(min_cosine=0.9), Gate(max_relative=0.5, min_sqnr_db=3.25), Gate(min_cosine=-0.5), Gate(max_relative=2.0))
+_GATES = (
+    Gate(),
+    Gate(min_cosine=0.9),
+    Gate(max_relative=0.5, min_sqnr_db=3.25),
+    Gate(min_cosine=-0.5),
+    Gate(max_relative=2.0),
+)
 
 
 def _some(draw: random.Random, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -281,9 +287,7 @@ def _parity(draw: random.Random, outputs: tuple[str, ...], precision: Precision)
     draw.shuffle(names)
     own = draw.choice(_GATES) if draw.random() < 0.15 else promises.DEFAULT_GATES[precision]
     told = precision if draw.random() < 0.95 else Precision.FP8
-    return ParityReport(
-        precision=told, gate=own, stages=tuple(map(stage, names)) if draw.random() < 0.93 else ()
-    )
+    return ParityReport(precision=told, gate=own, stages=tuple(map(stage, names)) if draw.random() < 0.93 else ())
 
 
 def _engine(draw: random.Random, number: int, outputs: tuple[str, ...]) -> EngineRecord:
@@ -336,12 +340,16 @@ def choices(count: int) -> Iterator[Case]:
             "cpu_features": [feature for feature in _FEATURES if draw.random() < 0.8],
             "device_name": draw.choice(_NAMES),
             "versions": {name: draw.choice(_VERSIONS) for name in registry.ROWS if draw.random() < 0.75},
-            "gpu": draw.random() < 0.75 and {
-                "name": draw.choice(_NAMES),
-                "architecture": draw.choice(_ARCHITECTURES),
-                "driver": draw.choice(_DRIVERS[:2]),
-                "multiprocessors": draw.choice((58, 16)),
-            } or None,
+            "gpu": (
+                draw.random() < 0.75
+                and {
+                    "name": draw.choice(_NAMES),
+                    "architecture": draw.choice(_ARCHITECTURES),
+                    "driver": draw.choice(_DRIVERS[:2]),
+                    "multiprocessors": draw.choice((58, 16)),
+                }
+            )
+            or None,
             "no_gpu": draw.choice(("", "no NVIDIA driver (libcuda.so.1 is missing)")),
             "jetson": draw.random() < 0.2,
         }
@@ -360,10 +368,32 @@ def choices(count: int) -> Iterator[Case]:
 
 def others() -> Iterator[Case]:
     """Yield texts, devices and descriptions of CPUs."""
-    texts = ("", "layer4", "a\nb\t\x1b[2J", "it's", 'say "it\'s"', "Größe 日本\u3000", "\u202e\u200c\u200d\U000e0041", "x" * 20)
+    texts = (
+        "",
+        "layer4",
+        "a\nb\t\x1b[2J",
+        "it's",
+        'say "it\'s"',
+        "Größe 日本\u3000",
+        "\u202e\u200c\u200d\U000e0041",
+        "x" * 20,
+    )
     for text in (*texts, "ä" * 21, "0123456789" * 4, "10.3.0.26", "1234567890123", "v", "\U0001f469\u200d\U0001f680"):
         yield {"kind": "text", "text": text.encode().hex()}
-    for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:12", "cuda:1234", "cuda:", "cuda:x", "gpu", "", "cuda:-1", "CPU"):
+    for device in (
+        "auto",
+        "cpu",
+        "cuda",
+        "cuda:0",
+        "cuda:12",
+        "cuda:1234",
+        "cuda:",
+        "cuda:x",
+        "gpu",
+        "",
+        "cuda:-1",
+        "CPU",
+    ):
         yield {"kind": "device", "device": device}
     cpuinfo = "processor\t: 0\nmodel name\t:  Some  CPU \nflags\t\t: fpu avx2 amx_int8 avx512f\nflags\t: avx_vnni\n"
     for architecture in ("x86_64", "AMD64", "aarch64"):

@@ -8,11 +8,8 @@ from __future__ import annotations
 import ast
 import importlib
 import json
-import shutil
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,29 +218,3 @@ def test_the_configuration_of_triton_names_the_input_of_the_page():
         "layer3",
         "layer4",
     ]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the library has another name on other systems")
-def test_the_program_for_openvino_compiles_and_gives_the_same_maps(workplace):
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    assert compiler is not None, "the program needs a C++ compiler: apt install g++"
-    import openvino
-
-    package = Path(openvino.__file__).parent
-    library = next(iter(sorted((package / "libs").glob("libopenvino.so*"))), None)
-    assert library is not None, f"{package / 'libs'} has no libopenvino.so"
-    Path("run_openvino.cpp").write_text(program("run_openvino.cpp"))
-    link = [str(library), f"-Wl,-rpath,{library.parent}"]
-    build = [compiler, "-std=c++17", f"-I{package / 'include'}", "run_openvino.cpp", *link, "-o", "run_openvino"]
-    built = subprocess.run(build, check=False, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    bundle = Bundle.open("resnet18.bundle")
-    engine = bundle.path / bundle.manifest.engines[0].file.path
-    done = subprocess.run(["./run_openvino", str(engine)], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with EdgeBackbone.from_pretrained(bundle.path) as backbone:
-        maps = backbone.run(np.full(backbone.input.opt_shape, 0.5, np.float32))
-    printed = [line.rsplit(" mean ", 1) for line in done.stdout.splitlines()]
-    assert [what for what, _ in printed] == [f"{name} [{','.join(map(str, m.shape))}]" for name, m in maps.items()]
-    means = [float(mean) for _, mean in printed]
-    np.testing.assert_allclose(means, [m.mean(dtype=np.float64) for m in maps.values()], rtol=1e-4)
