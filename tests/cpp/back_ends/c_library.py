@@ -145,7 +145,9 @@ class Opened:
                 memory = np.full(info.bytes // dtype.itemsize, 7, dtype)
                 strides = [stride * dtype.itemsize for stride in info.strides[: info.axes]]
                 maps[info.name.decode()] = np.lib.stride_tricks.as_strided(memory, info.shape[: info.axes], strides)
-        pointers = [None if i in leave_out else maps[info.name.decode()].ctypes.data for i, info in enumerate(described)]
+        pointers = [
+            None if i in leave_out else maps[info.name.decode()].ctypes.data for i, info in enumerate(described)
+        ]
         self.run_at(array.ctypes.data, array.nbytes, array.shape, pointers, [info.bytes for info in described])
         return maps
 

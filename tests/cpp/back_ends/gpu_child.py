@@ -41,13 +41,20 @@ class Gpu:
         return pointer.value
 
     def copy(self, to: int, source: int, size: int, kind: int, stream: ctypes.c_void_p) -> None:
-        self.call(
-            "cudaMemcpyAsync", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), kind, stream
-        )
+        self.call("cudaMemcpyAsync", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), kind, stream)
 
 
 def image(batch: int) -> np.ndarray:
     return np.random.default_rng(batch).standard_normal((batch, 3, 32, 48)).astype(np.float32)
+
+
+def refusal(backbone: Opened, *arguments: object) -> str:
+    """Return why a call is refused."""
+    try:
+        backbone.run_at(*arguments)
+    except RefusalError as error:
+        return str(error)
+    raise AssertionError("the call was not refused")
 
 
 def check_host_calls(backbone: Opened) -> None:
@@ -71,12 +78,8 @@ def check_device_call(backbone: Opened, gpu: Gpu) -> None:
         gpu.call("cudaStreamSynchronize", stream)
         np.testing.assert_allclose(found, expected, atol=1e-6)
     many = image(5)
-    try:
-        backbone.run_at(source, many.nbytes, many.shape, targets, [1 << 20] * 2, stream)
-    except RefusalError as error:
-        assert str(error) == "InputError: a batch of 5 on the GPU does not fit: this engine takes 1..4 in one call", error
-    else:
-        raise AssertionError("a batch that the engine does not take was run")
+    said = refusal(backbone, source, many.nbytes, many.shape, targets, [1 << 20] * 2, stream)
+    assert said == "InputError: a batch of 5 on the GPU does not fit: this engine takes 1..4 in one call", said
 
 
 def main() -> None:
@@ -88,10 +91,8 @@ def main() -> None:
     backbone.close()
     part = library.open(sys.argv[3], device=sys.argv[4], stages=("pool8",))
     assert list(part.run(image(2))) == ["pool8"]
-    try:
-        part.run_at(256, 1, (1, 3, 32, 48), [256], [1], ctypes.c_void_p())
-    except RefusalError as error:
-        assert "open the bundle without a choice of stages" in str(error), error
+    said = refusal(part, 256, 1, (1, 3, 32, 48), [256], [1], ctypes.c_void_p())
+    assert "open the bundle without a choice of stages" in said, said
     part.close()
     print(name, device)
 

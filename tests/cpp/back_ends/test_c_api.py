@@ -16,8 +16,11 @@ from edge_backbones import Bundle, EdgeBackbone, ShapeRange
 from edge_backbones.testing import make_bundle, pooled, pooling_input
 from tests.cpp.back_ends.builds import user_project
 from tests.cpp.back_ends.c_library import InputInfo, Library, Opened, Options, OutputInfo, RefusalError
+from tests.cpp_programs import configured
+from tests.docs.snippets import snippets
 
 CPP = Path(edge_backbones.__file__).parent / "cpp"
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "cpp-gpu.md"
 
 
 @pytest.fixture(scope="session")
@@ -83,11 +86,45 @@ def test_the_program_in_c99_reports_an_error(project, tmp_path):
     assert str(tmp_path) in done.stderr
 
 
+def test_the_program_of_the_page_prints_what_python_computes(project, pooling, tmp_path):
+    (code,) = (found.code for found in snippets(PAGE) if "title=features.c" in found.classes)
+    (tmp_path / "features.c").write_text(code)
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{CPP / 'include'}"]
+    link = [f"-L{project}", "-ledge_backbones_c", f"-Wl,-rpath,{project}"]
+    command = ["cc", *flags, tmp_path / "features.c", "-o", tmp_path / "features", *link]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([tmp_path / "features", pooling], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    takes = Bundle.open(pooling).manifest.input.describe()
+    assert done.stdout.splitlines() == [f"takes {takes}", "pool8 has 3 channels, mean 0.5"]
+
+
+def test_the_project_of_the_page_is_configured(tmp_path):
+    (code,) = (
+        found.code
+        for found in snippets(PAGE)
+        if "find_package(edge_backbones REQUIRED COMPONENTS OpenVINO C)" in found.code
+    )
+    (tmp_path / "CMakeLists.txt").write_text(code)
+    (tmp_path / "features.c").write_text("int main(void) { return 0; }\n")
+    done = configured(tmp_path, tmp_path / "build")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_header_is_c_and_cpp(tmp_path):
     for compiler, standard, suffix in (("cc", "c99", "c"), ("c++", "c++17", "cpp")):
         source = tmp_path / f"include.{suffix}"
         source.write_text("#include <edge_backbones/edge_backbones.h>\nint main(void) { return EB_OK; }\n")
-        flags = [f"-std={standard}", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{CPP / 'include'}"]
+        flags = [
+            f"-std={standard}",
+            "-Wall",
+            "-Wextra",
+            "-Wpedantic",
+            "-Werror",
+            "-fsyntax-only",
+            f"-I{CPP / 'include'}",
+        ]
         done = subprocess.run([compiler, *flags, source], capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
 
@@ -163,11 +200,15 @@ def test_pointers_that_are_null(library, opened):
     assert refusal(library.call, "eb_open", None, None, ctypes.byref(other)) == null % "path"
     assert refusal(library.call, "eb_open", b"x", None, None) == null % "backbone"
     assert refusal(library.call, "eb_input", handle, None) == null % "info"
-    assert refusal(library.call, "eb_output", handle, ctypes.c_size_t(0), None, ctypes.c_size_t(0), None) == null % "info"
+    assert (
+        refusal(library.call, "eb_output", handle, ctypes.c_size_t(0), None, ctypes.c_size_t(0), None) == null % "info"
+    )
     options = Options(stage_count=1)
     assert refusal(library.call, "eb_open", b"x", ctypes.byref(options), ctypes.byref(other)) == null % "stages"
     options = Options(stage_count=1, stages=(ctypes.c_char_p * 1)())
-    assert refusal(library.call, "eb_open", b"x", ctypes.byref(options), ctypes.byref(other)) == null % "a name in stages"
+    assert (
+        refusal(library.call, "eb_open", b"x", ctypes.byref(options), ctypes.byref(other)) == null % "a name in stages"
+    )
 
     def run(pointer=pixels.ctypes.data, at=shape, outputs=maps, room=sizes) -> None:
         library.call(
@@ -194,7 +235,9 @@ def test_structs_that_are_too_short(library, opened, pooling):
     )
     output = OutputInfo()
     output.size = 0
-    said = refusal(library.call, "eb_output", opened.handle, ctypes.c_size_t(0), None, ctypes.c_size_t(0), ctypes.byref(output))
+    said = refusal(
+        library.call, "eb_output", opened.handle, ctypes.c_size_t(0), None, ctypes.c_size_t(0), ctypes.byref(output)
+    )
     assert said.startswith("InputError: eb_output_info.size is 0, this library writes ")
     options = Options()
     options.size = 8
@@ -228,7 +271,9 @@ def test_memory_and_shapes_that_do_not_fit(opened):
     assert run(pointer=array.ctypes.data + 2) == (
         "InputError: the memory of pixel_values is not aligned for float32: pass a multiple of 4 bytes"
     )
-    assert run(to=[pointers[0] + 1, pointers[1]]).startswith("InputError: the memory of pool4 is not aligned for float32")
+    assert run(to=[pointers[0] + 1, pointers[1]]).startswith(
+        "InputError: the memory of pool4 is not aligned for float32"
+    )
     assert run(to=pointers[:1], room=sizes[:1]) == (
         "InputError: output_count is 1, this backbone returns 2: see eb_output_count"
     )
@@ -238,11 +283,11 @@ def test_memory_and_shapes_that_do_not_fit(opened):
         assert run(shape=shape) == f"InputError: pixel_values of shape {shown} does not fit: {takes}"
     assert run(shape=(1,) * 9) == "InputError: an input of 9 axes does not fit: it has 4"
     assert run(shape=(1 << 62, 3, 32, 48)).startswith("InputError: a shape has more values than fit into memory")
-    assert refusal(opened.output, 2) == (
-        "InputError: there is no output 2: this backbone returns ['pool4', 'pool8']"
-    )
+    assert refusal(opened.output, 2) == ("InputError: there is no output 2: this backbone returns ['pool4', 'pool8']")
     array[1, 2, 3, 4] = np.nan
-    assert run().startswith("InputError: pixel_values of shape (2, 3, 32, 48) has values that are not finite (1 NaN in sample 1)")
+    assert run().startswith(
+        "InputError: pixel_values of shape (2, 3, 32, 48) has values that are not finite (1 NaN in sample 1)"
+    )
 
 
 def test_values_that_are_not_finite_can_be_accepted(library, pooling):

@@ -24,6 +24,7 @@ from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooling_input
 from tests.cpp.back_ends.builds import HERE, stand_ins, user_project
 from tests.cpp_programs import cmake, configured, run
+from tests.docs.snippets import snippets
 
 CASES = (
     "another_gpu", "contexts_of_another_profile_are_replaced", "default_streams", "destroyed_with_work_pending",
@@ -40,6 +41,7 @@ output pool8 FLOAT 8
 profile 1 3 32 48 2 3 32 48 4 3 32 48
 scratch 1000
 """
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "cpp-gpu.md"
 RELEASE = "11.4.0.106"  # what standin/nvinfer.cpp says that it is
 
 
@@ -126,8 +128,14 @@ def test_a_release_without_its_build_number_is_the_same(project, nvidia, plan_bu
         ({"library_version": "11.3.0.99"}, "compiled with tensorrt 11.3.0.99; here 11.4.0.106: "),
         ({"library_version": "11.4"}, "compiled with tensorrt 11.4; here 11.4.0.106: "),
         ({"gpu": {"architectures": ("sm_87",)}}, "compiled for sm_87; this GPU (Stand-in GPU 0) is sm_90: "),
-        ({"gpu": {"driver": "13.0"}}, "compiled under a driver for CUDA 13.0; the one here serves CUDA 12.9: update the driver"),
-        ({"gpu": {"multiprocessors": 16}}, "compiled for the kernels of Stand-in GPU 0 (16 SMs); this GPU is Stand-in GPU 0"),
+        (
+            {"gpu": {"driver": "13.0"}},
+            "compiled under a driver for CUDA 13.0; the one here serves CUDA 12.9: update",
+        ),
+        (
+            {"gpu": {"multiprocessors": 16}},
+            "compiled for the kernels of Stand-in GPU 0 (16 SMs); this GPU is Stand-in GPU 0",
+        ),
         ({"gpu": {"stripped": True}}, "was written without weights, and the C++ library takes none from a graph: "),
         ({"gpu": {"host_code": True}}, "carries a runtime, which is code: it is run only with allow_host_code"),
     ],
@@ -144,13 +152,35 @@ def test_a_plan_that_does_not_load_says_why(project, nvidia, plan_bundle):
     done = opened(project, nvidia, plan_bundle("this is no plan"))
     assert done.returncode == 1
     assert done.stderr.startswith("EngineMismatchError: tensorrt-")
-    assert ": tensorrt 11.4.0.106 does not load this plan (Serialization assertion failed): run edge-backbones" in done.stderr
+    assert (
+        ": tensorrt 11.4.0.106 does not load this plan (Serialization assertion failed): run edge-backbones"
+        in done.stderr
+    )
 
 
 def test_without_a_gpu_the_reason_is_the_drivers(project, nvidia, plan_bundle):
     done = opened(project, nvidia, plan_bundle(), STANDIN_DEVICES="0")
     assert done.returncode == 1
     assert "needs an NVIDIA GPU: driver present, " in done.stderr
+
+
+def test_the_calls_of_the_page_compile(nvidia, tmp_path):
+    (code,) = (found.code for found in snippets(PAGE) if "run_on_device(eb::" in found.code)
+    program = (
+        "#include <edge_backbones/edge_backbones.hpp>\nnamespace eb = edge_backbones;\n" + code + "int main() {}\n"
+    )
+    (tmp_path / "main.cpp").write_text(program)
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(page CXX)\n"
+        "find_package(edge_backbones REQUIRED COMPONENTS TensorRT)\nadd_library(page OBJECT main.cpp)\n"
+        "target_compile_options(page PRIVATE -fsyntax-only -Wall -Wextra -Wconversion -Werror)\n"
+        "target_link_libraries(page PRIVATE edge_backbones::tensorrt)\n"
+    )
+    roots = [f"-DTensorRT_ROOT={nvidia / 'nvidia'}", f"-DCUDA_ROOT={nvidia / 'nvidia'}"]
+    done = configured(tmp_path, tmp_path / "build", *roots)
+    assert done.returncode == 0, done.stderr
+    done = run(cmake(), "--build", tmp_path / "build")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- the libraries of NVIDIA, and what CMake says without them
@@ -172,9 +202,12 @@ def test_the_real_tensorrt_rtx_says_that_there_is_no_driver(nvidia, tmp_path_fac
     [("TensorRT", "TensorRT_ROOT", "libnvinfer.so"), ("TensorRT_RTX", "TensorRT_RTX_ROOT", "libtensorrt_rtx.so")],
 )
 def test_a_component_without_headers_is_left_out_with_a_message(component, root, library, tmp_path):
-    found = {"INCLUDE_DIR": "", "LIBRARY": ""}
-    missing = [f"-D{component}_{name}={component}_{name}-NOTFOUND" for name in found]
-    off = ["-DCMAKE_FIND_ROOT_PATH=/nowhere", "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY", "-DCMAKE_FIND_ROOT_PATH_MODE_LIBRARY=ONLY"]
+    missing = [f"-D{component}_{name}={component}_{name}-NOTFOUND" for name in ("INCLUDE_DIR", "LIBRARY")]
+    off = [
+        "-DCMAKE_FIND_ROOT_PATH=/nowhere",
+        "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY",
+        "-DCMAKE_FIND_ROOT_PATH_MODE_LIBRARY=ONLY",
+    ]
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.18)\nproject(user CXX)\n"
         f"find_package(edge_backbones REQUIRED OPTIONAL_COMPONENTS {component})\n"
@@ -190,8 +223,8 @@ def test_a_component_without_headers_is_left_out_with_a_message(component, root,
 def test_tensorrt_is_refused_with_the_headers_of_tensorrt_rtx(nvidia, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed")
     done = configured(
-        HERE / "user", folder, "-DCOMPONENT=TensorRT", f"-DTensorRT_ROOT={nvidia / 'nvidia'}", f"-DCUDA_ROOT={nvidia / 'nvidia'}",
-        f"-DTensorRT_INCLUDE_DIR={nvidia / 'nvidia_rtx' / 'include'}",
+        HERE / "user", folder, "-DCOMPONENT=TensorRT", f"-DTensorRT_ROOT={nvidia / 'nvidia'}",
+        f"-DCUDA_ROOT={nvidia / 'nvidia'}", f"-DTensorRT_INCLUDE_DIR={nvidia / 'nvidia_rtx' / 'include'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     done = run(cmake(), "--build", folder)

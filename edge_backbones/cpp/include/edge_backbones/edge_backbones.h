@@ -111,7 +111,7 @@ EB_API const char *eb_code_name(int32_t code);
 /* Open a bundle, choose an engine, check and load it. `options`: NULL for the defaults. */
 EB_API int32_t eb_open(const char *path, const eb_options *options, eb_backbone *backbone);
 
-/* Release the engine. Calls that run in other threads finish first; work on a GPU is waited for. */
+/* Release the engine, and wait for work on a GPU. If calls run in other threads, they finish, and the last one does it. */
 EB_API int32_t eb_close(eb_backbone backbone);
 
 /* The name of the engine that runs, and its device: "cpu", "cuda:0". Either pointer may be NULL. Valid until eb_close. */
