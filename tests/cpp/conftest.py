@@ -64,7 +64,11 @@ def ask(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Asking:
 
     def asked(*requests: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
         file = tmp_path / "requests.json"
-        file.write_text(json.dumps([{"out": str(tmp_path), **request} for request in requests]), encoding="utf-8")
+        folders = [tmp_path / f"out{number}" for number in range(len(requests))]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        told = [{"out": str(folder), **request} for folder, request in zip(folders, requests, strict=True)]
+        file.write_text(json.dumps(told), encoding="utf-8")
         done = subprocess.run([probe, file], capture_output=True, text=True, timeout=300, **options)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

@@ -41,14 +41,13 @@ def test_maps_are_those_of_python(name, bundles, ask, call):
     for precision in ("int8", "fp32") if name in NETWORKS else ("fp32",):
         with EdgeBackbone.from_pretrained(path, engine=precision) as backbone:
             sizes = backbone.input.opt_shape
-            for batch in (1, 2, 5):
+            for batch in (1, 3):
                 array = some_input(backbone, batch, *sizes[1:], seed=batch)
-                modes = ("maps", "in_place", "row_major", "threads")
+                modes = ("maps", "in_place", "row_major") if batch == 3 else ("maps", "threads")
                 calls = [call(array, mode) for mode in modes]
                 requests.append({"bundle": str(path), "options": {"engine": precision}, "calls": calls})
                 expected.append(backbone.run(array))
-    out = [dict(request, out=str(bundles.parent)) for request in requests]
-    for request, maps in zip(out, expected, strict=True):
+    for request, maps in zip(requests, expected, strict=True):
         (answer,) = ask(request)
         assert "refusal" not in answer, answer
         for result in answer["results"]:
@@ -95,13 +94,10 @@ def test_inputs_may_have_strides_and_no_batch_axis(bundles, ask, call):
         {"bundle": str(bundles / "nv12.bundle"), "calls": [call(frame[0, :, :, 0].copy()), call(frame[0].copy())]},
         {"bundle": str(bundles / "image.bundle"), "calls": [call(image[0].copy())]},
     )
-    # Each answer was written over by the next one's files, except the last: compare shapes, and values of the last.
-    assert [sorted(maps_of(answer["results"][0])) for answer in answers[:2]] == [sorted(expected), sorted(of_frame)]
-    assert_same(maps_of(answers[2]["results"][0]), of_image)
-    (again,) = ask({"bundle": str(path), "calls": [call(view)]})
-    assert_same(maps_of(again["results"][0]), expected)
-    (again,) = ask({"bundle": str(bundles / "nv12.bundle"), "calls": [call(frame[0, :, :, 0].copy())]})
-    assert_same(maps_of(again["results"][0]), of_frame)
+    strided, framed, imaged = ([maps_of(result) for result in answer["results"]] for answer in answers)
+    for found, maps in ((strided, expected), (framed, of_frame), (imaged, of_image)):
+        for one in found:
+            assert_same(one, maps)
 
 
 def test_a_description_is_that_of_python(bundles, ask):
@@ -110,7 +106,7 @@ def test_a_description_is_that_of_python(bundles, ask):
         (answer,) = ask({"bundle": str(path)})
         with EdgeBackbone.from_pretrained(path) as backbone:
             assert answer["description"] == {
-                "engine": backbone.engine_name,
+                "engine": backbone.engine,
                 "device": backbone.device,
                 "passed_over": dict(backbone.passed_over),
                 "out_features": backbone.out_features,

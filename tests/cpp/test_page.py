@@ -51,7 +51,7 @@ def test_the_program_of_the_page_prints_the_means_of_python(built, bundles):
     first, *lines = done.stdout.splitlines()
     with EdgeBackbone.from_pretrained(path) as backbone:
         maps = backbone.run(np.full(backbone.input.opt_shape, 0.5, np.float32))
-        assert first == f"{backbone.engine_name} takes {backbone.input.describe()}"
+        assert first == f"{backbone.engine} takes {backbone.input.describe()}"
     assert [line.partition(" mean ")[0] for line in lines] == [
         f"{name} {values.shape}" for name, values in maps.items()
     ]

@@ -44,7 +44,7 @@ def both_refuse(ask, path: Path | str, **options) -> dict[str, str]:
 
 def engine_file(path: Path) -> Path:
     with EdgeBackbone.from_pretrained(path) as backbone:
-        name = backbone.engine_name
+        name = backbone.engine
     return path / next(e.file.path for e in Bundle.open(path).manifest.engines if e.name == name)
 
 
@@ -221,6 +221,18 @@ def test_values_that_are_not_finite_pass_if_that_is_asked_for(copy, ask, call):
     array = np.full((1, 3, 64, 64), np.nan, np.float32)
     (answer,) = ask({"bundle": str(copy), "options": {"check_finite": False}, "calls": [call(array)]})
     assert "maps" in answer["results"][0]
+
+
+def test_a_user_who_asks_for_signatures_is_refused_what_was_not_checked(copy, ask, tmp_path):
+    keys = tmp_path / "home" / ".config" / "edge_backbones" / "trusted"
+    keys.mkdir(parents=True)
+    environment = {"HOME": str(tmp_path / "home")}
+    trusting = {"bundle": str(copy), "options": {"signature_checked": True}}
+    refused, opened = ask({"bundle": str(copy)}, trusting, env=environment)
+    said = f"{keys} asks for signed bundles, and the C++ library checks no signatures: run edge-backbones verify {copy}"
+    assert refused["refusal"]["error"] == "BundleError"
+    assert refused["refusal"]["message"].startswith(said)
+    assert "description" in opened
 
 
 def golden_cases(path: Path) -> list[bytes]:

@@ -16,6 +16,7 @@
 #include "manifest_json.hpp"
 #include "select.hpp"
 #include "session.hpp"
+#include "trust.hpp"
 
 namespace edge_backbones {
 
@@ -27,6 +28,7 @@ struct Options {
   int threads = 0;                  ///< Most CPU threads of a call; 0 for the library's choice among the usable CPUs.
   bool allow_host_code = false;     ///< Run engines that are programs, and runtimes inside plans.
   bool check_finite = true;         ///< Throw Code::input for NaN and infinity in an input.
+  bool signature_checked = false;   ///< Somebody else has checked the signature, where the machine asks for one.
   std::vector<BackEnd> back_ends = default_back_ends();
 
   /// Return the same options with one more back end: Options{}.with(openvino_back_end()).
@@ -80,9 +82,11 @@ class Backbone {
   /// Open a bundle with the best engine that fits this machine.
   ///
   /// Throws Error: Code::bundle, manifest or integrity for a damaged bundle, Code::engine_mismatch if nothing in it can run
-  /// here (with a reason for each engine), Code::input for options. Signatures are not checked: see docs/how-to/cpp.md.
+  /// here (with a reason for each engine), Code::input for options. Signatures are not checked, so a machine that
+  /// asks for them refuses (Code::bundle) unless Options::signature_checked says that somebody else did.
   static Backbone from_pretrained(const std::string& path, const Options& options = {}) {
     Manifest manifest = read_manifest(path);
+    if (!options.signature_checked) refuse_unchecked_signature(manifest.folder);
     for (bool again = true;;) {
       try {
         return Backbone(manifest, options);

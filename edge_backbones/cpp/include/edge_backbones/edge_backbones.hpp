@@ -15,4 +15,5 @@
 #include "promises.hpp"
 #include "select.hpp"
 #include "session.hpp"
+#include "trust.hpp"
 #include "types.hpp"
