@@ -216,6 +216,7 @@ eb::Options options_of(const eb_options* given) {
   options.threads = given->threads;
   options.allow_host_code = given->allow_host_code != 0;
   options.check_finite = given->accept_not_finite == 0;
+  options.signature_checked = given->signature_checked != 0;
   return options;
 }
 

@@ -31,6 +31,7 @@ class Options(_Sized):
         ("threads", ctypes.c_int32),
         ("allow_host_code", ctypes.c_int32),
         ("accept_not_finite", ctypes.c_int32),
+        ("signature_checked", ctypes.c_int32),
     )
 
 

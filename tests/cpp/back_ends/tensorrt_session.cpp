@@ -236,6 +236,23 @@ void one_context_serves_streams_in_turn() {
   EQUAL(standin_tensorrt_objects(), 4);  // runtime, engine, two contexts: the second for the call while `other` was busy
 }
 
+void a_new_stream_with_an_old_handle_waits() {
+  const auto session = open();
+  const OnDevice one(2, 1), two(2, 2);
+  cudaStream_t first = nullptr, second = nullptr;
+  HOLDS(cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking) == cudaSuccess);
+  session->run_on_device(one.source(), one.targets(), first);
+  HOLDS(cudaStreamDestroy(first) == cudaSuccess);  // its work goes on
+  HOLDS(cudaStreamCreateWithFlags(&second, cudaStreamNonBlocking) == cudaSuccess);
+  EQUAL(second, first);
+  const std::size_t before = standin_calls("cuStreamWaitEvent");
+  session->run_on_device(two.source(), two.targets(), second);
+  EQUAL(standin_calls("cuStreamWaitEvent"), before + 1);
+  two.check(second);
+  one.check(second);
+  HOLDS(cudaStreamDestroy(second) == cudaSuccess);
+}
+
 void default_streams() {
   const auto session = open();
   for (cudaStream_t stream : {static_cast<cudaStream_t>(nullptr), cudaStreamLegacy, cudaStreamPerThread}) {
@@ -516,6 +533,7 @@ int main(int count, char** arguments) {
       {"later_calls_allocate_nothing", later_calls_allocate_nothing},
       {"device_memory", device_memory},
       {"one_context_serves_streams_in_turn", one_context_serves_streams_in_turn},
+      {"a_new_stream_with_an_old_handle_waits", a_new_stream_with_an_old_handle_waits},
       {"default_streams", default_streams},
       {"destroyed_with_work_pending", destroyed_with_work_pending},
       {"threads", threads},

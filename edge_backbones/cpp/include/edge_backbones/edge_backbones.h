@@ -64,6 +64,7 @@ typedef struct eb_options {
   int32_t threads;            /* most CPU threads of a call; 0 for the library's choice */
   int32_t allow_host_code;    /* 1 allows engines that are programs (TorchScript), and runtimes inside plans */
   int32_t accept_not_finite;  /* 1 runs inputs with NaN and infinity; otherwise they are EB_INPUT */
+  int32_t signature_checked;  /* 1 if somebody else has checked the signature, where the machine asks for one */
 } eb_options;
 
 /* What the engine takes. Set `size` before the call: eb_input_info info = {.size = sizeof info}; */

@@ -277,7 +277,7 @@ class Slot {
   const Shape& shape() const noexcept { return shape_; }
   const std::vector<Shape>& outputs() const noexcept { return outputs_; }
 
-  /// Return whether work on a stream need not wait for earlier work of this context. `stream`: null for its own.
+  /// Return whether work on a stream hardly waits for earlier work of this context. `stream`: null for its own.
   bool is_free_for(cudaStream_t stream) {
     if (is_pending_ && done_.happened()) is_pending_ = false;
     return !is_pending_ || (stream != nullptr && last_ == stream);
@@ -357,7 +357,7 @@ class Slot {
       order_.record(stream);
       order_.hold(work);
     }
-    if (is_pending_ && last_ != work) done_.hold(work);
+    if (is_pending_) done_.hold(work);  // of the same handle too: it may be a new stream, which got the handle of an old one
     std::vector<void*> targets;
     for (const Tensor& output : outputs) targets.push_back(output.data);
     execute(input.data, targets, work);
