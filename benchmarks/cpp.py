@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, machine
-from benchmarks.networks import bundle_of
+from benchmarks.common import RESULTS, ROOT, machine, timing_bundle
 from edge_backbones import get_cmake_dir
 
-MODELS = ("mobilenetv3_large_100", "resnet50")
+MODELS = {"mobilenetv3_large_100": (0, 1, 2, 3, 4), "resnet50": (1, 2, 3, 4)}
 MOST_CALL, MOST_START = 1.02, 0.5
 _PYTHON = """
 import json, sys, time
@@ -55,7 +54,10 @@ def main() -> None:
         "--bundle", type=Path, action="append", help="measure this bundle, and store nothing; repeatable"
     )
     arguments = parser.parse_args()
-    bundles = arguments.bundle or [bundle_of(model) for model in MODELS]
+    bundles = arguments.bundle or [
+        timing_bundle(model, f"cpp.{model}", out_indices=stages, precisions=("int8", "fp32"))
+        for model, stages in MODELS.items()
+    ]
     with tempfile.TemporaryDirectory() as folder:
         program = build_program(Path(folder))
         rows = [

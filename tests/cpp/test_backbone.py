@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -181,17 +179,3 @@ def test_engines_are_listed_by_the_names_that_python_gives(bundles, ask):
         assert select.full_name(bundle, engine.name[:-2]) == engine.name
         (answer,) = ask({"bundle": str(path), "options": {"engine": engine.name[:-2]}})
         assert answer["description"]["engine"] == engine.name
-
-
-def test_folders_are_printed_for_build_systems():
-    import edge_backbones
-
-    for flag, folder in (
-        ("--includedir", edge_backbones.get_include()),
-        ("--cmakedir", edge_backbones.get_cmake_dir()),
-    ):
-        done = subprocess.run([sys.executable, "-m", "edge_backbones", flag], capture_output=True, text=True)
-        assert done.stdout == f"{folder}\n", done.stderr
-    code = "import sys, json, edge_backbones as e; e.get_include(); print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert not {"numpy", "msgspec", "typer"} & set(json.loads(done.stdout))

@@ -35,7 +35,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "\n[[maybe_unused]] static void calls(const char* path, std::vector<float>& pixels, const eb::Shape& shape) {\n"
             f"{body}}}\n"
         )
-    (folder / "CMakeLists.txt").open("a").write(f"add_subdirectory({ROOT / 'examples' / 'cpp'} camera)\n")
+    with (folder / "CMakeLists.txt").open("a") as file:
+        file.write(f"add_subdirectory({ROOT / 'examples' / 'cpp'} camera)\n")
     warnings = "-O1 -Wall -Wextra -Wpedantic -Wconversion -Werror"
     done = configured(folder, folder / "build", "-DCMAKE_BUILD_TYPE=", f"-DCMAKE_CXX_FLAGS={warnings}")
     assert done.returncode == 0, done.stderr
@@ -75,7 +76,7 @@ def test_the_example_reads_frames_from_a_pipe(built, bundles):
 
 def test_the_example_refuses_other_bundles_with_the_fix(built, bundles):
     done = subprocess.run(
-        [built / "camera" / "camera", bundles / "resnet.bundle"], input=b"", capture_output=True, text=True
+        [built / "camera" / "camera", bundles / "resnet.bundle"], input="", capture_output=True, text=True
     )
     assert done.returncode == 1
     assert "takes pixel_values: build one that takes frames (--input frame" in done.stderr
