@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.cpp.back_ends.c_library import InputInfo, Library, Opened, Options, O
 from tests.cpp_programs import configured
 from tests.docs.snippets import snippets
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the C++ library is for Linux")
 CPP = Path(edge_backbones.__file__).parent / "cpp"
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "cpp-gpu.md"
 

@@ -26,6 +26,7 @@ from tests.cpp.back_ends.builds import HERE, stand_ins, user_project
 from tests.cpp_programs import cmake, configured, run
 from tests.docs.snippets import snippets
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the C++ library is for Linux")
 CASES = (
     "a_new_stream_with_an_old_handle_waits", "another_gpu", "contexts_of_another_profile_are_replaced",
     "default_streams", "destroyed_with_work_pending", "device_memory", "dla", "every_call_fails_once", "fixed_shape", "host_code", "host_memory",
