@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from edge_backbones.errors import ResourceError as ResourceError
     from edge_backbones.errors import SourceError as SourceError
     from edge_backbones.errors import TrustError as TrustError
+    from edge_backbones.for_cpp import get_cmake_dir as get_cmake_dir
+    from edge_backbones.for_cpp import get_include as get_include
     from edge_backbones.images.config import ImageConfig as ImageConfig
     from edge_backbones.images.fit import fit as fit
     from edge_backbones.parity_report import Gate as Gate
@@ -118,6 +120,7 @@ _NAMES = {
     "edge_backbones.deploy.verify": ("verify_bundle",),
     "edge_backbones.engines.tensorrt.options": ("PlanOptions", "Shapes"),
     "edge_backbones.bundle.signing": ("sign_bundle",),
+    "edge_backbones.for_cpp": ("get_cmake_dir", "get_include"),
     "edge_backbones.bundle.trust": ("SigstoreIdentity",),
     # Vocabulary
     "edge_backbones.spec": ("BackboneSpec", "ExtraOutput", "InputSpec", "Layout", "Precision", "ShapeRange"),

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.main import get_command
 
+from edge_backbones import for_cpp
 from edge_backbones.cli.main import app
 from tests.docs.snippets import DOCUMENTS, commands, name_of, prose
 from tests.unit.test_advice import ANY, COMMANDS, FOREIGN, OPTIONS
@@ -17,7 +18,7 @@ UsageError: Any = typer.BadParameter.__base__
 
 # Options of other programs: with the program in front of them, or alone in a sentence.
 OTHERS = re.compile(FOREIGN.pattern + r"|pip wheel|trtexec|http\.server")
-OF_OTHERS = {"--system-site-packages", "--cpu", "--demo", "--every-frame", "--latency"}
+OF_OTHERS = {"--system-site-packages", "--cpu", "--demo", "--every-frame", "--latency", *for_cpp.FLAGS}
 
 TYPED = [
     pytest.param(words, id=f"{name_of(path)}:{line}")

@@ -7,17 +7,10 @@ from __future__ import annotations
 
 import ast
 import importlib
-import shutil
-import subprocess
-import sys
-import types
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from edge_backbones import Bundle, EdgeBackbone
 from tests.docs.snippets import PAGES, ROOT, Snippet, name_of, snippets
 
 # What makes a snippet small enough for a test: the network of the fixtures instead of a real one, fewer pixels.
@@ -118,44 +111,3 @@ def test_the_check_finds_what_does_not_exist():
 def test_a_fence_has_a_language(page):
     assert [snippet.line for snippet in snippets(page) if not snippet.language] == []
     assert page.is_relative_to(ROOT / "docs")
-
-
-PAGE = ROOT / "docs" / "tutorials" / "other-programs.md"
-
-
-def program(title: str, containing: str = "") -> str:
-    """The text of a code block of the page."""
-    (code,) = (s.code for s in snippets(PAGE) if f"title={title}" in s.classes and containing in s.code)
-    return code
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
-    module = types.ModuleType(name)
-    vars(module).update(contents)
-    monkeypatch.setitem(sys.modules, name, module)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the library has another name on other systems")
-def test_the_program_for_openvino_compiles_and_gives_the_same_maps(workplace):
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    assert compiler is not None, "the program needs a C++ compiler: apt install g++"
-    import openvino
-
-    package = Path(openvino.__file__).parent
-    library = next(iter(sorted((package / "libs").glob("libopenvino.so*"))), None)
-    assert library is not None, f"{package / 'libs'} has no libopenvino.so"
-    Path("run_openvino.cpp").write_text(program("run_openvino.cpp"))
-    link = [str(library), f"-Wl,-rpath,{library.parent}"]
-    build = [compiler, "-std=c++17", f"-I{package / 'include'}", "run_openvino.cpp", *link, "-o", "run_openvino"]
-    built = subprocess.run(build, check=False, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    bundle = Bundle.open("resnet18.bundle")
-    engine = bundle.path / bundle.manifest.engines[0].file.path
-    done = subprocess.run(["./run_openvino", str(engine)], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with EdgeBackbone.from_pretrained(bundle.path) as backbone:
-        maps = backbone.run(np.full(backbone.input.opt_shape, 0.5, np.float32))
-    printed = [line.rsplit(" mean ", 1) for line in done.stdout.splitlines()]
-    assert [what for what, _ in printed] == [f"{name} [{','.join(map(str, m.shape))}]" for name, m in maps.items()]
-    means = [float(mean) for _, mean in printed]
-    np.testing.assert_allclose(means, [m.mean(dtype=np.float64) for m in maps.values()], rtol=1e-4)

@@ -93,12 +93,17 @@ def test_the_wheel_is_small_and_for_every_machine(wheel):
         asked = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist") or []
     assert {name.partition("/")[0] for name in names if "dist-info" not in name} == {"edge_backbones"}
     assert all(
-        name.endswith((".py", ".toml", ".json", ".jinja", ".txt", "py.typed"))
+        name.endswith((".py", ".toml", ".json", ".jinja", ".txt", "py.typed", ".hpp", ".h", ".cpp", ".cmake"))
         for name in names
         if "dist-info" not in name
     )
     for needed in (
         "bundle/manifest.schema.json",
+        "cpp/cmake/components/openvino.cmake",
+        "cpp/cmake/edge_backbones-config-version.cmake",
+        "cpp/cmake/edge_backbones-config.cmake",
+        "cpp/include/edge_backbones/edge_backbones.hpp",
+        "cpp/tools/verify.cpp",
         "profiles_data/jetson-orin-nano.toml",
         "report/report.html.jinja",
         "toolchain/sources/timm_networks.txt",

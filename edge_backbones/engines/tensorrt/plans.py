@@ -20,7 +20,9 @@ _RTX_MASK = {"sm_75": 1, "sm_80": 2, "sm_86": 4, "sm_89": 8, "sm_120": 16, "sm_1
 
 def reasons_against(flavour: Flavour, key: EngineKey, host: Host) -> list[str]:
     """Return why a plan cannot run on ``host``, one phrase with a fix each; empty if it can."""
-    asked = cast(GpuKey, key.gpu)
+    asked = key.gpu
+    if asked is None:
+        return [f"is a plan, and its key says nothing of a GPU: {flavour.remedy()}"]
     reasons = _against_library(flavour, key, asked, host)
     if not reasons and asked.stripped and library_to_load(key, host) == "tensorrt_lean":
         reasons.append(

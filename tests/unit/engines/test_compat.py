@@ -51,6 +51,12 @@ def test_every_obstacle_is_a_sentence(host, reason):
     assert re.search(WAY_OUT, only), only
 
 
+def test_a_plan_whose_key_names_no_gpu_is_refused_in_words():
+    for flavour in ("tensorrt", "tensorrt_rtx", "tensorrt_lean"):
+        (reason,) = reasons_against(msgspec.structs.replace(KEY, flavour=flavour), HOST)
+        assert reason == "is a plan, and its key says nothing of a GPU: run edge-backbones compile here"
+
+
 @pytest.mark.parametrize(
     ("computes_in", "features", "fits"),
     [

@@ -1,0 +1,21 @@
+# edge_backbones::openvino: runs CPU engines. OpenVINO comes from CMAKE_PREFIX_PATH or OpenVINO_DIR, else from its Python wheel
+# beside this package.
+if(NOT TARGET openvino::runtime)
+  find_package(OpenVINO QUIET COMPONENTS Runtime)
+  foreach(_edge_backbones_folder IN LISTS _edge_backbones_sites)
+    if(NOT TARGET openvino::runtime AND EXISTS "${_edge_backbones_folder}/openvino/cmake/OpenVINOConfig.cmake")
+      find_package(OpenVINO QUIET COMPONENTS Runtime PATHS "${_edge_backbones_folder}/openvino/cmake" NO_DEFAULT_PATH)
+    endif()
+  endforeach()
+endif()
+if(TARGET openvino::runtime)
+  set(edge_backbones_OpenVINO_FOUND TRUE)
+  if(NOT TARGET edge_backbones::openvino)
+    add_library(edge_backbones::openvino INTERFACE IMPORTED)
+    target_link_libraries(edge_backbones::openvino INTERFACE edge_backbones::edge_backbones openvino::runtime)
+    target_compile_definitions(edge_backbones::openvino INTERFACE EDGE_BACKBONES_WITH_OPENVINO)
+  endif()
+else()
+  set(edge_backbones_OpenVINO_REASON "OpenVINO is missing: pip install 'edge-backbones[cpu]' into the environment of \
+edge-backbones, or set OpenVINO_DIR to the folder of OpenVINOConfig.cmake")
+endif()

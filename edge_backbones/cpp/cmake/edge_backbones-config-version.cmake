@@ -1,0 +1,15 @@
+# The version of the Python package, which this file lies in. Releases of one major version fit each other; before 1.0,
+# those of one minor version.
+file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/../../__init__.py" _edge_backbones_line REGEX "^__version__ = ")
+string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" PACKAGE_VERSION "${_edge_backbones_line}")
+string(REGEX MATCH "^0\\.[0-9]+|^[0-9]+" _edge_backbones_series "${PACKAGE_VERSION}")
+if(PACKAGE_FIND_VERSION VERSION_GREATER PACKAGE_VERSION)
+  set(PACKAGE_VERSION_COMPATIBLE FALSE)
+elseif("${PACKAGE_FIND_VERSION}." MATCHES "^${_edge_backbones_series}\\." OR NOT PACKAGE_FIND_VERSION MATCHES "\\.")
+  set(PACKAGE_VERSION_COMPATIBLE TRUE)
+  if(PACKAGE_FIND_VERSION VERSION_EQUAL PACKAGE_VERSION)
+    set(PACKAGE_VERSION_EXACT TRUE)
+  endif()
+else()
+  set(PACKAGE_VERSION_COMPATIBLE FALSE)
+endif()
