@@ -1,8 +1,9 @@
 """``python -m benchmarks.cpp``: how long a call, a load and a start take in C++ and in Python, for the same engine.
 
 Processes of both languages run by turns. A start is the time from the creation of a process to its first feature maps, as a
-parent sees it. Results: benchmarks/results/cpp.json. The aims: a call takes at most 1.02 times as long as in Python, and a
-load and a start at most half as long.
+parent sees it. A load is `from_pretrained` alone: in Python it imports OpenVINO, which a program in C++ is linked with. Most of
+both is OpenVINO's import_model. Results: benchmarks/results/cpp.json. The aims: a call takes at most 1.02 times as long as in
+Python, and a load and a start at most half as long.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def main() -> None:
         path = RESULTS / "cpp.json"
         path.write_text(json.dumps({"machine": machine(), "figures": rows}, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT).as_posix()}")
-    sys.exit(0 if all(row["reached"] for row in rows) else 1)
+    sys.exit(0 if all(reached for row in rows for reached in row["reached"].values()) else 1)
 
 
 def build_program(folder: Path) -> Path:
@@ -105,7 +106,7 @@ def measure(program: Path, bundle: Path, engine: str, rounds: int, calls: int) -
             row[f"{what}_{name}_ms"] = round(statistics.median(values), 4)
         row[f"{what}_ratio"] = ratio_with_bounds(times["cpp"], times["python"])
     most = {"call": MOST_CALL, "load": MOST_START, "start": MOST_START}
-    row["reached"] = all(row[f"{what}_ratio"][0] <= limit for what, limit in most.items())
+    row["reached"] = {what: row[f"{what}_ratio"][0] <= limit for what, limit in most.items()}
     return row
 
 

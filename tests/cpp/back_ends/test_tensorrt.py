@@ -29,9 +29,9 @@ from tests.docs.snippets import snippets
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the C++ library is for Linux")
 CASES = (
     "a_new_stream_with_an_old_handle_waits", "another_gpu", "contexts_of_another_profile_are_replaced",
-    "default_streams", "destroyed_with_work_pending", "device_memory", "dla", "every_call_fails_once", "fixed_shape", "host_code", "host_memory",
-    "later_calls_allocate_nothing", "memory_runs_out", "memory_runs_out_in_every_call", "no_gpu",
-    "one_context_serves_streams_in_turn", "other_plans", "page_locked_memory_is_used_in_place", "profiles",
+    "default_streams", "destroyed_with_work_pending", "device_memory", "dla", "every_call_fails_once", "fixed_shape",
+    "host_code", "host_memory", "later_calls_allocate_nothing", "memory_runs_out", "memory_runs_out_in_every_call",
+    "no_gpu", "one_context_serves_streams_in_turn", "other_plans", "page_locked_memory_is_used_in_place", "profiles",
     "reasons_in_the_log", "stripped", "threads", "unusable_memory", "wrong_shapes",
 )  # fmt: skip
 MACHINES = {"another_gpu": {"STANDIN_DEVICES": "2"}, "no_gpu": {"STANDIN_DEVICES": "0"}}
