@@ -26,6 +26,7 @@ from edge_backbones.machine import hosts
 from edge_backbones.spec import Precision
 
 CACHE_LIMIT_BYTES = 4 << 30
+_ADAPTED = 2  # Raise it if the same graph is adapted in another way: cached engines are those of an earlier way then.
 
 
 def computes_in(precision: Precision) -> Precision:
@@ -81,13 +82,15 @@ def compile_graph(
     """
     key = engine_key(graph, precision, as_written=as_written, rest=rest)
     chosen = session.settings(None, compat.computed_in(key))
-    name = hashlib.sha256(msgspec.json.encode([key, chosen, as_written])).hexdigest()
+    name = hashlib.sha256(msgspec.json.encode([key, chosen, as_written, _ADAPTED])).hexdigest()
     if cache is not None and (cached := _read_cached(cache, name)) is not None:
         return CompiledEngine(cached, key, ".blob", from_cache=True)
     model = session.read_model(graph)
     frame_graph.adapt(model)
     if precision is Precision.INT8 and not as_written:
         int8_graph.adapt(model)
+        if rest is Precision.BF16:
+            bf16_graph.round_weights(model)
     if precision is Precision.BF16 and not as_written and not _takes_frames(graph):
         bf16_graph.adapt(model)
     data = session.compile_model(model, compat.computed_in(key))
