@@ -29,9 +29,9 @@ def round_to_bf16(rows: np.ndarray) -> np.ndarray:
     above = np.where(below == rows, rows, (bits + np.uint32(0x10000)).view(np.float32))
     if not np.isfinite(above).all():
         return below
-    exact, below, above = (values.astype(np.float64) for values in (rows, below, above))
+    exact = rows.astype(np.float64)
     up = np.abs(above - exact) < np.abs(exact - below)
-    nearest, other = np.where(up, above, below), np.where(up, below, above)
+    nearest, other = (np.where(of, above, below).astype(np.float64) for of in (up, ~up))
     return _keep_sums(exact, nearest, other).astype(np.float32)
 
 
@@ -65,5 +65,7 @@ def _keep_sums(rows: np.ndarray, nearest: np.ndarray, other: np.ndarray) -> np.n
         change[at] *= -1
         changed[at] ^= True
     found = nearest.copy()
-    np.put_along_axis(found, picked, np.where(changed, *(np.take_along_axis(v, picked, 1) for v in (other, nearest))), 1)
+    channel, index = np.nonzero(changed)
+    at = channel, picked[channel, index]
+    found[at] = other[at]
     return found

@@ -265,7 +265,9 @@ def test_rounding_a_bf16_rest_leaves_int8_weights_and_everything_else_alone():
     round_weights(read)
     constants = [node.data for node in read.get_ops() if node.get_type_name() == "Constant"]
     for name in ("w8", "s", "b"):
-        assert any(array.size == arrays[name].size and (array.ravel() == arrays[name].ravel()).all() for array in constants)
+        assert any(
+            array.size == arrays[name].size and (array.ravel() == arrays[name].ravel()).all() for array in constants
+        )
     [rounded] = [array for array in constants if array.shape == arrays["w"].shape]
     np.testing.assert_array_equal(rounded, round_to_bf16(arrays["w"].reshape(4, 16)).reshape(rounded.shape))
 

@@ -23,7 +23,7 @@ from edge_backbones.engines.base import CompiledEngine
 from edge_backbones.engines.openvino import bf16_graph, frame_graph, int8_graph, session
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.machine import hosts
-from edge_backbones.spec import Precision
+from edge_backbones.spec import InputSpec, Precision
 
 CACHE_LIMIT_BYTES = 4 << 30
 _ADAPTED = 2  # Raise it if the same graph is adapted in another way: cached engines are those of an earlier way then.
@@ -34,6 +34,16 @@ def computes_in(precision: Precision) -> Precision:
     if not precision.info.is_half or not compat.has_units(precision, hosts.this_host({}).cpu_features):
         return Precision.FP32
     return Precision.FP32 if precision is Precision.FP16 and not session.computes_in_fp16() else precision
+
+
+def rests(precision: Precision, input: InputSpec) -> tuple[Precision, ...]:
+    """Return the number formats, besides fp32, in which an int8 engine can compute what is not int8 on this machine.
+
+    None for engines that take camera frames: frames are converted in fp32.
+    """
+    if precision is not Precision.INT8 or input.frame is not None or computes_in(Precision.BF16) is not Precision.BF16:
+        return ()
+    return (Precision.BF16,)
 
 
 def engine_key(
