@@ -12,60 +12,58 @@ from __future__ import annotations
 
 import numpy as np
 
-_MOST_CHANGES = 256  # per channel: the sum of n rounding errors is about 0.3 sqrt(n) steps
+_COLUMNS = 256  # of a row, evenly spaced, that may be rounded the other way: enough for the sums of thousands of errors
 
 
 def round_to_int8(rows: np.ndarray) -> np.ndarray:
     """Return the rows rounded to integers, as int8. ``rows``: float64 between -127 and 127, one row per output channel."""
-    nearest = np.rint(rows)
-    return _keep_sums(rows, nearest, nearest + np.sign(rows - nearest)).astype(np.int8)
+    found = np.rint(rows)
+    some = _some_columns(rows)
+    error = found[some] - rows[some]
+    found[some] += _changes((found - rows).sum(axis=1), error, -np.sign(error))
+    return found.astype(np.int8)
 
 
 def round_to_bf16(rows: np.ndarray) -> np.ndarray:
     """Return the rows rounded to bf16 numbers, as float32. ``rows``: float32, one row per output channel."""
-    rows = np.ascontiguousarray(rows, np.float32)
-    bits = rows.view(np.uint32) & np.uint32(0xFFFF0000)
-    below = bits.view(np.float32)  # below and above in magnitude
-    above = np.where(below == rows, rows, (bits + np.uint32(0x10000)).view(np.float32))
-    if not np.isfinite(above).all():
-        return below
-    exact = rows.astype(np.float64)
-    up = np.abs(above - exact) < np.abs(exact - below)
-    nearest, other = (np.where(of, above, below).astype(np.float64) for of in (up, ~up))
-    return _keep_sums(exact, nearest, other).astype(np.float32)
+    bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    found = nearest.view(np.float32)
+    if not np.isfinite(found).all():  # the largest float32 numbers are nearer to infinity
+        return (bits & np.uint32(0xFFFF0000)).view(np.float32)
+    some = _some_columns(rows)
+    error = found[some].astype(np.float64) - rows[some]
+    step = np.where(nearest[some] > bits[some], -0x10000, 0x10000)  # of the magnitude
+    other = (nearest[some].astype(np.int64) + step * (error != 0)).astype(np.uint32).view(np.float32)
+    change = np.where(np.isfinite(other), other, found[some]).astype(np.float64) - found[some]
+    found[some] += _changes((found - rows.astype(np.float64)).sum(axis=1), error, change).astype(np.float32)
+    return found
 
 
-def _keep_sums(rows: np.ndarray, nearest: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return ``nearest`` with some numbers taken from ``other``, so that the sums of the rows hardly change.
+def _some_columns(rows: np.ndarray) -> tuple[slice, slice]:
+    return slice(None), slice(None, None, max(1, -(-rows.shape[1] // _COLUMNS)))
+
+
+def _changes(total: np.ndarray, error: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """Return what to add to rounded numbers, 0 or ``change``, so that the sums of the rows hardly change.
 
     Of each row the sum of squared errors plus the square of their sum is made small: one change after the other, the best
-    one first.
+    one first. ``total``: the sum of a row's errors, ``error``: those of the columns that may change.
     """
-    if not rows.size:
-        return nearest
-    error, change = nearest - rows, other - nearest
-    total = error.sum(axis=1, keepdims=True)
-    # A change by c adds c (2 error + c) to the squares and c (2 total + c) to the square of the sum.
-    count = min(rows.shape[1], _MOST_CHANGES)
-    gain = change * (error + total + change)
-    # Of equal numbers the first are picked: which ones argpartition takes depends on the CPU.
-    picked = np.argsort(gain > np.partition(gain, count - 1, axis=1)[:, count - 1 : count], axis=1, kind="stable")
-    picked = picked[:, :count]
-    error, change = (np.take_along_axis(values, picked, axis=1) for values in (error, change))
-    changed = np.zeros(picked.shape, bool)
-    channels = np.arange(len(rows))
-    for _ in range(count):
-        gain = change * (error + total + change)
+    if not error.size:
+        return error
+    first, error, change, total = change, error.copy(), change.copy(), total[:, np.newaxis].copy()
+    channels = np.arange(len(error))
+    for _ in range(error.shape[1]):
+        # A change by c adds c (2 error + c) to the squares and c (2 total + c) to the square of the sum.
+        gain = change[channels] * (error[channels] + total[channels] + change[channels])
         best = gain.argmin(axis=1)
-        at = channels[gain[channels, best] < 0], best[gain[channels, best] < 0]
-        if not at[0].size:
+        better = gain[np.arange(len(channels)), best] < 0
+        channels, best = channels[better], best[better]
+        if not channels.size:
             break
-        error[at] += change[at]
-        total[at[0], 0] += change[at]
-        change[at] *= -1
-        changed[at] ^= True
-    found = nearest.copy()
-    channel, index = np.nonzero(changed)
-    at = channel, picked[channel, index]
-    found[at] = other[at]
-    return found
+        step = change[channels, best]
+        error[channels, best] += step
+        total[channels, 0] += step
+        change[channels, best] = -step
+    return np.where(change == first, 0, first)

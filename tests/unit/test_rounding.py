@@ -37,7 +37,7 @@ def test_the_sums_of_int8_stay_and_the_errors_hardly_grow(columns):
 
 def test_a_sum_that_is_further_off_than_all_changes_reach_comes_nearer():
     rows = np.full((2, 3000), 0.3)  # rounded to 0 they lose 900
-    assert round_to_int8(rows).sum(axis=1).tolist() == [256, 256]
+    assert round_to_int8(rows).sum(axis=1).tolist() == [250, 250]  # every twelfth is changed
 
 
 def test_integers_stay():
