@@ -21,7 +21,8 @@ def round_to_int8(rows: np.ndarray) -> np.ndarray:
     some = _some_columns(rows)
     error = found[some] - rows[some]
     found[some] += _changes((found - rows).sum(axis=1), error, -np.sign(error))
-    return found.astype(np.int8)
+    rounded: np.ndarray = found.astype(np.int8)
+    return rounded
 
 
 def round_to_bf16(rows: np.ndarray) -> np.ndarray:
