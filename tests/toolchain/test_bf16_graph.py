@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import networks
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from edge_backbones.engines.openvino import session
 from edge_backbones.engines.openvino.bf16_graph import adapt, round_weights
 from edge_backbones.machine import hosts
 from edge_backbones.rounding import round_to_bf16
-from edge_backbones.spec import Precision
+from edge_backbones.spec import FrameSpec, Precision
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
@@ -284,3 +285,21 @@ def test_a_bf16_graph_has_weights_whose_sums_are_kept(case):
         errors = (coarse - fine).reshape(len(fine), -1)
         assert np.abs(errors.sum(axis=1)).mean() < 0.3 * np.sqrt((errors**2).sum(axis=1)).mean()
     assert found
+
+
+@pytest.mark.parametrize(
+    ("precision", "frame", "units", "expected"),
+    [
+        (Precision.INT8, None, True, (Precision.BF16,)),
+        (Precision.INT8, FrameSpec(height=48, width=64), True, ()),  # frames are converted in fp32
+        (Precision.INT8, None, False, ()),
+        (Precision.FP32, None, True, ()),
+        (Precision.FP8, None, True, ()),
+    ],
+)
+def test_where_what_is_not_int8_may_be_computed_in_bf16(monkeypatch, precision, frame, units, expected):
+    monkeypatch.setattr(compiler, "computes_in", lambda of: of if units else Precision.FP32)
+    input = networks.input_spec(32, 32)
+    if frame is not None:
+        input = msgspec.structs.replace(input, name="frame", dtype="uint8", frame=frame)
+    assert compiler.rests(precision, input) == expected

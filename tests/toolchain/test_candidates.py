@@ -495,6 +495,22 @@ def test_auto_weighs_bf16_where_the_cpu_has_it(
         assert set(backbone.run(np.zeros(manifest.input.opt_shape, np.float32))) == set(manifest.backbone.outputs)
 
 
+@pytest.mark.skipif(
+    not has_units(Precision.BF16, hosts.this_host({}).cpu_features), reason="this CPU has no bf16 instructions"
+)
+@pytest.mark.parametrize(("times", "computes_in"), [((2.0, 1.0), "bf16"), ((1.0, 2.0), None)])
+def test_int8_that_was_asked_for_gets_the_faster_rest(photograph_folder, tmp_path, monkeypatch, times, computes_in):
+    def measure(engines, input, *, progress):
+        return [timing.Times(time, None) for time, _ in zip(times, engines, strict=True)]
+
+    monkeypatch.setattr(candidates, "time_engines", measure)
+    options = BuildOptions(**SMALL, precisions="int8")
+    result = build_bundle("test_resnet", tmp_path / "int8.bundle", images=photograph_folder, options=options)
+    (engine,) = result.bundle.manifest.engines
+    assert (engine.key.computes_in if isinstance(engine.key.computes_in, str) else None) == computes_in
+    assert result.bundle.manifest.decision is None
+
+
 @pytest.mark.parametrize(
     ("computed", "expected"),
     [

@@ -43,7 +43,7 @@ def adapt(model: openvino.Model) -> None:
 def round_weights(model: openvino.Model) -> None:
     """Round the weights of float convolutions to bf16 as :mod:`edge_backbones.rounding` does, in place.
 
-    OpenVINO would round each weight to the nearest number, which costs EfficientNet-Lite0 in int8 with a bf16 rest 5 dB.
+    OpenVINO would round each weight to the nearest number, which costs EfficientNet-Lite0 5 dB in int8 with a bf16 rest.
     """
     library = load_library()
     for node in model.get_ordered_ops():
