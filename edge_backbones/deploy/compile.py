@@ -280,8 +280,6 @@ class _Work:
             with contextlib.suppress(*_REFUSALS):
                 found.append(self._measured(job, golden, rest))
         engine, report = self._fastest(found)
-        for text in engine.notes:
-            self.note(text)
         record, contents = _engine_record(engine, report, graph)
         if doubt := trust.vouch(self.bundle, record):
             self.note(doubt)
@@ -304,6 +302,8 @@ class _Work:
         hint = f"{self.bundle.path / graph.file.path} is hostile, {child.OR_A_FAULT}; another --precision may do"
         child.doing(f"was compiling {what} for {maker.name}", hint)
         engine = maker.compile(self.bundle, graph, dataclasses.replace(self.options, rest=rest), self.progress)
+        for text in engine.notes:
+            self.note(text)
         gpu = None if engine.key.gpu is None else self.options.gpu
         report = ParityReport(
             precision=graph.precision, gate=promises.gate_of(self.bundle.manifest, engine.key), stages=()

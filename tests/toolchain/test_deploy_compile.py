@@ -636,7 +636,7 @@ def test_an_engine_that_another_process_took_out_while_it_was_timed_is_no_failur
 def test_two_whose_engines_differ_do_not_disturb_each_other(bundle, monkeypatch):
     """TensorRT's plans of one graph differ from run to run: each replaces the file that the other has just named."""
 
-    def compile_one(graph, precision, *, cache):
+    def compile_one(graph, precision, **_):
         engine = compile_graph(graph, precision, cache=None)
         return dataclasses.replace(engine, data=engine.data + bytes([threading.get_ident() % 251]))
 
@@ -657,7 +657,7 @@ def test_an_engine_of_the_bundle_that_was_here_before_is_refused(bundle, tmp_pat
     """A bundle that is replaced while an engine of it is compiled would run the old network."""
     options = BuildOptions(**{**OPTIONS, "weights": "random:1"}, precisions=(Precision.FP32,))
 
-    def compile_one(graph, precision, *, cache):
+    def compile_one(graph, precision, **_):
         build_bundle("test_resnet", bundle, options=options, overwrite=True)
         return compile_graph(graph, precision, cache=None)
 
