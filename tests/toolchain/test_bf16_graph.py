@@ -291,7 +291,7 @@ def test_a_bf16_graph_has_weights_whose_sums_are_kept(case):
     ("precision", "frame", "units", "expected"),
     [
         (Precision.INT8, None, True, (Precision.BF16,)),
-        (Precision.INT8, FrameSpec(height=48, width=64), True, ()),  # frames are converted in fp32
+        (Precision.INT8, FrameSpec(height=48, width=64, color="rgb"), True, ()),  # frames are converted in fp32
         (Precision.INT8, None, False, ()),
         (Precision.FP32, None, True, ()),
         (Precision.FP8, None, True, ()),
