@@ -301,5 +301,5 @@ def test_where_what_is_not_int8_may_be_computed_in_bf16(monkeypatch, precision, 
     monkeypatch.setattr(compiler, "computes_in", lambda of: of if units else Precision.FP32)
     input = networks.input_spec(32, 32)
     if frame is not None:
-        input = msgspec.structs.replace(input, name="frame", dtype="uint8", frame=frame)
+        input = msgspec.structs.replace(input, name="frame", frame=frame)
     assert compiler.rests(precision, input) == expected
