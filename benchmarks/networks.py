@@ -31,7 +31,7 @@ STAGES = {  # that are kept
 PRECISIONS = (Precision.INT8, Precision.BF16, Precision.FP32)
 # 2 dB below the default, which mobilenetv3_large_100 misses by 0.7 dB.
 _GATES = {Precision.BF16: Gate(min_sqnr_db=25.0)}
-_NOT_IN_BF16 = ("efficientnet_b0", lite0.NETWORK)  # they miss the gate (23 and 18 dB), as in OpenVINO's own bf16
+_NOT_IN_BF16 = ("efficientnet_b0", lite0.NETWORK)  # they miss the gate (23 dB both), as OpenVINO's own bf16 does
 _TRAINED = ("mobilenetv3_large_100", "efficientnet_b0")
 # Layer norms stay in the graph, where batch norms are folded.
 _NORMALISED = ("convnext_tiny", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")

@@ -22,7 +22,7 @@ from edge_backbones.bundle.manifest import EngineKey, EngineRecord, GraphRecord
 from edge_backbones.bundle.reader import Bundle, load_golden
 from edge_backbones.bundle.writer import record_bytes
 from edge_backbones.deploy.parity import advice_on_building, measure_in_bundle, require
-from edge_backbones.deploy.timing import engines_here, time_bundle
+from edge_backbones.deploy.timing import engines_here, time_bundle, time_engines
 from edge_backbones.engines import promises, registry, select
 from edge_backbones.engines.base import ALLOW, CompiledEngine, CompileOptions, Flavour
 from edge_backbones.engines.refusals import refusals
@@ -270,12 +270,38 @@ class _Work:
         return left
 
     def add(self, job: _Job, golden: GoldenSamples) -> None:
-        """Compile one graph, measure the engine if it runs here, and add it to the bundle."""
+        """Compile one graph, measure the engine if it runs here, and add it to the bundle.
+
+        Where the library has several ways to compute what is not int8, the fastest engine that holds its gate is added.
+        """
+        graph = job.graph
+        found = [self._measured(job, golden)]
+        for rest in job.maker.rests(graph.precision, self.bundle.manifest.input):
+            with contextlib.suppress(*_REFUSALS):
+                found.append(self._measured(job, golden, rest))
+        engine, report = self._fastest(found)
+        record, contents = _engine_record(engine, report, graph)
+        if doubt := trust.vouch(self.bundle, record):
+            self.note(doubt)
+        self.bundle = self.bundle.add_engine(record, contents)
+        if report.measured:
+            gpu = None if engine.key.gpu is None else self.options.gpu
+            promises.remember(self.bundle.manifest, record, registry.this_machine(gpu))
+        self.added.append(record.name)
+
+    def _measured(
+        self, job: _Job, golden: GoldenSamples, rest: Precision | None = None
+    ) -> tuple[CompiledEngine, ParityReport]:
+        """Compile a graph, and return the engine and its parity, which is empty if this machine cannot run the engine.
+
+        ``rest``: as in `CompileOptions`. Raises ParityError if the engine is outside its gate.
+        """
         maker, graph = job
-        self.progress(f"compiling {graph.precision}", 0, None)
+        what = f"{graph.precision}{'' if rest is None else f' with a {rest} rest'}"
+        self.progress(f"compiling {what}", 0, None)
         hint = f"{self.bundle.path / graph.file.path} is hostile, {child.OR_A_FAULT}; another --precision may do"
-        child.doing(f"was compiling {graph.precision} for {maker.name}", hint)
-        engine = maker.compile(self.bundle, graph, self.options, self.progress)
+        child.doing(f"was compiling {what} for {maker.name}", hint)
+        engine = maker.compile(self.bundle, graph, dataclasses.replace(self.options, rest=rest), self.progress)
         for text in engine.notes:
             self.note(text)
         gpu = None if engine.key.gpu is None else self.options.gpu
@@ -283,19 +309,25 @@ class _Work:
             precision=graph.precision, gate=promises.gate_of(self.bundle.manifest, engine.key), stages=()
         )
         if gpu is None or not registry.reasons_against(engine.key, registry.this_machine(gpu)):
-            self.progress(f"verifying {graph.precision}", 0, None)
-            child.doing(f"was running the {graph.precision} engine that it had compiled for {maker.name}", hint)
+            self.progress(f"verifying {what}", 0, None)
+            child.doing(f"was running the {what} engine that it had compiled for {maker.name}", hint)
             report = measure_in_bundle(
                 self.bundle, engine.key, engine.data, golden, report.gate, gpu, code=self.allow_host_code
             )
             require(report, advice=functools.partial(_advice_on_compiling, self.bundle, engine.key))
-        record, contents = _engine_record(engine, report, graph)
-        if doubt := trust.vouch(self.bundle, record):
-            self.note(doubt)
-        self.bundle = self.bundle.add_engine(record, contents)
-        if report.measured:
-            promises.remember(self.bundle.manifest, record, registry.this_machine(gpu))
-        self.added.append(record.name)
+        return engine, report
+
+    def _fastest(self, found: Sequence[tuple[CompiledEngine, ParityReport]]) -> tuple[CompiledEngine, ParityReport]:
+        """Return the engine that takes the least time here, timed side by side, and its parity."""
+        if len(found) == 1:
+            return found[0]
+        manifest = self.bundle.manifest
+        engines = [
+            functools.partial(select.load_engine, engine.key, bytearray(engine.data), manifest.backbone, manifest.input)
+            for engine, _ in found
+        ]
+        times = time_engines(engines, manifest.input, progress=self.progress)
+        return min(zip(found, times, strict=True), key=lambda one: one[1].call)[0]
 
 
 def _advice_on_compiling(bundle: Bundle, key: EngineKey, report: ParityReport) -> str:

@@ -115,11 +115,13 @@ class CompileOptions:
         gpu: Index of the GPU to compile on.
         plan: Options of TensorRT, None for its defaults.
         cache: Folder of engines that were compiled before, None for no cache.
+        rest: Number format in which an int8 engine computes what is not int8, one of `Flavour.rests`; None for fp32.
     """
 
     gpu: int = 0
     plan: PlanOptions | None = None
     cache: Path | None = None
+    rest: Precision | None = None
 
 
 @dataclass(frozen=True)
@@ -288,6 +290,13 @@ class Flavour(abc.ABC):
         It is ``graph`` itself, unless the library needs another.
         """
         return graph
+
+    def rests(self, precision: Precision, input: InputSpec) -> tuple[Precision, ...]:
+        """Return number formats other than fp32 in which an engine could compute what is not int8 on this machine.
+
+        An engine with each of them is compiled too, and the fastest that holds its gate is kept.
+        """
+        return ()
 
     def serves(self, host: Host) -> bool:
         """Return whether this library compiles for ``host`` if the user names no flavour."""

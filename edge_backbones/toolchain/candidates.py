@@ -29,7 +29,7 @@ from edge_backbones.deploy.timing import time_engines
 from edge_backbones.engines import select as session
 from edge_backbones.engines.base import CompiledEngine
 from edge_backbones.engines.compat import computed_in
-from edge_backbones.engines.openvino.compile import compile_graph, computes_in
+from edge_backbones.engines.openvino.compile import compile_graph, computes_in, rests
 from edge_backbones.engines.promises import DEFAULT_GATES
 from edge_backbones.errors import QuantizationError
 from edge_backbones.parity_report import Gate, ParityReport
@@ -170,6 +170,17 @@ def with_bf16_rest(inputs: CandidateInputs, candidate: Candidate, gate: Gate) ->
     return dataclasses.replace(candidate, engine=engine, shipped=_measure(inputs, engine, gate))
 
 
+def with_fastest_rest(inputs: CandidateInputs, candidate: Candidate, gate: Gate) -> Candidate:
+    """Return an int8 candidate with a bf16 rest if that is faster here and inside the gate; otherwise itself."""
+    if not candidate.passed or not rests(candidate.precision, inputs.input):
+        return candidate
+    other = with_bf16_rest(inputs, candidate, gate)
+    if not other.passed:
+        return candidate
+    here, there = timed([candidate, other], inputs.progress)
+    return other if _latency(there) < _latency(here) else candidate
+
+
 def can_win(precision: Precision) -> bool:
     """Return whether an engine of a precision may be faster than fp32 on this CPU.
 
@@ -211,6 +222,8 @@ def decide(
             noise = noise or measured
         else:
             of_precision = [make_candidate(inputs, precision, gate)]
+        if not auto and precision is Precision.INT8:
+            of_precision[-1] = with_fastest_rest(inputs, of_precision[-1], gate)
         if not auto or precision is Precision.FP32:
             require(of_precision[-1].report, advice=advice_on_building)
             require(of_precision[-1].shipped, advice=advice_on_building)

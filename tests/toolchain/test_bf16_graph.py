@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import networks
 import numpy as np
 import onnx
@@ -13,9 +15,10 @@ import pytest
 from edge_backbones.engines import compat
 from edge_backbones.engines.openvino import compile as compiler
 from edge_backbones.engines.openvino import session
-from edge_backbones.engines.openvino.bf16_graph import adapt
+from edge_backbones.engines.openvino.bf16_graph import adapt, round_weights
 from edge_backbones.machine import hosts
-from edge_backbones.spec import Precision
+from edge_backbones.rounding import round_to_bf16
+from edge_backbones.spec import FrameSpec, Precision
 from edge_backbones.toolchain.export import export_onnx
 from edge_backbones.toolchain.prepare import prepare
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
@@ -196,3 +199,107 @@ def test_the_cache_tells_engines_apart_by_what_they_compute_in(case, tmp_path, m
     monkeypatch.setattr(compiler, "computes_in", lambda _: Precision.FP32)
     assert not compiler.compile_graph(graph, Precision.BF16, cache=tmp_path).from_cache
     assert compiler.compile_graph(graph, Precision.BF16, cache=tmp_path).from_cache
+
+
+def decibels(expected: np.ndarray, found: np.ndarray) -> float:
+    return float(10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum()))
+
+
+def depthwise_on_one_sided_values(rounded_by: str) -> float:
+    """SQNR of a depthwise convolution whose weights are rounded to bf16 and whose pixels are between 0 and 1."""
+    random = np.random.default_rng(0)
+    weights, images = random.normal(0, 0.3, (32, 1, 3, 3)), random.uniform(0.5, 1, (1, 32, 20, 20)).astype(np.float32)
+    weights = weights.astype(np.float16)
+    helper, kinds = onnx.helper, onnx.TensorProto
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["x"], ["half"], to=kinds.FLOAT16),
+            helper.make_node("Conv", ["half", "w"], ["z"], group=32, kernel_shape=[3, 3]),
+            helper.make_node("Cast", ["z"], ["y"], to=kinds.FLOAT),
+        ],
+        "depthwise",
+        [helper.make_tensor_value_info("x", kinds.FLOAT, images.shape)],
+        [helper.make_tensor_value_info("y", kinds.FLOAT, [1, 32, 18, 18])],
+        [onnx.numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    read = session.read_model(model.SerializeToString())
+
+    def run(of: Any, computes_in: str) -> np.ndarray:
+        compiled = session.core().compile_model(of, "CPU", session.settings(1, computes_in))
+        return np.asarray(compiled([images])[0], np.float64)
+
+    expected = run(read, "fp32")
+    if rounded_by == "ours":
+        round_weights(read)
+    return decibels(expected, run(read, "bf16"))
+
+
+@needs_units
+def test_the_weights_of_a_bf16_rest_keep_their_sums():
+    """Otherwise the errors of nine weights would add up, because neighbouring pixels are alike."""
+    assert depthwise_on_one_sided_values("ours") > depthwise_on_one_sided_values("OpenVINO") + 3
+
+
+def test_rounding_a_bf16_rest_leaves_int8_weights_and_everything_else_alone():
+    helper, kinds = onnx.helper, onnx.TensorProto
+    random = np.random.default_rng(0)
+    arrays = {
+        "w8": random.integers(-127, 128, (16, 16, 1, 1)).astype(np.int8),
+        "s": np.full(16, 0.01, np.float32),
+        "b": random.normal(size=16).astype(np.float32),
+        "w": random.normal(size=(4, 16, 1, 1)).astype(np.float32),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("DequantizeLinear", ["w8", "s"], ["d"], axis=0),
+            helper.make_node("Conv", ["x", "d", "b"], ["z"]),
+            helper.make_node("Conv", ["z", "w"], ["y"]),
+        ],
+        "two",
+        [helper.make_tensor_value_info("x", kinds.FLOAT, [1, 16, 4, 4])],
+        [helper.make_tensor_value_info("y", kinds.FLOAT, [1, 4, 4, 4])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    read = session.read_model(model.SerializeToString())
+    round_weights(read)
+    constants = [node.data for node in read.get_ops() if node.get_type_name() == "Constant"]
+    for name in ("w8", "s", "b"):
+        assert any(
+            array.size == arrays[name].size and (array.ravel() == arrays[name].ravel()).all() for array in constants
+        )
+    [rounded] = [array for array in constants if array.shape == arrays["w"].shape]
+    np.testing.assert_array_equal(rounded, round_to_bf16(arrays["w"].reshape(4, 16)).reshape(rounded.shape))
+
+
+def test_a_bf16_graph_has_weights_whose_sums_are_kept(case):
+    graphs = [onnx.load(case.graphs[precision]).graph for precision in (Precision.FP16, Precision.BF16)]
+    arrays = [{tensor.name: tensor for tensor in graph.initializer} for graph in graphs]
+    found = 0
+    for name, tensor in arrays[1].items():
+        if tensor.data_type != onnx.TensorProto.BFLOAT16 or len(tensor.dims) != 4 or np.prod(tensor.dims[1:]) < 9:
+            continue
+        found += 1
+        fine, coarse = (onnx.numpy_helper.to_array(of[name]).astype(np.float64) for of in arrays)
+        errors = (coarse - fine).reshape(len(fine), -1)
+        assert np.abs(errors.sum(axis=1)).mean() < 0.3 * np.sqrt((errors**2).sum(axis=1)).mean()
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("precision", "frame", "units", "expected"),
+    [
+        (Precision.INT8, None, True, (Precision.BF16,)),
+        (Precision.INT8, FrameSpec(height=48, width=64, color="rgb"), True, ()),  # frames are converted in fp32
+        (Precision.INT8, None, False, ()),
+        (Precision.FP32, None, True, ()),
+        (Precision.FP8, None, True, ()),
+    ],
+)
+def test_where_what_is_not_int8_may_be_computed_in_bf16(monkeypatch, precision, frame, units, expected):
+    monkeypatch.setattr(compiler, "computes_in", lambda of: of if units else Precision.FP32)
+    input = networks.input_spec(32, 32)
+    if frame is not None:
+        input = msgspec.structs.replace(input, name="frame", frame=frame)
+    assert compiler.rests(precision, input) == expected

@@ -467,7 +467,12 @@ def test_auto_weighs_bf16_where_the_cpu_has_it(
     def measure(engines, input, *, progress):
         return [timing.Times(time, None) for time, _ in zip(times, engines, strict=True)]
 
+    def less_accurate(candidate):  # how accurate a bf16 rest is beside an fp32 rest is a matter of the network
+        return exact(candidate) - 0.1 * (candidate.engine.key.computes_in == "bf16")
+
+    exact = candidates._worst_sqnr
     monkeypatch.setattr(candidates, "time_engines", measure)
+    monkeypatch.setattr(candidates, "_worst_sqnr", less_accurate)
     monkeypatch.setattr(candidates, "can_win", lambda precision: precision is not Precision.FP16)
     options = BuildOptions(**SMALL, precisions="auto")
     result = build_bundle("test_resnet", tmp_path / "auto.bundle", images=photograph_folder, options=options)
@@ -488,6 +493,22 @@ def test_auto_weighs_bf16_where_the_cpu_has_it(
     )
     with EdgeBackbone.from_pretrained(result.bundle.path) as backbone:
         assert set(backbone.run(np.zeros(manifest.input.opt_shape, np.float32))) == set(manifest.backbone.outputs)
+
+
+@pytest.mark.skipif(
+    not has_units(Precision.BF16, hosts.this_host({}).cpu_features), reason="this CPU has no bf16 instructions"
+)
+@pytest.mark.parametrize(("times", "computes_in"), [((2.0, 1.0), "bf16"), ((1.0, 2.0), None)])
+def test_int8_that_was_asked_for_gets_the_faster_rest(photograph_folder, tmp_path, monkeypatch, times, computes_in):
+    def measure(engines, input, *, progress):
+        return [timing.Times(time, None) for time, _ in zip(times, engines, strict=True)]
+
+    monkeypatch.setattr(candidates, "time_engines", measure)
+    options = BuildOptions(**SMALL, precisions="int8")
+    result = build_bundle("test_resnet", tmp_path / "int8.bundle", images=photograph_folder, options=options)
+    (engine,) = result.bundle.manifest.engines
+    assert (engine.key.computes_in if isinstance(engine.key.computes_in, str) else None) == computes_in
+    assert result.bundle.manifest.decision is None
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from edge_backbones.deploy import compile as module
 from edge_backbones.deploy import parity, timing
 from edge_backbones.engines import registry
 from edge_backbones.engines import select as session
+from edge_backbones.engines.compat import computed_in, has_units
 from edge_backbones.engines.onnxruntime import compile as onnxruntime_compile
 from edge_backbones.engines.openvino import compile as openvino_compile
 from edge_backbones.engines.openvino import session as openvino_session
@@ -34,6 +35,7 @@ from edge_backbones.errors import (
     BundleError,
     CompileError,
     EngineMismatchError,
+    InferenceError,
     MissingDependencyError,
     OutOfMemoryError,
 )
@@ -634,7 +636,7 @@ def test_an_engine_that_another_process_took_out_while_it_was_timed_is_no_failur
 def test_two_whose_engines_differ_do_not_disturb_each_other(bundle, monkeypatch):
     """TensorRT's plans of one graph differ from run to run: each replaces the file that the other has just named."""
 
-    def compile_one(graph, precision, *, cache):
+    def compile_one(graph, precision, **_):
         engine = compile_graph(graph, precision, cache=None)
         return dataclasses.replace(engine, data=engine.data + bytes([threading.get_ident() % 251]))
 
@@ -655,7 +657,7 @@ def test_an_engine_of_the_bundle_that_was_here_before_is_refused(bundle, tmp_pat
     """A bundle that is replaced while an engine of it is compiled would run the old network."""
     options = BuildOptions(**{**OPTIONS, "weights": "random:1"}, precisions=(Precision.FP32,))
 
-    def compile_one(graph, precision, *, cache):
+    def compile_one(graph, precision, **_):
         build_bundle("test_resnet", bundle, options=options, overwrite=True)
         return compile_graph(graph, precision, cache=None)
 
@@ -796,3 +798,47 @@ def test_what_one_library_refuses_the_other_compiles(bundle, arm, monkeypatch):
     # A precision that was named and that neither compiles is an error, whatever was added.
     with pytest.raises(CompileError, match="it computes wrongly"):
         compile_bundle(bundle, precisions=("fp16", "fp32"), rivals=("onnxruntime",))
+
+
+@pytest.fixture(scope="module")
+def built_int8(tmp_path_factory, photograph_folder) -> Path:
+    target = tmp_path_factory.mktemp("int8") / "net.bundle"
+    options = BuildOptions(**OPTIONS, precisions=(Precision.INT8,))
+    return build_bundle("test_resnet", target, images=photograph_folder, options=options).bundle.path
+
+
+@pytest.mark.skipif(
+    not has_units(Precision.BF16, hosts.this_host({}).cpu_features), reason="this CPU has no bf16 instructions"
+)
+@pytest.mark.parametrize(
+    ("milliseconds", "fails", "expected"),
+    [((2.0, 1.0), False, "bf16"), ((1.0, 2.0), False, "fp32"), ((2.0, 1.0), True, "fp32")],
+    ids=["faster", "slower", "outside its gate"],
+)
+def test_what_is_not_int8_is_computed_in_the_faster_format_inside_the_gate(
+    built_int8, tmp_path, monkeypatch, milliseconds, fails, expected
+):
+    path = Path(shutil.copytree(built_int8, tmp_path / "net.bundle"))
+    for name in names(path):
+        Bundle.open(path).remove_engine(name)
+    tried: list[str] = []
+
+    def measure(bundle, key, *rest, **more):
+        tried.append(computed_in(key))
+        if fails and tried[-1] == "bf16":
+            raise InferenceError("no engine that runs")
+        return measured(bundle, key, *rest, **more)
+
+    measured = module.measure_in_bundle
+    monkeypatch.setattr(module, "measure_in_bundle", measure)
+    monkeypatch.setattr(
+        module,
+        "time_engines",
+        lambda engines, *_, **__: [timing.Times(one, None) for one, _ in zip(milliseconds, engines, strict=True)],
+    )
+    [engine] = compile_bundle(path, precisions=(Precision.INT8,)).engines
+    assert computed_in(engine.key) == expected
+    assert tried == ["fp32", "bf16"]
+    assert names(path) == [engine.name]  # the other one is not in the bundle
+    with EdgeBackbone.from_pretrained(path) as backbone:
+        assert backbone.engine == engine.name

@@ -63,6 +63,17 @@ class PooledFeature(nn.Module):
         return pooled, self.next(pooled)
 
 
+class BoundedAtSix(nn.Module):
+    """Two of EfficientNet-Lite0's layers with a ReLU6 between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.last = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 32, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.last(nn.functional.relu6(self.wide(x))),)
+
+
 class ReluFeature(nn.Module):
     """A ReLU whose result is a feature map too."""
 
@@ -75,7 +86,10 @@ class ReluFeature(nn.Module):
         return positive, self.next(positive)
 
 
-def typed_graph(net: nn.Module, folder: Path, images: np.ndarray, *, stages: int = 1, batch=(1, 2, 4)) -> bytes:
+def typed_graph(
+    net: nn.Module, folder: Path, images: np.ndarray, *, stages: int = 1, batch=(1, 2, 4), reach: float | None = None
+) -> bytes:
+    """An int8 graph. ``reach``: the range of every tensor, by default what the images reach."""
     torch.manual_seed(1)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.15)
@@ -83,6 +97,8 @@ def typed_graph(net: nn.Module, folder: Path, images: np.ndarray, *, stages: int
     loaded = networks.hand_made(net, stages=stages)
     graph = export_onnx(prepare(loaded, networks.input_spec(height, width, batch=batch)), folder / "fp32.onnx")
     ranges = find_ranges(collect_magnitudes(graph.path, tensors_to_calibrate(graph), [images]))
+    if reach is not None:
+        ranges = dict.fromkeys(ranges, reach)
     write_typed_graph(graph, precision=Precision.INT8, path=folder / "int8.onnx", ranges=ranges)
     return (folder / "int8.onnx").read_bytes()
 
@@ -183,6 +199,24 @@ def test_a_relu_that_rounding_does_is_left_out(photographs, tmp_path, net, stage
     for found, reference in zip(run(graph, images, outputs=names), networks.maps_of(module, images), strict=True):
         assert sqnr(reference, found) > 25
         assert reference.min() < 0 or found.min() == 0
+
+
+@pytest.mark.parametrize(("reach", "left"), [(6.0, 0), (3.0, 0), (6.1, 1)], ids=["its bound", "below it", "above it"])
+def test_a_relu6_that_rounding_does_is_left_out(photographs, tmp_path, reach, left):
+    """Where the levels end above its bound, it still has to cut off what lies between the two."""
+    images = networks.normalised(networks.crops(photographs, 2, 32, 48))
+    graph = typed_graph(BoundedAtSix(), tmp_path, images, reach=reach)
+    model = read_model(graph)
+    cpu_graph.adapt(model)
+    kinds = [node.get_type_name() for node in model.get_ops()]
+    assert kinds.count("Minimum") + kinds.count("Clamp") == left
+    levels = [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
+    assert any(node.input_value(3).get_node().data.item() == 0 for node in levels)  # unsigned
+    finer, count = with_unsigned_tensors(graph)
+    assert count == 1
+    session = onnxruntime.InferenceSession(finer.SerializeToString(), providers=["CPUExecutionProvider"])
+    [expected], [adapted] = session.run(None, {"pixel_values": images}), run(graph, images)
+    assert sqnr(expected, adapted) > 35
 
 
 def test_a_pooled_feature_map_stays_unrounded(photographs, tmp_path):

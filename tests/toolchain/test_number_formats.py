@@ -81,7 +81,10 @@ def test_bf16_rounds_to_eight_bits(case, tmp_path):
             assert weight.data_type == TensorProto.BFLOAT16
             exact = source[weight.name.removesuffix(".half")]
             rounded = torch.from_numpy(exact.copy()).bfloat16().float().numpy()  # an independent rounding
-            np.testing.assert_array_equal(numpy_helper.to_array(weight).astype(np.float32), rounded)
+            found = numpy_helper.to_array(weight).astype(np.float32)
+            # Some weights are rounded the other way, which keeps the sums of channels: see edge_backbones/rounding.py.
+            assert (found == rounded).mean() > 0.5
+            assert (np.abs(found - exact) <= 2.0**-7 * np.abs(exact)).all()
             seen += 1
     assert seen > 5
     assert {output.type.tensor_type.elem_type for output in model.graph.output} == {TensorProto.FLOAT}

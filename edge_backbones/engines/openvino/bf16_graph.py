@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_backbones.engines.openvino.session import load_library
+from edge_backbones.rounding import round_to_bf16
 
 if TYPE_CHECKING:
     import openvino
@@ -37,6 +38,26 @@ def adapt(model: openvino.Model) -> None:
             else:  # the pixels of a camera, or an output, whose name belongs to this node
                 node.set_destination_type("f32")
     model.validate_nodes_and_infer_types()
+
+
+def round_weights(model: openvino.Model) -> None:
+    """Round the weights of float convolutions to bf16 as :mod:`edge_backbones.rounding` does, in place.
+
+    OpenVINO would round each weight to the nearest number, which costs EfficientNet-Lite0 5 dB in int8 with a bf16 rest.
+    """
+    library = load_library()
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in ("Convolution", "GroupConvolution"):
+            continue
+        weight = node.input_value(1).get_node()
+        while weight.get_type_name() in ("Convert", "Reshape"):  # a Reshape puts the groups on an axis of their own
+            weight = weight.input_value(0).get_node()
+        if weight.get_type_name() != "Constant" or not weight.get_element_type().is_real():
+            continue
+        values = weight.get_data(dtype=np.float32)
+        rounded = round_to_bf16(values.reshape(len(values), -1)).reshape(values.shape)
+        # Every bf16 number near an fp16 number is an fp16 number.
+        _replace(weight, library.opset13.constant(rounded, weight.get_element_type()).output(0))
 
 
 def _replace(node: Any, by: Any) -> None:

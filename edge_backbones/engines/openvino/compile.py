@@ -23,9 +23,10 @@ from edge_backbones.engines.base import CompiledEngine
 from edge_backbones.engines.openvino import bf16_graph, frame_graph, int8_graph, session
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.machine import hosts
-from edge_backbones.spec import Precision
+from edge_backbones.spec import InputSpec, Precision
 
 CACHE_LIMIT_BYTES = 4 << 30
+_ADAPTED = 2  # Raise it if the same graph is adapted in another way: cached engines are those of an earlier way then.
 
 
 def computes_in(precision: Precision) -> Precision:
@@ -33,6 +34,16 @@ def computes_in(precision: Precision) -> Precision:
     if not precision.info.is_half or not compat.has_units(precision, hosts.this_host({}).cpu_features):
         return Precision.FP32
     return Precision.FP32 if precision is Precision.FP16 and not session.computes_in_fp16() else precision
+
+
+def rests(precision: Precision, input: InputSpec) -> tuple[Precision, ...]:
+    """Return the number formats, besides fp32, in which an int8 engine can compute what is not int8 on this machine.
+
+    None for engines that take camera frames: frames are converted in fp32.
+    """
+    if precision is not Precision.INT8 or input.frame is not None or computes_in(Precision.BF16) is not Precision.BF16:
+        return ()
+    return (Precision.BF16,)
 
 
 def engine_key(
@@ -81,13 +92,15 @@ def compile_graph(
     """
     key = engine_key(graph, precision, as_written=as_written, rest=rest)
     chosen = session.settings(None, compat.computed_in(key))
-    name = hashlib.sha256(msgspec.json.encode([key, chosen, as_written])).hexdigest()
+    name = hashlib.sha256(msgspec.json.encode([key, chosen, as_written, _ADAPTED])).hexdigest()
     if cache is not None and (cached := _read_cached(cache, name)) is not None:
         return CompiledEngine(cached, key, ".blob", from_cache=True)
     model = session.read_model(graph)
     frame_graph.adapt(model)
     if precision is Precision.INT8 and not as_written:
         int8_graph.adapt(model)
+        if rest is Precision.BF16:
+            bf16_graph.round_weights(model)
     if precision is Precision.BF16 and not as_written and not _takes_frames(graph):
         bf16_graph.adapt(model)
     data = session.compile_model(model, compat.computed_in(key))

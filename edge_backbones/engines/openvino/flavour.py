@@ -13,7 +13,7 @@ from edge_backbones.engines.openvino import layer_times, session
 from edge_backbones.machine.hosts import Host
 from edge_backbones.machine.profiles import DeviceProfile
 from edge_backbones.progress import Progress
-from edge_backbones.spec import BackboneSpec, InputSpec
+from edge_backbones.spec import BackboneSpec, InputSpec, Precision
 
 
 class OpenVino(Flavour):
@@ -43,7 +43,11 @@ class OpenVino(Flavour):
     def compile(
         self, bundle: Bundle, graph: GraphRecord, options: CompileOptions, progress: Progress
     ) -> CompiledEngine:
-        return compiler.compile_graph(bytes(bundle.read(graph.file)), graph.precision, cache=options.cache)
+        data = bytes(bundle.read(graph.file))
+        return compiler.compile_graph(data, graph.precision, cache=options.cache, rest=options.rest)
+
+    def rests(self, precision: Precision, input: InputSpec) -> tuple[Precision, ...]:
+        return compiler.rests(precision, input)
 
     def time_layers(self, data: bytearray, images: np.ndarray, key: EngineKey | None = None) -> list[LayerTime]:
         return layer_times.time_layers(data, images, "fp32" if key is None else compat.computed_in(key))

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_backbones.errors import QuantizationError
+from edge_backbones.rounding import round_to_bf16
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.quantize.formats import type_of
 from edge_backbones.toolchain.quantize.onnx_edits import (
@@ -29,7 +30,7 @@ from edge_backbones.toolchain.quantize.onnx_edits import (
     is_constant,
     name_of,
 )
-from edge_backbones.toolchain.quantize.placement import depths_of
+from edge_backbones.toolchain.quantize.placement import WEIGHTED, depths_of, output_channel_axis
 
 _HALF_SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 _FLOAT_REDUCTIONS = frozenset({
@@ -92,10 +93,21 @@ def convert_to_half(
             if (value, wanted) not in casts:
                 name = f"{name_of(value).removesuffix('.half')}.{suffix}"
                 if is_constant(value):
-                    casts[value, wanted] = add_constant(graph, name, constant_of(value).astype(wanted.numpy()))
+                    rounded = _rounded(node, index, constant_of(value), wanted)
+                    casts[value, wanted] = add_constant(graph, name, rounded)
                 else:
                     casts[value, wanted] = add_cast(graph, value, wanted, name)
             node.replace_input_with(index, casts[value, wanted])
+
+
+def _rounded(node: ir.Node, index: int, constant: np.ndarray, wanted: ir.DataType) -> np.ndarray:
+    """Return a constant input of a node in another type. bf16 has so few bits that weights are rounded with care."""
+    is_weight = index == 1 and (node.op_type == "Conv" or (node.op_type in WEIGHTED and constant.ndim == 2))
+    if wanted == ir.DataType.BFLOAT16 and is_weight:
+        rows = np.moveaxis(constant, output_channel_axis(node), 0)
+        rounded = round_to_bf16(rows.reshape(len(rows), -1)).reshape(rows.shape)
+        constant = np.ascontiguousarray(np.moveaxis(rounded, 0, output_channel_axis(node)))
+    return constant.astype(wanted.numpy())
 
 
 def _nodes_kept_in_float(graph: ir.Graph, precision: Precision, large: Collection[str]) -> set[ir.Node]:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_backbones.errors import QuantizationError
+from edge_backbones.rounding import round_to_int8
 from edge_backbones.spec import Precision
 from edge_backbones.toolchain.quantize import centre
 from edge_backbones.toolchain.quantize.formats import HALF_SMALLEST, largest_threshold, scales_of, type_of
@@ -186,5 +187,7 @@ def _rounded(weight: ir.Value, axis: int, precision: Precision) -> tuple[np.ndar
     # Only the floor of scales_of can leave |value / scale| below the largest; nothing can leave it above.
     scaled = values / scales.astype(np.float64)
     if precision.info.is_integer:
-        return np.rint(scaled).astype(np.int8), scales
+        rows = np.moveaxis(scaled, axis, 0)
+        rounded = round_to_int8(rows.reshape(per_channel.shape)).reshape(rows.shape)
+        return np.ascontiguousarray(np.moveaxis(rounded, 0, axis)), scales
     return scaled.astype(type_of(precision).numpy()), scales
