@@ -1,9 +1,9 @@
 """``python -m benchmarks.cpp``: how long a call, a load and a start take in C++ and in Python, for the same engine.
 
-Processes of both languages run by turns. A start is the time from the creation of a process to its first feature
-maps, as a parent sees it. A load is `from_pretrained` alone: in Python it imports OpenVINO, which a program in C++ is
-linked with. Most of both is OpenVINO's import_model. Results: benchmarks/results/cpp.json. The aims: a call takes at
-most 1.02 times as long as in Python, and a load and a start at most half as long.
+Processes of both languages run by turns. A start is the time from the creation of a process to its first feature maps, as a
+parent sees it. A load is `from_pretrained` alone: in Python it imports OpenVINO, which a program in C++ is linked with. Most
+of both is OpenVINO's import_model. Results: benchmarks/results/cpp.json. The aims: a call takes at most 1.02 times as long as
+in Python, and a load and a start at most half as long.
 """
 
 from __future__ import annotations

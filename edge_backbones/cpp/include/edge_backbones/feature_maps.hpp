@@ -40,10 +40,11 @@ class MemoryPool {
 
   void give_back(std::size_t bytes, Memory memory) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (free_.size() < most_) free_.emplace_back(bytes, std::move(memory));
+    if (free_.size() >= most_) free_.erase(free_.begin());  // the oldest: its size may not be asked for any more
+    free_.emplace_back(bytes, std::move(memory));
   }
 
-  /// `most`: how many pieces of memory are kept.
+  /// `most`: how many pieces of memory are kept, at least 1.
   explicit MemoryPool(std::size_t most) : most_(most) { free_.reserve(most); }
 
  private:
