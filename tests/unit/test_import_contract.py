@@ -99,6 +99,14 @@ def test_the_node_of_ros_says_how_to_get_ros(missing):
     assert "pip install ros-rclpy " in last
 
 
+def test_the_program_of_ros_says_it_in_one_line():
+    code = "import runpy\nrunpy.run_module('edge_backbones.integrations.ros2', run_name='__main__')"
+    done = run_without(("rclpy",), code)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("the ROS 2 node (rclpy")
+    assert done.returncode == 1
+
+
 def test_a_missing_command_line_library_is_named_with_its_install_command():
     done = run_without(("typer",), "import edge_backbones.cli.main")
     assert done.returncode == 1
