@@ -140,6 +140,8 @@ class TritonOptions:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise InputError(f"{option} is at least 1, got {value}")
+            if value is not None and value > configs.LARGEST:
+                raise InputError(f"{option} is at most {configs.LARGEST}, got {value}")
         parse_device(self.device)
 
 
