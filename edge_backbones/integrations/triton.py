@@ -201,7 +201,19 @@ def export_triton(
         folders, notes = read_current(path, lambda bundle: write(staging, bundle))[1]
         storage.sync_tree(staging)
         publish(staging, target, [folder.model.name for folder in folders], overwrite=options.overwrite)
+    notes += _left_behind(target, [folder.model.name for folder in folders])
     return TritonExport(target, tuple(folder.model for folder in folders), tuple(dict.fromkeys(notes)))
+
+
+def _left_behind(repository: Path, written: Sequence[str]) -> list[str]:
+    """Return notes about ensembles of an earlier export, which now hand their pictures to a new network."""
+    old = [f"{name}_ensemble" for name in written if f"{name}_ensemble" not in written]
+    return [
+        f"{repository / name} was not written anew and prepares pictures for the model before: remove it, or export with "
+        "--ensemble"
+        for name in old
+        if (repository / name).exists()
+    ]
 
 
 def _require_name(name: str) -> str:

@@ -41,6 +41,7 @@ ON_DEVICE = [
     ),
     "edge_backbones.pictures",
     *(f"edge_backbones.integrations.ros2.{name}" for name in ("frames", "maps", "figures", "options", "pipeline")),
+    "edge_backbones.integrations.triton_serving",
     "edge_backbones.toolchain.artifacts",
     "edge_backbones.toolchain.build",
 ]

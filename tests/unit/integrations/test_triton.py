@@ -361,6 +361,15 @@ def test_a_server_that_looks_meanwhile_sees_no_other_folder(bundle, tmp_path, mo
     assert os.listdir(tmp_path / "disk") == ["models"]
 
 
+def test_an_ensemble_of_an_earlier_export_is_named(bundle, tmp_path):
+    assert not any("ensemble" in note for note in export_triton(bundle.path, tmp_path / "models").notes)
+    both = TritonOptions(ensemble="rgb", overwrite=True)
+    for _ in range(2):
+        assert not any("ensemble" in note for note in export_triton(bundle.path, tmp_path / "models", both).notes)
+    *_, note = export_triton(bundle.path, tmp_path / "models", TritonOptions(overwrite=True)).notes
+    assert note.startswith(f"{tmp_path / 'models' / 'pool_ensemble'} was not written anew")
+
+
 def test_ensembles_that_cannot_be_are_refused(bundle, tmp_path):
     source = msgspec.structs.replace(
         bundle.manifest.source, preprocessing_notes=("the processor does more: prepare pixel_values with it",)
