@@ -1,6 +1,6 @@
 # make demo   from nothing to feature maps: installs, builds a trained network in int8, runs it, shows what it sees
 # make check  the lints and the unit tests: what to run before a commit, in less than four minutes on two cores
-# make test   installs and runs every test, those of transformers twice (newest, 4.44); no GPU, no model hub
+# make test   installs and runs every test but test-consumers, those of transformers twice (newest, 4.44); no GPU, no model hub
 # make test-consumers  what uses a bundle beside Python: ROS 2, Triton, libtorch, GStreamer, in environments of their own
 # make test-cpp  the C++ library with every back end that can be compiled here, libtorch too (a minute for one file)
 # make lint   formatting, lint, types, direction of imports, Dockerfile.jetson

@@ -293,14 +293,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     Gst.init(None)
-    if arguments.maps is not None:
-        arguments.maps.mkdir(parents=True, exist_ok=True)
     try:
+        if arguments.maps is not None:
+            arguments.maps.mkdir(parents=True, exist_ok=True)
         with EdgeBackbone.from_pretrained(arguments.bundle) as backbone:
             print(f"{run(arguments, backbone)} frames")
     except KeyboardInterrupt:
         sys.exit(130)
-    except (PipelineError, EdgeBackbonesError) as error:
+    except (PipelineError, EdgeBackbonesError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
 
 

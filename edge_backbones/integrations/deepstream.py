@@ -25,6 +25,9 @@ from edge_backbones.spec import Precision
 CONFIG = "config_infer.txt"
 """Name of the configuration file, for the property ``config-file-path`` of nvinfer."""
 
+FIRST_LINE = "# Written by edge-backbones export-deepstream."
+"""How our configuration files begin. Another file is not overwritten."""
+
 _WHOLE_FRAMES, _NO_DECODER, _ON_GPU = 1, 100, 1
 _NETWORK_MODE = {Precision.FP32: 0, Precision.INT8: 1, Precision.FP16: 2, Precision.BF16: 2, Precision.FP8: 2}
 # NvBufSurfTransform_Inter, as the GPU reads it: its "super" filter averages, as box and Hamming do.
@@ -78,8 +81,7 @@ def export_deepstream(
         raise InputError(f"{folder} is the bundle itself or inside it, which stays as it is: choose another folder")
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"{folder} is a file: choose the name of a folder")
-    if (folder / CONFIG).exists() and not overwrite:
-        raise BundleError(f"{folder / CONFIG} exists: choose another folder or pass --overwrite (overwrite=True)")
+    _require_free(folder / CONFIG, overwrite=overwrite)
 
     def export(bundle: Bundle) -> DeepStreamFiles:
         bundle, _ = trust.admit(bundle)
@@ -95,6 +97,18 @@ def export_deepstream(
         return DeepStreamFiles(config=folder / CONFIG, plan=plan, engine=record.name, notes=notes)
 
     return read_current(path, export)[1]
+
+
+def _require_free(config: Path, *, overwrite: bool) -> None:
+    """Raise BundleError unless ``config`` may be written: only a file that `export_deepstream` wrote is replaced."""
+    if not os.path.lexists(config):
+        return
+    if not overwrite:
+        raise BundleError(f"{config} exists: choose another folder or pass --overwrite (overwrite=True)")
+    with explained(config):
+        is_ours = config.is_file() and config.read_bytes().startswith(FIRST_LINE.encode())
+    if not is_ours:
+        raise BundleError(f"{config} was not written by export-deepstream and stays as it is: choose another folder")
 
 
 def nvinfer_properties(
@@ -263,6 +277,5 @@ def _listed(values: tuple[float, ...]) -> str:
 
 def _as_text(properties: Mapping[str, str], comments: tuple[str, ...]) -> str:
     """Return a configuration file. GLib, which reads it, knows comments on lines of their own alone."""
-    head = ["Written by edge-backbones export-deepstream.", *comments]
-    lines = [f"# {visible(line)}" for line in head]
-    return "\n".join([*lines, "[property]", *(f"{key}={value}" for key, value in properties.items()), ""])
+    lines = [f"# {visible(line)}" for line in comments]
+    return "\n".join([FIRST_LINE, *lines, "[property]", *(f"{key}={value}" for key, value in properties.items()), ""])

@@ -140,6 +140,8 @@ class TritonOptions:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise InputError(f"{option} is at least 1, got {value}")
+            if value is not None and value > configs.LARGEST:
+                raise InputError(f"{option} is at most {configs.LARGEST}, got {value}")
         parse_device(self.device)
 
 
@@ -199,7 +201,19 @@ def export_triton(
         folders, notes = read_current(path, lambda bundle: write(staging, bundle))[1]
         storage.sync_tree(staging)
         publish(staging, target, [folder.model.name for folder in folders], overwrite=options.overwrite)
+    notes += _left_behind(target, [folder.model.name for folder in folders])
     return TritonExport(target, tuple(folder.model for folder in folders), tuple(dict.fromkeys(notes)))
+
+
+def _left_behind(repository: Path, written: Sequence[str]) -> list[str]:
+    """Return notes about ensembles of an earlier export, which now hand their pictures to a new network."""
+    old = [f"{name}_ensemble" for name in written if f"{name}_ensemble" not in written]
+    return [
+        f"{repository / name} was not written anew and prepares pictures for the model before: remove it, or export with "
+        "--ensemble"
+        for name in old
+        if (repository / name).exists()
+    ]
 
 
 def _require_name(name: str) -> str:

@@ -22,6 +22,9 @@ FIRST_LINE = "# Written by edge-backbones export-triton."
 PICTURES, PREPARED = "photograph", "prepared photograph"
 """Names of the input of a preprocessing model and of an ensemble, and of what flows inside an ensemble."""
 
+LARGEST = 2**31 - 1
+"""The largest number of an int32, the type of counts in config.pbtxt."""
+
 _DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
 _BACKENDS = {"tensorrt": "tensorrt", "onnxruntime": "onnxruntime", "openvino": "openvino", "python": "python"}
 _MODEL_FILES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "openvino": "model.onnx", "python": "model.py"}

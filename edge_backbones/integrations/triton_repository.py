@@ -86,16 +86,18 @@ def _copy_bundle(bundle: Bundle, target: Path) -> None:
 
 @contextlib.contextmanager
 def staged(repository: Path, base: str) -> Iterator[Path]:
-    """Yield a hidden folder in the repository, which Triton does not look at; remove it at the end."""
+    """Yield a folder from which models can be renamed into the repository; remove it at the end."""
     is_new = not os.path.lexists(repository)
+    if repository.exists() and not repository.is_dir():
+        raise BundleError(f"{repository} is a file, and a repository is a folder: choose another name")
     with storage.explained(repository):
         repository.mkdir(parents=True, exist_ok=True)
-    staging = repository / f".{base}.building-{secrets.token_hex(4)}"
     try:
         with storage.lock(repository / base):
+            with storage.explained(repository):
+                staging = _make_staging(repository, f".{base}.building-{secrets.token_hex(4)}")
             try:
                 with storage.explained(repository, staging):
-                    staging.mkdir()
                     yield staging
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -103,6 +105,27 @@ def staged(repository: Path, base: str) -> Iterator[Path]:
         if is_new:
             with contextlib.suppress(OSError):  # it holds the models
                 repository.rmdir()
+
+
+def _make_staging(repository: Path, name: str) -> Path:
+    """Make a folder beside the repository, and return it. Raises OSError.
+
+    Triton takes every folder in a repository for a model, hidden ones too, and a server that starts ends if one cannot be
+    loaded. Only where nothing can be renamed from beside the repository, as where it is mounted, the folder is inside it.
+    """
+    beside = Path(os.path.realpath(repository)).parent / name
+    probe = repository / f"{name}.probe"  # a file: Triton looks at folders alone
+    try:
+        beside.mkdir()
+        (beside / probe.name).touch()
+        (beside / probe.name).rename(probe)
+        probe.unlink()
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        inside = repository / name
+        inside.mkdir()
+        return inside
+    return beside
 
 
 def require_free(place: Path, *, overwrite: bool) -> None:

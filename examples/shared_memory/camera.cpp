@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <csignal>
@@ -20,6 +21,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -28,6 +30,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 volatile std::sig_atomic_t interrupted = 0;
+
+constexpr std::uint64_t kMostPixels = 16384;  // in a row or a column
 
 struct Options {
   std::string name;
@@ -250,8 +254,28 @@ int run(const Options& options) {
   return 0;
 }
 
+// Return the whole number of a word; throw for another word, and for a number above `most`.
+std::uint64_t whole(const std::string& what, const std::string& word, std::uint64_t most) {
+  std::uint64_t value = 0;
+  const char* end = word.data() + word.size();
+  const auto [last, error] = std::from_chars(word.data(), end, value);
+  if (error != std::errc() || last != end || value > most) {
+    throw std::runtime_error(what + " is a whole number up to " + std::to_string(most) + ", got " + word);
+  }
+  return value;
+}
+
+double decimal(const std::string& what, const std::string& word) {
+  char* end = nullptr;
+  const double value = std::strtod(word.c_str(), &end);
+  if (word.empty() || *end != '\0' || !std::isfinite(value)) {
+    throw std::runtime_error(what + " is a number, got " + word);
+  }
+  return value;
+}
+
 Options parse(const std::vector<std::string>& words) {
-  if (words.size() < 3) {
+  if (words.size() < 3 || words.size() % 2 == 0) {
     throw std::runtime_error(
         "usage: camera /NAME HEIGHT WIDTH [--frames N] [--rate HZ] [--map-bytes N] [--wait S] [--save FILE]");
   }
@@ -260,20 +284,18 @@ Options parse(const std::vector<std::string>& words) {
   if (options.name.size() < 2 || options.name[0] != '/' || options.name.find('/', 1) != std::string::npos) {
     throw std::runtime_error("the name of the shared memory begins with a slash and has no other: /camera");
   }
-  options.height = static_cast<std::uint32_t>(std::stoul(words[1]));
-  options.width = static_cast<std::uint32_t>(std::stoul(words[2]));
+  options.height = static_cast<std::uint32_t>(whole("HEIGHT", words[1], kMostPixels));
+  options.width = static_cast<std::uint32_t>(whole("WIDTH", words[2], kMostPixels));
   for (std::size_t i = 3; i + 1 < words.size(); i += 2) {
     const std::string& value = words[i + 1];
-    if (words[i] == "--frames") options.frames = std::stoull(value);
-    else if (words[i] == "--rate") options.rate = std::stod(value);
-    else if (words[i] == "--map-bytes") options.map_bytes = std::stoull(value);
-    else if (words[i] == "--wait") options.wait_s = std::stod(value);
+    if (words[i] == "--frames") options.frames = whole(words[i], value, std::uint64_t{1} << 62);
+    else if (words[i] == "--rate") options.rate = decimal(words[i], value);
+    else if (words[i] == "--map-bytes") options.map_bytes = whole(words[i], value, std::uint64_t{1} << 40);
+    else if (words[i] == "--wait") options.wait_s = decimal(words[i], value);
     else if (words[i] == "--save") options.save = value;
     else throw std::runtime_error("unknown option " + words[i]);
   }
-  if (options.height == 0 || options.width == 0 || options.height > 16384 || options.width > 16384) {
-    throw std::runtime_error("height and width are 1 to 16384");
-  }
+  if (options.height == 0 || options.width == 0) throw std::runtime_error("HEIGHT and WIDTH are at least 1");
   if (!(options.rate > 0)) throw std::runtime_error("--rate is more than 0");
   return options;
 }

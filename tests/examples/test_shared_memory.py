@@ -244,6 +244,24 @@ def test_memory_that_is_not_the_cameras_is_refused(program, name, fields, size, 
         program.Segment(name)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["high", "640"], "HEIGHT is a whole number up to 16384, got high"),
+        (["480", str(2**32 + 1)], "WIDTH is a whole number up to 16384, got 4294967297"),
+        (["480", "640", "--frames", "9" * 30], "--frames is a whole number up to "),
+        (["480", "640", "--rate", "fast"], "--rate is a number, got fast"),
+        (["480", "640", "--frames"], "usage: camera /NAME HEIGHT WIDTH"),
+    ],
+)
+def test_the_camera_refuses_words_that_are_no_numbers(camera, start, name, words, said):
+    refused = start(camera, name, *words)
+    printed, error = refused.communicate(timeout=60)
+    assert (refused.returncode, printed) == (1, "")
+    assert error.startswith(f"camera: {said}")
+    assert not place_of(name).exists()
+
+
 def test_without_a_segment_the_message_says_what_to_start(bundles, start, name):
     done = backbone_of(start, bundles / "frames.bundle", name)
     assert done.wait(60) == 1

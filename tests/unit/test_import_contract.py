@@ -41,6 +41,7 @@ ON_DEVICE = [
     ),
     "edge_backbones.pictures",
     *(f"edge_backbones.integrations.ros2.{name}" for name in ("frames", "maps", "figures", "options", "pipeline")),
+    "edge_backbones.integrations.triton_serving",
     "edge_backbones.toolchain.artifacts",
     "edge_backbones.toolchain.build",
 ]
@@ -97,6 +98,14 @@ def test_the_node_of_ros_says_how_to_get_ros(missing):
     assert last.startswith("edge_backbones.errors.MissingDependencyError: the ROS 2 node (")
     assert "source /opt/ros/DISTRIBUTION/setup.bash" in last
     assert "pip install ros-rclpy " in last
+
+
+def test_the_program_of_ros_says_it_in_one_line():
+    code = "import runpy\nrunpy.run_module('edge_backbones.integrations.ros2', run_name='__main__')"
+    done = run_without(("rclpy",), code)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("the ROS 2 node (rclpy")
+    assert done.returncode == 1
 
 
 def test_a_missing_command_line_library_is_named_with_its_install_command():

@@ -41,11 +41,13 @@ class Newest(Generic[_T]):
             item, self._item = self._item, None
             return item if self._is_open else None
 
-    def close(self) -> None:
-        """Let `take` return None, now and from now on."""
+    def close(self) -> bool:
+        """Let `take` return None, now and from now on. Return whether an item was left that nobody had taken."""
         with self._changed:
+            left, self._item = self._item is not None, None
             self._is_open = False
             self._changed.notify_all()
+        return left
 
 
 @dataclasses.dataclass
@@ -55,7 +57,7 @@ class Counts:
     Attributes:
         received: Frames that reached the node.
         lost: Frames that the camera has sent and the middleware did not deliver, as far as it numbers them.
-        dropped: Frames that waited for the engine when a newer one came.
+        dropped: Frames that waited for the engine when a newer one came, or when the node was deactivated.
         refused: Frames that cannot be used: their encoding, their size.
         unread: Frames whose maps nobody has subscribed to. They are not computed.
         failed: Frames on which the engine or a publisher failed.

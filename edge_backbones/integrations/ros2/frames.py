@@ -105,7 +105,8 @@ def frame_of_compressed(message: Any, channels: int) -> Frame:
             f"format {shortened(str(message.format), _LONGEST_NAME)!r} is a depth image, and pictures are taken: subscribe "
             "to the camera's colour image"
         )
-    return Frame(decode_bytes(memoryview(message.data), channels), "gray" if channels == 1 else "rgb")
+    picture = decode_bytes(memoryview(message.data), channels)
+    return Frame(picture, "gray" if channels == 1 else "rgb")
 
 
 def as_input_takes(frame: Frame, input: InputSpec) -> Frame:

@@ -115,7 +115,8 @@ class BackboneNode(LifecycleNode):
             return TransitionCallbackReturn.FAILURE
         except Exception as error:  # rclpy would hide it, and enter the state of an error without a word
             self._release()
-            self.get_logger().error(f"not configured: {first_line(error, typed=True)}")
+            if self.context.ok():  # else a signal has ended ROS meanwhile
+                self.get_logger().error(f"not configured: {first_line(error, typed=True)}")
             return TransitionCallbackReturn.FAILURE
         assert self._pipeline is not None
         backbone = self._pipeline.backbone
@@ -209,7 +210,8 @@ class BackboneNode(LifecycleNode):
         if self._subscription is not None:
             self.destroy_subscription(self._subscription)
             self._subscription = None
-        self._newest.close()
+        if self._newest.close():
+            self.counts.dropped += 1
         if self._worker is not None:
             self._worker.join()
             self._worker = None
@@ -430,11 +432,16 @@ def main(args: list[str] | None = None) -> int:
     node: BackboneNode | None = None
     try:
         node = BackboneNode()
-        if node.get_parameter("autostart").value is True:
+        if node.get_parameter("autostart").value is not False:  # configuring refuses what is not true or false
             node.start()
-        rclpy.spin(node)
+        if rclpy.ok():
+            rclpy.spin(node)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass  # asked for
+    except Exception:
+        if rclpy.ok():
+            raise
+        # A signal has ended ROS while the node started, and whatever uses ROS then fails.
     finally:
         if node is not None:
             node.close()

@@ -53,6 +53,8 @@ def _text(name: str, value: Any) -> str:
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:  # ROS has no type for an empty list, and gives none
+        return ()
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
         raise InputError(f"parameter {name} is a list of texts, got {value!r}: write ['layer3', 'layer4']")
     return tuple(one for one in value if one)

@@ -237,6 +237,14 @@ def test_a_python_without_the_bindings_says_what_to_install(tmp_path):
     assert "--system-site-packages" in line
 
 
+def test_a_folder_for_maps_that_cannot_be_is_one_line(example, tmp_path):
+    (tmp_path / "file").touch()
+    done = example("rgb.bundle", "videotestsrc num-buffers=1", "fakesink", "--maps", tmp_path / "file")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line == f"gstreamer.py: [Errno 17] File exists: '{tmp_path / 'file'}'"
+
+
 def test_glib_reads_the_file_that_deepstream_gets(in_python, tmp_path):
     """nvinfer reads its configuration with this parser of GLib, which knows no comment behind a value."""
     bundle = with_plan(make_bundle(tmp_path / "net.bundle"))

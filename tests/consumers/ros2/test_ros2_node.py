@@ -327,3 +327,35 @@ def test_ctrl_c_ends_the_node_in_good_order(robot, start_node, bundles, number):
     assert node.end(number) == 0, node.log
     (line,) = node.log.splitlines()
     assert "configured: image, engine openvino-" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_node_while_it_starts(start_node, bundles, tmp_path, number):
+    """The messages are imported while the node is configured: these here wait for the end of ROS."""
+    (tmp_path / "edge_backbones_msgs").mkdir()
+    (tmp_path / "edge_backbones_msgs" / "__init__.py").touch()
+    waiting = f"import os, rclpy, time\nos.kill(os.getpid(), {int(number)})\nwhile rclpy.ok():\n    time.sleep(0.01)\n"
+    (tmp_path / "edge_backbones_msgs" / "msg.py").write_text(waiting + STAND_IN)
+    node = start_node(bundle=str(bundles / "image"), output="auto", topics="all", autostart=True)
+    assert node._process.wait(timeout=60) == 0, node.log
+    assert "not configured" not in node.log
+
+
+def test_a_start_that_is_neither_true_nor_false_is_refused(robot, start_node, bundles):
+    node = start_node(bundle=str(bundles / "image"), autostart=1)
+    assert robot.do("state") == {"state": "unconfigured"}
+    (line,) = node.log.splitlines()
+    assert "not configured: parameter autostart is true or false, got 1" in line
+
+
+def test_an_image_that_waits_when_the_node_is_deactivated_is_counted(robot, start_node, bundles):
+    start_node(bundle=str(bundles / "image"), reliability="reliable", autostart=True)
+    robot.do("read", stages=STAGES)
+    robot.do("connect")
+    large = PICTURE.repeat(8, 0).repeat(8, 1)
+    fields = {"encoding": "rgb8", "height": ROWS * 8, "width": COLUMNS * 8, "step": COLUMNS * 8 * 3}
+    for _ in range(4):
+        robot.do("throw", file=robot.file(large), **fields)
+    assert robot.do("transition", label="deactivate")["success"]
+    said = robot.do("diagnostics")
+    assert int(said["received"]) == int(said["published"]) + int(said["dropped"])

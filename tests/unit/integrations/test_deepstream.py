@@ -235,6 +235,13 @@ def test_what_was_written_is_replaced_only_on_demand(bundle, tmp_path):
         export_deepstream(bundle.path, tmp_path / "out")
     export_deepstream(bundle.path, tmp_path / "out", unique_id=2, overwrite=True)
     assert properties(tmp_path / "out")["gie-unique-id"] == "2"
+    config = tmp_path / "own" / CONFIG
+    config.parent.mkdir()
+    config.write_text("[property]\n# by hand\n")
+    with pytest.raises(BundleError, match="was not written by export-deepstream and stays as it is"):
+        export_deepstream(bundle.path, config.parent, overwrite=True)
+    assert [path.name for path in config.parent.iterdir()] == [CONFIG]
+    assert config.read_text() == "[property]\n# by hand\n"
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="is a file: choose the name of a folder"):
         export_deepstream(bundle.path, tmp_path / "file")

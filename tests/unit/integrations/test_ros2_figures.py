@@ -15,7 +15,8 @@ def test_the_newest_item_is_taken_and_older_ones_are_replaced():
     assert [newest.put(1), newest.put(2), newest.put(3)] == [False, True, True]
     assert newest.take() == 3
     assert newest.put(4) is False
-    newest.close()
+    assert newest.close() is True
+    assert newest.close() is False
     assert newest.take() is None
     assert newest.take() is None
 

@@ -17,6 +17,7 @@ def test_the_defaults_are_allowed_and_described():
     assert list(DESCRIPTIONS) == list(DEFAULTS)
     assert all(description.endswith(".") for description in DESCRIPTIONS.values())
     assert DEFAULTS["stages"] == [""]  # an empty list has no type in ROS
+    assert Options.of({**DEFAULTS, "stages": None}) == Options.of({**DEFAULTS, "stages": []}) == Options()  # stages:=[]
 
 
 def test_values_are_taken_as_ros_gives_them():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -222,6 +223,7 @@ def test_a_folder_with_a_strange_name_needs_a_name(bundle, tmp_path):
         ({"instances": 0}, "instances is at least 1, got 0"),
         ({"max_batch": 0}, "max_batch is at least 1"),
         ({"threads": -1}, "threads is at least 1"),
+        ({"max_batch": 2**31}, "max_batch is at most 2147483647, got 2147483648"),
         ({"device": "gpu"}, "device must be"),
     ],
 )
@@ -238,7 +240,7 @@ def test_a_repository_is_no_bundle_and_not_inside_one(bundle, tmp_path):
     with pytest.raises(InputError, match="is a bundle or inside one"):
         export_triton(bundle.path, tmp_path / "other.bundle")
     (tmp_path / "file").touch()
-    with pytest.raises(BundleError, match="file was not written: File exists"):
+    with pytest.raises(BundleError, match="file is a file, and a repository is a folder"):
         export_triton(bundle.path, tmp_path / "file")
 
 
@@ -330,6 +332,42 @@ def test_models_appear_all_or_none(bundle, tmp_path, monkeypatch, overwrite, err
     assert (files(repository) if repository.exists() else {}) == before
     assert sorted(os.listdir(tmp_path)) == (["models", "pool.bundle"] if overwrite else ["pool.bundle"])
     assert not overwrite or len(os.listdir(repository)) == 3
+
+
+@pytest.mark.parametrize("is_mounted", [False, True])
+def test_a_server_that_looks_meanwhile_sees_no_other_folder(bundle, tmp_path, monkeypatch, is_mounted):
+    """Triton takes hidden folders for models too, and does not start if one of them cannot be loaded."""
+    (tmp_path / "disk" / "models").mkdir(parents=True)
+    repository = tmp_path / "models"
+    repository.symlink_to(tmp_path / "disk" / "models")
+    publish, rename, seen = triton.publish, Path.rename, []
+
+    def looking(staging: Path, *given: Any, **how: Any) -> None:
+        seen.append([path.name for path in repository.iterdir() if path.is_dir()])
+        assert (staging / "pool" / "config.pbtxt").is_file()
+        publish(staging, *given, **how)
+
+    def moved(path: Path, target: Path) -> Path:
+        if is_mounted and path.parent.parent != target.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(path), None, str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(triton, "publish", looking)
+    monkeypatch.setattr(Path, "rename", moved)
+    export_triton(bundle.path, repository)
+    (folders,) = seen
+    assert [name[:14] for name in folders] == ([".pool.building"] if is_mounted else [])
+    assert os.listdir(repository) == ["pool"]
+    assert os.listdir(tmp_path / "disk") == ["models"]
+
+
+def test_an_ensemble_of_an_earlier_export_is_named(bundle, tmp_path):
+    assert not any("ensemble" in note for note in export_triton(bundle.path, tmp_path / "models").notes)
+    both = TritonOptions(ensemble="rgb", overwrite=True)
+    for _ in range(2):
+        assert not any("ensemble" in note for note in export_triton(bundle.path, tmp_path / "models", both).notes)
+    *_, note = export_triton(bundle.path, tmp_path / "models", TritonOptions(overwrite=True)).notes
+    assert note.startswith(f"{tmp_path / 'models' / 'pool_ensemble'} was not written anew")
 
 
 def test_ensembles_that_cannot_be_are_refused(bundle, tmp_path):
