@@ -68,6 +68,17 @@ void maps_are_found_by_any_whole_number() {
   }
 }
 
+void a_negative_number_of_threads_is_refused_for_one_engine_too() {
+  eb::Options options;
+  options.threads = -1;
+  try {
+    eb::Backbone::load_engine({}, {}, options);
+    check(false, "an engine is loaded with -1 threads");
+  } catch (const eb::Error& error) {
+    check(error.what() == std::string("threads must be at least 1, got -1"), error.what());
+  }
+}
+
 void an_empty_home_is_the_root_as_in_python() {
   ::setenv("HOME", "", 1);
   check(eb::detail::home_folder() == "/", "an empty HOME is not the root");
@@ -80,6 +91,7 @@ int main() {
   values_that_are_not_finite_are_counted();
   memory_of_a_new_size_replaces_that_of_an_old_one();
   maps_are_found_by_any_whole_number();
+  a_negative_number_of_threads_is_refused_for_one_engine_too();
   an_empty_home_is_the_root_as_in_python();
   return failures == 0 ? 0 : 1;
 }

@@ -85,6 +85,7 @@ class Backbone {
 
   /// Load one engine of a manifest, whatever its parity report says. The caller has checked that its key fits this machine.
   static Backbone load_engine(const Manifest& manifest, const EngineRecord& engine, const Options& options = {}) {
+    require_threads(options);
     const Device device = parse_device(options.device);
     const int gpu = device.place == "cuda" || engine.key.gpu ? device.gpu : -1;
     const Host host = this_host(versions_of(options.back_ends));
@@ -207,8 +208,12 @@ class Backbone {
   }
 
  private:
-  Backbone(const Manifest& manifest, const Options& options) : manifest_(manifest) {
+  static void require_threads(const Options& options) {
     if (options.threads < 0) throw Error(Code::input, "threads must be at least 1, got " + std::to_string(options.threads));
+  }
+
+  Backbone(const Manifest& manifest, const Options& options) : manifest_(manifest) {
+    require_threads(options);
     const Device device = parse_device(options.device);
     if (device.place == "cuda" && options.threads != 0) {
       throw Error(Code::input, "threads=" + std::to_string(options.threads) +
