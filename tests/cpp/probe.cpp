@@ -128,8 +128,12 @@ Json in_child(eb::Backbone& backbone) {
     int code = 1;
     try {
       const eb::Shape shape = backbone.opt_shape();
-      std::vector<float> zeros(eb::size_of(shape));
-      backbone(eb::ConstTensor::of(zeros.data(), shape));
+      if (backbone.input().height.is_fixed()) {
+        std::vector<float> zeros(eb::size_of(shape));
+        backbone(eb::ConstTensor::of(zeros.data(), shape));
+      } else {
+        backbone.output_shape(0, shape);  // it runs the engine once
+      }
     } catch (const eb::Error& error) {
       code = error.code() == eb::Code::inference && std::strstr(error.what(), "forked") != nullptr ? 42 : 2;
     }

@@ -96,6 +96,14 @@ def test_a_program_runs_only_if_it_is_named_and_allowed(program, bundle):
         assert "is a program, which may do whatever its author wrote: it is run only when asked for by name" in said
 
 
+def test_a_forked_child_is_refused(program, bundle):
+    done = ran(program, bundle, "--allow", "--threads", "2", "--fork")
+    assert (done.returncode, done.stderr.partition(" that this")[0]) == (
+        0,
+        "InferenceError: torch was started in the process",
+    )
+
+
 def test_on_a_gpu_it_is_refused(program, bundle):
     said = refusal(program, bundle, "--allow", "--device", "cuda")
     assert said.startswith("EngineMismatchError: torchscript-")

@@ -12,6 +12,7 @@
 #include "back_ends.hpp"
 #include "feature_maps.hpp"
 #include "files.hpp"
+#include "finite.hpp"
 #include "layout.hpp"
 #include "manifest_json.hpp"
 #include "select.hpp"
@@ -40,24 +41,6 @@ struct Options {
 };
 
 namespace detail {
-
-/// Return whether an input has neither NaN nor infinity: in those, all bits of the exponent are ones.
-inline bool is_finite(const ConstTensor& input) {
-  const std::size_t count = input.size();
-  std::uint32_t found = 0;
-  if (input.dtype == DType::float32) {
-    const auto* values = static_cast<const char*>(input.data);
-    for (std::size_t i = 0; i < count; ++i) {
-      std::uint32_t bits = 0;
-      std::memcpy(&bits, values + 4 * i, sizeof bits);
-      found |= static_cast<std::uint32_t>((bits & 0x7f800000u) == 0x7f800000u);
-    }
-  } else if (input.dtype == DType::float16) {
-    const auto* values = static_cast<const Half*>(input.data);
-    for (std::size_t i = 0; i < count; ++i) found |= static_cast<std::uint32_t>((values[i].bits & 0x7c00u) == 0x7c00u);
-  }
-  return found == 0;
-}
 
 /// One piece of a batch: images `start` to `start + count` run as a batch of `run`, whose rest is zeros.
 struct Piece {
@@ -102,6 +85,7 @@ class Backbone {
 
   /// Load one engine of a manifest, whatever its parity report says. The caller has checked that its key fits this machine.
   static Backbone load_engine(const Manifest& manifest, const EngineRecord& engine, const Options& options = {}) {
+    require_threads(options);
     const Device device = parse_device(options.device);
     const int gpu = device.place == "cuda" || engine.key.gpu ? device.gpu : -1;
     const Host host = this_host(versions_of(options.back_ends));
@@ -224,8 +208,12 @@ class Backbone {
   }
 
  private:
-  Backbone(const Manifest& manifest, const Options& options) : manifest_(manifest) {
+  static void require_threads(const Options& options) {
     if (options.threads < 0) throw Error(Code::input, "threads must be at least 1, got " + std::to_string(options.threads));
+  }
+
+  Backbone(const Manifest& manifest, const Options& options) : manifest_(manifest) {
+    require_threads(options);
     const Device device = parse_device(options.device);
     if (device.place == "cuda" && options.threads != 0) {
       throw Error(Code::input, "threads=" + std::to_string(options.threads) +
@@ -392,6 +380,7 @@ class Backbone {
     }
     if (checks_ && !detail::is_finite(input)) refuse_not_finite(input);
     for (const detail::Piece& piece : detail::pieces(input.shape[0], manifest_.input.batch)) run_piece(input, piece, outputs);
+    if (packed) pool_->give_back(input.bytes(), std::move(packed));
   }
 
   static void copy_into(const ConstTensor& input, char* memory) {
@@ -460,13 +449,7 @@ class Backbone {
     std::vector<std::string> found;
     std::size_t bad = 0;
     for (std::size_t n = 0; n < static_cast<std::size_t>(input.shape[0]); ++n) {
-      std::size_t nan = 0, infinite = 0;
-      for (std::size_t i = n * image; i < (n + 1) * image; ++i) {
-        const float value = input.dtype == DType::float32 ? static_cast<const float*>(input.data)[i]
-                                                          : static_cast<const Half*>(input.data)[i].to_float();
-        nan += value != value;
-        infinite += value == value && value - value != 0;
-      }
+      const auto [nan, infinite] = detail::not_finite(input, n * image, (n + 1) * image);
       if (nan + infinite == 0) continue;
       ++bad;
       if (found.size() == 3) continue;

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,21 +28,25 @@ class MemoryPool {
   Memory take(std::size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (auto& [size, memory] : free_) {
-        if (size != bytes || !memory) continue;
-        Memory found = std::move(memory);
-        std::swap(free_.back().second, memory);
-        std::swap(free_.back().first, size);
-        free_.pop_back();
+      for (auto one = free_.begin(); one != free_.end(); ++one) {
+        if (one->first != bytes) continue;
+        Memory found = std::move(one->second);
+        free_.erase(one);
         return found;
       }
     }
     return Memory(static_cast<char*>(::operator new[](bytes == 0 ? 1 : bytes, std::align_val_t{64})));
   }
 
+  /// Keep memory for the next call. If the pool is full, the oldest goes: callers may have changed to another size.
   void give_back(std::size_t bytes, Memory memory) noexcept {
+    Memory oldest;  // freed after the lock
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (free_.size() >= most_) free_.erase(free_.begin());  // the oldest: its size may not be asked for any more
+    if (most_ == 0) return;
+    if (free_.size() == most_) {
+      oldest = std::move(free_.front().second);
+      free_.erase(free_.begin());
+    }
     free_.emplace_back(bytes, std::move(memory));
   }
 
@@ -122,8 +128,11 @@ class FeatureMaps {
   auto begin() const noexcept { return maps_.begin(); }
   auto end() const noexcept { return maps_.end(); }
 
-  const FeatureMap& operator[](std::size_t index) const {
-    if (index < maps_.size()) return maps_[index];
+  /// Return the map of an index of any type of whole number.
+  template <class Index, std::enable_if_t<std::is_integral_v<Index>, int> = 0>
+  const FeatureMap& operator[](Index index) const {
+    const bool is_negative = index < Index{0};
+    if (!is_negative && static_cast<std::uintmax_t>(index) < maps_.size()) return maps_[static_cast<std::size_t>(index)];
     throw Error(Code::input, "there is no map " + std::to_string(index) + ": this backbone returns " + names());
   }
   const FeatureMap& operator[](const std::string& name) const {
@@ -133,7 +142,6 @@ class FeatureMaps {
     throw Error(Code::input, "there is no map " + quoted(name) + ": this backbone returns " + names());
   }
   const FeatureMap& operator[](const char* name) const { return (*this)[std::string(name)]; }
-  const FeatureMap& operator[](int index) const { return (*this)[static_cast<std::size_t>(index)]; }
 
  private:
   std::string names() const {

@@ -9,6 +9,7 @@
 #include <caffe2/serialize/read_adapter_interface.h>
 #include <torch/script.h>
 #include <torch/version.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -159,6 +160,11 @@ class TorchScriptSession final : public Session {
 
   /// Return the outputs in the manifest's dtype, row-major in the engine's own layout.
   std::vector<torch::Tensor> forward(const ConstTensor& input) const {
+    if (process_ != ::getpid()) {
+      throw Error(Code::inference,
+                  "torch was started in the process that this one was forked from, and its threads do not exist here: fork "
+                  "before a bundle is opened, or start workers with exec");
+    }
     const int limit = threads_ == 0 ? cpu_limit_ : 0;
     const TorchThreads threads(limit == 0 ? threads_ : std::min(limit, at::get_num_threads()));
     const c10::InferenceMode guard;
@@ -189,6 +195,7 @@ class TorchScriptSession final : public Session {
   InputSpec input_;
   std::vector<OutputSpec> outputs_;
   int threads_;
+  pid_t process_ = ::getpid();
   int cpu_limit_ = cpu_limit();
   torch::jit::Module module_;
   mutable std::mutex mutex_;

@@ -174,6 +174,7 @@ class OpenVinoSession final : public Session {
       const auto found = shapes_.find(input_shape);
       if (found != shapes_.end()) return found->second.at(output);
     }
+    openvino_core();  // throws in a forked child, which would wait for ever
     const DType dtype = input_dtype_;
     std::vector<char> zeros(size_of(input_shape) * bytes_of(dtype));
     std::vector<Shape> shapes;

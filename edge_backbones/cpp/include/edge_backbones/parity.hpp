@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backbone.hpp"
+#include "finite.hpp"
 #include "golden.hpp"
 #include "manifest.hpp"
 #include "promises.hpp"
@@ -36,7 +37,7 @@ inline StageParity compare_map(const std::string& stage, const float* expected, 
   bool finite = true;
   for (std::size_t i = 0; i < values; ++i) {
     const double r = expected[i], x = actual[i], difference = x - r;
-    finite = finite && std::isfinite(r) && std::isfinite(x);
+    finite = finite && is_finite_at(expected + i) && is_finite_at(actual + i);
     reference += r * r, length += x * x, product += r * x, noise += difference * difference;
     most = std::max(most, std::fabs(difference));
   }

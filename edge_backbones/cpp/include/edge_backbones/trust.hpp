@@ -19,10 +19,10 @@ inline constexpr const char* machine_keys = "/etc/edge_backbones/trusted";
 
 namespace detail {
 
-/// Return the user's home folder; "" if there is none.
+/// Return the user's home folder, as Python's Path.home(): an empty HOME is "/". "" if there is none.
 inline std::string home_folder() {
   const char* home = std::getenv("HOME");
-  if (home != nullptr) return home;
+  if (home != nullptr) return *home == '\0' ? "/" : home;
   const struct passwd* user = ::getpwuid(::getuid());
   return user == nullptr || user->pw_dir == nullptr ? "" : user->pw_dir;
 }
@@ -40,7 +40,7 @@ inline bool is_there(const std::string& path) {
 /// Return the folder of trusted keys that asks for signed bundles here; "" if none does.
 inline std::string asks_for_signature() {
   const std::string home = detail::home_folder();
-  const std::string of_user = home.empty() ? "" : detail::normal_path(home) + "/.config/edge_backbones/trusted";
+  const std::string of_user = home.empty() ? "" : detail::below(detail::normal_path(home), ".config/edge_backbones/trusted");
   if (detail::is_there(machine_keys)) return machine_keys;
   return !of_user.empty() && detail::is_there(of_user) ? of_user : "";
 }

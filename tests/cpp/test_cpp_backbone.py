@@ -167,8 +167,9 @@ def test_threads_may_be_limited(bundles, ask, call):
     assert_same(maps_of(answer["results"][0]), expected)
 
 
-def test_a_forked_child_is_refused_and_ends(bundles, ask):
-    (answer,) = ask({"bundle": str(bundles / "resnet.bundle"), "fork": True})
+@pytest.mark.parametrize("name", ["resnet", "dynamic"])  # dynamic: the child asks for a shape, which runs the engine
+def test_a_forked_child_is_refused_and_ends(name, bundles, ask):
+    (answer,) = ask({"bundle": str(bundles / f"{name}.bundle"), "fork": True})
     assert answer["child"] == 42
 
 

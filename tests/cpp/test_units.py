@@ -1,0 +1,12 @@
+"""Small parts of the C++ library."""
+
+from __future__ import annotations
+
+import subprocess
+
+from tests.cpp_programs import program
+
+
+def test_checks_in_cpp(tmp_path_factory):
+    done = subprocess.run([program(tmp_path_factory, "units")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
