@@ -2,7 +2,6 @@
 #pragma once
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -12,7 +11,6 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -131,26 +129,12 @@ class Hasher {
   std::thread thread_;
 };
 
-/// Return memory for a file, in large pages where the kernel has them: an engine of 94 MB is read in 66 ms instead of 104.
-inline std::vector<char> memory_for(std::size_t size) {
-  std::vector<char> data;
-  data.reserve(size);
-#ifdef MADV_HUGEPAGE
-  constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<std::uintptr_t>(data.data());
-  const std::uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
-  if (last > first) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: it may be refused
-#endif
-  data.resize(size);
-  return data;
-}
-
 /// Return up to `size` bytes of an open file, fewer if it ends before, and their SHA-256 if `digest` is not null.
 ///
 /// Throws FileError.
 inline std::vector<char> read_bytes(int file, std::size_t size, std::string* digest = nullptr) {
   constexpr std::size_t piece = std::size_t{1} << 20;
-  std::vector<char> data = memory_for(size);
+  std::vector<char> data(size);
   Hasher hasher(data.data(), digest == nullptr ? 0 : size);
   std::size_t count = 0;
   while (count < size) {
