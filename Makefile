@@ -1,8 +1,8 @@
 # make demo   from nothing to feature maps: installs, builds a trained network in int8, runs it, shows what it sees
 # make check  the lints and the unit tests: what to run before a commit, in less than four minutes on two cores
 # make test   installs and runs every test but test-consumers, those of transformers twice (newest, 4.44); no GPU, no model hub
-# make test-consumers  what uses a bundle beside Python: ROS 2, Triton, libtorch, GStreamer, in environments of their own
-# make test-cpp  the C++ library with every back end that can be compiled here, libtorch too (a minute for one file)
+# make test-consumers  what uses a bundle beside Python: C++, ROS 2, Triton, GStreamer, in environments of their own
+# make test-cpp  of these the C++ library alone, with every back end that can be compiled here, libtorch too
 # make lint   formatting, lint, types, direction of imports, Dockerfile.jetson
 # make docs   builds the documentation from docs/ and the code into site/, and checks its links; open site/index.html
 # make coverage  builds one of every kind of backbone (hours); writes benchmarks/results/coverage.json and its page
@@ -20,6 +20,8 @@ OLD_TRANSFORMERS = $(VENV)/transformers-4.44
 # wait for each other on cores that they share.
 # Files go to the processes in the order of tests/conftest.py, the longest first.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Of C++, make test compiles one program: tests/install/test_verify_in_cpp.py.
+BESIDE_PYTHON = tests/cpp tests/conformance tests/consumers
 
 .DELETE_ON_ERROR:
 .PHONY: demo check test test-consumers test-cpp lint docs bench fuzz gpu coverage schema networks clean
@@ -37,7 +39,7 @@ test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.installed
 	$(BIN)/python -m build_scripts.fetch_chromium
 	$(BIN)/python -m build_scripts.fetch_systemd
 	$(PYTEST) tests/unit
-	$(PYTEST) --ignore tests/unit --ignore tests/consumers
+	$(PYTEST) --ignore tests/unit $(BESIDE_PYTHON:%=--ignore %)
 	@if [ -d $(OLD_TRANSFORMERS)/transformers ]; then \
 	  set -x; PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) tests/transformers; \
 	else echo "transformers 4.44 has no wheels for this Python (3.10 to 3.12 have): its tests were left out"; fi
@@ -50,10 +52,10 @@ lint: $(VENV)/.dev
 	$(BIN)/hadolint Dockerfile.jetson
 
 test-consumers: $(VENV)/.dev $(VENV)/ros2/.installed $(VENV)/triton/.installed $(VENV)/gstreamer/.installed
-	$(PYTEST) tests/consumers
+	$(PYTEST) $(BESIDE_PYTHON)
 
 test-cpp: $(VENV)/.dev
-	$(PYTEST) tests/cpp tests/consumers/libtorch
+	$(PYTEST) tests/cpp tests/conformance tests/consumers/libtorch
 
 # Not --quiet, which would hide warnings from --strict.
 docs: $(VENV)/.dev

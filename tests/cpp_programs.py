@@ -1,8 +1,10 @@
-"""Programs in C++ for tests, configured and built once per run with CMake, whichever process of the run asks first."""
+"""Programs in C++ for tests, configured and built with CMake."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -10,11 +12,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import pytest
-
 from edge_backbones import get_cmake_dir
 
-SOURCE = Path(__file__).parent / "cpp"
+ROOT = Path(__file__).parents[1]
 
 
 def cmake() -> str:
@@ -43,16 +43,26 @@ def configured(source: Path, folder: Path, *options: str) -> subprocess.Complete
     )
 
 
-def program(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
-    """Return a program of tests/cpp/CMakeLists.txt, which is built the first time that one is asked for in a run."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
-    folder = shared / "cpp-build"
-    with (shared / "cpp-build.lock").open("w") as lock:
+def built(source: Path, target: str = "all", *options: str) -> Path:
+    """Return the folder of a project that was built, with the compiler run only where something changed.
+
+    Builds stay in .cache/cpp between runs: CMake and the compiler's lists of headers say what is old. Whichever process of a
+    run asks first compiles, and the others wait.
+    """
+    made_with = [sys.prefix, cmake(), importlib.metadata.version("openvino"), str(source), *options]
+    name = f"{source.name}-{hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]}"
+    folder = ROOT / ".cache" / "cpp" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "CMakeCache.txt").exists():
-            done = configured(SOURCE, folder, "-DCMAKE_BUILD_TYPE=", "-DCMAKE_CXX_FLAGS=-O1")
+        if not (folder / "Makefile").exists():
+            done = configured(source, folder, "-DCMAKE_BUILD_TYPE=", "-DCMAKE_CXX_FLAGS=-O0", *options)
             assert done.returncode == 0, done.stdout + done.stderr
-        done = run(cmake(), "--build", folder, "--target", name, "--parallel", "2")
+        done = run(cmake(), "--build", folder, "--target", target, "--parallel", "2")
         assert done.returncode == 0, done.stdout + done.stderr
-    return folder / name
+    return folder
+
+
+def program(name: str) -> Path:
+    """Return a program of tests/cpp/CMakeLists.txt."""
+    return built(ROOT / "tests" / "cpp", name) / name

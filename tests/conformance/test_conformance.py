@@ -29,8 +29,8 @@ def told(answers: Path, asked: list[dict], folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return program(tmp_path_factory, "answers")
+def answers() -> Path:
+    return program("answers")
 
 
 @pytest.fixture(scope="module")

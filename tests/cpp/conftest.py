@@ -17,31 +17,44 @@ from tests.cpp_programs import program
 Asking = Callable[..., list[dict[str, Any]]]
 
 
+def build_networks(folder: Path, *names: str) -> None:
+    """Build networks of different kinds in int8 and fp32: mobilenet.bundle, resnet.bundle and vit.bundle."""
+    from edge_backbones import BuildOptions, Gate, build_bundle
+
+    write_crops(folder / "photographs", 8)
+    # Random weights are noisy in int8: here two languages are compared, not a network with its reference.
+    loose = {"int8": Gate(min_cosine=0.1)}
+    sources = {
+        "mobilenet": ("mobilenetv3_small_050", {"width": 96, "out_indices": (0, 2, 4)}),
+        "resnet": ("resnet18", {}),
+        "vit": ("vit_tiny_patch16_224", {}),
+    }
+    for name in names:
+        source, options = sources[name]
+        chosen = BuildOptions(
+            torchscript=False, method="max", gates=loose, precisions=("int8", "fp32"), weights="random:0",
+            **{"height": 64, "width": 64, **options},
+        )  # fmt: skip
+        build_bundle(source, folder / f"{name}.bundle", images=folder / "photographs", options=chosen)
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of bundles: three networks in int8 and fp32, and a small one in every form of input and output."""
     import timm
     import torch
 
-    from edge_backbones import BuildOptions, Gate, ShapeRange, build_bundle
+    from edge_backbones import BuildOptions, ShapeRange, build_bundle
 
     folder = tmp_path_factory.mktemp("bundles")
-    write_crops(folder / "photographs", 8)
-    # Random weights are noisy in int8: here two languages are compared, not a network with its reference.
-    loose = {"int8": Gate(min_cosine=0.1)}
+    build_networks(folder, "mobilenet", "resnet", "vit")
 
     def build(name: str, net: Any, **options: Any) -> None:
-        images = folder / "photographs" if "int8" in options.get("precisions", ()) else None
-        of_int8 = {"method": "max", "gates": loose} if images else {}
-        chosen = BuildOptions(
-            torchscript=False, **{**of_int8, "height": 64, "width": 64, "precisions": ("fp32",), **options}
+        chosen = {"height": 64, "width": 64, **options}
+        build_bundle(
+            net, folder / f"{name}.bundle", options=BuildOptions(torchscript=False, precisions=("fp32",), **chosen)
         )
-        build_bundle(net, folder / f"{name}.bundle", images=images, options=chosen)
 
-    both = {"precisions": ("int8", "fp32"), "weights": "random:0"}
-    build("mobilenet", "mobilenetv3_small_050", width=96, out_indices=(0, 2, 4), **both)
-    build("resnet", "resnet18", **both)
-    build("vit", "vit_tiny_patch16_224", **both)
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", features_only=True, out_indices=(1, 2, 3, 4)).eval()
     sizes = ShapeRange(min=32, opt=64, max=128)
@@ -53,14 +66,14 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def verify_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return program(tmp_path_factory, "verify")
+def verify_program() -> Path:
+    return program("verify")
 
 
 @pytest.fixture
-def ask(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Asking:
+def ask(tmp_path: Path) -> Asking:
     """Return a function that opens bundles in C++ as requests say, and returns an answer for each."""
-    probe = program(tmp_path_factory, "probe")
+    probe = program("probe")
 
     def asked(*requests: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
         file = tmp_path / "requests.json"

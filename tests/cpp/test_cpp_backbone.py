@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import numpy as np
 import pytest
 
 from edge_backbones import Bundle, EdgeBackbone
-from edge_backbones.deploy.verify import verify_bundle
 from edge_backbones.engines import select
 from tests.cpp.conftest import maps_of
 
@@ -144,18 +141,6 @@ def test_parity_is_that_of_the_manifest(name, bundles, ask):
             assert sqnr_db == pytest.approx(stage.sqnr_db, abs=1e-3)
             assert (max_abs, relative) == pytest.approx((stage.max_abs, stage.relative), rel=1e-4)
             assert (finite, passed) == (True, True)
-
-
-def test_the_program_verifies_a_bundle(bundles, verify_program):
-    path = bundles / "mobilenet.bundle"
-    done = subprocess.run([verify_program, path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    reports = verify_bundle(path)
-    for report in reports:
-        for stage in report.stages:
-            assert f"{stage.cosine:.6f}" in done.stdout
-    assert done.stdout.count("parity of openvino-") == len(reports) == 2
-    assert "its signature was not checked" in done.stdout
 
 
 def test_threads_may_be_limited(bundles, ask, call):

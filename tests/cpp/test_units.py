@@ -7,6 +7,6 @@ import subprocess
 from tests.cpp_programs import program
 
 
-def test_checks_in_cpp(tmp_path_factory):
-    done = subprocess.run([program(tmp_path_factory, "units")], capture_output=True, text=True)
+def test_checks_in_cpp():
+    done = subprocess.run([program("units")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -15,19 +15,19 @@ import pytest
 import edge_backbones
 from edge_backbones import Bundle, EdgeBackbone, ShapeRange
 from edge_backbones.testing import make_bundle, pooled, pooling_input
-from tests.cpp.back_ends.builds import user_project
 from tests.cpp.back_ends.c_library import InputInfo, Library, Opened, Options, OutputInfo, RefusalError
-from tests.cpp_programs import configured
+from tests.cpp_programs import built, configured
 from tests.docs.snippets import snippets
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the C++ library is for Linux")
 CPP = Path(edge_backbones.__file__).parent / "cpp"
+USER = Path(__file__).parent / "user"
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "cpp-gpu.md"
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory) -> Path:
-    return user_project(tmp_path_factory, "OpenVINO")
+def project() -> Path:
+    return built(USER, "all", "-DCOMPONENT=OpenVINO")
 
 
 @pytest.fixture(scope="session")

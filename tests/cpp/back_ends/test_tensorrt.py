@@ -22,8 +22,7 @@ from edge_backbones.bundle.writer import record_file, write_manifest
 from edge_backbones.engines.tensorrt.library import library_version
 from edge_backbones.spec import Precision
 from edge_backbones.testing import make_bundle, pooling_input
-from tests.cpp.back_ends.builds import HERE, stand_ins, user_project
-from tests.cpp_programs import cmake, configured, run
+from tests.cpp_programs import built, cmake, configured, run
 from tests.docs.snippets import snippets
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the C++ library is for Linux")
@@ -42,13 +41,15 @@ output pool8 FLOAT 8
 profile 1 3 32 48 2 3 32 48 4 3 32 48
 scratch 1000
 """
+HERE = Path(__file__).parent
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "cpp-gpu.md"
 RELEASE = "11.4.0.106"  # what standin/nvinfer.cpp says that it is
 
 
 @pytest.fixture(scope="session")
-def nvidia(tmp_path_factory) -> Path:
-    return stand_ins(tmp_path_factory)
+def nvidia() -> Path:
+    """The stand-ins (nvidia/include, nvidia/lib), and programs that run sessions over them."""
+    return built(HERE)
 
 
 def ran(*command: Path | str, **environment: str) -> subprocess.CompletedProcess:
@@ -76,10 +77,9 @@ def test_a_plan_runs_on_a_dla_core_that_is_there(nvidia):
 
 
 @pytest.fixture(scope="session")
-def project(nvidia, tmp_path_factory) -> Path:
-    return user_project(
-        tmp_path_factory, "TensorRT", f"-DTensorRT_ROOT={nvidia / 'nvidia'}", f"-DCUDA_ROOT={nvidia / 'nvidia'}"
-    )
+def project(nvidia) -> Path:
+    roots = [f"-DTensorRT_ROOT={nvidia / 'nvidia'}", f"-DCUDA_ROOT={nvidia / 'nvidia'}"]
+    return built(HERE / "user", "all", "-DCOMPONENT=TensorRT", *roots)
 
 
 @pytest.fixture
@@ -187,9 +187,10 @@ def test_the_calls_of_the_page_compile(nvidia, tmp_path):
 # -- the libraries of NVIDIA, and what CMake says without them
 
 
-def test_the_real_tensorrt_rtx_says_that_there_is_no_driver(nvidia, tmp_path_factory):
+def test_the_real_tensorrt_rtx_says_that_there_is_no_driver(nvidia):
     headers = f"-DCUDA_RUNTIME_INCLUDE_DIR={nvidia / 'nvidia' / 'include'}"
-    project = user_project(tmp_path_factory, "TensorRT_RTX", f"-DTensorRT_RTX_ROOT={nvidia / 'nvidia_rtx'}", headers)
+    root = f"-DTensorRT_RTX_ROOT={nvidia / 'nvidia_rtx'}"
+    project = built(HERE / "user", "all", "-DCOMPONENT=TensorRT_RTX", root, headers)
     done = ran(project / "without_gpu")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
