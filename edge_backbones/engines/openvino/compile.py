@@ -20,13 +20,13 @@ import msgspec
 from edge_backbones.bundle.manifest import EngineKey
 from edge_backbones.engines import compat
 from edge_backbones.engines.base import CompiledEngine
-from edge_backbones.engines.openvino import bf16_graph, frame_graph, int8_graph, session
+from edge_backbones.engines.openvino import bf16_graph, frame_graph, int8_graph, kernel_forms, session
 from edge_backbones.errors import MissingDependencyError
 from edge_backbones.machine import hosts
 from edge_backbones.spec import InputSpec, Precision
 
 CACHE_LIMIT_BYTES = 4 << 30
-_ADAPTED = 2  # Raise it if the same graph is adapted in another way: cached engines are those of an earlier way then.
+_ADAPTED = 3  # Raise it if the same graph is adapted in another way: cached engines are those of an earlier way then.
 
 
 def computes_in(precision: Precision) -> Precision:
@@ -103,6 +103,7 @@ def compile_graph(
             bf16_graph.round_weights(model)
     if precision is Precision.BF16 and not as_written and not _takes_frames(graph):
         bf16_graph.adapt(model)
+    kernel_forms.adapt(model)
     data = session.compile_model(model, compat.computed_in(key))
     if cache is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
