@@ -259,7 +259,7 @@ def test_maps_that_nobody_reads_are_not_computed(robot, start_node, bundles):
 
 
 STAND_IN = '''
-"""edge_backbones_msgs as it is for who makes a message, and a text for the middleware: wheels cannot generate messages."""
+"""edge_backbones_msgs as it is for who makes a message, and a text for the middleware: colcon generates the real one."""
 import base64, json
 from std_msgs.msg import String
 
