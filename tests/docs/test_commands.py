@@ -17,7 +17,7 @@ from tests.unit.test_advice import ANY, COMMANDS, FOREIGN, OPTIONS
 UsageError: Any = typer.BadParameter.__base__
 
 # Options of other programs: with the program in front of them, or alone in a sentence.
-OTHERS = re.compile(FOREIGN.pattern + r"|pip wheel|trtexec|http\.server")
+OTHERS = re.compile(FOREIGN.pattern + r"|pip wheel|trtexec|colcon|ros2 launch|http\.server")
 OF_OTHERS = {"--system-site-packages", "--cpu", "--demo", "--every-frame", "--latency", *for_cpp.FLAGS}
 
 TYPED = [

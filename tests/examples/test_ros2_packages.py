@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import configparser
+import os
 import runpy
+import subprocess
 import sys
 import types
 import xml.etree.ElementTree
@@ -61,17 +62,40 @@ def test_the_package_installs_what_ros_looks_for(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
     monkeypatch.chdir(NODE)
     runpy.run_path("setup.py")
-    (name, _, place) = given["entry_points"]["console_scripts"][0].partition(" = ")
-    assert (name, place) == ("backbone", "edge_backbones.integrations.ros2.node:main")
     assert given["packages"] == ["edge_backbones_ros"]
     for folder, files in given["data_files"]:
         assert files, folder
         assert all((NODE / file).is_file() for file in files)
     assert given["version"] == manifest(NODE).findtext("version")
-    settings = configparser.ConfigParser()
-    settings.read("setup.cfg")
-    assert settings["install"]["install_scripts"] == "$base/lib/edge_backbones_ros"
-    assert settings["build_scripts"]["executable"] == "/usr/bin/env python3"
+    assert "entry_points" not in given  # setuptools would write the path of colcon's Python
+    assert "scripts" not in given
+    assert dict(given["data_files"])["lib/edge_backbones_ros"] == ["scripts/backbone"]
+
+
+def start(executable: Path, *folders: Path, **environment: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(map(str, folders))
+    variables = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    return subprocess.run([executable], env=variables, capture_output=True, text=True)
+
+
+def test_the_executable_runs_with_the_python_that_is_active(tmp_path):
+    program = tmp_path / "edge_backbones" / "integrations" / "ros2" / "program.py"
+    program.parent.mkdir(parents=True)
+    program.write_text("import sys\ndef run():\n    print(sys.prefix)\n    return 7\n")
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    done = start(NODE / "scripts" / "backbone", NODE, tmp_path, PATH=path)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (7, sys.prefix, "")
+
+
+def test_without_edge_backbones_one_line_says_so(tmp_path):
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -S "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+    done = start(NODE / "scripts" / "backbone", NODE, PATH=path)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("edge_backbones is not installed for ")
+    assert "activate the environment that has it" in line
+    assert done.returncode == 1
 
 
 class Recorded:
@@ -109,5 +133,6 @@ def test_the_launch_file_starts_the_node_with_its_parameters(launch):
         "parameters": "/share/edge_backbones_ros/config/backbone.yaml",
     }
     assert (node.named["package"], node.named["executable"]) == ("edge_backbones_ros", "backbone")
-    assert node.named["parameters"] == ["parameters", {"bundle": "bundle"}]
+    default = declared["parameters"]
+    assert node.named["parameters"] == [default, "parameters", {"bundle": "bundle"}]  # a file may hold a few of them
     assert node.named["remappings"] == [("image", "image"), ("image/compressed", ["image", "/compressed"])]

@@ -40,7 +40,10 @@ ON_DEVICE = [
         if module.name.split(".")[1] not in (*OF_THE_WORKSTATION, "__main__")
     ),
     "edge_backbones.pictures",
-    *(f"edge_backbones.integrations.ros2.{name}" for name in ("frames", "maps", "figures", "options", "pipeline")),
+    *(
+        f"edge_backbones.integrations.ros2.{name}"
+        for name in ("frames", "maps", "figures", "interrupts", "options", "pipeline", "program")
+    ),
     "edge_backbones.integrations.triton_serving",
     "edge_backbones.toolchain.artifacts",
     "edge_backbones.toolchain.build",

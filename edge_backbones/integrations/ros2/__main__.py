@@ -2,11 +2,6 @@
 
 import sys
 
-from edge_backbones.errors import MissingDependencyError
+from edge_backbones.integrations.ros2.program import run
 
-try:
-    from edge_backbones.integrations.ros2.node import main
-except MissingDependencyError as error:
-    sys.exit(str(error))
-
-sys.exit(main())
+sys.exit(run())

@@ -16,6 +16,7 @@ from typing import Any
 from edge_backbones.errors import EdgeBackbonesError, InputError, MissingDependencyError, first_line
 from edge_backbones.integrations.ros2 import maps as messages
 from edge_backbones.integrations.ros2.figures import Counts, Gaps, Latencies, Newest, Reasons, Status, Times, status
+from edge_backbones.integrations.ros2.interrupts import Interrupts
 from edge_backbones.integrations.ros2.maps import NamedMap, topics_of
 from edge_backbones.integrations.ros2.options import DEFAULTS, DESCRIPTIONS, Options
 from edge_backbones.integrations.ros2.pipeline import Pipeline
@@ -427,7 +428,12 @@ def _message_types(output: str) -> tuple[str, Any]:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the node until Ctrl-C or SIGTERM. ``args``: those of ``ros2 run``, ``sys.argv`` by default."""
+    """Run the node until Ctrl-C or SIGTERM, which is the end of the program: SIGINT is ignored then.
+
+    ``args``: those of ``ros2 run``, ``sys.argv`` by default.
+    """
+    interrupts = Interrupts()
+    interrupts.install()
     rclpy.init(args=args)
     node: BackboneNode | None = None
     try:
@@ -443,8 +449,10 @@ def main(args: list[str] | None = None) -> int:
             raise
         # A signal has ended ROS while the node started, and whatever uses ROS then fails.
     finally:
+        interrupts.begin_end()
         if node is not None:
             node.close()
             node.destroy_node()
         rclpy.try_shutdown()
+        interrupts.end()
     return 0

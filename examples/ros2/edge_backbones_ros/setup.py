@@ -13,6 +13,9 @@ setup(
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
+        # Not a script or an entry point: setuptools writes the path of colcon's Python into these, and edge_backbones is
+        # often in another environment.
+        (f"lib/{NAME}", ["scripts/backbone"]),
         (f"share/{NAME}/launch", [str(file) for file in Path("launch").glob("*.launch.py")]),
         (f"share/{NAME}/config", [str(file) for file in Path("config").glob("*.yaml")]),
     ],
@@ -21,5 +24,4 @@ setup(
     maintainer="edge_backbones developers",
     description="A lifecycle node that turns a camera's images into feature maps of a vision backbone",
     license="Apache-2.0",
-    entry_points={"console_scripts": ["backbone = edge_backbones.integrations.ros2.node:main"]},
 )

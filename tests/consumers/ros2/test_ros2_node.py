@@ -6,6 +6,7 @@ import base64
 import io
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -258,7 +259,7 @@ def test_maps_that_nobody_reads_are_not_computed(robot, start_node, bundles):
 
 
 STAND_IN = '''
-"""edge_backbones_msgs as it is for who makes a message, and a text for the middleware: wheels cannot generate messages."""
+"""edge_backbones_msgs as it is for who makes a message, and a text for the middleware: colcon generates the real one."""
 import base64, json
 from std_msgs.msg import String
 
@@ -325,6 +326,21 @@ def test_ctrl_c_ends_the_node_in_good_order(robot, start_node, bundles, number):
     robot.do("connect")
     robot.maps(PICTURE, **fields_of("rgb8", COLUMNS * 3))
     assert node.end(number) == 0, node.log
+    (line,) = node.log.splitlines()
+    assert "configured: image, engine openvino-" in line
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("pause", [0, 0.01, 0.1, 0.3])
+def test_signals_that_follow_do_not_disturb_the_end(robot, start_node, bundles, first, pause):
+    """``ros2 launch`` sends SIGINT to a node that may have had it from the terminal or from systemd."""
+    node = start_node(bundle=str(bundles / "image"), autostart=True)
+    robot.do("connect")
+    node._process.send_signal(first)
+    for _ in range(3):
+        time.sleep(pause)
+        node._process.send_signal(signal.SIGINT)
+    assert node._process.wait(timeout=60) == 0, node.log
     (line,) = node.log.splitlines()
     assert "configured: image, engine openvino-" in line
 

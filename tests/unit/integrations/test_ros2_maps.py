@@ -40,7 +40,7 @@ def stand_in(name: str, fields: dict[str, str]) -> type:
         if kind in CODES:
             assert isinstance(value, array.array)
             assert value.typecode == CODES[kind]
-        elif kind in ("string", "int32", "uint32"):
+        elif kind in ("string", "int32", "uint8"):
             assert isinstance(value, str if kind == "string" else int)
         object.__setattr__(self, field, value)
 
@@ -54,7 +54,7 @@ def fields_of(path: Path) -> dict[str, str]:
 
 OURS = SimpleNamespace(**{path.stem: stand_in(path.stem, fields_of(path)) for path in MESSAGES.glob("*.msg")})
 ISAAC = SimpleNamespace(
-    TensorShape=stand_in("TensorShape", {"rank": "uint32", "dims": "uint32[]"}),
+    TensorShape=stand_in("TensorShape", {"rank": "uint8", "dims": "uint32[]"}),
     Tensor=stand_in(
         "Tensor",
         {"name": "string", "shape": "TensorShape", "data_type": "int32", "strides": "uint64[]", "data": "uint8[]"},

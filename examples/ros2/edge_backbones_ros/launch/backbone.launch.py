@@ -23,7 +23,8 @@ def generate_launch_description() -> LaunchDescription:
         executable="backbone",
         name="edge_backbone",
         namespace=LaunchConfiguration("namespace"),
-        parameters=[LaunchConfiguration("parameters"), {"bundle": ParameterValue(bundle, value_type=str)}],
+        # Later ones replace earlier ones: a file needs the parameters alone that differ.
+        parameters=[PARAMETERS, LaunchConfiguration("parameters"), {"bundle": ParameterValue(bundle, value_type=str)}],
         remappings=[("image", image), ("image/compressed", [image, "/compressed"])],
         output="screen",
     )
@@ -32,7 +33,7 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("bundle", description="Folder of the bundle"),
             DeclareLaunchArgument("image", default_value="image", description="Topic of the camera's images"),
             DeclareLaunchArgument("namespace", default_value="", description="Namespace of the node"),
-            DeclareLaunchArgument("parameters", default_value=PARAMETERS, description="File of parameters"),
+            DeclareLaunchArgument("parameters", default_value=PARAMETERS, description="File of parameters that differ"),
             node,
         ]
     )
