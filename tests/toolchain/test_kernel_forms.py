@@ -1,4 +1,4 @@
-"""Norms and attention in the form that OpenVINO has kernels for: against float64 numpy, whole networks against torch in fp32."""
+"""Norms and attention in the form that OpenVINO has kernels for: against numpy in float64, networks against torch in fp32."""
 
 from __future__ import annotations
 
