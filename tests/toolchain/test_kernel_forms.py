@@ -100,16 +100,15 @@ def additions(model: openvino.Model) -> list[int]:
     return [len(node.output(0).partial_shape) for node in model.get_ops() if node.get_type_name() == "Add"]
 
 
-@pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("mask_shape", [(1, 4, 1, 5, 5), (1, 4, 2, 5, 5), (1, 4, 1, 1, 5)])
-def test_a_mask_of_windows_is_added_in_place(images, swapped, mask_shape):
-    models = [mask_model(images, swapped=swapped, mask_shape=mask_shape) for _ in range(2)]
+@pytest.mark.parametrize("mask_shape", [(1, 4, 1, 5, 5), (1, 4, 2, 5, 5), (1, 4, 1, 1, 5), (1, 1, 1, 5, 5)])
+def test_a_mask_of_windows_is_added_in_place(swapped, mask_shape):
+    models = [mask_model(1, swapped=swapped, mask_shape=mask_shape) for _ in range(2)]
     kernel_forms.adapt(models[0])
     assert [additions(model) for model in models] == [[4], [5]]
-    x = np.random.default_rng(0).normal(size=(4 * images, 2, 5, 5)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(4, 2, 5, 5)).astype(np.float32)
     mask = np.random.default_rng(1).normal(size=mask_shape).astype(np.float32)
-    expected = (x.reshape(images, 4, 2, 5, 5) + mask).reshape(x.shape)
+    expected = (x.reshape(1, 4, 2, 5, 5) + mask).reshape(x.shape)
     for model in models:
         np.testing.assert_array_equal(run(model, x), expected)
 
@@ -118,13 +117,12 @@ def test_a_mask_of_windows_is_added_in_place(images, swapped, mask_shape):
     "options",
     [
         {"images": None},
-        {"images": 3, "mask_shape": (3, 4, 1, 5, 5)},
-        {"images": 1, "mask_shape": (1, 1, 1, 5, 5)},
+        {"images": 3},
         {"images": 1, "mask_shape": (2, 5, 5)},
         {"images": 1, "back": (-1, 1, 5, 5)},
         {"images": 1, "read_twice": True},
     ],
-    ids=["any batch", "mask of images", "one mask", "fewer axes", "another shape", "read twice"],
+    ids=["any batch", "three images", "fewer axes", "another shape", "read twice"],
 )
 def test_other_additions_stay(options):
     model = mask_model(**options)
@@ -147,7 +145,7 @@ def test_windows_with_masks_in_a_whole_network(batch, photographs, tmp_path):
     assert {3, 4} <= set(axes_of_norms(model))
     kernel_forms.adapt(model)
     assert set(axes_of_norms(model)) == {3}
-    assert (5 in additions(model)) == isinstance(batch, tuple)
+    assert (5 in additions(model)) == (batch != 1)
 
     session = OpenVinoSession(
         bytearray(compile_graph(fp32, Precision.FP32, cache=None).data), outputs=exported.spec.outputs
