@@ -26,7 +26,7 @@ from edge_backbones.machine import hosts
 from edge_backbones.spec import InputSpec, Precision
 
 CACHE_LIMIT_BYTES = 4 << 30
-_ADAPTED = 3  # Raise it if the same graph is adapted in another way: cached engines are those of an earlier way then.
+_ADAPTED = 4  # Raise it if the same graph is adapted in another way: cached engines are those of an earlier way then.
 
 
 def computes_in(precision: Precision) -> Precision:

@@ -37,6 +37,8 @@ _KEEP_SIGN = frozenset({
     "AvgPool", "Convert", "MaxPool", "ReduceMean", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
 })  # fmt: skip
 
+_ACTIVATIONS = frozenset({"Add", "Clamp", "Convert", "Maximum", "Minimum", "Relu"})  # and the addition of a bias
+
 
 class _Pair(NamedTuple):
     """Hold a Q/DQ pair with one scale: its FakeQuantize and its Multiply."""
@@ -97,7 +99,11 @@ def _swaps_last_axes(node: Any) -> bool:
 
 
 def _use_all_levels(model: openvino.Model) -> None:
-    """Make Q/DQ pairs unsigned if their input is never negative."""
+    """Make Q/DQ pairs unsigned if their input is never negative.
+
+    A pair is written as one node where that is faster: ResNets gain 1 %. Behind a depthwise convolution it would cost
+    EfficientNet-Lite0 2 % or more.
+    """
     ops = load_library().opset13
 
     for quantize, last, scale in _pairs(model):
@@ -106,12 +112,26 @@ def _use_all_levels(model: openvino.Model) -> None:
         if not _never_negative(quantize.input_value(0)) or any(_type(reader) == "Concat" for reader in readers):
             continue
         step = scale * 127 / 255
-        bounds = [ops.constant(np.array(value, np.float32)) for value in (0, 255 * step, 0, 255)]
-        levels = ops.fake_quantize(ops.convert(_before_relu(quantize, step), "f32"), *bounds, 256)
-        values = ops.multiply(ops.convert(ops.convert(levels, "u8"), "f32"), ops.constant(np.array(step, np.float32)))
+        source = ops.convert(_before_relu(quantize, step), "f32")
+        if _is_behind_depthwise(source):
+            levels = ops.fake_quantize(source, *_constants(0, 255 * step, 0, 255), 256)
+            values = ops.multiply(ops.convert(ops.convert(levels, "u8"), "f32"), *_constants(step))
+        else:
+            values = ops.fake_quantize(source, *_constants(0, 255 * step, 0, 255 * step), 256)
         replacement = ops.convert(values, last.output(0).get_element_type()).output(0)
         for reader in readers:
             reader.replace_source_output(replacement)
+
+
+def _constants(*values: float) -> list[Any]:
+    return [load_library().opset13.constant(np.array(value, np.float32)) for value in values]
+
+
+def _is_behind_depthwise(node: Any) -> bool:
+    """Return whether a node gets the result of a depthwise convolution, with its bias and activation."""
+    while node.get_type_name() in _ACTIVATIONS:
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "GroupConvolution")
 
 
 def _before_relu(quantize: Any, step: float) -> Any:
