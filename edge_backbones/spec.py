@@ -113,7 +113,7 @@ _PRECISIONS = {
         rest=Precision.BF16,
         torch_type="bfloat16",
         min_opset=22,  # the first whose Conv takes bf16; from 20 on only lists of types have grown
-        refused_operators=frozenset({"Col2Im", "ConvTranspose", "HardSwish", "Mish"}),
+        refused_operators=frozenset({"ConvTranspose", "HardSwish", "Mish"}),
     ),
     Precision.INT8: PrecisionInfo(
         bits=8,

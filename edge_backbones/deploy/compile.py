@@ -284,6 +284,9 @@ class _Work:
         if doubt := trust.vouch(self.bundle, record):
             self.note(doubt)
         self.bundle = self.bundle.add_engine(record, contents)
+        held = {other.name for other in self.bundle.manifest.engines}
+        for slower in {other.key.name for other, _ in found} & held - {record.name}:  # an earlier compile's choice
+            self.bundle = self.bundle.remove_engine(slower)
         if report.measured:
             gpu = None if engine.key.gpu is None else self.options.gpu
             promises.remember(self.bundle.manifest, record, registry.this_machine(gpu))

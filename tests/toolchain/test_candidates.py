@@ -16,8 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_backbones.bundle.reader import load_golden
+from edge_backbones.bundle.reader import Bundle, load_golden
+from edge_backbones.deploy import compile as compiling
 from edge_backbones.deploy import timing
+from edge_backbones.deploy.compile import compile_bundle
 from edge_backbones.deploy.parity import compare, excess_noise
 from edge_backbones.engines.compat import has_units
 from edge_backbones.errors import CalibrationError, QuantizationError
@@ -509,6 +511,26 @@ def test_int8_that_was_asked_for_gets_the_faster_rest(photograph_folder, tmp_pat
     (engine,) = result.bundle.manifest.engines
     assert (engine.key.computes_in if isinstance(engine.key.computes_in, str) else None) == computes_in
     assert result.bundle.manifest.decision is None
+
+
+@pytest.mark.skipif(
+    not has_units(Precision.BF16, hosts.this_host({}).cpu_features), reason="this CPU has no bf16 instructions"
+)
+def test_compiling_again_leaves_one_int8_engine_whichever_rest_wins(photograph_folder, tmp_path, monkeypatch):
+    path = tmp_path / "int8.bundle"
+    build_bundle("test_resnet", path, images=photograph_folder, options=BuildOptions(**SMALL, precisions="int8"))
+    names = set()
+    for times in ((1.0, 2.0), (2.0, 1.0), (1.0, 2.0)):
+
+        def measure(engines, input, *, progress, times=times):
+            return [timing.Times(time, None) for time, _ in zip(times, engines, strict=True)]
+
+        monkeypatch.setattr(compiling, "time_engines", measure)
+        compile_bundle(path, in_process=True)
+        (engine,) = Bundle.open(path).manifest.engines
+        assert [file.name for file in (path / "engines").iterdir()] == [Path(engine.file.path).name]
+        names.add(engine.name)
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,34 @@ def test_bf16_keeps_norms_and_softmax_in_float(tmp_path, photographs):
     assert kinds["MatMul"] == {TensorProto.BFLOAT16}
 
 
+class Unfolding(nn.Module):
+    """A transposed convolution (LowFormer) and a sum of overlapping patches (VOLO), which becomes another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up = nn.Conv2d(3, 16, 4, stride=4), nn.ConvTranspose2d(16, 16, 4, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.up(self.stem(x))
+        size = tuple(x.shape[2:])
+        patches = nn.functional.unfold(x, 3, padding=1, stride=2)
+        return (torch.relu(nn.functional.fold(patches, size, 3, padding=1, stride=2)),)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", TensorProto.FLOAT), ("fp16", TensorProto.FLOAT16)])
+def test_bf16_keeps_transposed_convolutions_in_float(precision, expected, tmp_path, photographs):
+    net = Unfolding()
+    exported = export_onnx(prepare(networks.hand_made(net), networks.input_spec(64, 96)), tmp_path / "fp32.onnx")
+    typed = write_typed_graph(exported, precision=Precision(precision), path=tmp_path / "typed.onnx")
+    model = onnx.shape_inference.infer_shapes(onnx.load(typed.path), strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    found = [types[node.output[0]] for node in model.graph.node if node.op_type == "ConvTranspose"]
+    assert found == [expected, expected]
+    images = networks.normalised(networks.crops(photographs, 1, 64, 96))
+    [actual] = of_engine(typed.path, typed.precision, typed.spec.outputs, images)
+    assert networks.relative(actual, networks.maps_of(net, images)[0]) < 2e-2
+
+
 def test_fp8_has_three_bits_after_the_point(case, tmp_path):
     typed = write_typed_graph(case.graph, precision=Precision.FP8, path=tmp_path / "fp8.onnx", ranges=case.ranges)
     model = onnx.load(typed.path)

@@ -7,8 +7,8 @@ whose values came near 65504 on the calibration images (the last two not in bf16
 inputs keep their types, with a cast inside, and so do outputs unless they are left to :mod:`ends`. The cast of a float16
 input to float32 is left out in front of half nodes. OpenVINO computes half nodes in fp32: the fp16 rest costs it nothing.
 
-bf16 graphs are opset 22, the first whose convolutions take it; hard swish, mish, transposed convolutions and Col2Im stay
-float32 there, because TensorRT refuses them in bf16.
+bf16 graphs are opset 22, the first whose convolutions take it; hard swish, mish and transposed convolutions stay float32
+there, because TensorRT refuses them in bf16.
 """
 
 from __future__ import annotations
