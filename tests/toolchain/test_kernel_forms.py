@@ -162,6 +162,16 @@ def test_windows_with_masks_in_a_whole_network(batch, photographs, tmp_path):
     assert keys_transposed_before_rounding(model) == 0
 
 
+@pytest.mark.parametrize(
+    ("order", "swaps"),
+    [([0, 1, 3, 2], True), ([1, 0], True), ([0, 1], False), ([0], False), ([0, 2, 3, 1], False), ([3, 2, 1, 0], False)],
+)
+def test_a_transpose_of_keys_swaps_the_last_two_axes(order, swaps):
+    x = ops.parameter([2, 3, 4, 5][: len(order)], np.float32)
+    assert int8_graph._swaps_last_axes(ops.transpose(x, np.array(order))) == swaps
+    assert not int8_graph._swaps_last_axes(ops.transpose(x, ops.parameter([len(order)], np.int64)))
+
+
 def keys_transposed_before_rounding(model: openvino.Model) -> int:
     """Count the rounded tensors that a Transpose of the last two axes gives."""
     count = 0

@@ -94,8 +94,9 @@ def _swaps_last_axes(node: Any) -> bool:
     order = node.input_value(1).get_node() if node.get_type_name() == "Transpose" else None
     if order is None or order.get_type_name() != "Constant":
         return False
-    *kept, first, second = (int(axis) for axis in np.ravel(order.data))
-    return [*kept, second, first] == list(range(len(kept) + 2))
+    axes = [int(axis) for axis in np.ravel(order.data)]
+    kept = list(range(len(axes)))[:-2]
+    return axes == [*kept, len(axes) - 1, len(axes) - 2]
 
 
 def _use_all_levels(model: openvino.Model) -> None:
