@@ -211,7 +211,9 @@ def targets(bundle: Path) -> dict[str, dict[str, str]]:
             source = graph if precision is Precision.BF16 else equalised
             if precision is Precision.INT8:
                 source = calibrate.centred_graph(equalised, found.centres, work)
-            typed = write_typed_graph(source, precision=precision, path=path, ranges=ranges, shifts=found.shifts)
+            typed = write_typed_graph(
+                source, precision=precision, path=path, ranges=ranges, shifts=found.shifts, rounding=found.rounding
+            )
             answers[precision.value] = {name: compile_for(typed, name) for name in architectures}
     return answers
 

@@ -289,7 +289,7 @@ def _calibration(folder: Path) -> Kind:
             method="auto", percentile=99.99, chosen=dict.fromkeys(names, "max"), images=("a.jpg", "b.jpg"), held_out=1,
             skipped=(), silent=(), factors={names[0]: (1.0, 2.0)}, ranges=dict.fromkeys(names, 3.5),
             largest=dict.fromkeys(names, 4.5), shifts={names[1]: (-0.5, 0.25)}, large=(),
-            centres={names[2]: 0.5},
+            centres={names[2]: 0.5}, rounding={names[3]: b"rounded"},
         )
     )  # fmt: skip
     path = folder / "calibration.json"

@@ -136,8 +136,9 @@ class CalibrationFile(_Strict, frozen=True):
     graph with its weights. ``data_sha256``: hash of the network's inputs. ``factors``: what each channel of a tensor is
     divided by before it is quantised; the ranges are those of the quotients. ``centres``: what int8 subtracts from a tensor
     before it is quantised; the range of the difference has the name of the tensor and ``.centred``. ``shifts``: what int8
-    adds to the bias of a layer. ``silent``: tensors that are zero on every image. ``large``: tensors with values near the
-    limit of fp16; None in files of releases that did not look for them on every image.
+    adds to the bias of a layer. ``rounding``: by weight, what int8 adds to the nearest numbers (packed by `optq.pack`);
+    files of earlier releases have none. ``silent``: tensors that are zero on every image. ``large``: tensors with values
+    near the limit of fp16; None in files of releases that did not look for them on every image.
     """
 
     network_sha256: Sha256
@@ -156,6 +157,7 @@ class CalibrationFile(_Strict, frozen=True):
     shifts: dict[str, tuple[Shift, ...]]
     large: tuple[str, ...] | None = None
     centres: dict[str, Shift] = {}
+    rounding: dict[str, bytes] = {}
 
 
 class GpuKey(_Strict, frozen=True):

@@ -137,6 +137,7 @@ def make_candidate(
             path=path,
             ranges=ranges_of(calibrated, precision),
             shifts=None if calibrated.file is None else calibrated.file.shifts,
+            rounding=None if calibrated.file is None else calibrated.file.rounding,
             excluded=excluded,
             large=calibrated.large,
         )
@@ -285,6 +286,7 @@ def try_quantized(
                 inputs.calibrated.samples,
                 precision=precision,
                 excluded=layers_in_half(inputs.calibrated, out),
+                rounding=None if inputs.calibrated.file is None else inputs.calibrated.file.rounding,
                 work=inputs.work,
                 progress=inputs.progress,
             )

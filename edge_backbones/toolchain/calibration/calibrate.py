@@ -124,9 +124,9 @@ def calibrate(
 ) -> tuple[CalibrationFile, list[Sample]]:
     """Find the range of every tensor that int8 and fp8 quantise; also return the images that noise was measured on.
 
-    ``auto``: channels are equalised, each output gets its estimator, activations are centred and biases are corrected,
-    where held-out images say that it helps. Any other ``method`` is the estimator of all tensors. ``work``: a folder for
-    intermediate graphs. Raises CalibrationError, as `ranges.collect_magnitudes` does.
+    ``auto``: channels are equalised, each output gets its estimator, activations are centred, weights are rounded by what
+    layers read and biases are corrected, where held-out images say that it helps. Any other ``method`` is the estimator of
+    all tensors. ``work``: a folder for intermediate graphs. Raises CalibrationError, as `ranges.collect_magnitudes` does.
     """
     if method == "auto":
         found = _choose(graph, feed, percentile, work, progress)
@@ -149,6 +149,7 @@ def calibrate(
         largest=ranges.find_ranges(found.magnitudes, method="max"),
         shifts={name: tuple(values) for name, values in found.shifts.items()},
         large=ranges.beyond_half(found.largest),
+        rounding=found.rounding,
     )
     return file, found.samples
 
@@ -166,6 +167,7 @@ class _Found:
         factors: what channels are divided by, by tensor.
         centres: what is subtracted from tensors.
         shifts: what is added to biases, by layer.
+        rounding: how weights are rounded, by name.
     """
 
     ranges: dict[str, float]
@@ -176,6 +178,7 @@ class _Found:
     factors: dict[str, list[float]] = field(default_factory=dict)
     centres: dict[str, float] = field(default_factory=dict)
     shifts: dict[str, list[float]] = field(default_factory=dict)
+    rounding: dict[str, bytes] = field(default_factory=dict)
 
 
 def _estimate(graph: ExportedGraph, feed: Feed, method: str, percentile: float, progress: Progress) -> _Found:
@@ -191,7 +194,7 @@ def _estimate(graph: ExportedGraph, feed: Feed, method: str, percentile: float, 
 
 
 def _choose(graph: ExportedGraph, feed: Feed, percentile: float, work: Path, progress: Progress) -> _Found:
-    """Equalise channels, choose an estimator for each output, centre and correct biases, judged on images held out.
+    """Equalise, choose an estimator for each output, centre, round weights and correct biases, judged on images held out.
 
     What one half of the images shows is judged on the other half. Fewer images than `FEWEST_TO_HOLD_OUT` are both halves.
     """
@@ -216,7 +219,10 @@ def _choose(graph: ExportedGraph, feed: Feed, percentile: float, work: Path, pro
     centres, of_centred = choose.choose_centres(equalised, found, correcting, of_other, work=work)
     found |= of_centred
     centred = centred_graph(equalised, centres, work)
-    shifts = choose.correct_biases(centred, found, correcting, of_other, work=work, progress=progress)
+    rounding = choose.choose_rounding(centred, found, correcting, of_other, work=work, progress=progress)
+    shifts = choose.correct_biases(
+        centred, found, correcting, of_other, rounding=rounding, work=work, progress=progress
+    )
     return _Found(
         ranges=found,
         magnitudes=first if too_few else ranges.merge_magnitudes(first, second),
@@ -226,6 +232,7 @@ def _choose(graph: ExportedGraph, feed: Feed, percentile: float, work: Path, pro
         factors=factors,
         centres=centres,
         shifts=shifts,
+        rounding=rounding,
     )
 
 

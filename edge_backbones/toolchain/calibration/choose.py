@@ -1,4 +1,4 @@
-"""Choose ranges, equalising factors, centres and bias corrections: by the noise that they leave on held-out images.
+"""Choose ranges, factors, centres, rounded weights and bias corrections by the noise that they leave on held-out images.
 
 Each choice is judged on other images than it was found on, and dropped where it does not help.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from edge_backbones.engines.onnxruntime.library import onnxruntime
 from edge_backbones.progress import Progress, no_progress
@@ -21,11 +22,14 @@ from edge_backbones.toolchain.artifacts import ExportedGraph
 from edge_backbones.toolchain.calibration.noise import Run, Sample, mean_db, measure_noise, run_reference, simulate
 from edge_backbones.toolchain.calibration.ranges import METHODS, Magnitudes, chunks, find_ranges, merge_magnitudes
 from edge_backbones.toolchain.onnx_runtime import reference_options
-from edge_backbones.toolchain.quantize import centre, equalise
-from edge_backbones.toolchain.quantize.placement import quantized_layers
+from edge_backbones.toolchain.quantize import centre, equalise, optq
+from edge_backbones.toolchain.quantize.onnx_edits import constant_of, load_graph, name_of
+from edge_backbones.toolchain.quantize.placement import find_placement, output_channel_axis, quantized_layers
+from edge_backbones.toolchain.quantize.qdq import in_steps
 from edge_backbones.toolchain.quantize.typed_graph import write_typed_graph
 
 _CORRECTIONS = 3
+_MOST_MOMENTS = 64 << 20  # numbers in the second moments that are held at a time: 512 MiB
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def _extremes(
 ) -> dict[str, tuple[float, float]]:
     """Return the lowest and the highest value of each tensor."""
     found: dict[str, tuple[float, float]] = {}
-    for name, value, _ in _values(_exposing(onnx.load(graph.path), tensors), graph, batches, tensors):
+    for name, value in _values(_exposing(onnx.load(graph.path), tensors), graph, batches, tensors):
         low, high = found.get(name, (math.inf, -math.inf))
         found[name] = min(low, float(value.min())), max(high, float(value.max()))
     return found
@@ -187,12 +191,72 @@ def _deciding_outputs(graph: ExportedGraph) -> dict[str, str]:
     return deciding
 
 
+def choose_rounding(
+    graph: ExportedGraph,
+    ranges: Mapping[str, float],
+    batches: Sequence[np.ndarray],
+    held_out: Sequence[Sample],
+    *,
+    work: Path,
+    progress: Progress = no_progress,
+) -> dict[str, bytes]:
+    """Return how int8 weights are rounded, by name and as `optq.pack` writes it, from what their layers read in ``batches``.
+
+    Empty when the noise on ``held_out`` images, as a mean over outputs in dB, does not fall.
+    """
+    layers_of: dict[ir.Value, list[ir.Node]] = {}
+    for layer in find_placement(load_graph(graph).graph, frozenset()).weights:
+        weight = layer.inputs[1]
+        if weight is not None and optq.parts_of(layer)[0] and np.isfinite(constant_of(weight)).all():
+            layers_of.setdefault(weight, []).append(layer)
+    # A weight that is read along both axes has two scales.
+    left = [of for of in layers_of.values() if len({output_channel_axis(layer) for layer in of}) == 1]
+    rounding: dict[str, bytes] = {}
+    most = len(left)
+    while left:
+        progress("rounding weights", most - len(left), most)
+        sizes = np.cumsum([parts * columns**2 for parts, columns in (optq.parts_of(of[0]) for of in left)])
+        some = max(1, int(np.searchsorted(sizes, _MOST_MOMENTS, side="right")))
+        rounding |= _round_weights(graph, left[:some], batches)
+        left = left[some:]
+    progress("rounding weights", most, most)
+    references = run_reference(graph, held_out)
+    before, after = (
+        mean_db(measure_noise([Run(simulation, held_out, references)], graph.spec.outputs))
+        for simulation in (simulate(graph, ranges, work), simulate(graph, ranges, work, rounding=rounding))
+    )
+    return rounding if after < before else {}
+
+
+def _round_weights(
+    graph: ExportedGraph, layers_of: Sequence[Sequence[ir.Node]], batches: Sequence[np.ndarray]
+) -> dict[str, bytes]:
+    """Round some weights. ``layers_of``: for each of them, the layers that read it."""
+    moments: list[np.ndarray | float] = [0.0] * len(layers_of)
+    reading: dict[str, list[tuple[int, ir.Node]]] = {}
+    for index, layers in enumerate(layers_of):
+        for layer in layers:
+            reading.setdefault(name_of(layer.inputs[0]), []).append((index, layer))
+    tensors = {name: name for name in reading}
+    for name, value in _values(_exposing(onnx.load(graph.path), tensors), graph, batches, tensors):
+        for index, layer in reading[name]:
+            moments[index] += optq.moments_of(layer, value)
+    found = {}
+    for (layer, *_), of_weight in zip(layers_of, moments, strict=True):
+        weight = layer.inputs[1]
+        assert weight is not None  # find_placement has checked it
+        steps, _ = in_steps(weight, output_channel_axis(layer))
+        found[name_of(weight)] = optq.pack(steps, optq.round_weight(layer, steps, np.asarray(of_weight)))
+    return found
+
+
 def correct_biases(
     graph: ExportedGraph,
     ranges: Mapping[str, float],
     batches: Sequence[np.ndarray],
     held_out: Sequence[Sample],
     *,
+    rounding: Mapping[str, bytes] | None = None,
     work: Path,
     progress: Progress = no_progress,
 ) -> dict[str, list[float]]:
@@ -209,16 +273,25 @@ def correct_biases(
     expected = _channel_means(_exposing(onnx.load(graph.path), results.values()), graph, batches, results)
     best: dict[str, list[float]] = {}
     shifts: dict[str, np.ndarray] = {name: np.zeros_like(mean) for name, mean in expected.items()}
-    least = mean_db(measure_noise([Run(simulate(graph, ranges, work), held_out, references)], graph.spec.outputs))
+    plain = simulate(graph, ranges, work, rounding=rounding)
+    least = mean_db(measure_noise([Run(plain, held_out, references)], graph.spec.outputs))
     for done in range(_CORRECTIONS):
         progress("correcting biases", done, _CORRECTIONS)
         as_lists = {name: shift.tolist() for name, shift in shifts.items()}
         path = work / "simulation.onnx"
-        write_typed_graph(graph, precision=Precision.INT8, path=path, ranges=ranges, shifts=as_lists, half=False)
+        write_typed_graph(
+            graph,
+            precision=Precision.INT8,
+            path=path,
+            ranges=ranges,
+            shifts=as_lists,
+            rounding=rounding,
+            half=False,
+        )
         actual = _channel_means(_exposing(onnx.load(path), results.values()), graph, batches, results)
         shifts = {name: shift + expected[name] - actual[name] for name, shift in shifts.items()}
         as_lists = {name: [float(np.float32(v)) for v in shift] for name, shift in shifts.items()}
-        simulation = simulate(graph, ranges, work, shifts=as_lists)
+        simulation = simulate(graph, ranges, work, shifts=as_lists, rounding=rounding)
         noise = mean_db(measure_noise([Run(simulation, held_out, references)], graph.spec.outputs))
         if noise < least:
             best, least = as_lists, noise
@@ -243,8 +316,8 @@ def _channel_means(
 ) -> dict[str, np.ndarray]:
     """Return the mean over images and pixels of each NCHW result, by layer name."""
     rows: dict[str, list[np.ndarray]] = {name: [] for name in results}
-    for name, value, images in _values(session, graph, batches, results):
-        rows[name].append(value.mean(axis=(2, 3), dtype=np.float64) * (images / len(value)))
+    for name, value in _values(session, graph, batches, results):
+        rows[name].append(value.mean(axis=(2, 3), dtype=np.float64))
     count = sum(len(batch) for batch in batches)
     # Exact sums: what is rounded after them must not depend on the order, which is that of the batches.
     return {
@@ -261,7 +334,7 @@ def _channel_maxima(
 ) -> dict[str, np.ndarray]:
     """Return the largest |x| of each channel, by tensor."""
     found: dict[str, np.ndarray] = {}
-    for name, value, _ in _values(session, graph, batches, {name: name for name in axes}):
+    for name, value in _values(session, graph, batches, {name: name for name in axes}):
         others = tuple(other for other in range(value.ndim) if other != axes[name])
         found[name] = np.maximum(found.get(name, 0.0), np.abs(value).max(axis=others))
     return found
@@ -272,9 +345,16 @@ def _values(
     graph: ExportedGraph,
     batches: Sequence[np.ndarray],
     tensors: Mapping[str, str],
-) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Yield each key with the value of its tensor and the number of distinct images in it, which repeat equally often."""
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each key with the value of its tensor on one image, image by image.
+
+    The first axis has length 1, or more where the graph puts parts of an image in the place of images (attention windows).
+    Where it does not run along images at all, the whole value comes once.
+    """
     for batch in batches:
         for chunk, repeats in chunks(batch, session):
             values = session.run(list(tensors.values()), {graph.input.name: chunk})
-            yield from ((key, value, len(chunk) // repeats) for key, value in zip(tensors, values, strict=True))
+            for key, value in zip(tensors, values, strict=True):
+                whole = len(value) % len(chunk) != 0
+                for of_image in [value] if whole else np.split(value, len(chunk))[::repeats]:
+                    yield key, of_image

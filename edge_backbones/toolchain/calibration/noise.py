@@ -53,6 +53,7 @@ def noise_of_blocks(
     *,
     precision: Precision = Precision.INT8,
     excluded: Collection[str],
+    rounding: Mapping[str, bytes] | None = None,
     work: Path,
     progress: Progress = no_progress,
 ) -> dict[str, Noise]:
@@ -67,7 +68,7 @@ def noise_of_blocks(
     for done, block in enumerate(blocks):
         progress("measuring blocks", done, len(blocks))
         others = {layer.name for layer in layers if layer.block != block or layer.name in excluded}
-        simulation = simulate(graph, ranges, work, precision=precision, excluded=others)
+        simulation = simulate(graph, ranges, work, precision=precision, excluded=others, rounding=rounding)
         found[block] = measure_noise([Run(simulation, samples, references)], graph.spec.outputs)
     progress("measuring blocks", len(blocks), len(blocks))
     return found
@@ -109,11 +110,19 @@ def simulate(
     precision: Precision = Precision.INT8,
     excluded: Collection[str] = (),
     shifts: Mapping[str, Sequence[float]] | None = None,
+    rounding: Mapping[str, bytes] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Return a session over the int8 (or fp8) graph with fp32 around its Q/DQ pairs. Ranges may be fed with every run."""
     path = work / "simulation.onnx"
     write_typed_graph(
-        graph, precision=precision, path=path, ranges=ranges, excluded=excluded, shifts=shifts, half=False
+        graph,
+        precision=precision,
+        path=path,
+        ranges=ranges,
+        excluded=excluded,
+        shifts=shifts,
+        rounding=rounding,
+        half=False,
     )
     model = onnx.load(path)
     scales = {activation_scale(tensor, threshold)[0] for tensor, threshold in ranges.items()}

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from edge_backbones.errors import QuantizationError
 from edge_backbones.rounding import round_to_int8
 from edge_backbones.spec import Precision
-from edge_backbones.toolchain.quantize import centre
+from edge_backbones.toolchain.quantize import centre, optq
 from edge_backbones.toolchain.quantize.formats import HALF_SMALLEST, largest_threshold, scales_of, type_of
 from edge_backbones.toolchain.quantize.onnx_edits import (
     add_constant,
@@ -31,8 +31,17 @@ from edge_backbones.toolchain.quantize.onnx_edits import (
 from edge_backbones.toolchain.quantize.placement import find_placement, output_channel_axis
 
 
-def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float], excluded: frozenset[str]) -> None:
+def insert_qdq(
+    model: ir.Model,
+    precision: Precision,
+    ranges: Mapping[str, float],
+    excluded: frozenset[str],
+    rounding: Mapping[str, bytes] | None = None,
+) -> None:
     """Put Q/DQ pairs on the fp32 graph, in place. Scales are float32 that hold fp16 numbers; `convert_to_half` converts them.
+
+    ``rounding``: of int8 weights, by name, as `optq.pack` gives it. The others are rounded as :mod:`edge_backbones.rounding`
+    does.
 
     Raises QuantizationError for ranges or weights that have no fp16 scale, and for an opset without fp16 scales.
     """
@@ -64,9 +73,9 @@ def insert_qdq(model: ir.Model, precision: Precision, ranges: Mapping[str, float
         weight, axis = node.inputs[1], output_channel_axis(node)
         assert weight is not None  # find_placement has checked it
         if (weight, axis) not in dequantized_weights:
-            dequantized_weights[weight, axis] = _quantize_weight(graph, node, precision, weight, axis)
+            dequantized_weights[weight, axis] = _quantize_weight(graph, node, precision, weight, axis, rounding or {})
         if (subtracted := centres[node]) is not None:
-            rounded, scales = _rounded(weight, axis, precision)
+            rounded, scales = _rounded(weight, axis, precision, rounding or {})
             step = float(scales_of(np.asarray(ranges[read_tensors[node]]), precision))
             dequantised_weight = rounded * scales.astype(np.float64)
             centre.shift_for_rounding(graph, node, subtracted, step, constant_of(weight), dequantised_weight)
@@ -159,9 +168,11 @@ def shift_biases(graph: ir.Graph, shifts: Mapping[str, Sequence[float]]) -> None
             node.replace_input_with(2, add_constant(graph, f"{name_of(node.outputs[0])}.corrected", bias))
 
 
-def _quantize_weight(graph: ir.Graph, node: ir.Node, precision: Precision, weight: ir.Value, axis: int) -> ir.Value:
+def _quantize_weight(
+    graph: ir.Graph, node: ir.Node, precision: Precision, weight: ir.Value, axis: int, rounding: Mapping[str, bytes]
+) -> ir.Value:
     """Store a weight in int8 or fp8 with a scale per output channel, and return the dequantised value."""
-    rounded, scales = _rounded(weight, axis, precision)
+    rounded, scales = _rounded(weight, axis, precision, rounding)
     name = f"{name_of(weight)}.axis{axis}"  # tied weights may be read along both
     stored = add_constant(graph, f"{name}.{precision}", rounded)
     scale = add_constant(graph, f"{name}.scale", scales.ravel())
@@ -170,8 +181,25 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node, precision: Precision, weigh
     return dequantize.outputs[0]
 
 
-def _rounded(weight: ir.Value, axis: int, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
+def _rounded(
+    weight: ir.Value, axis: int, precision: Precision, rounding: Mapping[str, bytes]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return a weight in int8 or fp8, and its scales, which broadcast against it."""
+    steps, scales = in_steps(weight, axis, precision)
+    if not precision.info.is_integer:
+        return steps.astype(type_of(precision).numpy()), scales
+    if (packed := rounding.get(name_of(weight))) is not None:
+        return optq.unpack(steps, packed, name_of(weight)), scales
+    rows = np.moveaxis(steps, axis, 0)
+    rounded = round_to_int8(rows.reshape(len(rows), -1)).reshape(rows.shape)
+    return np.ascontiguousarray(np.moveaxis(rounded, 0, axis)), scales
+
+
+def in_steps(weight: ir.Value, axis: int, precision: Precision = Precision.INT8) -> tuple[np.ndarray, np.ndarray]:
+    """Return a weight divided by its scales, in float64, and the scales, which broadcast against it.
+
+    Raises QuantizationError for a weight that has no fp16 scale.
+    """
     name, values = name_of(weight), constant_of(weight).astype(np.float64)
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= largest_threshold(precision):  # NaN fails this too
@@ -185,9 +213,4 @@ def _rounded(weight: ir.Value, axis: int, precision: Precision) -> tuple[np.ndar
     shape[axis] = -1
     scales = scales_of(np.abs(per_channel).max(axis=1), precision).reshape(shape)
     # Only the floor of scales_of can leave |value / scale| below the largest; nothing can leave it above.
-    scaled = values / scales.astype(np.float64)
-    if precision.info.is_integer:
-        rows = np.moveaxis(scaled, axis, 0)
-        rounded = round_to_int8(rows.reshape(per_channel.shape)).reshape(rows.shape)
-        return np.ascontiguousarray(np.moveaxis(rounded, 0, axis)), scales
-    return scaled.astype(type_of(precision).numpy()), scales
+    return values / scales.astype(np.float64), scales

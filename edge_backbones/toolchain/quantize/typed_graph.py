@@ -29,6 +29,7 @@ def write_typed_graph(
     ranges: Mapping[str, float] | None = None,
     excluded: Collection[str] = (),
     shifts: Mapping[str, Sequence[float]] | None = None,
+    rounding: Mapping[str, bytes] | None = None,
     large: Collection[str] = (),
     half: bool = True,
 ) -> TypedGraph:
@@ -43,6 +44,7 @@ def write_typed_graph(
             becomes 127 or 448. Other precisions do not read it.
         excluded: for int8 and fp8, names of `quantized_layers` that are left as fp16 has them.
         shifts: for int8, what is added to the bias of a Conv, by layer name and output channel (bias correction).
+        rounding: for int8, how weights are rounded, by name (`optq.pack`); the others so that errors add up to nearly 0.
         large: tensors whose values fp16 may not hold: the nodes that write or read them stay in fp32.
         half: False leaves what is not quantised in fp32, and the outputs too, for measuring: ONNX Runtime computes half
             slowly.
@@ -57,7 +59,7 @@ def write_typed_graph(
     else:
         model = load_graph(graph)
         if precision.is_calibrated:
-            insert_qdq(model, precision, ranges or {}, frozenset(excluded))
+            insert_qdq(model, precision, ranges or {}, frozenset(excluded), rounding)
         if precision.info.is_integer:
             shift_biases(model.graph, {n: v for n, v in (shifts or {}).items() if n not in excluded})
         if half and precision is not Precision.FP32:
